@@ -1,0 +1,34 @@
+# Each target sets itself up: a machine with Python 3.11 or newer and make needs nothing else.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: demo test bench lint format clean
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "error: Python 3.11 or newer is needed; set PYTHON=/path/to/python3.11")'
+	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+demo: $(READY)  ## Pretrain a small decoder on Python's own documentation, and let it write
+	$(BIN)/llm-train fit -c experiments/decoder_pretrain/offline.yaml
+
+test: $(READY)  ## The tests that need no network, no GPU and no account
+	$(BIN)/python -m pytest
+
+bench: $(READY)  ## The timings that the READMEs report (minutes each)
+	for benchmark in tests/benchmarks/*.py; do echo "## $$benchmark"; $(BIN)/python $$benchmark || exit 1; done
+
+lint: $(READY)  ## Style, imports, docstrings
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(READY)  ## Mends what lint can mend
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:  ## Removes the environment; runs stay
+	rm -rf $(VENV)

@@ -1,0 +1,35 @@
+"""What datamodules keep between runs: one folder on this machine, written so that nobody ever reads half a file."""
+
+import hashlib
+import json
+import os
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+
+def cache_root() -> Path:
+    """Return `$LLM_TRAIN_CACHE`, or `llm-train` under `$XDG_CACHE_HOME` or `~/.cache`. It is always safe to delete."""
+    if chosen := os.environ.get("LLM_TRAIN_CACHE"):
+        return Path(chosen).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llm-train"
+
+
+def digest(value: Any) -> str:
+    """Return a short hash of anything JSON can hold, fit for a file name."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:20]
+
+
+@contextmanager
+def atomic_file(target: Path) -> Iterator[BinaryIO]:
+    """Open a temporary file that takes the target's name once it is complete, and vanishes otherwise."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)

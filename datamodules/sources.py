@@ -1,0 +1,395 @@
+"""Where text comes from: files and URLs, the Hugging Face hub, this machine's own Python, or a list of texts.
+
+Every source hands out its documents in pieces of bounded size, so that a corpus of any size passes through a small
+memory. The pieces are cut where cutting changes nothing: tokenising piece by piece gives the tokens of the whole.
+"""
+
+import ast
+import codecs
+import glob
+import hashlib
+import importlib
+import io
+import re
+import shutil
+import sys
+import sysconfig
+import tokenize
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
+from pathlib import Path, PurePosixPath
+from typing import Literal, NamedTuple
+from urllib.parse import urlparse
+
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+
+from datamodules.cache import atomic_file, cache_root, digest
+
+# Characters. A tokenizer needs up to a hundred bytes of memory a character, and works on several pieces at once.
+PIECE_SIZE = 2**16
+
+# After such a newline, a GPT-like pre-tokeniser starts afresh: whitespace around a cut would otherwise be one token.
+_LINE_START = re.compile(r"\S\n(?=\S)")
+
+
+class Piece(NamedTuple):
+    """A stretch of a document, and whether the document ends with it."""
+
+    text: str
+    ends_document: bool
+
+
+class Source(ABC):
+    """A collection of documents that can be read as often as one likes, always in the same order."""
+
+    @abstractmethod
+    def pieces(self) -> Iterator[Piece]:
+        """Yield every document in pieces of at most `PIECE_SIZE` characters."""
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """Return a string that changes when the text does. Cheap: it reads no text."""
+
+    def documents(self) -> Iterator[str]:
+        """Yield every document whole."""
+        parts: list[str] = []
+        for text, ends_document in self.pieces():
+            parts.append(text)
+            if ends_document:
+                yield "".join(parts)
+                parts = []
+
+
+def cut(chunks: Iterable[str]) -> Iterator[Piece]:
+    """Cut one document, given as consecutive strings of any length, into pieces.
+
+    Each cut comes after the last newline that has a non-space character on both sides; where there is none, after the
+    last newline; in a line longer than a piece, anywhere.
+    """
+    rest = ""
+    for chunk in chunks:
+        rest += chunk
+        start = 0
+        while len(rest) - start > PIECE_SIZE:
+            end = _last_cut(rest, start, start + PIECE_SIZE)
+            yield Piece(rest[start:end], False)
+            start = end
+        rest = rest[start:]
+    if rest:
+        yield Piece(rest, True)
+
+
+def _last_cut(text: str, start: int, limit: int) -> int:
+    newline = text.rfind("\n", start, limit)
+    while newline > start:
+        if _LINE_START.match(text, newline - 1):
+            return newline + 1
+        newline = text.rfind("\n", start, newline)
+    return text.rfind("\n", start, limit) + 1 or limit
+
+
+class TextFiles(Source):
+    """UTF-8 text files, local or remote: each file is one document.
+
+    A byte order mark is dropped and every line end becomes a newline. A URL is downloaded once, into the cache.
+
+    Args:
+        paths: a path, a glob pattern (`books/**/*.txt`), a URL that fsspec understands (`https://`, `s3://`, ...), or a
+            list of these, in the order in which the documents shall come. Relative paths start at the working folder.
+    """
+
+    def __init__(self, paths: str | list[str]) -> None:
+        self.paths = [paths] if isinstance(paths, str) else list(paths)
+
+    def pieces(self) -> Iterator[Piece]:
+        """Yield the files in pieces, decoded as they are read.
+
+        Raises:
+            MisconfigurationException: a file is missing, empty or not UTF-8, or a URL cannot be read.
+        """
+        for name in self._files():
+            path = _download(name) if _is_url(name) else Path(name)
+            piece = None
+            try:
+                for piece in cut(_decoded(path, name)):
+                    yield piece
+            except OSError as error:
+                raise MisconfigurationException(f"text file {name} could not be read ({error})") from error
+            if piece is None:
+                raise MisconfigurationException(f"text file {name} is empty: give a file that holds text")
+
+    def fingerprint(self) -> str:
+        """Hash the paths, sizes and modification times, and the URLs as they stand."""
+        return digest(["TextFiles", [name if _is_url(name) else _stat(Path(name)) for name in self._files()]])
+
+    def _files(self) -> list[str]:
+        files: list[str] = []
+        for path in self.paths:
+            if _is_url(path):
+                files.append(path)
+                continue
+            local = str(Path(path).expanduser())
+            found = sorted(glob.glob(local, recursive=True)) if glob.has_magic(local) else [local]
+            found = [name for name in found if Path(name).is_file()]
+            if not found:
+                raise MisconfigurationException(
+                    f"text file {path} not found (working folder: {Path.cwd()}): give the path of a file, a glob "
+                    "pattern that matches files, or a URL"
+                )
+            files += found
+        return files
+
+
+def _is_url(path: str) -> bool:
+    return "://" in path
+
+
+def _stat(path: Path) -> list[str | int]:
+    stat = path.stat()
+    return [str(path.resolve()), stat.st_size, stat.st_mtime_ns]
+
+
+def _decoded(path: Path, name: str) -> Iterator[str]:
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    newlines = io.IncrementalNewlineDecoder(decoder, translate=True)
+    offset = 0  # bytes read so far
+    with open(path, "rb") as file:
+        while True:
+            pending = len(decoder.getstate()[0])  # the first bytes of a character that the last read cut in two
+            data = file.read(2**20)
+            try:
+                text = newlines.decode(data, final=not data)
+            except UnicodeDecodeError as error:
+                raise MisconfigurationException(
+                    f"text file {name} is not UTF-8: byte {offset - pending + error.start} cannot be decoded "
+                    f"({error.reason}); convert it with `iconv -t UTF-8`"
+                ) from error
+            yield text.removeprefix("\ufeff") if offset == 0 else text
+            offset += len(data)
+            if not data:
+                return
+
+
+def _download(url: str) -> Path:
+    target = cache_root() / "downloads" / f"{digest(url)}-{PurePosixPath(urlparse(url).path).name}"
+    if not target.exists():
+        import fsspec
+
+        rank_zero_info(f"downloading {url} to {target}")
+        # aiohttp ignores the proxy variables of the environment unless told otherwise.
+        options = {"client_kwargs": {"trust_env": True}} if url.startswith("http") else {}
+        try:
+            with fsspec.open(url, "rb", **options) as remote, atomic_file(target) as local:
+                shutil.copyfileobj(remote, local)
+        except Exception as error:  # every file system has its own
+            raise MisconfigurationException(
+                f"{url} could not be downloaded ({_first_line(error)}): check the network and the address, or download "
+                "it elsewhere and give the path of the file in place of the URL"
+            ) from error
+    return target
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+def hub_answers() -> bool:
+    """Ask the Hugging Face hub once, where its own library would try for most of a minute."""
+    from huggingface_hub import constants, get_session
+
+    try:
+        get_session().head(constants.ENDPOINT, timeout=10)
+    except Exception:  # no network, or told to do without
+        return False
+    return True
+
+
+class HubText(Source):
+    """A column of a Hugging Face dataset: each row is one document.
+
+    Args:
+        dataset: the dataset's name on the hub (`owner/name`), or a local folder with data files.
+        config: the configuration (subset), for a dataset that has several.
+        split: the split, such as `train`.
+        column: the column that holds the text.
+        streaming: read over the network as the text is needed, rather than download the whole dataset first.
+        max_documents: stop after so many documents; null for all.
+        revision: the branch, tag or commit, for a run that can be repeated after the dataset has changed.
+    """
+
+    def __init__(
+        self,
+        dataset: str,
+        config: str | None = None,
+        split: str = "train",
+        column: str = "text",
+        streaming: bool = True,
+        max_documents: int | None = None,
+        revision: str | None = None,
+    ) -> None:
+        self.dataset = dataset
+        self.config = config
+        self.split = split
+        self.column = column
+        self.streaming = streaming
+        self.max_documents = max_documents
+        self.revision = revision
+
+    def pieces(self) -> Iterator[Piece]:
+        """Yield the rows in pieces. Rows without text are left out.
+
+        Raises:
+            MisconfigurationException: the dataset cannot be reached, or has no such configuration, split or column.
+        """
+        for number, text in enumerate(self._rows()):
+            if not isinstance(text, str | None):
+                raise MisconfigurationException(
+                    f"dataset {self.dataset}, row {number}: column {self.column} holds {type(text).__name__}, not text"
+                )
+            yield from cut([text or ""])
+
+    def fingerprint(self) -> str:
+        """Hash what was asked for; for a local folder also the paths, sizes and modification times of its files."""
+        folder = Path(self.dataset)
+        files = [_stat(path) for path in sorted(folder.rglob("*")) if path.is_file()] if folder.is_dir() else []
+        asked = [self.dataset, self.config, self.split, self.column, self.max_documents, self.revision]
+        return digest(["HubText", asked, files])
+
+    def _rows(self) -> Iterator[str | None]:
+        from datasets import load_dataset
+
+        try:
+            if self.streaming and not Path(self.dataset).exists() and not hub_answers():
+                raise ConnectionError("the Hugging Face hub does not answer")
+            rows = load_dataset(
+                self.dataset, self.config, split=self.split, revision=self.revision, streaming=self.streaming
+            )
+            columns = rows.column_names or list(next(iter(rows)))  # some streams know them only with the first row
+            if self.column not in columns:
+                raise MisconfigurationException(
+                    f"dataset {self.dataset} has no column {self.column}: choose one of {', '.join(columns)}"
+                )
+            for number, row in enumerate(rows.select_columns([self.column])):
+                if number == self.max_documents:
+                    return
+                yield row[self.column]
+        except MisconfigurationException:
+            raise
+        except Exception as error:  # the hub, the network and the file formats each have their own
+            raise MisconfigurationException(
+                f"dataset {self.dataset} (config {self.config}, split {self.split}) could not be read "
+                f"({_first_line(error)}): check its name and the network; offline.yaml of the topic needs no network"
+            ) from error
+
+
+PythonKind = Literal["topics", "docstrings", "modules", "tests"]
+
+_TEST_FOLDERS = {"test", "tests", "idle_test"}
+_FOREIGN_FOLDERS = {"site-packages", "dist-packages", "__pycache__", "pydoc_data"}  # the last holds the topics again
+
+
+class PythonText(Source):
+    """The documentation and the source of the Python that runs this: English and code that every machine has.
+
+    Nothing is imported or run but the module that holds the help topics. The documents come in a fixed order, each
+    text once.
+
+    Args:
+        kinds: what to read, in this order: `topics` (what `help("topic")` shows), `docstrings` (of the standard
+            library, each one document), `modules` (the library's source files, docstrings included), `tests` (the
+            source of its tests, which some installations lack).
+    """
+
+    def __init__(self, kinds: list[PythonKind] | tuple[PythonKind, ...] = ("topics", "docstrings")) -> None:
+        self.kinds = list(kinds)
+
+    def pieces(self) -> Iterator[Piece]:
+        """Yield the documents in pieces.
+
+        Raises:
+            MisconfigurationException: this Python has no text of the kinds asked for.
+        """
+        readers = {"topics": _topics, "docstrings": _docstrings, "modules": _modules, "tests": _tests}
+        seen: set[bytes] = set()
+        for kind in self.kinds:
+            for text in readers[kind]():
+                key = hashlib.blake2b(text.encode(), digest_size=16).digest()
+                if key not in seen:
+                    seen.add(key)
+                    yield from cut([text])
+        if not seen:
+            raise MisconfigurationException(
+                f"{sys.executable} has no {' or '.join(self.kinds) or 'text'} installed: ask for other `kinds`, "
+                "or use a complete Python"
+            )
+
+    def fingerprint(self) -> str:
+        """Hash Python's version, its folder and the kinds."""
+        return digest(["PythonText", sys.version, sysconfig.get_path("stdlib"), self.kinds])
+
+
+def _topics() -> Iterator[str]:
+    try:
+        topics = importlib.import_module("pydoc_data.topics").topics
+    except ImportError:  # some systems package it apart
+        return
+    for name in sorted(topics):
+        yield topics[name]
+
+
+def _library_files(tests: bool) -> Iterator[str]:
+    root = Path(sysconfig.get_path("stdlib"))
+    for path in sorted(root.rglob("*.py")):
+        folders = set(path.relative_to(root).parts[:-1])
+        if folders & _FOREIGN_FOLDERS or bool(folders & _TEST_FOLDERS) != tests:
+            continue
+        try:
+            with tokenize.open(path) as file:  # heeds the encoding that the file declares
+                yield file.read()
+        except (SyntaxError, UnicodeDecodeError):  # some tests are about files that cannot be read
+            continue
+
+
+def _modules() -> Iterator[str]:
+    return _library_files(tests=False)
+
+
+def _tests() -> Iterator[str]:
+    return _library_files(tests=True)
+
+
+def _docstrings() -> Iterator[str]:
+    for text in _modules():
+        yield from _docstrings_of(ast.parse(text))
+
+
+def _docstrings_of(node: ast.AST) -> Iterator[str]:
+    """Yield the docstring of a module, class or function, and those of what is defined inside, in reading order."""
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    if isinstance(node, documented) and (docstring := ast.get_docstring(node)):
+        yield docstring
+    for block in ("body", "handlers", "orelse", "finalbody"):  # not in expressions, which are most of the tree
+        for statement in getattr(node, block, ()):
+            yield from _docstrings_of(statement)
+
+
+class ListText(Source):
+    """Texts given in place: for tests and tiny experiments.
+
+    Args:
+        texts: the documents.
+    """
+
+    def __init__(self, texts: list[str]) -> None:
+        self.texts = list(texts)
+
+    def pieces(self) -> Iterator[Piece]:
+        """Yield the texts in pieces."""
+        for text in self.texts:
+            yield from cut([text])
+
+    def fingerprint(self) -> str:
+        """Hash the texts themselves."""
+        return digest(["ListText", self.texts])

@@ -1,0 +1,1 @@
+"""The command, the configurations and the studies: everything a user launches."""

@@ -1,0 +1,182 @@
+"""What a run writes down about itself: its configuration, its surroundings, how it ended, and what to do next."""
+
+import importlib.metadata
+import json
+import os
+import platform
+import resource
+import shlex
+import subprocess
+import sys
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import lightning as L
+import torch
+import yaml
+from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+from experiments.run_folder import CONFIG
+from lightning_modules.callbacks.checkpoint import RunCheckpoint
+from lightning_modules.loggers import MetricsCSV, WandbRecorder
+
+if TYPE_CHECKING:
+    from experiments.cli import ExperimentCLI
+
+# Where a run starts from and how it speaks is not what it is: a saved configuration must repeat it from the start.
+_NOT_RECORDED = ("config", "ckpt_path", "weights_only", "verbose", "return_predictions")
+_PACKAGES = ("torch", "lightning", "transformers", "tokenizers", "datasets", "jsonargparse", "wandb", "numpy")
+
+
+class RunRecord(SaveConfigCallback):
+    """Writes `config.yaml`, `environment.json` and `summary.json`, tells W&B the same, and prints the closing lines.
+
+    Args:
+        parser: Parser of the subcommand.
+        config: The resolved configuration.
+        cli: The command that runs.
+    """
+
+    def __init__(self, parser: LightningArgumentParser, config: Any, cli: "ExperimentCLI") -> None:
+        super().__init__(parser, config, save_to_log_dir=False)
+        self.cli = cli
+        self._began = time.monotonic()
+
+    def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Writes the record of a run that begins; called on rank 0 alone."""
+        run = self.cli.run
+        config = yaml.safe_load(self.parser.dump(self.config, skip_none=False))
+        config = {key: value for key, value in config.items() if key not in _NOT_RECORDED}
+        config["run"] |= {"name": run.name, "topic": run.topic}
+        is_fit = self.cli.subcommand == "fit"
+        _write(
+            run.path / (CONFIG if is_fit else f"config_{self.cli.subcommand}.yaml"),
+            yaml.safe_dump(config, sort_keys=False),
+        )
+
+        environment_file = run.path / "environment.json"
+        sessions = json.loads(environment_file.read_text()) if environment_file.is_file() else []
+        _write(environment_file, json.dumps([*sessions, environment(trainer)], indent=2) + "\n")
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbRecorder):
+                logger.experiment.config.update(config, allow_val_change=True)
+                logger.experiment.config.update({"environment": environment(trainer)}, allow_val_change=True)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Forgets what a resumed run is about to repeat."""
+        for logger in trainer.loggers:
+            if isinstance(logger, MetricsCSV) and trainer.is_global_zero:
+                logger.forget_after(trainer.global_step)
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Closes a run that came to its end."""
+        self._close(trainer, pl_module, "finished")
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Closes a run that was stopped, or failed."""
+        stopped = isinstance(exception, SystemExit | KeyboardInterrupt)
+        self._close(trainer, pl_module, "stopped" if stopped else "failed", None if stopped else exception)
+
+    @rank_zero_only
+    def _close(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, status: str, error: BaseException | None = None
+    ) -> None:
+        if self.cli.closed:
+            return
+        self.cli.closed = True
+        checkpoint = next((c for c in trainer.checkpoint_callbacks if isinstance(c, RunCheckpoint)), None)
+        best = None
+        if self.cli.subcommand == "fit" and checkpoint is not None and checkpoint.best_score is not None:
+            best = {"metric": checkpoint.monitor, "value": checkpoint.best_score, "step": checkpoint.best_step}
+        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        summary = {
+            "status": status,
+            "error": error and f"{type(error).__name__}: {error}",
+            "step": trainer.global_step,
+            "best": best,
+            "metrics": metrics,
+            "seconds": round(time.monotonic() - self._began, 1),
+            "peak_memory_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
+        }
+        name = "summary.json" if self.cli.subcommand == "fit" else f"summary_{self.cli.subcommand}.json"
+        _write(self.cli.run.path / name, json.dumps(summary, indent=2) + "\n")
+        sync_command = None
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbRecorder):
+                if best is not None:
+                    logger.experiment.summary.update(
+                        {f"best/{best['metric']}": best["value"], "best/step": best["step"]}
+                    )
+                logger.finish(exit_code=0 if status == "finished" else 1)
+                sync_command = logger.sync_command
+        if not trainer.fast_dev_run:
+            self._say(pl_module, summary, sync_command)
+
+    def _say(self, pl_module: L.LightningModule, summary: dict[str, Any], sync_command: str | None) -> None:
+        folder = self.cli.run.path
+        lines = [("run", f"{folder} ({summary['status']} at step {summary['step']}, {summary['seconds']:.0f} s)")]
+        if summary["best"]:
+            lines.append(("best", "{metric} {value:.4f} at step {step}".format(**summary["best"])))
+        if self.cli.subcommand != "fit":
+            lines += [("result", f"{name} {value:.4f}") for name, value in sorted(summary["metrics"].items())]
+        if sync_command:
+            lines.append(("wandb", sync_command))
+        if summary["status"] == "finished" or self.cli.run.checkpoint("last").is_file():
+            lines.append(("next", self._next_command(pl_module, summary["status"])))
+        print("\n" + "\n".join(f"{what:<8}{text}" for what, text in lines), file=sys.stderr)
+
+    def _next_command(self, pl_module: L.LightningModule, status: str) -> str:
+        folder = shlex.quote(str(self.cli.run.path))
+        if self.cli.subcommand == "fit" and status != "finished":
+            return f"llm-train fit -c {folder}/{CONFIG} --ckpt_path last"
+        if hasattr(pl_module, "generate"):
+            return f'llm-train generate --run {folder} --prompt "Once"'
+        return f"llm-train validate -c {folder}/{CONFIG} --ckpt_path best"
+
+
+def environment(trainer: L.Trainer) -> dict[str, Any]:
+    """What a run ran on: versions, commit, hardware, seed, command.
+
+    Args:
+        trainer: Its trainer.
+    """
+    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": shlex.join(["llm-train", *sys.argv[1:]]),
+        "python": platform.python_version(),
+        "packages": {name: importlib.metadata.version(name) for name in _PACKAGES},
+        "commit": _commit(),
+        "platform": platform.platform(),
+        "processor": platform.processor() or platform.machine(),
+        "cpu_count": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "devices": devices,
+        "world_size": trainer.world_size,
+        "precision": str(trainer.precision),
+        "seed": int(os.environ.get("PL_GLOBAL_SEED", 0)),
+    }
+
+
+def _commit() -> str | None:
+    here = Path(__file__).parent
+    try:
+        described = subprocess.run(
+            ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=12"],
+            capture_output=True,
+            text=True,
+            timeout=5,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return described.stdout.strip()
+
+
+def _write(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text)
+    temporary.replace(path)

@@ -1,0 +1,1 @@
+"""LightningModules, one a topic, and what they share."""

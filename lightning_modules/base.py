@@ -1,0 +1,129 @@
+"""What every module shares: the optimiser and schedule that YAML declares, the gradient norm, honest checkpoints."""
+
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import nn
+
+from lightning_modules.optim import OptimizerFactory, ScheduleFactory, weight_decay_groups
+
+
+class ExperimentModule(L.LightningModule):
+    """Base of the topics' modules.
+
+    The command sets `optimizer_factory` and `schedule_factory` from the YAML's `optimizer:` and `lr_scheduler:`; who
+    uses a module without the command sets them, or overrides `configure_optimizers`.
+    """
+
+    optimizer_factory: OptimizerFactory | None = None
+    schedule_factory: ScheduleFactory | None = None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._losses_of_step: list[torch.Tensor] = []
+
+    def configure_optimizers(self) -> Any:
+        """The optimiser over the decay groups, and the schedule, stepped per optimiser step.
+
+        Raises:
+            MisconfigurationException: Without an optimiser, or where the length of the run is unknown.
+        """
+        if self.optimizer_factory is None:
+            raise MisconfigurationException("no optimizer: section; set one, or module.optimizer_factory")
+        optimizer = self.optimizer_factory(weight_decay_groups(self))
+        if self.schedule_factory is None:
+            return optimizer
+        total_steps = self.trainer.estimated_stepping_batches
+        if total_steps == float("inf"):
+            raise MisconfigurationException(
+                "lr_scheduler: the length of the run is unknown; set trainer.max_steps or trainer.max_epochs"
+            )
+        try:
+            schedule = self.schedule_factory(optimizer, int(total_steps))
+        except ValueError as error:
+            raise MisconfigurationException(str(error)) from error
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step", "name": "lr"}}
+
+    def configure_callbacks(self) -> list[L.Callback]:
+        """Shows the schedules what each validation found, before the checkpoint of that validation is written."""
+        return [_ScheduleObserver()]
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clips as `trainer.gradient_clip_val` says, and logs the norm that the gradient had before.
+
+        Args:
+            optimizer: The optimiser that is about to step.
+            gradient_clip_val: Largest norm, or largest absolute value; `None` does not clip.
+            gradient_clip_algorithm: `norm` (the default) or `value`.
+        """
+        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        by_norm = gradient_clip_algorithm in (None, "norm")
+        if self.logging_is_due or (gradient_clip_val and by_norm):
+            norm = nn.utils.get_total_norm([p.grad for p in parameters])
+        if gradient_clip_val and by_norm:
+            nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val, norm)
+        elif gradient_clip_val:
+            nn.utils.clip_grad_value_(parameters, gradient_clip_val)
+        if self.logging_is_due:
+            self.log("train/grad_norm", norm)
+
+    def log_train_loss(self, loss: torch.Tensor) -> None:
+        """Logs `train/loss` when logging is due: the mean over the micro-batches of the optimiser step and the ranks.
+
+        Args:
+            loss: Loss of one micro-batch, a scalar.
+        """
+        if self.logging_is_due:
+            self._losses_of_step.append(loss.detach())
+            self.log("train/loss", torch.stack(self._losses_of_step).mean(), sync_dist=True)
+
+    def on_before_zero_grad(self, optimizer: torch.optim.Optimizer) -> None:
+        """A new optimiser step begins."""
+        self._losses_of_step.clear()
+
+    @property
+    def logging_is_due(self) -> bool:
+        """Whether the optimiser step in progress is one whose metrics are written (`trainer.log_every_n_steps`)."""
+        return (self.trainer.global_step + 1) % self.trainer.log_every_n_steps == 0
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Notes whose checkpoint it is."""
+        checkpoint["module_class"] = f"{type(self).__module__}.{type(self).__qualname__}"
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuses a checkpoint of another topic or another size in one line.
+
+        Raises:
+            MisconfigurationException: If the checkpoint does not fit this module.
+        """
+        own_class = f"{type(self).__module__}.{type(self).__qualname__}"
+        saved_class = checkpoint.get("module_class", "an unknown module")
+        if saved_class != own_class:
+            raise MisconfigurationException(
+                f"ckpt_path: the checkpoint is of {saved_class}, this run is of {own_class}"
+            )
+        own, saved = self.state_dict(), checkpoint["state_dict"]
+        for name in sorted(own.keys() | saved.keys()):
+            own_shape, saved_shape = (tuple(s[name].shape) if name in s else "nothing" for s in (own, saved))
+            if own_shape != saved_shape:
+                raise MisconfigurationException(
+                    f"ckpt_path: the checkpoint does not fit the model: {name} is {saved_shape} in the checkpoint and "
+                    f"{own_shape} in the model; give the run's own config.yaml"
+                )
+
+
+class _ScheduleObserver(L.Callback):
+    """Hands validation metrics to the schedules that wait for them."""
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not trainer.sanity_checking:
+            for config in trainer.lr_scheduler_configs:
+                if hasattr(config.scheduler, "observe"):
+                    config.scheduler.observe(trainer.callback_metrics)

@@ -1,0 +1,38 @@
+"""The trained model as other programs take it."""
+
+import shutil
+from pathlib import Path
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+
+class ExportModel(L.Callback):
+    """Writes the tokenizer when the training starts, and `model/` in Hugging Face's format when it ends.
+
+    `model/` holds the weights of `best.ckpt` where there is one, else the last ones, with the tokenizer beside them.
+    """
+
+    @rank_zero_only
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Saves the tokenizer at once: an interrupted run can be generated from too."""
+        if not trainer.fast_dev_run:
+            trainer.datamodule.tokenizer.save_pretrained(Path(trainer.default_root_dir) / "tokenizer")
+
+    @rank_zero_only
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Saves the model, by a new folder that takes the place of an older one."""
+        if trainer.fast_dev_run:
+            return
+        folder = Path(trainer.default_root_dir)
+        best, target, fresh = folder / "checkpoints" / "best.ckpt", folder / "model", folder / ".model.new"
+        last_weights = {name: tensor.clone() for name, tensor in pl_module.state_dict().items()}
+        if best.is_file():
+            pl_module.load_state_dict(torch.load(best, map_location=pl_module.device, weights_only=True)["state_dict"])
+        shutil.rmtree(fresh, ignore_errors=True)
+        pl_module.save_pretrained(fresh)
+        trainer.datamodule.tokenizer.save_pretrained(fresh)
+        pl_module.load_state_dict(last_weights)
+        shutil.rmtree(target, ignore_errors=True)
+        fresh.rename(target)

@@ -1,0 +1,113 @@
+"""One line that says how far the run is: steps, loss, speed, time left."""
+
+import sys
+import time
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import ProgressBar
+from tqdm import tqdm
+
+from lightning_modules.callbacks import validates_a_fit
+
+_SHOWN = {
+    "train/loss": "loss",
+    "val/loss": "val loss",
+    "test/loss": "test loss",
+    "perf/tokens_per_second": "tokens/s",
+}
+
+
+class RunProgress(ProgressBar):
+    """A bar over the optimiser steps of the whole run, with the loss, tokens per second and the time left.
+
+    Where the output is no terminal (a log file, a job scheduler), it writes a line now and then instead.
+
+    Args:
+        refresh_seconds: Seconds between two redraws in a terminal; ten times that between two lines in a file.
+    """
+
+    def __init__(self, refresh_seconds: float = 0.5) -> None:
+        super().__init__()
+        self.refresh_seconds = refresh_seconds
+        self._bar: tqdm | None = None
+        self._drawn = 0.0
+        self._enabled = True
+
+    def disable(self) -> None:
+        """Shows nothing (called on all processes but the first)."""
+        self._enabled = False
+
+    def enable(self) -> None:
+        """Shows the bar again."""
+        self._enabled = True
+
+    def _open(self, description: str, total: float | None, initial: int = 0) -> None:
+        terminal = sys.stderr.isatty()
+        self._seconds = self.refresh_seconds if terminal else 10 * self.refresh_seconds
+        self._drawn = time.monotonic()
+        self._bar = tqdm(
+            desc=description,
+            total=None if total is None or total == float("inf") else int(total),
+            initial=initial,
+            disable=not self._enabled,
+            dynamic_ncols=terminal,
+            ncols=None if terminal else 110,
+            bar_format="{desc} {percentage:3.0f}%|{bar:20}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]",
+            mininterval=float("inf"),  # drawn by us alone: asking the clock at every step is what costs
+            delay=0 if terminal else float("inf"),  # in a file, no line before there is something to say
+        )
+
+    def _show(self, position: int, metrics: dict[str, Any], now: bool = False) -> None:
+        if self._bar is None or self._bar.disable or not (now or time.monotonic() - self._drawn > self._seconds):
+            return
+        self._drawn = time.monotonic()
+        self._bar.n = position
+        shown = {short: float(metrics[name]) for name, short in _SHOWN.items() if name in metrics}
+        self._bar.set_postfix(
+            {name: f"{value:,.0f}" if value >= 1000 else f"{value:.3f}" for name, value in shown.items()}, refresh=False
+        )
+        self._bar.refresh()
+        if not sys.stderr.isatty():
+            self._bar.fp.write("\n")
+
+    def _close(self, position: int, metrics: dict[str, Any]) -> None:
+        if self._bar is not None:
+            self._show(position, metrics, now=True)
+            self._bar.close()
+            self._bar = None
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Opens the bar where the run stands."""
+        self._open("train", trainer.estimated_stepping_batches, initial=trainer.global_step)
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: object) -> None:
+        """Moves the bar."""
+        self._show(trainer.global_step, trainer.callback_metrics)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Shows the new validation loss."""
+        if validates_a_fit(trainer):
+            self._show(trainer.global_step, trainer.callback_metrics, now=True)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Leaves the full bar behind."""
+        self._close(trainer.global_step, trainer.callback_metrics)
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Leaves the bar where the run broke off."""
+        self._close(trainer.global_step, trainer.callback_metrics)
+
+    def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Opens a bar over the test batches."""
+        self._open("test", sum(trainer.num_test_batches))
+
+    def on_test_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: object
+    ) -> None:
+        """Moves the bar."""
+        self._show(batch_idx + 1, {})
+
+    def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Leaves the full bar behind."""
+        self._close(sum(trainer.num_test_batches), trainer.callback_metrics)

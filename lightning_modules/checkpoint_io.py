@@ -1,0 +1,77 @@
+"""Checkpoint files that are whole or absent, and that run no code when they are read."""
+
+import os
+import pickle
+import re
+import tempfile
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Writes a checkpoint under a temporary name and renames it; reads tensors and plain types only."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        """Saves a checkpoint, so that the file of that name is at every moment the old one or the new one.
+
+        Args:
+            checkpoint: Module, optimiser and trainer state.
+            path: Local file to write.
+            storage_options: Not used.
+
+        Raises:
+            OSError: If the disk is full or the folder cannot be written; the earlier file is untouched.
+        """
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(temporary, 0o644)
+            os.replace(temporary, path)
+        except OSError as error:
+            raise OSError(
+                error.errno, f"{error.strerror}: the checkpoint was not written; the earlier one is whole", str(path)
+            ) from error
+        finally:
+            Path(temporary).unlink(missing_ok=True)
+
+    def load_checkpoint(self, path: str | Path, map_location: Any = "cpu", weights_only: bool | None = None) -> dict:
+        """Loads a checkpoint without ever running code from it.
+
+        Args:
+            path: File written by `save_checkpoint`.
+            map_location: Where the tensors go.
+            weights_only: Ignored: always true.
+
+        Raises:
+            MisconfigurationException: If the file is missing, damaged, no checkpoint, or holds pickled code.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise MisconfigurationException(f"{path}: no such checkpoint")
+        try:
+            with zipfile.ZipFile(path) as archive:
+                damaged = archive.testzip()  # torch.load does not compare the checksums
+            if damaged:
+                raise MisconfigurationException(f"{path}: the checkpoint is damaged (checksum of {damaged} is wrong)")
+            checkpoint = torch.load(path, map_location=map_location, weights_only=True)
+        except pickle.UnpicklingError as error:
+            named = re.search(r"GLOBAL (\S+)", str(error))
+            raise MisconfigurationException(
+                f"{path}: the checkpoint holds pickled code ({named[1] if named else 'not plain tensors'}); "
+                "it was refused and nothing of it was run"
+            ) from error
+        except (zipfile.BadZipFile, RuntimeError, EOFError, OSError, ValueError, NotImplementedError) as error:
+            raise MisconfigurationException(f"{path}: the checkpoint is truncated, or not a checkpoint") from error
+        if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
+            raise MisconfigurationException(f"{path}: holds no training state; a checkpoint of a run was expected")
+        return checkpoint

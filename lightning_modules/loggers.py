@@ -1,0 +1,219 @@
+"""Where metrics go: a CSV file in the run folder, and Weights & Biases, online or offline."""
+
+import csv
+import json
+import netrc
+import os
+from argparse import Namespace
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+from urllib.parse import urlsplit
+
+from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.loggers.logger import Logger
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+
+@runtime_checkable
+class RunLogger(Protocol):
+    """A logger that is told where the run leaves its files, once the run has a folder."""
+
+    def attach(self, folder: Path, topic: str, name: str, job_type: str) -> None:
+        """Binds the logger to a run folder; `job_type` is the subcommand."""
+
+
+class MetricsCSV(Logger):
+    """Appends the metrics to `metrics.csv` in the run folder: one row a step, one column a metric.
+
+    `step` is the number of optimiser steps done. A resumed run goes on in the same file: rows of steps that the
+    checkpoint did not have are repeated by the resumed run, so they are dropped when it starts.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._path: Path | None = None
+        self._columns: list[str] = []
+        self._rows: list[dict[str, Any]] = []
+
+    @property
+    def name(self) -> str:
+        """Part of Lightning's interface; the run folder has the name."""
+        return ""
+
+    @property
+    def version(self) -> str:
+        """Part of Lightning's interface; the run folder has the version."""
+        return ""
+
+    def attach(self, folder: Path, topic: str, name: str, job_type: str) -> None:
+        """Writes to `folder/metrics.csv` from now on, or to that of the subcommand where it is not `fit`."""
+        self._path = folder / ("metrics.csv" if job_type == "fit" else f"metrics_{job_type}.csv")
+        if self._path.is_file():
+            with self._path.open(newline="") as file:
+                self._columns = next(csv.reader(file), [])
+
+    def forget_after(self, step: int) -> None:
+        """Drops the rows of later steps, which a resumed run is about to repeat."""
+        if self._path is not None and self._path.is_file():
+            with self._path.open(newline="") as file:
+                kept = [row for row in csv.DictReader(file) if int(row["step"]) <= step]
+            self._rewrite(kept)
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Adds metrics to the row of a step."""
+        metrics = dict(metrics)
+        epoch = int(metrics.pop("epoch", 0))
+        if not self._rows or self._rows[-1]["step"] != steps_done(step):
+            self._rows.append({"step": steps_done(step), "epoch": epoch})
+        self._rows[-1].update({name: float(value) for name, value in metrics.items()})
+
+    @rank_zero_only
+    def log_hyperparams(self, params: dict[str, Any] | Namespace, *_: Any, **__: Any) -> None:
+        """Does nothing: `config.yaml` has them."""
+
+    @rank_zero_only
+    def save(self) -> None:
+        """Writes all rows but the last, to which metrics of the same step may still come; Lightning calls it often."""
+        self._write(self._rows[:-1])
+        self._rows = self._rows[-1:]
+
+    @rank_zero_only
+    def flush(self) -> None:
+        """Writes the last row too."""
+        self._write(self._rows)
+        self._rows = []
+
+    def _write(self, rows: list[dict[str, Any]]) -> None:
+        if self._path is None or not rows:
+            return
+        new = [name for name in dict.fromkeys(name for row in rows for name in row) if name not in self._columns]
+        if new and self._columns:  # a metric seen for the first time gets a column
+            with self._path.open(newline="") as file:
+                earlier = list(csv.DictReader(file))
+            self._columns += new
+            self._rewrite(earlier + rows)
+            return
+        self._columns += new
+        with self._path.open("a", newline="") as file:
+            writer = csv.DictWriter(file, self._columns)
+            if new:
+                writer.writeheader()
+            writer.writerows(rows)
+
+    def _rewrite(self, rows: list[dict[str, Any]]) -> None:
+        temporary = self._path.with_suffix(".tmp")
+        with temporary.open("w", newline="") as file:
+            writer = csv.DictWriter(file, self._columns)
+            writer.writeheader()
+            writer.writerows(rows)
+        os.replace(temporary, self._path)
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        """Writes what is left."""
+        self.flush()
+
+
+class WandbRecorder(WandbLogger):
+    """Weights & Biases: online where the user is logged in, otherwise files in the run folder to upload later.
+
+    The run's group is its topic, its job type the subcommand. A resumed run continues the same W&B run. `WANDB_MODE`,
+    `WANDB_PROJECT`, `WANDB_ENTITY`, `WANDB_RUN_GROUP` and the id that a sweep gives are respected.
+
+    Args:
+        project: Project the runs go to; `null` takes `WANDB_PROJECT`, or `llm-train`.
+        group: Group of the run; `null` takes `WANDB_RUN_GROUP`, or the topic.
+        tags: Tags of the run.
+        notes: A text that describes the run.
+        log_model: Whether checkpoints are uploaded too (`all`: each of them).
+    """
+
+    def __init__(
+        self,
+        project: str | None = None,
+        group: str | None = None,
+        tags: list[str] | None = None,
+        notes: str | None = None,
+        log_model: bool = False,
+    ) -> None:
+        super().__init__(
+            project=project or os.environ.get("WANDB_PROJECT", "llm-train"),
+            group=group or os.environ.get("WANDB_RUN_GROUP"),
+            tags=tags,
+            notes=notes,
+            log_model=log_model,
+        )
+        self._wandb_init.pop("anonymous")  # which wandb no longer knows
+        self._folder: Path | None = None
+
+    def attach(self, folder: Path, topic: str, name: str, job_type: str) -> None:
+        """Keeps the run's files in `folder/wandb`, and its id in `folder/wandb/id.json`."""
+        self._folder = folder
+        self._wandb_init |= {
+            "dir": str(folder),
+            "name": self._wandb_init.get("name") or name,
+            "group": self._wandb_init.get("group") or topic,
+            "job_type": job_type,
+            "mode": _mode(),
+        }
+        self._save_dir = str(folder)
+        self._offline = self._wandb_init["mode"] == "offline"
+        if "WANDB_RUN_ID" not in os.environ and self._id_file.is_file():  # a sweep gives each run an id of its own
+            self._wandb_init["id"] = self._id = json.loads(self._id_file.read_text())["id"]
+
+    @property
+    def _id_file(self) -> Path:
+        return self._folder / "wandb" / "id.json"
+
+    @property
+    def experiment(self) -> Any:
+        """The W&B run, started when it is first asked for; on other ranks than 0 an object that does nothing."""
+        if self._experiment is None:
+            os.environ.setdefault("WANDB_SILENT", "true")  # the closing summary says what matters
+            run = super().experiment
+            if self._experiment is not None and self._folder is not None:
+                self._id_file.parent.mkdir(parents=True, exist_ok=True)
+                self._id_file.write_text(json.dumps({"id": run.id}))
+            return run
+        return self._experiment
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Adds metrics to the history, at the number of optimiser steps done (`trainer/global_step`)."""
+        super().log_metrics(metrics, steps_done(step))
+
+    def finish(self, exit_code: int) -> None:
+        """Ends the W&B run, so that another can begin in this process."""
+        if self._experiment is not None:
+            self._experiment.finish(exit_code=exit_code)
+            self._experiment = None
+
+    @property
+    def sync_command(self) -> str | None:
+        """What uploads the files of an offline run, or nothing where there is nothing to upload."""
+        if self._folder is None or self._wandb_init.get("mode") != "offline":
+            return None
+        folders = sorted(self._folder.glob("wandb/offline-run-*"))
+        return f"wandb sync {' '.join(map(str, folders))}" if folders else None
+
+    @rank_zero_only
+    def log_hyperparams(self, params: dict[str, Any] | Namespace) -> None:
+        """Does nothing: the run's configuration is the resolved YAML, see `experiments.run_record`."""
+
+
+def steps_done(step: int | None) -> int:
+    """Lightning counts the steps it logs from 0; we say how many are done, as `trainer.global_step` does."""
+    return 0 if step is None else step + 1
+
+
+def _mode() -> str:
+    """Online where an account is known, offline otherwise; never a prompt."""
+    if mode := os.environ.get("WANDB_MODE"):
+        return mode
+    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
+    try:
+        logged_in = "WANDB_API_KEY" in os.environ or netrc.netrc().authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):  # no such file, or one that wandb could not read either
+        logged_in = False
+    return "online" if logged_in else "offline"

@@ -1,0 +1,1 @@
+"""The mathematics in plain torch or plain Python: no Lightning, no input or output."""

@@ -1,0 +1,79 @@
+"""The pre-norm block: attention moves information between positions, the network thinks at each one (notebook 3.3).
+
+    x = x + Dropout(Attention(LayerNorm(x)))
+    x = x + Dropout(FeedForward(LayerNorm(x)))
+
+    FeedForward(x) = W_2 GELU(W_1 x + b_1) + b_2,    W_1: C -> 4C,  W_2: 4C -> C
+    LayerNorm(x) = (x - mean(x)) / √(var(x) + ε) · γ + β,    over the C features of each position
+
+Each half reads a normalised copy of x and adds its result: x itself, the residual stream, runs through the network
+without being normalised, so the gradient reaches the first block as it left the last. The normalisation stands before
+each half, not after the sum as in the first transformer: such networks train without a long warm-up.
+
+Papers: Vaswani et al., "Attention Is All You Need" (2017), section 3.3; Radford et al., "Language Models are
+Unsupervised Multitask Learners" (GPT-2, 2019), section 2.3; Xiong et al., "On Layer Normalization in the Transformer
+Architecture" (2020), https://arxiv.org/abs/2002.04745; Ba et al., "Layer Normalization" (2016),
+https://arxiv.org/abs/1607.06450; Hendrycks and Gimpel, "Gaussian Error Linear Units" (2016),
+https://arxiv.org/abs/1606.08415.
+"""
+
+from typing import Literal
+
+from torch import Tensor, nn
+
+from lightning_modules.models.attention import KeyValueCache, MultiHeadAttention
+
+LAYER_NORM_EPSILON = 1e-5  # GPT-2's
+
+
+class FeedForward(nn.Module):
+    """Two linear layers with a GELU between them, the same at every position.
+
+    Args:
+        n_embd: Width C of the input and the output; four times as much inside.
+        bias: Whether the layers add a bias.
+    """
+
+    def __init__(self, n_embd: int, bias: bool = True) -> None:
+        super().__init__()
+        self.expansion = nn.Linear(n_embd, 4 * n_embd, bias=bias)
+        self.activation = nn.GELU(approximate="tanh")  # GPT-2 has the tanh formula, so its weights need it
+        self.projection = nn.Linear(4 * n_embd, n_embd, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, C) -> (B, T, 4C) -> (B, T, C)."""
+        return self.projection(self.activation(self.expansion(x)))
+
+
+class Block(nn.Module):
+    """Attention and feed-forward network, each normalised before and added to the residual stream.
+
+    Args:
+        n_embd: Width C of the residual stream.
+        n_head: Number of attention heads; divides n_embd.
+        attention_dropout: Share of attention weights dropped in training, in [0, 1).
+        residual_dropout: Share of what each half adds that is dropped in training, in [0, 1).
+        bias: Whether linear layers and layer norms have a bias.
+        attention: Implementation of attention, "fused" or "explicit".
+    """
+
+    def __init__(
+        self,
+        n_embd: int,
+        n_head: int,
+        attention_dropout: float = 0.0,
+        residual_dropout: float = 0.0,
+        bias: bool = True,
+        attention: Literal["fused", "explicit"] = "fused",
+    ) -> None:
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(n_embd, LAYER_NORM_EPSILON, bias=bias)
+        self.attention = MultiHeadAttention(n_embd, n_head, attention_dropout, bias, attention)
+        self.feed_forward_norm = nn.LayerNorm(n_embd, LAYER_NORM_EPSILON, bias=bias)
+        self.feed_forward = FeedForward(n_embd, bias)
+        self.residual_dropout = nn.Dropout(residual_dropout)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, cache: KeyValueCache | None = None) -> Tensor:
+        """(B, T, C) -> (B, T, C); mask and cache are those of `MultiHeadAttention`."""
+        x = x + self.residual_dropout(self.attention(self.attention_norm(x), mask, cache))
+        return x + self.residual_dropout(self.feed_forward(self.feed_forward_norm(x)))

@@ -1,0 +1,182 @@
+"""Our decoder's weights under the names of Hugging Face's GPT-2, and back: pure tensors, no file and no library.
+
+The two differ in names and in one layout: GPT-2's linear layers are "Conv1D", y = x W with W (in, out), where torch's
+nn.Linear computes x Wᵀ with W (out, in). So these four matrices of a block are transposed.
+
+    theirs                           ours
+    transformer.wte                  token_embedding       (and lm_head, the same matrix)
+    transformer.wpe                  position_embedding
+    transformer.h.N.ln_1             blocks.N.attention_norm
+    transformer.h.N.attn.c_attn      blocks.N.attention.qkv                transposed
+    transformer.h.N.attn.c_proj      blocks.N.attention.projection         transposed
+    transformer.h.N.ln_2             blocks.N.feed_forward_norm
+    transformer.h.N.mlp.c_fc         blocks.N.feed_forward.expansion       transposed
+    transformer.h.N.mlp.c_proj       blocks.N.feed_forward.projection      transposed
+    transformer.ln_f                 final_norm
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_modules.models.block import LAYER_NORM_EPSILON
+from lightning_modules.models.decoder import Decoder, DecoderConfig
+
+_OURS_TO_GPT2 = {
+    "token_embedding": "wte",
+    "position_embedding": "wpe",
+    "attention_norm": "ln_1",
+    "attention.qkv": "attn.c_attn",
+    "attention.projection": "attn.c_proj",
+    "feed_forward_norm": "ln_2",
+    "feed_forward.expansion": "mlp.c_fc",
+    "feed_forward.projection": "mlp.c_proj",
+    "final_norm": "ln_f",
+}
+_CAUSAL_MASK_BUFFER = re.compile(r"h\.\d+\.attn\.(masked_)?bias")  # old checkpoints hold the mask itself
+
+
+def gpt2_config(config: DecoderConfig) -> dict[str, Any]:
+    """The fields of a `config.json` from which transformers builds the same decoder.
+
+    The special tokens are None, for they are the tokenizer's to say.
+
+    Args:
+        config: Our decoder's shape. GPT-2 always has biases: without them ours are exported as zeros.
+    """
+    return {
+        "architectures": ["GPT2LMHeadModel"],
+        "model_type": "gpt2",
+        "vocab_size": config.vocab_size,
+        "n_positions": config.block_size,
+        "n_embd": config.n_embd,
+        "n_layer": config.n_layer,
+        "n_head": config.n_head,
+        "n_inner": None,
+        "activation_function": "gelu_new",
+        "embd_pdrop": config.embedding_dropout,
+        "attn_pdrop": config.attention_dropout,
+        "resid_pdrop": config.residual_dropout,
+        "layer_norm_epsilon": LAYER_NORM_EPSILON,
+        "scale_attn_weights": True,
+        "scale_attn_by_inverse_layer_idx": False,
+        "tie_word_embeddings": True,
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "pad_token_id": None,
+    }
+
+
+def decoder_config_from_gpt2(gpt2: Mapping[str, Any]) -> DecoderConfig:
+    """The decoder's shape from the fields of a GPT-2 `config.json`; a missing field has GPT-2's default.
+
+    Args:
+        gpt2: The parsed file.
+
+    Raises:
+        ValueError: A field asks for what our decoder does not have.
+    """
+    n_embd = gpt2.get("n_embd", 768)
+    implemented = {
+        "model_type": ("gpt2",),
+        "activation_function": ("gelu_new", "gelu_pytorch_tanh"),  # two names of the tanh formula
+        "n_inner": (None, 4 * n_embd),
+        "layer_norm_epsilon": (LAYER_NORM_EPSILON,),
+        "scale_attn_weights": (True,),
+        "scale_attn_by_inverse_layer_idx": (False,),
+        "add_cross_attention": (False,),
+        "tie_word_embeddings": (True,),
+    }
+    for field, values in implemented.items():
+        if field in gpt2 and gpt2[field] not in values:
+            choices = " or ".join(repr(value) for value in values)
+            raise ValueError(f"GPT-2 configuration has {field}={gpt2[field]!r}: our decoder has only {choices}")
+    return DecoderConfig(
+        vocab_size=gpt2.get("vocab_size", 50257),
+        block_size=gpt2.get("n_positions", 1024),
+        n_layer=gpt2.get("n_layer", 12),
+        n_head=gpt2.get("n_head", 12),
+        n_embd=n_embd,
+        embedding_dropout=gpt2.get("embd_pdrop", 0.1),
+        attention_dropout=gpt2.get("attn_pdrop", 0.1),
+        residual_dropout=gpt2.get("resid_pdrop", 0.1),
+    )
+
+
+def to_gpt2_state_dict(decoder: Decoder) -> dict[str, Tensor]:
+    """The decoder's weights as `GPT2LMHeadModel.load_state_dict` wants them.
+
+    Args:
+        decoder: Its weights are not copied where names alone differ.
+    """
+    ours = decoder.state_dict()
+    state = {}
+    for name in _parameter_shapes(replace(decoder.config, bias=True)):
+        if name in ours:
+            tensor = ours[name].t().contiguous() if _is_transposed(name) else ours[name]
+        else:  # a decoder without biases
+            weight = ours[name.removesuffix("bias") + "weight"]
+            tensor = weight.new_zeros(len(weight))  # (out,)
+        state[f"transformer.{_gpt2_name(name)}"] = tensor
+    state["lm_head.weight"] = state["transformer.wte.weight"]
+    return state
+
+
+def from_gpt2_state_dict(state: Mapping[str, Tensor], config: DecoderConfig) -> dict[str, Tensor]:
+    """GPT-2's weights as `Decoder(config).load_state_dict` wants them.
+
+    Takes the names with or without `transformer.`, with or without the output matrix and old checkpoints' mask
+    buffers.
+
+    Args:
+        state: GPT-2's weights; they are not changed.
+        config: The decoder to fill. Its block_size may be smaller than the checkpoint's: the first positions are kept.
+            Its bias may be False where all the checkpoint's biases are zero.
+
+    Raises:
+        ValueError: A weight is missing, unknown, of another shape, or the output matrix is not tied to the embedding.
+    """
+    theirs = {name.removeprefix("transformer."): tensor for name, tensor in state.items()}
+    theirs = {name: tensor for name, tensor in theirs.items() if not _CAUSAL_MASK_BUFFER.fullmatch(name)}
+    head = theirs.pop("lm_head.weight", None)
+    ours = {}
+    for name, shape in _parameter_shapes(config).items():
+        gpt2_name = _gpt2_name(name)
+        if gpt2_name not in theirs:
+            raise ValueError(f"the GPT-2 checkpoint has no {gpt2_name}: it is damaged or of another architecture")
+        tensor = theirs.pop(gpt2_name)
+        if _is_transposed(name):
+            tensor = tensor.t().contiguous()
+        elif name == "position_embedding.weight":
+            tensor = tensor[: config.block_size]
+        if tensor.shape != shape:
+            raise ValueError(
+                f"{gpt2_name} becomes {name} of shape {tuple(tensor.shape)}: the decoder has {tuple(shape)}"
+            )
+        ours[name] = tensor
+    for gpt2_name, tensor in theirs.items():
+        if config.bias or not gpt2_name.endswith(".bias") or tensor.any():
+            raise ValueError(f"the GPT-2 checkpoint has {gpt2_name}, for which the decoder has no place")
+    if head is not None and not torch.equal(head, ours["token_embedding.weight"]):
+        raise ValueError("lm_head.weight is not wte.weight: our decoder has tied embeddings only")
+    return ours
+
+
+def _parameter_shapes(config: DecoderConfig) -> dict[str, torch.Size]:
+    with torch.device("meta"):  # no memory
+        return {name: tensor.shape for name, tensor in Decoder(config).state_dict().items()}
+
+
+def _gpt2_name(name: str) -> str:
+    """blocks.3.attention.qkv.weight -> h.3.attn.c_attn.weight."""
+    prefix, module, parameter = re.fullmatch(r"(blocks\.\d+\.)?(.+)\.(weight|bias)", name).groups(default="")
+    return f"{prefix.replace('blocks', 'h')}{_OURS_TO_GPT2[module]}.{parameter}"
+
+
+def _is_transposed(name: str) -> bool:
+    """Whether a name is that of a linear layer's matrix: ours (out, in), theirs (in, out)."""
+    return name.endswith((".qkv.weight", ".projection.weight", ".expansion.weight"))

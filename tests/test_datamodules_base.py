@@ -1,0 +1,170 @@
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch.utils.data import Dataset
+
+from datamodules.base import ExperimentDataModule, GlobalBatches, shuffled
+
+
+class Squares(Dataset):
+    """A dataset whose items tell which they are."""
+
+    def __getitem__(self, positions):
+        assert positions.dtype == torch.int64
+        return {"positions": positions, "squares": positions**2}
+
+
+def batches(n=23, batch_size=4, epoch=0, skip=0, seed=7, **options):
+    sampler = GlobalBatches(n, shuffled(n, seed), batch_size, **options)
+    sampler.set_epoch(epoch)
+    sampler.skip = skip
+    return [batch.tolist() for batch in sampler]
+
+
+def attach(datamodule, rank, world_size):
+    """Give a datamodule the trainer of one process of several."""
+    strategy = SimpleNamespace(distributed_sampler_kwargs={"num_replicas": world_size, "rank": rank})
+    datamodule.trainer = SimpleNamespace(strategy=strategy)
+    return datamodule
+
+
+# --- order -----------------------------------------------------------------------------------------------------------
+
+
+def test_an_epoch_has_each_position_once_in_an_order_of_its_own():
+    order = shuffled(100, seed=3)
+    assert order(0).dtype == torch.int64
+    assert sorted(order(0).tolist()) == list(range(100))
+    assert order(0).tolist() == shuffled(100, seed=3)(0).tolist()
+    different = [order(0), order(1), shuffled(100, seed=4)(0), shuffled(100, seed=4)(1), torch.arange(100)]
+    assert len({tuple(each.tolist()) for each in different}) == 5
+
+
+def test_the_order_leaves_the_global_generators_alone():
+    torch_state, numpy_state = torch.get_rng_state(), np.random.get_state()[1].copy()
+    shuffled(100, seed=3)(0)
+    assert torch.equal(torch.get_rng_state(), torch_state)
+    assert (np.random.get_state()[1] == numpy_state).all()
+
+
+def test_an_incomplete_batch_is_left_out():
+    assert [len(batch) for batch in batches(23, 4)] == [4] * 5
+    assert len(GlobalBatches(23, shuffled(23, 0), 4)) == 5
+    assert len(GlobalBatches(24, shuffled(24, 0), 4)) == 6
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_the_shares_of_a_batch_make_up_the_batch_of_one_process(world_size):
+    shares = [batches(rank=rank, world_size=world_size) for rank in range(world_size)]
+    assert all(len(share) == 4 // world_size for rank in shares for share in rank)
+    assert [sum(parts, []) for parts in zip(*shares, strict=True)] == batches()
+
+
+@pytest.mark.parametrize("skip", [0, 1, 3, 5])
+def test_the_order_after_a_skip_is_that_of_an_uninterrupted_run(skip):
+    assert batches(epoch=2, skip=skip) == batches(epoch=2)[skip:]
+
+
+def test_a_skip_holds_for_one_iteration():
+    sampler = GlobalBatches(23, shuffled(23, 7), 4)
+    sampler.skip = 2
+    assert len(list(sampler)) == 3
+    assert len(list(sampler)) == 5
+    assert len(sampler) == 5  # the length of an epoch, whatever is skipped
+
+
+@pytest.mark.parametrize(("n", "world_size"), [(23, 2), (21, 2), (21, 4), (20, 4), (1, 4)])
+def test_evaluation_deals_out_every_position_once(n, world_size):
+    shares = [
+        [share.tolist() for share in GlobalBatches(n, lambda epoch: torch.arange(n), 4, rank, world_size, False)]
+        for rank in range(world_size)
+    ]
+    assert len({len(share) for share in shares}) == 1  # as many batches in every process
+    assert len(shares[0]) == -(-n // 4)
+    dealt = [sum(parts, []) for parts in zip(*shares, strict=True)]
+    assert sum(dealt, []) == list(range(n))
+
+
+def test_what_is_sent_to_a_worker_is_the_share_alone():
+    share = next(iter(GlobalBatches(1000, shuffled(1000, 0), 4)))
+    assert share.untyped_storage().nbytes() == 4 * 8
+
+
+# --- loaders ---------------------------------------------------------------------------------------------------------
+
+
+def loaded(loader, epoch=0, skip=0):
+    loader.sampler.set_epoch(epoch)
+    loader.sampler.skip = skip
+    return [batch["positions"].tolist() for batch in loader]
+
+
+def test_workers_load_the_same_batches():
+    alone = ExperimentDataModule(4, seed=1).training_loader(Squares(), 23)
+    helped = ExperimentDataModule(4, num_workers=2, seed=1).training_loader(Squares(), 23)
+    assert helped.persistent_workers
+    assert len(alone) == len(helped) == 5
+    for epoch, skip in ((0, 0), (1, 3), (2, 0)):
+        assert loaded(helped, epoch, skip) == loaded(alone, epoch, skip)
+        assert len(loaded(alone, epoch, skip)) == 5 - skip
+
+
+def test_a_loader_leaves_the_global_generator_alone():
+    loader = ExperimentDataModule(4).training_loader(Squares(), 23)
+    state = torch.get_rng_state()
+    assert len(loaded(loader)) == 5
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_training_follows_the_order_given_and_otherwise_shuffles():
+    datamodule = ExperimentDataModule(2, seed=5)
+    backwards = datamodule.training_loader(Squares(), 4, lambda epoch: torch.arange(4).flip(0))
+    assert loaded(backwards) == [[3, 2], [1, 0]]
+    assert sum(loaded(datamodule.training_loader(Squares(), 4), epoch=3), []) == shuffled(4, 5)(3).tolist()
+
+
+def test_processes_share_what_the_strategy_says():
+    loaders = [attach(ExperimentDataModule(4, seed=1), rank, 2).training_loader(Squares(), 23) for rank in (0, 1)]
+    whole = loaded(ExperimentDataModule(4, seed=1).training_loader(Squares(), 23))
+    assert [first + second for first, second in zip(*map(loaded, loaders), strict=True)] == whole
+
+
+def test_a_process_may_get_an_empty_share_of_the_last_evaluation_batch():
+    positions = torch.tensor([10, 20, 30, 40, 50])
+    shares = [
+        loaded(attach(ExperimentDataModule(4), rank, 2).evaluation_loader(Squares(), positions)) for rank in (0, 1)
+    ]
+    assert shares == [[[10, 20], [50]], [[30, 40], []]]
+
+
+def test_a_trainer_of_one_process_takes_whole_batches():
+    datamodule = ExperimentDataModule(4)
+    datamodule.trainer = SimpleNamespace(strategy=SimpleNamespace())  # single-device strategies have no sampler
+    assert [len(batch) for batch in loaded(datamodule.training_loader(Squares(), 8))] == [4, 4]
+
+
+# --- errors ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_batch_that_the_processes_cannot_share_evenly():
+    with pytest.raises(
+        MisconfigurationException, match="data.batch_size is 4, .* all 3 processes: give a multiple of 3"
+    ):
+        attach(ExperimentDataModule(4), 0, 3).training_loader(Squares(), 23)
+
+
+def test_too_few_examples_for_a_batch():
+    with pytest.raises(MisconfigurationException, match="an epoch has 3 training examples, too few .* batch_size 4"):
+        ExperimentDataModule(4).training_loader(Squares(), 3)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"batch_size": 0}, {"batch_size": 1, "num_workers": -1}, {"batch_size": 1, "seed": -1}]
+)
+def test_numbers_out_of_range(wrong):
+    name, value = list(wrong.items())[-1]
+    with pytest.raises(MisconfigurationException, match=f"data.{name} is {value}: it must be at least"):
+        ExperimentDataModule(**wrong)

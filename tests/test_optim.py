@@ -1,0 +1,136 @@
+"""Learning-rate schedules against values worked out by hand, and the weight-decay groups."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_modules.optim import weight_decay_groups
+from lightning_modules.optim.schedules import (
+    Constant,
+    Cosine,
+    Linear,
+    OneCycle,
+    ReduceOnPlateau,
+    StepSchedule,
+    WarmupStableDecay,
+)
+
+PEAK = 0.5
+
+
+def optimizer(lr: float = PEAK) -> torch.optim.Optimizer:
+    return torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=lr)
+
+
+def rates(schedule: StepSchedule, steps: int) -> list[float]:
+    """The learning rate of each step, as a share of the peak."""
+    seen = []
+    for _ in range(steps):
+        seen.append(schedule.get_last_lr()[0] / PEAK)
+        schedule.optimizer.step()
+        schedule.step()
+    return seen
+
+
+def test_every_schedule_warms_up_in_a_straight_line_that_learns_from_the_first_step():
+    for schedule_class in (Constant, Linear, Cosine, WarmupStableDecay, ReduceOnPlateau):
+        assert rates(schedule_class(optimizer(), 20, warmup=4), 5)[:4] == pytest.approx([0.25, 0.5, 0.75, 1.0])
+
+
+def test_warmup_below_one_is_a_share_of_the_run():
+    assert Constant(optimizer(), 200, warmup=0.1).warmup_steps == 20
+    assert Constant(optimizer(), 200, warmup=7).warmup_steps == 7
+
+
+def test_constant():
+    assert rates(Constant(optimizer(), 3), 3) == [1.0, 1.0, 1.0]
+
+
+def test_linear_falls_by_equal_steps():
+    assert rates(Linear(optimizer(), 4, final=0.2), 5) == pytest.approx([1.0, 0.8, 0.6, 0.4, 0.2])
+
+
+def test_cosine_passes_the_middle_half_way_and_stays_at_its_end():
+    seen = rates(Cosine(optimizer(), 8, final=0.1), 12)
+    assert seen[0] == 1.0
+    assert seen[4] == pytest.approx(0.55)
+    assert seen[2] == pytest.approx(0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi / 4)))
+    assert seen[8:] == pytest.approx([0.1] * 4)
+
+
+def test_warmup_stable_decay_is_flat_until_its_last_share():
+    seen = rates(WarmupStableDecay(optimizer(), 10, decay=0.4), 11)
+    assert seen[:7] == pytest.approx([1.0] * 7)
+    assert seen[8] == pytest.approx(1 - math.sqrt(0.5))
+    assert seen[10] == pytest.approx(0.0)
+
+
+def test_one_cycle_rises_then_falls():
+    seen = rates(OneCycle(optimizer(), 10, warmup=4, initial=0.04, final=0.01), 11)
+    assert seen[0] == pytest.approx(0.04)
+    assert seen[2] == pytest.approx(0.52)
+    assert seen[4] == pytest.approx(1.0)
+    assert seen[7] == pytest.approx(0.505)
+    assert seen[10] == pytest.approx(0.01)
+
+
+def test_plateau_halves_the_rate_after_more_than_patience_bad_validations():
+    schedule = ReduceOnPlateau(optimizer(), 100, factor=0.5, patience=1)
+    multipliers = []
+    for loss in (2.0, 1.0, 1.0, 1.0, 0.9, 0.9, 0.9):
+        schedule.observe({"val/loss": torch.tensor(loss)})
+        multipliers.append(schedule.multiplier(50))
+    assert multipliers == [1.0, 1.0, 1.0, 0.5, 0.5, 0.5, 0.25]
+
+
+def test_plateau_without_its_metric_names_what_there_is():
+    with pytest.raises(ValueError, match=r"'val/loss'.*it logged val/accuracy"):
+        ReduceOnPlateau(optimizer(), 10).observe({"val/accuracy": torch.tensor(1.0)})
+
+
+def test_a_restored_schedule_goes_on_where_it_was_also_in_a_longer_run():
+    first = ReduceOnPlateau(optimizer(), 10, patience=0)
+    for loss in (1.0, 1.0):
+        first.observe({"val/loss": torch.tensor(loss)})
+    rates(first, 4)
+    second = ReduceOnPlateau(optimizer(), 20, patience=0)
+    second.load_state_dict(first.state_dict())
+    assert (second.last_epoch, second.reduction, second.total_steps) == (4, 0.5, 20)
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: Linear(optimizer(), 10, warmup=11), "warmup=11 does not fit in a run of 10 steps"),
+        (lambda: Linear(optimizer(), 10, warmup=-0.1), "warmup=-0.1 does not fit"),
+        (lambda: Cosine(optimizer(), 10, final=1.5), "final must be between 0 and 1, got 1.5"),
+        (lambda: WarmupStableDecay(optimizer(), 10, decay=2), "decay must be between 0 and 1, got 2"),
+        (lambda: OneCycle(optimizer(), 10, initial=-1), "initial must be between 0 and 1, got -1"),
+        (lambda: ReduceOnPlateau(optimizer(), 10, factor=3), "factor must be between 0 and 1, got 3"),
+    ],
+)
+def test_impossible_schedules_say_so(build, message):
+    with pytest.raises(ValueError, match=message):
+        build()
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(5, 3)
+        self.norm = nn.LayerNorm(3)
+        self.frozen = nn.Linear(3, 3).requires_grad_(False)
+        self.head = nn.Linear(3, 5)
+        self.head.weight = self.embedding.weight
+
+
+def test_matrices_decay_once_and_vectors_and_frozen_weights_do_not():
+    decayed, undecayed = weight_decay_groups(Tied())
+    assert [name for name, _ in decayed["params"]] == ["embedding.weight"]
+    assert [name for name, _ in undecayed["params"]] == ["norm.weight", "norm.bias", "head.bias"]
+    assert "weight_decay" not in decayed
+    assert undecayed["weight_decay"] == 0.0
+    built = torch.optim.AdamW([decayed, undecayed], lr=1e-3, weight_decay=0.3)
+    assert [group["weight_decay"] for group in built.param_groups] == [0.3, 0.0]

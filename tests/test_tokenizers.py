@@ -1,0 +1,245 @@
+import json
+import time
+from unittest import mock
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from datamodules import sources
+from datamodules.sources import ListText
+from datamodules.tokenizers import (
+    END_OF_TEXT,
+    byte_tokenizer,
+    character_tokenizer,
+    encode,
+    load_tokenizer,
+    token_byte_lengths,
+    tokenizer_fingerprint,
+    vocab_size,
+)
+
+TEXT = "First, second, third.\nThe naïve café isn't 'there'; it’s 12 345 away!\n\n  Then\tthe end — 終.\n" * 3
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("LLM_TRAIN_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture(scope="module")
+def bpe_folder(tmp_path_factory):
+    """A small GPT-2-like tokenizer, as a run of the topic bpe leaves it."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, initial_alphabet=alphabet, special_tokens=[END_OF_TEXT], show_progress=False
+    )
+    backend.train_from_iterator([TEXT], trainer)
+    folder = tmp_path_factory.mktemp("run") / "tokenizer"
+    folder.mkdir()
+    backend.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+def one_line_error(name, source=None):
+    with pytest.raises(MisconfigurationException) as caught:
+        load_tokenizer(name, source)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+# --- byte ------------------------------------------------------------------------------------------------------------
+
+
+@given(st.text())
+@settings(deadline=None, max_examples=50)
+def test_byte_ids_are_the_bytes(text):
+    tokenizer = byte_tokenizer()
+    ids = encode(tokenizer, [text])[0].tolist()
+    assert ids == list(text.encode())
+    assert tokenizer.decode(ids) == text
+    if END_OF_TEXT not in text:  # the slow way, through the library, is the same
+        assert tokenizer(text)["input_ids"] == ids
+
+
+def test_byte_vocabulary():
+    tokenizer = load_tokenizer("byte")
+    assert len(tokenizer) == vocab_size(tokenizer) == 257
+    assert tokenizer.eos_token_id == 256
+    assert tokenizer.is_fast
+    assert token_byte_lengths(tokenizer).tolist() == [1] * 256 + [0]
+
+
+# --- character -------------------------------------------------------------------------------------------------------
+
+
+def test_characters_of_one_document_are_the_whole_vocabulary():
+    tokenizer = load_tokenizer("character", ListText(["héllo\n"]))
+    assert tokenizer.get_vocab() == {"\n": 0, "h": 1, "l": 2, "o": 3, "é": 4}
+    assert tokenizer.eos_token_id is None
+    assert token_byte_lengths(tokenizer).tolist() == [1, 1, 1, 1, 2]
+
+
+def test_several_documents_need_a_token_between_them():
+    tokenizer = load_tokenizer("character", ListText(["ba", "c"]))
+    assert tokenizer.get_vocab() == {"a": 0, "b": 1, "c": 2, END_OF_TEXT: 3}
+    assert tokenizer.eos_token_id == 3
+    assert token_byte_lengths(tokenizer).tolist() == [1, 1, 1, 0]
+
+
+@given(st.text(alphabet=sorted(set(TEXT))))
+@settings(deadline=None, max_examples=50)
+def test_characters_round_trip_both_ways(text):
+    tokenizer = character_tokenizer("".join(sorted(set(TEXT))), end_of_text=True)
+    ids = encode(tokenizer, [text])[0].tolist()
+    assert tokenizer(text)["input_ids"] == ids
+    assert tokenizer.decode(ids) == text
+
+
+def test_an_unknown_character_is_named_and_never_dropped():
+    tokenizer = character_tokenizer("ab", end_of_text=False)
+    with pytest.raises(MisconfigurationException, match=r"character 'é' \(U\+00E9\) is not in") as caught:
+        encode(tokenizer, ["abba", "abéb"])
+    assert "\n" not in str(caught.value)
+    with pytest.raises(Exception, match="Missing"):
+        tokenizer("abéb")
+
+
+def test_the_text_is_read_once_for_its_characters(cache):
+    source = ListText(["abc"])
+    load_tokenizer("character", source)
+    with mock.patch.object(ListText, "pieces", side_effect=AssertionError("read again")):
+        assert len(load_tokenizer("character", source)) == 3
+    (file,) = (cache / "characters").iterdir()
+    file.write_text('{"characters": "ab')  # damaged
+    assert len(load_tokenizer("character", source)) == 3
+
+
+def test_characters_need_a_text():
+    assert "needs a source" in one_line_error("character")
+    assert "holds no text" in one_line_error("character", ListText([]))
+
+
+# --- files and the hub -----------------------------------------------------------------------------------------------
+
+
+def test_a_folder_and_its_file_are_the_same_tokenizer(bpe_folder):
+    folder, file = load_tokenizer(str(bpe_folder)), load_tokenizer(str(bpe_folder / "tokenizer.json"))
+    assert len(folder) == 300
+    assert folder.eos_token_id == file.eos_token_id == folder.get_vocab()[END_OF_TEXT]
+    assert tokenizer_fingerprint(folder) == tokenizer_fingerprint(file)
+    assert encode(folder, [TEXT])[0].tolist() == encode(file, [TEXT])[0].tolist() == folder(TEXT)["input_ids"]
+
+
+@pytest.mark.parametrize("make", [byte_tokenizer, lambda: character_tokenizer("abc", end_of_text=True)])
+def test_a_saved_tokenizer_loads_as_the_same(make, tmp_path):
+    tokenizer = make()
+    tokenizer.save_pretrained(tmp_path / "saved")
+    loaded = load_tokenizer(str(tmp_path / "saved"))
+    assert loaded.get_vocab() == tokenizer.get_vocab()
+    assert loaded.eos_token_id == tokenizer.eos_token_id
+    assert encode(loaded, ["cab"])[0].tolist() == encode(tokenizer, ["cab"])[0].tolist()
+
+
+def test_fingerprints_differ(bpe_folder):
+    tokenizers = [byte_tokenizer(), load_tokenizer(str(bpe_folder))]
+    tokenizers += [character_tokenizer("ab", end_of_text) for end_of_text in (True, False)]
+    assert len({tokenizer_fingerprint(tokenizer) for tokenizer in tokenizers}) == 4
+
+
+def test_a_missing_tokenizer_of_a_run_names_the_command_that_makes_it(tmp_path):
+    for name in (str(tmp_path / "runs/bpe/offline/tokenizer"), "runs/bpe/offline/tokenizer/tokenizer.json"):
+        assert "does not exist: `llm-train fit -c experiments/bpe/offline.yaml` makes one" in one_line_error(name)
+    assert "bpe" not in one_line_error("./elsewhere")
+
+
+def test_an_incomplete_folder_is_one_line(tmp_path):
+    (tmp_path / "vocab.json").write_text("{}")
+    assert "holds no tokenizer.json" in one_line_error(str(tmp_path))
+    (tmp_path / "tokenizer.json").write_text('{"version": "1.0", "mo')
+    assert "could not be read" in one_line_error(str(tmp_path))
+
+
+def test_a_vocabulary_of_one_token_is_refused(tmp_path):
+    Tokenizer(models.WordLevel({"only": 0}, unk_token="only")).save(str(tmp_path / "tokenizer.json"))
+    assert "vocabulary of 1" in one_line_error(str(tmp_path))
+
+
+def test_an_unreachable_hub_is_one_line_at_once(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # what HF_HUB_OFFLINE=1 sets
+    start = time.monotonic()
+    message = one_line_error("nobody/nothing")
+    assert time.monotonic() - start < 20
+    assert "tokenizer nobody/nothing is no local folder" in message
+    assert "byte and character need neither" in message
+
+
+def test_a_name_on_the_hub_goes_through_transformers(bpe_folder, monkeypatch):
+    from transformers import PreTrainedTokenizerFast
+
+    asked = []
+    monkeypatch.setattr("datamodules.tokenizers.hub_answers", lambda: True)
+    monkeypatch.setattr(
+        "transformers.AutoTokenizer.from_pretrained",
+        lambda name, local_files_only: asked.append(name) or PreTrainedTokenizerFast.from_pretrained(bpe_folder),
+    )
+    assert load_tokenizer("owner/name").eos_token == END_OF_TEXT
+    assert asked == ["owner/name"]
+
+
+# --- encoding --------------------------------------------------------------------------------------------------------
+
+
+def test_special_tokens_in_a_text_are_text(bpe_folder):
+    text = f"one{END_OF_TEXT}two"
+    for tokenizer in (byte_tokenizer(), load_tokenizer(str(bpe_folder))):
+        ids = encode(tokenizer, [text])[0]
+        assert tokenizer.eos_token_id not in ids
+        assert tokenizer.decode(ids.tolist()) == text
+
+
+def test_truncation_and_templates_of_a_tokenizer_do_not_touch_the_text(bpe_folder, tmp_path):
+    settings = json.loads((bpe_folder / "tokenizer.json").read_text())
+    backend = Tokenizer.from_str(json.dumps(settings))
+    backend.enable_truncation(4)
+    backend.enable_padding(length=50)
+    backend.save(str(tmp_path / "tokenizer.json"))
+    ids = encode(load_tokenizer(str(tmp_path)), [TEXT, "a"])
+    assert ids[0].tolist() == encode(load_tokenizer(str(bpe_folder)), [TEXT])[0].tolist()
+    assert len(ids[1]) == 1
+
+
+@given(st.text(min_size=1))
+@settings(deadline=None, max_examples=100)
+def test_byte_lengths_of_the_tokens_add_up_to_the_text(bpe_folder, text):
+    tokenizer = load_tokenizer(str(bpe_folder))
+    assert token_byte_lengths(tokenizer)[encode(tokenizer, [text])[0]].sum() == len(text.encode())
+
+
+def test_byte_lengths_of_written_tokens():
+    backend = Tokenizer(models.WordPiece({"[UNK]": 0, "play": 1, "##ing": 2, "▁été": 3, "<0x0A>": 4}))
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]")
+    assert token_byte_lengths(tokenizer).tolist() == [0, 4, 3, 6, 1]
+
+
+lines = st.text(alphabet="ab1'.,é \t", min_size=1, max_size=10).filter(lambda line: line == line.strip())
+
+
+@given(st.lists(lines, min_size=1, max_size=30))
+@settings(deadline=None, max_examples=100)
+def test_pieces_have_the_tokens_of_the_whole(bpe_folder, lines):
+    tokenizer = load_tokenizer(str(bpe_folder))
+    text = "\n".join(lines)
+    with mock.patch.object(sources, "PIECE_SIZE", 12):  # each piece has room for a line and its end
+        pieces = [piece.text for piece in ListText([text]).pieces()]
+    assert len(pieces) > 1 or len(text) <= 12
+    assert np.concatenate(encode(tokenizer, pieces)).tolist() == tokenizer(text)["input_ids"]
