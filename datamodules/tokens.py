@@ -143,12 +143,17 @@ def _write(
             ids.astype(dtype).tofile(files[side])
             tokens[side] += len(ids)
 
+        def move_tail(side: str, begin: int) -> None:
+            tokens[side], tokens["train"] = tokens["train"] - begin, begin
+            files["train"].seek(begin * dtype.itemsize)
+            shutil.copyfileobj(files["train"], files[side])
+            files["train"].truncate(begin * dtype.itemsize)
+
         bar = stack.enter_context(tqdm(desc="tokenizing", unit="char", unit_scale=True, delay=1, disable=None))
         side, starts_document = "train", True
         for batch in _batches(source.pieces()):
-            for (text, ends_document), ids in zip(
-                batch, encode(tokenizer, [piece.text for piece in batch]), strict=True
-            ):
+            encoded = encode(tokenizer, [piece.text for piece in batch])
+            for (text, ends_document), ids in zip(batch, encoded, strict=True):
                 if starts_document:
                     if split == "documents":
                         side = _side(text, val_fraction, test_fraction)
@@ -159,14 +164,8 @@ def _write(
                 bar.update(len(text))
         if split == "tail":
             n = tokens["train"]
-            for side, begin in (
-                ("test", int(n * (1 - test_fraction))),
-                ("val", int(n * (1 - val_fraction - test_fraction))),
-            ):
-                tokens[side], tokens["train"] = tokens["train"] - begin, begin
-                files["train"].seek(begin * dtype.itemsize)
-                shutil.copyfileobj(files["train"], files[side])
-                files["train"].truncate(begin * dtype.itemsize)
+            move_tail("test", int(n * (1 - test_fraction)))
+            move_tail("val", int(n * (1 - val_fraction - test_fraction)))
     (folder / "meta.json").write_text(json.dumps({"dtype": dtype.name, "tokens": tokens}))
 
 

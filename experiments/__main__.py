@@ -6,15 +6,15 @@ import os
 import sys
 from collections.abc import Sequence
 
-# name: (module with main(args), whether it wants the name too, what it does). Each imports only what it needs.
+# name: (module with main(args), what it does). A module is imported when its command is called.
 COMMANDS = {
-    "fit": ("experiments.cli", True, "train a model"),
-    "validate": ("experiments.cli", True, "measure a checkpoint on the validation data"),
-    "test": ("experiments.cli", True, "measure a checkpoint on the test data"),
-    "predict": ("experiments.cli", True, "apply a checkpoint to new data"),
-    "generate": ("experiments.generate", False, "continue a prompt with the model of a run"),
-    "schema": ("experiments.editor", False, "print the JSON schema of the YAML files, for editors"),
-    "completion": ("experiments.editor", True, "print a completion script for the shell"),
+    "fit": ("experiments.cli", "train a model"),
+    "validate": ("experiments.cli", "measure a checkpoint on the validation data"),
+    "test": ("experiments.cli", "measure a checkpoint on the test data"),
+    "predict": ("experiments.cli", "apply a checkpoint to new data"),
+    "generate": ("experiments.generate", "continue a prompt with the model of a run"),
+    "schema": ("experiments.editor", "print the JSON schema of the YAML files, for editors"),
+    "completion": ("experiments.editor", "print a completion script for the shell"),
 }
 
 HELP = f"""usage: llm-train COMMAND [options]
@@ -25,7 +25,7 @@ Train language models from YAML. Try it:
   llm-train fit -c experiments/decoder_pretrain/offline.yaml --optimizer.lr 1e-3 --trainer.max_steps 100
 
 commands:
-{chr(10).join(f"  {name:<12}{does}" for name, (_, _, does) in COMMANDS.items())}
+{chr(10).join(f"  {name:<12}{does}" for name, (_, does) in COMMANDS.items())}
 
 Every command has its own --help. LLM_TRAIN_TRACEBACK=1 shows where in the code an error comes from.
 """
@@ -45,20 +45,34 @@ def main(args: Sequence[str] | None = None) -> None:
         close = difflib.get_close_matches(args[0], COMMANDS, n=1)
         hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(COMMANDS)}"
         sys.exit(_error(f"no such command: {args[0]!r} ({hint})", 2))
-    module, with_name, _ = COMMANDS[args[0]]
-    run = importlib.import_module(module).main
+    run = importlib.import_module(COMMANDS[args[0]][0]).main
     if os.environ.get("LLM_TRAIN_TRACEBACK"):
-        run(args if with_name else args[1:])
+        run(args)
         return
 
+    try:
+        run(args)
+    except Exception as error:
+        mistake = _mistake_behind(error)
+        if mistake is None:  # a fault of ours: the traceback is what is needed to mend it
+            raise
+        sys.exit(_error(str(mistake), 1))
+
+
+def _mistake_behind(error: BaseException) -> BaseException | None:
+    """The user's mistake that an error comes from.
+
+    That is a `MisconfigurationException`, ours or Lightning's, also where a library has wrapped it, or an `OSError`: a
+    missing file, a full disk, a folder that cannot be written; its message names it.
+    """
     from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-    try:
-        run(args if with_name else args[1:])
-    except MisconfigurationException as error:
-        sys.exit(_error(str(error), 1))
-    except OSError as error:  # a missing file, a full disk, a folder that cannot be written: the message names it
-        sys.exit(_error(str(error), 1))
+    if isinstance(error, OSError):
+        return error
+    behind: BaseException | None = error
+    while behind is not None and not isinstance(behind, MisconfigurationException):
+        behind = behind.__cause__ or behind.__context__
+    return behind
 
 
 def _error(message: str, code: int) -> int:

@@ -52,7 +52,8 @@ class ExperimentCLI(LightningCLI):
             subclass_mode_data=True,
             seed_everything_default=0,
             parser_class=ExperimentParser,
-            parser_kwargs={
+            parser_kwargs={"prog": "llm-train"}
+            | {
                 command: {"default_config_files": [str(DEFAULTS)], "prog": f"llm-train {command}"}
                 for command in self.subcommands()
             },

@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import inspect
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import torch
 import yaml
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from datamodules.tokenizers import encode
 from experiments.run_folder import CHECKPOINTS, CONFIG
 from lightning_modules.base import ExperimentModule
 from lightning_modules.checkpoint_io import AtomicCheckpointIO
@@ -35,8 +37,9 @@ def load_run(run: Path, checkpoint: str, device: torch.device) -> ExperimentModu
     loaded = AtomicCheckpointIO().load_checkpoint(path, map_location=device)
     module_name, class_name = yaml.safe_load((run / CONFIG).read_text())["model"]["class_path"].rsplit(".", 1)
     module_class = getattr(importlib.import_module(module_name), class_name)
-    arguments = {k: v for k, v in loaded["hyper_parameters"].items() if not k.startswith("_")}
-    module = module_class(**arguments | ({"compile": False} if "compile" in arguments else {}))
+    accepted = inspect.signature(module_class).parameters
+    arguments = {name: value for name, value in loaded["hyper_parameters"].items() if name in accepted}
+    module = module_class(**arguments | ({"compile": False} if "compile" in accepted else {}))
     if not hasattr(module, "generate"):
         raise MisconfigurationException(f"--run {run}: a {class_name} does not generate text")
     module.on_load_checkpoint(loaded)
@@ -65,7 +68,7 @@ def main(args: Sequence[str]) -> None:
     """Prints a prompt and its continuation, token by token.
 
     Args:
-        args: Command line.
+        args: Command line, `generate` first.
     """
     parser = argparse.ArgumentParser(
         prog="llm-train generate", description="Continue a prompt with the model of a run.", allow_abbrev=False
@@ -78,16 +81,16 @@ def main(args: Sequence[str]) -> None:
     parser.add_argument("--top_p", type=float, help="draw from the fewest tokens with this much probability (0 to 1)")
     parser.add_argument("--seed", type=int, default=0, help="the same seed, the same text (default: 0)")
     parser.add_argument("--checkpoint", choices=["best", "last"], default="best", help="which weights (default: best)")
-    options = parser.parse_args(args)
+    options = parser.parse_args(args[1:])
 
     from transformers import PreTrainedTokenizerFast
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     module = load_run(options.run, options.checkpoint, device)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(options.run / "tokenizer")
-    prompt = torch.tensor([tokenizer.encode(options.prompt, add_special_tokens=False)], device=device)  # (1, T)
-    if prompt.numel() == 0:
+    if not options.prompt:
         raise MisconfigurationException("--prompt is empty: give at least one character to continue")
+    prompt = torch.from_numpy(encode(tokenizer, [options.prompt])[0].astype("int64"))[None].to(device)  # (1, T)
     try:
         tokens = module.generate(
             prompt,

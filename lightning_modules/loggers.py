@@ -159,7 +159,6 @@ class WandbRecorder(WandbLogger):
             "mode": _mode(),
         }
         self._save_dir = str(folder)
-        self._offline = self._wandb_init["mode"] == "offline"
         if "WANDB_RUN_ID" not in os.environ and self._id_file.is_file():  # a sweep gives each run an id of its own
             self._wandb_init["id"] = self._id = json.loads(self._id_file.read_text())["id"]
 

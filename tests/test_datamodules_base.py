@@ -1,3 +1,4 @@
+from itertools import chain
 from types import SimpleNamespace
 
 import numpy as np
@@ -22,6 +23,10 @@ def batches(n=23, batch_size=4, epoch=0, skip=0, seed=7, **options):
     sampler.set_epoch(epoch)
     sampler.skip = skip
     return [batch.tolist() for batch in sampler]
+
+
+def flat(lists):
+    return list(chain.from_iterable(lists))
 
 
 def attach(datamodule, rank, world_size):
@@ -60,7 +65,7 @@ def test_an_incomplete_batch_is_left_out():
 def test_the_shares_of_a_batch_make_up_the_batch_of_one_process(world_size):
     shares = [batches(rank=rank, world_size=world_size) for rank in range(world_size)]
     assert all(len(share) == 4 // world_size for rank in shares for share in rank)
-    assert [sum(parts, []) for parts in zip(*shares, strict=True)] == batches()
+    assert [flat(parts) for parts in zip(*shares, strict=True)] == batches()
 
 
 @pytest.mark.parametrize("skip", [0, 1, 3, 5])
@@ -84,8 +89,8 @@ def test_evaluation_deals_out_every_position_once(n, world_size):
     ]
     assert len({len(share) for share in shares}) == 1  # as many batches in every process
     assert len(shares[0]) == -(-n // 4)
-    dealt = [sum(parts, []) for parts in zip(*shares, strict=True)]
-    assert sum(dealt, []) == list(range(n))
+    dealt = [flat(parts) for parts in zip(*shares, strict=True)]
+    assert flat(dealt) == list(range(n))
 
 
 def test_what_is_sent_to_a_worker_is_the_share_alone():
@@ -123,7 +128,7 @@ def test_training_follows_the_order_given_and_otherwise_shuffles():
     datamodule = ExperimentDataModule(2, seed=5)
     backwards = datamodule.training_loader(Squares(), 4, lambda epoch: torch.arange(4).flip(0))
     assert loaded(backwards) == [[3, 2], [1, 0]]
-    assert sum(loaded(datamodule.training_loader(Squares(), 4), epoch=3), []) == shuffled(4, 5)(3).tolist()
+    assert flat(loaded(datamodule.training_loader(Squares(), 4), epoch=3)) == shuffled(4, 5)(3).tolist()
 
 
 def test_processes_share_what_the_strategy_says():
@@ -151,13 +156,13 @@ def test_a_trainer_of_one_process_takes_whole_batches():
 
 def test_a_batch_that_the_processes_cannot_share_evenly():
     with pytest.raises(
-        MisconfigurationException, match="data.batch_size is 4, .* all 3 processes: give a multiple of 3"
+        MisconfigurationException, match=r"data.batch_size is 4, .* all 3 processes: give a multiple of 3"
     ):
         attach(ExperimentDataModule(4), 0, 3).training_loader(Squares(), 23)
 
 
 def test_too_few_examples_for_a_batch():
-    with pytest.raises(MisconfigurationException, match="an epoch has 3 training examples, too few .* batch_size 4"):
+    with pytest.raises(MisconfigurationException, match=r"an epoch has 3 .*, too few .*batch_size 4"):
         ExperimentDataModule(4).training_loader(Squares(), 3)
 
 

@@ -44,6 +44,10 @@ def test_warmup_below_one_is_a_share_of_the_run():
     assert Constant(optimizer(), 200, warmup=7).warmup_steps == 7
 
 
+def test_a_run_that_ends_in_its_warmup_never_reaches_the_peak():
+    assert rates(Cosine(optimizer(), 2, warmup=10), 2) == pytest.approx([0.1, 0.2])
+
+
 def test_constant():
     assert rates(Constant(optimizer(), 3), 3) == [1.0, 1.0, 1.0]
 
@@ -103,8 +107,7 @@ def test_a_restored_schedule_goes_on_where_it_was_also_in_a_longer_run():
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: Linear(optimizer(), 10, warmup=11), "warmup=11 does not fit in a run of 10 steps"),
-        (lambda: Linear(optimizer(), 10, warmup=-0.1), "warmup=-0.1 does not fit"),
+        (lambda: Linear(optimizer(), 10, warmup=-0.1), "warmup must not be negative, got -0.1"),
         (lambda: Cosine(optimizer(), 10, final=1.5), "final must be between 0 and 1, got 1.5"),
         (lambda: WarmupStableDecay(optimizer(), 10, decay=2), "decay must be between 0 and 1, got 2"),
         (lambda: OneCycle(optimizer(), 10, initial=-1), "initial must be between 0 and 1, got -1"),

@@ -236,10 +236,12 @@ def test_an_unreachable_hub_is_one_line_that_names_the_offline_yaml(monkeypatch,
 @pytest.fixture
 def library(tmp_path, monkeypatch):
     """A standard library of a few files in place of Python's own."""
+    twice = 'raise SystemExit\n\ndef f():\n    """Function f."""\n\nif x:\n    def f():\n        """Function f."""\n'
+    method = '    def m(self):\n        """Method m.\n\n        More.\n        """\n'
     files = {
-        "b.py": '"""Module b."""\nclass C:\n    """Class C."""\n    def m(self):\n        """Method m.\n\n        More.\n        """',
-        "a.py": 'raise SystemExit\n\ndef f():\n    """Function f."""\n\nif x:\n    def f():\n        """Function f."""\n',
-        "package/copy.py": 'raise SystemExit\n\ndef f():\n    """Function f."""\n\nif x:\n    def f():\n        """Function f."""\n',
+        "b.py": '"""Module b."""\nclass C:\n    """Class C."""\n' + method,
+        "a.py": twice,
+        "package/copy.py": twice,
         "test/test_a.py": '"""A test."""\n',
         "package/tests/bad.py": "# coding: nonsense\n",
         "site-packages/foreign.py": '"""Foreign."""\n',

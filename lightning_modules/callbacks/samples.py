@@ -64,8 +64,7 @@ class SampleText(L.Callback):
 
     def continue_prompt(self, trainer: L.Trainer, pl_module: L.LightningModule, prompt: str) -> str:
         """One continuation, as text."""
-        tokenizer = trainer.datamodule.tokenizer
-        ids = torch.tensor([tokenizer.encode(prompt, add_special_tokens=False)], device=pl_module.device)  # (1, T)
+        ids = trainer.datamodule.encode(prompt)[None].to(pl_module.device)  # (1, T)
         tokens = pl_module.generate(
             ids,
             max_new_tokens=self.max_new_tokens,
@@ -74,4 +73,4 @@ class SampleText(L.Callback):
             top_p=self.top_p,
             generator=torch.Generator(pl_module.device).manual_seed(self.seed),
         )
-        return tokenizer.decode([int(token) for token in tokens])
+        return trainer.datamodule.tokenizer.decode([int(token) for token in tokens])

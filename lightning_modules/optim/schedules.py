@@ -36,14 +36,14 @@ class StepSchedule(LRScheduler):
         warmup: Steps of linear warm-up: a share of the run below 1, a number of steps from 1 on.
 
     Raises:
-        ValueError: If the warm-up is negative or longer than the run.
+        ValueError: If the warm-up is negative.
     """
 
     def __init__(self, optimizer: Optimizer, total_steps: int, warmup: float = 0.0) -> None:
         self.total_steps = total_steps
+        if warmup < 0:
+            raise ValueError(f"lr_scheduler: warmup must not be negative, got {warmup}")
         self.warmup_steps = round(warmup * total_steps) if warmup < 1 else int(warmup)
-        if not 0 <= self.warmup_steps <= total_steps:
-            raise ValueError(f"lr_scheduler: warmup={warmup} does not fit in a run of {total_steps} steps")
         super().__init__(optimizer)
 
     def multiplier(self, step: int) -> float:

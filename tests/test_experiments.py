@@ -1,0 +1,55 @@
+"""Every YAML in the repository: it parses, and each `offline.yaml` runs through the real command."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[1]
+EXPERIMENTS = sorted(p for p in (ROOT / "experiments").glob("*/*.yaml") if p.parent.name != "trainer")
+PRESETS = sorted(p for p in (ROOT / "experiments/trainer").glob("*.yaml") if p.name != "defaults.yaml")
+OFFLINE = [path for path in EXPERIMENTS if path.name.startswith("offline")]
+
+
+def name(path: Path) -> str:
+    return f"{path.parent.name}/{path.stem}"
+
+
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=name)
+def test_every_experiment_parses_and_opens_with_what_a_user_must_know(llm_train, path):
+    parsed = llm_train("fit", "-c", path, "--print_config")
+    assert parsed.code == 0, parsed.err
+    config = yaml.safe_load(parsed.out)
+    assert config["model"]["class_path"].startswith(f"lightning_modules.{path.parent.name}.")
+    assert config["data"]["class_path"].startswith(f"datamodules.{path.parent.name}.")
+    opening = "".join(line for line in path.read_text().splitlines(keepends=True) if line.startswith("#"))
+    assert "Hardware:" in opening
+    assert f"llm-train fit -c experiments/{path.relative_to(ROOT / 'experiments')}" in opening
+    assert path.name in (path.parent / "README.md").read_text()
+
+
+@pytest.mark.parametrize("preset", PRESETS, ids=name)
+def test_every_preset_goes_over_an_experiment_and_changes_no_learning_setting(llm_train, tiny, preset):
+    plain = yaml.safe_load(llm_train("fit", "-c", tiny(), "--print_config").out)
+    moved = llm_train("fit", "-c", tiny(), "-c", preset, "--print_config")
+    assert moved.code == 0, moved.err
+    moved = yaml.safe_load(moved.out)
+    assert {key for key in plain if plain[key] != moved[key]} <= {"trainer"}
+    learning = ("max_steps", "max_epochs", "accumulate_grad_batches", "gradient_clip_val", "gradient_clip_algorithm")
+    assert [moved["trainer"][key] for key in learning] == [plain["trainer"][key] for key in learning]
+
+
+@pytest.mark.parametrize("path", OFFLINE, ids=name)
+def test_every_offline_experiment_runs_shortened(llm_train, path):
+    done = llm_train("fit", "-c", path, "--trainer.max_steps", "4", "--trainer.limit_val_batches", "2")
+    assert done.code == 0, done.err
+    run = Path("runs") / path.parent.name / path.stem
+    assert (run / "config.yaml").is_file()
+    assert (run / "summary.json").is_file()
+    assert str(run) in done.err
+
+
+def test_the_readme_lists_every_topic():
+    readme = (ROOT / "README.md").read_text()
+    for topic in {path.parent.name for path in EXPERIMENTS}:
+        assert f"`{topic}`" in readme
