@@ -156,7 +156,7 @@ def _write(
             for (text, ends_document), ids in zip(batch, encoded, strict=True):
                 if starts_document:
                     if split == "documents":
-                        side = _side(text, val_fraction, test_fraction)
+                        side = side_of(text, val_fraction, test_fraction)
                     if separator is not None and tokens[side]:
                         append(side, np.array([separator]))
                 append(side, ids)
@@ -182,7 +182,7 @@ def _batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
         yield batch
 
 
-def _side(text: str, val_fraction: float, test_fraction: float) -> str:
+def side_of(text: str, val_fraction: float, test_fraction: float) -> str:
     """Return the side of the document that begins with this piece: the same for the same text, in every run."""
     draw = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8, person=b"split").digest()) / 2**64
     if draw < test_fraction:

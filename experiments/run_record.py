@@ -132,9 +132,7 @@ class RunRecord(SaveConfigCallback):
         folder = shlex.quote(str(self.cli.run.path))
         if self.cli.subcommand == "fit" and status != "finished":
             return f"llm-train fit -c {folder}/{CONFIG} --ckpt_path last"
-        if hasattr(pl_module, "generate"):
-            return f'llm-train generate --run {folder} --prompt "Once"'
-        return f"llm-train validate -c {folder}/{CONFIG} --ckpt_path best"
+        return pl_module.next_command(folder)
 
 
 def environment(trainer: L.Trainer) -> dict[str, Any]:

@@ -93,6 +93,14 @@ class ExperimentModule(L.LightningModule):
         """Whether the optimiser step in progress is one whose metrics are written (`trainer.log_every_n_steps`)."""
         return (self.trainer.global_step + 1) % self.trainer.log_every_n_steps == 0
 
+    def next_command(self, run: str) -> str:
+        """What a user will want to do after a run of this module, as a command.
+
+        Args:
+            run: The run's folder.
+        """
+        return f"llm-train validate -c {run}/config.yaml --ckpt_path best"
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Notes whose checkpoint it is."""
         checkpoint["module_class"] = f"{type(self).__module__}.{type(self).__qualname__}"

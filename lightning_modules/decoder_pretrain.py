@@ -130,6 +130,10 @@ class PretrainModule(ExperimentModule):
         finally:
             self.decoder.train(training)
 
+    def next_command(self, run: str) -> str:
+        """Read what the model writes."""
+        return f'llm-train generate --run {run} --prompt "The"'
+
     def save_pretrained(self, folder: Path) -> None:
         """Writes the decoder as Transformers' GPT-2: `config.json` and `model.safetensors`.
 

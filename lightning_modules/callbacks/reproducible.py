@@ -33,9 +33,10 @@ class ReproducibleSteps(L.Callback):
         done = lightning_internals.batches_done_in_epoch(trainer)
         if 0 < done < trainer.num_training_batches:
             for loader in lightning_internals.train_dataloaders(trainer):
-                if hasattr(loader.sampler, "skip"):
-                    loader.sampler.set_epoch(trainer.current_epoch)
-                    loader.sampler.skip = done
+                # A stream has no positions to sample: there it is the dataset that knows the order.
+                order = loader.sampler if hasattr(loader.sampler, "skip") else loader.dataset
+                order.set_epoch(trainer.current_epoch)
+                order.skip = done
             lightning_internals.restart_fetching(trainer)
 
     def on_train_batch_start(

@@ -75,21 +75,15 @@ class StepSchedule(LRScheduler):
 
 
 class Constant(StepSchedule):
-    """The peak rate throughout, after the warm-up.
-
-    Args:
-        optimizer: Filled in by the framework.
-        total_steps: Filled in by the framework.
-        warmup: Steps of linear warm-up: a share of the run below 1, a number of steps from 1 on.
-    """
+    """The peak rate throughout, after the warm-up."""
 
     def after_warmup(self, progress: float) -> float:
         """Always 1."""
         return 1.0
 
 
-class Linear(StepSchedule):
-    """Decays along a straight line.
+class Decay(StepSchedule):
+    """What `Linear` and `Cosine` share: a rate to end at.
 
     Args:
         optimizer: Filled in by the framework.
@@ -101,25 +95,18 @@ class Linear(StepSchedule):
     def __init__(self, optimizer: Optimizer, total_steps: int, warmup: float = 0.0, final: float = 0.0) -> None:
         self.final = _require_share("final", final)
         super().__init__(optimizer, total_steps, warmup)
+
+
+class Linear(Decay):
+    """Decays along a straight line."""
 
     def after_warmup(self, progress: float) -> float:
         """From 1 to `final`."""
         return 1.0 + (self.final - 1.0) * progress
 
 
-class Cosine(StepSchedule):
-    """Decays along half a cosine (Loshchilov and Hutter, 2017, without restarts).
-
-    Args:
-        optimizer: Filled in by the framework.
-        total_steps: Filled in by the framework.
-        warmup: Steps of linear warm-up: a share of the run below 1, a number of steps from 1 on.
-        final: Rate at the end, as a share of the peak (0 to 1).
-    """
-
-    def __init__(self, optimizer: Optimizer, total_steps: int, warmup: float = 0.0, final: float = 0.0) -> None:
-        self.final = _require_share("final", final)
-        super().__init__(optimizer, total_steps, warmup)
+class Cosine(Decay):
+    """Decays along half a cosine (Loshchilov and Hutter, 2017, without restarts)."""
 
     def after_warmup(self, progress: float) -> float:
         """From 1 to `final`."""
