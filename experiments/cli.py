@@ -101,6 +101,8 @@ class ExperimentCLI(LightningCLI):
         self._claim_as = (Path(arguments.root), topic, name)
         self._given = {key: model.get("init_args", {}).get(key) for key in LINKED}
         self._resolve_checkpoint()
+        if "verbose" in self.config[self.subcommand]:
+            self.config[self.subcommand]["verbose"] = False  # Lightning's table: the closing lines say the same
 
     def _name_from_config(self) -> str | None:
         files = self._get(self.config, "config") or []

@@ -116,21 +116,22 @@ class RunRecord(SaveConfigCallback):
             self._say(pl_module, summary, sync_command)
 
     def _say(self, pl_module: L.LightningModule, summary: dict[str, Any], sync_command: str | None) -> None:
-        folder = self.cli.run.path
-        lines = [("run", f"{folder} ({summary['status']} at step {summary['step']}, {summary['seconds']:.0f} s)")]
+        folder, is_fit = self.cli.run.path, self.cli.subcommand == "fit"
+        where = f" at step {summary['step']}" if is_fit else ""
+        lines = [("run", f"{folder} ({summary['status']}{where}, {summary['seconds']:.0f} s)")]
         if summary["best"]:
             lines.append(("best", "{metric} {value:.4f} at step {step}".format(**summary["best"])))
-        if self.cli.subcommand != "fit":
+        if not is_fit:
             lines += [("result", f"{name} {value:.4f}") for name, value in sorted(summary["metrics"].items())]
         if sync_command:
             lines.append(("wandb", sync_command))
-        if summary["status"] == "finished" or self.cli.run.checkpoint("last").is_file():
+        if is_fit and (summary["status"] == "finished" or self.cli.run.checkpoint("last").is_file()):
             lines.append(("next", self._next_command(pl_module, summary["status"])))
         print("\n" + "\n".join(f"{what:<8}{text}" for what, text in lines), file=sys.stderr)
 
     def _next_command(self, pl_module: L.LightningModule, status: str) -> str:
         folder = shlex.quote(str(self.cli.run.path))
-        if self.cli.subcommand == "fit" and status != "finished":
+        if status != "finished":
             return f"llm-train fit -c {folder}/{CONFIG} --ckpt_path last"
         return pl_module.next_command(folder)
 

@@ -63,6 +63,7 @@ class ExperimentModule(L.LightningModule):
             gradient_clip_val: Largest norm, or largest absolute value; `None` does not clip.
             gradient_clip_algorithm: `norm` (the default) or `value`.
         """
+        self._losses_of_step.clear()  # called once an optimiser step, after its last micro-batch
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         by_norm = gradient_clip_algorithm in (None, "norm")
         if self.logging_is_due or (gradient_clip_val and by_norm):
@@ -83,10 +84,6 @@ class ExperimentModule(L.LightningModule):
         if self.logging_is_due:
             self._losses_of_step.append(loss.detach())
             self.log("train/loss", torch.stack(self._losses_of_step).mean(), sync_dist=True)
-
-    def on_before_zero_grad(self, optimizer: torch.optim.Optimizer) -> None:
-        """A new optimiser step begins."""
-        self._losses_of_step.clear()
 
     @property
     def logging_is_due(self) -> bool:

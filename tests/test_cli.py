@@ -243,20 +243,6 @@ def test_a_bad_checkpoint_is_refused_and_runs_nothing(llm_train, tiny, how):
         assert reason in generated.err.splitlines()[-1]
 
 
-def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_good_checkpoint(llm_train, tiny):
-    config = tiny()
-    llm_train("fit", "-c", config, "--trainer.max_steps", "8")
-    good = weights(RUN / "checkpoints/last.ckpt")
-    # A rate of 1e30 from step 8 on: what the optimiser does with it is no longer a number.
-    changed = config.read_text().replace("lr: 0.01", "lr: 1.0e+30").replace("weight_decay: 0.1", "weight_decay: 1.0")
-    config.write_text(changed)
-    done = llm_train("fit", "-c", config, "--run.name", "exploding")
-    assert done.code == 1
-    assert "the training loss was not finite at step" in done.err.splitlines()[-1]
-    assert not list(Path("runs/decoder_pretrain/exploding").glob("checkpoints/*"))
-    assert all(torch.isfinite(tensor).all() for tensor in good.values())
-
-
 def test_a_full_disk_keeps_the_earlier_checkpoint(llm_train, tiny, monkeypatch):
     from lightning_modules import checkpoint_io
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.trainer.states import TrainerFn
 from tqdm import tqdm
 
 from lightning_modules.callbacks import validates_a_fit
@@ -85,11 +86,6 @@ class RunProgress(ProgressBar):
         """Moves the bar."""
         self._show(trainer.global_step, trainer.callback_metrics)
 
-    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Shows the new validation loss."""
-        if validates_a_fit(trainer):
-            self._show(trainer.global_step, trainer.callback_metrics, now=True)
-
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Leaves the full bar behind."""
         self._close(trainer.global_step, trainer.callback_metrics)
@@ -97,6 +93,25 @@ class RunProgress(ProgressBar):
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Leaves the bar where the run broke off."""
         self._close(trainer.global_step, trainer.callback_metrics)
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Opens a bar over the batches, unless the validation is part of a training."""
+        if trainer.state.fn != TrainerFn.FITTING:
+            self._open("validate", sum(trainer.num_val_batches))
+
+    def on_validation_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: object
+    ) -> None:
+        """Moves the bar."""
+        if trainer.state.fn != TrainerFn.FITTING:
+            self._show(batch_idx + 1, {})
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Shows the new validation loss, or leaves the full bar behind."""
+        if validates_a_fit(trainer):
+            self._show(trainer.global_step, trainer.callback_metrics, now=True)
+        elif trainer.state.fn != TrainerFn.FITTING:
+            self._close(sum(trainer.num_val_batches), trainer.callback_metrics)
 
     def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Opens a bar over the test batches."""

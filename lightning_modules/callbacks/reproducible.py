@@ -44,4 +44,8 @@ class ReproducibleSteps(L.Callback):
     ) -> None:
         """Seeds the batch."""
         batch_seed = self.seed * _SEED_STRIDE + lightning_internals.batches_done(trainer)
-        torch.manual_seed(batch_seed * _BATCH_STRIDE + trainer.global_rank)
+        seed = batch_seed * _BATCH_STRIDE + trainer.global_rank
+        # torch.manual_seed does the same for every kind of device, and takes a millisecond to note who asked.
+        torch.default_generator.manual_seed(seed)
+        if pl_module.device.type == "cuda":
+            torch.cuda.manual_seed(seed)
