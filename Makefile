@@ -13,8 +13,10 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
-demo: $(READY)  ## Pretrain a small decoder on Python's own documentation, and let it write
+demo: $(READY)  ## Learn a tokenizer, pretrain a small decoder with it on Python's own text, and let it write
+	test -d runs/bpe/offline/tokenizer || $(BIN)/llm-train fit -c experiments/bpe/offline.yaml
 	$(BIN)/llm-train fit -c experiments/decoder_pretrain/offline.yaml
+	$(BIN)/llm-train generate --run runs/decoder_pretrain/offline --prompt "def __init__(self" --max_new_tokens 120
 
 test: $(READY)  ## The tests that need no network, no GPU and no account
 	$(BIN)/python -m pytest

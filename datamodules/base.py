@@ -1,6 +1,8 @@
 """What every datamodule shares: one loader factory, and an order of the data that can be picked up anywhere."""
 
+import signal
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +18,11 @@ Order = Callable[[int], Tensor]
 def shuffled(n: int, seed: int) -> Order:
     """Return the order that shuffles 0..n-1 anew in each epoch."""
     return lambda epoch: torch.from_numpy(np.random.default_rng([seed, epoch]).permutation(n))
+
+
+def leave_interrupts_to_the_parent(worker: int) -> None:
+    """Ctrl-C goes to all processes of a terminal, but a worker that died of it would take the run along, unsaved."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 class GlobalBatches(Sampler[Tensor]):
@@ -109,6 +116,16 @@ class ExperimentDataModule(LightningDataModule):
         """
         return self._loader(dataset, len(positions), lambda epoch: positions, drop_last=False)
 
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """Move a batch; on the CPU it is there already, and looking for its tensors costs as much as a small layer.
+
+        Args:
+            batch: what the loader gave.
+            device: where the model is.
+            dataloader_idx: which loader it was.
+        """
+        return batch if device.type == "cpu" else super().transfer_batch_to_device(batch, device, dataloader_idx)
+
     @property
     def _share(self) -> dict[str, int]:
         # The strategy knows which processes hold parts of one model, and so must see the same data.
@@ -123,6 +140,7 @@ class ExperimentDataModule(LightningDataModule):
             sampler=GlobalBatches(n, order, self.batch_size, share["rank"], share["num_replicas"], drop_last),
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
+            worker_init_fn=leave_interrupts_to_the_parent,
             pin_memory=torch.cuda.is_available(),
             # Its own, because starting a loader draws a seed for its workers, from the global generator by default.
             generator=torch.Generator().manual_seed(self.seed),

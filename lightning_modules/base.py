@@ -24,6 +24,13 @@ class ExperimentModule(L.LightningModule):
         super().__init__()
         self._losses_of_step: list[torch.Tensor] = []
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """As in `nn.Module`, but at once for the name that Lightning sets forty times a step to follow its hooks."""
+        if name == "_current_fx_name":
+            object.__setattr__(self, name, value)
+        else:
+            super().__setattr__(name, value)
+
     def configure_optimizers(self) -> Any:
         """The optimiser over the decay groups, and the schedule, stepped per optimiser step.
 

@@ -1,5 +1,6 @@
 """Every YAML in the repository: it parses, and each `offline.yaml` runs through the real command."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -41,7 +42,13 @@ def test_every_preset_goes_over_an_experiment_and_changes_no_learning_setting(ll
 
 @pytest.mark.parametrize("path", OFFLINE, ids=name)
 def test_every_offline_experiment_runs_shortened(llm_train, path):
-    done = llm_train("fit", "-c", path, "--trainer.max_steps", "4", "--trainer.limit_val_batches", "2")
+    shortened = ("--trainer.max_steps", "4", "--trainer.limit_val_batches", "2")
+    for command in re.findall(r"^# Needs: llm-train (fit -c .*)", path.read_text(), re.MULTILINE):
+        *flags, needed = command.split()
+        missing = llm_train("fit", "-c", path, *shortened)
+        assert (missing.code, command in missing.err) == (1, True)  # a missing input names what makes it
+        assert llm_train(*flags, ROOT / needed, *shortened).code == 0
+    done = llm_train("fit", "-c", path, *shortened)
     assert done.code == 0, done.err
     run = Path("runs") / path.parent.name / path.stem
     assert (run / "config.yaml").is_file()

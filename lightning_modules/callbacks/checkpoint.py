@@ -47,8 +47,12 @@ class RunCheckpoint(Checkpoint):
         self._folder = Path(trainer.strategy.broadcast(trainer.default_root_dir)) / "checkpoints"
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: object) -> None:
-        """Writes `last.ckpt` if it is due, never between the micro-batches of one optimiser step."""
-        if self.every_n_train_steps and trainer.global_step % self.every_n_train_steps == 0:
+        """Writes `last.ckpt` if it is due, never between the micro-batches of one optimiser step.
+
+        Nor after the last batch of an epoch: from there Lightning resumes without the validation that was to come.
+        """
+        due = self.every_n_train_steps and trainer.global_step % self.every_n_train_steps == 0
+        if due and not trainer.is_last_batch:
             self.save_last(trainer)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

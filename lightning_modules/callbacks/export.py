@@ -1,6 +1,7 @@
 """The trained model as other programs take it."""
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import lightning as L
@@ -26,13 +27,28 @@ class ExportModel(L.Callback):
         if trainer.fast_dev_run:
             return
         folder = Path(trainer.default_root_dir)
-        best, target, fresh = folder / "checkpoints" / "best.ckpt", folder / "model", folder / ".model.new"
+        best = folder / "checkpoints" / "best.ckpt"
         last_weights = {name: tensor.clone() for name, tensor in pl_module.state_dict().items()}
         if best.is_file():
             pl_module.load_state_dict(torch.load(best, map_location=pl_module.device, weights_only=True)["state_dict"])
-        shutil.rmtree(fresh, ignore_errors=True)
-        pl_module.save_pretrained(fresh)
-        trainer.datamodule.tokenizer.save_pretrained(fresh)
+        replace_folder(folder / "model", lambda fresh: _save(trainer, pl_module, fresh))
         pl_module.load_state_dict(last_weights)
-        shutil.rmtree(target, ignore_errors=True)
-        fresh.rename(target)
+
+
+def _save(trainer: L.Trainer, pl_module: L.LightningModule, folder: Path) -> None:
+    pl_module.save_pretrained(folder)
+    trainer.datamodule.tokenizer.save_pretrained(folder)
+
+
+def replace_folder(target: Path, save: Callable[[Path], None]) -> None:
+    """Saves into a new folder, which then takes the place of an older one.
+
+    Args:
+        target: Folder to make or replace.
+        save: Makes and fills the folder that it is given.
+    """
+    fresh = target.with_name(f".{target.name}.new")
+    shutil.rmtree(fresh, ignore_errors=True)
+    save(fresh)
+    shutil.rmtree(target, ignore_errors=True)
+    fresh.rename(target)

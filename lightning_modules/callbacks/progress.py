@@ -17,6 +17,8 @@ _SHOWN = {
     "test/loss": "test loss",
     "perf/tokens_per_second": "tokens/s",
 }
+_KNOWN_LENGTH = "{desc} {percentage:3.0f}%|{bar:20}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
+_UNKNOWN_LENGTH = "{desc} {n_fmt} steps [{elapsed}{postfix}]"
 
 
 class RunProgress(ProgressBar):
@@ -45,24 +47,26 @@ class RunProgress(ProgressBar):
 
     def _open(self, description: str, total: float | None, initial: int = 0) -> None:
         terminal = sys.stderr.isatty()
+        known = total is not None and total != float("inf")  # a stream has no length
         self._seconds = self.refresh_seconds if terminal else 10 * self.refresh_seconds
         self._drawn = time.monotonic()
         self._bar = tqdm(
             desc=description,
-            total=None if total is None or total == float("inf") else int(total),
+            total=int(total) if known else None,
             initial=initial,
             disable=not self._enabled,
             dynamic_ncols=terminal,
             ncols=None if terminal else 110,
-            bar_format="{desc} {percentage:3.0f}%|{bar:20}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]",
+            bar_format=_KNOWN_LENGTH if known else _UNKNOWN_LENGTH,
             mininterval=float("inf"),  # drawn by us alone: asking the clock at every step is what costs
             delay=0 if terminal else float("inf"),  # in a file, no line before there is something to say
         )
 
-    def _show(self, position: int, metrics: dict[str, Any], now: bool = False) -> None:
+    def _show(self, trainer: L.Trainer, position: int, now: bool = False) -> None:
         if self._bar is None or self._bar.disable or not (now or time.monotonic() - self._drawn > self._seconds):
             return
         self._drawn = time.monotonic()
+        metrics = trainer.callback_metrics
         self._bar.n = position
         shown = {short: float(metrics[name]) for name, short in _SHOWN.items() if name in metrics}
         self._bar.set_postfix(
@@ -72,9 +76,9 @@ class RunProgress(ProgressBar):
         if not sys.stderr.isatty():
             self._bar.fp.write("\n")
 
-    def _close(self, position: int, metrics: dict[str, Any]) -> None:
+    def _close(self, trainer: L.Trainer, position: int) -> None:
         if self._bar is not None:
-            self._show(position, metrics, now=True)
+            self._show(trainer, position, now=True)
             self._bar.close()
             self._bar = None
 
@@ -84,15 +88,15 @@ class RunProgress(ProgressBar):
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: object) -> None:
         """Moves the bar."""
-        self._show(trainer.global_step, trainer.callback_metrics)
+        self._show(trainer, trainer.global_step)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Leaves the full bar behind."""
-        self._close(trainer.global_step, trainer.callback_metrics)
+        self._close(trainer, trainer.global_step)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Leaves the bar where the run broke off."""
-        self._close(trainer.global_step, trainer.callback_metrics)
+        self._close(trainer, trainer.global_step)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Opens a bar over the batches, unless the validation is part of a training."""
@@ -104,14 +108,14 @@ class RunProgress(ProgressBar):
     ) -> None:
         """Moves the bar."""
         if trainer.state.fn != TrainerFn.FITTING:
-            self._show(batch_idx + 1, {})
+            self._show(trainer, batch_idx + 1)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Shows the new validation loss, or leaves the full bar behind."""
         if validates_a_fit(trainer):
-            self._show(trainer.global_step, trainer.callback_metrics, now=True)
+            self._show(trainer, trainer.global_step, now=True)
         elif trainer.state.fn != TrainerFn.FITTING:
-            self._close(sum(trainer.num_val_batches), trainer.callback_metrics)
+            self._close(trainer, sum(trainer.num_val_batches))
 
     def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Opens a bar over the test batches."""
@@ -121,8 +125,8 @@ class RunProgress(ProgressBar):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: object
     ) -> None:
         """Moves the bar."""
-        self._show(batch_idx + 1, {})
+        self._show(trainer, batch_idx + 1)
 
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Leaves the full bar behind."""
-        self._close(sum(trainer.num_test_batches), trainer.callback_metrics)
+        self._close(trainer, sum(trainer.num_test_batches))

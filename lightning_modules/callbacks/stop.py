@@ -1,5 +1,6 @@
 """Leaving a run in good order: on SIGTERM and Ctrl-C, and when the loss is no longer a number."""
 
+import math
 import signal
 from typing import Any
 
@@ -57,7 +58,8 @@ class GracefulStop(L.Callback):
                 return
         elif trainer.global_step % self.every_n_steps:
             return
-        if lightning_internals.is_accumulating(trainer):
+        # After the last batch of an epoch a validation may follow; the signal waits for it, as the checkpoint does.
+        if lightning_internals.is_accumulating(trainer) or trainer.is_last_batch:
             return
         received = torch.tensor([self.received])
         if self._group is not None:
@@ -78,11 +80,11 @@ class GracefulStop(L.Callback):
 class StopOnNonFiniteLoss(L.Callback):
     """Ends the run when the training loss is infinite or not a number, before such weights can be saved.
 
-    The loss is watched on the device it is on, at every batch, and read every few steps and before every checkpoint, so
-    that a GPU is not made to wait for it.
+    On a GPU the loss is watched there at every batch, and read every few steps and before every checkpoint, so that the
+    GPU is not made to wait for it.
 
     Args:
-        every_n_steps: Optimiser steps between two readings (at least 1).
+        every_n_steps: Optimiser steps between two readings on a GPU (at least 1).
     """
 
     def __init__(self, every_n_steps: int = 10) -> None:
@@ -93,8 +95,12 @@ class StopOnNonFiniteLoss(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: object, batch_idx: int
     ) -> None:
         """Remembers the first step whose loss was not finite."""
-        loss = outputs["loss"] if isinstance(outputs, dict) else outputs
+        loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
         if loss is None:
+            return
+        if loss.device.type == "cpu":
+            if not math.isfinite(loss.item()):
+                raise _not_finite(trainer.global_step)
             return
         if self._first_bad_step is None:
             self._first_bad_step = torch.full_like(loss, torch.inf, dtype=torch.float64)
@@ -113,7 +119,11 @@ class StopOnNonFiniteLoss(L.Callback):
 
     def _check(self) -> None:
         if self._first_bad_step is not None and torch.isfinite(self._first_bad_step):
-            raise MisconfigurationException(
-                f"the training loss was not finite at step {int(self._first_bad_step)}: lower optimizer.lr, clip the "
-                "gradients (trainer.gradient_clip_val) or warm the rate up; the last good checkpoint was kept"
-            )
+            raise _not_finite(int(self._first_bad_step))
+
+
+def _not_finite(step: int) -> MisconfigurationException:
+    return MisconfigurationException(
+        f"the training loss was not finite at step {step}: lower optimizer.lr, clip the gradients "
+        "(trainer.gradient_clip_val) or warm the rate up; the last good checkpoint was kept"
+    )
