@@ -25,7 +25,7 @@ from lightning_modules.optim import weight_decay_groups
 from lightning_modules.optim.schedules import Cosine
 
 CONFIG = Path(__file__).parents[2] / "experiments/decoder_pretrain/char_shakespeare_cpu.yaml"
-ROUNDS, STEPS, WARMUP = 9, 250, 50
+ROUNDS, STEPS, WARMUP = 7, 250, 50
 BATCH, BLOCK = 12, 64
 
 
