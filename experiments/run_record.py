@@ -21,6 +21,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from experiments.run_folder import CONFIG
 from lightning_modules.callbacks.checkpoint import RunCheckpoint
+from lightning_modules.callbacks.export import replace_text
 from lightning_modules.loggers import MetricsCSV, WandbRecorder
 
 if TYPE_CHECKING:
@@ -52,18 +53,19 @@ class RunRecord(SaveConfigCallback):
         config = {key: value for key, value in config.items() if key not in _NOT_RECORDED}
         config["run"] |= {"name": run.name, "topic": run.topic}
         is_fit = self.cli.subcommand == "fit"
-        _write(
+        replace_text(
             run.path / (CONFIG if is_fit else f"config_{self.cli.subcommand}.yaml"),
             yaml.safe_dump(config, sort_keys=False),
         )
 
         environment_file = run.path / "environment.json"
         sessions = json.loads(environment_file.read_text()) if environment_file.is_file() else []
-        _write(environment_file, json.dumps([*sessions, environment(trainer)], indent=2) + "\n")
+        surroundings = environment(trainer)
+        replace_text(environment_file, json.dumps([*sessions, surroundings], indent=2) + "\n")
         for logger in trainer.loggers:
             if isinstance(logger, WandbRecorder):
                 logger.experiment.config.update(config, allow_val_change=True)
-                logger.experiment.config.update({"environment": environment(trainer)}, allow_val_change=True)
+                logger.experiment.config.update({"environment": surroundings}, allow_val_change=True)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Forgets what a resumed run is about to repeat."""
@@ -102,7 +104,7 @@ class RunRecord(SaveConfigCallback):
             "peak_memory_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
         }
         name = "summary.json" if self.cli.subcommand == "fit" else f"summary_{self.cli.subcommand}.json"
-        _write(self.cli.run.path / name, json.dumps(summary, indent=2) + "\n")
+        replace_text(self.cli.run.path / name, json.dumps(summary, indent=2) + "\n")
         sync_command = None
         for logger in trainer.loggers:
             if isinstance(logger, WandbRecorder):
@@ -173,9 +175,3 @@ def _commit() -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return described.stdout.strip()
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text)
-    temporary.replace(path)

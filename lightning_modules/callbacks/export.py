@@ -52,3 +52,15 @@ def replace_folder(target: Path, save: Callable[[Path], None]) -> None:
     save(fresh)
     shutil.rmtree(target, ignore_errors=True)
     fresh.rename(target)
+
+
+def replace_text(target: Path, text: str) -> None:
+    """Writes a text file under a temporary name, which then takes the place of an older one.
+
+    Args:
+        target: File to make or replace.
+        text: Its content.
+    """
+    fresh = target.with_name(f".{target.name}.tmp")
+    fresh.write_text(text, encoding="utf-8")
+    fresh.replace(target)

@@ -2,7 +2,6 @@
 
 import csv
 import io
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,7 +10,7 @@ import lightning as L
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from lightning_modules.callbacks import tokenizer_figures
-from lightning_modules.callbacks.export import replace_folder
+from lightning_modules.callbacks.export import replace_folder, replace_text
 from lightning_modules.models.byte_pair_encoding import Merge, spell, unspell, vocabulary
 
 if TYPE_CHECKING:
@@ -114,7 +113,7 @@ def write_merges(file: Path, merges: Iterable[Merge]) -> None:
         file: File to write.
         merges: The merges.
     """
-    _write(file, ["#version: 0.2", *(f"{spell(left)} {spell(right)}" for left, right in merges)])
+    replace_text(file, _lines(["#version: 0.2", *(f"{spell(left)} {spell(right)}" for left, right in merges)]))
 
 
 def write_vocabulary(file: Path, merges: Sequence[Merge], special_tokens: Sequence[str], counts: Sequence[int]) -> None:
@@ -137,7 +136,7 @@ def write_vocabulary(file: Path, merges: Sequence[Merge], special_tokens: Sequen
         else:
             length, shown, origin = 1, readable(unspell(token)), "byte"
         lines.append(f"{i:>7} {counts[i]:>12} {length:>5}  {shown:<28} {origin}")
-    _write(file, lines)
+    replace_text(file, _lines(lines))
 
 
 def write_compression(file: Path, rows: Iterable[tuple[str, int, float]]) -> None:
@@ -151,10 +150,8 @@ def write_compression(file: Path, rows: Iterable[tuple[str, int, float]]) -> Non
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["tokenizer", "vocabulary_size", "bytes_per_token"])
     writer.writerows((name, size, f"{value:.4f}") for name, size, value in rows)
-    _write(file, text.getvalue().splitlines())
+    replace_text(file, text.getvalue())
 
 
-def _write(file: Path, lines: Iterable[str]) -> None:
-    temporary = file.with_name(f".{file.name}.tmp")
-    temporary.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-    os.replace(temporary, file)
+def _lines(lines: Iterable[str]) -> str:
+    return "".join(f"{line}\n" for line in lines)
