@@ -5,6 +5,7 @@ import os
 import random
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
+from tqdm import tqdm
 
 from experiments.__main__ import main
 
@@ -58,6 +60,8 @@ def forked() -> Callable[..., int]:
         *args: str | Path, prepare: Callable[[], None] = lambda: None, meanwhile: Callable[[int], None] = bool
     ) -> int:
         def child() -> None:
+            # tqdm's lock is one semaphore for a process and its copies: a copy killed while it draws would keep it.
+            tqdm.set_lock(threading.RLock())
             prepare()
             main([str(arg) for arg in args])
 
