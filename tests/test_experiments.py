@@ -10,6 +10,7 @@ ROOT = Path(__file__).parents[1]
 EXPERIMENTS = sorted(p for p in (ROOT / "experiments").glob("*/*.yaml") if p.parent.name != "trainer")
 PRESETS = sorted(p for p in (ROOT / "experiments/trainer").glob("*.yaml") if p.name != "defaults.yaml")
 OFFLINE = [path for path in EXPERIMENTS if path.name.startswith("offline")]
+SHORTENED = ("--trainer.max_steps", "4", "--trainer.limit_val_batches", "2")
 
 
 def name(path: Path) -> str:
@@ -40,15 +41,21 @@ def test_every_preset_goes_over_an_experiment_and_changes_no_learning_setting(ll
     assert [moved["trainer"][key] for key in learning] == [plain["trainer"][key] for key in learning]
 
 
+def make_what_it_needs(llm_train, path: Path) -> None:
+    """Runs the `# Needs: llm-train fit -c FILE` lines of a YAML, and first those of what they name."""
+    for command in re.findall(r"^# Needs: llm-train (fit -c .*)", path.read_text(), re.MULTILINE):
+        *_, needed = command.split()
+        missing = llm_train("fit", "-c", path, *SHORTENED)
+        assert (missing.code, command in missing.err) == (1, True)  # a missing input names what makes it
+        make_what_it_needs(llm_train, ROOT / needed)
+        made = llm_train("fit", "-c", ROOT / needed, *SHORTENED)
+        assert made.code == 0, made.err
+
+
 @pytest.mark.parametrize("path", OFFLINE, ids=name)
 def test_every_offline_experiment_runs_shortened(llm_train, path):
-    shortened = ("--trainer.max_steps", "4", "--trainer.limit_val_batches", "2")
-    for command in re.findall(r"^# Needs: llm-train (fit -c .*)", path.read_text(), re.MULTILINE):
-        *flags, needed = command.split()
-        missing = llm_train("fit", "-c", path, *shortened)
-        assert (missing.code, command in missing.err) == (1, True)  # a missing input names what makes it
-        assert llm_train(*flags, ROOT / needed, *shortened).code == 0
-    done = llm_train("fit", "-c", path, *shortened)
+    make_what_it_needs(llm_train, path)
+    done = llm_train("fit", "-c", path, *SHORTENED)
     assert done.code == 0, done.err
     run = Path("runs") / path.parent.name / path.stem
     assert (run / "config.yaml").is_file()
