@@ -1,0 +1,1 @@
+"""What `llm-train compare` does, in this order: runs, arms, measures, statistics, tables, figures, page."""

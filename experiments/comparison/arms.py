@@ -1,0 +1,165 @@
+"""Arms of a comparison: the distinct combinations of the settings in which runs differ, seeds apart."""
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from experiments.comparison.runs import FINISHED, Run, mistake
+
+
+class _Absent:
+    """The value of a setting that a run does not have."""
+
+
+ABSENT = _Absent()
+_DOTTED = re.compile(r"[A-Za-z_]\w*(\.\w+){2,}")  # package.module.Class
+
+
+@dataclass(frozen=True)
+class Arm:
+    """Runs that differ in nothing but their seed.
+
+    Args:
+        values: The settings that tell the arm from the others, by their shortest names.
+        shown: The same as they are written in tables.
+        runs: Its runs that count.
+        left_out: Those that do not, as they have not finished or have not logged anything.
+    """
+
+    values: dict[str, Any]
+    shown: dict[str, str]
+    runs: list[Run]
+    left_out: list[Run]
+
+    @property
+    def label(self) -> str:
+        """The arm in a legend: `n_head=4, dropout=0.1`."""
+        return ", ".join(f"{name}={value}" for name, value in self.shown.items()) or "all runs"
+
+
+def arms_of(runs: Sequence[Run], count_unfinished: bool = False) -> list[Arm]:
+    """Groups runs by the settings in which they differ.
+
+    Args:
+        runs: All runs of the comparison.
+        count_unfinished: Whether runs count that have not finished.
+
+    Returns:
+        The arms in the order of their settings' values, numbers by size.
+    """
+
+    def counts(run: Run) -> bool:
+        return bool(run.metrics) and (count_unfinished or run.status == FINISHED)
+
+    keys = differing_settings(runs)
+    names = dict(zip(keys, short_names(keys), strict=True))
+    shown = {key: show_values(run.settings.get(key, ABSENT) for run in runs) for key in keys}
+    groups: dict[tuple[str, ...], list[Run]] = {}
+    for run in runs:
+        groups.setdefault(tuple(_identity(run.settings.get(key, ABSENT)) for key in keys), []).append(run)
+    arms = [
+        Arm(
+            {names[key]: group[0].settings.get(key, ABSENT) for key in keys},
+            {names[key]: shown[key][value] for key, value in zip(keys, identity, strict=True)},
+            [run for run in group if counts(run)],
+            [run for run in group if not counts(run)],
+        )
+        for identity, group in groups.items()
+    ]
+    return sorted(arms, key=lambda arm: [_order(value) for value in arm.values.values()])
+
+
+def compared(arms: Sequence[Arm], baseline: Sequence[str]) -> list[tuple[Arm, Arm]]:
+    """Which arm is compared with which: each with the one that has the baseline's values and is like it otherwise.
+
+    Args:
+        arms: All arms.
+        baseline: `SETTING=VALUE` of the arms to compare with; without any, the second of two arms is compared with the
+            first, and more than two are not compared.
+
+    Raises:
+        MisconfigurationException: If the runs do not differ in such a setting, or none has these values.
+    """
+    if not baseline:
+        return [(arms[1], arms[0])] if len(arms) == 2 else []
+    given = dict(text.partition("=")[::2] for text in baseline)
+    for name in given:
+        if name not in arms[0].shown:
+            raise mistake(f"--baseline {name}: the runs differ in {', '.join(arms[0].shown) or 'no setting'}")
+    by_settings = {tuple(arm.shown.items()): arm for arm in arms}
+    others = [(arm, by_settings.get(tuple((arm.shown | given).items()))) for arm in arms]
+    pairs = [(arm, other) for arm, other in others if other is not None and other is not arm]
+    if not pairs:
+        there = ", ".join(dict.fromkeys(f"{name}={arm.shown[name]}" for name in given for arm in arms))
+        raise mistake(f"--baseline {' '.join(baseline)}: no other run is to be compared with it; there is {there}")
+    return pairs
+
+
+def how_they_ended(runs: Iterable[Run]) -> str:
+    """Counts runs by the way they ended: `1 failed, 2 unfinished`."""
+    return ", ".join(f"{count} {status}" for status, count in sorted(Counter(run.status for run in runs).items()))
+
+
+def differing_settings(runs: Sequence[Run]) -> list[str]:
+    """The settings in which runs differ, but for those that only follow from another.
+
+    Where the optimisers differ, each has arguments that the other lacks: they follow from the class.
+    """
+    keys = dict.fromkeys(key for run in runs for key in run.settings)
+    columns = {key: [_identity(run.settings.get(key, ABSENT)) for run in runs] for key in keys}
+    differing = [key for key, column in columns.items() if len(set(column)) > 1]
+
+    def follows(key: str) -> bool:
+        above = max((other for other in differing if key.startswith(f"{other}.")), key=len, default=None)
+        if above is None or _identity(ABSENT) not in columns[key]:
+            return False
+        return len(set(zip(columns[above], columns[key], strict=True))) == len(set(columns[above]))
+
+    return [key for key in differing if not follows(key)]
+
+
+def short_names(keys: Sequence[str]) -> list[str]:
+    """The last components of each key, as many as tell it from the others: `lr`, or `optimizer.lr`."""
+    return [_shortest_ending(key, keys) for key in keys]
+
+
+def show_values(values: Iterable[Any]) -> dict[str, str]:
+    """How the values of a setting are written, by what tells them apart: as in YAML, classes without their package."""
+    values = {_identity(value): value for value in values}
+    texts = {value for value in values.values() if isinstance(value, str)}
+    numbers = [value for value in values.values() if isinstance(value, float)]
+    apart = (n for n in range(4, 17) if len({f"{number:.{n}g}" for number in numbers}) == len(set(numbers)))
+    digits = next(apart, 17)
+    shown = {}
+    for identity, value in values.items():
+        if value is ABSENT:
+            shown[identity] = "–"
+        elif isinstance(value, str):
+            shown[identity] = _shortest_ending(value, texts) if _DOTTED.fullmatch(value) else value
+        elif isinstance(value, float):
+            shown[identity] = f"{value:.{digits}g}"
+        else:
+            shown[identity] = json.dumps(value)
+    return shown
+
+
+def _shortest_ending(path: str, paths: Iterable[str]) -> str:
+    parts = path.split(".")
+    endings = (".".join(parts[-n:]) for n in range(1, len(parts) + 1))
+    alone = (ending for ending in endings if sum(f".{other}".endswith(f".{ending}") for other in paths) == 1)
+    return next(alone, path)
+
+
+def _identity(value: Any) -> str:
+    if isinstance(value, float) and value.is_integer():  # 1 and 1.0 are one setting
+        value = int(value)
+    return "" if value is ABSENT else json.dumps(value, sort_keys=True, default=str)
+
+
+def _order(value: Any) -> tuple[int, float, str]:
+    if isinstance(value, int | float):
+        return 1, value, ""
+    return (0, 0, "") if value is None or value is ABSENT else (2, 0, str(value))

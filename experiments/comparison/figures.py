@@ -1,0 +1,297 @@
+"""The figures of a comparison: learning curves, and what came of every run."""
+
+import csv
+import io
+import math
+from collections.abc import Sequence
+from functools import reduce
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from experiments.comparison.arms import Arm, how_they_ended
+from experiments.comparison.measures import Measure
+from experiments.comparison.runs import Run
+from experiments.comparison.statistics import estimate, mean_and_half_width
+from experiments.comparison.tables import values_of
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Okabe and Ito's (2008), which the colour-blind tell apart, but for the yellow that is pale on white.
+_COLORS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#000000")
+_MARKERS = "osD^vPX"
+_OTHERS = "#bbbbbb"
+_FEW_POINTS = 30  # up to here the points of a curve are marked
+_FEW_ARMS = 8  # up to here each has its band
+_MEAN_OF = 3  # runs; an interval over two is too wide to be drawn, so they are drawn themselves
+_MOST_POINTS = 500  # of a curve
+_MOST_ROWS = 30
+_LONGEST_LABEL = 54  # characters
+
+Look = dict[str, Any]  # colour, marker and style of a line
+
+
+class Curve(NamedTuple):
+    """A metric against the step: the mean of an arm with its interval, or a single run."""
+
+    metric: str
+    arm: int
+    run: str  # empty for a mean
+    counts: bool
+    steps: np.ndarray
+    values: np.ndarray
+    low: np.ndarray | None = None
+    high: np.ndarray | None = None
+
+
+def curves_of(metrics: Sequence[str], arms: Sequence[Arm]) -> list[Curve]:
+    """Each arm's mean, and the runs that stand for themselves; no metric that was logged once a run.
+
+    A mean is taken at the steps that all runs of the arm have logged.
+
+    Args:
+        metrics: Their names.
+        arms: All arms.
+    """
+    curves = []
+    for metric in metrics:
+        of_metric = [curve for number, arm in enumerate(arms) for curve in _curves_of_arm(metric, number, arm)]
+        if any(len(curve.steps) > 1 for curve in of_metric):
+            curves += of_metric
+    return curves
+
+
+def _curves_of_arm(metric: str, number: int, arm: Arm) -> list[Curve]:
+    runs = [run for run in arm.runs if metric in run.metrics]
+    shared = reduce(np.intersect1d, [run.metrics[metric].steps for run in runs]) if len(runs) >= _MEAN_OF else []
+    if len(shared):
+        shared = shared[_thin(shared)]
+        values = [run.metrics[metric].values[np.isin(run.metrics[metric].steps, shared)] for run in runs]
+        mean, half_width = mean_and_half_width(np.stack(values))
+        curves = [Curve(metric, number, "", True, shared, mean, mean - half_width, mean + half_width)]
+    else:
+        curves = [_single(metric, number, run, counts=True) for run in runs]
+    return curves + [_single(metric, number, run, counts=False) for run in arm.left_out if metric in run.metrics]
+
+
+def _single(metric: str, arm: int, run: Run, counts: bool) -> Curve:
+    steps, values = run.metrics[metric]
+    return Curve(metric, arm, run.name, counts, steps[_thin(steps)], values[_thin(steps)])
+
+
+def _thin(steps: np.ndarray) -> np.ndarray:
+    """Which points are enough for a picture: all, or some that are spread evenly, with the first and the last."""
+    return np.linspace(0, len(steps) - 1, min(len(steps), _MOST_POINTS)).round().astype(int)
+
+
+def curves_csv(curves: Sequence[Curve], arms: Sequence[Arm]) -> str:
+    """What is drawn, a row a point."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["metric", "arm", "run", "step", "value", "low", "high"])
+    for curve in curves:
+        n = len(curve.steps)
+        ends = [[""] * n if end is None else end.tolist() for end in (curve.low, curve.high)]
+        names = [[curve.metric] * n, [arms[curve.arm].label] * n, [curve.run] * n]
+        writer.writerows(zip(*names, curve.steps.tolist(), curve.values.tolist(), *ends, strict=True))
+    return text.getvalue()
+
+
+def draw_curves(curves: Sequence[Curve], arms: Sequence[Arm], ranking: Sequence[int]) -> "Figure":
+    """Draws a panel a metric; of more arms than can be told apart, the best are coloured.
+
+    Args:
+        curves: What to draw.
+        arms: All arms.
+        ranking: Their numbers, the best first.
+    """
+    metrics = list(dict.fromkeys(curve.metric for curve in curves))
+    looks = _looks(arms, ranking)
+    picture, panels = _panels(len(metrics))
+    for axes, metric in zip(panels, metrics, strict=True):
+        drawn = [curve for curve in curves if curve.metric == metric]
+        for curve in drawn:
+            _draw_curve(axes, curve, looks.get(curve.arm), with_band=len(arms) <= _FEW_ARMS)
+        _fit(axes, [curve.values for curve in drawn if curve.counts] or [curve.values for curve in drawn])
+        axes.set_xlabel("optimiser step")
+        axes.set_ylabel(metric)
+    entries = {arms[number].label: look for number, look in looks.items()}
+    if len(looks) < len(arms):
+        entries["other arms"] = {"color": _OTHERS}
+    if not all(curve.counts for curve in curves):
+        entries["a run that has not finished"] = {"color": "#555555", "linestyle": ":"}
+    _legend(picture, entries)
+    return picture
+
+
+def _draw_curve(axes: "Axes", curve: Curve, look: Look | None, with_band: bool) -> None:
+    if look is None:  # one of many
+        if curve.counts:
+            axes.plot(curve.steps, curve.values, color=_OTHERS, linewidth=0.6, zorder=1)
+        return
+    if not curve.counts:
+        axes.plot(curve.steps, curve.values, color=look["color"], linestyle=":", linewidth=1.3)
+        return
+    marker = look["marker"] if len(curve.steps) <= _FEW_POINTS else None
+    axes.plot(curve.steps, curve.values, **look | {"marker": marker}, markersize=4, linewidth=1.3)
+    if with_band and curve.low is not None:
+        axes.fill_between(curve.steps, curve.low, curve.high, color=look["color"], alpha=0.18, linewidth=0)
+
+
+def _fit(axes: "Axes", values: Sequence[np.ndarray]) -> None:
+    """Fits the axis to the curves, not to their bands, which a few seeds can make very wide."""
+    finite = np.concatenate(values)
+    finite = finite[np.isfinite(finite)]
+    if not len(finite) or finite.min() == finite.max():
+        return
+    low, high = float(finite.min()), float(finite.max())
+    if low > 0 and high / low > 30:
+        axes.set_yscale("log")
+        axes.set_ylim(low / (high / low) ** 0.05, high * (high / low) ** 0.05)
+    else:
+        axes.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
+
+
+def draw_summary(arms: Sequence[Arm], measures: Sequence[Measure], ranking: Sequence[int]) -> "Figure":
+    """Draws every run's result, and each arm's mean with its interval.
+
+    They stand over a setting that is a number, if three or more of its values were tried and the other settings leave
+    few lines; else the arms stand below each other.
+
+    Args:
+        arms: All arms.
+        measures: A panel each.
+        ranking: Numbers of the arms, the best first.
+    """
+    setting = _numeric_setting(arms)
+    return _draw_rows(arms, measures, ranking) if setting is None else _draw_over(setting, arms, measures)
+
+
+def _draw_over(setting: str, arms: Sequence[Arm], measures: Sequence[Measure]) -> "Figure":
+    looks = dict(zip(dict.fromkeys(_without(arm, setting) for arm in arms), _all_looks(), strict=False))
+    ticks = sorted({arm.values[setting] for arm in arms})
+    picture, panels = _panels(len(measures))
+    for axes, measure in zip(panels, measures, strict=True):
+        for others, look in looks.items():
+            line = [arm for arm in arms if _without(arm, setting) == others and values_of(arm, measure)]
+            if not line:
+                continue
+            values = [[value for _, value in values_of(arm, measure)] for arm in line]
+            places = [arm.values[setting] for arm in line]
+            found = [estimate(of_arm) for of_arm in values]
+            dots = [(place, value) for place, of_arm in zip(places, values, strict=True) for value in of_arm]
+            axes.plot(*zip(*dots, strict=True), ".", color=look["color"], alpha=0.5, markersize=6)
+            half_widths = [half_width or 0 for _, half_width, _ in found]
+            axes.errorbar(places, [mean for mean, *_ in found], half_widths, **look, markersize=5, capsize=3)
+        if ticks[0] > 0 and ticks[-1] > 10 * ticks[0]:
+            axes.set_xscale("log")
+        if len(ticks) <= 8:
+            axes.set_xticks(ticks, [f"{tick:,}" if isinstance(tick, int) else f"{tick:g}" for tick in ticks])
+            axes.minorticks_off()
+        axes.set_xlabel(setting)
+        axes.set_ylabel(measure.label)
+    if len(looks) > 1:
+        _legend(picture, looks)
+    return picture
+
+
+def _draw_rows(arms: Sequence[Arm], measures: Sequence[Measure], ranking: Sequence[int]) -> "Figure":
+    numbers = range(len(arms)) if len(arms) <= _MOST_ROWS else ranking[:_MOST_ROWS]
+    looks = _looks(arms, ranking)
+    picture, panels = _panels(len(measures), height=1.2 + 0.34 * len(numbers))
+    for axes, measure in zip(panels, measures, strict=True):
+        for row, number in enumerate(numbers):
+            look = looks.get(number, {"color": "#777777", "marker": "o"})
+            if values := [value for _, value in values_of(arms[number], measure)]:
+                mean, half_width, _ = estimate(values)
+                if len(values) > 1:
+                    axes.plot(values, [row + 0.25] * len(values), ".", color=look["color"], alpha=0.6, markersize=5)
+                axes.errorbar(mean, row, xerr=half_width, color=look["color"], marker="o", markersize=5, capsize=3)
+            else:
+                ended = how_they_ended(arms[number].left_out)
+                axes.annotate(ended, (0.02, row), xycoords=("axes fraction", "data"), va="center", color="#777777")
+        axes.set_yticks(range(len(numbers)), [_short(arms[number].label) for number in numbers])
+        axes.set_ylim(len(numbers) - 0.5, -0.5)
+        axes.locator_params(axis="x", nbins=5)
+        axes.set_xlabel(measure.label)
+    if len(numbers) < len(arms):
+        picture.suptitle(f"the best {len(numbers)} of {len(arms)} arms", fontsize=10)
+    return picture
+
+
+def _numeric_setting(arms: Sequence[Arm]) -> str | None:
+    """The setting to draw results over: the one with the most values."""
+    n_values = {
+        name: len({arm.values[name] for arm in arms})
+        for name in arms[0].values
+        if all(_is_number(arm.values[name]) for arm in arms)
+    }
+    name = max(n_values, key=n_values.__getitem__, default=None)
+    if name is None or n_values[name] < 3:
+        return None
+    n_lines = len({_without(arm, name) for arm in arms})
+    return name if n_lines <= len(_COLORS) and 2 * n_lines <= len(arms) else None
+
+
+def _without(arm: Arm, setting: str) -> str:
+    return ", ".join(f"{name}={value}" for name, value in arm.shown.items() if name != setting)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _all_looks() -> list[Look]:
+    """Every line that can be told from the others: solid ones with full markers, then dashed ones with empty ones."""
+    return [
+        {"color": color, "marker": marker, "linestyle": style, "markerfacecolor": inside or color}
+        for style, inside in (("-", None), ("--", "white"))
+        for color, marker in zip(_COLORS, _MARKERS, strict=True)
+    ]
+
+
+def _looks(arms: Sequence[Arm], ranking: Sequence[int]) -> dict[int, Look]:
+    """The lines of the arms, or of the best ones where there are too many."""
+    looks = _all_looks()
+    shown = range(len(arms)) if len(arms) <= len(looks) else sorted(ranking[: len(_COLORS)])
+    return dict(zip(shown, looks, strict=False))
+
+
+def _panels(n: int, height: float = 4) -> "tuple[Figure, list[Axes]]":
+    from matplotlib.figure import Figure  # no pyplot: no global state, no window system
+
+    n_columns = min(2, n)
+    n_rows = math.ceil(n / n_columns)
+    picture = Figure(figsize=(3 + 4 * n_columns, height * n_rows), layout="constrained")
+    panels = [picture.add_subplot(n_rows, n_columns, place) for place in range(1, n + 1)]
+    for axes in panels:
+        axes.grid(alpha=0.3)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+    return picture, panels
+
+
+def _legend(picture: "Figure", looks: dict[str, Look]) -> None:
+    """A legend below the panels, in as many columns as fit."""
+    from matplotlib.lines import Line2D
+
+    handles = [Line2D([], [], **look, markersize=4, label=_short(label)) for label, look in looks.items()]
+    inches = 0.8 + 0.085 * max(len(handle.get_label()) for handle in handles)
+    n_columns = max(1, min(len(looks), int(picture.get_figwidth() / inches)))
+    picture.set_figheight(picture.get_figheight() + 0.25 * math.ceil(len(looks) / n_columns))
+    picture.legend(handles=handles, loc="outside lower center", ncols=n_columns, frameon=False)
+
+
+def _short(label: str) -> str:
+    return (
+        label if len(label) <= _LONGEST_LABEL else f"{label[: _LONGEST_LABEL // 2]} … {label[-_LONGEST_LABEL // 3 :]}"
+    )
+
+
+def png(picture: "Figure") -> bytes:
+    """The figure as a file's content."""
+    file = io.BytesIO()
+    picture.savefig(file, dpi=120, format="png")
+    return file.getvalue()

@@ -1,0 +1,121 @@
+"""What is measured on a run: a metric's best value and its last one."""
+
+import difflib
+import re
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from experiments.comparison.runs import Run, mistake
+
+Mode = Literal["min", "max"]
+_MOST_METRICS = 4  # that a table shows without being asked
+_SMALL_IS_GOOD = "loss|perplexity|bits_per_byte|bits_per_token|error|nll|mse|rmse|mae|wer|cer"
+_LARGE_IS_GOOD = (
+    "accuracy|acc|f1|precision|recall|auc|bleu|rouge|exact_match|score|reward|correlation|r2"
+    "|bytes_per_token|tokens_per_second|steps_per_second"
+)
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One number a run.
+
+    Args:
+        metric: Its metric.
+        kind: The `best` value, the `last` one, or both in one where no run tells them apart.
+        mode: Whether small or large values are good; `None` where nobody knows.
+    """
+
+    metric: str
+    kind: Literal["best", "last", "best = last"]
+    mode: Mode | None
+
+    @property
+    def label(self) -> str:
+        """The measure as the head of a column."""
+        return f"{self.metric}, {self.kind}"
+
+    def of(self, run: Run) -> float | None:
+        """The value, or nothing where the run has not logged the metric."""
+        if self.metric not in run.metrics:
+            return None
+        values = run.metrics[self.metric].values
+        if self.kind != "best" or np.isnan(values).all():
+            return float(values[-1])
+        return float(np.nanmin(values) if self.mode == "min" else np.nanmax(values))
+
+
+def choose_metrics(runs: Sequence[Run], asked: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The metrics to compare: those asked for, or what the runs monitor and other results that they have in common.
+
+    Args:
+        runs: The runs that count.
+        asked: Names that the user gives, if any.
+
+    Returns:
+        The metrics, and those that would have been next.
+
+    Raises:
+        MisconfigurationException: If no run has a metric that is asked for, or the runs have none in common.
+    """
+    there = list(dict.fromkeys(name for run in runs for name in run.metrics))
+    for name in asked:
+        if name not in there:
+            close = difflib.get_close_matches(name, there, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(there)}"
+            raise mistake(f"--metrics {name}: no run has logged it ({hint})")
+    if asked:
+        return list(dict.fromkeys(asked)), []
+
+    common = [name for name in there if all(name in run.metrics for run in runs)]
+    monitored = [name for run in runs for name in run.modes]
+    results = [name for name in there if re.fullmatch(r"(val|test)/[^/]+", name)]
+    chosen = [name for name in dict.fromkeys([*monitored, *results]) if name in common]
+    if not chosen and common:
+        raise mistake(f"no val/ or test/ metric is in all runs; choose with --metrics from {', '.join(common)}")
+    if not chosen:
+        lacking = next(run for run in runs if runs[0].metrics.keys() - run.metrics.keys())
+        raise mistake(
+            f"these {len(runs)} runs have no metric in common: "
+            + ", ".join(f"{run.name} has {', '.join(run.metrics)}" for run in (runs[0], lacking))
+        )
+    return chosen[:_MOST_METRICS], chosen[_MOST_METRICS:]
+
+
+def mode_of(metric: str, runs: Sequence[Run], maximize: Collection[str], minimize: Collection[str]) -> Mode | None:
+    """Whether small or large values of a metric are good: as the user says, else the runs, else its name.
+
+    Args:
+        metric: Its name.
+        runs: The runs that count.
+        maximize: Metrics of which the user says that large is good.
+        minimize: Metrics of which the user says that small is good.
+    """
+    if metric in maximize or metric in minimize:
+        return "max" if metric in maximize else "min"
+    for run in runs:
+        if metric in run.modes:
+            return run.modes[metric]
+    for words, mode in ((_SMALL_IS_GOOD, "min"), (_LARGE_IS_GOOD, "max")):
+        if re.search(rf"(?<![a-z])({words})(?![a-z])", metric):
+            return mode
+    return None
+
+
+def measures_of(metric: str, mode: Mode | None, runs: Sequence[Run]) -> list[Measure]:
+    """The measures of a metric: best and last, one for both where they are the same, the last alone without a mode.
+
+    Args:
+        metric: Its name.
+        mode: Whether small or large values are good.
+        runs: The runs that count.
+    """
+    best, last = Measure(metric, "best", mode), Measure(metric, "last", mode)
+    if mode is None:
+        return [last]
+    if all(best.of(run) == last.of(run) for run in runs):
+        return [Measure(metric, "best = last", mode)]
+    return [best, last]
