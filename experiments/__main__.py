@@ -6,6 +6,8 @@ import os
 import sys
 from collections.abc import Sequence
 
+from experiments.errors import UserError
+
 # name: (module with main(args), what it does). A module is imported when its command is called.
 COMMANDS = {
     "fit": ("experiments.cli", "train a model"),
@@ -13,6 +15,8 @@ COMMANDS = {
     "test": ("experiments.cli", "measure a checkpoint on the test data"),
     "predict": ("experiments.cli", "apply a checkpoint to new data"),
     "generate": ("experiments.generate", "continue a prompt with the model of a run"),
+    "study": ("experiments.study", "run a W&B sweep file on this machine"),
+    "compare": ("experiments.compare", "compare runs: tables with intervals, curves, and a page"),
     "schema": ("experiments.editor", "print the JSON schema of the YAML files, for editors"),
     "completion": ("experiments.editor", "print a completion script for the shell"),
 }
@@ -62,15 +66,15 @@ def main(args: Sequence[str] | None = None) -> None:
 def _mistake_behind(error: BaseException) -> BaseException | None:
     """The user's mistake that an error comes from.
 
-    That is a `MisconfigurationException`, ours or Lightning's, also where a library has wrapped it, or an `OSError`: a
-    missing file, a full disk, a folder that cannot be written; its message names it.
+    That is a `UserError` or a `MisconfigurationException`, ours or Lightning's, also where a library has wrapped it, or
+    an `OSError`: a missing file, a full disk, a folder that cannot be written; its message names it.
     """
-    from lightning.pytorch.utilities.exceptions import MisconfigurationException
-
     if isinstance(error, OSError):
         return error
+    lightning = sys.modules.get("lightning.pytorch.utilities.exceptions")  # what is not imported has raised nothing
+    mistakes = (UserError, lightning.MisconfigurationException) if lightning else UserError
     behind: BaseException | None = error
-    while behind is not None and not isinstance(behind, MisconfigurationException):
+    while behind is not None and not isinstance(behind, mistakes):
         behind = behind.__cause__ or behind.__context__
     return behind
 

@@ -1,6 +1,7 @@
 """ExperimentCLI: LightningCLI with the house's links, run folder and errors."""
 
 import logging
+import os
 import shutil
 import warnings
 from collections.abc import Callable, Sequence
@@ -13,7 +14,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from datamodules.base import ExperimentDataModule
-from experiments import run_folder
+from experiments import run_folder, sweep_file
 from experiments.parser import ExperimentParser
 from experiments.run_folder import RunArguments, RunFolder
 from experiments.run_record import RunRecord
@@ -21,7 +22,7 @@ from lightning_modules import optim
 from lightning_modules.base import ExperimentModule
 from lightning_modules.loggers import RunLogger
 
-LINKED = ("vocab_size", "pad_token_id", "block_size")  # what a module must know of its data
+LINKED = ("vocab_size", "pad_token_id", "block_size", "classes")  # what a module must know of its data
 DEFAULTS = Path(__file__).parent / "trainer" / "defaults.yaml"
 _NOISE = (  # warnings of Lightning's that are not true here, or that nobody can act on
     ".*your dataloader is not resumable.*",
@@ -97,8 +98,9 @@ class ExperimentCLI(LightningCLI):
             raise MisconfigurationException("trainer.default_root_dir: the run folder is it; set run.root and run.name")
         model = self._get(self.config, "model")
         topic = arguments.topic or model.class_path.split(".")[-2]
-        name = arguments.name or self._name_from_config() or "unnamed"
-        self._claim_as = (Path(arguments.root), topic, name)
+        name = arguments.name or sweep_file.arm_of_agent() or self._name_from_config() or "unnamed"
+        study = arguments.study or os.environ.get("WANDB_SWEEP_ID")
+        self._claim_as = (Path(arguments.root), topic, name, study)
         self._given = {key: model.get("init_args", {}).get(key) for key in LINKED}
         self._resolve_checkpoint()
         if "verbose" in self.config[self.subcommand]:
@@ -142,7 +144,7 @@ class ExperimentCLI(LightningCLI):
         trainer = super().instantiate_trainer(default_root_dir=str(self.run.path), **kwargs)
         for logger in trainer.loggers:
             if isinstance(logger, RunLogger):
-                logger.attach(self.run.path, self.run.topic, self.run.name, self.subcommand)
+                logger.attach(self.run.path, self.run.topic, self.run.name, self.subcommand, self.run.study)
         self.model.optimizer_factory = self._get(self.config_init, "optimizer")
         self.model.schedule_factory = self._get(self.config_init, "lr_scheduler")
         return trainer

@@ -12,9 +12,10 @@ from experiments.comparison import figures, tables
 from experiments.comparison.arms import Arm, arms_of, compared, how_they_ended
 from experiments.comparison.measures import Measure, choose_metrics, measures_of, mode_of
 from experiments.comparison.page import page
-from experiments.comparison.runs import Run, UnreadableRunError, find_runs, mistake, read_folder, read_wandb
+from experiments.comparison.runs import Run, UnreadableRunError, find_runs, read_folder, read_wandb
 from experiments.comparison.statistics import estimate
 from experiments.comparison.tables import Table, as_markdown, as_text
+from experiments.errors import UserError
 
 _MOST_ROWS = 30  # of a table in the terminal
 
@@ -34,12 +35,12 @@ def main(args: Sequence[str]) -> None:
         nothing = "" if run.metrics else ", it has logged nothing"
         _warn(f"left out {run.name}: {run.status}{run.error and f' ({run.error})'}{nothing}")
     if not counting:
-        raise mistake(f"none of these runs has finished ({how_they_ended(left_out)}); --unfinished counts them all")
+        raise UserError(f"none of these runs has finished ({how_they_ended(left_out)}); --unfinished counts them all")
 
     metrics, more_metrics = choose_metrics(counting, options.metrics)
     for name in (*options.maximize, *options.minimize):
         if name not in metrics:
-            raise mistake(f"--maximize, --minimize: {name} is not compared; there is {', '.join(metrics)}")
+            raise UserError(f"--maximize, --minimize: {name} is not compared; there is {', '.join(metrics)}")
     modes = {metric: mode_of(metric, counting, options.maximize, options.minimize) for metric in metrics}
     measures = [measure for metric in metrics for measure in measures_of(metric, modes[metric], counting)]
     ranking = _rank(arms, measures[0])
@@ -102,7 +103,7 @@ def _read(options: argparse.Namespace) -> tuple[list[Run], int]:
         except UnreadableRunError as error:
             _warn(f"skipped {folder}: {error}")
     if not runs:
-        raise mistake(f"none of the {len(folders)} runs in {', '.join(map(str, options.runs))} can be read")
+        raise UserError(f"none of the {len(folders)} runs in {', '.join(map(str, options.runs))} can be read")
     return runs, len(folders) - len(runs)
 
 

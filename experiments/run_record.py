@@ -9,6 +9,7 @@ import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -49,9 +50,9 @@ class RunRecord(SaveConfigCallback):
     def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Writes the record of a run that begins; called on rank 0 alone."""
         run = self.cli.run
-        config = yaml.safe_load(self.parser.dump(self.config, skip_none=False))
-        config = {key: value for key, value in config.items() if key not in _NOT_RECORDED}
-        config["run"] |= {"name": run.name, "topic": run.topic}
+        whole = yaml.safe_load(self.parser.dump(self.config, skip_none=False))
+        config = {key: value for key, value in whole.items() if key not in _NOT_RECORDED}
+        config["run"] |= {"name": run.name, "topic": run.topic, "study": run.study}
         is_fit = self.cli.subcommand == "fit"
         replace_text(
             run.path / (CONFIG if is_fit else f"config_{self.cli.subcommand}.yaml"),
@@ -66,6 +67,7 @@ class RunRecord(SaveConfigCallback):
             if isinstance(logger, WandbRecorder):
                 logger.experiment.config.update(config, allow_val_change=True)
                 logger.experiment.config.update({"environment": surroundings}, allow_val_change=True)
+                logger.use_files(_texts({**config, "ckpt_path": whole.get("ckpt_path")}))
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Forgets what a resumed run is about to repeat."""
@@ -108,10 +110,11 @@ class RunRecord(SaveConfigCallback):
         sync_command = None
         for logger in trainer.loggers:
             if isinstance(logger, WandbRecorder):
-                if best is not None:
-                    logger.experiment.summary.update(
-                        {f"best/{best['metric']}": best["value"], "best/step": best["step"]}
-                    )
+                if best is not None:  # W&B's tables show the summary, and that would be the last values
+                    score = {best["metric"]: best["value"], f"best/{best['metric']}": best["value"]}
+                    logger.experiment.summary.update(checkpoint.best_metrics | score | {"best/step": best["step"]})
+                if self.cli.subcommand == "fit":
+                    logger.log_artifacts()
                 logger.finish(exit_code=0 if status == "finished" else 1)
                 sync_command = logger.sync_command
         if not trainer.fast_dev_run:
@@ -136,6 +139,15 @@ class RunRecord(SaveConfigCallback):
         if status != "finished":
             return f"llm-train fit -c {folder}/{CONFIG} --ckpt_path last"
         return pl_module.next_command(folder)
+
+
+def _texts(config: Any) -> Iterator[str]:
+    """All the texts in a configuration."""
+    if isinstance(config, str):
+        yield config
+    elif isinstance(config, dict | list):
+        for value in config.values() if isinstance(config, dict) else config:
+            yield from _texts(value)
 
 
 def environment(trainer: L.Trainer) -> dict[str, Any]:

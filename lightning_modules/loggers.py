@@ -5,21 +5,31 @@ import json
 import netrc
 import os
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 from urllib.parse import urlsplit
 
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
+from lightning_modules.callbacks.export import replace_text
+
+if TYPE_CHECKING:  # imported where used
+    import wandb
+
+# What other runs may start from, and where it lies in a run's folder.
+_ARTIFACTS = {"config": "config.yaml", "tokenizer": "tokenizer", "model": "checkpoints/best.ckpt"}
+_REMEMBERED = Path("wandb", "id.json")
+_LONGEST_TAG = 64  # W&B refuses longer ones
+
 
 @runtime_checkable
 class RunLogger(Protocol):
     """A logger that is told where the run leaves its files, once the run has a folder."""
 
-    def attach(self, folder: Path, topic: str, name: str, job_type: str) -> None:
+    def attach(self, folder: Path, topic: str, name: str, job_type: str, study: str | None = None) -> None:
         """Binds the logger to a run folder; `job_type` is the subcommand."""
 
 
@@ -46,7 +56,7 @@ class MetricsCSV(Logger):
         """Part of Lightning's interface; the run folder has the version."""
         return ""
 
-    def attach(self, folder: Path, topic: str, name: str, job_type: str) -> None:
+    def attach(self, folder: Path, topic: str, name: str, job_type: str, study: str | None = None) -> None:
         """Writes to `folder/metrics.csv` from now on, or to that of the subcommand where it is not `fit`."""
         self._path = folder / ("metrics.csv" if job_type == "fit" else f"metrics_{job_type}.csv")
         if self._path.is_file():
@@ -119,15 +129,19 @@ class MetricsCSV(Logger):
 class WandbRecorder(WandbLogger):
     """Weights & Biases: online where the user is logged in, otherwise files in the run folder to upload later.
 
-    The run's group is its topic, its job type the subcommand. A resumed run continues the same W&B run. `WANDB_MODE`,
-    `WANDB_PROJECT`, `WANDB_ENTITY`, `WANDB_RUN_GROUP` and the id that a sweep gives are respected.
+    The run's group is its study, or its topic where it is in none; both are its tags, and its job type is the
+    subcommand. A resumed run continues the same W&B run. `WANDB_MODE`, `WANDB_PROJECT`, `WANDB_ENTITY`,
+    `WANDB_RUN_GROUP`, `WANDB_TAGS` and the id that a sweep gives are respected.
+
+    A fit leaves artifacts: `config-ID`, `tokenizer-ID` and, if asked for, `model-ID`. A run that takes files from the
+    folder of another run, such as its tokenizer, uses that run's artifact.
 
     Args:
         project: Project the runs go to; `null` takes `WANDB_PROJECT`, or `llm-train`.
-        group: Group of the run; `null` takes `WANDB_RUN_GROUP`, or the topic.
-        tags: Tags of the run.
+        group: Group of the run; `null` takes `WANDB_RUN_GROUP`, or the study, or the topic.
+        tags: Tags of the run besides its topic and study; `null` takes `WANDB_TAGS`.
         notes: A text that describes the run.
-        log_model: Whether checkpoints are uploaded too (`all`: each of them).
+        log_model: Whether the best checkpoint is an artifact too.
     """
 
     def __init__(
@@ -141,30 +155,28 @@ class WandbRecorder(WandbLogger):
         super().__init__(
             project=project or os.environ.get("WANDB_PROJECT", "llm-train"),
             group=group or os.environ.get("WANDB_RUN_GROUP"),
-            tags=tags,
+            tags=tags or [tag for tag in os.environ.get("WANDB_TAGS", "").split(",") if tag],
             notes=notes,
-            log_model=log_model,
         )
+        self.log_model = log_model
         self._wandb_init.pop("anonymous")  # which wandb no longer knows
         self._folder: Path | None = None
 
-    def attach(self, folder: Path, topic: str, name: str, job_type: str) -> None:
+    def attach(self, folder: Path, topic: str, name: str, job_type: str, study: str | None = None) -> None:
         """Keeps the run's files in `folder/wandb`, and its id in `folder/wandb/id.json`."""
         self._folder = folder
         self._wandb_init |= {
             "dir": str(folder),
             "name": self._wandb_init.get("name") or name,
-            "group": self._wandb_init.get("group") or topic,
+            "group": self._wandb_init.get("group") or study or topic,
+            "tags": list(dict.fromkeys(tag[:_LONGEST_TAG] for tag in (*self._wandb_init["tags"], topic, study) if tag)),
             "job_type": job_type,
             "mode": _mode(),
         }
         self._save_dir = str(folder)
-        if "WANDB_RUN_ID" not in os.environ and self._id_file.is_file():  # a sweep gives each run an id of its own
-            self._wandb_init["id"] = self._id = json.loads(self._id_file.read_text())["id"]
-
-    @property
-    def _id_file(self) -> Path:
-        return self._folder / "wandb" / "id.json"
+        known = _remembered(folder)
+        if known and "WANDB_RUN_ID" not in os.environ:  # a sweep gives each run an id of its own
+            self._wandb_init["id"] = self._id = known["id"]
 
     @property
     def experiment(self) -> Any:
@@ -173,14 +185,46 @@ class WandbRecorder(WandbLogger):
             os.environ.setdefault("WANDB_SILENT", "true")  # the closing summary says what matters
             run = super().experiment
             if self._experiment is not None and self._folder is not None:
-                self._id_file.parent.mkdir(parents=True, exist_ok=True)
-                self._id_file.write_text(json.dumps({"id": run.id}))
+                _remember(self._folder, run.id, _remembered(self._folder).get("artifacts", []))
             return run
         return self._experiment
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Adds metrics to the history, at the number of optimiser steps done (`trainer/global_step`)."""
         super().log_metrics(metrics, steps_done(step))
+
+    def log_artifacts(self) -> None:
+        """Logs what the run has made, for other runs to start from."""
+        if self.experiment.disabled:
+            return
+        asked_for = [kind for kind in _ARTIFACTS if kind != "model" or self.log_model]
+        kinds = [kind for kind in asked_for if (self._folder / _ARTIFACTS[kind]).exists()]
+        for kind in kinds:
+            self.experiment.log_artifact(_artifact(kind, self._folder, self.experiment.id))
+        _remember(self._folder, self.experiment.id, kinds)
+
+    def use_files(self, paths: Iterable[str]) -> None:
+        """Says which runs this one starts from: those in whose folders some of these files lie.
+
+        Args:
+            paths: Paths, and perhaps texts that are none.
+        """
+        if self.experiment.disabled:
+            return
+        used = set()
+        for path in map(Path, paths):
+            folder = next((parent for parent in path.parents if os.path.isfile(parent / _REMEMBERED)), None)
+            if folder is not None and folder.resolve() != self._folder.resolve():
+                part = path.relative_to(folder).parts[0]
+                used.add((folder, "model" if part == "checkpoints" else part))
+        for folder, part in sorted(used):
+            other = _remembered(folder)
+            kind = part if part in other["artifacts"] else "config"
+            if kind in other["artifacts"]:
+                # What `use_artifact` does online; offline it refuses, though this is uploaded as well as all the rest.
+                self.experiment._log_artifact(
+                    _artifact(kind, folder, other["id"]), aliases=[], is_user_created=True, use_after_commit=True
+                )
 
     def finish(self, exit_code: int) -> None:
         """Ends the W&B run, so that another can begin in this process."""
@@ -199,6 +243,30 @@ class WandbRecorder(WandbLogger):
     @rank_zero_only
     def log_hyperparams(self, params: dict[str, Any] | Namespace) -> None:
         """Does nothing: the run's configuration is the resolved YAML, see `experiments.run_record`."""
+
+
+def _artifact(kind: str, folder: Path, run_id: str) -> "wandb.Artifact":
+    """A part of a run folder as W&B keeps it: for the run that made it and for those that use it the same."""
+    import wandb
+
+    artifact = wandb.Artifact(f"{kind}-{run_id}", type=kind)
+    path = (folder / _ARTIFACTS[kind]).absolute()
+    if path.is_dir():
+        artifact.add_dir(str(path), policy="immutable")
+    else:
+        artifact.add_file(str(path))  # a copy, since a resumed run writes the file anew
+    return artifact
+
+
+def _remembered(folder: Path) -> dict[str, Any]:
+    """The id of the W&B run of a folder, and the kinds of artifacts that it has logged; nothing where it has none."""
+    file = folder / _REMEMBERED
+    return {"artifacts": []} | json.loads(file.read_text()) if file.is_file() else {}
+
+
+def _remember(folder: Path, run_id: str, artifacts: list[str]) -> None:
+    (folder / _REMEMBERED).parent.mkdir(parents=True, exist_ok=True)
+    replace_text(folder / _REMEMBERED, json.dumps({"id": run_id, "artifacts": artifacts}))
 
 
 def steps_done(step: int | None) -> int:

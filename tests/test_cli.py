@@ -75,7 +75,7 @@ def test_flags_go_over_yaml_and_the_vocabulary_is_linked(llm_train, tiny):
     assert config["optimizer"]["init_args"]["lr"] == 0.5
     assert config["model"]["init_args"]["n_layer"] == 1
     assert config["trainer"]["max_steps"] == 2
-    assert config["run"] == {"name": "tiny", "root": "runs", "topic": "decoder_pretrain"}
+    assert config["run"] == {"name": "tiny", "root": "runs", "topic": "decoder_pretrain", "study": None}
     model = weights(RUN / "checkpoints/last.ckpt")
     assert model["decoder.token_embedding.weight"].shape[0] == 257  # 256 bytes and the end of text
     assert model["decoder.position_embedding.weight"].shape[0] == 16

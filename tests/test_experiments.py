@@ -1,20 +1,29 @@
-"""Every YAML in the repository: it parses, and each `offline.yaml` runs through the real command."""
+"""Every YAML in the repository: it parses, and what needs no network runs through the real command."""
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 import yaml
 
+from experiments.sweep_file import read_sweep_file
+
 ROOT = Path(__file__).parents[1]
 EXPERIMENTS = sorted(p for p in (ROOT / "experiments").glob("*/*.yaml") if p.parent.name != "trainer")
 PRESETS = sorted(p for p in (ROOT / "experiments/trainer").glob("*.yaml") if p.name != "defaults.yaml")
 OFFLINE = [path for path in EXPERIMENTS if path.name.startswith("offline")]
+STUDIES = sorted((ROOT / "experiments").glob("*/studies/*.yaml"))
 SHORTENED = ("--trainer.max_steps", "4", "--trainer.limit_val_batches", "2")
 
 
 def name(path: Path) -> str:
-    return f"{path.parent.name}/{path.stem}"
+    return "/".join(path.relative_to(ROOT / "experiments").with_suffix("").parts)
+
+
+def opening(path: Path) -> str:
+    """The comment at the top of a YAML."""
+    return "".join(line for line in path.read_text().splitlines(keepends=True) if line.startswith("#"))
 
 
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=name)
@@ -24,9 +33,8 @@ def test_every_experiment_parses_and_opens_with_what_a_user_must_know(llm_train,
     config = yaml.safe_load(parsed.out)
     assert config["model"]["class_path"].startswith(f"lightning_modules.{path.parent.name}.")
     assert config["data"]["class_path"].startswith(f"datamodules.{path.parent.name}.")
-    opening = "".join(line for line in path.read_text().splitlines(keepends=True) if line.startswith("#"))
-    assert "Hardware:" in opening
-    assert f"llm-train fit -c experiments/{path.relative_to(ROOT / 'experiments')}" in opening
+    assert "Hardware:" in opening(path)
+    assert f"llm-train fit -c {path.relative_to(ROOT)}" in opening(path)
     assert path.name in (path.parent / "README.md").read_text()
 
 
@@ -61,6 +69,29 @@ def test_every_offline_experiment_runs_shortened(llm_train, path):
     assert (run / "config.yaml").is_file()
     assert (run / "summary.json").is_file()
     assert str(run) in done.err
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=name)
+def test_every_study_says_what_it_asks_and_runs_shortened(llm_train, path):
+    assert "?" in opening(path)
+    assert "Hardware:" in opening(path)
+    assert f"llm-train study {path.relative_to(ROOT)}" in opening(path)
+    assert f"studies/{path.name}" in (path.parents[1] / "README.md").read_text()
+
+    Path("experiments").symlink_to(ROOT / "experiments")  # a study's command names its files from the repository's root
+    command = read_sweep_file(path).command
+    base = Path(command[command.index("-c") + 1])
+    downloads = "ithout a network" in opening(base)
+    if not downloads:
+        make_what_it_needs(llm_train, base)
+    planned = llm_train("study", path, "--dry_run")
+    assert planned.code == 0, planned.err
+    runs = [shlex.split(line) for line in planned.out.splitlines()]
+    for words in runs:
+        shortened = words in (runs[0], runs[-1]) and not downloads
+        arguments = words[words.index("experiments") + 1 :]
+        done = llm_train(*arguments, *(SHORTENED if shortened else ["--print_config"]))
+        assert done.code == 0, done.err
 
 
 def test_the_readme_lists_every_topic():

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from experiments.comparison.runs import FINISHED, Run, mistake
+from experiments.comparison.runs import FINISHED, Run
+from experiments.errors import UserError
 
 
 class _Absent:
@@ -81,20 +82,20 @@ def compared(arms: Sequence[Arm], baseline: Sequence[str]) -> list[tuple[Arm, Ar
             first, and more than two are not compared.
 
     Raises:
-        MisconfigurationException: If the runs do not differ in such a setting, or none has these values.
+        UserError: If the runs do not differ in such a setting, or none has these values.
     """
     if not baseline:
         return [(arms[1], arms[0])] if len(arms) == 2 else []
     given = dict(text.partition("=")[::2] for text in baseline)
     for name in given:
         if name not in arms[0].shown:
-            raise mistake(f"--baseline {name}: the runs differ in {', '.join(arms[0].shown) or 'no setting'}")
+            raise UserError(f"--baseline {name}: the runs differ in {', '.join(arms[0].shown) or 'no setting'}")
     by_settings = {tuple(arm.shown.items()): arm for arm in arms}
     others = [(arm, by_settings.get(tuple((arm.shown | given).items()))) for arm in arms]
     pairs = [(arm, other) for arm, other in others if other is not None and other is not arm]
     if not pairs:
         there = ", ".join(dict.fromkeys(f"{name}={arm.shown[name]}" for name in given for arm in arms))
-        raise mistake(f"--baseline {' '.join(baseline)}: no other run is to be compared with it; there is {there}")
+        raise UserError(f"--baseline {' '.join(baseline)}: no other run is to be compared with it; there is {there}")
     return pairs
 
 

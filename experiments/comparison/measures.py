@@ -8,7 +8,8 @@ from typing import Literal
 
 import numpy as np
 
-from experiments.comparison.runs import Run, mistake
+from experiments.comparison.runs import Run
+from experiments.errors import UserError
 
 Mode = Literal["min", "max"]
 _MOST_METRICS = 4  # that a table shows without being asked
@@ -59,14 +60,14 @@ def choose_metrics(runs: Sequence[Run], asked: Sequence[str]) -> tuple[list[str]
         The metrics, and those that would have been next.
 
     Raises:
-        MisconfigurationException: If no run has a metric that is asked for, or the runs have none in common.
+        UserError: If no run has a metric that is asked for, or the runs have none in common.
     """
     there = list(dict.fromkeys(name for run in runs for name in run.metrics))
     for name in asked:
         if name not in there:
             close = difflib.get_close_matches(name, there, n=1)
             hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(there)}"
-            raise mistake(f"--metrics {name}: no run has logged it ({hint})")
+            raise UserError(f"--metrics {name}: no run has logged it ({hint})")
     if asked:
         return list(dict.fromkeys(asked)), []
 
@@ -75,10 +76,10 @@ def choose_metrics(runs: Sequence[Run], asked: Sequence[str]) -> tuple[list[str]
     results = [name for name in there if re.fullmatch(r"(val|test)/[^/]+", name)]
     chosen = [name for name in dict.fromkeys([*monitored, *results]) if name in common]
     if not chosen and common:
-        raise mistake(f"no val/ or test/ metric is in all runs; choose with --metrics from {', '.join(common)}")
+        raise UserError(f"no val/ or test/ metric is in all runs; choose with --metrics from {', '.join(common)}")
     if not chosen:
         lacking = next(run for run in runs if runs[0].metrics.keys() - run.metrics.keys())
-        raise mistake(
+        raise UserError(
             f"these {len(runs)} runs have no metric in common: "
             + ", ".join(f"{run.name} has {', '.join(run.metrics)}" for run in (runs[0], lacking))
         )

@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import yaml
 
+from experiments.errors import UserError
+
 FINISHED = "finished"
 UNFINISHED = "unfinished"  # there is no summary yet: it still runs, or was killed
 _MARKS = {"config.yaml", "environment.json", "metrics.csv"}  # one of them makes a folder a run's
@@ -58,23 +60,16 @@ class UnreadableRunError(Exception):
     """A run folder of which something is missing or damaged."""
 
 
-def mistake(message: str) -> Exception:
-    """A user's mistake, for the command to print; Lightning takes seconds to import, so only now."""
-    from lightning.pytorch.utilities.exceptions import MisconfigurationException
-
-    return MisconfigurationException(message)
-
-
 def find_runs(paths: Iterable[Path]) -> list[Path]:
     """The run folders among these folders and below them, each once, by path.
 
     Raises:
-        MisconfigurationException: If one of the folders does not exist, or none holds a run.
+        UserError: If one of the folders does not exist, or none holds a run.
     """
     paths, found, seen = list(paths), [], set()
     for path in paths:
         if not path.is_dir():
-            raise mistake(f"{path}: there is no such folder; give run folders, or folders that hold runs")
+            raise UserError(f"{path}: there is no such folder; give run folders, or folders that hold runs")
         for folder, below, files in os.walk(path, followlinks=True):
             is_run, is_new = bool(_MARKS.intersection(files)), os.path.realpath(folder) not in seen
             seen.add(os.path.realpath(folder))
@@ -83,7 +78,7 @@ def find_runs(paths: Iterable[Path]) -> list[Path]:
             # Not into a run: W&B keeps a config.yaml of its own there.
             below[:] = [] if is_run or not is_new else sorted(name for name in below if not name.startswith("."))
     if not found:
-        raise mistake(f"there are no runs in {', '.join(map(str, paths))}; a run folder holds a config.yaml")
+        raise UserError(f"there are no runs in {', '.join(map(str, paths))}; a run folder holds a config.yaml")
     return found
 
 
@@ -123,13 +118,13 @@ def read_wandb(address: str) -> Iterator[Run]:
         address: `ENTITY/PROJECT`, or `ENTITY/PROJECT/GROUP`.
 
     Raises:
-        MisconfigurationException: If nobody is logged in, there is no such project, or it has no such runs.
+        UserError: If nobody is logged in, there is no such project, or it has no such runs.
     """
     import wandb
 
     entity, project, group, *_ = [*address.split("/", 2), "", ""]
     if not entity or not project:
-        raise mistake(f"--wandb {address}: give ENTITY/PROJECT or ENTITY/PROJECT/GROUP")
+        raise UserError(f"--wandb {address}: give ENTITY/PROJECT or ENTITY/PROJECT/GROUP")
     found = False
     try:
         for run in wandb.Api().runs(f"{entity}/{project}", filters={"group": group} if group else {}, lazy=False):
@@ -142,9 +137,9 @@ def read_wandb(address: str) -> Iterator[Run]:
         # W&B's errors have no common base, and where there is no such project it is a ValueError.
         if not isinstance(error, ValueError) and not type(error).__module__.startswith("wandb."):
             raise
-        raise mistake(f"--wandb {address}: {error}") from error
+        raise UserError(f"--wandb {address}: {error}") from error
     if not found:
-        raise mistake(f"--wandb {address}: there are no training runs")
+        raise UserError(f"--wandb {address}: there are no training runs")
 
 
 def flatten(value: Any, key: str = "") -> dict[str, Any]:

@@ -39,6 +39,7 @@ class RunCheckpoint(Checkpoint):
         self.every_n_train_steps = every_n_train_steps
         self.best_score: float | None = None
         self.best_step: int | None = None
+        self.best_metrics: dict[str, float] = {}  # all of the validation that was the best
         self._folder = Path()
         self._step_of_last = -1
 
@@ -63,6 +64,8 @@ class RunCheckpoint(Checkpoint):
             score = self._score(trainer)
             if self.best_score is None or (score < self.best_score if self.mode == "min" else score > self.best_score):
                 self.best_score, self.best_step = score, trainer.global_step
+                metrics = trainer.callback_metrics.items()
+                self.best_metrics = {name: float(value) for name, value in metrics if name.startswith("val/")}
                 self._save(trainer, "best")
         self._save(trainer, "last")
 
@@ -92,8 +95,9 @@ class RunCheckpoint(Checkpoint):
 
     def state_dict(self) -> dict[str, Any]:
         """The best score so far."""
-        return {"best_score": self.best_score, "best_step": self.best_step}
+        return {"best_score": self.best_score, "best_step": self.best_step, "best_metrics": self.best_metrics}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Goes on comparing with the best score so far."""
         self.best_score, self.best_step = state_dict["best_score"], state_dict["best_step"]
+        self.best_metrics = state_dict.get("best_metrics", {})
