@@ -10,8 +10,10 @@ from lightning_modules.models.attention import (
     KeyValueCache,
     MultiHeadAttention,
     causal_mask,
+    recorded_weights,
     scaled_dot_product_attention,
 )
+from lightning_modules.models.block import Block
 
 
 def both_implementations(n_embd=12, n_head=3, **kwargs):
@@ -76,9 +78,10 @@ def test_written_out_equals_torch(masked, scale):
 
 
 @pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("scale", [None, 1.0])
 @pytest.mark.parametrize("kind", ["causal", "padding mask", "bidirectional"])
-def test_implementations_agree(kind, bias):
-    fused, explicit = both_implementations(bias=bias)
+def test_implementations_agree(kind, scale, bias):
+    fused, explicit = both_implementations(bias=bias, scale=scale)
     x = torch.randn(2, 6, 12)
     mask = None
     if kind == "padding mask":  # the second row's last two positions are padding
@@ -153,6 +156,48 @@ class TestBothImplementations:
 
     def test_empty_batch(self, implementation):
         assert self.attention(implementation)(torch.empty(0, 6, 12)).shape == (0, 6, 12)
+
+
+@pytest.mark.parametrize("scale", [None, 1.0])
+@pytest.mark.parametrize("mask", [None, torch.ones(6, 6, dtype=torch.bool)], ids=["causal", "bidirectional"])
+def test_weights_are_those_with_which_the_fused_kernels_mix_the_values(mask, scale):
+    torch.manual_seed(0)
+    attention = MultiHeadAttention(12, 3, scale=scale).eval()
+    x = torch.randn(2, 6, 12)
+    weights = attention.weights(x, mask)
+    assert weights.shape == (2, 3, 6, 6)
+    torch.testing.assert_close(weights.sum(dim=-1), torch.ones(2, 3, 6))
+    assert (weights[..., 0, 1:] == 0).all() == (mask is None)
+    value = attention.qkv(x)[..., 24:].view(2, 6, 3, 4).transpose(1, 2)
+    mixed = (weights @ value).transpose(1, 2).reshape(2, 6, 12)
+    torch.testing.assert_close(attention.projection(mixed), attention(x, mask))
+
+
+def test_the_scale_is_a_factor_on_the_scores():
+    torch.manual_seed(0)
+    plain, unscaled = MultiHeadAttention(8, 2), MultiHeadAttention(8, 2, scale=1.0)
+    unscaled.load_state_dict(plain.state_dict())
+    with torch.no_grad():  # queries that are √4 longer, divided by √4
+        plain.qkv.weight[:8] *= 2
+        plain.qkv.bias[:8] *= 2
+    x = torch.randn(1, 5, 8)
+    torch.testing.assert_close(plain.weights(x), unscaled.weights(x))
+
+
+def test_recorded_weights_are_those_of_every_layer_that_ran():
+    torch.manual_seed(0)
+    first, second = Block(8, 2), Block(8, 2, attention="explicit")
+    model = torch.nn.Sequential(first, second)
+    x = torch.randn(2, 5, 8)
+    expected = [first.attention.weights(first.attention_norm(x))]
+    expected.append(second.attention.weights(second.attention_norm(first(x))))
+    with recorded_weights(model) as weights:
+        output = model(x)
+    torch.testing.assert_close(weights, expected)
+    assert output.requires_grad
+    assert not weights[0].requires_grad
+    torch.testing.assert_close(model(x), output)
+    assert len(weights) == 2  # nothing listens any more
 
 
 def test_cache_reuses_its_memory():

@@ -21,6 +21,8 @@ H = n_head, D = C / H.
 """
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Literal
 
 import torch
@@ -112,6 +114,7 @@ class MultiHeadAttention(nn.Module):
         bias: Whether the two projections add a bias.
         implementation: "fused" leaves the formula to torch's kernels (flash attention where the device has it), which
             never store the (T, S) weights; "explicit" runs `scaled_dot_product_attention` above. Both compute the same.
+        scale: Factor on the dot products; None: 1 / √D.
 
     Raises:
         ValueError: n_head does not divide n_embd, or the implementation is not one of the two.
@@ -124,6 +127,7 @@ class MultiHeadAttention(nn.Module):
         dropout: float = 0.0,
         bias: bool = True,
         implementation: Literal["fused", "explicit"] = "fused",
+        scale: float | None = None,
     ) -> None:
         super().__init__()
         if n_embd % n_head:
@@ -134,6 +138,7 @@ class MultiHeadAttention(nn.Module):
         self.head_dim = n_embd // n_head
         self.dropout = dropout
         self.implementation = implementation
+        self.scale = scale
         self.qkv = nn.Linear(n_embd, 3 * n_embd, bias=bias)  # W_Q, W_K and W_V of all heads in one matrix product
         self.projection = nn.Linear(n_embd, n_embd, bias=bias)  # W_O
 
@@ -149,21 +154,39 @@ class MultiHeadAttention(nn.Module):
         Returns:
             (B, T, C).
         """
-        B, T, C = x.shape  # noqa: N806
-        # (B, T, 3C) -> three of (B, T, C) -> three of (B, H, T, D): the heads become a batch dimension
-        query, key, value = (
-            part.view(B, T, self.n_head, self.head_dim).transpose(1, 2) for part in self.qkv(x).split(C, dim=-1)
-        )
+        query, key, value = self._heads(x)
         if cache is not None:
             key, value = cache.update(key, value)  # (B, H, S, D)
-        attend = self._attend_fused if self.implementation == "fused" else self._attend_explicit
-        output = attend(query, key, value, mask)  # (B, H, T, D)
-        return self.projection(output.transpose(1, 2).reshape(B, T, C))  # the heads side by side again
+        if self.implementation == "fused":
+            output = self._attend_fused(query, key, value, mask)  # (B, H, T, D)
+        else:
+            output, _ = self._attend_explicit(query, key, value, mask)
+        return self.projection(output.transpose(1, 2).reshape(x.shape))  # (B, T, C), the heads side by side again
 
-    def _attend_explicit(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    def weights(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """The weights with which `forward` mixes the values of x, without a cache; to be looked at.
+
+        Args:
+            x: (B, T, C).
+            mask: As in `forward`.
+
+        Returns:
+            (B, H, T, T), before dropout; each row sums to 1.
+        """
+        return self._attend_explicit(*self._heads(x), mask)[1]
+
+    def _heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The queries, keys and values of all heads: the heads become a batch dimension."""
+        B, T, C = x.shape  # noqa: N806
+        # (B, T, 3C) -> three of (B, T, C) -> three of (B, H, T, D)
+        return tuple(
+            part.view(B, T, self.n_head, self.head_dim).transpose(1, 2) for part in self.qkv(x).split(C, dim=-1)
+        )
+
+    def _attend_explicit(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         if mask is None:
             mask = causal_mask(query.size(2), key.size(2), query.device)
-        return scaled_dot_product_attention(query, key, value, mask, self._dropout_p)[0]
+        return scaled_dot_product_attention(query, key, value, mask, self._dropout_p, self.scale)
 
     def _attend_fused(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         T, S = query.size(2), key.size(2)  # noqa: N806
@@ -172,8 +195,33 @@ class MultiHeadAttention(nn.Module):
         if mask is None and 1 < T < S:
             mask = causal_mask(T, S, query.device)
         is_causal = mask is None and T == S
-        return F.scaled_dot_product_attention(query, key, value, mask, self._dropout_p, is_causal)
+        return F.scaled_dot_product_attention(query, key, value, mask, self._dropout_p, is_causal, scale=self.scale)
 
     @property
     def _dropout_p(self) -> float:
         return self.dropout if self.training else 0.0
+
+
+@contextmanager
+def recorded_weights(model: nn.Module) -> Iterator[list[Tensor]]:
+    """Collects the weights of every attention layer that runs inside the `with`: (B, H, T, T) each, in that order.
+
+    They are computed beside the model, which runs as fast as ever when nobody looks.
+
+    Args:
+        model: Any network with `MultiHeadAttention` in it, to be run without a cache.
+    """
+    recorded: list[Tensor] = []
+
+    @torch.no_grad()
+    def record(attention: MultiHeadAttention, arguments: tuple, output: Tensor) -> None:
+        x, mask, *_ = *arguments, None
+        recorded.append(attention.weights(x, mask))
+
+    layers = (layer for layer in model.modules() if isinstance(layer, MultiHeadAttention))
+    hooks = [layer.register_forward_hook(record) for layer in layers]
+    try:
+        yield recorded
+    finally:
+        for hook in hooks:
+            hook.remove()
