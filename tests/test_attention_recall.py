@@ -433,6 +433,7 @@ def test_maps_of_many_heads_fit_on_a_page(tmp_path):
 def test_a_killed_run_resumes_to_the_same_weights(llm_train, forked, tiny):
     config = yaml.safe_load(tiny.read_text())
     del config["trainer"]["callbacks+"]  # nothing to draw
+    config["trainer"]["max_steps"] = 72  # so that it is killed in time on a busy machine, too
     tiny.write_text(yaml.safe_dump(config))
     assert llm_train("fit", "-c", tiny, "--run.name", "whole").code == 0
     last = RUNS / "killed/checkpoints/last.ckpt"
