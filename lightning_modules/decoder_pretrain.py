@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,9 +12,10 @@ from torch import Tensor
 
 from lightning_modules.base import ExperimentModule
 from lightning_modules.metrics import CorpusLoss, next_token_loss
-from lightning_modules.models import gpt2_format, initialization
+from lightning_modules.models import gpt2_format
 from lightning_modules.models.decoder import Decoder, DecoderConfig
 from lightning_modules.models.generation import generate
+from lightning_modules.models.initialization import INITIALIZATIONS, InitializationName
 
 Batch = dict[str, Tensor]
 
@@ -28,10 +30,14 @@ class PretrainModule(ExperimentModule):
         n_head: Attention heads a block; divides `n_embd`.
         n_embd: Width of the residual stream.
         dropout: Share of embeddings, attention weights and residual branches dropped in training (0 to 1).
+        embedding_dropout: Share of the embeddings alone; `null` takes `dropout`.
+        attention_dropout: Share of the attention weights alone; `null` takes `dropout`.
+        residual_dropout: Share of what each half of a block adds to the residual stream; `null` takes `dropout`.
         bias: Whether linear layers and norms have biases.
         attention: `fused` (torch's kernels) or `explicit` (every step of the formula written out; slower).
+        initialization: How the weights are drawn; a function of `models/initialization.py`.
         pretrained: GPT-2 weights to start from: a folder or a hub name, whose sizes then replace the ones above;
-            `null` starts from GPT-2's initialisation.
+            `null` starts from the initialisation.
         vocab_multiple: Rounds the rows of the embedding up to a multiple, for the GPU's matrix units (64 is usual).
         compile: Whether `torch.compile` fuses the decoder; costs about a minute at the start.
 
@@ -47,8 +53,12 @@ class PretrainModule(ExperimentModule):
         n_head: int = 12,
         n_embd: int = 768,
         dropout: float = 0.0,
+        embedding_dropout: float | None = None,
+        attention_dropout: float | None = None,
+        residual_dropout: float | None = None,
         bias: bool = True,
         attention: Literal["fused", "explicit"] = "fused",
+        initialization: InitializationName = "gpt2",
         pretrained: str | None = None,
         vocab_multiple: int = 1,
         compile: bool = False,
@@ -59,6 +69,11 @@ class PretrainModule(ExperimentModule):
             raise MisconfigurationException(
                 "model: vocab_size and block_size are needed; the data gives them, or you do"
             )
+        dropouts = {
+            "embedding_dropout": dropout if embedding_dropout is None else embedding_dropout,
+            "attention_dropout": dropout if attention_dropout is None else attention_dropout,
+            "residual_dropout": dropout if residual_dropout is None else residual_dropout,
+        }
         try:
             if pretrained is None:
                 config = DecoderConfig(
@@ -67,16 +82,14 @@ class PretrainModule(ExperimentModule):
                     n_layer=n_layer,
                     n_head=n_head,
                     n_embd=n_embd,
-                    embedding_dropout=dropout,
-                    attention_dropout=dropout,
-                    residual_dropout=dropout,
                     bias=bias,
                     attention=attention,
+                    **dropouts,
                 )
                 self.decoder = Decoder(config)
-                initialization.gpt2(self.decoder)
+                INITIALIZATIONS[initialization](self.decoder)
             else:
-                self.decoder = load_gpt2(pretrained, block_size, dropout, attention)
+                self.decoder = load_gpt2(pretrained, block_size, attention, **dropouts)
         except ValueError as error:
             raise MisconfigurationException(f"model: {error}") from error
         if vocab_size > self.decoder.config.vocab_size:
@@ -152,15 +165,22 @@ class PretrainModule(ExperimentModule):
 
 
 def load_gpt2(
-    pretrained: str, block_size: int, dropout: float = 0.0, attention: Literal["fused", "explicit"] = "fused"
+    pretrained: str,
+    block_size: int,
+    attention: Literal["fused", "explicit"] = "fused",
+    embedding_dropout: float = 0.0,
+    attention_dropout: float = 0.0,
+    residual_dropout: float = 0.0,
 ) -> Decoder:
     """Builds our decoder from GPT-2 weights in Hugging Face's format.
 
     Args:
         pretrained: A folder with `config.json` and weights, or a name on the hub.
         block_size: Context length; positions beyond it are cropped.
-        dropout: Dropout of the decoder (0 to 1).
         attention: `fused` or `explicit`.
+        embedding_dropout: Share of the embeddings dropped in training (0 to 1).
+        attention_dropout: Share of the attention weights dropped in training (0 to 1).
+        residual_dropout: Share of what each half of a block adds that is dropped in training (0 to 1).
 
     Raises:
         MisconfigurationException: If there is no such model, it is no GPT-2, or its context is shorter.
@@ -177,14 +197,18 @@ def load_gpt2(
             f"model.pretrained: {pretrained!r} could not be loaded ({str(error).splitlines()[0]}); "
             "give a folder with config.json and model.safetensors; offline.yaml needs none"
         ) from error
-    config = gpt2_format.decoder_config_from_gpt2(
-        hub_config.to_dict()
-        | {"n_positions": block_size, "embd_pdrop": dropout, "attn_pdrop": dropout, "resid_pdrop": dropout}
+    config = replace(
+        gpt2_format.decoder_config_from_gpt2(hub_config.to_dict()),
+        block_size=block_size,
+        attention=attention,
+        embedding_dropout=embedding_dropout,
+        attention_dropout=attention_dropout,
+        residual_dropout=residual_dropout,
     )
     if block_size > hub_config.n_positions:
         raise MisconfigurationException(
             f"data.block_size: {block_size} is longer than the context of {pretrained}, {hub_config.n_positions}"
         )
-    decoder = Decoder(DecoderConfig(**{**config.__dict__, "attention": attention}))
-    decoder.load_state_dict(gpt2_format.from_gpt2_state_dict(weights, decoder.config))
+    decoder = Decoder(config)
+    decoder.load_state_dict(gpt2_format.from_gpt2_state_dict(weights, config))
     return decoder

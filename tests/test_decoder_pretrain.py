@@ -108,6 +108,41 @@ def test_pretrained_weights_that_do_not_fit(gpt2_folder, arguments, message):
     assert "\n" not in str(caught.value)
 
 
+def shares_dropped(module: PretrainModule) -> tuple[set[float], ...]:
+    decoder = module.decoder
+    attention = {block.attention.dropout for block in decoder.blocks}
+    return {decoder.embedding_dropout.p}, attention, {block.residual_dropout.p for block in decoder.blocks}
+
+
+def test_one_dropout_or_three(gpt2_folder):
+    sizes = {"vocab_size": 257, "block_size": 8}
+    for start in (SIZES, {"pretrained": str(gpt2_folder)}):
+        one = PretrainModule(**sizes, **start, dropout=0.3)
+        assert shares_dropped(one) == ({0.3}, {0.3}, {0.3})
+        apart = PretrainModule(**sizes, **start, dropout=0.3, embedding_dropout=0.0, attention_dropout=0.1)
+        assert shares_dropped(apart) == ({0.0}, {0.1}, {0.3})
+        assert shares_dropped(PretrainModule(**sizes, **start, residual_dropout=0.2)) == ({0.0}, {0.0}, {0.2})
+    with pytest.raises(MisconfigurationException, match=r"model: attention_dropout=1\.5: must be in \[0, 1\)"):
+        PretrainModule(**sizes, **SIZES, attention_dropout=1.5)
+
+
+def test_the_yaml_chooses_the_initialization(llm_train, tiny):
+    config = tiny(model__init_args__initialization="zero_residual")
+    still = ("--optimizer.lr", "0", "--optimizer.weight_decay", "0", "--trainer.max_steps", "1")
+    assert llm_train("fit", "-c", config, *still).code == 0
+    weights = AtomicCheckpointIO().load_checkpoint(RUN / "checkpoints/last.ckpt")["state_dict"]
+    drawn = {name.split(".")[-2]: bool(weight.any()) for name, weight in weights.items() if weight.dim() == 2}
+    assert drawn["qkv"]
+    assert drawn["expansion"]
+    assert not drawn["projection"]
+    unknown = llm_train("fit", "-c", tiny(model__init_args__initialization="kaming"))
+    assert unknown.code == 2
+    (line,) = unknown.err.strip().splitlines()
+    assert "tiny.yaml, line " in line
+    assert "'kaiming'" in line
+    assert line.endswith("got kaming")
+
+
 def test_another_kind_of_model_is_refused(gpt2_folder):
     config = json.loads((gpt2_folder / "config.json").read_text())
     (gpt2_folder / "config.json").write_text(json.dumps(config | {"activation_function": "relu"}))

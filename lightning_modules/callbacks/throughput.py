@@ -32,6 +32,7 @@ class Throughput(L.Callback):
         if pl_module.device.type == "cuda":
             dtype = {"16": torch.float16, "bf": torch.bfloat16}.get(str(trainer.precision)[:2], torch.float32)
             self._peak_flops = get_available_flops(pl_module.device, dtype)
+        self._stopped_at = None  # by a validation before the first step
         self._restart()
 
     def _restart(self) -> None:
