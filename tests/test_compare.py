@@ -455,7 +455,7 @@ def test_arms_are_compared_with_a_baseline_under_the_same_other_settings(llm_tra
         for scale in (True, False):
             loss = width / 8 + (0.0 if scale else 0.5)
             write_run(f"{width},{scale}", (9.0, loss), model__init_args__width=width, model__init_args__scale=scale)
-    llm_train("compare", "runs", "--baseline", "scale=true")
+    llm_train("compare", "runs", "--baseline", "model.scale=true")  # the whole name of what the table calls `scale`
     markdown = Path("runs/comparison/table.md").read_text()
     for width in (8, 16):
         row = f"| width={width}, scale=false | width={width}, scale=true | val/loss, best = last | +0.5000 |"

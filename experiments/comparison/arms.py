@@ -78,18 +78,21 @@ def compared(arms: Sequence[Arm], baseline: Sequence[str]) -> list[tuple[Arm, Ar
 
     Args:
         arms: All arms.
-        baseline: `SETTING=VALUE` of the arms to compare with; without any, the second of two arms is compared with the
-            first, and more than two are not compared.
+        baseline: `SETTING=VALUE` of the arms to compare with, each setting by its short or its whole name; without
+            any, the second of two arms is compared with the first, and more than two are not compared.
 
     Raises:
         UserError: If the runs do not differ in such a setting, or none has these values.
     """
     if not baseline:
         return [(arms[1], arms[0])] if len(arms) == 2 else []
-    given = dict(text.partition("=")[::2] for text in baseline)
-    for name in given:
-        if name not in arms[0].shown:
+    given = {}
+    for text in baseline:
+        name, _, value = text.partition("=")
+        short = next((short for short in arms[0].shown if f".{name}".endswith(f".{short}")), None)
+        if short is None:
             raise UserError(f"--baseline {name}: the runs differ in {', '.join(arms[0].shown) or 'no setting'}")
+        given[short] = value
     by_settings = {tuple(arm.shown.items()): arm for arm in arms}
     others = [(arm, by_settings.get(tuple((arm.shown | given).items()))) for arm in arms]
     pairs = [(arm, other) for arm, other in others if other is not None and other is not arm]

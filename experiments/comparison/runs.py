@@ -1,6 +1,7 @@
 """Runs as `compare` reads them, from their folders or from Weights & Biases."""
 
 import csv
+import itertools
 import json
 import os
 import re
@@ -171,7 +172,9 @@ def flatten(value: Any, key: str = "") -> dict[str, Any]:
 
 def _run(name: str, status: str, error: str | None, config: Mapping[str, Any], metrics: Mapping[str, Series]) -> Run:
     settings = {key: value for key, value in flatten(dict(config)).items() if not _NO_SETTING.match(key)}
-    seeds = {key: settings.pop(key) for key in list(settings) if key.rsplit(".", 1)[-1] in _SEEDS}
+    # A callback's seed chooses what it looks at: a setting like any other.
+    is_seed = [key.rsplit(".", 1)[-1] in _SEEDS and not key.startswith("trainer.") for key in settings]
+    seeds = {key: settings.pop(key) for key in list(itertools.compress(settings, is_seed))}
     modes = {
         monitor: settings.get(f"{key.removesuffix('monitor')}mode", "min")
         for key, monitor in settings.items()
