@@ -202,8 +202,8 @@ def _from_disk(path: Path) -> "PreTrainedTokenizerFast":
     if not file.exists():
         what = "tokenizer folder" if path.is_dir() else "tokenizer"
         problem = "holds no tokenizer.json" if path.is_dir() else "does not exist"
-        if "tokenizer" in (path.name, path.parent.name):
-            advice = "`llm-train fit -c experiments/bpe/offline.yaml` makes one"
+        if run := re.search(r"\bruns/([^/]+)/([^/]+)/", path.as_posix()):
+            advice = f"`llm-train fit -c experiments/{run[1]}/{run[2]}.yaml` makes one"
         else:
             advice = "give a folder that holds a tokenizer.json, byte, character, or a name on the hub"
         raise MisconfigurationException(f"{what} {path} {problem}: {advice}")

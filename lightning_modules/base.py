@@ -7,6 +7,7 @@ import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
+from lightning_modules.adapters import adapted_layers, add_adapters
 from lightning_modules.optim import OptimizerFactory, ScheduleFactory, weight_decay_groups
 
 
@@ -22,6 +23,7 @@ class ExperimentModule(L.LightningModule):
 
     def __init__(self) -> None:
         super().__init__()
+        self.learning_rate_shares: dict[str, float] = {}  # by parameter, 1 for others; callbacks set it in their setup
         self._losses_of_step: list[torch.Tensor] = []
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -39,7 +41,9 @@ class ExperimentModule(L.LightningModule):
         """
         if self.optimizer_factory is None:
             raise MisconfigurationException("no optimizer: section; set one, or module.optimizer_factory")
-        optimizer = self.optimizer_factory(weight_decay_groups(self))
+        optimizer = self.optimizer_factory(weight_decay_groups(self, self.learning_rate_shares))
+        for group in optimizer.param_groups:
+            group["lr"] = group["lr"] * group.get("lr_share", 1.0)
         if self.schedule_factory is None:
             return optimizer
         total_steps = self.trainer.estimated_stepping_batches
@@ -63,7 +67,7 @@ class ExperimentModule(L.LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clips as `trainer.gradient_clip_val` says, and logs the norm that the gradient had before.
+        """Clips as `trainer.gradient_clip_val` says, and logs the norm that the gradient had before, and has after.
 
         Args:
             optimizer: The optimiser that is about to step.
@@ -81,6 +85,8 @@ class ExperimentModule(L.LightningModule):
             nn.utils.clip_grad_value_(parameters, gradient_clip_val)
         if self.logging_is_due:
             self.log("train/grad_norm", norm)
+            if gradient_clip_val:
+                self.log("train/grad_norm_clipped", nn.utils.get_total_norm([p.grad for p in parameters]))
 
     def log_train_loss(self, loss: torch.Tensor) -> None:
         """Logs `train/loss` when logging is due: the mean over the micro-batches of the optimiser step and the ranks.
@@ -110,7 +116,7 @@ class ExperimentModule(L.LightningModule):
         checkpoint["module_class"] = f"{type(self).__module__}.{type(self).__qualname__}"
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuses a checkpoint of another topic or another size in one line.
+        """Refuses a checkpoint of another topic or another size in one line, and makes room for its adapters.
 
         Raises:
             MisconfigurationException: If the checkpoint does not fit this module.
@@ -121,6 +127,8 @@ class ExperimentModule(L.LightningModule):
             raise MisconfigurationException(
                 f"ckpt_path: the checkpoint is of {saved_class}, this run is of {own_class}"
             )
+        if "adapters" in checkpoint and not adapted_layers(self):
+            add_adapters(self, **checkpoint["adapters"])
         own, saved = self.state_dict(), checkpoint["state_dict"]
         for name in sorted(own.keys() | saved.keys()):
             own_shape, saved_shape = (tuple(s[name].shape) if name in s else "nothing" for s in (own, saved))

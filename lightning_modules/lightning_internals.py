@@ -6,6 +6,7 @@ accumulated, or to switch off its own handling of SIGTERM, which hangs with seve
 
 import lightning as L
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
+from lightning.pytorch.strategies import DDPStrategy
 from torch.utils.data import DataLoader
 
 
@@ -32,6 +33,12 @@ def restart_fetching(trainer: L.Trainer) -> None:
 def is_accumulating(trainer: L.Trainer) -> bool:
     """Whether the batch just done left gradients that no optimiser step has used yet."""
     return trainer.fit_loop._should_accumulate()
+
+
+def takes_unused_parameters(trainer: L.Trainer) -> bool:
+    """Whether a step may leave out some of the trained parameters, for which DDP otherwise waits."""
+    strategy = trainer.strategy
+    return not isinstance(strategy, DDPStrategy) or bool(strategy._ddp_kwargs.get("find_unused_parameters"))
 
 
 def leave_sigterm_to_us() -> None:

@@ -10,6 +10,7 @@ from lightning_modules.optim import weight_decay_groups
 from lightning_modules.optim.schedules import (
     Constant,
     Cosine,
+    InverseTime,
     Linear,
     OneCycle,
     ReduceOnPlateau,
@@ -35,7 +36,7 @@ def rates(schedule: StepSchedule, steps: int) -> list[float]:
 
 
 def test_every_schedule_warms_up_in_a_straight_line_that_learns_from_the_first_step():
-    for schedule_class in (Constant, Linear, Cosine, WarmupStableDecay, ReduceOnPlateau):
+    for schedule_class in (Constant, Linear, Cosine, InverseTime, WarmupStableDecay, ReduceOnPlateau):
         assert rates(schedule_class(optimizer(), 20, warmup=4), 5)[:4] == pytest.approx([0.25, 0.5, 0.75, 1.0])
 
 
@@ -54,6 +55,14 @@ def test_constant():
 
 def test_linear_falls_by_equal_steps():
     assert rates(Linear(optimizer(), 4, final=0.2), 5) == pytest.approx([1.0, 0.8, 0.6, 0.4, 0.2])
+
+
+def test_inverse_time_halves_when_decay_times_steps_is_one_and_heeds_no_length_of_the_run():
+    for total_steps in (4, 1000):
+        seen = rates(InverseTime(optimizer(), total_steps, warmup=2, decay=0.5), 9)
+        assert seen == pytest.approx([0.5, 1.0, 1.0, 2 / 3, 1 / 2, 2 / 5, 1 / 3, 2 / 7, 1 / 4])
+    with pytest.raises(ValueError, match="decay must not be negative"):
+        InverseTime(optimizer(), 4, decay=-1)
 
 
 def test_cosine_passes_the_middle_half_way_and_stays_at_its_end():

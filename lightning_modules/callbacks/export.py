@@ -8,6 +8,8 @@ import lightning as L
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
+from lightning_modules.adapters import merged
+
 
 class ExportModel(L.Callback):
     """Writes the tokenizer when the training starts, and `model/` in Hugging Face's format when it ends.
@@ -36,7 +38,8 @@ class ExportModel(L.Callback):
 
 
 def _save(trainer: L.Trainer, pl_module: L.LightningModule, folder: Path) -> None:
-    pl_module.save_pretrained(folder)
+    with merged(pl_module):
+        pl_module.save_pretrained(folder)
     trainer.datamodule.tokenizer.save_pretrained(folder)
 
 

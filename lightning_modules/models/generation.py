@@ -12,12 +12,29 @@ al., "The Curious Case of Neural Text Degeneration" (top-p, 2020), https://arxiv
 
 import math
 from collections.abc import Iterator
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_modules.models.decoder import Decoder
+
+class CachedModel(Protocol):
+    """What generation needs of a model; `models.decoder.Decoder` has it.
+
+    Attributes:
+        config: Has the `vocab_size` and the `block_size` of the model.
+        training: Whether the model is in training mode.
+    """
+
+    config: Any
+    training: bool
+
+    def new_cache(self) -> list[Any]:
+        """An empty cache, in parts that have a `length` and can `clear()`."""
+
+    def __call__(self, input_ids: Tensor, *, cache: list[Any], last_only: bool) -> Tensor:
+        """Scores of the token after the last: (B, T) that the cache has not seen, to (B, 1, V)."""
 
 
 def next_token_distribution(
@@ -42,7 +59,10 @@ def next_token_distribution(
         return F.one_hot(logits.argmax(dim=-1), logits.size(-1)).float()
     logits = logits.float()
     logits = logits - logits.amax(dim=-1, keepdim=True)  # no overflow however small the temperature
-    probabilities, order = (logits / temperature).softmax(dim=-1).sort(dim=-1, descending=True, stable=True)
+    probabilities = (logits / temperature).softmax(dim=-1)
+    if top_k is None and top_p is None:
+        return probabilities
+    probabilities, order = probabilities.sort(dim=-1, descending=True, stable=True)
     if top_k is not None:
         probabilities[:, top_k:] = 0
         probabilities /= probabilities.sum(dim=-1, keepdim=True)
@@ -66,7 +86,7 @@ def sample_next(
 
 
 def generate(
-    decoder: Decoder,
+    decoder: CachedModel,
     input_ids: Tensor,
     max_new_tokens: int,
     temperature: float = 1.0,
@@ -82,7 +102,7 @@ def generate(
     forgets it, reads the last half of the context again from position 0, and goes on.
 
     Args:
-        decoder: In evaluation mode.
+        decoder: A model with a cache, in evaluation mode.
         input_ids: (B, T) int64, T at least 1, no padding, on the decoder's device. Where T is more than the context,
             its end is read.
         max_new_tokens: How many tokens at most, at least 0.
@@ -114,7 +134,7 @@ def generate(
 # inference_mode would hand out tensors that the caller could not train on.
 @torch.no_grad()
 def _generate(
-    decoder: Decoder,
+    decoder: CachedModel,
     input_ids: Tensor,
     max_new_tokens: int,
     temperature: float,

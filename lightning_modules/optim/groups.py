@@ -1,11 +1,12 @@
-"""Which parameters decay: matrices do, vectors do not."""
+"""Which parameters decay: matrices do, vectors do not; and which learn slower than others."""
+
+from collections.abc import Mapping
+from typing import Any
 
 from torch import nn
 
-NamedParameters = list[tuple[str, nn.Parameter]]
 
-
-def weight_decay_groups(module: nn.Module) -> list[dict]:
+def weight_decay_groups(module: nn.Module, lr_shares: Mapping[str, float] | None = None) -> list[dict[str, Any]]:
     """Splits the trainable parameters of a module into those that decay and those that do not.
 
     Weight decay is a prior on the matrices that multiply activations. Biases and the gains of normalisation layers,
@@ -14,15 +15,21 @@ def weight_decay_groups(module: nn.Module) -> list[dict]:
 
     Args:
         module: Any module; frozen parameters (`requires_grad=False`) are left out.
+        lr_shares: Share of the optimiser's learning rate, by the name of the parameter; 1 for those not there.
 
     Returns:
-        At most two optimiser groups of named parameters. The first has no `weight_decay` key, so that the value given
-        in YAML applies to it; the second sets it to zero.
+        At most two optimiser groups of named parameters for each share, the largest first. The first of the two has no
+        `weight_decay` key, so that the value given in YAML applies to it; the second sets it to zero. A share other
+        than 1 stands in the group as `lr_share`.
     """
-    decayed: NamedParameters = []
-    undecayed: NamedParameters = []
+    lr_shares = lr_shares or {}
+    groups: dict[tuple[float, bool], list[tuple[str, nn.Parameter]]] = {}
     for name, parameter in module.named_parameters():  # yields a shared parameter once
         if parameter.requires_grad:
-            (decayed if parameter.ndim >= 2 else undecayed).append((name, parameter))
-    groups = [{"params": decayed}, {"params": undecayed, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
+            groups.setdefault((lr_shares.get(name, 1.0), parameter.ndim >= 2), []).append((name, parameter))
+    return [
+        {"params": parameters}
+        | ({} if decays else {"weight_decay": 0.0})
+        | ({} if share == 1.0 else {"lr_share": share})
+        for (share, decays), parameters in sorted(groups.items(), reverse=True)
+    ]

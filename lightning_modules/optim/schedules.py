@@ -8,6 +8,7 @@ linear warm-up and then follows a curve over the rest of the run, `progress` goi
 | `Constant`           | 1                                                                  |
 | `Linear`             | a straight line from 1 to `final`                                  |
 | `Cosine`             | half a cosine from 1 to `final` (Loshchilov and Hutter, 2017)      |
+| `InverseTime`        | 1 / (1 + `decay` * steps since), the hyperbola of Robbins and Monro |
 | `WarmupStableDecay`  | 1, then a decay over the last share (Hu et al., 2024)              |
 | `OneCycle`           | cosine up from a small rate, then down to one smaller (Smith 2018) |
 | `ReduceOnPlateau`    | times `factor` whenever a validation metric has stopped improving  |
@@ -111,6 +112,31 @@ class Cosine(Decay):
     def after_warmup(self, progress: float) -> float:
         """From 1 to `final`."""
         return self.final + (1.0 - self.final) * 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+class InverseTime(StepSchedule):
+    """Decays as 1 / (1 + decay t), t being the steps after the warm-up, whatever the length of the run.
+
+    Args:
+        optimizer: Filled in by the framework.
+        total_steps: Filled in by the framework.
+        warmup: Steps of linear warm-up: a share of the run below 1, a number of steps from 1 on.
+        decay: How much 1 / rate grows in a step, as a share of what it is at the peak (0 or more).
+
+    Raises:
+        ValueError: If the decay is negative.
+    """
+
+    def __init__(self, optimizer: Optimizer, total_steps: int, warmup: float = 0.0, decay: float = 1e-8) -> None:
+        if decay < 0:
+            raise ValueError(f"lr_scheduler: decay must not be negative, got {decay}")
+        self.decay = decay
+        super().__init__(optimizer, total_steps, warmup)
+
+    def multiplier(self, step: int) -> float:
+        """Learning rate of a step, as a share of the peak."""
+        since = step - self.warmup_steps
+        return super().multiplier(step) if since < 0 else 1.0 / (1.0 + self.decay * since)
 
 
 class WarmupStableDecay(StepSchedule):
