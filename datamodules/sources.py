@@ -109,7 +109,7 @@ class TextFiles(Source):
             MisconfigurationException: a file is missing, empty or not UTF-8, or a URL cannot be read.
         """
         for name in self._files():
-            path = _download(name) if _is_url(name) else Path(name)
+            path = download(name) if is_url(name) else Path(name)
             piece = None
             try:
                 for piece in cut(_decoded(path, name)):
@@ -121,12 +121,12 @@ class TextFiles(Source):
 
     def fingerprint(self) -> str:
         """Hash the paths, sizes and modification times, and the URLs as they stand."""
-        return digest(["TextFiles", [name if _is_url(name) else _stat(Path(name)) for name in self._files()]])
+        return digest(["TextFiles", [name if is_url(name) else stat_of(Path(name)) for name in self._files()]])
 
     def _files(self) -> list[str]:
         files: list[str] = []
         for path in self.paths:
-            if _is_url(path):
+            if is_url(path):
                 files.append(path)
                 continue
             local = str(Path(path).expanduser())
@@ -141,11 +141,13 @@ class TextFiles(Source):
         return files
 
 
-def _is_url(path: str) -> bool:
+def is_url(path: str) -> bool:
+    """Whether this is an address, and not a path."""
     return "://" in path
 
 
-def _stat(path: Path) -> list[str | int]:
+def stat_of(path: Path) -> list[str | int]:
+    """What tells whether a file is still the same: its place, size and time of change."""
     stat = path.stat()
     return [str(path.resolve()), stat.st_size, stat.st_mtime_ns]
 
@@ -171,7 +173,12 @@ def _decoded(path: Path, name: str) -> Iterator[str]:
                 return
 
 
-def _download(url: str) -> Path:
+def download(url: str) -> Path:
+    """Fetches a file once, into the cache.
+
+    Raises:
+        MisconfigurationException: If it cannot be reached.
+    """
     target = cache_root() / "downloads" / f"{digest(url)}-{PurePosixPath(urlparse(url).path).name}"
     if not target.exists():
         import fsspec
@@ -253,7 +260,7 @@ class HubText(Source):
     def fingerprint(self) -> str:
         """Hash what was asked for; for a local folder also the paths, sizes and modification times of its files."""
         folder = Path(self.dataset)
-        files = [_stat(path) for path in sorted(folder.rglob("*")) if path.is_file()] if folder.is_dir() else []
+        files = [stat_of(path) for path in sorted(folder.rglob("*")) if path.is_file()] if folder.is_dir() else []
         asked = [self.dataset, self.config, self.split, self.column, self.max_documents, self.revision]
         return digest(["HubText", asked, files])
 

@@ -171,7 +171,7 @@ def test_a_book_without_markers_is_used_whole_with_a_warning(tmp_path):
 def test_a_number_is_a_book_of_project_gutenberg(tmp_path, monkeypatch):
     asked = []
     (tmp_path / "pg11.txt").write_text(f"*** START OF THE PROJECT GUTENBERG EBOOK X ***\n{BODY}")
-    monkeypatch.setattr("datamodules.sources._download", lambda url: asked.append(url) or tmp_path / "pg11.txt")
+    monkeypatch.setattr("datamodules.sources.download", lambda url: asked.append(url) or tmp_path / "pg11.txt")
     assert read_book(11) == read_book("11") == BODY
     assert asked == ["https://www.gutenberg.org/cache/epub/11/pg11.txt"] * 2
 

@@ -77,5 +77,5 @@ class Throughput(L.Callback):
 
 
 def _tokens_in(batch: Any) -> int:
-    tokens = batch.get("input_ids") if isinstance(batch, dict) else None
+    tokens = batch.get("input_ids", batch.get("targets")) if isinstance(batch, dict) else None
     return tokens.numel() if isinstance(tokens, Tensor) else 0

@@ -1,0 +1,308 @@
+"""Running text as numbered words, and the windows of n words that Bengio's network learns from."""
+
+import re
+import zipfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from datamodules.base import ExperimentDataModule, shuffled
+from datamodules.cache import digest
+from datamodules.sources import Piece, Source, cut, download, is_url, stat_of
+
+RARE = "<rare>"  # the word that stands for all rare ones; its number is 0
+PARAGRAPH = "<p>"  # ends a paragraph
+
+_NLTK_BROWN = "https://raw.githubusercontent.com/nltk/nltk_data/gh-pages/packages/corpora/brown.zip"
+_NLTK_FILE = re.compile(r"c[a-r]\d\d")
+_WORD = re.compile(r"\w+|[^\w\s]")
+_CLITIC = re.compile(r"(.+?)(n't|'(?:s|d|m|re|ve|ll))", re.IGNORECASE)
+
+
+class BrownCorpus(Source):
+    """The Brown corpus (Francis and Kucera, 1961): 500 texts of American English, about 1.16 million words.
+
+    Tokens are separated by spaces, a sentence is a line, an empty line ends a paragraph. Part-of-speech tags, as NLTK's
+    copy has them (`The/at jury/nn`), are left out.
+
+    Args:
+        path: a folder or zip file with the texts, or the URL of such a zip file, which is downloaded once. The texts
+            are the files named as in NLTK's copy (`ca01` to `cr09`), or else all `*.txt`, in the order of their names.
+    """
+
+    def __init__(self, path: str = _NLTK_BROWN) -> None:
+        self.path = path
+
+    def pieces(self) -> Iterator[Piece]:
+        """Yield the texts in pieces.
+
+        Raises:
+            MisconfigurationException: there are no such texts, or they cannot be downloaded or read.
+        """
+        texts = self._from_folder if self._local().is_dir() else self._from_zip
+        n_texts = 0
+        for name, content in texts():
+            n_texts += 1
+            try:
+                yield from cut([_without_tags(content.decode())])
+            except UnicodeDecodeError as error:
+                raise MisconfigurationException(f"data.source: {name} in {self.path} is not UTF-8 ({error})") from error
+        if not n_texts:
+            raise MisconfigurationException(
+                f"data.source: {self.path} holds no text of the Brown corpus (files ca01 to cr09, or *.txt)"
+            )
+
+    def fingerprint(self) -> str:
+        """Hash the URL, or the paths, sizes and modification times."""
+        if is_url(self.path):
+            return digest(["BrownCorpus", self.path])
+        local = self._local()
+        files = sorted(local.iterdir()) if local.is_dir() else [local]
+        return digest(["BrownCorpus", [stat_of(file) for file in files]])
+
+    def _local(self) -> Path:
+        if not is_url(self.path):
+            local = Path(self.path).expanduser()
+            if not local.exists():
+                raise MisconfigurationException(
+                    f"data.source: {local} does not exist: give the folder or the zip file of the Brown corpus"
+                )
+            return local
+        try:
+            return download(self.path)
+        except MisconfigurationException as error:
+            raise MisconfigurationException(
+                f"data.source: {error} (--data.source.path FOLDER_OR_ZIP); "
+                "experiments/bengio_nlm/offline.yaml needs no network"
+            ) from error
+
+    def _from_folder(self) -> Iterator[tuple[str, bytes]]:
+        files = {file.name: file for file in self._local().iterdir() if file.is_file()}
+        for name in _texts_among(files):
+            yield name, files[name].read_bytes()
+
+    def _from_zip(self) -> Iterator[tuple[str, bytes]]:
+        try:
+            with zipfile.ZipFile(self._local()) as archive:
+                files = {Path(name).name: name for name in archive.namelist()}
+                for name in _texts_among(files):
+                    yield name, archive.read(files[name])
+        except zipfile.BadZipFile as error:
+            raise MisconfigurationException(f"data.source: {self._local()} is no zip file ({error})") from error
+
+
+def _texts_among(names: Iterable[str]) -> list[str]:
+    names = sorted(names)
+    return [name for name in names if _NLTK_FILE.fullmatch(name)] or [name for name in names if name.endswith(".txt")]
+
+
+def _without_tags(text: str) -> str:
+    lines = [line.split() for line in text.split("\n")]
+    if not all("/" in token for line in lines for token in line):
+        return text
+    return "\n".join(" ".join(token.rpartition("/")[0] for token in line) for line in lines)
+
+
+@dataclass(frozen=True)
+class NumberedText:
+    """A text as numbers, and the words that they stand for, the most frequent first."""
+
+    ids: np.ndarray  # (N,) int32
+    words: list[str]
+    counts: np.ndarray  # (V,) occurrences in the whole text
+
+
+def words_of(
+    documents: Iterable[str], tokens: Literal["spaces", "words"], lowercase: bool, split_clitics: bool, marks: bool
+) -> Iterator[str]:
+    """Yield the words of documents one after the other; see `BengioNLMDataModule` for the choices."""
+    for document in documents:
+        in_paragraph = False
+        for line in (document.lower() if lowercase else document).split("\n"):
+            words = line.split() if tokens == "spaces" else _WORD.findall(line)
+            if marks and in_paragraph and not words:
+                yield PARAGRAPH
+            in_paragraph = bool(words)
+            for word in words:
+                if split_clitics and (parts := _CLITIC.fullmatch(word)):
+                    yield from parts.groups()
+                else:
+                    yield word
+        if marks and in_paragraph:
+            yield PARAGRAPH
+
+
+def number(words: Iterable[str], rare: int) -> NumberedText:
+    """Number the words of a text by their frequency.
+
+    Args:
+        words: the text.
+        rare: words that occur at most so often share the number 0, and the name `RARE`.
+    """
+    first_seen: dict[str, int] = {}
+    ids = np.fromiter((first_seen.setdefault(word, len(first_seen)) for word in words), np.int32)
+    names = list(first_seen)
+    counts = np.bincount(ids, minlength=len(names))
+    kept = sorted(np.flatnonzero(counts > rare), key=lambda i: (-counts[i], names[i]))
+    merged = [RARE] if len(kept) < len(names) else []
+    renumbered = np.zeros(len(names), np.int32)
+    renumbered[kept] = np.arange(len(merged), len(merged) + len(kept))
+    ids = renumbered[ids]
+    return NumberedText(ids, merged + [names[i] for i in kept], np.bincount(ids))
+
+
+class BengioNLMDataModule(ExperimentDataModule):
+    """Every word of a text, with the n - 1 words before it; the text is cut into train, validation and test, in order.
+
+    A batch is `{"context": (B, n - 1), "targets": (B,)}`, the nearest word of the context first. The first words of
+    the validation and the test have the last ones of the split before as their context, so that every word of these
+    splits is predicted; the first n - 1 words of the training text are not.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        batch_size: int,
+        n: int = 5,
+        tokens: Literal["spaces", "words"] = "spaces",
+        lowercase: bool = False,
+        split_clitics: bool = False,
+        paragraph_marks: bool = False,
+        rare: int = 3,
+        train: float = 0.8,
+        val: float = 0.1,
+        num_workers: int = 0,
+        seed: int = 0,
+    ) -> None:
+        """Choose the text and how it is cut.
+
+        Args:
+            source: where the text comes from.
+            batch_size: words to predict in a batch, over all processes, at least 1.
+            n: words in a window, the predicted one included; at least 3, for the trigram beside the network.
+            tokens: `spaces`: what stands between spaces is a word. `words`: letters and digits that stand together are
+                a word, any other character is one by itself.
+            lowercase: whether capitals become small letters.
+            split_clitics: whether n't, 's, 'd, 'm, 're, 've and 'll at the end of a word are words of their own.
+            paragraph_marks: whether a word `<p>` ends each paragraph, which is what empty lines separate.
+            rare: words that occur at most so often, in the whole text as in the paper, become one; 0 keeps all.
+            train: part of the text to train on: a share below 1, or a number of words.
+            val: part of the text for validation, after it: a share below 1, or a number of words. The rest is the test.
+            num_workers: processes that load ahead; 0 loads in the training process.
+            seed: of the order of the training words, 0 or greater.
+        """
+        super().__init__(batch_size, num_workers, seed)
+        for name, value, least in (("n", n, 3), ("rare", rare, 0)):
+            if value < least:
+                raise MisconfigurationException(f"data.{name} is {value}: it must be at least {least}")
+        if min(train, val) <= 0 or (train < 1 and val < 1 and train + val > 1):
+            raise MisconfigurationException(
+                f"data.train {train} and data.val {val} must be above 0, and shares add up to 1 at most"
+            )
+        self.source, self.n, self.train, self.val = source, n, train, val
+        self.tokens, self.rare = tokens, rare
+        self.variant = {"lowercase": lowercase, "split_clitics": split_clitics, "marks": paragraph_marks}
+
+    @cached_property
+    def text(self) -> NumberedText:
+        """The whole text. It is read when it is first asked for.
+
+        Raises:
+            MisconfigurationException: it has fewer than two different words.
+        """
+        text = number(words_of(self.source.documents(), self.tokens, **self.variant), self.rare)
+        if len(text.words) < 2:
+            raise MisconfigurationException(
+                f"the text has {len(text.ids)} words and a vocabulary of {len(text.words)}, where there must be 2 at "
+                f"least: give more text, or less than data.rare {self.rare}"
+            )
+        return text
+
+    @property
+    def vocab_size(self) -> int:
+        """The number of different words."""
+        return len(self.text.words)
+
+    @property
+    def block_size(self) -> int:
+        """The number of words that the network looks back at."""
+        return self.n - 1
+
+    @property
+    def sides(self) -> dict[str, range]:
+        """Where in the text train, val and test are."""
+        n_words = len(self.text.ids)
+        n_train, n_val = (int(part * n_words) if part < 1 else int(part) for part in (self.train, self.val))
+        return {
+            "train": range(min(n_train, n_words)),
+            "val": range(n_train, min(n_train + n_val, n_words)),
+            "test": range(n_train + n_val, n_words),
+        }
+
+    def setup(self, stage: str) -> None:
+        """Cut the text.
+
+        Raises:
+            MisconfigurationException: a side that this stage needs has too few words.
+        """
+        n_words, sides = len(self.text.ids), self.sides
+        if len(sides["train"]) < self.n:
+            raise MisconfigurationException(
+                f"the training text has {len(sides['train'])} words, fewer than one window of data.n {self.n}: give "
+                "more text, or a larger data.train"
+            )
+        for side in ("val", "test") if stage == "test" else ("val",):  # the trigram is fitted on val, for the test too
+            if not len(sides[side]):
+                raise MisconfigurationException(
+                    f"data.train {self.train:g} and data.val {self.val:g} leave nothing of {n_words:,} words for the "
+                    f"side {side}: make them smaller, or give more text"
+                )
+
+    def train_dataloader(self) -> DataLoader:
+        """Return every word to train on, shuffled."""
+        first = self.n - 1  # the first word with a whole context
+        n = len(self.sides["train"]) - first
+        order = shuffled(n, self.seed)
+        return self.training_loader(self._windows, n, lambda epoch: order(epoch) + first)
+
+    def val_dataloader(self) -> DataLoader:
+        """Return every word of the validation text."""
+        return self._all("val")
+
+    def test_dataloader(self) -> DataLoader:
+        """Return every word of the test text."""
+        return self._all("test")
+
+    @property
+    def _windows(self) -> "NGramWindows":
+        return NGramWindows(self.text.ids, self.n)
+
+    def _all(self, side: str) -> DataLoader:
+        return self.evaluation_loader(self._windows, torch.tensor(self.sides[side]))
+
+
+class NGramWindows(Dataset):
+    """The windows of n words in a numbered text, by the positions of their last words."""
+
+    def __init__(self, ids: np.ndarray, n: int) -> None:
+        """Look at a text through windows.
+
+        Args:
+            ids: the text, (N,) integers.
+            n: words in a window.
+        """
+        self.ids = torch.from_numpy(ids)
+        self.back = torch.arange(n)  # from the predicted word to the farthest of its context
+
+    def __getitem__(self, positions: Tensor) -> dict[str, Tensor]:
+        """Return the words at these positions (B,), each at least n - 1, and those before them, the nearest first."""
+        windows = self.ids[positions[:, None] - self.back].long()  # (B, n)
+        return {"context": windows[:, 1:], "targets": windows[:, 0]}

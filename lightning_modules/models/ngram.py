@@ -1,0 +1,136 @@
+"""The interpolated trigram (Jelinek and Mercer, 1980), as Bengio et al. (2003) have it beside their network.
+
+A trigram is seen too seldom to be believed alone, so its relative frequency is mixed with those of shorter n-grams:
+
+    P(w | u, v) = a_0(q) / V  +  a_1(q) P(w)  +  a_2(q) P(w | v)  +  a_3(q) P(w | u, v)
+
+How far the longer histories are to be trusted depends on how often (u, v) was seen. So there is one set of weights for
+each order of magnitude `q` of that frequency. The relative frequencies are those of the training text, and the
+weights are what EM finds on a text that was held out.
+"""
+
+import numpy as np
+
+N_GROUPS = 45  # groups of histories by the logarithm of their frequency: enough for any text that has 64-bit keys
+
+
+def fit_mixture(
+    probabilities: np.ndarray, groups: np.ndarray, n_groups: int, tolerance: float = 1e-7, max_steps: int = 200
+) -> np.ndarray:
+    """Finds by EM the weights that make a mixture of models likeliest (Dempster, Laird and Rubin, 1977).
+
+    Args:
+        probabilities: What each of K models gives each of N observations, (N, K); one of them is above 0 everywhere.
+        groups: The group of each observation, (N,) integers below `n_groups`; each group has weights of its own.
+        n_groups: Number of groups. One without an observation takes the weights of all observations together.
+        tolerance: EM ends when a step gains less than this, in nats an observation.
+        max_steps: EM ends after so many steps in any case.
+
+    Returns:
+        The weights, (n_groups, K); each row sums to one.
+    """
+    n_models = probabilities.shape[1]
+    sizes = np.bincount(groups, minlength=n_groups)[:, None]  # (G, 1)
+    weights = np.full((n_groups, n_models), 1 / n_models)
+    before = -np.inf
+    for _ in range(max_steps):
+        joint = weights[groups] * probabilities  # (N, K)
+        total = joint.sum(axis=1, keepdims=True)
+        log_likelihood = np.log(total).mean() if len(total) else 0.0
+        if log_likelihood - before < tolerance:
+            break
+        before = log_likelihood
+        shares = joint / total  # which model each observation came from, as far as one can tell
+        expected = np.stack([np.bincount(groups, shares[:, k], n_groups) for k in range(n_models)], axis=1)  # (G, K)
+        overall = expected.sum(axis=0) / max(1, len(groups))
+        weights = np.where(sizes > 0, expected / np.maximum(sizes, 1), overall)
+    return weights
+
+
+class InterpolatedTrigram:
+    """Relative frequencies of n-grams up to three words, and the weights of their mixture.
+
+    Attributes:
+        weights: (G, 4): of the uniform distribution, unigram, bigram and trigram, for each group of histories.
+    """
+
+    def __init__(self, tokens: np.ndarray, vocab_size: int) -> None:
+        """Counts.
+
+        Args:
+            tokens: The training text, (N,) ids; at least three.
+            vocab_size: Number of words, V.
+
+        Raises:
+            ValueError: If the text is shorter than a trigram, or the vocabulary too large for the keys.
+        """
+        if len(tokens) < 3:
+            raise ValueError(f"a trigram needs a text of at least 3 tokens, got {len(tokens)}")
+        if vocab_size**3 > 2**63:
+            raise ValueError(f"vocab_size is {vocab_size}: the keys of its trigrams do not fit in 64 bits")
+        self.vocab_size = vocab_size
+        self.n_tokens = len(tokens)
+        tokens = tokens.astype(np.int64)
+        self.unigrams = np.bincount(tokens, minlength=vocab_size)  # (V,)
+        # An n-gram's key is its words as the digits of a number to base V; the keys are sorted, their counts beside.
+        pairs = tokens[:-1] * vocab_size + tokens[1:]
+        self.bigrams = _Counts(pairs)
+        self.trigrams = _Counts(pairs[:-1] * vocab_size + tokens[2:])
+        self.bigram_histories = np.bincount(tokens[:-1], minlength=vocab_size)  # occurrences that a word follows
+        self.trigram_histories = _Counts(pairs[:-1])
+        self.weights = np.full((N_GROUPS, 4), 0.25)
+
+    def components(self, histories: np.ndarray, targets: np.ndarray) -> np.ndarray:
+        """The four probabilities of each target: uniform, unigram, bigram, trigram, (N, 4).
+
+        After a history that was never seen, the next shorter one stands in, so that each still sums to one.
+
+        Args:
+            histories: The two words before each target, the nearer one first, (N, 2).
+            targets: (N,).
+        """
+        near, far = histories[:, 0].astype(np.int64), histories[:, 1].astype(np.int64)
+        pair = far * self.vocab_size + near
+        unigram = self.unigrams[targets] / self.n_tokens
+        bigram = _ratio(self.bigrams[near * self.vocab_size + targets], self.bigram_histories[near], unigram)
+        trigram = _ratio(self.trigrams[pair * self.vocab_size + targets], self.trigram_histories[pair], bigram)
+        return np.stack([np.full(len(targets), 1 / self.vocab_size), unigram, bigram, trigram], axis=1)
+
+    def groups(self, histories: np.ndarray) -> np.ndarray:
+        """The group of each history (N, 2): ceil(-log((1 + c) / T)), seen c times in a training text of T words."""
+        seen = self.trigram_histories[histories[:, 1].astype(np.int64) * self.vocab_size + histories[:, 0]]
+        return np.ceil(-np.log((1 + seen) / self.n_tokens)).astype(np.int64).clip(0)
+
+    def fit(self, histories: np.ndarray, targets: np.ndarray) -> None:
+        """Chooses the weights on a text that was held out.
+
+        Args:
+            histories: See `components`.
+            targets: See `components`.
+        """
+        self.weights = fit_mixture(self.components(histories, targets), self.groups(histories), N_GROUPS)
+
+    def probabilities(self, histories: np.ndarray, targets: np.ndarray) -> np.ndarray:
+        """P(w | u, v) of each target, (N,).
+
+        Args:
+            histories: See `components`.
+            targets: See `components`.
+        """
+        return (self.weights[self.groups(histories)] * self.components(histories, targets)).sum(axis=1)
+
+
+class _Counts:
+    """How often each key occurs; 0 for the keys that do not."""
+
+    def __init__(self, keys: np.ndarray) -> None:
+        self.keys, self.counts = np.unique(keys, return_counts=True)
+
+    def __getitem__(self, keys: np.ndarray) -> np.ndarray:
+        places = np.searchsorted(self.keys, keys).clip(max=len(self.keys) - 1)
+        return np.where(self.keys[places] == keys, self.counts[places], 0)
+
+
+def _ratio(part: np.ndarray, whole: np.ndarray, otherwise: np.ndarray) -> np.ndarray:
+    """`part / whole`, and something else where `whole` is 0."""
+    return np.where(whole > 0, part / np.maximum(whole, 1), otherwise)

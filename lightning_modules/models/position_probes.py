@@ -1,0 +1,160 @@
+"""Probes: what can be read from two rows of a position matrix by a function that is learned from examples.
+
+A probe sees the rows x_i and x_j of two positions and predicts four targets, each by a probe of its own:
+
+    linear      y = a · x_i + b · x_j + c
+    bilinear    y = a · x_i + b · x_j + c + Σ_r (u_r · x_i) (v_r · x_j)          r = 1 ... width
+    mlp         y = w · relu(A x_i + B x_j + c) + e                              width hidden units
+
+Many probes train at once, side by side in one stack of matrices: one for each table of rows, fold and target. They
+share nothing, and the gradient of the sum of their losses holds the gradient of each, so a stack learns exactly what
+they would learn one by one, at the cost of a few large products instead of hundreds of small ones.
+
+Papers: Alain and Bengio, "Understanding Intermediate Layers Using Linear Classifier Probes" (2016),
+https://arxiv.org/abs/1610.01644; Hewitt and Liang, "Designing and Interpreting Probes with Control Tasks" (2019),
+https://arxiv.org/abs/1909.03368; Wang and Chen, "What Do Position Embeddings Learn?" (2020),
+https://arxiv.org/abs/2010.04903.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+TARGETS = ("position", "order", "signed_distance", "distance")
+ORDER = TARGETS.index("order")  # the one that is a class: which of the two comes first
+
+
+def targets_of(first: Tensor, second: Tensor) -> Tensor:
+    """What there is to say of two positions i and j: i, whether i < j, j - i and |j - i|.
+
+    Args:
+        first: Positions i, (...).
+        second: Positions j, (...).
+
+    Returns:
+        (..., 4) float32, in the order of `TARGETS`.
+    """
+    difference = second - first
+    return torch.stack([first, difference > 0, difference, difference.abs()], dim=-1).float()
+
+
+def standardized(rows: Tensor, seen: Tensor) -> Tensor:
+    """Rows as a probe takes them: every component with mean 0 and variance 1 over the rows that the probe learns from.
+
+    The whole is then scaled to a largest singular value of √n over these n rows. The loss of a linear probe so curves
+    alike in its steepest direction whatever the table, and one learning rate suits the table and all of its controls.
+    From zero, gradient descent finds the directions of large variance first, and those are where neighbours are alike.
+
+    Args:
+        rows: A table of positions, (T, d).
+        seen: Which rows the probe learns from, (T,) bool.
+
+    Returns:
+        (T, d) float32.
+    """
+    known = rows[seen].double()
+    deviation = known.std(dim=0, correction=0)
+    scale = torch.where(deviation > 0, deviation, 1.0)
+    x = (rows.double() - known.mean(dim=0)) / scale
+    return (x / torch.linalg.matrix_norm(x[seen], 2) * len(known) ** 0.5).float()
+
+
+class LinearProbes(nn.Module):
+    """y = a · x_i + b · x_j + c for a stack of G tables and K targets.
+
+    Args:
+        n_tables: Number of tables G.
+        n_embd: Components of a row, d.
+        n_targets: Probes a table, K.
+    """
+
+    def __init__(self, n_tables: int, n_embd: int, n_targets: int) -> None:
+        super().__init__()
+        self.first = nn.Parameter(torch.zeros(n_tables, n_embd, n_targets))
+        self.second = nn.Parameter(torch.zeros(n_tables, n_embd, n_targets))
+        self.bias = nn.Parameter(torch.zeros(n_tables * n_targets))  # a vector, so that it does not decay
+
+    def forward(self, rows: Tensor, first: Tensor, second: Tensor) -> Tensor:
+        """Predictions for B pairs of positions in each of the G tables.
+
+        Args:
+            rows: The tables, (G, T, d).
+            first: Positions i, (B,) int64.
+            second: Positions j, (B,) int64.
+
+        Returns:
+            (G, B, K).
+        """
+        bias = self.bias.view(len(rows), 1, -1)  # (G, 1, K)
+        return _of_pairs(rows, self.first, first) + _of_pairs(rows, self.second, second) + bias
+
+
+class BilinearProbes(LinearProbes):
+    """The linear probe and a bilinear form of low rank, Σ_r (u_r · x_i) (v_r · x_j).
+
+    Args:
+        n_tables: Number of tables G.
+        n_embd: Components of a row, d.
+        n_targets: Probes a table, K.
+        width: Rank of the bilinear form, W.
+    """
+
+    def __init__(self, n_tables: int, n_embd: int, n_targets: int, width: int) -> None:
+        super().__init__(n_tables, n_embd, n_targets)
+        std = (n_embd**2 * width) ** -0.25  # the form then has the variance of one product of unit projections
+        self.first_factor = nn.Parameter(torch.randn(n_tables, n_embd, n_targets * width) * std)
+        self.second_factor = nn.Parameter(torch.randn(n_tables, n_embd, n_targets * width) * std)
+
+    def forward(self, rows: Tensor, first: Tensor, second: Tensor) -> Tensor:
+        """Predictions (G, B, K); see `LinearProbes.forward`."""
+        product = _of_pairs(rows, self.first_factor, first) * _of_pairs(rows, self.second_factor, second)
+        linear = super().forward(rows, first, second)
+        return linear + product.view(*linear.shape, -1).sum(dim=-1)  # (G, B, K, W) -> (G, B, K)
+
+
+class MLPProbes(nn.Module):
+    """y = w · relu(A x_i + B x_j + c) + e for a stack of G tables and K targets.
+
+    Args:
+        n_tables: Number of tables G.
+        n_embd: Components of a row, d.
+        n_targets: Probes a table, K.
+        width: Hidden units a probe, W.
+    """
+
+    def __init__(self, n_tables: int, n_embd: int, n_targets: int, width: int) -> None:
+        super().__init__()
+        self.first = nn.Parameter(torch.randn(n_tables, n_embd, n_targets * width) * (2 * n_embd) ** -0.5)
+        self.second = nn.Parameter(torch.randn(n_tables, n_embd, n_targets * width) * (2 * n_embd) ** -0.5)
+        self.hidden_bias = nn.Parameter(torch.zeros(n_tables * n_targets * width))
+        self.readout = nn.Parameter(torch.randn(n_tables, n_targets, width) * width**-0.5)
+        self.bias = nn.Parameter(torch.zeros(n_tables * n_targets))
+
+    def forward(self, rows: Tensor, first: Tensor, second: Tensor) -> Tensor:
+        """Predictions (G, B, K); see `LinearProbes.forward`."""
+        n_tables, n_targets, width = self.readout.shape
+        hidden = _of_pairs(rows, self.first, first) + _of_pairs(rows, self.second, second)
+        hidden = F.relu(hidden + self.hidden_bias.view(n_tables, 1, -1))  # (G, B, K W)
+        hidden = hidden.view(n_tables, -1, n_targets, width)
+        outputs = torch.einsum("gbkw,gkw->gbk", hidden, self.readout)
+        return outputs + self.bias.view(n_tables, 1, -1)
+
+
+def build_probes(kind: str, n_tables: int, n_embd: int, n_targets: int, width: int) -> nn.Module:
+    """A stack of probes of one kind.
+
+    Args:
+        kind: `linear`, `bilinear` or `mlp`.
+        n_tables: Number of tables.
+        n_embd: Components of a row.
+        n_targets: Probes a table.
+        width: Rank of the bilinear form, or hidden units of the mlp; the linear probe has none.
+    """
+    if kind == "linear":
+        return LinearProbes(n_tables, n_embd, n_targets)
+    return {"bilinear": BilinearProbes, "mlp": MLPProbes}[kind](n_tables, n_embd, n_targets, width)
+
+
+def _of_pairs(rows: Tensor, weight: Tensor, positions: Tensor) -> Tensor:
+    """x_i · w at these positions: (G, T, d) and (G, d, H) to (G, B, H). The product is taken once a position."""
+    return (rows @ weight).index_select(1, positions)

@@ -1,0 +1,92 @@
+"""Training speed of Bengio's network, MLP1 on a vocabulary of Brown's size, against plain PyTorch modules, on this CPU.
+
+Run `python tests/benchmarks/bengio_speed.py`: it takes about two minutes and prints a Markdown table. Both have the
+same weights, the same words and fused AdamW. The plain one is `nn.Embedding`, `nn.Linear` and `F.cross_entropy` in
+float32, and once more under bfloat16 autocast; ours is `BengioNLM.loss`, as `BengioNLMModule` calls it, in the same two
+precisions. They take turns, step by step, so that whatever else the machine does hits all; the figures are medians.
+"""
+
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_modules.models.bengio import BengioNLM
+
+N_THREADS = 2
+VOCAB_SIZE, N, H, M, BATCH_SIZE = 16_487, 5, 50, 60, 1024
+EPOCH = 800_000  # words
+ROUNDS = 40
+
+
+class Plain(nn.Module):
+    """The same network as one would write it at first."""
+
+    def __init__(self, ours: BengioNLM) -> None:
+        super().__init__()
+        width = (N - 1) * M
+        self.embedding = nn.Embedding(VOCAB_SIZE, M)
+        self.hidden = nn.Linear(width, H)
+        self.output = nn.Linear(H, VOCAB_SIZE)
+        self.direct = nn.Linear(width, VOCAB_SIZE, bias=False)
+        with torch.no_grad():
+            for mine, theirs in (
+                (self.embedding.weight, ours.C), (self.hidden.weight, ours.H), (self.hidden.bias, ours.d),
+                (self.output.weight, ours.U), (self.output.bias, ours.b), (self.direct.weight, ours.W),
+            ):  # fmt: skip
+                mine.copy_(theirs)
+
+    def loss(self, context: Tensor, targets: Tensor) -> Tensor:
+        """Mean cross entropy."""
+        x = torch.cat([self.embedding(context[:, k]) for k in range(N - 1)], dim=1)
+        return F.cross_entropy(self.output(torch.tanh(self.hidden(x))) + self.direct(x), targets)
+
+
+def make_step(model: nn.Module, context: Tensor, targets: Tensor, low: bool) -> Callable[[], float]:
+    """One optimiser step, as a function without arguments that gives its loss."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+
+    def step() -> float:
+        with torch.autocast("cpu", torch.bfloat16, enabled=low):
+            loss = model.loss(context, targets)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        return loss.item()
+
+    return step
+
+
+def main() -> None:
+    """Measures and prints."""
+    torch.set_num_threads(N_THREADS)
+    torch.manual_seed(0)
+    context = torch.randint(VOCAB_SIZE, (BATCH_SIZE, N - 1))
+    targets = torch.randint(VOCAB_SIZE, (BATCH_SIZE,))
+    steps = {}
+    for precision, low in (("float32", False), ("bfloat16", True)):
+        torch.manual_seed(0)
+        ours = BengioNLM(VOCAB_SIZE, N, H, M)
+        steps[f"plain PyTorch, {precision}"] = make_step(Plain(ours), context, targets, low)
+        steps[f"ours, {precision}"] = make_step(ours, context, targets, low)
+    losses = {name: [step(), step()][1] for name, step in steps.items()}  # a warm-up too
+    assert max(losses.values()) - min(losses.values()) < 0.02, losses
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    names = list(steps)
+    for turn in range(ROUNDS):
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:  # who goes first changes too
+            start = time.perf_counter()
+            steps[name]()
+            seconds[name].append(time.perf_counter() - start)
+    print("| network | words per second | an epoch of 800,000 words | speed, plain float32 = 1 |\n|---|---|---|---|")
+    for name, measured in seconds.items():
+        ratio = statistics.median(p / m for p, m in zip(seconds[names[0]], measured, strict=True))
+        speed = BATCH_SIZE / statistics.median(measured)
+        print(f"| {name} | {speed:,.0f} | {EPOCH / speed:.0f} s | {ratio:.2f} |")
+
+
+if __name__ == "__main__":
+    main()
