@@ -14,7 +14,7 @@ COMMANDS = {
     "validate": ("experiments.cli", "measure a checkpoint on the validation data"),
     "test": ("experiments.cli", "measure a checkpoint on the test data"),
     "predict": ("experiments.cli", "apply a checkpoint to new data"),
-    "generate": ("experiments.generate", "continue a prompt with the model of a run"),
+    "generate": ("experiments.generate", "continue a prompt with the model of a run, or ask it questions"),
     "study": ("experiments.study", "run a W&B sweep file on this machine"),
     "compare": ("experiments.compare", "compare runs: tables with intervals, curves, and a page"),
     "schema": ("experiments.editor", "print the JSON schema of the YAML files, for editors"),

@@ -1,11 +1,15 @@
-"""`llm-train generate`: continues a prompt with the model of a run."""
+"""`llm-train generate`: continues a prompt with the model of a run, or answers questions in the terminal."""
 
 import argparse
 import importlib
 import inspect
-from collections.abc import Iterable, Iterator, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain, takewhile
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 import yaml
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -14,6 +18,22 @@ from datamodules.tokenizers import encode
 from experiments.run_folder import CHECKPOINTS, CONFIG
 from lightning_modules.base import ExperimentModule
 from lightning_modules.checkpoint_io import AtomicCheckpointIO
+
+
+def read_config(run: Path) -> dict[str, Any]:
+    """Reads the configuration of a run, as it was resolved.
+
+    Args:
+        run: Run folder.
+
+    Raises:
+        MisconfigurationException: If the folder holds no run.
+    """
+    if not (run / CONFIG).is_file():
+        raise MisconfigurationException(
+            f"--run {run}: no {CONFIG} in it; give the folder of a run, such as runs/TOPIC/NAME"
+        )
+    return yaml.safe_load((run / CONFIG).read_text(encoding="utf-8"))
 
 
 def load_run(run: Path, checkpoint: str, device: torch.device) -> ExperimentModule:
@@ -27,24 +47,24 @@ def load_run(run: Path, checkpoint: str, device: torch.device) -> ExperimentModu
     Raises:
         MisconfigurationException: If the folder holds no run, or no checkpoint that is whole.
     """
-    if not (run / CONFIG).is_file():
-        raise MisconfigurationException(
-            f"--run {run}: no {CONFIG} in it; give the folder of a run, such as runs/TOPIC/NAME"
-        )
+    module_class = _class_at(read_config(run)["model"]["class_path"])
     path = run / CHECKPOINTS / f"{checkpoint}.ckpt"
     if checkpoint == "best" and not path.is_file():
         path = path.with_name("last.ckpt")
     loaded = AtomicCheckpointIO().load_checkpoint(path, map_location=device)
-    module_name, class_name = yaml.safe_load((run / CONFIG).read_text())["model"]["class_path"].rsplit(".", 1)
-    module_class = getattr(importlib.import_module(module_name), class_name)
     accepted = inspect.signature(module_class).parameters
     arguments = {name: value for name, value in loaded["hyper_parameters"].items() if name in accepted}
     module = module_class(**arguments | ({"compile": False} if "compile" in accepted else {}))
     if not hasattr(module, "generate"):
-        raise MisconfigurationException(f"--run {run}: a {class_name} does not generate text")
+        raise MisconfigurationException(f"--run {run}: a {module_class.__name__} does not generate text")
     module.on_load_checkpoint(loaded)
     module.load_state_dict(loaded["state_dict"])
     return module.to(device).eval()
+
+
+def _class_at(path: str) -> type:
+    module_name, class_name = path.rsplit(".", 1)
+    return getattr(importlib.import_module(module_name), class_name)
 
 
 def decode_stream(tokenizer: object, tokens: Iterable[int]) -> Iterator[str]:
@@ -64,46 +84,154 @@ def decode_stream(tokenizer: object, tokens: Iterable[int]) -> Iterator[str]:
     yield tokenizer.decode(held)
 
 
+def read_references(files: Iterable[Path]) -> list[str]:
+    """The paragraphs of text files: what stands between empty lines.
+
+    Args:
+        files: In UTF-8.
+
+    Raises:
+        MisconfigurationException: If a file holds no text.
+    """
+    found: list[str] = []
+    for file in files:
+        try:
+            text = file.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise MisconfigurationException(f"--references {file}: is not UTF-8 ({error})") from error
+        if not text.strip():
+            raise MisconfigurationException(f"--references {file}: is empty; each paragraph is a reference")
+        found += [" ".join(paragraph.split()) for paragraph in re.split(r"\n\s*\n", text.strip())]
+    return found
+
+
+def chat(answer: Callable[[str, Sequence[str]], None], references: Sequence[str]) -> None:
+    """Asks for questions until there is an empty one, the input ends, or Ctrl-C.
+
+    Args:
+        answer: Prints the answer to a question from references.
+        references: Of all questions. Without any, they are asked for, and an empty question asks for others.
+    """
+    given = list(references)
+    try:
+        while True:
+            if not references:
+                print("References, one a line, then an empty line:")
+                given = [line.strip() for line in iter(input, "")]
+            for number, text in enumerate(given, start=1):
+                print(f"[{number}] {text}")
+            while question := input("\nQuestion: ").strip():
+                answer(question, given)
+            if references:
+                return
+    except (EOFError, KeyboardInterrupt):
+        print()
+
+
 def main(args: Sequence[str]) -> None:
-    """Prints a prompt and its continuation, token by token.
+    """Prints a prompt and its continuation, or questions and their answers, token by token.
 
     Args:
         args: Command line, `generate` first.
     """
-    parser = argparse.ArgumentParser(
-        prog="llm-train generate", description="Continue a prompt with the model of a run.", allow_abbrev=False
-    )
-    parser.add_argument("--run", type=Path, required=True, help="run folder, such as runs/decoder_pretrain/offline")
-    parser.add_argument("--prompt", required=True, help="text to continue")
-    parser.add_argument("--max_new_tokens", type=int, default=200, help="length of the continuation (default: 200)")
-    parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token (default: 0.8)")
-    parser.add_argument("--top_k", type=int, help="draw from this many likeliest tokens only")
-    parser.add_argument("--top_p", type=float, help="draw from the fewest tokens with this much probability (0 to 1)")
-    parser.add_argument("--seed", type=int, default=0, help="the same seed, the same text (default: 0)")
-    parser.add_argument("--checkpoint", choices=["best", "last"], default="best", help="which weights (default: best)")
-    options = parser.parse_args(args[1:])
+    options = _parse(args)
 
     from transformers import PreTrainedTokenizerFast
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     module = load_run(options.run, options.checkpoint, device)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(options.run / "tokenizer")
-    if not options.prompt:
-        raise MisconfigurationException("--prompt is empty: give at least one character to continue")
-    prompt = torch.from_numpy(encode(tokenizer, [options.prompt])[0].astype("int64"))[None].to(device)  # (1, T)
-    try:
+    generator = torch.Generator(device).manual_seed(options.seed)
+
+    def stream(prompt: np.ndarray, max_new_tokens: int, temperature: float) -> Iterator[str]:
+        """The text that follows a prompt (T,)."""
         tokens = module.generate(
-            prompt,
-            max_new_tokens=options.max_new_tokens,
-            temperature=options.temperature,
+            torch.from_numpy(prompt.astype(np.int64))[None].to(device),  # (1, T)
+            max_new_tokens=max_new_tokens,
+            temperature=temperature if options.temperature is None else options.temperature,
             top_k=options.top_k,
             top_p=options.top_p,
-            generator=torch.Generator(device).manual_seed(options.seed),
+            generator=generator,
             stop_token=tokenizer.eos_token_id,
         )
-        print(options.prompt, end="", flush=True)
-        for text in decode_stream(tokenizer, (int(token) for token in tokens)):
-            print(text, end="", flush=True)
-        print()
+        return decode_stream(tokenizer, takewhile(lambda token: token != tokenizer.eos_token_id, map(int, tokens)))
+
+    try:
+        if options.chat:
+            chat(_answering(options, tokenizer, stream), read_references(options.references))
+        else:
+            longest = 200 if options.max_new_tokens is None else options.max_new_tokens
+            text = stream(encode(tokenizer, [options.prompt])[0], longest, temperature=0.8)
+            _print(chain([options.prompt], text))
     except ValueError as error:
         raise MisconfigurationException(f"generate: {error}") from error
+
+
+def _print(texts: Iterable[str]) -> None:
+    for text in texts:
+        print(text, end="", flush=True)
+    print()
+
+
+def _answering(
+    options: argparse.Namespace, tokenizer: object, stream: Callable[..., Iterator[str]]
+) -> Callable[[str, Sequence[str]], None]:
+    """What prints answers, by the prompts of the data that the run was trained on."""
+    data = read_config(options.run)["data"]
+    data_class = _class_at(data["class_path"])
+    if not hasattr(data_class, "prompts"):
+        raise MisconfigurationException(
+            f"--chat: {options.run} has not learned to answer ({data_class.__name__} has no prompts); give --prompt"
+        )
+    prompts = data_class.prompts(tokenizer, data["init_args"])
+    longest = data["init_args"]["max_answer_tokens"] if options.max_new_tokens is None else options.max_new_tokens
+
+    def answer(question: str, references: Sequence[str]) -> None:
+        prompt = prompts.prompt(question, references, longest)
+        if prompt is None:
+            print(f"(too long: with an answer of {longest} tokens, a prompt may have {prompts.block_size - longest})")
+            return
+        n_read = len(prompt.references)
+        if prompt.n_cut or n_read < len(references):
+            print(f"(read {n_read} of {len(references)} references{', the last one in part' * prompt.n_cut})")
+        _print(_without_leading_space(stream(prompt.ids, longest, temperature=0.0)))
+
+    return answer
+
+
+def _without_leading_space(texts: Iterable[str]) -> Iterator[str]:
+    begun = False
+    for text in texts:
+        shown = text if begun else text.lstrip()
+        begun |= bool(shown)
+        yield shown
+
+
+def _parse(args: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="llm-train generate",
+        description="Continue a prompt with the model of a run, or ask it questions.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--run", type=Path, required=True, help="run folder, such as runs/decoder_pretrain/offline")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--prompt", help="text to continue")
+    what.add_argument("--chat", action="store_true", help="ask questions, by the template that the run was trained on")
+    parser.add_argument(
+        "--references", type=Path, nargs="+", default=[], metavar="FILE",
+        help="text files whose paragraphs are the references of a chat (default: they are pasted)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--max_new_tokens", type=int, help="length of the text (default: 200; in a chat, the run's max_answer_tokens)"
+    )
+    parser.add_argument("--temperature", type=float, help="0 takes the likeliest token (default: 0.8; in a chat, 0)")
+    parser.add_argument("--top_k", type=int, help="draw from this many likeliest tokens only")
+    parser.add_argument("--top_p", type=float, help="draw from the fewest tokens with this much probability (0 to 1)")
+    parser.add_argument("--seed", type=int, default=0, help="the same seed, the same text (default: 0)")
+    parser.add_argument("--checkpoint", choices=["best", "last"], default="best", help="which weights (default: best)")
+    options = parser.parse_args(args[1:])
+    if options.prompt == "":
+        raise MisconfigurationException("--prompt is empty: give at least one character to continue")
+    if options.references and not options.chat:
+        raise MisconfigurationException("--references are for --chat: write them into the prompt")
+    return options
