@@ -113,6 +113,8 @@ class ExperimentCLI(LightningCLI):
     def _resolve_checkpoint(self) -> None:
         arguments = self.config[self.subcommand]
         given = arguments.get("ckpt_path")
+        if given is None and self.subcommand == "predict":
+            raise MisconfigurationException("predict: with which weights? Give --ckpt_path best, last or a file")
         if given is None:
             return
         if given in ("last", "best"):

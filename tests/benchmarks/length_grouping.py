@@ -1,0 +1,83 @@
+"""Reviews a second with batches of about equal length, against batches of any; and what cached features save.
+
+    python tests/benchmarks/length_grouping.py
+
+Both train the same small BERT on the same reviews, in turn; then its head alone, on tokens and on features. Lengths are
+drawn as those of IMDB fall: the logarithm is about normal, with a median of 234 tokens, cut at 512.
+"""
+
+import argparse
+import copy
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from datamodules.base import GlobalBatches, shuffled
+from datamodules.bert_imdb import TokenizedReviews, grouped_by_length
+from lightning_modules.bert_imdb import BertImdbModule
+
+
+def main() -> None:
+    """Prints a line for each way, and the ratio."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--batches", type=int, default=20, help="batches a turn (default: 20)")
+    parser.add_argument("--turns", type=int, default=3, help="turns each (default: 3)")
+    parser.add_argument("--batch_size", type=int, default=16, help="reviews in a batch (default: 16)")
+    options = parser.parse_args()
+
+    from transformers import BertConfig, BertModel
+
+    draw = np.random.default_rng(0)
+    lengths = np.clip(np.exp(draw.normal(np.log(234), 0.6, 2000)).astype(int), 20, 512)
+    rows = [draw.integers(5, 1000, n).astype(np.int32) for n in lengths]
+    reviews = TokenizedReviews(rows, draw.integers(0, 2, len(rows)), pad_token_id=0)
+    sizes = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 512}
+    with tempfile.TemporaryDirectory() as folder:
+        BertModel(BertConfig(vocab_size=1000, max_position_embeddings=512, **sizes)).save_pretrained(Path(folder))
+        module = BertImdbModule(folder, vocab_size=1000, block_size=512, classes=["negative", "positive"])
+    optimizer = torch.optim.AdamW(module.parameters(), lr=1e-4)
+
+    def seconds(order: object, epoch: int, dataset: TokenizedReviews = reviews) -> float:
+        sampler = GlobalBatches(len(rows), order, options.batch_size)
+        sampler.set_epoch(epoch)
+        began = time.perf_counter()
+        for positions, _ in zip(sampler, range(options.batches), strict=False):
+            batch = dataset[positions]
+            optimizer.zero_grad()
+            F.cross_entropy(module(batch), batch["labels"]).backward()
+            optimizer.step()
+        return time.perf_counter() - began
+
+    def report(found: dict[str, list[float]], what: str) -> None:
+        n = options.batches * options.batch_size
+        for name, times in found.items():
+            print(f"{name:8} {n / statistics.median(times):9.1f} reviews/s   {min(times):.3f} to {max(times):.3f} s")
+        ratios = [slow / fast for slow, fast in zip(*found.values(), strict=True)]
+        print(f"{what} {statistics.median(ratios):.2f} times as fast ({min(ratios):.2f} to {max(ratios):.2f})")
+
+    orders = {"random": shuffled(len(rows), 0), "grouped": grouped_by_length(lengths, options.batch_size, 0)}
+    for order in orders.values():
+        seconds(order, 0)
+    found = {name: [] for name in orders}
+    for turn in range(options.turns):
+        for name, order in orders.items():
+            found[name].append(seconds(order, turn))
+    report(found, "grouped batches are")
+
+    module.model.encoder.requires_grad_(False).eval()
+    cached = copy.copy(reviews)
+    cached.features = draw.normal(size=(len(rows), sizes["hidden_size"])).astype(np.float32)
+    found = {"tokens": [], "features": []}
+    for turn in range(options.turns):
+        for name, dataset in (("tokens", reviews), ("features", cached)):
+            found[name].append(seconds(orders["grouped"], turn, dataset))
+    report(found, "a frozen base's epochs on cached features are")
+
+
+if __name__ == "__main__":
+    main()
