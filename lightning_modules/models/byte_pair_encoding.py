@@ -23,10 +23,10 @@ Ties and ids follow that library's `BpeTrainer` with `min_frequency=0`, so that 
 """
 
 import heapq
-import multiprocessing
 import re
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from functools import lru_cache, partial
 from itertools import pairwise
 
@@ -182,14 +182,14 @@ def count_words(
         for batch in _batches(texts):
             total.update(count(batch))
         return total
-    with multiprocessing.Pool(workers) as pool:
-        pending = deque()  # a bounded queue: `pool.imap` would read all the texts ahead of the workers
+    with ProcessPoolExecutor(workers) as pool:
+        pending = deque()  # a bounded queue: `pool.map` would read all the texts ahead of the workers
         for batch in _batches(texts):
-            pending.append(pool.apply_async(count, (batch,)))
+            pending.append(pool.submit(count, batch))
             if len(pending) > workers:
-                total.update(pending.popleft().get())
-        for result in pending:
-            total.update(result.get())
+                total.update(pending.popleft().result())
+        for future in pending:
+            total.update(future.result())
     return total
 
 
