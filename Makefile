@@ -19,7 +19,7 @@ demo: $(READY)  ## Learn a tokenizer, pretrain a small decoder with it on Python
 	$(BIN)/llm-train generate --run runs/decoder_pretrain/offline --prompt "def __init__(self" --max_new_tokens 120
 
 test: $(READY)  ## The tests that need no network, no GPU and no account
-	$(BIN)/python -m pytest --numprocesses auto
+	$(BIN)/python -m pytest --numprocesses auto --dist worksteal
 
 bench: $(READY)  ## The timings that the READMEs report (minutes each)
 	for benchmark in tests/benchmarks/*.py; do echo "## $$benchmark"; $(BIN)/python $$benchmark || exit 1; done
