@@ -111,11 +111,12 @@ class PythonQuestions(RecordSource):
     def records(self, side: Side) -> Iterator[Record]:
         """Yields the records about the modules of one side."""
         self.prepare()
-        with self._file.open(encoding="utf-8") as lines:
+        file = self._file
+        with file.open(encoding="utf-8") as lines:
             for number, line in enumerate(lines, start=1):
                 row = json.loads(line)
                 if row["side"] == side:
-                    yield parse_record(row, f"{self._file}, line {number}")
+                    yield parse_record(row, f"{file}, line {number}")
 
     @property
     def _file(self) -> Path:
@@ -232,6 +233,8 @@ def ask_about_two(group: list[Entry]) -> Iterator[tuple[str, list[Cited]]]:
 
 
 def _speaks_of(sentence: str, parameter: str) -> bool:
+    if parameter not in sentence:  # saves making the pattern
+        return False
     before = "If |When |The (?:optional )?(?:argument |parameter )?|Optional "
     return bool(re.match(rf"(?:{before})?[`'*\"]*{re.escape(parameter)}[`'*\"]*(?=[\s,])", sentence))
 

@@ -1,7 +1,5 @@
 """BERT on film reviews: pretrained by masked words, and taught to tell what a review thinks of a film."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -13,7 +11,7 @@ from torch import Tensor, nn
 from lightning_modules.base import ExperimentModule
 from lightning_modules.classification import ClassificationMeasures
 from lightning_modules.metrics import IGNORED, CorpusLoss
-from lightning_modules.pretrained import architecture_of, check_fit, load_pretrained, save_pretrained
+from lightning_modules.pretrained import architecture_of, check_fit, load_pretrained, save_pretrained, scored_at
 
 if TYPE_CHECKING:  # imported where used: transformers is slow to import
     from transformers import PreTrainedModel
@@ -247,7 +245,7 @@ class BertMaskedLMModule(ExperimentModule):
 
     def forward(self, batch: Batch) -> Tensor:
         """Scores at those N places of a batch that are to be predicted: (N, V)."""
-        with _scored_at(self.model, batch["targets"] != IGNORED):
+        with scored_at(self.model, batch["targets"] != IGNORED):
             return self.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -296,13 +294,3 @@ class BertMaskedLMModule(ExperimentModule):
             folder: Folder to make.
         """
         save_pretrained(self.model, folder)
-
-
-@contextmanager
-def _scored_at(model: "PreTrainedModel", places: Tensor) -> Iterator[None]:
-    """Within the context the output layer, the largest matrix of all, scores some places alone: (B, T, C) to (N, V)."""
-    handle = model.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: (inputs[0][places],))
-    try:
-        yield
-    finally:
-        handle.remove()

@@ -14,7 +14,14 @@ from torch import Tensor, nn
 from lightning_modules.base import ExperimentModule
 from lightning_modules.metrics import IGNORED, CorpusLoss
 from lightning_modules.models.generation import generate
-from lightning_modules.pretrained import CachedHubModel, architecture_of, check_fit, load_pretrained, save_pretrained
+from lightning_modules.pretrained import (
+    CachedHubModel,
+    architecture_of,
+    check_fit,
+    load_pretrained,
+    save_pretrained,
+    scored_at,
+)
 
 Batch = dict[str, Tensor]
 
@@ -70,7 +77,7 @@ class GPT2WebGLMQAModule(ExperimentModule):
 
     def forward(self, batch: Batch) -> Tensor:
         """Scores of the next token at those N places of a batch that have a target: (N, V)."""
-        with output_at(self.model.get_output_embeddings(), batch["targets"] != IGNORED):
+        with scored_at(self.model, batch["targets"] != IGNORED):
             return self.model(batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -176,23 +183,6 @@ class GPT2WebGLMQAModule(ExperimentModule):
             folder: Folder to make.
         """
         save_pretrained(self.model, folder)
-
-
-@contextmanager
-def output_at(head: nn.Module, places: Tensor) -> Iterator[None]:
-    """Within the context, an output layer scores some places alone: (B, T, C) becomes (N, V).
-
-    The scores are the largest tensor of all, V numbers a token, and most places of a prompt need none.
-
-    Args:
-        head: A model's output layer.
-        places: Which places, (B, T) bool, N of them true.
-    """
-    handle = head.register_forward_pre_hook(lambda _, inputs: (inputs[0][places],))
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 @contextmanager

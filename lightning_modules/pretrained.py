@@ -140,6 +140,23 @@ def check_fit(model: "PreTrainedModel", base: str, vocab_size: int, block_size: 
         )
 
 
+@contextmanager
+def scored_at(model: "PreTrainedModel", places: Tensor) -> Iterator[None]:
+    """Within the context, the model's output layer scores some places alone: (B, T, C) becomes (N, V).
+
+    The scores are the largest tensor of all, V numbers a token, and most places need none.
+
+    Args:
+        model: Any model of Transformers with an output layer.
+        places: Which places, (B, T) bool, N of them true.
+    """
+    handle = model.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: (inputs[0][places],))
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
 class CachedHubModel:
     """A causal language model of Transformers as `models.generation` reads it.
 

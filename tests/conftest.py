@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -133,17 +134,22 @@ def tiny(tmp_path: Path) -> Callable[..., Path]:
                 "callbacks+": [{"class_path": "lightning_modules.callbacks.export.ExportModel"}],
             },
         }
-        for path, value in settings.items():
-            *parents, last = path.split("__")
-            section = config
-            for key in parents:
-                section = section.setdefault(key, {})
-            section[last] = value
         file = tmp_path / f"{name}.yaml"
-        file.write_text(yaml.safe_dump(config, sort_keys=False))
+        file.write_text(yaml.safe_dump(with_settings(config, settings), sort_keys=False))
         return file
 
     return write
+
+
+def with_settings(config: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
+    """Puts settings over a configuration: `trainer__max_steps=8` is `max_steps` of its section `trainer`."""
+    for path, value in settings.items():
+        *parents, last = path.split("__")
+        section = config
+        for key in parents:
+            section = section.setdefault(key, {})
+        section[last] = value
+    return config
 
 
 def weights(checkpoint: Path) -> dict[str, torch.Tensor]:

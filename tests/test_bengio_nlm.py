@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
-from conftest import assert_same_weights, kill_when, weights
+from conftest import assert_same_weights, kill_when, weights, with_settings
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from datamodules.bengio_nlm import PARAGRAPH, RARE, BengioNLMDataModule, BrownCorpus, NGramWindows, number, words_of
@@ -283,14 +283,8 @@ def small(tmp_path: Path):
                 ],
             },
         }  # fmt: skip
-        for path, value in settings.items():
-            *parents, last = path.split("__")
-            section = config
-            for key in parents:
-                section = section.setdefault(key, {})
-            section[last] = value
         file = tmp_path / f"{name}.yaml"
-        file.write_text(yaml.safe_dump(config, sort_keys=False))
+        file.write_text(yaml.safe_dump(with_settings(config, settings), sort_keys=False))
         return file
 
     return write

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
-from conftest import assert_same_weights, kill_when, weights
+from conftest import assert_same_weights, kill_when, weights, with_settings
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from datamodules.bert_imdb import BertImdbDataModule, MaskedReviewsDataModule
@@ -82,14 +82,8 @@ def bert(tmp_path: Path, base: Path):
                 "callbacks+": list(callbacks),
             },
         }
-        for path, value in settings.items():
-            *parents, last = path.split("__")
-            section = config
-            for key in parents:
-                section = section.setdefault(key, {})
-            section[last] = value
         file = tmp_path / f"{name}.yaml"
-        file.write_text(yaml.safe_dump(config, sort_keys=False))
+        file.write_text(yaml.safe_dump(with_settings(config, settings), sort_keys=False))
         return file
 
     return write

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import wandb
 import yaml
+from conftest import with_settings
 from matplotlib.axes import Axes
 from scipy import stats
 
@@ -60,15 +61,9 @@ def write_run(tmp_path: Path) -> WriteRun:
             "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.1, "betas": [0.9, 0.99]}},
             "run": {"name": name, "topic": "topic"},
         }
-        for path, value in settings.items():
-            *parents, last = path.split("__")
-            section = config
-            for key in parents:
-                section = section.setdefault(key, {})
-            section[last] = value
         folder = tmp_path / "runs" / name
         folder.mkdir(parents=True)
-        (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+        (folder / "config.yaml").write_text(yaml.safe_dump(with_settings(config, settings), sort_keys=False))
         (folder / "environment.json").write_text("[]")
         columns = columns if columns is not None else {"val/loss": losses}
         text = io.StringIO()

@@ -418,7 +418,10 @@ def test_a_validation_text_with_characters_that_training_has_not():
 
 
 def test_a_tokenizer_that_is_not_there(tmp_path):
-    assert "experiments/bpe/offline.yaml" in one_line_error(tokenizer=str(tmp_path / "run/tokenizer"))
+    assert "give a folder that holds a tokenizer.json" in one_line_error(tokenizer=str(tmp_path / "here"))
+    assert "`llm-train fit -c experiments/bpe/mine.yaml` makes one" in one_line_error(
+        tokenizer="runs/bpe/mine/tokenizer"
+    )
 
 
 def test_meta_holds_what_is_needed_to_read_the_files(cache):

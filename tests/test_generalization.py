@@ -10,7 +10,7 @@ from conftest import text
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.utils.data import DataLoader
 
-from lightning_modules.callbacks.figures import read_metric
+from lightning_modules.callbacks.figures import LearningCurve, read_metric
 from lightning_modules.callbacks.generalization import AblatedLoss, GeneralizationGap, units_switched_off
 from lightning_modules.models.decoder import Decoder, DecoderConfig
 
@@ -106,6 +106,11 @@ def test_the_share_is_exact_the_rest_scaled_and_larger_shares_hold_smaller_ones(
 def test_shares_that_cannot_be(shares):
     with pytest.raises(MisconfigurationException, match=r"shares must be numbers from 0 to less than 1, got \["):
         AblatedLoss(shares)
+
+
+def test_a_run_that_logged_nothing_has_no_figures(tmp_path):
+    for callback in (GeneralizationGap(), AblatedLoss([0.5]), LearningCurve()):
+        assert callback.draw(tmp_path) == []
 
 
 def test_no_windows_to_read():

@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
-from conftest import assert_same_weights, kill_when, text, weights
+from conftest import assert_same_weights, kill_when, text, weights, with_settings
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -114,14 +114,8 @@ def style(tmp_path: Path, base: Path):
                 ],
             },
         }
-        for path, value in settings.items():
-            *parents, last = path.split("__")
-            section = config
-            for key in parents:
-                section = section.setdefault(key, {})
-            section[last] = value
         file = tmp_path / f"{name}.yaml"
-        file.write_text(yaml.safe_dump(config, sort_keys=False))
+        file.write_text(yaml.safe_dump(with_settings(config, settings), sort_keys=False))
         return file
 
     return write

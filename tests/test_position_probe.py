@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import assert_same_weights, kill_when, text
+from conftest import assert_same_weights, kill_when, text, with_settings
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_modules.callbacks.figures import read_metric
@@ -176,14 +176,8 @@ def write(tmp_path: Path, name: str = "probes", **settings: object) -> Path:
             ],
         },
     }
-    for path, value in settings.items():
-        *parents, last = path.split("__")
-        section = config
-        for key in parents:
-            section = section.setdefault(key, {})
-        section[last] = value
     file = tmp_path / f"{name}.yaml"
-    file.write_text(yaml.safe_dump(config, sort_keys=False))
+    file.write_text(yaml.safe_dump(with_settings(config, settings), sort_keys=False))
     return file
 
 

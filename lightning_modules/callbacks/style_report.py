@@ -156,8 +156,6 @@ def report(metrics_csv: Path) -> list[Row]:
     Args:
         metrics_csv: A run's `metrics.csv`.
     """
-    if not metrics_csv.is_file():
-        return []
     steps, losses = read_metric(metrics_csv, "val/loss")
     trained = [(loss, step) for step, loss in zip(steps, losses, strict=True) if step]
     if not trained:
