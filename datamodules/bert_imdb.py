@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from datamodules.base import ExperimentDataModule, Order
 from datamodules.cache import atomic_file, cache_root, digest
 from datamodules.reviews import Review, ReviewSource, Side, parse_review, read_reviews
-from datamodules.tokenizers import encode, load_tokenizer, vocab_size
+from datamodules.tokenizers import WithTokenizer, encode, load_tokenizer, vocab_size
 from datamodules.wordpiece import continues_word, learn_wordpieces
 
 if TYPE_CHECKING:
@@ -189,7 +189,7 @@ class MaskedReviews(TokenizedReviews):
         return chosen, np.where(fate < 0.9, instead, ids[chosen])
 
 
-class ReviewsDataModule(ExperimentDataModule):
+class ReviewsDataModule(WithTokenizer, ExperimentDataModule):
     """What both datamodules share: a source of reviews, a tokenizer, and batches of about equal length."""
 
     def __init__(
@@ -232,16 +232,6 @@ class ReviewsDataModule(ExperimentDataModule):
             )
         tokenizer.model_max_length = self.max_tokens
         return tokenizer
-
-    @property
-    def vocab_size(self) -> int:
-        """The number of token ids."""
-        return vocab_size(self.tokenizer)
-
-    @property
-    def pad_token_id(self) -> int:
-        """The padding token."""
-        return self.tokenizer.pad_token_id
 
     @property
     def block_size(self) -> int:

@@ -4,22 +4,20 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from torch import Tensor
 from torch.utils.data import DataLoader
 
 from datamodules.base import ExperimentDataModule
 from datamodules.cache import cache_root
 from datamodules.sources import Source
-from datamodules.tokenizers import encode, load_tokenizer, token_byte_lengths, vocab_size
+from datamodules.tokenizers import WithTokenizer, load_tokenizer, token_byte_lengths
 from datamodules.tokens import Split, TokenFile, TokenWindows, prepare_tokens, random_windows, sequential_windows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 
-class PretrainDataModule(ExperimentDataModule):
+class PretrainDataModule(WithTokenizer, ExperimentDataModule):
     """Windows of a tokenised text, with the next token as each token's target.
 
     The text is tokenised once, into files that later runs, other processes and workers share (see `cache_dir`). A batch
@@ -88,20 +86,6 @@ class PretrainDataModule(ExperimentDataModule):
     def tokenizer(self) -> "PreTrainedTokenizerFast":
         """The tokenizer. `character` reads the source when it is first asked for."""
         return load_tokenizer(self.tokenizer_name, self.source, self.cache_dir)
-
-    @property
-    def vocab_size(self) -> int:
-        """The number of token ids."""
-        return vocab_size(self.tokenizer)
-
-    @property
-    def pad_token_id(self) -> int | None:
-        """The tokenizer's padding token, where it has one."""
-        return self.tokenizer.pad_token_id
-
-    def encode(self, text: str) -> Tensor:
-        """Return the token ids of a text, a prompt say: (T,) int64."""
-        return torch.from_numpy(encode(self.tokenizer, [text])[0].astype("int64"))
 
     def prepare_data(self) -> None:
         """Tokenise the text, on one process a machine."""

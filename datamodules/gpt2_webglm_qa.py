@@ -16,13 +16,13 @@ from datamodules.base import ExperimentDataModule
 from datamodules.cited_answers import Citations, Order, Record, RecordSource, Side, arrange
 from datamodules.packing import best_fit
 from datamodules.prompts import TEMPLATE, Example, MissingCitations, PromptEncoder
-from datamodules.tokenizers import load_tokenizer, token_byte_lengths, vocab_size
+from datamodules.tokenizers import WithTokenizer, load_tokenizer, token_byte_lengths
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 
-class GPT2WebGLMQADataModule(ExperimentDataModule):
+class GPT2WebGLMQADataModule(WithTokenizer, ExperimentDataModule):
     """Questions with references and answers that cite them, for instruction tuning.
 
     A batch has rows of `block_size` places, with one record in each or several one after the other (see `Rows`).
@@ -102,16 +102,6 @@ class GPT2WebGLMQADataModule(ExperimentDataModule):
     def tokenizer(self) -> "PreTrainedTokenizerFast":
         """The tokenizer."""
         return load_tokenizer(self.tokenizer_name)
-
-    @property
-    def vocab_size(self) -> int:
-        """The number of token ids."""
-        return vocab_size(self.tokenizer)
-
-    @property
-    def pad_token_id(self) -> int | None:
-        """The tokenizer's padding token, where it has one."""
-        return self.tokenizer.pad_token_id
 
     @staticmethod
     def prompts(tokenizer: "PreTrainedTokenizerFast", arguments: dict[str, Any]) -> PromptEncoder:

@@ -14,7 +14,7 @@ from datamodules.base import ExperimentDataModule
 from datamodules.books import cut_into_passages, read_book
 from datamodules.cache import cache_root
 from datamodules.sources import ListText, Source
-from datamodules.tokenizers import encode, load_tokenizer, token_byte_lengths, vocab_size
+from datamodules.tokenizers import WithTokenizer, load_tokenizer, token_byte_lengths
 from datamodules.tokens import SIDES, TokenFile, TokenWindows, prepare_tokens, sequential_windows
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 Books = int | str | list[int | str]
 
 
-class GPTNeoStyleDataModule(ExperimentDataModule):
+class GPTNeoStyleDataModule(WithTokenizer, ExperimentDataModule):
     """Blocks of one or several books, and three texts to measure on: the books, other books, and what the base learned.
 
     A book is cut into contiguous passages that do not overlap, and some of them, spread over the whole book, are held
@@ -100,20 +100,6 @@ class GPTNeoStyleDataModule(ExperimentDataModule):
     def tokenizer(self) -> "PreTrainedTokenizerFast":
         """The tokenizer."""
         return load_tokenizer(self.tokenizer_name)
-
-    @property
-    def vocab_size(self) -> int:
-        """The number of token ids."""
-        return vocab_size(self.tokenizer)
-
-    @property
-    def pad_token_id(self) -> int | None:
-        """The tokenizer's padding token, where it has one."""
-        return self.tokenizer.pad_token_id
-
-    def encode(self, text: str) -> Tensor:
-        """Return the token ids of a text, a prompt say: (T,) int64."""
-        return torch.from_numpy(encode(self.tokenizer, [text])[0].astype("int64"))
 
     @cached_property
     def book_passages(self) -> dict[str, list[str]]:

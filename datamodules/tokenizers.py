@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
+import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor
 
 from datamodules.cache import atomic_file, cache_root
 from datamodules.sources import Source, hub_answers
@@ -50,6 +52,26 @@ def load_tokenizer(name: str, source: Source | None = None, cache_dir: Path | No
     if tokenizer.eos_token is None and END_OF_TEXT in tokenizer.get_vocab():
         tokenizer.eos_token = END_OF_TEXT  # a bare tokenizer.json does not say what its special tokens are for
     return tokenizer
+
+
+class WithTokenizer:
+    """What a datamodule with a tokenizer tells the module, and does with a prompt."""
+
+    tokenizer: "PreTrainedTokenizerFast"
+
+    @property
+    def vocab_size(self) -> int:
+        """The number of token ids."""
+        return vocab_size(self.tokenizer)
+
+    @property
+    def pad_token_id(self) -> int | None:
+        """The tokenizer's padding token, where it has one."""
+        return self.tokenizer.pad_token_id
+
+    def encode(self, text: str) -> Tensor:
+        """Return the token ids of a text, a prompt say: (T,) int64."""
+        return torch.from_numpy(encode(self.tokenizer, [text])[0].astype("int64"))
 
 
 def byte_tokenizer() -> "PreTrainedTokenizerFast":

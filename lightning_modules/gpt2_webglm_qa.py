@@ -1,9 +1,6 @@
 """Instruction tuning: a pretrained model learns to answer a question from references, and to cite them."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -11,58 +8,19 @@ import torch.nn.functional as F
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
-from lightning_modules.base import ExperimentModule
 from lightning_modules.metrics import IGNORED, CorpusLoss
-from lightning_modules.models.generation import generate
-from lightning_modules.pretrained import (
-    CachedHubModel,
-    architecture_of,
-    check_fit,
-    load_pretrained,
-    save_pretrained,
-    scored_at,
-)
+from lightning_modules.pretrained import FineTunedCausalLM, evaluating, scored_at
 
 Batch = dict[str, Tensor]
 
 
-class GPT2WebGLMQAModule(ExperimentModule):
+class GPT2WebGLMQAModule(FineTunedCausalLM):
     """Any causal language model of Transformers, tuned on answers alone (Liu et al., 2023, WebGLM).
 
     The loss of a batch is the sum of what its targets weigh, divided by what a batch weighs on average. So a token has
     the same weight wherever it stands: in a full batch or a half empty one, on one process or one of eight, packed or
     not. A mean over the batch's own tokens would make those of short answers weigh more.
-
-    Args:
-        base: What to start from: a folder with `config.json` and weights, the folder of a run of `decoder_pretrain`, or
-            a hub name such as `openai-community/gpt2`.
-        vocab_size: Number of tokens; linked from the data.
-        block_size: Places in a row, in tokens; linked from the data.
-        architecture: Configuration of the model, which a checkpoint keeps, so that it can be loaded where its base is
-            not; leave it out.
-
-    Raises:
-        MisconfigurationException: If there is no such model, or it cannot read the data.
     """
-
-    def __init__(
-        self,
-        base: str,
-        vocab_size: int | None = None,
-        block_size: int | None = None,
-        architecture: dict[str, Any] | None = None,
-    ) -> None:
-        super().__init__()
-        if vocab_size is None or block_size is None:
-            raise MisconfigurationException(
-                "model: vocab_size and block_size are needed; the data gives them, or you do"
-            )
-        self.model = load_pretrained(base, architecture=architecture)
-        check_fit(self.model, base, vocab_size, block_size)
-        self.save_hyperparameters()
-        self.hparams["architecture"] = architecture_of(self.model)
-        self.val_measures = CorpusLoss()
-        self.test_measures = CorpusLoss()
 
     def setup(self, stage: str) -> None:
         """Refuses packed rows where the model would let their records see each other.
@@ -167,37 +125,9 @@ class GPT2WebGLMQAModule(ExperimentModule):
         nats = F.cross_entropy(scores.float(), targets[counted], reduction="none")
         return torch.zeros(len(rows), device=self.device).index_add(0, counted.nonzero()[:, 0], nats)
 
-    def generate(self, input_ids: Tensor, max_new_tokens: int, **sampling: Any) -> Iterator[Tensor]:
-        """Continues token ids of shape (B, T), one step of shape (B,) at a time; see `models.generation.generate`."""
-        with evaluating(self.model):
-            yield from generate(CachedHubModel(self.model), input_ids, max_new_tokens, **sampling)
-
     def next_command(self, run: str) -> str:
         """Ask it something."""
         return f"llm-train generate --run {run} --chat"
-
-    def save_pretrained(self, folder: Path) -> None:
-        """Writes the model as Transformers takes it: `config.json` and `model.safetensors`.
-
-        Args:
-            folder: Folder to make.
-        """
-        save_pretrained(self.model, folder)
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Within the context a model is in evaluation mode.
-
-    Args:
-        model: Any module.
-    """
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
 
 
 @torch.no_grad()

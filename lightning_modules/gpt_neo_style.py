@@ -1,57 +1,26 @@
 """Fine-tuning a pretrained language model to the style of a book."""
 
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
-from lightning_modules.base import ExperimentModule
 from lightning_modules.metrics import CorpusLoss, next_token_loss
-from lightning_modules.models.generation import generate
-from lightning_modules.pretrained import CachedHubModel, architecture_of, check_fit, load_pretrained, save_pretrained
+from lightning_modules.pretrained import FineTunedCausalLM
 
 Batch = dict[str, Any]
 
 
-class GPTNeoStyleModule(ExperimentModule):
+class GPTNeoStyleModule(FineTunedCausalLM):
     """Any causal language model of Transformers, trained further on the next token of books.
 
     What it measures on the held-out passages of the books is called `val/loss`, `val/perplexity` and
     `val/bits_per_byte`; on other books `val/other/...`, which says how far it has specialised; on text of the kind that
     its base was trained on `val/base/...`, which says how much it forgets.
-
-    Args:
-        base: Model to start from: a folder with `config.json` and weights, the folder of a run that has such a folder
-            `model/` (`runs/decoder_pretrain/offline`), or a name on the hub (`EleutherAI/gpt-neo-125m`).
-        vocab_size: Number of tokens of the tokenizer; linked from the data.
-        block_size: Length of a block, in tokens; linked from the data.
-        architecture: Configuration of the model, which a checkpoint keeps, so that it can be loaded where its base is
-            not; leave it out.
-
-    Raises:
-        MisconfigurationException: If the base cannot be loaded, or cannot read the data.
     """
 
-    def __init__(
-        self,
-        base: str,
-        vocab_size: int | None = None,
-        block_size: int | None = None,
-        architecture: dict[str, Any] | None = None,
-    ) -> None:
-        super().__init__()
-        if vocab_size is None or block_size is None:
-            raise MisconfigurationException(
-                "model: vocab_size and block_size are needed; the data gives them, or you do"
-            )
-        self.model = load_pretrained(base, architecture=architecture)
-        check_fit(self.model, base, vocab_size, block_size)
-        self.save_hyperparameters()
-        self.hparams["architecture"] = architecture_of(self.model)
-        self.val_measures, self.test_measures = CorpusLoss(), CorpusLoss()
+    def setup(self, stage: str) -> None:
+        """Makes the measures of the texts that stand beside the book."""
         self.side_measures = nn.ModuleDict({text: CorpusLoss() for text in ("other", "base")})
 
     def forward(self, input_ids: Tensor) -> Tensor:
@@ -95,23 +64,6 @@ class GPTNeoStyleModule(ExperimentModule):
                 self.log_dict({f"{prefix}/{name}": value for name, value in measures.compute().items()}, sync_dist=True)
                 measures.reset()
 
-    def generate(self, input_ids: Tensor, max_new_tokens: int, **sampling: Any) -> Iterator[Tensor]:
-        """Continues token ids of shape (B, T), one step of shape (B,) at a time; see `models.generation.generate`."""
-        training = self.model.training
-        self.model.eval()
-        try:
-            yield from generate(CachedHubModel(self.model), input_ids, max_new_tokens, **sampling)
-        finally:
-            self.model.train(training)
-
     def next_command(self, run: str) -> str:
         """Read what the model writes."""
         return f'llm-train generate --run {run} --prompt "The"'
-
-    def save_pretrained(self, folder: Path) -> None:
-        """Writes the model in Transformers' format, as its base was: `config.json` and `model.safetensors`.
-
-        Args:
-            folder: Folder to make.
-        """
-        save_pretrained(self.model, folder)

@@ -1,4 +1,4 @@
-"""Pretrained models of Transformers: loaded from wherever they are, checked against the data, and made to generate."""
+"""Pretrained models of Transformers: loaded from wherever they are, checked against the data, made to write, tuned."""
 
 import json
 import re
@@ -12,7 +12,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
-from torch import Tensor
+from torch import Tensor, nn
+
+from lightning_modules.base import ExperimentModule
+from lightning_modules.metrics import CorpusLoss
+from lightning_modules.models.generation import generate
 
 if TYPE_CHECKING:  # imported where used: transformers is slow to import
     from transformers import PreTrainedModel
@@ -157,6 +161,21 @@ def scored_at(model: "PreTrainedModel", places: Tensor) -> Iterator[None]:
         handle.remove()
 
 
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Within the context a model is in evaluation mode.
+
+    Args:
+        model: Any module.
+    """
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
 class CachedHubModel:
     """A causal language model of Transformers as `models.generation` reads it.
 
@@ -204,3 +223,50 @@ class HubCache:
         from transformers import DynamicCache
 
         self.past = DynamicCache(config=self.config)
+
+
+class FineTunedCausalLM(ExperimentModule):
+    """What fine-tunings of a causal language model of Transformers share: where it starts, how it writes, its export.
+
+    Args:
+        base: Model to start from: a folder with `config.json` and weights, the folder of a run that has such a folder
+            `model/` (`runs/decoder_pretrain/offline`), or a name on the hub (`openai-community/gpt2`).
+        vocab_size: Number of tokens of the tokenizer; linked from the data.
+        block_size: Length of a block, in tokens; linked from the data.
+        architecture: Configuration of the model, which a checkpoint keeps, so that it can be loaded where its base is
+            not; leave it out.
+
+    Raises:
+        MisconfigurationException: If the base cannot be loaded, or cannot read the data.
+    """
+
+    def __init__(
+        self,
+        base: str,
+        vocab_size: int | None = None,
+        block_size: int | None = None,
+        architecture: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        if vocab_size is None or block_size is None:
+            raise MisconfigurationException(
+                "model: vocab_size and block_size are needed; the data gives them, or you do"
+            )
+        self.model = load_pretrained(base, architecture=architecture)
+        check_fit(self.model, base, vocab_size, block_size)
+        self.save_hyperparameters()
+        self.hparams["architecture"] = architecture_of(self.model)
+        self.val_measures, self.test_measures = CorpusLoss(), CorpusLoss()
+
+    def generate(self, input_ids: Tensor, max_new_tokens: int, **sampling: Any) -> Iterator[Tensor]:
+        """Continues token ids of shape (B, T), one step of shape (B,) at a time; see `models.generation.generate`."""
+        with evaluating(self.model):
+            yield from generate(CachedHubModel(self.model), input_ids, max_new_tokens, **sampling)
+
+    def save_pretrained(self, folder: Path) -> None:
+        """Writes the model as Transformers takes it: `config.json` and `model.safetensors`.
+
+        Args:
+            folder: Folder to make.
+        """
+        save_pretrained(self.model, folder)

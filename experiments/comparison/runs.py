@@ -192,35 +192,36 @@ def _read_csv(file: Path) -> dict[str, Series]:
             raise ValueError(f"{file.name}, line {line}: {len(row)} values for {len(header)} columns")
     if header[0] != "step":
         raise ValueError(f"{file.name}: its first column is {header[0]!r} and not 'step'")
-    steps: list[int] = []
+    steps = np.array([], dtype=int)
     metrics = {}
     for name, cells in zip(header, zip(*rows, strict=True), strict=bool(rows)):
         try:
             if name == "step":
-                steps = [int(cell) for cell in cells]
+                steps = np.array([int(cell) for cell in cells])
             elif name != "epoch" and any(cells):
-                metrics[name] = _series({step: float(cell) for step, cell in zip(steps, cells, strict=True) if cell})
+                logged = np.array([bool(cell) for cell in cells])
+                metrics[name] = _series(steps[logged], np.array([float(cell) for cell in cells if cell]))
         except ValueError as error:
             raise ValueError(f"{file.name}, column {name}: {error}") from error
     return metrics
 
 
 def _read_history(history: Iterable[Mapping[str, Any]]) -> dict[str, Series]:
-    metrics: dict[str, dict[int, float]] = defaultdict(dict)
+    metrics: dict[str, list[tuple[int, float]]] = defaultdict(list)
     for row in history:
         if row.get(_STEP) is None:
             continue
         for name, value in row.items():
             number = float(value) if value in ("NaN", "Infinity", "-Infinity") else value  # JSON has no word for them
             if isinstance(number, int | float) and not name.startswith("_") and name not in (_STEP, "epoch"):
-                metrics[name][int(row[_STEP])] = float(number)
-    return {name: _series(by_step) for name, by_step in metrics.items()}
+                metrics[name].append((int(row[_STEP]), float(number)))
+    return {name: _series(*map(np.array, zip(*logged, strict=True))) for name, logged in metrics.items()}
 
 
-def _series(by_step: dict[int, float]) -> Series:
-    """What is logged again, by a resumed run, has taken the place of what it had logged before."""
-    steps = sorted(by_step)
-    return Series(np.array(steps), np.array([by_step[step] for step in steps]))
+def _series(steps: np.ndarray, values: np.ndarray) -> Series:
+    """What is logged again, by a resumed run, takes the place of what it had logged before."""
+    in_order, last = np.unique(steps[::-1], return_index=True)
+    return Series(in_order, values[::-1][last])
 
 
 def _read_json(file: Path) -> Any:
