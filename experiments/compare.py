@@ -5,6 +5,7 @@ import math
 import shlex
 import sys
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 from datamodules.cache import atomic_file
@@ -97,14 +98,22 @@ def _read(options: argparse.Namespace) -> tuple[list[Run], int]:
     if options.wandb:
         return list(read_wandb(options.wandb)), 0
     folders, runs = find_runs(options.runs), []
-    for folder in folders:
-        try:
-            runs.append(read_folder(folder))
-        except UnreadableRunError as error:
-            _warn(f"skipped {folder}: {error}")
+    with ProcessPoolExecutor() as readers:  # reading is most of the work where runs are many
+        for folder, found in zip(folders, readers.map(_try_to_read, folders, chunksize=8), strict=True):
+            if isinstance(found, Run):
+                runs.append(found)
+            else:
+                _warn(f"skipped {folder}: {found}")
     if not runs:
         raise UserError(f"none of the {len(folders)} runs in {', '.join(map(str, options.runs))} can be read")
     return runs, len(folders) - len(runs)
+
+
+def _try_to_read(folder: Path) -> Run | UnreadableRunError:
+    try:
+        return read_folder(folder)
+    except UnreadableRunError as error:
+        return error
 
 
 def _warn(line: str) -> None:
