@@ -1,14 +1,18 @@
 """ExperimentCLI: LightningCLI with the house's links, run folder and errors."""
 
+import json
 import logging
 import os
 import shutil
+import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+import yaml
+from jsonargparse import ActionYesNo
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
@@ -20,10 +24,12 @@ from experiments.run_folder import RunArguments, RunFolder
 from experiments.run_record import RunRecord
 from lightning_modules import optim
 from lightning_modules.base import ExperimentModule
+from lightning_modules.checkpoint_io import AtomicCheckpointIO
 from lightning_modules.loggers import RunLogger
 
 LINKED = ("vocab_size", "pad_token_id", "block_size", "classes")  # what a module must know of its data
 DEFAULTS = Path(__file__).parent / "trainer" / "defaults.yaml"
+_LENGTH = ("max_steps", "max_epochs", "max_time")  # of a run: what decides when it is finished
 _NOISE = (  # warnings of Lightning's that are not true here, or that nobody can act on
     ".*your dataloader is not resumable.*",
     ".*does not have many workers.*",
@@ -66,7 +72,7 @@ class ExperimentCLI(LightningCLI):
         )
 
     def add_arguments_to_parser(self, parser: ExperimentParser) -> None:
-        """Adds `run:`, `optimizer:` and `lr_scheduler:`, and links the data to the model.
+        """Adds `run:`, `optimizer:`, `lr_scheduler:` and `auto_resume:`, and links the data to the model.
 
         Args:
             parser: Parser of one subcommand.
@@ -84,6 +90,14 @@ class ExperimentCLI(LightningCLI):
             default={"class_path": "lightning_modules.optim.schedules.Constant", "init_args": {}},
             help="Learning-rate schedule, stepped every optimiser step and told the length of the run.",
         )
+        if parser.prog == "llm-train fit":
+            parser.add_argument(
+                "--auto_resume",
+                action=ActionYesNo,
+                default=False,
+                help="Go on with the newest run of this name where it stopped, or start it if there is none. "
+                "Nothing is done if it is finished. What a scheduler that starts jobs again wants.",
+            )
         parser.link_arguments("seed_everything", "data.init_args.seed")
         for name in LINKED:
             parser.link_arguments("data", f"model.init_args.{name}", compute_fn=_reader(name), apply_on="instantiate")
@@ -113,6 +127,11 @@ class ExperimentCLI(LightningCLI):
     def _resolve_checkpoint(self) -> None:
         arguments = self.config[self.subcommand]
         given = arguments.get("ckpt_path")
+        if arguments.get("auto_resume"):
+            if given is not None:
+                raise MisconfigurationException("auto_resume finds the checkpoint itself: leave ckpt_path out")
+            arguments["ckpt_path"] = self._where_it_stopped()
+            return
         if given is None and self.subcommand == "predict":
             raise MisconfigurationException("predict: with which weights? Give --ckpt_path best, last or a file")
         if given is None:
@@ -131,6 +150,42 @@ class ExperimentCLI(LightningCLI):
             if found is not None and (self.subcommand != "fit" or given.name == "last.ckpt"):
                 self.run = found
         arguments["ckpt_path"] = str(given)
+
+    def _where_it_stopped(self) -> str | None:
+        """The newest readable checkpoint of the named run; none where it has yet to start, or to save one.
+
+        Raises:
+            SystemExit: If the run is finished.
+            MisconfigurationException: If it has checkpoints and none can be read.
+        """
+        self.run = run_folder.newest(*self._claim_as)
+        if self.run is None:
+            return None
+        if self._is_finished(self.run):
+            _say(f"{self.run.path} is finished: nothing is left to do")
+            raise SystemExit
+        damaged = []
+        for checkpoint in filter(Path.is_file, map(self.run.checkpoint, ("last", "best"))):
+            try:
+                saved = AtomicCheckpointIO().load_checkpoint(checkpoint, map_location="meta")
+            except MisconfigurationException as error:
+                damaged.append(str(error))
+            else:
+                _say("; ".join([*damaged, f"going on from {checkpoint}, step {saved['global_step']}"]))
+                return str(checkpoint)
+        if damaged:
+            raise MisconfigurationException(
+                f"auto_resume: no checkpoint can be read ({'; '.join(damaged)}); another run.name starts again"
+            )
+        return None
+
+    def _is_finished(self, run: RunFolder) -> bool:
+        """Whether a run came to its end, and is not to be longer now."""
+        summary, config = run.path / "summary.json", run.path / run_folder.CONFIG
+        if not summary.is_file() or json.loads(summary.read_text())["status"] != "finished":
+            return False
+        was, wanted = yaml.safe_load(config.read_text())["trainer"], self._get(self.config, "trainer")
+        return all(was[key] == wanted[key] for key in _LENGTH)
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """Builds the trainer in the run's folder, now that everything else could be built.
@@ -171,6 +226,11 @@ class ExperimentCLI(LightningCLI):
             shutil.rmtree(self.run.path, ignore_errors=True)
         elif self.run.path.is_dir() and not any(self.run.path.iterdir()):
             self.run.path.rmdir()
+
+
+@rank_zero_only
+def _say(line: str) -> None:
+    print(line, file=sys.stderr)
 
 
 def _reader(attribute: str) -> Callable[[ExperimentDataModule], Any]:

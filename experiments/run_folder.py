@@ -96,8 +96,21 @@ def claim(root: Path, topic: str, name: str, study: str | None = None) -> RunFol
             number += 1
 
 
+def newest(root: Path, topic: str, name: str, study: str | None = None) -> RunFolder | None:
+    """The newest run of a name, if there is one; a name with a number is that run alone.
+
+    Args:
+        root: Folder of all runs.
+        topic: Topic of the run.
+        name: Name of the run.
+        study: Study that the run is a part of.
+    """
+    found = numbered(root / topic / (study or ""), name, _mark(study))
+    return RunFolder(found[-1], topic, is_new=False, study=study) if found else None
+
+
 def find(root: Path, topic: str, name: str, study: str | None = None) -> RunFolder:
-    """Finds the newest run of a name; a name with a number is that run alone.
+    """Finds the newest run of a name, see `newest`.
 
     Args:
         root: Folder of all runs.
@@ -108,12 +121,12 @@ def find(root: Path, topic: str, name: str, study: str | None = None) -> RunFold
     Raises:
         MisconfigurationException: If there is none.
     """
-    parent = root / topic / (study or "")
-    found = numbered(parent, name, _mark(study))
-    if not found:
+    found = newest(root, topic, name, study)
+    if found is None:
+        parent = root / topic / (study or "")
         there = ", ".join(sorted(p.name for p in parent.glob("*"))) or "no run at all"
         raise MisconfigurationException(f"ckpt_path: there is no run {parent / name} to continue; there is {there}")
-    return RunFolder(found[-1], topic, is_new=False, study=study)
+    return found
 
 
 def of_checkpoint(checkpoint: Path) -> RunFolder | None:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from experiments.cli import ExperimentCLI
 
 # Where a run starts from and how it speaks is not what it is: a saved configuration must repeat it from the start.
-_NOT_RECORDED = ("config", "ckpt_path", "weights_only", "verbose", "return_predictions")
+_NOT_RECORDED = ("config", "ckpt_path", "auto_resume", "weights_only", "verbose", "return_predictions")
 _PACKAGES = ("torch", "lightning", "transformers", "tokenizers", "datasets", "jsonargparse", "wandb", "numpy")
 
 
@@ -54,6 +54,7 @@ class RunRecord(SaveConfigCallback):
         config = {key: value for key, value in whole.items() if key not in _NOT_RECORDED}
         config["run"] |= {"name": run.name, "topic": run.topic, "study": run.study}
         is_fit = self.cli.subcommand == "fit"
+        self._summary_file.unlink(missing_ok=True)  # of an earlier session: this one has not ended yet
         replace_text(
             run.path / (CONFIG if is_fit else f"config_{self.cli.subcommand}.yaml"),
             yaml.safe_dump(config, sort_keys=False),
@@ -68,6 +69,11 @@ class RunRecord(SaveConfigCallback):
                 logger.experiment.config.update(config, allow_val_change=True)
                 logger.experiment.config.update({"environment": surroundings}, allow_val_change=True)
                 logger.use_files(_texts({**config, "ckpt_path": whole.get("ckpt_path")}))
+
+    @property
+    def _summary_file(self) -> Path:
+        command = self.cli.subcommand
+        return self.cli.run.path / ("summary.json" if command == "fit" else f"summary_{command}.json")
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Forgets what a resumed run is about to repeat."""
@@ -105,8 +111,7 @@ class RunRecord(SaveConfigCallback):
             "seconds": round(time.monotonic() - self._began, 1),
             "peak_memory_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
         }
-        name = "summary.json" if self.cli.subcommand == "fit" else f"summary_{self.cli.subcommand}.json"
-        replace_text(self.cli.run.path / name, json.dumps(summary, indent=2) + "\n")
+        replace_text(self._summary_file, json.dumps(summary, indent=2) + "\n")
         sync_command = None
         for logger in trainer.loggers:
             if isinstance(logger, WandbRecorder):
