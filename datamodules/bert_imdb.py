@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from datamodules.base import ExperimentDataModule, Order
-from datamodules.cache import atomic_file, cache_root, digest
+from datamodules.cache import cache_root, cached_array, digest
 from datamodules.reviews import Review, ReviewSource, Side, parse_review, read_reviews
 from datamodules.tokenizers import WithTokenizer, encode, load_tokenizer, vocab_size
 from datamodules.wordpiece import continues_word, learn_wordpieces
@@ -370,12 +370,13 @@ class BertImdbDataModule(ReviewsDataModule):
         """
         dataset = self.sides[side]
         file = cache_root() / "features" / f"{digest([model, dataset.fingerprint()])}.npy"
-        if not file.is_file():
+
+        def features() -> np.ndarray:
             by_length = torch.from_numpy(np.argsort(dataset.lengths, kind="stable"))
             parts = [features_of(dataset.inputs(positions)) for positions in by_length.split(self.batch_size)]
-            with atomic_file(file) as target:
-                np.save(target, torch.cat(parts)[by_length.argsort()].numpy())
-        dataset.features = np.load(file, mmap_mode="r")
+            return torch.cat(parts)[by_length.argsort()].numpy()
+
+        dataset.features = cached_array(file, features, mmap_mode="r")
 
     def tokenized(self, reviews: Sequence[Review]) -> TokenizedReviews:
         """Return reviews as rows of token ids, cut to `max_tokens`."""

@@ -4,10 +4,12 @@ import hashlib
 import json
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal
+
+import numpy as np
 
 
 def cache_root() -> Path:
@@ -33,3 +35,16 @@ def atomic_file(target: Path) -> Iterator[BinaryIO]:
         os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def cached_array(target: Path, compute: Callable[[], np.ndarray], mmap_mode: Literal["r"] | None = None) -> np.ndarray:
+    """Return the array in a `.npy` file, computed where there is none, or none that can be read.
+
+    A file that is damaged, or holds pickled objects, is not looked into but made anew.
+    """
+    try:
+        return np.load(target, mmap_mode=mmap_mode)
+    except (OSError, ValueError, EOFError):
+        with atomic_file(target) as file:
+            np.save(file, compute())
+    return np.load(target, mmap_mode=mmap_mode)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from datamodules.cache import atomic_file, cache_root, digest
+from datamodules.cache import cache_root, cached_array, digest
 from datamodules.sources import hub_answers
 
 INITIAL_STD = 0.02  # of the normal distribution that GPT-2, GPT-Neo, BERT and RoBERTa draw their embeddings from
@@ -223,10 +223,7 @@ def _find_tensor(source: str, folder: Path | None, ending: str) -> np.ndarray:
     if "://" not in file:
         return read_tensor(file, ending)
     cached = cache_root() / "tensors" / f"{digest([file, ending])}.npy"
-    if not cached.is_file():
-        with atomic_file(cached) as target:
-            np.save(target, read_tensor(file, ending))
-    return np.load(cached)
+    return cached_array(cached, lambda: read_tensor(file, ending))
 
 
 def read_tensor(file: str, ending: str) -> np.ndarray:

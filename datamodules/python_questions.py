@@ -111,12 +111,13 @@ class PythonQuestions(RecordSource):
     def records(self, side: Side) -> Iterator[Record]:
         """Yields the records about the modules of one side."""
         self.prepare()
-        file = self._file
-        with file.open(encoding="utf-8") as lines:
-            for number, line in enumerate(lines, start=1):
-                row = json.loads(line)
-                if row["side"] == side:
-                    yield parse_record(row, f"{file}, line {number}")
+        try:
+            rows = [json.loads(line) for line in self._file.read_bytes().splitlines()]
+        except ValueError as error:
+            raise MisconfigurationException(f"{self._file} is damaged ({error}): delete it") from error
+        for number, row in enumerate(rows, start=1):
+            if row["side"] == side:
+                yield parse_record(row, f"{self._file}, line {number}")
 
     @property
     def _file(self) -> Path:

@@ -1,5 +1,6 @@
 """WordPiece, the tokens of BERT (Schuster and Nakajima, 2012; Devlin et al., 2019), learned from texts."""
 
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,7 +29,7 @@ def learn_wordpieces(texts: Sequence[str], size: int, cache_dir: Path | None = N
     from tokenizers import Tokenizer
 
     file = (cache_dir or cache_root()) / "wordpiece" / f"{digest([_FORMAT, size, *texts])}.json"
-    if file.is_file():
+    with contextlib.suppress(Exception):  # not there, or damaged: the Rust library raises nothing narrower
         return _wrap(Tokenizer.from_file(str(file)))
     backend = _backend(_learn(texts, size))
     with atomic_file(file) as target:

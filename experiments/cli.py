@@ -191,14 +191,18 @@ class ExperimentCLI(LightningCLI):
         """Builds the trainer in the run's folder, now that everything else could be built.
 
         Raises:
-            MisconfigurationException: If a linked value was given in YAML and is another than the data's.
+            MisconfigurationException: If a linked value was given in YAML and is another than the data's, or there can
+                be no such trainer.
         """
         self._check_links()
         if self._is_trial:
             self.run = run_folder.temporary(self._claim_as[1])
         elif self.run is None:
             self.run = run_folder.claim(*self._claim_as)
-        trainer = super().instantiate_trainer(default_root_dir=str(self.run.path), **kwargs)
+        try:
+            trainer = super().instantiate_trainer(default_root_dir=str(self.run.path), **kwargs)
+        except ValueError as error:
+            raise MisconfigurationException(f"trainer: {error}") from error
         for logger in trainer.loggers:
             if isinstance(logger, RunLogger):
                 logger.attach(self.run.path, self.run.topic, self.run.name, self.subcommand, self.run.study)

@@ -16,7 +16,7 @@ from experiments.comparison.page import page
 from experiments.comparison.runs import Run, UnreadableRunError, find_runs, read_folder, read_wandb
 from experiments.comparison.statistics import estimate
 from experiments.comparison.tables import Table, as_markdown, as_text
-from experiments.errors import UserError
+from experiments.errors import CommandParser, UserError
 
 _MOST_ROWS = 30  # of a table in the terminal
 
@@ -63,11 +63,10 @@ def main(args: Sequence[str]) -> None:
 
 
 def _parse(args: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="llm-train compare",
         description="Compare runs: a table of the settings that differ and of the metrics, means and 95 % intervals "
         "over seeds, learning curves, and a page with all of it.",
-        allow_abbrev=False,
     )
     parser.add_argument("runs", nargs="*", type=Path, help="run folders, or folders that hold runs at any depth")
     parser.add_argument("--wandb", metavar="ENTITY/PROJECT[/GROUP]", help="read the runs from Weights & Biases instead")

@@ -1,9 +1,9 @@
 """Help for editors and shells: the JSON schema of the YAML files, and a completion script."""
 
-import argparse
 from collections.abc import Sequence
 
 from experiments.cli import ExperimentCLI
+from experiments.errors import CommandParser
 from experiments.parser import ExperimentParser
 
 
@@ -27,7 +27,7 @@ def main(args: Sequence[str]) -> None:
     Args:
         args: `schema`, or `completion` and the shell.
     """
-    parser = argparse.ArgumentParser(prog=f"llm-train {args[0]}", allow_abbrev=False)
+    parser = CommandParser(prog=f"llm-train {args[0]}")
     if args[0] == "schema":
         parser.description = (
             "Print the JSON schema of the YAML files. Editors take it as `# yaml-language-server: $schema=FILE`."

@@ -15,6 +15,7 @@ import yaml
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from datamodules.tokenizers import encode
+from experiments.errors import CommandParser
 from experiments.run_folder import CHECKPOINTS, CONFIG
 from lightning_modules.base import ExperimentModule
 from lightning_modules.checkpoint_io import AtomicCheckpointIO
@@ -208,10 +209,9 @@ def _without_leading_space(texts: Iterable[str]) -> Iterator[str]:
 
 
 def _parse(args: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="llm-train generate",
         description="Continue a prompt with the model of a run, or ask it questions.",
-        allow_abbrev=False,
     )
     parser.add_argument("--run", type=Path, required=True, help="run folder, such as runs/decoder_pretrain/offline")
     what = parser.add_mutually_exclusive_group(required=True)

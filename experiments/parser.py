@@ -122,8 +122,10 @@ def _place(typed: str, command_line: Sequence[str]) -> str:
             continue
         text = Path(value).read_text(errors="replace")
         try:
-            yaml.safe_load(text)
+            content = yaml.safe_load(text)
         except yaml.YAMLError:
+            return f"{value}: "
+        if not isinstance(content, dict | None):
             return f"{value}: "
         for number, line in enumerate(text.splitlines(), start=1):
             if key and key.search(line.split("#")[0]):

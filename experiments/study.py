@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import yaml
 
-from experiments.errors import UserError
+from experiments.errors import CommandParser, UserError
 from experiments.sweep_file import Parameter, Sweep, arm_name, folder_name, quantized, read_sweep_file
 
 if TYPE_CHECKING:  # imported where used
@@ -66,7 +66,7 @@ def main(args: Sequence[str]) -> None:
 
 
 def _parse(args: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="llm-train study",
         usage="llm-train study FILE [options] [--key=value ...] [-- WORD ...]",
         description="Run a W&B sweep file on this machine. The same command goes on where it stopped: finished runs "
@@ -75,7 +75,6 @@ def _parse(args: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         "in the study's group.",
         epilog="--key=value, and what comes after --, goes to every run: --trainer.max_steps=100. With an account, "
         "`wandb sweep FILE` and `wandb agent` run the same file on any number of machines.",
-        allow_abbrev=False,
     )
     parser.add_argument(
         "file", metavar="FILE", type=Path, help="sweep file, such as experiments/TOPIC/studies/NAME.yaml"

@@ -5,6 +5,7 @@ import pickle
 import re
 import tempfile
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         try:
             with zipfile.ZipFile(path) as archive:
                 damaged = archive.testzip()  # torch.load does not compare the checksums
+                # They do not cover the attributes; torch.load takes what is marked as a folder for empty memory.
+                damaged = damaged or next((entry.filename for entry in archive.infolist() if entry.external_attr), None)
             if damaged:
                 raise MisconfigurationException(f"{path}: the checkpoint is damaged (checksum of {damaged} is wrong)")
             checkpoint = torch.load(path, map_location=map_location, weights_only=True)
@@ -70,7 +73,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 f"{path}: the checkpoint holds pickled code ({named[1] if named else 'not plain tensors'}); "
                 "it was refused and nothing of it was run"
             ) from error
-        except (zipfile.BadZipFile, RuntimeError, EOFError, OSError, ValueError, NotImplementedError) as error:
+        except (zipfile.BadZipFile, zlib.error, RuntimeError, EOFError, OSError, ValueError) as error:
             raise MisconfigurationException(f"{path}: the checkpoint is truncated, or not a checkpoint") from error
         if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
             raise MisconfigurationException(f"{path}: holds no training state; a checkpoint of a run was expected")

@@ -1,6 +1,7 @@
 """Pretraining the decoder: predict the next token of running text."""
 
 import json
+import pickle
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -192,7 +193,7 @@ def load_gpt2(
             raise OSError(f"{pretrained} has no config.json")
         hub_config = GPT2Config.from_pretrained(pretrained)
         weights = GPT2LMHeadModel.from_pretrained(pretrained, dtype=torch.float32).state_dict()
-    except OSError as error:
+    except (OSError, pickle.UnpicklingError) as error:
         raise MisconfigurationException(
             f"model.pretrained: {pretrained!r} could not be loaded ({str(error).splitlines()[0]}); "
             "give a folder with config.json and model.safetensors; offline.yaml needs none"

@@ -1,6 +1,7 @@
 """Pretrained models of Transformers: loaded from wherever they are, checked against the data, made to write, tuned."""
 
 import json
+import pickle
 import re
 import sys
 from collections.abc import Iterator
@@ -49,7 +50,8 @@ def load_pretrained(
             model, found = auto.from_pretrained(
                 folder or base, dtype=torch.float32, output_loading_info=True, **changes
             )
-    except (OSError, ValueError, KeyError) as error:  # a missing file, an unknown architecture, a broken config.json
+    # A missing file, an unknown architecture, a broken config.json; weights that would run code when they are read.
+    except (OSError, ValueError, KeyError, pickle.UnpicklingError) as error:
         where = (
             "" if folder else ", which is no local folder, from the Hugging Face hub: check the name and the network"
         )

@@ -1,21 +1,19 @@
 """The real command on tiny runs: no network, no account, nothing outside the test's own folder."""
 
-import multiprocessing
 import os
 import random
 import signal
 import sys
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import forks
 import pytest
 import torch
 import yaml
-from tqdm import tqdm
 
 from experiments.__main__ import main
 
@@ -60,14 +58,7 @@ def forked() -> Callable[..., int]:
     def run(
         *args: str | Path, prepare: Callable[[], None] = lambda: None, meanwhile: Callable[[int], None] = bool
     ) -> int:
-        def child() -> None:
-            # tqdm's lock is one semaphore for a process and its copies: a copy killed while it draws would keep it.
-            tqdm.set_lock(threading.RLock())
-            prepare()
-            main([str(arg) for arg in args])
-
-        process = multiprocessing.get_context("fork").Process(target=child)
-        process.start()
+        process = forks.start(*args, prepare=prepare)
         meanwhile(process.pid)
         process.join()
         return process.exitcode

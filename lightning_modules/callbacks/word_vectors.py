@@ -14,6 +14,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from lightning_modules.callbacks import validates_a_fit
 from lightning_modules.callbacks.drawing import save_figure
 from lightning_modules.callbacks.export import replace_text
+from lightning_modules.checkpoint_io import AtomicCheckpointIO
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -90,7 +91,7 @@ class WordVectors(L.Callback):
         words, vectors = trainer.datamodule.text.words, pl_module.word_vectors
         best = folder / "checkpoints" / "best.ckpt"
         if best.is_file():
-            state = torch.load(best, map_location="cpu", weights_only=True)["state_dict"]
+            state = AtomicCheckpointIO().load_checkpoint(best)["state_dict"]
             vectors = state[next(k for k, p in pl_module.named_parameters() if p is vectors)]
         file = folder / "word_vectors.txt"
         replace_text(file, to_word2vec(words, vectors.detach().cpu().numpy()))

@@ -1,0 +1,65 @@
+"""The real command in copies of this process: they need no imports, and can be killed, alone or as ranks of a job."""
+
+import multiprocessing
+import os
+import socket
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from tqdm import tqdm
+
+from experiments.__main__ import main
+
+
+def start(*args: str | Path, prepare: Callable[[], None] = bool, output: Path | None = None) -> multiprocessing.Process:
+    """Starts the command in a copy of this process; what it prints goes into a file if one is named."""
+
+    def child() -> None:
+        # tqdm's lock is one semaphore for a process and its copies: a copy killed while it draws would keep it.
+        tqdm.set_lock(threading.RLock())
+        if output is not None:
+            sys.stdout = sys.stderr = output.open("a", buffering=1)
+        prepare()
+        main([str(arg) for arg in args])
+
+    process = multiprocessing.get_context("fork").Process(target=child)
+    process.start()
+    return process
+
+
+def start_ranks(
+    n: int, *args: str | Path, prepare: Callable[[int], None] = bool, output: Path | None = None
+) -> list[multiprocessing.Process]:
+    """Starts the ranks of a job, each in the environment that torchrun gives it."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+
+    def become(rank: int) -> None:
+        os.environ |= {
+            "TORCHELASTIC_RUN_ID": "forked",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "WORLD_SIZE": str(n),
+            "LOCAL_WORLD_SIZE": str(n),
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "GROUP_RANK": "0",
+        }
+        rank_zero_only.rank = rank  # which Lightning has looked up when it was imported
+        prepare(rank)
+
+    return [start(*args, prepare=lambda rank=rank: become(rank), output=output) for rank in range(n)]
+
+
+def wait(processes: list[multiprocessing.Process], seconds: float = 120) -> list[int]:
+    """The exit codes of processes, negative for a signal; one that does not end in time is killed."""
+    for process in processes:
+        process.join(seconds)
+        if process.is_alive():
+            process.kill()
+            process.join()
+    return [process.exitcode for process in processes]
