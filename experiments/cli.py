@@ -38,6 +38,7 @@ _NOISE = (  # warnings of Lightning's that are not true here, or that nobody can
     ".*`LightningCLI`'s args parameter is intended.*|.*LightningCLI's args parameter is intended.*",
     ".*was configured without a validation dataloader.*",
     ".*The number of training batches .* is smaller than the logging interval.*",
+    ".*when logging on epoch level in distributed setting to accumulate the metric across devices.*",
 )
 
 

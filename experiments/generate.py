@@ -2,7 +2,6 @@
 
 import argparse
 import importlib
-import inspect
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain, takewhile
@@ -53,14 +52,9 @@ def load_run(run: Path, checkpoint: str, device: torch.device) -> ExperimentModu
     if checkpoint == "best" and not path.is_file():
         path = path.with_name("last.ckpt")
     loaded = AtomicCheckpointIO().load_checkpoint(path, map_location=device)
-    accepted = inspect.signature(module_class).parameters
-    arguments = {name: value for name, value in loaded["hyper_parameters"].items() if name in accepted}
-    module = module_class(**arguments | ({"compile": False} if "compile" in accepted else {}))
-    if not hasattr(module, "generate"):
+    if not hasattr(module_class, "generate"):
         raise MisconfigurationException(f"--run {run}: a {module_class.__name__} does not generate text")
-    module.on_load_checkpoint(loaded)
-    module.load_state_dict(loaded["state_dict"])
-    return module.to(device).eval()
+    return module_class.of_checkpoint(loaded).to(device).eval()
 
 
 def _class_at(path: str) -> type:

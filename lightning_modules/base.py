@@ -1,14 +1,17 @@
 """What every module shares: the optimiser and schedule that YAML declares, the gradient norm, honest checkpoints."""
 
-from typing import Any
+import inspect
+from typing import Any, Self
 
 import lightning as L
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from lightning_modules.adapters import adapted_layers, add_adapters
 from lightning_modules.optim import OptimizerFactory, ScheduleFactory, weight_decay_groups
+from lightning_modules.sharded import FullyShardedStrategy
 
 
 class ExperimentModule(L.LightningModule):
@@ -25,6 +28,20 @@ class ExperimentModule(L.LightningModule):
         super().__init__()
         self.learning_rate_shares: dict[str, float] = {}  # by parameter, 1 for others; callbacks set it in their setup
         self._losses_of_step: list[torch.Tensor] = []
+
+    @classmethod
+    def of_checkpoint(cls, checkpoint: dict[str, Any]) -> Self:
+        """A module as a checkpoint has it, to be used and not to be trained: it is not compiled.
+
+        Args:
+            checkpoint: Of a module of this class.
+        """
+        accepted = inspect.signature(cls).parameters
+        arguments = {name: value for name, value in checkpoint["hyper_parameters"].items() if name in accepted}
+        module = cls(**arguments | ({"compile": False} if "compile" in accepted else {}))
+        module.on_load_checkpoint(checkpoint)
+        module.load_state_dict(checkpoint["state_dict"])
+        return module
 
     def __setattr__(self, name: str, value: Any) -> None:
         """As in `nn.Module`, but at once for the name that Lightning sets forty times a step to follow its hooks."""
@@ -57,6 +74,11 @@ class ExperimentModule(L.LightningModule):
             raise MisconfigurationException(str(error)) from error
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step", "name": "lr"}}
 
+    def configure_model(self) -> None:
+        """Shares out the weights among the processes, where that is the strategy."""
+        if isinstance(self.trainer.strategy, FullyShardedStrategy):
+            self.trainer.strategy.shard(self)
+
     def configure_callbacks(self) -> list[L.Callback]:
         """Shows the schedules what each validation found, before the checkpoint of that validation is written."""
         return [_ScheduleObserver()]
@@ -78,7 +100,7 @@ class ExperimentModule(L.LightningModule):
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         by_norm = gradient_clip_algorithm in (None, "norm")
         if self.logging_is_due or (gradient_clip_val and by_norm):
-            norm = nn.utils.get_total_norm([p.grad for p in parameters])
+            norm = _total_norm(parameters)
         if gradient_clip_val and by_norm:
             nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val, norm)
         elif gradient_clip_val:
@@ -86,17 +108,20 @@ class ExperimentModule(L.LightningModule):
         if self.logging_is_due:
             self.log("train/grad_norm", norm)
             if gradient_clip_val:
-                self.log("train/grad_norm_clipped", nn.utils.get_total_norm([p.grad for p in parameters]))
+                self.log("train/grad_norm_clipped", _total_norm(parameters))
 
-    def log_train_loss(self, loss: torch.Tensor) -> None:
+    def log_train_loss(self, loss: torch.Tensor, weight: torch.Tensor | float = 1.0) -> None:
         """Logs `train/loss` when logging is due: the mean over the micro-batches of the optimiser step and the ranks.
 
         Args:
             loss: Loss of one micro-batch, a scalar.
+            weight: What the loss is a mean of, where shares of a batch differ in it: the number of targets, say.
         """
         if self.logging_is_due:
-            self._losses_of_step.append(loss.detach())
-            self.log("train/loss", torch.stack(self._losses_of_step).mean(), sync_dist=True)
+            loss = loss.detach()
+            self._losses_of_step.append(torch.stack([loss * weight, torch.ones_like(loss) * weight]))
+            total, weights = self.trainer.strategy.reduce(torch.stack(self._losses_of_step).sum(0), reduce_op="sum")
+            self.log("train/loss", total / weights)
 
     @property
     def logging_is_due(self) -> bool:
@@ -137,6 +162,12 @@ class ExperimentModule(L.LightningModule):
                     f"ckpt_path: the checkpoint does not fit the model: {name} is {saved_shape} in the checkpoint and "
                     f"{own_shape} in the model; give the run's own config.yaml"
                 )
+
+
+def _total_norm(parameters: list[nn.Parameter]) -> torch.Tensor:
+    """Norm of all gradients together, over all processes where they are shared out."""
+    norm = nn.utils.get_total_norm([p.grad for p in parameters])
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
 class _ScheduleObserver(L.Callback):

@@ -252,7 +252,7 @@ class BertMaskedLMModule(ExperimentModule):
         """The loss of the masked tokens; what is logged is their mean, in nats a token."""
         targets = batch["targets"][batch["targets"] != IGNORED]
         nats = F.cross_entropy(self(batch).float(), targets, reduction="sum")
-        self.log_train_loss(nats / max(1, len(targets)))
+        self.log_train_loss(nats / max(1, len(targets)), len(targets))
         return nats / batch["mean_targets"]
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:

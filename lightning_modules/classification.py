@@ -1,5 +1,7 @@
 """How good the probabilities of a classifier are, measured over a whole set of examples."""
 
+from typing import Any
+
 import torch.nn.functional as F
 from torch import Tensor
 from torchmetrics import Metric, functional
@@ -15,12 +17,13 @@ class ClassificationMeasures(Metric):
 
     Args:
         n_classes: Number of classes, at least 2.
+        **kwargs: As for `Metric`.
     """
 
     full_state_update = False
 
-    def __init__(self, n_classes: int) -> None:
-        super().__init__()
+    def __init__(self, n_classes: int, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
         self.n_classes = n_classes
         for name in ("logits", "labels", "positions"):
             self.add_state(name, [], dist_reduce_fx="cat")

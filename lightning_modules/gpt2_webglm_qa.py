@@ -43,7 +43,8 @@ class GPT2WebGLMQAModule(FineTunedCausalLM):
         counted = batch["targets"] != IGNORED
         nats = F.cross_entropy(self(batch).float(), batch["targets"][counted], reduction="none")  # (N,)
         total = nats @ batch["loss_weights"][counted]
-        self.log_train_loss(total / batch["loss_weights"].sum())
+        weight = batch["loss_weights"].sum()
+        self.log_train_loss(total / weight, weight)
         return total / batch["mean_weight"]
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:

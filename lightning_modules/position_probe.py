@@ -74,7 +74,8 @@ class PositionProbeModule(ExperimentModule):
         # the whole batch, however many of its pairs a fold has on each.
         trains_on = (batch["side"] == SIDES.index("seen"))[None, :, :, None]  # (1, F, B, 1)
         losses = (self._losses(batch["pairs"])[0] * trains_on).mean(dim=2)  # (C, F, K)
-        self.log_train_loss(losses[REAL].mean() / trains_on.float().mean())
+        share = trains_on.float().mean()
+        self.log_train_loss(losses[REAL].mean() / share, share)
         return losses.sum()
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:

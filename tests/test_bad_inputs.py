@@ -21,7 +21,7 @@ FILES = {
     "latin1.txt": b"caf\xe9 " * 100,
     "broken.yaml": b"model: [\n",
     "list.yaml": b"- a\n- b\n",
-    "unknown.yaml": b"modle: {}\n",
+    "unknown.yaml": b"modle: {n_layer: 1}\n",
     "review.csv": b"review,sentiment\nfine,1\n",
     "one_class.csv": b"text,label\nfine,1\ngood,1\nnice,1\n",
     "table.npy": b"no array",

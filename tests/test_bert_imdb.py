@@ -408,7 +408,7 @@ def new_bert(data: MaskedReviewsDataModule) -> BertMaskedLMModule:
 def test_the_loss_is_that_of_the_masked_tokens_and_halves_of_a_batch_make_up_the_whole():
     data = pretraining()
     module = new_bert(data)
-    module.log_train_loss = lambda loss: None
+    module.log_train_loss = lambda *_: None
     dataset, positions = data.sides["train"], torch.arange(8)
     batch = dataset[positions]
     logits = module.model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits

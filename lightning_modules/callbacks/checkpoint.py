@@ -101,3 +101,10 @@ class RunCheckpoint(Checkpoint):
         """Goes on comparing with the best score so far."""
         self.best_score, self.best_step = state_dict["best_score"], state_dict["best_step"]
         self.best_metrics = state_dict.get("best_metrics", {})
+
+
+def save_last(trainer: L.Trainer) -> None:
+    """Lets the run write its `last.ckpt` now, if this step's is not there already; called on all ranks."""
+    for callback in trainer.checkpoint_callbacks:
+        if isinstance(callback, RunCheckpoint):
+            callback.save_last(trainer)

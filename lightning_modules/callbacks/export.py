@@ -5,10 +5,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import lightning as L
-import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from lightning_modules.adapters import merged
+from lightning_modules.base import ExperimentModule
+from lightning_modules.callbacks.checkpoint import save_last
+from lightning_modules.checkpoint_io import AtomicCheckpointIO
 
 
 class ExportModel(L.Callback):
@@ -23,24 +25,27 @@ class ExportModel(L.Callback):
         if not trainer.fast_dev_run:
             trainer.datamodule.tokenizer.save_pretrained(Path(trainer.default_root_dir) / "tokenizer")
 
-    @rank_zero_only
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Saves the model, by a new folder that takes the place of an older one."""
+    def on_train_end(self, trainer: L.Trainer, pl_module: ExperimentModule) -> None:
+        """Saves the model, by a new folder that takes the place of an older one.
+
+        It is built anew from the checkpoint, on the CPU: the one that was trained may lie in parts on many processes.
+        """
         if trainer.fast_dev_run:
             return
-        folder = Path(trainer.default_root_dir)
-        best = folder / "checkpoints" / "best.ckpt"
-        last_weights = {name: tensor.clone() for name, tensor in pl_module.state_dict().items()}
-        if best.is_file():
-            pl_module.load_state_dict(torch.load(best, map_location=pl_module.device, weights_only=True)["state_dict"])
-        replace_folder(folder / "model", lambda fresh: _save(trainer, pl_module, fresh))
-        pl_module.load_state_dict(last_weights)
+        save_last(trainer)
+        if trainer.is_global_zero:
+            checkpoints = Path(trainer.default_root_dir) / "checkpoints"
+            best, last = checkpoints / "best.ckpt", checkpoints / "last.ckpt"
+            module = type(pl_module).of_checkpoint(
+                AtomicCheckpointIO().load_checkpoint(best if best.is_file() else last)
+            )
+            replace_folder(checkpoints.with_name("model"), lambda fresh: _save(trainer.datamodule, module, fresh))
 
 
-def _save(trainer: L.Trainer, pl_module: L.LightningModule, folder: Path) -> None:
-    with merged(pl_module):
-        pl_module.save_pretrained(folder)
-    trainer.datamodule.tokenizer.save_pretrained(folder)
+def _save(datamodule: L.LightningDataModule, module: ExperimentModule, folder: Path) -> None:
+    with merged(module):
+        module.save_pretrained(folder)
+    datamodule.tokenizer.save_pretrained(folder)
 
 
 def replace_folder(target: Path, save: Callable[[Path], None]) -> None:

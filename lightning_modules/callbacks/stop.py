@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_modules import lightning_internals
-from lightning_modules.callbacks.checkpoint import RunCheckpoint
+from lightning_modules.callbacks.checkpoint import save_last
 
 
 class GracefulStop(L.Callback):
@@ -65,9 +65,7 @@ class GracefulStop(L.Callback):
         if self._group is not None:
             torch.distributed.all_reduce(received, op=torch.distributed.ReduceOp.MAX, group=self._group)
         if received.item():
-            for callback in trainer.checkpoint_callbacks:
-                if isinstance(callback, RunCheckpoint):
-                    callback.save_last(trainer)
+            save_last(trainer)
             raise SystemExit(128 + int(received.item()))
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:

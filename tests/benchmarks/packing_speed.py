@@ -90,7 +90,7 @@ def measure(source: RecordSource, tokenizer: str, max_record_tokens: int) -> str
     architecture = {"model_type": "gpt2", "vocab_size": vocab_size, "bos_token_id": 0, "eos_token_id": 0}
     architecture |= dict.fromkeys(("embd_pdrop", "resid_pdrop", "attn_pdrop"), 0.0)
     module = GPT2WebGLMQAModule("none", vocab_size, BLOCK_SIZE, architecture)
-    module.log_train_loss = lambda loss: None  # there is no trainer to log to
+    module.log_train_loss = lambda *_: None  # there is no trainer to log to
     optimizer = torch.optim.AdamW(module.parameters(), lr=1e-4, fused=True)
 
     draw = torch.Generator().manual_seed(1)

@@ -70,9 +70,13 @@ def difference(one: dict[tuple[str, str], float], two: dict[tuple[str, str], flo
     return f"{gaps[worst]:.1e}" + (f" ({worst[0]}, step {worst[1]})" if gaps[worst] else "")
 
 
-def weights(run: Path) -> dict[str, torch.Tensor]:
-    """The last weights of a run."""
-    return torch.load(run / "checkpoints/last.ckpt", weights_only=True)["state_dict"]
+def gap_of_weights(one: Path, two: Path) -> str:
+    """The largest difference between the last weights of two runs; of a tokenizer, whether it is the same."""
+    if (one / "merges.txt").is_file():
+        same = (one / "merges.txt").read_bytes() == (two / "merges.txt").read_bytes()
+        return "the same merges" if same else "OTHER MERGES"
+    ours, theirs = (torch.load(r / "checkpoints/last.ckpt", weights_only=True)["state_dict"] for r in (one, two))
+    return f"{max((ours[name].double() - theirs[name].double()).abs().max() for name in ours):.1e}"
 
 
 if __name__ == "__main__":
@@ -88,10 +92,5 @@ if __name__ == "__main__":
             if experiment not in wanted:
                 continue
             two = fit(experiment, 2, *TOPICS[experiment], *EVERY)
-            gap = max((a.double() - b.double()).abs().max() for a, b in zip(*(weights(r).values() for r in (one, two)), strict=True))
-            if experiment.startswith("bpe"):
-                same = (one / "merges.txt").read_bytes() == (two / "merges.txt").read_bytes()
-                gap = "the same merges" if same else "OTHER MERGES"
-            ours, theirs = metrics(one), metrics(two)
-            parts = [difference(ours, theirs, kind) for kind in ("train/loss", "val/")]
-            print(f"| `{experiment}` | {' | '.join(parts)} | {gap if isinstance(gap, str) else f'{gap:.1e}'} |", flush=True)
+            of_metrics = [difference(metrics(one), metrics(two), kind) for kind in ("train/loss", "val/")]
+            print(f"| `{experiment}` | {' | '.join(of_metrics)} | {gap_of_weights(one, two)} |", flush=True)
