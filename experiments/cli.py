@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 import shutil
 import sys
 import warnings
@@ -30,6 +31,7 @@ from lightning_modules.loggers import RunLogger
 LINKED = ("vocab_size", "pad_token_id", "block_size", "classes")  # what a module must know of its data
 DEFAULTS = Path(__file__).parent / "trainer" / "defaults.yaml"
 _LENGTH = ("max_steps", "max_epochs", "max_time")  # of a run: what decides when it is finished
+_LOST_PEER = re.compile(r"[Cc]onnection (closed|reset|refused)|[Bb]roken pipe|remote process exited|NCCL communicator")
 _NOISE = (  # warnings of Lightning's that are not true here, or that nobody can act on
     ".*your dataloader is not resumable.*",
     ".*does not have many workers.*",
@@ -255,5 +257,12 @@ def main(args: Sequence[str]) -> None:
     cli = ExperimentCLI.__new__(ExperimentCLI)  # LightningCLI runs in its constructor; what it made must be tidied up
     try:
         cli.__init__(args)
+    except RuntimeError as error:
+        if _LOST_PEER.search(str(error)):
+            raise MisconfigurationException(
+                "another process of this job ended, and this one cannot go on without it; the other one's output says "
+                "why. With --auto_resume the same command goes on from the last checkpoint"
+            ) from error
+        raise
     finally:
         cli.leave_nothing_useless()

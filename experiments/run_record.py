@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 # Where a run starts from and how it speaks is not what it is: a saved configuration must repeat it from the start.
 _NOT_RECORDED = ("config", "ckpt_path", "auto_resume", "weights_only", "verbose", "return_predictions")
+_UNWRITTEN = "unwritten_metrics"  # in a checkpoint
 _PACKAGES = ("torch", "lightning", "transformers", "tokenizers", "datasets", "jsonargparse", "wandb", "numpy")
 
 
@@ -46,6 +47,7 @@ class RunRecord(SaveConfigCallback):
         super().__init__(parser, config, save_to_log_dir=False)
         self.cli = cli
         self._began = time.monotonic()
+        self._unwritten: list[dict[str, Any]] = []
 
     def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Writes the record of a run that begins; called on rank 0 alone."""
@@ -66,8 +68,9 @@ class RunRecord(SaveConfigCallback):
         replace_text(environment_file, json.dumps([*sessions, surroundings], indent=2) + "\n")
         for logger in trainer.loggers:
             if isinstance(logger, WandbRecorder):
-                logger.experiment.config.update(config, allow_val_change=True)
-                logger.experiment.config.update({"environment": surroundings}, allow_val_change=True)
+                with logger.tolerated():
+                    logger.experiment.config.update(config, allow_val_change=True)
+                    logger.experiment.config.update({"environment": surroundings}, allow_val_change=True)
                 logger.use_files(_texts({**config, "ckpt_path": whole.get("ckpt_path")}))
 
     @property
@@ -79,7 +82,17 @@ class RunRecord(SaveConfigCallback):
         """Forgets what a resumed run is about to repeat."""
         for logger in trainer.loggers:
             if isinstance(logger, MetricsCSV) and trainer.is_global_zero:
-                logger.forget_after(trainer.global_step)
+                logger.go_on_from(trainer.global_step, self._unwritten)
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Keeps the row of metrics that is not in the file yet."""
+        checkpoint[_UNWRITTEN] = [
+            row for log in trainer.loggers if isinstance(log, MetricsCSV) for row in log.unwritten
+        ]
+
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Takes it up again."""
+        self._unwritten = checkpoint.get(_UNWRITTEN, [])
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Closes a run that came to its end."""
@@ -117,7 +130,8 @@ class RunRecord(SaveConfigCallback):
             if isinstance(logger, WandbRecorder):
                 if best is not None:  # W&B's tables show the summary, and that would be the last values
                     score = {best["metric"]: best["value"], f"best/{best['metric']}": best["value"]}
-                    logger.experiment.summary.update(checkpoint.best_metrics | score | {"best/step": best["step"]})
+                    with logger.tolerated():
+                        logger.experiment.summary.update(checkpoint.best_metrics | score | {"best/step": best["step"]})
                 if self.cli.subcommand == "fit":
                     logger.log_artifacts()
                 logger.finish(exit_code=0 if status == "finished" else 1)

@@ -4,8 +4,10 @@ import csv
 import json
 import netrc
 import os
+import sys
 from argparse import Namespace
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 from urllib.parse import urlsplit
@@ -63,12 +65,25 @@ class MetricsCSV(Logger):
             with self._path.open(newline="") as file:
                 self._columns = next(csv.reader(file), [])
 
-    def forget_after(self, step: int) -> None:
-        """Drops the rows of later steps, which a resumed run is about to repeat."""
+    @property
+    def unwritten(self) -> list[dict[str, Any]]:
+        """The row that is not in the file yet: a checkpoint must have it, or it would be lost with the process."""
+        return [dict(row) for row in self._rows]
+
+    def go_on_from(self, step: int, unwritten: list[dict[str, Any]]) -> None:
+        """Drops the rows of later steps, which a resumed run is about to repeat, and what was not written out.
+
+        Args:
+            step: Optimiser steps that the checkpoint has.
+            unwritten: What was unwritten then.
+        """
+        self._rows = [dict(row) for row in unwritten]
+        again = {str(row["step"]) for row in unwritten}
         if self._path is not None and self._path.is_file():
             with self._path.open(newline="") as file:
-                kept = [row for row in csv.DictReader(file) if int(row["step"]) <= step]
-            self._rewrite(kept)
+                whole = [line for line in file if line.endswith("\n")]
+            rows = csv.DictReader(whole)
+            self._rewrite([row for row in rows if int(row["step"]) <= step and row["step"] not in again])
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
@@ -86,18 +101,25 @@ class MetricsCSV(Logger):
     @rank_zero_only
     def save(self) -> None:
         """Writes all rows but the last, to which metrics of the same step may still come; Lightning calls it often."""
-        self._write(self._rows[:-1])
-        self._rows = self._rows[-1:]
+        rows, self._rows = self._rows[:-1], self._rows[-1:]
+        self._write(rows)
 
     @rank_zero_only
     def flush(self) -> None:
         """Writes the last row too."""
-        self._write(self._rows)
-        self._rows = []
+        rows, self._rows = self._rows, []
+        self._write(rows)
 
     def _write(self, rows: list[dict[str, Any]]) -> None:
         if self._path is None or not rows:
             return
+        try:
+            self._add(rows)
+        except OSError as error:
+            reason = f"{error.strerror}: the metrics could not be written"
+            raise OSError(error.errno, reason, str(self._path)) from error
+
+    def _add(self, rows: list[dict[str, Any]]) -> None:
         new = [name for name in dict.fromkeys(name for row in rows for name in row) if name not in self._columns]
         if new and self._columns:  # a metric seen for the first time gets a column
             with self._path.open(newline="") as file:
@@ -189,12 +211,38 @@ class WandbRecorder(WandbLogger):
             return run
         return self._experiment
 
+    @contextmanager
+    def tolerated(self) -> Iterator[None]:
+        """Within the context W&B may fail, however it does: the run says so once, and goes on without it."""
+        try:
+            yield
+        except Exception as error:
+            import wandb
+
+            print(f"W&B failed ({type(error).__name__}: {error}): the run goes on without it", file=sys.stderr)
+            self._experiment = wandb.init(mode="disabled")
+
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Adds metrics to the history, at the number of optimiser steps done (`trainer/global_step`)."""
-        super().log_metrics(metrics, steps_done(step))
+        with self.tolerated():
+            super().log_metrics(metrics, steps_done(step))
+
+    def log_image(self, key: str, images: list[Any], **kwargs: Any) -> None:
+        """Logs pictures; see `WandbLogger`."""
+        with self.tolerated():
+            super().log_image(key, images, **kwargs)
+
+    def log_table(self, key: str, **kwargs: Any) -> None:
+        """Logs a table; see `WandbLogger`."""
+        with self.tolerated():
+            super().log_table(key, **kwargs)
 
     def log_artifacts(self) -> None:
         """Logs what the run has made, for other runs to start from."""
+        with self.tolerated():
+            self._log_artifacts()
+
+    def _log_artifacts(self) -> None:
         if self.experiment.disabled:
             return
         asked_for = [kind for kind in _ARTIFACTS if kind != "model" or self.log_model]
@@ -209,6 +257,10 @@ class WandbRecorder(WandbLogger):
         Args:
             paths: Paths, and perhaps texts that are none.
         """
+        with self.tolerated():
+            self._use_files(paths)
+
+    def _use_files(self, paths: Iterable[str]) -> None:
         if self.experiment.disabled:
             return
         used = set()
@@ -229,7 +281,8 @@ class WandbRecorder(WandbLogger):
     def finish(self, exit_code: int) -> None:
         """Ends the W&B run, so that another can begin in this process."""
         if self._experiment is not None:
-            self._experiment.finish(exit_code=exit_code)
+            with self.tolerated():
+                self._experiment.finish(exit_code=exit_code)
             self._experiment = None
 
     @property

@@ -68,7 +68,7 @@ def test_a_later_metric_rewrites_the_header_and_a_resumed_run_drops_what_it_repe
     first.flush()
     second = MetricsCSV()
     second.attach(tmp_path, "topic", "name", "fit")
-    second.forget_after(20)
+    second.go_on_from(20, [])
     second.log_metrics({"train/loss": 5.0, "val/loss": 6.0}, step=29)
     second.flush()
     assert (tmp_path / "metrics.csv").read_text().splitlines() == [

@@ -1,0 +1,171 @@
+"""What happens on many processes and over many hours: a process dies, a disk is full, W&B fails."""
+
+import csv
+import os
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import forks
+import pytest
+import torch
+from conftest import assert_same_weights, weights
+from lightning.pytorch.loggers import WandbLogger
+
+from lightning_modules.loggers import MetricsCSV
+
+ROOT = Path(__file__).parents[1]
+RUNS = Path("runs/decoder_pretrain")
+LAST = "checkpoints/last.ckpt"
+PRESET = ROOT / "experiments/trainer"
+ON_CPU = ("--trainer.accelerator=cpu", "--trainer.devices=2")
+TWO = ("-c", PRESET / "ddp.yaml", *ON_CPU)
+SHARDED = ("-c", PRESET / "fsdp.yaml", *ON_CPU, "--trainer.precision=32-true")
+
+
+def die_after_step(step: int, rank: int | None = None) -> None:
+    """For a forked run: the process kills itself when `last.ckpt` of that step is there."""
+    from lightning_modules.callbacks.checkpoint import RunCheckpoint
+
+    save = RunCheckpoint._save
+
+    def save_and_die(self: RunCheckpoint, trainer: object, name: str) -> None:
+        save(self, trainer, name)
+        if name == "last" and trainer.global_step == step and rank in (None, trainer.global_rank):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    RunCheckpoint._save = save_and_die
+
+
+def test_a_checkpoint_of_any_layout_goes_on_in_any_other_and_exports_the_same(llm_train, tiny):
+    config = tiny(trainer__max_steps=12, trainer__val_check_interval=4, trainer__gradient_clip_val=0.5,
+                  model__init_args__dropout=0.0)  # fmt: skip
+    assert llm_train("fit", "-c", config, "--run.name", "whole").code == 0
+    fit = ("fit", "-c", config, "--run.name")
+    forks.wait([forks.start(*fit, "one", prepare=lambda: die_after_step(8))])
+    forks.wait(forks.start_ranks(2, *fit, "sharded", *SHARDED, prepare=lambda _: die_after_step(8)))
+    for name, layout in {"one_to_two": TWO, "one_to_sharded": SHARDED, "sharded_to_one": ()}.items():
+        shutil.copytree(RUNS / name.split("_")[0], RUNS / name)
+        command = (*fit, name, *layout, "--auto_resume")
+        codes = forks.wait(forks.start_ranks(2, *command) if layout else [forks.start(*command)])
+        assert not any(codes), name
+        for file in (LAST, "model/model.safetensors"):
+            ours, expected = (loaded(RUNS / run / file) for run in (name, "whole"))
+            for key, weight in expected.items():
+                torch.testing.assert_close(ours[key], weight, rtol=1e-3, atol=1e-4, msg=f"{name} {file} {key}")
+
+
+def loaded(file: Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    return weights(file) if file.suffix == ".ckpt" else load_file(file)
+
+
+def test_activation_checkpointing_changes_nothing_but_the_memory(tiny):
+    config = tiny(trainer__max_steps=4, trainer__val_check_interval=4)  # with dropout
+    for name, again in (("kept", "false"), ("again", "true")):
+        flags = ("--run.name", name, "--trainer.strategy.activation_checkpointing", again)
+        assert forks.wait(forks.start_ranks(2, "fit", "-c", config, *SHARDED, *flags)) == [0, 0]
+    assert_same_weights(RUNS / "kept" / LAST, RUNS / "again" / LAST)
+
+
+def test_a_killed_process_ends_the_job_with_one_line_and_it_goes_on_from_the_last_checkpoint(llm_train, tiny):
+    config = tiny(model__init_args__dropout=0.0)
+    llm_train("fit", "-c", config, "--run.name", "whole")
+    command = ("fit", "-c", config, *TWO, "--run.name", "named", "--auto_resume")
+    output = Path("output.txt")
+
+    def rank_1_dies(rank: int) -> None:
+        if rank == 1:
+            die_after_step(8)
+
+    ranks = forks.start_ranks(2, *command, prepare=rank_1_dies, output=output)
+    ranks[1].join(120)
+    died = time.monotonic()
+    assert forks.wait(ranks, 60) == [1, -signal.SIGKILL]
+    assert time.monotonic() - died < 60
+    said = output.read_text()
+    assert "error: another process of this job ended" in said.splitlines()[-1]
+    assert "Traceback" not in said
+    assert forks.wait(forks.start_ranks(2, *command)) == [0, 0]
+    whole, resumed = (weights(RUNS / run / LAST) for run in ("whole", "named"))
+    for name, weight in whole.items():
+        torch.testing.assert_close(resumed[name], weight, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(("code", "requeued"), [(143, True), (0, False), (1, False)])
+def test_the_batch_file_asks_for_another_turn_when_the_time_is_up(tmp_path, code, requeued):
+    for name, script in {"srun": f'echo "$@" > srun.txt; exit {code}', "scontrol": 'echo "$@" > scontrol.txt'}.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{script}\n")
+        (tmp_path / name).chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "17", "SLURM_NNODES": "3"}
+    done = subprocess.run(["bash", PRESET / "slurm.sbatch", "-c", "x.yaml"], env=environment, check=False)
+    assert done.returncode == code
+    assert Path("srun.txt").read_text() == "llm-train fit -c x.yaml --trainer.num_nodes 3 --auto_resume\n"
+    assert Path("scontrol.txt").exists() == requeued
+    if requeued:
+        assert Path("scontrol.txt").read_text() == "requeue 17\n"
+
+
+def test_no_row_of_metrics_is_lost_with_a_process_that_dies_right_after_a_checkpoint(llm_train, forked, tiny):
+    config = tiny()
+    llm_train("fit", "-c", config, "--run.name", "whole")
+    assert forked("fit", "-c", config, "--run.name", "named", prepare=lambda: die_after_step(16)) == -signal.SIGKILL
+    with (RUNS / "named/metrics.csv").open("a") as file:
+        file.write("1")  # a row that was not written out
+    assert llm_train("fit", "-c", config, "--run.name", "named", "--auto_resume").code == 0
+    assert without_speed(RUNS / "named") == without_speed(RUNS / "whole")
+
+
+def without_speed(run: Path) -> list[dict[str, str]]:
+    """The rows of a run's metrics, but for how fast it was."""
+    with (run / "metrics.csv").open(newline="") as file:
+        return [{k: v for k, v in row.items() if not k.startswith("perf/")} for row in csv.DictReader(file)]
+
+
+def test_a_disk_that_is_full_when_metrics_are_written_ends_the_run_with_one_line(llm_train, tiny, monkeypatch):
+    config = tiny()
+    llm_train("fit", "-c", config, "--run.name", "whole")
+    add, calls = MetricsCSV._add, []
+
+    def full(self: MetricsCSV, rows: list) -> None:
+        calls.append(1)
+        if len(calls) == 4:
+            raise OSError(28, "No space left on device")
+        add(self, rows)
+
+    monkeypatch.setattr(MetricsCSV, "_add", full)
+    failed = llm_train("fit", "-c", config, "--run.name", "named")
+    assert failed.code == 1
+    assert failed.err.splitlines()[-1].startswith("error: [Errno 28] No space left on device: the metrics could not be")
+    assert "metrics.csv" in failed.err.splitlines()[-1]
+    assert '"failed"' in (RUNS / "named/summary.json").read_text()
+    assert llm_train("fit", "-c", config, "--run.name", "named", "--auto_resume").code == 0
+    assert_same_weights(RUNS / "whole" / LAST, RUNS / "named" / LAST)
+    assert without_speed(RUNS / "named") == without_speed(RUNS / "whole")
+
+
+def test_a_cache_that_cannot_be_written_costs_one_line(llm_train, tiny, monkeypatch):
+    Path("occupied").write_text("")
+    monkeypatch.setenv("LLM_TRAIN_CACHE", "occupied/cache")
+    failed = llm_train("fit", "-c", tiny())
+    assert failed.code == 1
+    assert "occupied/cache" in failed.err.splitlines()[-1]
+    assert "$LLM_TRAIN_CACHE" in failed.err.splitlines()[-1]
+
+
+def test_a_run_goes_on_without_wandb_when_that_fails(llm_train, tiny, monkeypatch):
+    logged = []
+
+    def log_metrics(self: WandbLogger, metrics: dict, step: int | None = None) -> None:
+        logged.append(step)
+        if len(logged) > 2:
+            raise ConnectionResetError("Connection lost")
+
+    monkeypatch.setattr(WandbLogger, "log_metrics", log_metrics)
+    done = llm_train("fit", "-c", tiny())
+    assert done.code == 0
+    assert "W&B failed (ConnectionResetError: Connection lost): the run goes on without it" in done.err.splitlines()
+    assert [row["step"] for row in without_speed(RUNS / "tiny")] == ["4", "8", "12", "16", "20", "24"]
