@@ -23,6 +23,7 @@ import forks
 
 ROOT = Path(__file__).parents[2]
 KILLS = 20
+SHORTER = ("--trainer.max_steps=20", "--trainer.val_check_interval=10", "--trainer.limit_val_batches=8")
 DOING = {
     "save_checkpoint": "writing a checkpoint",
     "on_run_end": "ending a validation",
@@ -64,7 +65,8 @@ def strike(seconds: float, wait_for: str, note: Path) -> None:
 def fit(experiment: str, run: str, *flags: str, **how: object) -> int:
     """The exit code of a run."""
     output = Path(f"{run}.log")
-    command = ("fit", "-c", ROOT / f"experiments/{experiment}.yaml", *TOPICS[experiment], *flags, "--run.name", run)
+    flags = (*TOPICS[experiment], *(() if experiment.startswith("bpe") else SHORTER), *flags, "--run.name", run)
+    command = ("fit", "-c", ROOT / f"experiments/{experiment}.yaml", *flags)
     return forks.wait([forks.start(*command, output=output, **how)], 600)[0]
 
 
