@@ -68,8 +68,9 @@ class FullyShardedStrategy(ModelParallelStrategy):
 
     def on_validation_end(self) -> None:
         """Shares it out again."""
+        blocks = set(_blocks(self.lightning_module))
         for module in self._sharded():
-            module.set_reshard_after_forward(module in set(_blocks(self.lightning_module)), recurse=False)
+            module.set_reshard_after_forward(module in blocks, recurse=False)
             module.reshard()
 
     on_test_start = on_predict_start = on_validation_start

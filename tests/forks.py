@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import signal
 import socket
 import sys
 import threading
@@ -12,6 +13,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from tqdm import tqdm
 
 from experiments.__main__ import main
+from lightning_modules.callbacks.checkpoint import RunCheckpoint
 
 
 def start(*args: str | Path, prepare: Callable[[], None] = bool, output: Path | None = None) -> multiprocessing.Process:
@@ -63,3 +65,15 @@ def wait(processes: list[multiprocessing.Process], seconds: float = 120) -> list
             process.kill()
             process.join()
     return [process.exitcode for process in processes]
+
+
+def die_after_step(step: int) -> None:
+    """For `prepare`: the process kills itself when it has seen `last.ckpt` of that step written."""
+    save = RunCheckpoint._save
+
+    def save_and_die(self: RunCheckpoint, trainer: object, name: str) -> None:
+        save(self, trainer, name)
+        if name == "last" and trainer.global_step == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    RunCheckpoint._save = save_and_die

@@ -4,6 +4,7 @@ import shutil
 import signal
 from pathlib import Path
 
+import forks
 import pytest
 from conftest import assert_same_weights, kill_when
 
@@ -16,14 +17,8 @@ def test_one_command_starts_a_run_goes_on_with_it_and_ends_when_it_is_finished(l
     llm_train("fit", "-c", config, "--run.name", "whole")
     command = ("fit", "-c", config, "--run.name", "named", "--auto_resume")
     before_any_checkpoint = kill_when(lambda: (RUNS / "named/config.yaml").is_file())
-    after_the_second = kill_when(lambda: "\n16," in metrics())
-
-    def metrics() -> str:
-        file = RUNS / "named/metrics.csv"
-        return file.read_text() if file.is_file() else ""
-
     assert forked(*command, meanwhile=before_any_checkpoint) == -signal.SIGKILL
-    assert forked(*command, meanwhile=after_the_second) == -signal.SIGKILL
+    assert forked(*command, prepare=lambda: forks.die_after_step(16)) == -signal.SIGKILL
     resumed = llm_train(*command)
     assert (resumed.code, "going on from" in resumed.err) == (0, True)
     assert_same_weights(RUNS / "whole" / LAST, RUNS / "named" / LAST)
@@ -40,7 +35,7 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_earlier_one(llm_train, fork
     config = tiny(trainer__max_steps=16)
     llm_train("fit", "-c", config, "--run.name", "whole")
     command = ("fit", "-c", config, "--run.name", "named", "--auto_resume")
-    forked(*command, meanwhile=kill_when(lambda: (RUNS / "named" / LAST).is_file()))
+    assert forked(*command, prepare=lambda: forks.die_after_step(8)) == -signal.SIGKILL
     shutil.copytree(RUNS / "named", "kept")
     last = RUNS / "named" / LAST
     last.write_bytes(last.read_bytes()[:5000])

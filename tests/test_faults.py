@@ -25,27 +25,13 @@ TWO = ("-c", PRESET / "ddp.yaml", *ON_CPU)
 SHARDED = ("-c", PRESET / "fsdp.yaml", *ON_CPU, "--trainer.precision=32-true")
 
 
-def die_after_step(step: int, rank: int | None = None) -> None:
-    """For a forked run: the process kills itself when `last.ckpt` of that step is there."""
-    from lightning_modules.callbacks.checkpoint import RunCheckpoint
-
-    save = RunCheckpoint._save
-
-    def save_and_die(self: RunCheckpoint, trainer: object, name: str) -> None:
-        save(self, trainer, name)
-        if name == "last" and trainer.global_step == step and rank in (None, trainer.global_rank):
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    RunCheckpoint._save = save_and_die
-
-
 def test_a_checkpoint_of_any_layout_goes_on_in_any_other_and_exports_the_same(llm_train, tiny):
     config = tiny(trainer__max_steps=12, trainer__val_check_interval=4, trainer__gradient_clip_val=0.5,
                   model__init_args__dropout=0.0)  # fmt: skip
     assert llm_train("fit", "-c", config, "--run.name", "whole").code == 0
     fit = ("fit", "-c", config, "--run.name")
-    forks.wait([forks.start(*fit, "one", prepare=lambda: die_after_step(8))])
-    forks.wait(forks.start_ranks(2, *fit, "sharded", *SHARDED, prepare=lambda _: die_after_step(8)))
+    forks.wait([forks.start(*fit, "one", prepare=lambda: forks.die_after_step(8))])
+    forks.wait(forks.start_ranks(2, *fit, "sharded", *SHARDED, prepare=lambda _: forks.die_after_step(8)))
     for name, layout in {"one_to_two": TWO, "one_to_sharded": SHARDED, "sharded_to_one": ()}.items():
         shutil.copytree(RUNS / name.split("_")[0], RUNS / name)
         command = (*fit, name, *layout, "--auto_resume")
@@ -79,7 +65,7 @@ def test_a_killed_process_ends_the_job_with_one_line_and_it_goes_on_from_the_las
 
     def rank_1_dies(rank: int) -> None:
         if rank == 1:
-            die_after_step(8)
+            forks.die_after_step(8)
 
     ranks = forks.start_ranks(2, *command, prepare=rank_1_dies, output=output)
     ranks[1].join(120)
@@ -112,10 +98,11 @@ def test_the_batch_file_asks_for_another_turn_when_the_time_is_up(tmp_path, code
 def test_no_row_of_metrics_is_lost_with_a_process_that_dies_right_after_a_checkpoint(llm_train, forked, tiny):
     config = tiny()
     llm_train("fit", "-c", config, "--run.name", "whole")
-    assert forked("fit", "-c", config, "--run.name", "named", prepare=lambda: die_after_step(16)) == -signal.SIGKILL
+    command = ("fit", "-c", config, "--run.name", "named")
+    assert forked(*command, prepare=lambda: forks.die_after_step(16)) == -signal.SIGKILL
     with (RUNS / "named/metrics.csv").open("a") as file:
         file.write("1")  # a row that was not written out
-    assert llm_train("fit", "-c", config, "--run.name", "named", "--auto_resume").code == 0
+    assert llm_train(*command, "--auto_resume").code == 0
     assert without_speed(RUNS / "named") == without_speed(RUNS / "whole")
 
 

@@ -26,22 +26,9 @@ PLACES = 100
 
 def fit(name: str, *flags: str, stop_after: int | None = None) -> tuple[int, str]:
     """Exit code and last line of a fit; it is killed when its `last.ckpt` of that step has been written."""
-
-    def kill_at_step() -> None:
-        from lightning_modules.callbacks.checkpoint import RunCheckpoint
-
-        save = RunCheckpoint._save
-
-        def save_and_die(self: RunCheckpoint, trainer: object, which: str) -> None:
-            save(self, trainer, which)
-            if which == "last" and trainer.global_step == stop_after:
-                os.kill(os.getpid(), 9)
-
-        RunCheckpoint._save = save_and_die
-
     output = Path(f"{name}.log")
     output.unlink(missing_ok=True)
-    prepare = kill_at_step if stop_after else bool
+    prepare = (lambda: forks.die_after_step(stop_after)) if stop_after else bool
     command = ("fit", "-c", CONFIG, *SHORT, "--run.name", name, *flags)
     code = forks.wait([forks.start(*command, prepare=prepare, output=output)])[0]
     return code, output.read_text()
