@@ -17,6 +17,7 @@ from lightning_modules.models import gpt2_format
 from lightning_modules.models.decoder import Decoder, DecoderConfig
 from lightning_modules.models.generation import generate
 from lightning_modules.models.initialization import INITIALIZATIONS, InitializationName
+from lightning_modules.pretrained import hub_answers
 
 Batch = dict[str, Tensor]
 
@@ -191,8 +192,9 @@ def load_gpt2(
     try:
         if Path(pretrained).is_dir() and not (Path(pretrained) / "config.json").is_file():
             raise OSError(f"{pretrained} has no config.json")
-        hub_config = GPT2Config.from_pretrained(pretrained)
-        weights = GPT2LMHeadModel.from_pretrained(pretrained, dtype=torch.float32).state_dict()
+        on_disk = Path(pretrained).is_dir() or not hub_answers()
+        hub_config = GPT2Config.from_pretrained(pretrained, local_files_only=on_disk)
+        model = GPT2LMHeadModel.from_pretrained(pretrained, dtype=torch.float32, local_files_only=on_disk)
     except (OSError, pickle.UnpicklingError) as error:
         raise MisconfigurationException(
             f"model.pretrained: {pretrained!r} could not be loaded ({str(error).splitlines()[0]}); "
@@ -211,5 +213,5 @@ def load_gpt2(
             f"data.block_size: {block_size} is longer than the context of {pretrained}, {hub_config.n_positions}"
         )
     decoder = Decoder(config)
-    decoder.load_state_dict(gpt2_format.from_gpt2_state_dict(weights, config))
+    decoder.load_state_dict(gpt2_format.from_gpt2_state_dict(model.state_dict(), config))
     return decoder

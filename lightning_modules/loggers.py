@@ -71,13 +71,18 @@ class MetricsCSV(Logger):
         return [dict(row) for row in self._rows]
 
     def go_on_from(self, step: int, unwritten: list[dict[str, Any]]) -> None:
-        """Drops the rows of later steps, which a resumed run is about to repeat, and what was not written out.
+        """Drops the rows of later steps, which a resumed run is about to repeat, and takes up what was not written.
 
         Args:
             step: Optimiser steps that the checkpoint has.
             unwritten: What was unwritten then.
         """
-        self._rows = [dict(row) for row in unwritten]
+        of_this_session, self._rows = self._rows, [dict(row) for row in unwritten]
+        for row in of_this_session:  # measures of the untrained model, say
+            if self._rows and self._rows[-1]["step"] == row["step"]:
+                self._rows[-1].update(row)
+            else:
+                self._rows.append(row)
         again = {str(row["step"]) for row in unwritten}
         if self._path is not None and self._path.is_file():
             with self._path.open(newline="") as file:

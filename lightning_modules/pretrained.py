@@ -46,9 +46,16 @@ def load_pretrained(
         return auto.from_config(config).float().train()
     folder = _folder_of(base)
     try:
+        on_disk = folder is not None or not hub_answers()
         with _quietly():
+            config = transformers.AutoConfig.from_pretrained(folder or base, local_files_only=on_disk, **changes)
             model, found = auto.from_pretrained(
-                folder or base, dtype=torch.float32, output_loading_info=True, **changes
+                folder or base,
+                config=config,
+                dtype=torch.float32,
+                output_loading_info=True,
+                local_files_only=on_disk,
+                adapter_kwargs={"local_files_only": on_disk},  # else it looks on the hub for adapters all the same
             )
     # A missing file, an unknown architecture, a broken config.json; weights that would run code when they are read.
     except (OSError, ValueError, KeyError, pickle.UnpicklingError) as error:
@@ -61,6 +68,17 @@ def load_pretrained(
     if missing := sorted(found["missing_keys"]):
         _say(f"{base} has no {', '.join(missing)}: drawn at random")
     return model.train()  # from_pretrained gives it in evaluation mode, and Lightning leaves it as it is
+
+
+def hub_answers() -> bool:
+    """Asks the Hugging Face hub once, where its own library would try for most of a minute; the data does the same."""
+    from huggingface_hub import constants, get_session
+
+    try:
+        get_session().head(constants.ENDPOINT, timeout=10)
+    except Exception:  # no network, or told to do without
+        return False
+    return True
 
 
 def save_pretrained(model: "PreTrainedModel", folder: Path) -> None:
