@@ -336,9 +336,12 @@ class WordCounter:
             self.words.update(self._pending.popleft().get())
 
     def close(self) -> None:
-        """Ends the processes."""
+        """Ends the processes: they leave by themselves unless something is left to count."""
         if self._pool is not None:
-            self._pool.terminate()
+            if self._pending:
+                self._pool.terminate()
+            else:  # one that has just begun may not heed a signal yet
+                self._pool.close()
             self._pool.join()
             self._pool = None
 
