@@ -13,6 +13,8 @@ import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+_FOLDER = 0x10  # among the attributes of a member of a zip archive
+
 
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Writes a checkpoint under a temporary name and renames it; reads tensors and plain types only."""
@@ -63,7 +65,9 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             with zipfile.ZipFile(path) as archive:
                 damaged = archive.testzip()  # torch.load does not compare the checksums
                 # They do not cover the attributes; torch.load takes what is marked as a folder for empty memory.
-                damaged = damaged or next((entry.filename for entry in archive.infolist() if entry.external_attr), None)
+                damaged = damaged or next(
+                    (entry.filename for entry in archive.infolist() if entry.external_attr & _FOLDER), None
+                )
             if damaged:
                 raise MisconfigurationException(f"{path}: the checkpoint is damaged (checksum of {damaged} is wrong)")
             checkpoint = torch.load(path, map_location=map_location, weights_only=True)

@@ -77,18 +77,20 @@ class MetricsCSV(Logger):
             step: Optimiser steps that the checkpoint has.
             unwritten: What was unwritten then.
         """
-        of_this_session, self._rows = self._rows, [dict(row) for row in unwritten]
+        rows, again = [], {str(row["step"]) for row in unwritten}
+        if self._path is not None and self._path.is_file():
+            with self._path.open(newline="") as file:
+                whole = [line for line in file if line.endswith("\n")]
+            rows = [row for row in csv.DictReader(whole) if int(row["step"]) <= step and row["step"] not in again]
+            rows = sorted([*rows, *unwritten], key=lambda row: int(row["step"]))
+            self._columns += dict.fromkeys(name for row in rows for name in row if name not in self._columns)
+            self._rewrite(rows[:-1])
+        of_this_session, self._rows = self._rows, [{**row, "step": int(row["step"])} for row in rows[-1:]]
         for row in of_this_session:  # measures of the untrained model, say
             if self._rows and self._rows[-1]["step"] == row["step"]:
                 self._rows[-1].update(row)
             else:
                 self._rows.append(row)
-        again = {str(row["step"]) for row in unwritten}
-        if self._path is not None and self._path.is_file():
-            with self._path.open(newline="") as file:
-                whole = [line for line in file if line.endswith("\n")]
-            rows = csv.DictReader(whole)
-            self._rewrite([row for row in rows if int(row["step"]) <= step and row["step"] not in again])
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
