@@ -36,7 +36,7 @@ class ExperimentModule(L.LightningModule):
         Args:
             checkpoint: Of a module of this class.
         """
-        accepted = inspect.signature(cls).parameters
+        accepted = inspect.signature(cls.__init__).parameters  # FSDP2 gives classes another `__new__`
         arguments = {name: value for name, value in checkpoint["hyper_parameters"].items() if name in accepted}
         module = cls(**arguments | ({"compile": False} if "compile" in accepted else {}))
         module.on_load_checkpoint(checkpoint)

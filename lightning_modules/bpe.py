@@ -68,7 +68,7 @@ class BPEModule(ExperimentModule):
         self.automatic_optimization = False
         # Lightning counts steps by its optimiser, and saves, logs and resumes by that count. So there is one, over
         # a parameter that nothing depends on.
-        self.unused = nn.Parameter(torch.zeros(()))
+        self.unused = nn.Parameter(torch.zeros(1))
         self.pattern = PATTERNS.get(pattern, pattern)
         self.special_tokens = tuple(special_tokens)
         self._check_arguments()

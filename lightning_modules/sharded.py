@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.optim import Optimizer
 
 
@@ -56,9 +56,13 @@ class FullyShardedStrategy(ModelParallelStrategy):
             if self.activation_checkpointing:
                 recompute_in_backward(block)
             fully_shard(block, mesh=mesh)
-        for child in module.children():
-            if any(True for _ in child.parameters()):
-                fully_shard(child, mesh=mesh, reshard_after_forward=False)
+        named = type(module)
+        fully_shard(module, mesh=mesh, reshard_after_forward=False)
+        # PyTorch has given it a class of its own, which stays known by its name: in checkpoints, in messages.
+        for attribute in ("__module__", "__qualname__", "__name__"):
+            setattr(type(module), attribute, getattr(named, attribute))
+        # A step may use the model by any of its methods: what lies around the blocks is gathered when a step begins.
+        register_fsdp_forward_method(module, "training_step")
 
     def on_validation_start(self) -> None:
         """Gathers the whole model, so that processes may use it each on its own: to write samples, say."""

@@ -7,6 +7,7 @@ import random
 import zipfile
 from pathlib import Path
 
+import forks
 import numpy as np
 import pytest
 import torch
@@ -20,6 +21,7 @@ from datamodules.sources import ListText
 from lightning_modules.callbacks.word_vectors import WordVectors, nearest, read_word2vec
 from lightning_modules.models.bengio import BengioNLM
 
+ROOT = Path(__file__).parents[1]
 MODULE = "lightning_modules.bengio_nlm.BengioNLMModule"
 
 
@@ -340,6 +342,20 @@ def test_killed_and_resumed_is_the_same_to_the_bit(llm_train, forked, small):
     assert (weights(last)["mixture"] == 0.5).all()  # equal weights stay so
 
 
+def test_weights_shared_out_among_processes_are_trained_as_on_one(llm_train, small):
+    settings = {"model__init_args__dropout": 0.0, "model__init_args__word_dropout": 0.0}
+    assert llm_train("fit", "-c", small("whole", **settings)).code == 0
+    preset = ("-c", ROOT / "experiments/trainer/fsdp.yaml", "--trainer.precision=32-true")
+    on_cpu = ("--trainer.accelerator=cpu", "--trainer.devices=2")
+    assert forks.wait(forks.start_ranks(2, "fit", "-c", small("shared", **settings), *preset, *on_cpu)) == [0, 0]
+    runs = Path("runs/bengio_nlm")
+    whole, shared = (weights(runs / run / "checkpoints/last.ckpt") for run in ("whole", "shared"))
+    for name, weight in whole.items():
+        torch.testing.assert_close(shared[name], weight, rtol=1e-3, atol=1e-4)
+    ours, expected = (read_word2vec(runs / run / "word_vectors.txt")[1] for run in ("shared", "whole"))
+    assert ours == pytest.approx(expected, rel=1e-3, abs=1e-4)
+
+
 def test_no_mixture_is_not_measured(llm_train, small):
     assert llm_train("fit", "-c", small(**BARE, model__init_args__mix="none")).code == 0
     assert "val/perplexity_mixed" not in Path("runs/bengio_nlm/small/metrics.csv").read_text()
@@ -369,11 +385,10 @@ def test_a_mistake_is_one_line(llm_train, small, settings, message):
 
 
 def test_the_rows_of_the_papers_table_go_over_the_brown_recipe(llm_train):
-    root = Path(__file__).parents[1]
-    sweep = yaml.safe_load((root / "experiments/bengio_nlm/studies/paper_table.yaml").read_text())
+    sweep = yaml.safe_load((ROOT / "experiments/bengio_nlm/studies/paper_table.yaml").read_text())
     shapes = {}
     for row in sweep["parameters"]["config"]["values"]:
-        config = yaml.safe_load((root / row).read_text())
+        config = yaml.safe_load((ROOT / row).read_text())
         shape = config["model"]["init_args"]
         shapes[Path(row).stem] = (config["data"]["init_args"]["n"], shape["h"], shape["m"], shape["direct"])
     assert shapes == {
@@ -383,8 +398,8 @@ def test_the_rows_of_the_papers_table_go_over_the_brown_recipe(llm_train):
         "mlp7_mlp8": (3, 50, 30, True),
         "mlp9_mlp10": (5, 100, 30, False),
     }
-    recipe = root / "experiments/bengio_nlm/brown.yaml"
-    parsed = llm_train("fit", "-c", recipe, f"--config={root / row}", "--print_config")
+    recipe = ROOT / "experiments/bengio_nlm/brown.yaml"
+    parsed = llm_train("fit", "-c", recipe, f"--config={ROOT / row}", "--print_config")
     assert parsed.code == 0, parsed.err
     merged = yaml.safe_load(parsed.out)
     assert merged["optimizer"]["class_path"] == "torch.optim.AdamW"

@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+import forks
 import torch
 from conftest import weights
 
@@ -15,19 +16,11 @@ RUNS = Path("runs/decoder_pretrain")
 TWO_PROCESSES = ("-c", str(ROOT / "experiments/trainer/ddp.yaml"), "--trainer.accelerator=cpu", "--trainer.devices=2")
 
 
-def start(*args: object) -> subprocess.Popen:
-    """The command in a process of its own, as ddp starts further ones with the same command line."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "experiments", *map(str, args)]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
-
 def test_two_processes_train_the_same_model_as_one(llm_train, tiny):
     config = tiny(model__init_args__dropout=0.0, trainer__gradient_clip_val=0.5)
-    two = start("fit", "-c", config, *TWO_PROCESSES, "--run.name", "two")
+    two = forks.start_ranks(2, "fit", "-c", config, *TWO_PROCESSES, "--run.name", "two")
     assert llm_train("fit", "-c", config, "--run.name", "one").code == 0
-    output = two.communicate(timeout=200)[0]
-    assert two.returncode == 0, output
+    assert forks.wait(two) == [0, 0]
     one, two = (weights(RUNS / run / "checkpoints/last.ckpt") for run in ("one", "two"))
     for name, weight in one.items():
         # Adam divides by the square root of tiny second moments, so rounding in a sum of two shares grows a little.
@@ -43,7 +36,10 @@ def column(run: str, name: str) -> torch.Tensor:
 
 def test_a_signal_to_one_of_two_processes_stops_both_with_a_checkpoint(tiny):
     config = tiny(trainer__max_steps=3000, trainer__val_check_interval=3000)
-    job = start("fit", "-c", config, *TWO_PROCESSES)
+    # In a process of its own, as ddp starts the other one with the same command line.
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "experiments", "fit", "-c", str(config), *TWO_PROCESSES]
+    job = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     metrics = RUNS / "tiny/metrics.csv"
     deadline = time.monotonic() + 200
     while not (metrics.is_file() and len(metrics.read_text().splitlines()) > 3) and time.monotonic() < deadline:

@@ -269,7 +269,7 @@ def test_a_run_answers_before_and_after_and_leaves_a_model_that_others_load(llm_
     n = sum(row["answers"]["tuned"]["n_tokens"] for row in saved["questions"])
     assert saved["measures"]["tuned"]["gold_perplexity"][0] == pytest.approx(torch.tensor(nats / n).exp().item())
     page = (RUN / "answers.md").read_text()
-    assert page.startswith("# Step 24")
+    assert page.startswith("# Answers at step 24")
     assert page.count("\n## ") == 2
     assert "- its base, untuned: " in page
 
@@ -297,6 +297,7 @@ def test_a_saved_run_is_measured_again_beside_its_base(llm_train, qa):
     assert "untuned" not in json.loads((RUN / "answers_validate.json").read_text())["measures"]
     tested = llm_train("test", "-c", RUN / "config.yaml", "--ckpt_path", "best")
     assert tested.code == 0, tested.err
+    assert (RUN / "answers_test.md").read_text().startswith("# Answers\n")
     metrics = json.loads((RUN / "summary_test.json").read_text())["metrics"]
     assert {"test/loss", "test/perplexity", "test/rougeL", "test/lead/rougeL"} <= set(metrics)
 

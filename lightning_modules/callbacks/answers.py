@@ -195,15 +195,17 @@ class AnswerQuestions(L.Callback):
             for number, example in enumerate(self._examples)
         ]
         shown = questions[: self.n_shown]
-        content = {"step": trainer.global_step, "measures": table, "questions": questions}
+        # Lightning counts no steps where it does not train: a test is of the checkpoint that it was given.
+        step = trainer.global_step if trainer.state.fn == TrainerFn.FITTING else None
+        content = {"step": step, "measures": table, "questions": questions}
         file = self._file(trainer)
         replace_text(file, json.dumps(content, indent=1) + "\n")
-        replace_text(file.with_suffix(".md"), as_markdown(trainer.global_step, table, shown))
+        replace_text(file.with_suffix(".md"), as_markdown(step, table, shown))
         columns = ["step", "question", "references", "gold", *table]
         rows = []
         for row in shown:
             texts = [answer["text"] for answer in row["answers"].values()]
-            rows.append([trainer.global_step, row["question"], "\n".join(row["references"]), row["gold"], *texts])
+            rows.append([step, row["question"], "\n".join(row["references"]), row["gold"], *texts])
         for logger in trainer.loggers:
             if hasattr(logger, "log_table"):
                 logger.log_table("answers", columns=columns, data=rows)
@@ -235,16 +237,17 @@ def _means(prefix: str, measures: dict[str, Interval]) -> dict[str, float]:
     return {f"{prefix}{name}": mean for name, (mean, _, _) in measures.items()}
 
 
-def as_markdown(step: int, table: dict[str, dict[str, Interval]], questions: Sequence[dict[str, Any]]) -> str:
+def as_markdown(step: int | None, table: dict[str, dict[str, Interval]], questions: Sequence[dict[str, Any]]) -> str:
     """The measures as a table, and questions with all that was answered.
 
     Args:
-        step: Optimiser steps that the model had done.
+        step: Optimiser steps that the model had done, where it was asked in training.
         table: Measures by system.
         questions: As `answers.json` has them.
     """
     names = list(dict.fromkeys(name for measures in table.values() for name in measures))
-    lines = [f"# Step {step}", "", "Means over the questions, with 95 % intervals by the bootstrap.", ""]
+    heading = "# Answers" if step is None else f"# Answers at step {step}"
+    lines = [heading, "", "Means over the questions, with 95 % intervals by the bootstrap.", ""]
     lines += [f"| measure | {' | '.join(SYSTEMS[system] for system in table)} |", "|---" * (len(table) + 1) + "|"]
     for name in names:
         cells = [

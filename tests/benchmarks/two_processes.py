@@ -1,7 +1,10 @@
 """Two processes against one, same global batch, every topic: training losses, validations and weights.
 
-Each topic's offline experiment, shortened, without dropout (whose random numbers are a function of the process too).
-The last batch of a validation is incomplete, so that the processes' shares of it differ.
+    python tests/benchmarks/two_processes.py [EXPERIMENT ...]
+
+Two processes have a copy of the model each (DistributedDataParallel), and then its weights shared out (FSDP2). Each
+topic's offline experiment, shortened, without dropout (whose random numbers are a function of the process too). The
+last batch of a validation is incomplete, so that the processes' shares of it differ.
 """
 
 import csv
@@ -18,6 +21,7 @@ import forks
 ROOT = Path(__file__).parents[2]
 SHORT = ("--trainer.max_steps=40", "--trainer.val_check_interval=20", "--trainer.check_val_every_n_epoch=null")
 EVERY = ("--trainer.log_every_n_steps=5",)
+LAYOUTS = {"ddp": (), "fsdp": ("--trainer.precision=32-true",)}
 TOPICS = {
     "bpe/offline": ("--data.source.kinds=[topics]", "--model.vocabulary_size=2000", "--model.count_workers=0"),
     "decoder_pretrain/offline": SHORT,
@@ -31,20 +35,21 @@ TOPICS = {
 }
 
 
-def fit(experiment: str, n_processes: int, *flags: str) -> Path:
-    """Runs an experiment; returns the run's folder."""
+def fit(experiment: str, layout: str, *flags: str) -> Path:
+    """Runs an experiment, on one process or in a layout of two; returns the run's folder."""
     topic, name = experiment.split("/")
     # What other topics start from is the run of one process, under its own name.
-    name = name if n_processes == 1 else f"{name}_on_{n_processes}"
+    name = f"{name}_{layout}" if layout else name
     command = ["fit", "-c", ROOT / f"experiments/{experiment}.yaml", *flags, "--run.name", name]
     output = Path(f"{topic}_{name}.log")
-    if n_processes == 1:
-        codes = forks.wait([forks.start(*command, output=output)], 600)
+    if layout:
+        preset = ("-c", ROOT / f"experiments/trainer/{layout}.yaml", *LAYOUTS[layout])
+        on_cpu = ("--trainer.accelerator=cpu", "--trainer.devices=2")
+        codes = forks.wait(forks.start_ranks(2, *command, *preset, *on_cpu, output=output), 600)
     else:
-        two = ("-c", ROOT / "experiments/trainer/ddp.yaml", "--trainer.accelerator=cpu", "--trainer.devices=2")
-        codes = forks.wait(forks.start_ranks(n_processes, *command, *two, output=output), 600)
+        codes = forks.wait([forks.start(*command, output=output)], 600)
     if any(codes):
-        sys.exit(f"{experiment} on {n_processes} ended with {codes}:\n{output.read_text()[-3000:]}")
+        sys.exit(f"{experiment} {layout} ended with {codes}:\n{output.read_text()[-3000:]}")
     return Path("runs") / topic / name
 
 
@@ -86,11 +91,11 @@ if __name__ == "__main__":
     sys.argv = ["llm-train"]
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
-        print("| experiment | losses of training | validation | weights, largest difference |\n|---|---|---|---|")
+        print("| experiment | layout | losses of training | validation | weights |\n|---|---|---|---|---|")
         for experiment in TOPICS:
-            one = fit(experiment, 1, *TOPICS[experiment], *EVERY)
-            if experiment not in wanted:
-                continue
-            two = fit(experiment, 2, *TOPICS[experiment], *EVERY)
-            of_metrics = [difference(metrics(one), metrics(two), kind) for kind in ("train/loss", "val/")]
-            print(f"| `{experiment}` | {' | '.join(of_metrics)} | {gap_of_weights(one, two)} |", flush=True)
+            one = fit(experiment, "", *TOPICS[experiment], *EVERY)
+            for layout in LAYOUTS if experiment in wanted else ():
+                two = fit(experiment, layout, *TOPICS[experiment], *EVERY)
+                of_metrics = [difference(metrics(one), metrics(two), kind) for kind in ("train/loss", "val/")]
+                cells = (f"`{experiment}`", layout, *of_metrics, gap_of_weights(one, two))
+                print(f"| {' | '.join(cells)} |", flush=True)

@@ -1,0 +1,105 @@
+"""Two machines, made on one as two network namespaces: torchrun joins them, one is killed and comes back.
+
+Needs root and iproute2. Each machine has an address of its own and reaches the other through a pair of virtual network
+cards. The pretraining topic trains on both; when its second validation is over, all processes of the second machine
+are killed, and the machine is started again. The job must end with the steps and weights of one process.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).parents[2]
+MACHINES = {"machine0": "10.77.0.1", "machine1": "10.77.0.2"}
+STEPS, EVERY = 200, 25
+RUNS = Path("runs/decoder_pretrain")
+FIT = [
+    "-m", "experiments", "fit", "-c", str(ROOT / "experiments/decoder_pretrain/offline.yaml"),
+    "--data.tokenizer=byte", "--data.source.kinds=[topics]", "--model.n_layer=2",
+    f"--trainer.max_steps={STEPS}", f"--trainer.val_check_interval={EVERY}", "--trainer.limit_val_batches=8",
+]  # fmt: skip
+ON_BOTH = [
+    "-c", str(ROOT / "experiments/trainer/multi_node.yaml"), "--trainer.accelerator=cpu", "--trainer.devices=1",
+    "--trainer.num_nodes=2", "--auto_resume", "--run.name=two",
+]  # fmt: skip
+
+
+def ip(*words: str) -> str:
+    """Runs `ip`."""
+    return subprocess.run(["ip", *words], check=True, capture_output=True, text=True).stdout
+
+
+def connect() -> None:
+    """Makes the two machines and the cable between them."""
+    for name in MACHINES:
+        ip("netns", "add", name)
+    ip("link", "add", "card0", "netns", "machine0", "type", "veth", "peer", "name", "card1", "netns", "machine1")
+    for number, (name, address) in enumerate(MACHINES.items()):
+        ip("-n", name, "address", "add", f"{address}/24", "dev", f"card{number}")
+        for card in (f"card{number}", "lo"):
+            ip("-n", name, "link", "set", card, "up")
+
+
+def start(name: str) -> subprocess.Popen:
+    """Starts torchrun on a machine."""
+    rendezvous = ["--rdzv_backend=c10d", f"--rdzv_endpoint={MACHINES['machine0']}:29400", "--rdzv_id=job"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", "--max_restarts=3"]
+    command = [*torchrun, *rendezvous, f"--local_addr={MACHINES[name]}", *FIT, *ON_BOTH]
+    environment = os.environ | {"GLOO_SOCKET_IFNAME": name.replace("machine", "card")}
+    with open(f"{name}.log", "a") as log:
+        return subprocess.Popen(["ip", "netns", "exec", name, *command], env=environment, stdout=log, stderr=log)
+
+
+def wait_for_step(step: int) -> None:
+    """Until a checkpoint of that step may be there: a validation has been written down."""
+    file = RUNS / "two/metrics.csv"
+    deadline = time.monotonic() + 300
+    while not (file.is_file() and f"\n{step}," in file.read_text()):
+        if time.monotonic() > deadline:
+            sys.exit(f"no step {step}:\n{Path('machine0.log').read_text()[-3000:]}")
+        time.sleep(0.05)
+
+
+def last(run: str) -> dict:
+    """The last checkpoint of a run."""
+    return torch.load(RUNS / run / "checkpoints/last.ckpt", weights_only=True)
+
+
+if __name__ == "__main__":
+    if os.geteuid() != 0:
+        print("left out: network namespaces need root")
+        sys.exit()
+    os.environ |= {"WANDB_MODE": "disabled", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    with tempfile.TemporaryDirectory() as folder:
+        os.chdir(folder)
+        os.environ["LLM_TRAIN_CACHE"] = f"{folder}/cache"
+        subprocess.run([sys.executable, *FIT, "--run.name=one"], check=True, capture_output=True)
+        try:
+            connect()
+            first, second = (start(name) for name in MACHINES)
+            wait_for_step(3 * EVERY)
+            for pid in map(int, ip("netns", "pids", "machine1").split()):
+                os.kill(pid, signal.SIGKILL)
+            killed = time.monotonic()
+            time.sleep(5)
+            second = start("machine1")
+            codes = [machine.wait(600) for machine in (first, second)]
+        finally:
+            for name in MACHINES:
+                subprocess.run(["ip", "netns", "delete", name], check=False)
+        seconds = time.monotonic() - killed
+        said = [line for line in Path("machine0.log").read_text().splitlines() if "going on from" in line]
+        one, two = last("one"), last("two")
+        gap = max((one["state_dict"][name] - two["state_dict"][name]).abs().max() for name in one["state_dict"])
+    print("| what | figure |\n|---|---|")
+    print(f"| exit codes | {codes} |")
+    print(f"| after the kill | {'; '.join(said)} |")
+    print(f"| from the kill to the end | {seconds:.0f} s |")
+    print(f"| steps, one process and two machines | {one['global_step']}, {two['global_step']} |")
+    print(f"| weights, largest difference | {gap:.1e} |")
