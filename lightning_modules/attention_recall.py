@@ -4,10 +4,10 @@ from collections.abc import Sequence
 
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from torch import Tensor, nn
+from torch import Tensor
 from torchmetrics import Metric
 
-from lightning_modules.base import ExperimentModule
+from lightning_modules.base import ExperimentModule, total_norm
 from lightning_modules.metrics import IGNORED, next_token_loss
 from lightning_modules.models.attention import MultiHeadAttention, recorded_weights
 from lightning_modules.models.attention_network import AttentionNetwork, Part
@@ -63,13 +63,6 @@ class AttentionRecallModule(ExperimentModule):
         """Scores of every token as the answer: (B, T) to (B, T, V)."""
         return self.network(input_ids)
 
-    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        """Looks at attention before the first step."""
-        if self.global_step == 0 and batch_idx == 0:
-            with torch.no_grad(), recorded_weights(self.network) as weights:
-                self(batch["input_ids"])
-            self._log_before_training({"attention_entropy": attention_entropy(weights, batch["targets"]).mean()})
-
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Measures the gradient of the first step."""
         if self.global_step == 0:
@@ -77,7 +70,7 @@ class AttentionRecallModule(ExperimentModule):
             query_key = [layer.qkv.weight.grad.chunk(3)[part] for layer in layers for part in (0, 1)]
             everything = [parameter.grad for parameter in self.parameters() if parameter.grad is not None]
             norms = {"grad_norm": everything, "grad_norm_query_key": query_key}
-            self._log_before_training({name: nn.utils.get_total_norm(parts) for name, parts in norms.items()})
+            self._log_before_training({name: total_norm(parts) for name, parts in norms.items()})
 
     def _log_before_training(self, measures: dict[str, Tensor]) -> None:
         reduce = self.trainer.strategy.reduce
@@ -86,7 +79,11 @@ class AttentionRecallModule(ExperimentModule):
             logger.log_metrics(metrics, step=None)  # no step is done
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Mean loss of the answers."""
+        """Mean loss of the answers; before the first step, a look at attention."""
+        if self.global_step == 0 and batch_idx == 0:
+            with torch.no_grad(), recorded_weights(self.network) as weights:
+                self(batch["input_ids"])
+            self._log_before_training({"attention_entropy": attention_entropy(weights, batch["targets"]).mean()})
         loss = next_token_loss(self(batch["input_ids"]), batch["targets"])
         self.log_train_loss(loss)
         return loss

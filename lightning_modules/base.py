@@ -36,7 +36,7 @@ class ExperimentModule(L.LightningModule):
         Args:
             checkpoint: Of a module of this class.
         """
-        accepted = inspect.signature(cls.__init__).parameters  # FSDP2 gives classes another `__new__`
+        accepted = inspect.signature(cls).parameters
         arguments = {name: value for name, value in checkpoint["hyper_parameters"].items() if name in accepted}
         module = cls(**arguments | ({"compile": False} if "compile" in accepted else {}))
         module.on_load_checkpoint(checkpoint)
@@ -98,9 +98,10 @@ class ExperimentModule(L.LightningModule):
         """
         self._losses_of_step.clear()  # called once an optimiser step, after its last micro-batch
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        gradients = [p.grad for p in parameters]
         by_norm = gradient_clip_algorithm in (None, "norm")
         if self.logging_is_due or (gradient_clip_val and by_norm):
-            norm = _total_norm(parameters)
+            norm = total_norm(gradients)
         if gradient_clip_val and by_norm:
             nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val, norm)
         elif gradient_clip_val:
@@ -108,7 +109,7 @@ class ExperimentModule(L.LightningModule):
         if self.logging_is_due:
             self.log("train/grad_norm", norm)
             if gradient_clip_val:
-                self.log("train/grad_norm_clipped", _total_norm(parameters))
+                self.log("train/grad_norm_clipped", total_norm(gradients))
 
     def log_train_loss(self, loss: torch.Tensor, weight: torch.Tensor | float = 1.0) -> None:
         """Logs `train/loss` when logging is due: the mean over the micro-batches of the optimiser step and the ranks.
@@ -164,9 +165,13 @@ class ExperimentModule(L.LightningModule):
                 )
 
 
-def _total_norm(parameters: list[nn.Parameter]) -> torch.Tensor:
-    """Norm of all gradients together, over all processes where they are shared out."""
-    norm = nn.utils.get_total_norm([p.grad for p in parameters])
+def total_norm(gradients: list[torch.Tensor]) -> torch.Tensor:
+    """Norm of gradients together, over all processes where they are shared out.
+
+    Args:
+        gradients: Tensors of any shapes.
+    """
+    norm = nn.utils.get_total_norm(gradients)
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 

@@ -7,12 +7,13 @@ Paper: Zhao et al., "PyTorch FSDP: Experiences on Scaling Fully Sharded Data Par
 https://arxiv.org/abs/2304.11277. Tutorial: https://docs.pytorch.org/tutorials/intermediate/FSDP_tutorial.html
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.distributed._composable import checkpoint as recompute_in_backward
 from torch.distributed.checkpoint.state_dict import (
@@ -21,8 +22,18 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
-from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.optim import Optimizer
+
+
+def _entered(step: str, context: str) -> Callable[..., Any]:
+    """A step of the module, entered by way of the outermost unit, as `Strategy` has it for a module on its own."""
+
+    def enter(self: "FullyShardedStrategy", *args: Any, **kwargs: Any) -> Any:
+        with getattr(self.precision_plugin, context)():
+            return self._entry(step, *args, **kwargs)
+
+    return enter
 
 
 class FullyShardedStrategy(ModelParallelStrategy):
@@ -52,17 +63,23 @@ class FullyShardedStrategy(ModelParallelStrategy):
             module: Not sharded yet.
         """
         mesh = self.device_mesh["data_parallel"]
-        for block in _blocks(module):
+        self._entry = _Entry(module)
+        blocks = list(_blocks(module))
+        for block in blocks:
             if self.activation_checkpointing:
                 recompute_in_backward(block)
             fully_shard(block, mesh=mesh)
-        named = type(module)
-        fully_shard(module, mesh=mesh, reshard_after_forward=False)
-        # PyTorch has given it a class of its own, which stays known by its name: in checkpoints, in messages.
-        for attribute in ("__module__", "__qualname__", "__name__"):
-            setattr(type(module), attribute, getattr(named, attribute))
-        # A step may use the model by any of its methods: what lies around the blocks is gathered when a step begins.
-        register_fsdp_forward_method(module, "training_step")
+        fully_shard(self._entry, mesh=mesh, reshard_after_forward=False)
+        # Going backward, each unit sends for the one before it. Left to itself, PyTorch sends for the one that was used
+        # before it, which after a validation is not the same on all processes: one alone may have written samples.
+        units = [self._entry, *blocks]
+        for place, unit in enumerate(units):
+            unit.set_modules_to_backward_prefetch([units[place - 1]])
+
+    training_step = _entered("training_step", "train_step_context")
+    validation_step = _entered("validation_step", "val_step_context")
+    test_step = _entered("test_step", "test_step_context")
+    predict_step = _entered("predict_step", "predict_step_context")
 
     def on_validation_start(self) -> None:
         """Gathers the whole model, so that processes may use it each on its own: to write samples, say."""
@@ -81,7 +98,7 @@ class FullyShardedStrategy(ModelParallelStrategy):
     on_test_end = on_predict_end = on_validation_end
 
     def _sharded(self) -> list[FSDPModule]:
-        return [module for module in self.lightning_module.modules() if isinstance(module, FSDPModule)]
+        return [module for module in self._entry.modules() if isinstance(module, FSDPModule)]
 
     @property
     def lightning_restore_optimizer(self) -> bool:
@@ -133,6 +150,34 @@ class FullyShardedStrategy(ModelParallelStrategy):
         """Names of the parameters in the optimiser's own order, by which it numbers their states."""
         names = {parameter: name for name, parameter in self.model.named_parameters()}
         return [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def require_whole_weights(trainer: L.Trainer, callback: str) -> None:
+    """Refuses a run whose weights are shared out, for a callback that works on whole ones in training.
+
+    Args:
+        trainer: The run's.
+        callback: Name of the callback.
+
+    Raises:
+        MisconfigurationException: If each process has a share of every weight.
+    """
+    if isinstance(trainer.strategy, FullyShardedStrategy):
+        raise MisconfigurationException(
+            f"{callback}: it needs whole weights, and the strategy shares them out among the processes; train with "
+            "experiments/trainer/ddp.yaml in place of fsdp.yaml, or leave the callback out"
+        )
+
+
+class _Entry(nn.Module):
+    """The outermost unit: whatever a step uses of the model, and by which of its methods, is gathered as it begins."""
+
+    def __init__(self, module: L.LightningModule) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, step: str, *args: Any, **kwargs: Any) -> Any:
+        return getattr(self.module, step)(*args, **kwargs)
 
 
 def _blocks(module: nn.Module) -> Iterator[nn.Module]:

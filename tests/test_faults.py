@@ -7,14 +7,20 @@ import signal
 import subprocess
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import forks
 import pytest
 import torch
 from conftest import assert_same_weights, weights
 from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from lightning_modules.callbacks.cached_features import CachedFeatures
+from lightning_modules.callbacks.freeze import GradualUnfreezing, Stage
+from lightning_modules.callbacks.signal_propagation import SignalPropagation
 from lightning_modules.loggers import MetricsCSV
+from lightning_modules.sharded import FullyShardedStrategy
 
 ROOT = Path(__file__).parents[1]
 RUNS = Path("runs/decoder_pretrain")
@@ -26,8 +32,14 @@ SHARDED = ("-c", PRESET / "fsdp.yaml", *ON_CPU, "--trainer.precision=32-true")
 
 
 def test_a_checkpoint_of_any_layout_goes_on_in_any_other_and_exports_the_same(llm_train, tiny):
+    export = {"class_path": "lightning_modules.callbacks.export.ExportModel"}
+    samples = {  # by the first process alone, which may not leave the others behind
+        "class_path": "lightning_modules.callbacks.samples.SampleText",
+        "init_args": {"prompts": ["ae"], "max_new_tokens": 8},
+    }
     config = tiny(trainer__max_steps=12, trainer__val_check_interval=4, trainer__gradient_clip_val=0.5,
-                  model__init_args__dropout=0.0)  # fmt: skip
+                  trainer__num_sanity_val_steps=1, model__init_args__dropout=0.0,
+                  **{"trainer__callbacks+": [export, samples]})  # fmt: skip
     assert llm_train("fit", "-c", config, "--run.name", "whole").code == 0
     fit = ("fit", "-c", config, "--run.name")
     forks.wait([forks.start(*fit, "one", prepare=lambda: forks.die_after_step(8))])
@@ -55,6 +67,20 @@ def test_activation_checkpointing_changes_nothing_but_the_memory(tiny):
         flags = ("--run.name", name, "--trainer.strategy.activation_checkpointing", again)
         assert forks.wait(forks.start_ranks(2, "fit", "-c", config, *SHARDED, *flags)) == [0, 0]
     assert_same_weights(RUNS / "kept" / LAST, RUNS / "again" / LAST)
+
+
+@pytest.mark.parametrize(
+    "look",
+    [
+        lambda trainer: SignalPropagation([0]).setup(trainer, None, "fit"),
+        lambda trainer: CachedFeatures().on_fit_start(trainer, None),
+        lambda trainer: GradualUnfreezing([Stage(layers=0, epoch=1)]).setup(trainer, None, "fit"),
+    ],
+    ids=["SignalPropagation", "CachedFeatures", "GradualUnfreezing"],
+)
+def test_what_needs_whole_weights_says_so_where_they_are_shared_out(look):
+    with pytest.raises(MisconfigurationException, match=r"needs whole weights.*ddp\.yaml in place of fsdp\.yaml"):
+        look(SimpleNamespace(strategy=FullyShardedStrategy()))
 
 
 def test_a_killed_process_ends_the_job_with_one_line_and_it_goes_on_from_the_last_checkpoint(llm_train, tiny):

@@ -10,6 +10,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
 from lightning_modules.pretrained import architecture_of
+from lightning_modules.sharded import require_whole_weights
 
 
 class CachedFeatures(L.Callback):
@@ -27,8 +28,9 @@ class CachedFeatures(L.Callback):
         """Computes what is not there yet, on one process a machine.
 
         Raises:
-            MisconfigurationException: If the encoder is trained.
+            MisconfigurationException: If the encoder is trained, or its weights are shared out.
         """
+        require_whole_weights(trainer, type(self).__name__)
         encoder = pl_module.model.encoder
         if any(parameter.requires_grad for parameter in encoder.parameters()):
             raise MisconfigurationException(

@@ -22,6 +22,7 @@ from torch import nn
 
 from lightning_modules import lightning_internals
 from lightning_modules.adapters import adapted_layers, add_adapters, linear_layers
+from lightning_modules.sharded import require_whole_weights
 
 Parameters = dict[str, nn.Parameter]
 
@@ -298,10 +299,12 @@ class GradualUnfreezing(FreezingCallback):
         """Gives the stages their rates. Nothing is frozen yet: the optimiser and DDP are to see all of it.
 
         Raises:
-            MisconfigurationException: If a stage names nothing that is there, or DDP would wait for frozen parameters.
+            MisconfigurationException: If a stage names nothing that is there, if DDP would wait for frozen parameters,
+                or if the weights are shared out, which puts others in their places.
         """
         if stage != "fit":
             return
+        require_whole_weights(trainer, type(self).__name__)
         if not lightning_internals.takes_unused_parameters(trainer):
             raise MisconfigurationException(
                 "GradualUnfreezing: set trainer.strategy to ddp_find_unused_parameters_true, or the processes would "

@@ -17,6 +17,7 @@ from lightning_modules.callbacks.drawing import DrawsAtTheEnd
 from lightning_modules.callbacks.signal_figures import draw_by_depth, draw_histograms
 from lightning_modules.loggers import WandbRecorder
 from lightning_modules.models.decoder import Decoder
+from lightning_modules.sharded import require_whole_weights
 
 EDGES = np.linspace(-12, 6, 181)  # of the histograms: ten bins a decade of the absolute value, the same in every run
 
@@ -53,6 +54,7 @@ class SignalPropagation(DrawsAtTheEnd):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Looks whether there is a decoder to look into."""
+        require_whole_weights(trainer, type(self).__name__)
         check_decoder(pl_module, type(self).__name__)
 
     def on_train_batch_start(

@@ -48,10 +48,14 @@ def connect() -> None:
 
 def start(name: str) -> subprocess.Popen:
     """Starts torchrun on a machine."""
-    rendezvous = ["--rdzv_backend=c10d", f"--rdzv_endpoint={MACHINES['machine0']}:29400", "--rdzv_id=job"]
+    # torchrun knows the machine that the endpoint names by its host name, and these two share one.
+    is_host = f"--rdzv_conf=is_host={int(name == 'machine0')}"
+    rendezvous = ["--rdzv_backend=c10d", f"--rdzv_endpoint={MACHINES['machine0']}:29400", "--rdzv_id=job", is_host]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", "--max_restarts=3"]
     command = [*torchrun, *rendezvous, f"--local_addr={MACHINES[name]}", *FIT, *ON_BOTH]
     environment = os.environ | {"GLOO_SOCKET_IFNAME": name.replace("machine", "card")}
+    # Or the machines that stayed would not tell a new one where the first process is (torch 2.13).
+    environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     with open(f"{name}.log", "a") as log:
         return subprocess.Popen(["ip", "netns", "exec", name, *command], env=environment, stdout=log, stderr=log)
 

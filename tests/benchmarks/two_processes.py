@@ -1,14 +1,16 @@
-"""Two processes against one, same global batch, every topic: training losses, validations and weights.
+"""Two processes against one, same global batch, every topic: training losses, validations, tests and weights.
 
     python tests/benchmarks/two_processes.py [EXPERIMENT ...]
 
-Two processes have a copy of the model each (DistributedDataParallel), and then its weights shared out (FSDP2). Each
-topic's offline experiment, shortened, without dropout (whose random numbers are a function of the process too). The
-last batch of a validation is incomplete, so that the processes' shares of it differ.
+Two processes have a copy of the model each (DistributedDataParallel), and then its weights shared out (FSDP2). Both
+are killed at half-time and go on by `--auto_resume`. Each topic's offline experiment, shortened, without dropout (whose
+random numbers are a function of the process too). The last batch of a validation is incomplete, so that the processes'
+shares of it differ.
 """
 
 import csv
 import os
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -19,8 +21,14 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import forks
 
 ROOT = Path(__file__).parents[2]
-SHORT = ("--trainer.max_steps=40", "--trainer.val_check_interval=20", "--trainer.check_val_every_n_epoch=null")
+HALF = 20
+SHORT = (
+    f"--trainer.max_steps={2 * HALF}",
+    f"--trainer.val_check_interval={HALF}",
+    "--trainer.check_val_every_n_epoch=null",
+)
 EVERY = ("--trainer.log_every_n_steps=5",)
+ON_CPU = ("--trainer.accelerator=cpu", "--trainer.devices=2")
 LAYOUTS = {"ddp": (), "fsdp": ("--trainer.precision=32-true",)}
 TOPICS = {
     "bpe/offline": ("--data.source.kinds=[topics]", "--model.vocabulary_size=2000", "--model.count_workers=0"),
@@ -35,28 +43,44 @@ TOPICS = {
 }
 
 
+def ranks(layout: str, *command: str | Path, output: Path, dies: bool = False) -> list[int]:
+    """The exit codes of a command on one process or in a layout of two, which may die at half-time."""
+    if not layout:
+        return forks.wait([forks.start(*command, output=output)], 600)
+    preset = ("-c", ROOT / f"experiments/trainer/{layout}.yaml", *LAYOUTS[layout], *ON_CPU)
+    prepare = (lambda _: forks.die_after_step(HALF)) if dies else bool
+    return forks.wait(forks.start_ranks(2, *command, *preset, prepare=prepare, output=output), 600)
+
+
 def fit(experiment: str, layout: str, *flags: str) -> Path:
-    """Runs an experiment, on one process or in a layout of two; returns the run's folder."""
+    """Trains, and tests where there is something to test on; returns the run's folder."""
     topic, name = experiment.split("/")
     # What other topics start from is the run of one process, under its own name.
     name = f"{name}_{layout}" if layout else name
-    command = ["fit", "-c", ROOT / f"experiments/{experiment}.yaml", *flags, "--run.name", name]
-    output = Path(f"{topic}_{name}.log")
-    if layout:
-        preset = ("-c", ROOT / f"experiments/trainer/{layout}.yaml", *LAYOUTS[layout])
-        on_cpu = ("--trainer.accelerator=cpu", "--trainer.devices=2")
-        codes = forks.wait(forks.start_ranks(2, *command, *preset, *on_cpu, output=output), 600)
-    else:
-        codes = forks.wait([forks.start(*command, output=output)], 600)
+    output, run = Path(f"{topic}_{name}.log"), Path("runs") / topic / name
+    command = ("fit", "-c", ROOT / f"experiments/{experiment}.yaml", *flags, "--run.name", name, "--auto_resume")
+    if layout and topic != "bpe":  # which counts words and takes no steps
+        killed = ranks(layout, *command, output=output, dies=True)
+        if -signal.SIGKILL not in killed:
+            sys.exit(f"{experiment} {layout} was not killed")
+    codes = ranks(layout, *command, output=output)
     if any(codes):
         sys.exit(f"{experiment} {layout} ended with {codes}:\n{output.read_text()[-3000:]}")
-    return Path("runs") / topic / name
+    tested = Path("test.log")
+    if any(ranks(layout, "test", "-c", run / "config.yaml", "--ckpt_path=last", output=tested)):
+        last = tested.read_text().strip().splitlines()[-1]
+        if "error: " not in last:
+            sys.exit(tested.read_text()[-3000:])
+        print(f"{experiment} {layout}: {last}", file=sys.stderr)
+    return run
 
 
 def metrics(run: Path) -> dict[tuple[str, str], float]:
-    """The metrics of a run by name and step, but for those of speed."""
-    with (run / "metrics.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
+    """The metrics of a run and of its test by name and step, but for those of speed."""
+    rows: list[dict[str, str]] = []
+    for file in run.glob("metrics*.csv"):
+        with file.open(newline="") as text:
+            rows += csv.DictReader(text)
     return {
         (name, row["step"]): float(value)
         for row in rows
@@ -91,11 +115,11 @@ if __name__ == "__main__":
     sys.argv = ["llm-train"]
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
-        print("| experiment | layout | losses of training | validation | weights |\n|---|---|---|---|---|")
+        print("| experiment | layout | losses of training | validation | test | weights |\n|---|---|---|---|---|---|")
         for experiment in TOPICS:
             one = fit(experiment, "", *TOPICS[experiment], *EVERY)
             for layout in LAYOUTS if experiment in wanted else ():
                 two = fit(experiment, layout, *TOPICS[experiment], *EVERY)
-                of_metrics = [difference(metrics(one), metrics(two), kind) for kind in ("train/loss", "val/")]
+                of_metrics = [difference(metrics(one), metrics(two), kind) for kind in ("train/loss", "val/", "test/")]
                 cells = (f"`{experiment}`", layout, *of_metrics, gap_of_weights(one, two))
                 print(f"| {' | '.join(cells)} |", flush=True)
