@@ -16,7 +16,7 @@ EXPERIMENTS = sorted(p for p in (ROOT / "experiments").glob("*/*.yaml") if p.par
 PRESETS = sorted(p for p in (ROOT / "experiments/trainer").glob("*.yaml") if p.name != "defaults.yaml")
 OFFLINE = [path for path in EXPERIMENTS if path.name.startswith("offline")]
 STUDIES = sorted((ROOT / "experiments").glob("*/studies/*.yaml"))
-SHORTENED = ("--trainer.max_steps", "4", "--trainer.limit_val_batches", "2")
+SHORTENED = ("--trainer.max_steps", "4", "--trainer.limit_val_batches", "1")
 
 
 def name(path: Path) -> str:

@@ -44,6 +44,7 @@ def test_a_checkpoint_of_any_layout_goes_on_in_any_other_and_exports_the_same(ll
     fit = ("fit", "-c", config, "--run.name")
     forks.wait([forks.start(*fit, "one", prepare=lambda: forks.die_after_step(8))])
     forks.wait(forks.start_ranks(2, *fit, "sharded", *SHARDED, prepare=lambda _: forks.die_after_step(8)))
+    assert [torch.load(RUNS / name / LAST, weights_only=True)["global_step"] for name in ("one", "sharded")] == [8, 8]
     for name, layout in {"one_to_two": TWO, "one_to_sharded": SHARDED, "sharded_to_one": ()}.items():
         shutil.copytree(RUNS / name.split("_")[0], RUNS / name)
         command = (*fit, name, *layout, "--auto_resume")
