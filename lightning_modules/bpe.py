@@ -288,6 +288,7 @@ class BPEModule(ExperimentModule):
         Raises:
             MisconfigurationException: If the checkpoint's words were found in another way than this run's.
         """
+        checkpoint["state_dict"]["unused"] = torch.zeros(1)  # older checkpoints have it without a dimension
         super().on_load_checkpoint(checkpoint)
         saved = checkpoint["byte_pair_encoding"]
         for name in ("pattern", "special_tokens"):

@@ -250,6 +250,16 @@ def test_a_killed_run_resumes_to_the_same_tokenizer(llm_train, forked, tiny_bpe,
     assert metrics("tiny")["train/bytes_seen"] == len("".join(SIDES["train"][:65]))  # as of the last step logged
 
 
+def test_an_older_checkpoint_is_measured_again(llm_train, tiny_bpe):
+    llm_train("fit", "-c", tiny_bpe())
+    checkpoints = AtomicCheckpointIO()
+    older = checkpoints.load_checkpoint(RUNS / "tiny" / LAST)
+    older["state_dict"]["unused"] = torch.zeros(())
+    checkpoints.save_checkpoint(older, RUNS / "tiny" / LAST)
+    measured = llm_train("validate", "-c", RUNS / "tiny/config.yaml", "--ckpt_path", "last")
+    assert measured.code == 0, measured.err
+
+
 def test_a_run_killed_while_it_learned_resumes_to_the_same_tokenizer(llm_train, forked, tiny_bpe):
     def die_in_learning() -> None:
         BPEModule.learn = lambda self: os.kill(os.getpid(), signal.SIGKILL)

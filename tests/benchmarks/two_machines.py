@@ -1,11 +1,12 @@
 """Two machines, made on one as two network namespaces: torchrun joins them, one is killed and comes back.
 
 Needs root and iproute2. Each machine has an address of its own and reaches the other through a pair of virtual network
-cards. The pretraining topic trains on both; when its second validation is over, all processes of the second machine
+cards. The pretraining topic trains on both; when its third validation is over, all processes of the second machine
 are killed, and the machine is started again. The job must end with the steps and weights of one process.
 """
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -60,6 +61,12 @@ def start(name: str) -> subprocess.Popen:
         return subprocess.Popen(["ip", "netns", "exec", name, *command], env=environment, stdout=log, stderr=log)
 
 
+def kill_all(name: str) -> None:
+    """Ends every process of a machine at once."""
+    for pid in map(int, ip("netns", "pids", name).split()):
+        os.kill(pid, signal.SIGKILL)
+
+
 def wait_for_step(step: int) -> None:
     """Until a checkpoint of that step may be there: a validation has been written down."""
     file = RUNS / "two/metrics.csv"
@@ -76,8 +83,8 @@ def last(run: str) -> dict:
 
 
 if __name__ == "__main__":
-    if os.geteuid() != 0:
-        print("left out: network namespaces need root")
+    if os.geteuid() != 0 or not shutil.which("ip"):
+        print("left out: network namespaces need root, and the command ip")
         sys.exit()
     os.environ |= {"WANDB_MODE": "disabled", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     with tempfile.TemporaryDirectory() as folder:
@@ -88,15 +95,15 @@ if __name__ == "__main__":
             connect()
             first, second = (start(name) for name in MACHINES)
             wait_for_step(3 * EVERY)
-            for pid in map(int, ip("netns", "pids", "machine1").split()):
-                os.kill(pid, signal.SIGKILL)
+            kill_all("machine1")
             killed = time.monotonic()
             time.sleep(5)
             second = start("machine1")
             codes = [machine.wait(600) for machine in (first, second)]
         finally:
-            for name in MACHINES:
-                subprocess.run(["ip", "netns", "delete", name], check=False)
+            for name in filter(lambda name: name in ip("netns", "list"), MACHINES):
+                kill_all(name)
+                ip("netns", "delete", name)
         seconds = time.monotonic() - killed
         said = [line for line in Path("machine0.log").read_text().splitlines() if "going on from" in line]
         one, two = last("one"), last("two")
