@@ -15,6 +15,9 @@ from tqdm import tqdm
 from experiments.__main__ import main
 from lightning_modules.callbacks.checkpoint import RunCheckpoint
 
+_DDP = Path(__file__).parents[1] / "experiments/trainer/ddp.yaml"
+TWO_PROCESSES = ("-c", str(_DDP), "--trainer.accelerator=cpu", "--trainer.devices=2")
+
 
 def start(*args: str | Path, prepare: Callable[[], None] = bool, output: Path | None = None) -> multiprocessing.Process:
     """Starts the command in a copy of this process; what it prints goes into a file if one is named."""

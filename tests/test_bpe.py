@@ -11,12 +11,12 @@ from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
 
+import forks
 import pytest
 import torch
 import yaml
 from conftest import kill_when, text
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from test_distributed import TWO_PROCESSES, start
 from torch.utils.data import DataLoader
 
 from datamodules.bpe import BatchStream, BPEDataModule, Side
@@ -299,10 +299,10 @@ def test_validations_in_between_measure_what_was_learned_so_far(llm_train, tiny_
 
 def test_two_processes_learn_and_measure_what_one_does_and_one_goes_on_where_they_stopped(llm_train, tiny_bpe):
     config = tiny_bpe(data__batch_size=3, trainer__val_check_interval=6)  # shares of one and two documents
-    job = start("fit", "-c", config, *TWO_PROCESSES, "--run.name", "two", "--trainer.max_steps", "10")
+    flags = ("-c", config, *forks.TWO_PROCESSES, "--run.name", "two", "--trainer.max_steps", "10")
+    two = forks.start_ranks(2, "fit", *flags)
     assert llm_train("fit", "-c", config, "--run.name", "one").code == 0
-    output = job.communicate(timeout=200)[0]
-    assert job.returncode == 0, output
+    assert forks.wait(two) == [0, 0]
     assert merges_of("two") == spelled(expected_merges(30))
     assert llm_train("fit", "-c", config, "--run.name", "two", "--ckpt_path", "last").code == 0
     for file in ("merges.txt", "vocabulary.txt", "compression.csv", "tokenizer/tokenizer.json", "metrics.csv"):

@@ -13,12 +13,11 @@ from conftest import weights
 
 ROOT = Path(__file__).parents[1]
 RUNS = Path("runs/decoder_pretrain")
-TWO_PROCESSES = ("-c", str(ROOT / "experiments/trainer/ddp.yaml"), "--trainer.accelerator=cpu", "--trainer.devices=2")
 
 
 def test_two_processes_train_the_same_model_as_one(llm_train, tiny):
     config = tiny(model__init_args__dropout=0.0, trainer__gradient_clip_val=0.5)
-    two = forks.start_ranks(2, "fit", "-c", config, *TWO_PROCESSES, "--run.name", "two")
+    two = forks.start_ranks(2, "fit", "-c", config, *forks.TWO_PROCESSES, "--run.name", "two")
     assert llm_train("fit", "-c", config, "--run.name", "one").code == 0
     assert forks.wait(two) == [0, 0]
     one, two = (weights(RUNS / run / "checkpoints/last.ckpt") for run in ("one", "two"))
@@ -38,7 +37,7 @@ def test_a_signal_to_one_of_two_processes_stops_both_with_a_checkpoint(tiny):
     config = tiny(trainer__max_steps=3000, trainer__val_check_interval=3000)
     # In a process of its own, as ddp starts the other one with the same command line.
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "experiments", "fit", "-c", str(config), *TWO_PROCESSES]
+    command = [sys.executable, "-m", "experiments", "fit", "-c", str(config), *forks.TWO_PROCESSES]
     job = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     metrics = RUNS / "tiny/metrics.csv"
     deadline = time.monotonic() + 200

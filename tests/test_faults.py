@@ -27,7 +27,6 @@ RUNS = Path("runs/decoder_pretrain")
 LAST = "checkpoints/last.ckpt"
 PRESET = ROOT / "experiments/trainer"
 ON_CPU = ("--trainer.accelerator=cpu", "--trainer.devices=2")
-TWO = ("-c", PRESET / "ddp.yaml", *ON_CPU)
 SHARDED = ("-c", PRESET / "fsdp.yaml", *ON_CPU, "--trainer.precision=32-true")
 
 
@@ -45,7 +44,7 @@ def test_a_checkpoint_of_any_layout_goes_on_in_any_other_and_exports_the_same(ll
     forks.wait([forks.start(*fit, "one", prepare=lambda: forks.die_after_step(8))])
     forks.wait(forks.start_ranks(2, *fit, "sharded", *SHARDED, prepare=lambda _: forks.die_after_step(8)))
     assert [torch.load(RUNS / name / LAST, weights_only=True)["global_step"] for name in ("one", "sharded")] == [8, 8]
-    for name, layout in {"one_to_two": TWO, "one_to_sharded": SHARDED, "sharded_to_one": ()}.items():
+    for name, layout in {"one_to_two": forks.TWO_PROCESSES, "one_to_sharded": SHARDED, "sharded_to_one": ()}.items():
         shutil.copytree(RUNS / name.split("_")[0], RUNS / name)
         command = (*fit, name, *layout, "--auto_resume")
         codes = forks.wait(forks.start_ranks(2, *command) if layout else [forks.start(*command)])
@@ -87,7 +86,7 @@ def test_what_needs_whole_weights_says_so_where_they_are_shared_out(look):
 def test_a_killed_process_ends_the_job_with_one_line_and_it_goes_on_from_the_last_checkpoint(llm_train, tiny):
     config = tiny(model__init_args__dropout=0.0)
     llm_train("fit", "-c", config, "--run.name", "whole")
-    command = ("fit", "-c", config, *TWO, "--run.name", "named", "--auto_resume")
+    command = ("fit", "-c", config, *forks.TWO_PROCESSES, "--run.name", "named", "--auto_resume")
     output = Path("output.txt")
 
     def rank_1_dies(rank: int) -> None:
