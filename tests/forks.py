@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import signal
 import socket
+import subprocess
 import sys
 import threading
 from collections.abc import Callable
@@ -15,8 +16,8 @@ from tqdm import tqdm
 from experiments.__main__ import main
 from lightning_modules.callbacks.checkpoint import RunCheckpoint
 
-_DDP = Path(__file__).parents[1] / "experiments/trainer/ddp.yaml"
-TWO_PROCESSES = ("-c", str(_DDP), "--trainer.accelerator=cpu", "--trainer.devices=2")
+ROOT = Path(__file__).parents[1]
+TWO_PROCESSES = ("-c", str(ROOT / "experiments/trainer/ddp.yaml"), "--trainer.accelerator=cpu", "--trainer.devices=2")
 
 
 def start(*args: str | Path, prepare: Callable[[], None] = bool, output: Path | None = None) -> multiprocessing.Process:
@@ -58,6 +59,13 @@ def start_ranks(
         prepare(rank)
 
     return [start(*args, prepare=lambda rank=rank: become(rank), output=output) for rank in range(n)]
+
+
+def start_anew(*args: str | Path) -> subprocess.Popen:
+    """Starts the command in a process that imports all anew: as ddp, by its command line, starts further ones."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "experiments", *map(str, args)]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def wait(processes: list[multiprocessing.Process], seconds: float = 120) -> list[int]:

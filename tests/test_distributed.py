@@ -1,9 +1,6 @@
 """Two processes train the model that one does, on the same global batches."""
 
-import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -11,7 +8,6 @@ import forks
 import torch
 from conftest import weights
 
-ROOT = Path(__file__).parents[1]
 RUNS = Path("runs/decoder_pretrain")
 
 
@@ -35,10 +31,7 @@ def column(run: str, name: str) -> torch.Tensor:
 
 def test_a_signal_to_one_of_two_processes_stops_both_with_a_checkpoint(tiny):
     config = tiny(trainer__max_steps=3000, trainer__val_check_interval=3000)
-    # In a process of its own, as ddp starts the other one with the same command line.
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "experiments", "fit", "-c", str(config), *forks.TWO_PROCESSES]
-    job = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    job = forks.start_anew("fit", "-c", config, *forks.TWO_PROCESSES)
     metrics = RUNS / "tiny/metrics.csv"
     deadline = time.monotonic() + 200
     while not (metrics.is_file() and len(metrics.read_text().splitlines()) > 3) and time.monotonic() < deadline:
