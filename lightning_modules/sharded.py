@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import fully_shard
 from torch.optim import Optimizer
 
 
@@ -31,7 +31,7 @@ def _entered(step: str, context: str) -> Callable[..., Any]:
 
     def enter(self: "FullyShardedStrategy", *args: Any, **kwargs: Any) -> Any:
         with getattr(self.precision_plugin, context)():
-            return self._entry(step, *args, **kwargs)
+            return self._units[0](step, *args, **kwargs)
 
     return enter
 
@@ -63,18 +63,17 @@ class FullyShardedStrategy(ModelParallelStrategy):
             module: Not sharded yet.
         """
         mesh = self.device_mesh["data_parallel"]
-        self._entry = _Entry(module)
-        blocks = list(_blocks(module))
+        self._units = [_Entry(module), *_blocks(module)]
+        entry, *blocks = self._units
         for block in blocks:
             if self.activation_checkpointing:
                 recompute_in_backward(block)
             fully_shard(block, mesh=mesh)
-        fully_shard(self._entry, mesh=mesh, reshard_after_forward=False)
+        fully_shard(entry, mesh=mesh, reshard_after_forward=False)
         # Going backward, each unit sends for the one before it. Left to itself, PyTorch sends for the one that was used
         # before it, which after a validation is not the same on all processes: one alone may have written samples.
-        units = [self._entry, *blocks]
-        for place, unit in enumerate(units):
-            unit.set_modules_to_backward_prefetch([units[place - 1]])
+        for place, unit in enumerate(self._units):
+            unit.set_modules_to_backward_prefetch([self._units[place - 1]])
 
     training_step = _entered("training_step", "train_step_context")
     validation_step = _entered("validation_step", "val_step_context")
@@ -83,22 +82,18 @@ class FullyShardedStrategy(ModelParallelStrategy):
 
     def on_validation_start(self) -> None:
         """Gathers the whole model, so that processes may use it each on its own: to write samples, say."""
-        for module in self._sharded():
-            module.set_reshard_after_forward(False, recurse=False)
-            module.unshard()
+        for unit in self._units:
+            unit.set_reshard_after_forward(False, recurse=False)
+            unit.unshard()
 
     def on_validation_end(self) -> None:
         """Shares it out again."""
-        blocks = set(_blocks(self.lightning_module))
-        for module in self._sharded():
-            module.set_reshard_after_forward(module in blocks, recurse=False)
-            module.reshard()
+        for place, unit in enumerate(self._units):
+            unit.set_reshard_after_forward(place > 0, recurse=False)  # the outermost is needed to the end of a step
+            unit.reshard()
 
     on_test_start = on_predict_start = on_validation_start
     on_test_end = on_predict_end = on_validation_end
-
-    def _sharded(self) -> list[FSDPModule]:
-        return [module for module in self._entry.modules() if isinstance(module, FSDPModule)]
 
     @property
     def lightning_restore_optimizer(self) -> bool:

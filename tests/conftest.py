@@ -14,6 +14,7 @@ import forks
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 
 from experiments.__main__ import main
 
@@ -144,7 +145,9 @@ def with_settings(config: dict[str, Any], settings: dict[str, Any]) -> dict[str,
 
 
 def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """The weights in a checkpoint."""
+    """The weights in a checkpoint, or in a file of safetensors."""
+    if checkpoint.suffix == ".safetensors":
+        return load_file(checkpoint)
     return torch.load(checkpoint, weights_only=True)["state_dict"]
 
 
@@ -154,3 +157,18 @@ def assert_same_weights(one: Path, other: Path) -> None:
     assert ours.keys() == theirs.keys()
     different = [name for name in ours if not torch.equal(ours[name], theirs[name])]
     assert not different
+
+
+def assert_close_weights(one: Path, other: Path) -> None:
+    """To the rounding of sums that processes share; Adam, which divides by small roots, makes it grow a little."""
+    ours, theirs = weights(one), weights(other)
+    assert ours.keys() == theirs.keys()
+    for name, weight in theirs.items():
+        torch.testing.assert_close(ours[name], weight, rtol=1e-3, atol=1e-4, msg=f"{one} {name}")
+
+
+def metrics_that_repeat(run: Path) -> list[list[str]]:
+    """The columns' names and the rows of a run's metrics, but for how fast it was."""
+    lines = [line.split(",") for line in (run / "metrics.csv").read_text().splitlines()]
+    kept = [i for i, name in enumerate(lines[0]) if not name.startswith("perf/")]
+    return [[line[i] for i in kept] for line in lines]

@@ -17,7 +17,9 @@ from experiments.__main__ import main
 from lightning_modules.callbacks.checkpoint import RunCheckpoint
 
 ROOT = Path(__file__).parents[1]
-TWO_PROCESSES = ("-c", str(ROOT / "experiments/trainer/ddp.yaml"), "--trainer.accelerator=cpu", "--trainer.devices=2")
+_ON_CPU = ("--trainer.accelerator=cpu", "--trainer.devices=2")
+TWO_PROCESSES = ("-c", str(ROOT / "experiments/trainer/ddp.yaml"), *_ON_CPU)
+SHARDED = ("-c", str(ROOT / "experiments/trainer/fsdp.yaml"), *_ON_CPU, "--trainer.precision=32-true")
 
 
 def start(*args: str | Path, prepare: Callable[[], None] = bool, output: Path | None = None) -> multiprocessing.Process:

@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
-from conftest import assert_same_weights, kill_when, weights, with_settings
+from conftest import assert_close_weights, assert_same_weights, kill_when, weights, with_settings
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from datamodules.bengio_nlm import PARAGRAPH, RARE, BengioNLMDataModule, BrownCorpus, NGramWindows, number, words_of
@@ -345,13 +345,9 @@ def test_killed_and_resumed_is_the_same_to_the_bit(llm_train, forked, small):
 def test_weights_shared_out_among_processes_are_trained_as_on_one(llm_train, small):
     settings = {"model__init_args__dropout": 0.0, "model__init_args__word_dropout": 0.0}
     assert llm_train("fit", "-c", small("whole", **settings)).code == 0
-    preset = ("-c", ROOT / "experiments/trainer/fsdp.yaml", "--trainer.precision=32-true")
-    on_cpu = ("--trainer.accelerator=cpu", "--trainer.devices=2")
-    assert forks.wait(forks.start_ranks(2, "fit", "-c", small("shared", **settings), *preset, *on_cpu)) == [0, 0]
+    assert forks.wait(forks.start_ranks(2, "fit", "-c", small("shared", **settings), *forks.SHARDED)) == [0, 0]
     runs = Path("runs/bengio_nlm")
-    whole, shared = (weights(runs / run / "checkpoints/last.ckpt") for run in ("whole", "shared"))
-    for name, weight in whole.items():
-        torch.testing.assert_close(shared[name], weight, rtol=1e-3, atol=1e-4)
+    assert_close_weights(*(runs / run / "checkpoints/last.ckpt" for run in ("shared", "whole")))
     ours, expected = (read_word2vec(runs / run / "word_vectors.txt")[1] for run in ("shared", "whole"))
     assert ours == pytest.approx(expected, rel=1e-3, abs=1e-4)
 

@@ -1,6 +1,5 @@
 """What happens on many processes and over many hours: a process dies, a disk is full, W&B fails."""
 
-import csv
 import os
 import shutil
 import signal
@@ -12,7 +11,7 @@ from types import SimpleNamespace
 import forks
 import pytest
 import torch
-from conftest import assert_same_weights, weights
+from conftest import assert_close_weights, assert_same_weights, metrics_that_repeat
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
@@ -26,8 +25,6 @@ ROOT = Path(__file__).parents[1]
 RUNS = Path("runs/decoder_pretrain")
 LAST = "checkpoints/last.ckpt"
 PRESET = ROOT / "experiments/trainer"
-ON_CPU = ("--trainer.accelerator=cpu", "--trainer.devices=2")
-SHARDED = ("-c", PRESET / "fsdp.yaml", *ON_CPU, "--trainer.precision=32-true")
 
 
 def test_a_checkpoint_of_any_layout_goes_on_in_any_other_and_exports_the_same(llm_train, tiny):
@@ -42,30 +39,26 @@ def test_a_checkpoint_of_any_layout_goes_on_in_any_other_and_exports_the_same(ll
     assert llm_train("fit", "-c", config, "--run.name", "whole").code == 0
     fit = ("fit", "-c", config, "--run.name")
     forks.wait([forks.start(*fit, "one", prepare=lambda: forks.die_after_step(8))])
-    forks.wait(forks.start_ranks(2, *fit, "sharded", *SHARDED, prepare=lambda _: forks.die_after_step(8)))
+    forks.wait(forks.start_ranks(2, *fit, "sharded", *forks.SHARDED, prepare=lambda _: forks.die_after_step(8)))
     assert [torch.load(RUNS / name / LAST, weights_only=True)["global_step"] for name in ("one", "sharded")] == [8, 8]
-    for name, layout in {"one_to_two": forks.TWO_PROCESSES, "one_to_sharded": SHARDED, "sharded_to_one": ()}.items():
+    for name, layout in {
+        "one_to_two": forks.TWO_PROCESSES,
+        "one_to_sharded": forks.SHARDED,
+        "sharded_to_one": (),
+    }.items():
         shutil.copytree(RUNS / name.split("_")[0], RUNS / name)
         command = (*fit, name, *layout, "--auto_resume")
         codes = forks.wait(forks.start_ranks(2, *command) if layout else [forks.start(*command)])
         assert not any(codes), name
         for file in (LAST, "model/model.safetensors"):
-            ours, expected = (loaded(RUNS / run / file) for run in (name, "whole"))
-            for key, weight in expected.items():
-                torch.testing.assert_close(ours[key], weight, rtol=1e-3, atol=1e-4, msg=f"{name} {file} {key}")
-
-
-def loaded(file: Path) -> dict[str, torch.Tensor]:
-    from safetensors.torch import load_file
-
-    return weights(file) if file.suffix == ".ckpt" else load_file(file)
+            assert_close_weights(RUNS / name / file, RUNS / "whole" / file)
 
 
 def test_activation_checkpointing_changes_nothing_but_the_memory(tiny):
     config = tiny(trainer__max_steps=4, trainer__val_check_interval=4)  # with dropout
     for name, again in (("kept", "false"), ("again", "true")):
         flags = ("--run.name", name, "--trainer.strategy.activation_checkpointing", again)
-        assert forks.wait(forks.start_ranks(2, "fit", "-c", config, *SHARDED, *flags)) == [0, 0]
+        assert forks.wait(forks.start_ranks(2, "fit", "-c", config, *forks.SHARDED, *flags)) == [0, 0]
     assert_same_weights(RUNS / "kept" / LAST, RUNS / "again" / LAST)
 
 
@@ -102,9 +95,7 @@ def test_a_killed_process_ends_the_job_with_one_line_and_it_goes_on_from_the_las
     assert "error: another process of this job ended" in said.splitlines()[-1]
     assert "Traceback" not in said
     assert forks.wait(forks.start_ranks(2, *command)) == [0, 0]
-    whole, resumed = (weights(RUNS / run / LAST) for run in ("whole", "named"))
-    for name, weight in whole.items():
-        torch.testing.assert_close(resumed[name], weight, rtol=1e-3, atol=1e-4)
+    assert_close_weights(RUNS / "named" / LAST, RUNS / "whole" / LAST)
 
 
 @pytest.mark.parametrize(("code", "requeued"), [(143, True), (0, False), (1, False)])
@@ -129,13 +120,7 @@ def test_no_row_of_metrics_is_lost_with_a_process_that_dies_right_after_a_checkp
     with (RUNS / "named/metrics.csv").open("a") as file:
         file.write("1")  # a row that was not written out
     assert llm_train(*command, "--auto_resume").code == 0
-    assert without_speed(RUNS / "named") == without_speed(RUNS / "whole")
-
-
-def without_speed(run: Path) -> list[dict[str, str]]:
-    """The rows of a run's metrics, but for how fast it was."""
-    with (run / "metrics.csv").open(newline="") as file:
-        return [{k: v for k, v in row.items() if not k.startswith("perf/")} for row in csv.DictReader(file)]
+    assert metrics_that_repeat(RUNS / "named") == metrics_that_repeat(RUNS / "whole")
 
 
 def test_a_disk_that_is_full_when_metrics_are_written_ends_the_run_with_one_line(llm_train, tiny, monkeypatch):
@@ -157,7 +142,7 @@ def test_a_disk_that_is_full_when_metrics_are_written_ends_the_run_with_one_line
     assert '"failed"' in (RUNS / "named/summary.json").read_text()
     assert llm_train("fit", "-c", config, "--run.name", "named", "--auto_resume").code == 0
     assert_same_weights(RUNS / "whole" / LAST, RUNS / "named" / LAST)
-    assert without_speed(RUNS / "named") == without_speed(RUNS / "whole")
+    assert metrics_that_repeat(RUNS / "named") == metrics_that_repeat(RUNS / "whole")
 
 
 def test_a_cache_that_cannot_be_written_costs_one_line(llm_train, tiny, monkeypatch):
@@ -181,4 +166,4 @@ def test_a_run_goes_on_without_wandb_when_that_fails(llm_train, tiny, monkeypatc
     done = llm_train("fit", "-c", tiny())
     assert done.code == 0
     assert "W&B failed (ConnectionResetError: Connection lost): the run goes on without it" in done.err.splitlines()
-    assert [row["step"] for row in without_speed(RUNS / "tiny")] == ["4", "8", "12", "16", "20", "24"]
+    assert [row[0] for row in metrics_that_repeat(RUNS / "tiny")] == ["step", "4", "8", "12", "16", "20", "24"]

@@ -5,7 +5,7 @@ import signal
 from pathlib import Path
 
 import pytest
-from conftest import assert_same_weights, kill_when
+from conftest import assert_same_weights, kill_when, metrics_that_repeat
 
 from experiments.run_folder import numbered
 from lightning_modules import checkpoint_io
@@ -48,18 +48,12 @@ def test_a_run_killed_at_any_time_resumes_to_the_same_weights(llm_train, forked,
     assert numbered(RUNS, "killed") == [RUNS / "killed"]
 
 
-def columns_that_repeat(file: Path) -> list[list[str]]:
-    lines = [line.split(",") for line in file.read_text().splitlines()]
-    kept = [i for i, name in enumerate(lines[0]) if not name.startswith("perf/")]
-    return [[line[i] for i in kept] for line in lines]
-
-
 def test_the_metrics_of_a_resumed_run_are_those_of_an_uninterrupted_one(llm_train, forked, tiny):
     config = tiny()
     llm_train("fit", "-c", config, "--run.name", "whole")
     forked("fit", "-c", config, "--run.name", "killed", meanwhile=kill_when(lambda: rows("killed") >= 5))
     llm_train("fit", "-c", config, "--run.name", "killed", "--ckpt_path", "last")
-    whole, killed = (columns_that_repeat(RUNS / run / "metrics.csv") for run in ("whole", "killed"))
+    whole, killed = (metrics_that_repeat(RUNS / run) for run in ("whole", "killed"))
     assert [row[0] for row in whole[1:]] == ["4", "8", "12", "16", "20", "24"]
     assert killed == whole
 

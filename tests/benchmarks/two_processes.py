@@ -28,8 +28,7 @@ SHORT = (
     "--trainer.check_val_every_n_epoch=null",
 )
 EVERY = ("--trainer.log_every_n_steps=5",)
-ON_CPU = ("--trainer.accelerator=cpu", "--trainer.devices=2")
-LAYOUTS = {"ddp": (), "fsdp": ("--trainer.precision=32-true",)}
+LAYOUTS = {"ddp": forks.TWO_PROCESSES, "fsdp": forks.SHARDED}
 TOPICS = {
     "bpe/offline": ("--data.source.kinds=[topics]", "--model.vocabulary_size=2000", "--model.count_workers=0"),
     "decoder_pretrain/offline": SHORT,
@@ -47,9 +46,8 @@ def ranks(layout: str, *command: str | Path, output: Path, dies: bool = False) -
     """The exit codes of a command on one process or in a layout of two, which may die at half-time."""
     if not layout:
         return forks.wait([forks.start(*command, output=output)], 600)
-    preset = ("-c", ROOT / f"experiments/trainer/{layout}.yaml", *LAYOUTS[layout], *ON_CPU)
     prepare = (lambda _: forks.die_after_step(HALF)) if dies else bool
-    return forks.wait(forks.start_ranks(2, *command, *preset, prepare=prepare, output=output), 600)
+    return forks.wait(forks.start_ranks(2, *command, *LAYOUTS[layout], prepare=prepare, output=output), 600)
 
 
 def fit(experiment: str, layout: str, *flags: str) -> Path:

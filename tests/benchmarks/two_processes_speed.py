@@ -23,7 +23,6 @@ ROUNDS = 4
 STEPS = {32: 40, 128: 15}  # by the windows of a global batch
 FIT = ("fit", "-c", ROOT / "experiments/decoder_pretrain/offline.yaml", "--data.tokenizer=byte")
 SHORT = ("--data.source.kinds=[topics]", "--trainer.limit_val_batches=0", "--trainer.log_every_n_steps=5")
-DDP = ("-c", ROOT / "experiments/trainer/ddp.yaml", "--trainer.accelerator=cpu", "--trainer.devices=2")
 
 
 def tokens_per_second(run: str) -> float:
@@ -48,7 +47,7 @@ def measure(windows: int, number: int) -> tuple[float, float, float]:
     one, two, *apart = (f"{name}_{windows}_{number}" for name in ("one", "two", "apart_a", "apart_b"))
     log, steps = Path("log.txt"), STEPS[windows]
     finish([forks.start(*command(one, windows, steps), output=log)])
-    finish(forks.start_ranks(2, *command(two, windows, steps), *DDP, output=log))
+    finish(forks.start_ranks(2, *command(two, windows, steps), *forks.TWO_PROCESSES, output=log))
     finish([forks.start(*command(run, windows // 2, steps), output=log) for run in apart])
     return tokens_per_second(one), tokens_per_second(two), sum(map(tokens_per_second, apart))
 
