@@ -22,9 +22,11 @@ from typing import Literal, NamedTuple
 from urllib.parse import urlparse
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from datamodules.cache import atomic_file, cache_root, digest
+from datamodules.cache import cache_root, digest
+from lightning_modules.common.files import atomic_file
+from lightning_modules.common.hub import hub_answers
+from lightning_modules.common.messages import say
 
 # Characters. A tokenizer needs up to a hundred bytes of memory a character, and works on several pieces at once.
 PIECE_SIZE = 2**16
@@ -183,7 +185,7 @@ def download(url: str) -> Path:
     if not target.exists():
         import fsspec
 
-        rank_zero_info(f"downloading {url} to {target}")
+        say(f"downloading {url} to {target}")
         # aiohttp ignores the proxy variables of the environment unless told otherwise.
         options = {"client_kwargs": {"trust_env": True}} if url.startswith("http") else {}
         try:
@@ -200,17 +202,6 @@ def download(url: str) -> Path:
 def _first_line(error: Exception) -> str:
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
-
-
-def hub_answers() -> bool:
-    """Ask the Hugging Face hub once, where its own library would try for most of a minute."""
-    from huggingface_hub import constants, get_session
-
-    try:
-        get_session().head(constants.ENDPOINT, timeout=10)
-    except Exception:  # no network, or told to do without
-        return False
-    return True
 
 
 class HubText(Source):

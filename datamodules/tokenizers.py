@@ -14,8 +14,10 @@ import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
-from datamodules.cache import atomic_file, cache_root
-from datamodules.sources import Source, hub_answers
+from datamodules.cache import cache_root
+from datamodules.sources import Source
+from lightning_modules.common.files import atomic_file
+from lightning_modules.common.hub import hub_answers
 
 if TYPE_CHECKING:  # imported where used: transformers is slow to import
     from transformers import PreTrainedTokenizerFast

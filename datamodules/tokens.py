@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
@@ -24,6 +23,8 @@ from datamodules.base import Order
 from datamodules.cache import digest
 from datamodules.sources import Piece, Source
 from datamodules.tokenizers import encode, tokenizer_fingerprint, vocab_size
+from lightning_modules.common.messages import say
+from lightning_modules.common.targets import IGNORED
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -79,7 +80,7 @@ def prepare_tokens(
     if files is not None:
         return files
     if folder.exists():
-        rank_zero_info(f"the prepared text in {folder} is damaged: preparing it again")
+        say(f"the prepared text in {folder} is damaged: preparing it again")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix="unfinished-", ignore_cleanup_errors=True) as parent:
@@ -95,7 +96,7 @@ def prepare_tokens(
     files = _read(folder)
     assert files is not None
     counts = ", ".join(f"{side} {file.n_tokens:,}" for side, file in files.items())
-    rank_zero_info(f"prepared text in {folder} (tokens: {counts})")
+    say(f"prepared text in {folder} (tokens: {counts})")
     return files
 
 
@@ -251,7 +252,7 @@ class TokenWindows(Dataset):
         tokens = self.tokens[np.minimum(places, self.file.n_tokens - 1)].astype(np.int64)
         beyond = places >= self.file.n_tokens
         inputs = np.where(beyond, self.pad_token_id, tokens)[:, :-1]
-        targets = np.where(beyond, -100, tokens)[:, 1:]
+        targets = np.where(beyond, IGNORED, tokens)[:, 1:]
         return {
             "input_ids": torch.from_numpy(np.ascontiguousarray(inputs)),
             "targets": torch.from_numpy(np.ascontiguousarray(targets)),

@@ -15,8 +15,8 @@ COMMANDS = {
     "test": ("experiments.cli", "measure a checkpoint on the test data"),
     "predict": ("experiments.cli", "apply a checkpoint to new data"),
     "generate": ("experiments.generate", "continue a prompt with the model of a run, or ask it questions"),
-    "study": ("experiments.study", "run a W&B sweep file on this machine"),
-    "compare": ("experiments.compare", "compare runs: tables with intervals, curves, and a page"),
+    "study": ("experiments.study.command", "run a W&B sweep file on this machine"),
+    "compare": ("experiments.comparison.command", "compare runs: tables with intervals, curves, and a page"),
     "schema": ("experiments.editor", "print the JSON schema of the YAML files, for editors"),
     "completion": ("experiments.editor", "print a completion script for the shell"),
 }

@@ -5,7 +5,6 @@ import logging
 import os
 import re
 import shutil
-import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,14 +18,16 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from datamodules.base import ExperimentDataModule
-from experiments import run_folder, sweep_file
+from experiments import run_folder
 from experiments.parser import ExperimentParser
 from experiments.run_folder import RunArguments, RunFolder
 from experiments.run_record import RunRecord
+from experiments.study import sweep_file
 from lightning_modules import optim
 from lightning_modules.base import ExperimentModule
-from lightning_modules.checkpoint_io import AtomicCheckpointIO
-from lightning_modules.loggers import RunLogger
+from lightning_modules.common.messages import say
+from lightning_modules.runtime.checkpoint_io import AtomicCheckpointIO
+from lightning_modules.runtime.loggers import RunLogger
 
 LINKED = ("vocab_size", "pad_token_id", "block_size", "classes")  # what a module must know of its data
 DEFAULTS = Path(__file__).parent / "trainer" / "defaults.yaml"
@@ -165,7 +166,7 @@ class ExperimentCLI(LightningCLI):
         if self.run is None:
             return None
         if self._is_finished(self.run):
-            _say(f"{self.run.path} is finished: nothing is left to do")
+            say(f"{self.run.path} is finished: nothing is left to do")
             raise SystemExit
         damaged = []
         for checkpoint in filter(Path.is_file, map(self.run.checkpoint, ("last", "best"))):
@@ -174,7 +175,7 @@ class ExperimentCLI(LightningCLI):
             except MisconfigurationException as error:
                 damaged.append(str(error))
             else:
-                _say("; ".join([*damaged, f"going on from {checkpoint}, step {saved['global_step']}"]))
+                say("; ".join([*damaged, f"going on from {checkpoint}, step {saved['global_step']}"]))
                 return str(checkpoint)
         if damaged:
             raise MisconfigurationException(
@@ -209,6 +210,7 @@ class ExperimentCLI(LightningCLI):
         for logger in trainer.loggers:
             if isinstance(logger, RunLogger):
                 logger.attach(self.run.path, self.run.topic, self.run.name, self.subcommand, self.run.study)
+        self.model.data = self.datamodule
         self.model.optimizer_factory = self._get(self.config_init, "optimizer")
         self.model.schedule_factory = self._get(self.config_init, "lr_scheduler")
         return trainer
@@ -233,11 +235,6 @@ class ExperimentCLI(LightningCLI):
             shutil.rmtree(self.run.path, ignore_errors=True)
         elif self.run.path.is_dir() and not any(self.run.path.iterdir()):
             self.run.path.rmdir()
-
-
-@rank_zero_only
-def _say(line: str) -> None:
-    print(line, file=sys.stderr)
 
 
 def _reader(attribute: str) -> Callable[[ExperimentDataModule], Any]:

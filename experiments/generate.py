@@ -1,7 +1,6 @@
 """`llm-train generate`: continues a prompt with the model of a run, or answers questions in the terminal."""
 
 import argparse
-import importlib
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain, takewhile
@@ -14,10 +13,11 @@ import yaml
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from datamodules.tokenizers import encode
+from experiments.class_paths import import_class
 from experiments.errors import CommandParser
 from experiments.run_folder import CHECKPOINTS, CONFIG
 from lightning_modules.base import ExperimentModule
-from lightning_modules.checkpoint_io import AtomicCheckpointIO
+from lightning_modules.runtime.checkpoint_io import AtomicCheckpointIO
 
 
 def read_config(run: Path) -> dict[str, Any]:
@@ -47,7 +47,7 @@ def load_run(run: Path, checkpoint: str, device: torch.device) -> ExperimentModu
     Raises:
         MisconfigurationException: If the folder holds no run, or no checkpoint that is whole.
     """
-    module_class = _class_at(read_config(run)["model"]["class_path"])
+    module_class = import_class(read_config(run)["model"]["class_path"])
     path = run / CHECKPOINTS / f"{checkpoint}.ckpt"
     if checkpoint == "best" and not path.is_file():
         path = path.with_name("last.ckpt")
@@ -55,11 +55,6 @@ def load_run(run: Path, checkpoint: str, device: torch.device) -> ExperimentModu
     if not hasattr(module_class, "generate"):
         raise MisconfigurationException(f"--run {run}: a {module_class.__name__} does not generate text")
     return module_class.of_checkpoint(loaded).to(device).eval()
-
-
-def _class_at(path: str) -> type:
-    module_name, class_name = path.rsplit(".", 1)
-    return getattr(importlib.import_module(module_name), class_name)
 
 
 def decode_stream(tokenizer: object, tokens: Iterable[int]) -> Iterator[str]:
@@ -173,7 +168,7 @@ def _answering(
 ) -> Callable[[str, Sequence[str]], None]:
     """What prints answers, by the prompts of the data that the run was trained on."""
     data = read_config(options.run)["data"]
-    data_class = _class_at(data["class_path"])
+    data_class = import_class(data["class_path"])
     if not hasattr(data_class, "prompts"):
         raise MisconfigurationException(
             f"--chat: {options.run} has not learned to answer ({data_class.__name__} has no prompts); give --prompt"

@@ -15,8 +15,11 @@ import yaml
 from jsonargparse import Namespace, set_parsing_settings
 from lightning.pytorch.cli import LightningArgumentParser
 
+from experiments.class_paths import accept_moved_classes
+
 # `lr: float | Tensor` would otherwise list eleven tensor classes in the help and in the JSON schema.
 set_parsing_settings(subclasses_disabled=[torch.Tensor, type])
+accept_moved_classes()
 
 _UNKNOWN_OPTION = re.compile(r"(?:does not accept option|Option) '([\w.]+)'|unrecognized arguments: --([\w.]+)")
 _NO_ATTRIBUTE = re.compile(r"module '([\w.]+)' has no attribute '(\w+)'")

@@ -21,9 +21,9 @@ from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from experiments.run_folder import CONFIG
-from lightning_modules.callbacks.checkpoint import RunCheckpoint
-from lightning_modules.callbacks.export import replace_text
-from lightning_modules.loggers import MetricsCSV, WandbRecorder
+from lightning_modules.common.files import write_text
+from lightning_modules.runtime.checkpoint import RunCheckpoint
+from lightning_modules.runtime.loggers import MetricsCSV, WandbRecorder
 
 if TYPE_CHECKING:
     from experiments.cli import ExperimentCLI
@@ -57,7 +57,7 @@ class RunRecord(SaveConfigCallback):
         config["run"] |= {"name": run.name, "topic": run.topic, "study": run.study}
         is_fit = self.cli.subcommand == "fit"
         self._summary_file.unlink(missing_ok=True)  # of an earlier session: this one has not ended yet
-        replace_text(
+        write_text(
             run.path / (CONFIG if is_fit else f"config_{self.cli.subcommand}.yaml"),
             yaml.safe_dump(config, sort_keys=False),
         )
@@ -65,7 +65,7 @@ class RunRecord(SaveConfigCallback):
         environment_file = run.path / "environment.json"
         sessions = json.loads(environment_file.read_text()) if environment_file.is_file() else []
         surroundings = environment(trainer)
-        replace_text(environment_file, json.dumps([*sessions, surroundings], indent=2) + "\n")
+        write_text(environment_file, json.dumps([*sessions, surroundings], indent=2) + "\n")
         for logger in trainer.loggers:
             if isinstance(logger, WandbRecorder):
                 with logger.tolerated():
@@ -124,7 +124,7 @@ class RunRecord(SaveConfigCallback):
             "seconds": round(time.monotonic() - self._began, 1),
             "peak_memory_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
         }
-        replace_text(self._summary_file, json.dumps(summary, indent=2) + "\n")
+        write_text(self._summary_file, json.dumps(summary, indent=2) + "\n")
         sync_command = None
         for logger in trainer.loggers:
             if isinstance(logger, WandbRecorder):

@@ -1,60 +1,135 @@
-"""What every module shares: the optimiser and schedule that YAML declares, the gradient norm, honest checkpoints."""
+"""What the modules of all topics share: optimiser and schedule from YAML, the evaluation protocol, checkpoints."""
 
 import inspect
+from collections.abc import Mapping
 from typing import Any, Self
 
 import lightning as L
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torchmetrics import Metric
 
-from lightning_modules.adapters import adapted_layers, add_adapters
+from lightning_modules.finetuning.adapters import adapted_layers, add_adapters
 from lightning_modules.optim import OptimizerFactory, ScheduleFactory, weight_decay_groups
-from lightning_modules.sharded import FullyShardedStrategy
+from lightning_modules.runtime.sharded import FullyShardedStrategy
 
 
 class ExperimentModule(L.LightningModule):
-    """Base of the topics' modules.
+    """Base of the modules.
 
-    The command sets `optimizer_factory` and `schedule_factory` from the YAML's `optimizer:` and `lr_scheduler:`; who
-    uses a module without the command sets them, or overrides `configure_optimizers`.
+    A subclass builds its network, names the metric of a split with `track`, and implements `training_step` (which
+    calls `log_train_loss`) and `evaluation_step`. Validation, test, optimiser, schedule, gradient norm and checkpoints
+    come with this class.
+
+    The command sets `optimizer_factory` and `schedule_factory` from the `optimizer:` and `lr_scheduler:` of the YAML,
+    and `data`. To use a module without the command, set them, or override `configure_optimizers`.
     """
 
     optimizer_factory: OptimizerFactory | None = None
     schedule_factory: ScheduleFactory | None = None
+    val_metrics: Metric | None = None
+    test_metrics: Metric | None = None
+    _data: Any = None
 
     def __init__(self) -> None:
         super().__init__()
-        self.learning_rate_shares: dict[str, float] = {}  # by parameter, 1 for others; callbacks set it in their setup
-        self._losses_of_step: list[torch.Tensor] = []
+        self.learning_rate_shares: dict[str, float] = {}  # by parameter, 1 for others; callbacks set it in `setup`
+        self._losses_of_step: list[Tensor] = []
 
-    @classmethod
-    def of_checkpoint(cls, checkpoint: dict[str, Any]) -> Self:
-        """A module as a checkpoint has it, to be used and not to be trained: it is not compiled.
+    # --- data ---------------------------------------------------------------------------------------------------------
 
-        Args:
-            checkpoint: Of a module of this class.
-        """
-        accepted = inspect.signature(cls).parameters
-        arguments = {name: value for name, value in checkpoint["hyper_parameters"].items() if name in accepted}
-        module = cls(**arguments | ({"compile": False} if "compile" in accepted else {}))
-        module.on_load_checkpoint(checkpoint)
-        module.load_state_dict(checkpoint["state_dict"])
-        return module
+    @property
+    def data(self) -> Any:
+        """The data of the run, for the module and its callbacks: the datamodule, handed over before the run starts.
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        """As in `nn.Module`, but at once for the name that Lightning sets forty times a step to follow its hooks."""
-        if name == "_current_fx_name":
-            object.__setattr__(self, name, value)
-        else:
-            super().__setattr__(name, value)
-
-    def configure_optimizers(self) -> Any:
-        """The optimiser over the decay groups, and the schedule, stepped per optimiser step.
+        What a topic reads of it is written down in the docstring of its module or callback. Nothing reads
+        `pl_module.data`.
 
         Raises:
-            MisconfigurationException: Without an optimiser, or where the length of the run is unknown.
+            MisconfigurationException: If no data was handed over.
+        """
+        if self._data is None:
+            raise MisconfigurationException(f"{type(self).__name__}.data is not set: set it to the datamodule")
+        return self._data
+
+    @data.setter
+    def data(self, data: Any) -> None:
+        self._data = data
+
+    @staticmethod
+    def require_linked(**values: Any) -> None:
+        """Refuse to build a module without the values that the data gives it.
+
+        Args:
+            **values: Arguments of the module by name.
+
+        Raises:
+            MisconfigurationException: If one is `None`.
+        """
+        if missing := [name for name, value in values.items() if value is None]:
+            raise MisconfigurationException(f"model: {', '.join(missing)} must be set; the data of the YAML links it")
+
+    # --- evaluation ---------------------------------------------------------------------------------------------------
+
+    def track(self, metrics: Metric) -> None:
+        """Choose the metric that is accumulated over a validation, and over a test.
+
+        Args:
+            metrics: Updated by `evaluation_step`, computed by `evaluation_results`.
+        """
+        self.val_metrics, self.test_metrics = metrics, metrics.clone()
+
+    def evaluation_step(self, batch: Any, metrics: Any) -> None:
+        """Update the metrics with a batch of the validation or test split.
+
+        Args:
+            batch: What the datamodule's loader gives. On several processes a share of the last batch may be empty.
+            metrics: The metric that `track` was given, for this split.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no evaluation_step")
+
+    def evaluation_results(self, metrics: Any, split: str) -> Mapping[str, Tensor]:
+        """Return the results of a split by name, such as `loss`; they are logged as `val/loss` or `test/loss`.
+
+        Args:
+            metrics: The metric of the split, over all processes once it is computed.
+            split: `val` or `test`.
+        """
+        return metrics.compute()
+
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Update the validation metrics."""
+        self.evaluation_step(batch, self.val_metrics)
+
+    def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Update the test metrics."""
+        self.evaluation_step(batch, self.test_metrics)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the results of the validation as `val/...`."""
+        self._log_results("val", self.val_metrics)
+
+    def on_test_epoch_end(self) -> None:
+        """Log the results of the test as `test/...`."""
+        self._log_results("test", self.test_metrics)
+
+    def _log_results(self, split: str, metrics: Metric | None) -> None:
+        if metrics is None:
+            return
+        results = {f"{split}/{name}": value for name, value in self.evaluation_results(metrics, split).items()}
+        # torchmetrics has reduced the results over the processes; sync_dist tells Lightning that they are all equal.
+        self.log_dict(results, sync_dist=True)
+        metrics.reset()
+
+    # --- training -----------------------------------------------------------------------------------------------------
+
+    def configure_optimizers(self) -> Any:
+        """Return the optimiser over the weight-decay groups, and the schedule, which steps with the optimiser.
+
+        Raises:
+            MisconfigurationException: Without an optimiser, or if the length of the run is unknown.
         """
         if self.optimizer_factory is None:
             raise MisconfigurationException("no optimizer: section; set one, or module.optimizer_factory")
@@ -75,12 +150,12 @@ class ExperimentModule(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step", "name": "lr"}}
 
     def configure_model(self) -> None:
-        """Shares out the weights among the processes, where that is the strategy."""
+        """Shard the weights over the processes if the strategy does."""
         if isinstance(self.trainer.strategy, FullyShardedStrategy):
             self.trainer.strategy.shard(self)
 
     def configure_callbacks(self) -> list[L.Callback]:
-        """Shows the schedules what each validation found, before the checkpoint of that validation is written."""
+        """Return the callback that shows each validation to the schedules, before its checkpoint is written."""
         return [_ScheduleObserver()]
 
     def configure_gradient_clipping(
@@ -89,7 +164,7 @@ class ExperimentModule(L.LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clips as `trainer.gradient_clip_val` says, and logs the norm that the gradient had before, and has after.
+        """Clip as `trainer.gradient_clip_val` says, and log the norm of the gradient before and after.
 
         Args:
             optimizer: The optimiser that is about to step.
@@ -111,12 +186,12 @@ class ExperimentModule(L.LightningModule):
             if gradient_clip_val:
                 self.log("train/grad_norm_clipped", total_norm(gradients))
 
-    def log_train_loss(self, loss: torch.Tensor, weight: torch.Tensor | float = 1.0) -> None:
-        """Logs `train/loss` when logging is due: the mean over the micro-batches of the optimiser step and the ranks.
+    def log_train_loss(self, loss: Tensor, weight: Tensor | float = 1.0) -> None:
+        """Log `train/loss` if logging is due: the mean over the micro-batches of the optimiser step and the ranks.
 
         Args:
             loss: Loss of one micro-batch, a scalar.
-            weight: What the loss is a mean of, where shares of a batch differ in it: the number of targets, say.
+            weight: Weight of this micro-batch in the mean, such as its number of targets.
         """
         if self.logging_is_due:
             loss = loss.detach()
@@ -126,32 +201,59 @@ class ExperimentModule(L.LightningModule):
 
     @property
     def logging_is_due(self) -> bool:
-        """Whether the optimiser step in progress is one whose metrics are written (`trainer.log_every_n_steps`)."""
+        """Whether the metrics of the optimiser step in progress are written (`trainer.log_every_n_steps`)."""
         return (self.trainer.global_step + 1) % self.trainer.log_every_n_steps == 0
 
-    def next_command(self, run: str) -> str:
-        """What a user will want to do after a run of this module, as a command.
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute; skip the look-up of `nn.Module` for the one that Lightning sets forty times a step."""
+        if name == "_current_fx_name":
+            object.__setattr__(self, name, value)
+        else:
+            super().__setattr__(name, value)
+
+    # --- checkpoints --------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def of_checkpoint(cls, checkpoint: dict[str, Any]) -> Self:
+        """Return the module that a checkpoint holds, for inference; it is not compiled.
 
         Args:
-            run: The run's folder.
+            checkpoint: A loaded checkpoint of a module of this class.
+        """
+        accepted = inspect.signature(cls).parameters
+        arguments = {name: value for name, value in checkpoint["hyper_parameters"].items() if name in accepted}
+        module = cls(**arguments | ({"compile": False} if "compile" in accepted else {}))
+        module.on_load_checkpoint(checkpoint)
+        module.load_state_dict(checkpoint["state_dict"])
+        return module
+
+    def next_command(self, run: str) -> str:
+        """Return the command that a user is likely to run after a run of this module.
+
+        Args:
+            run: Folder of the run.
         """
         return f"llm-train validate -c {run}/config.yaml --ckpt_path best"
 
+    @property
+    def _public_path(self) -> str:
+        """Path of the class in YAML: the package of a topic re-exports the classes of its `module.py`."""
+        return f"{type(self).__module__.removesuffix('.module')}.{type(self).__qualname__}"
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Notes whose checkpoint it is."""
-        checkpoint["module_class"] = f"{type(self).__module__}.{type(self).__qualname__}"
+        """Record the class of the module."""
+        checkpoint["module_class"] = self._public_path
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuses a checkpoint of another topic or another size in one line, and makes room for its adapters.
+        """Check that a checkpoint fits this module, and add the adapters that it holds.
 
         Raises:
-            MisconfigurationException: If the checkpoint does not fit this module.
+            MisconfigurationException: If the checkpoint is of another class, or its weights have other shapes.
         """
-        own_class = f"{type(self).__module__}.{type(self).__qualname__}"
         saved_class = checkpoint.get("module_class", "an unknown module")
-        if saved_class != own_class:
+        if saved_class != self._public_path:
             raise MisconfigurationException(
-                f"ckpt_path: the checkpoint is of {saved_class}, this run is of {own_class}"
+                f"ckpt_path: the checkpoint is of {saved_class}, this run is of {self._public_path}"
             )
         if "adapters" in checkpoint and not adapted_layers(self):
             add_adapters(self, **checkpoint["adapters"])
@@ -161,12 +263,38 @@ class ExperimentModule(L.LightningModule):
             if own_shape != saved_shape:
                 raise MisconfigurationException(
                     f"ckpt_path: the checkpoint does not fit the model: {name} is {saved_shape} in the checkpoint and "
-                    f"{own_shape} in the model; give the run's own config.yaml"
+                    f"{own_shape} in the model; use the run's own config.yaml"
                 )
 
 
-def total_norm(gradients: list[torch.Tensor]) -> torch.Tensor:
-    """Norm of gradients together, over all processes where they are shared out.
+class GradientFreeModule(ExperimentModule):
+    """Base of modules whose training step counts or measures, without a loss and a gradient.
+
+    Lightning counts steps by its optimiser, and logs, saves and resumes by that count. So there is an optimiser, over
+    one parameter that nothing depends on. A training step ends with `count_step`.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.unused = nn.Parameter(torch.zeros(1))
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Return the optimiser that counts steps; the `optimizer:` of the YAML is not used."""
+        return torch.optim.SGD([self.unused], lr=0.0)
+
+    def count_step(self) -> None:
+        """Count an optimiser step."""
+        self.optimizers().step()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Check that a checkpoint fits; the unused parameter had no dimension in earlier versions."""
+        checkpoint["state_dict"]["unused"] = torch.zeros(1)
+        super().on_load_checkpoint(checkpoint)
+
+
+def total_norm(gradients: list[Tensor]) -> Tensor:
+    """Return the norm of several gradients together, over all processes if they are sharded.
 
     Args:
         gradients: Tensors of any shapes.
@@ -176,7 +304,7 @@ def total_norm(gradients: list[torch.Tensor]) -> torch.Tensor:
 
 
 class _ScheduleObserver(L.Callback):
-    """Hands validation metrics to the schedules that wait for them."""
+    """Shows the metrics of each validation to the schedules that depend on them."""
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not trainer.sanity_checking:

@@ -1,57 +1,70 @@
-"""Measures of a language model over a whole corpus."""
+"""Metrics that are accumulated over a whole split, on all processes."""
 
 import math
+from collections.abc import Callable, Sequence
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torchmetrics import Metric
 
-IGNORED = -100  # target of a position that carries no loss
+from lightning_modules.common.targets import IGNORED
+
+
+class SplitMetric(Metric):
+    """Base of the project's metrics: sums or lists of values over a split.
+
+    The states keep the precision they were declared with. `trainer.precision: bf16-true` casts the tensors of a module,
+    and a sum in bfloat16 stops growing once it is 256 times as large as what is added.
+    """
+
+    full_state_update = False
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = ()) -> Self:
+        def move(tensor: Tensor) -> Tensor:
+            return tensor.to(fn(tensor).device)
+
+        return super()._apply(move, exclude_state)
 
 
 def next_token_loss(logits: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
-    """Cross entropy of the next token, computed in float32 whatever the precision of the model.
+    """Return the cross entropy of the next token in nats, computed in float32 whatever the precision of the model.
 
     Args:
         logits: Scores of the next token, (B, T, V).
         targets: Token ids, (B, T); `IGNORED` where a position carries no loss.
         reduction: `mean` over the positions that carry loss, or `sum`.
-
-    Returns:
-        A scalar, in nats.
     """
     return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED, reduction=reduction)
 
 
-class CorpusLoss(Metric):
-    """Loss, perplexity and bits per byte over all tokens seen, on all processes.
+class CorpusLoss(SplitMetric):
+    """Loss, perplexity and bits per byte of a text.
 
-    Perplexity depends on the tokenizer: the fewer tokens a text has, the harder each is. Bits per byte does not: it is
-    the length of the compressed text, in bits, over the length of the text in UTF-8 bytes.
+    Perplexity depends on the tokenizer: the fewer tokens a text has, the harder each is to predict. Bits per byte does
+    not: it is the length of the compressed text in bits, divided by the length of the text in UTF-8 bytes.
     """
 
-    full_state_update = False
-
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
         for name in ("nats", "tokens", "bytes"):
             self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
 
-    def update(self, logits: Tensor, targets: Tensor, target_bytes: Tensor) -> None:
-        """Adds a batch.
+    def update(self, logits: Tensor, targets: Tensor, target_bytes: Tensor | int = 0) -> None:
+        """Add a batch.
 
         Args:
             logits: Scores of the next token, (B, T, V).
             targets: Token ids, (B, T); `IGNORED` where a position carries no loss.
-            target_bytes: UTF-8 bytes that the targets stand for, a scalar.
+            target_bytes: UTF-8 bytes that the targets stand for, a scalar; 0 if unknown.
         """
         self.nats += next_token_loss(logits, targets, reduction="sum")
         self.tokens += (targets != IGNORED).sum()
         self.bytes += target_bytes
 
     def compute(self) -> dict[str, Tensor]:
-        """The measures by name: `loss` (nats a token), `perplexity`, `bits_per_byte`."""
+        """Return `loss` in nats a token, `perplexity`, and `bits_per_byte` where the number of bytes is known."""
         loss = self.nats / self.tokens
         measures = {"loss": loss, "perplexity": loss.exp()}
         if self.bytes > 0:

@@ -1,20 +1,15 @@
 """The real command on tiny runs: no network, no account, nothing outside the test's own folder."""
 
-import os
-import random
-import signal
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import forks
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
+from helpers import text, with_settings
 
 from experiments.__main__ import main
 
@@ -67,25 +62,6 @@ def forked() -> Callable[..., int]:
     return run
 
 
-def kill_when(seen: Callable[[], bool], signal_number: int = signal.SIGKILL) -> Callable[[int], None]:
-    """For `forked(meanwhile=...)`: sends a signal as soon as something is seen."""
-
-    def watch(child: int) -> None:
-        deadline = time.monotonic() + 120
-        while not seen() and time.monotonic() < deadline:
-            time.sleep(0.002)
-        os.kill(child, signal_number)
-
-    return watch
-
-
-def text(n_words: int, seed: int = 0) -> str:
-    """Sentences of made-up words that a model can learn something about."""
-    draw = random.Random(seed)
-    words = ["".join(draw.choices("aeioumnrst", k=draw.randint(2, 6))) for _ in range(50)]
-    return " ".join(draw.choice(words) + ("." if draw.random() < 0.1 else "") for _ in range(n_words))
-
-
 @pytest.fixture
 def tiny(tmp_path: Path) -> Callable[..., Path]:
     """Writes the YAML of a run that takes a second: 24 steps, a validation every 8; settings go over it by key path."""
@@ -123,7 +99,7 @@ def tiny(tmp_path: Path) -> Callable[..., Path]:
                 "val_check_interval": 8,
                 "check_val_every_n_epoch": None,
                 "log_every_n_steps": 4,
-                "callbacks+": [{"class_path": "lightning_modules.callbacks.export.ExportModel"}],
+                "callbacks+": [{"class_path": "lightning_modules.runtime.export.ExportModel"}],
             },
         }
         file = tmp_path / f"{name}.yaml"
@@ -131,44 +107,3 @@ def tiny(tmp_path: Path) -> Callable[..., Path]:
         return file
 
     return write
-
-
-def with_settings(config: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
-    """Puts settings over a configuration: `trainer__max_steps=8` is `max_steps` of its section `trainer`."""
-    for path, value in settings.items():
-        *parents, last = path.split("__")
-        section = config
-        for key in parents:
-            section = section.setdefault(key, {})
-        section[last] = value
-    return config
-
-
-def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """The weights in a checkpoint, or in a file of safetensors."""
-    if checkpoint.suffix == ".safetensors":
-        return load_file(checkpoint)
-    return torch.load(checkpoint, weights_only=True)["state_dict"]
-
-
-def assert_same_weights(one: Path, other: Path) -> None:
-    """Bit for bit."""
-    ours, theirs = weights(one), weights(other)
-    assert ours.keys() == theirs.keys()
-    different = [name for name in ours if not torch.equal(ours[name], theirs[name])]
-    assert not different
-
-
-def assert_close_weights(one: Path, other: Path) -> None:
-    """To the rounding of sums that processes share; Adam, which divides by small roots, makes it grow a little."""
-    ours, theirs = weights(one), weights(other)
-    assert ours.keys() == theirs.keys()
-    for name, weight in theirs.items():
-        torch.testing.assert_close(ours[name], weight, rtol=1e-3, atol=1e-4, msg=f"{one} {name}")
-
-
-def metrics_that_repeat(run: Path) -> list[list[str]]:
-    """The columns' names and the rows of a run's metrics, but for how fast it was."""
-    lines = [line.split(",") for line in (run / "metrics.csv").read_text().splitlines()]
-    kept = [i for i, name in enumerate(lines[0]) if not name.startswith("perf/")]
-    return [[line[i] for i in kept] for line in lines]

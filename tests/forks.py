@@ -14,7 +14,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from tqdm import tqdm
 
 from experiments.__main__ import main
-from lightning_modules.callbacks.checkpoint import RunCheckpoint
+from lightning_modules.runtime.checkpoint import RunCheckpoint
 
 ROOT = Path(__file__).parents[1]
 _ON_CPU = ("--trainer.accelerator=cpu", "--trainer.devices=2")

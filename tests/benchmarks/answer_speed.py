@@ -10,7 +10,7 @@ import time
 
 import torch
 
-from lightning_modules.gpt2_webglm_qa import GPT2WebGLMQAModule
+from lightning_modules.gpt2_webglm_qa.module import GPT2WebGLMQAModule
 
 VOCAB_SIZE, BATCH_SIZE, LONGEST_PROMPT, NEW_TOKENS, ROUNDS = 50257, 8, 64, 128, 2
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_modules.models.bengio import BengioNLM
+from lightning_modules.bengio_nlm.network import BengioNLM
 
 N_THREADS = 2
 VOCAB_SIZE, N, H, M, BATCH_SIZE = 16_487, 5, 50, 60, 1024

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lightning_modules.models import byte_pair_encoding as bpe
+from lightning_modules.bpe import byte_pair_encoding as bpe
 
 VOCAB_SIZE = 32_768
 CORES = 2

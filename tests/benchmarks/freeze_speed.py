@@ -18,8 +18,8 @@ import torch
 from torch import nn
 from transformers import GPT2Config
 
-from lightning_modules.callbacks.freeze import Freeze
-from lightning_modules.gpt_neo_style import GPTNeoStyleModule
+from lightning_modules.finetuning.freeze import Freeze
+from lightning_modules.gpt_neo_style.module import GPTNeoStyleModule
 from lightning_modules.metrics import next_token_loss
 
 N_THREADS = 2

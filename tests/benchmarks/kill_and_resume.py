@@ -44,7 +44,7 @@ def doing() -> str:
 
 def strike(seconds: float, wait_for: str, note: Path) -> None:
     """Kills this process some time after its training has begun."""
-    from lightning_modules.callbacks.reproducible import ReproducibleSteps
+    from lightning_modules.runtime.reproducible import ReproducibleSteps
 
     begin = ReproducibleSteps.on_train_start
 

@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 
 from datamodules.base import GlobalBatches, shuffled
-from datamodules.bert_imdb import TokenizedReviews, grouped_by_length
-from lightning_modules.bert_imdb import BertImdbModule
+from datamodules.bert_imdb.data import TokenizedReviews, grouped_by_length
+from lightning_modules.bert_imdb.module import BertImdbModule
 
 
 def main() -> None:

@@ -18,9 +18,9 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from datamodules.cited_answers import JSONLines, Record, RecordSource
-from datamodules.gpt2_webglm_qa import GPT2WebGLMQADataModule, Rows
-from lightning_modules.gpt2_webglm_qa import GPT2WebGLMQAModule
+from datamodules.gpt2_webglm_qa.cited_answers import JSONLines, Record, RecordSource
+from datamodules.gpt2_webglm_qa.data import GPT2WebGLMQADataModule, Rows
+from lightning_modules.gpt2_webglm_qa.module import GPT2WebGLMQAModule
 
 BLOCK_SIZE, BATCH_SIZE, ROUNDS, COMPARED_ROWS = 1024, 2, 4, 8
 

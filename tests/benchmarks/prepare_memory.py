@@ -46,7 +46,7 @@ def write_tokenizer(path: Path) -> None:
 
 def prepare(text: Path, tokenizer: str, cache: Path) -> None:
     """Prepare the text as a training run would, and print the figures as JSON."""
-    from datamodules.decoder_pretrain import PretrainDataModule
+    from datamodules.decoder_pretrain.data import PretrainDataModule
     from datamodules.sources import TextFiles
 
     data = PretrainDataModule(TextFiles(str(text)), 1024, 8, tokenizer, cache_dir=str(cache))

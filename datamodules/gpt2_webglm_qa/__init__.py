@@ -1,0 +1,7 @@
+"""Instruction tuning: a language model learns to answer from references."""
+
+from datamodules.gpt2_webglm_qa.cited_answers import HubRecords, JSONLines
+from datamodules.gpt2_webglm_qa.data import GPT2WebGLMQADataModule
+from datamodules.gpt2_webglm_qa.python_questions import PythonQuestions
+
+__all__ = ["GPT2WebGLMQADataModule", "HubRecords", "JSONLines", "PythonQuestions"]

@@ -1,0 +1,359 @@
+"""Questions about Python's standard library, made from its own documentation: thousands of real ones on every machine.
+
+An object of the library (a module, a class, a function) has a signature and a docstring. A passage is the signature and
+some consecutive sentences of the docstring; a question asks for one of the sentences, or for a part of the signature;
+the answer is that sentence, word for word, with the number of the passage that holds it:
+
+    What does `os.path.isabs` return?
+    [1] os.path.isabs(s): Test whether a path is absolute
+    [2] ...
+
+Nothing is asked that the documentation does not say: "when does it raise" is asked where a sentence names the
+exception.
+"""
+
+import ast
+import builtins
+import json
+import os.path
+import random
+import re
+import sys
+import sysconfig
+import tokenize
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import takewhile
+from pathlib import Path
+
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from datamodules.cache import cache_root, digest
+from datamodules.gpt2_webglm_qa.cited_answers import Record, RecordSource, Side, parse_record
+from datamodules.tokens import side_of
+from lightning_modules.common.files import atomic_file
+from lightning_modules.common.messages import say
+
+_FORMAT = 1  # raise it when the records change: caches of other formats are then left alone
+# Foreign packages, and parts of the library that nobody is meant to import.
+_SKIPPED = {"site-packages", "dist-packages", "pydoc_data", "test", "tests", "idle_test", "idlelib", "lib2to3"}
+_SENTENCE_END = re.compile(r"(?<=[.!?])(?<!e\.g\.)(?<!i\.e\.)(?<!cf\.)(?<![ .][A-Z]\.)\s+(?=[\"'`*(]?[A-Z])")
+_SENTENCE = re.compile(r"[\"'`*(]?[A-Z](?!.*(?:\[\d+\]|->|>>>|::)).*\s\S+\s.*[^:,;\s]")
+_EXCEPTION = re.compile(r"\b[A-Z]\w*(?:Error|Exception|Exit|Interrupt|Iteration)\b")
+_RAISES = re.compile(r"\b[Rr]aise[sd]?\b")
+_DENIED = re.compile(r"\b(?:not|never|without|rather)\b|n't\b")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What the documentation says about one object.
+
+    Args:
+        name: As one would import it: `os.path.join`.
+        kind: What it is.
+        group: What it belongs to, such as its module; the objects of a group are on one side.
+        heading: Its name and signature.
+        parameters: Names with their stars, and defaults as they are written, `None` where there is none.
+        bases: Classes that it derives from.
+        sentences: Of its docstring, in order.
+    """
+
+    name: str
+    kind: str
+    group: str
+    heading: str
+    parameters: tuple[tuple[str, str | None], ...]
+    bases: tuple[str, ...]
+    sentences: tuple[str, ...]
+
+
+class PythonQuestions(RecordSource):
+    """Questions about the standard library of the Python that runs this, with passages of its documentation.
+
+    A record has the passages that its answer cites, in the order in which it cites them, and after them others, of the
+    same module where there are enough. All records about a module are on one side, and no sentence is on two. The
+    records are made once, and kept in the cache; they are a function of this Python and the arguments.
+
+    Args:
+        n_references: Passages in a record, at least 1; records whose answer cites two have at least two.
+        passage_characters: Most characters in a passage, its signature included (at least 60).
+        val_fraction: Part of the modules that is kept for validation, 0 to less than 1.
+        test_fraction: Part of the modules that is kept for the test, 0 to less than 1.
+        seed: Chooses the passages that no answer cites.
+
+    Raises:
+        MisconfigurationException: If one of these cannot be.
+    """
+
+    def __init__(
+        self,
+        n_references: int = 3,
+        passage_characters: int = 300,
+        val_fraction: float = 0.05,
+        test_fraction: float = 0.05,
+        seed: int = 0,
+    ) -> None:
+        if n_references < 1:
+            raise MisconfigurationException(f"PythonQuestions: n_references is {n_references}; give at least 1")
+        if passage_characters < 60:
+            raise MisconfigurationException(
+                f"PythonQuestions: passage_characters is {passage_characters}; give at least 60"
+            )
+        if min(val_fraction, test_fraction) < 0 or val_fraction + test_fraction >= 1:
+            raise MisconfigurationException(
+                f"PythonQuestions: val_fraction {val_fraction} and test_fraction {test_fraction} must be 0 or more, "
+                "and leave something to train on"
+            )
+        self.n_references = n_references
+        self.passage_characters = passage_characters
+        self.fractions = (val_fraction, test_fraction)
+        self.seed = seed
+
+    def records(self, side: Side) -> Iterator[Record]:
+        """Yields the records about the modules of one side."""
+        self.prepare()
+        try:
+            rows = [json.loads(line) for line in self._file.read_bytes().splitlines()]
+        except ValueError as error:
+            raise MisconfigurationException(f"{self._file} is damaged ({error}): delete it") from error
+        for number, row in enumerate(rows, start=1):
+            if row["side"] == side:
+                yield parse_record(row, f"{self._file}, line {number}")
+
+    @property
+    def _file(self) -> Path:
+        python = [sys.version, sysconfig.get_path("stdlib")]
+        made_with = [_FORMAT, python, self.n_references, self.passage_characters, self.fractions, self.seed]
+        return cache_root() / "records" / f"{digest(made_with)}.jsonl"
+
+    def prepare(self) -> None:
+        """Reads the library, unless that was done before.
+
+        Raises:
+            MisconfigurationException: If this Python comes without documentation, or the cache cannot be written.
+        """
+        if self._file.exists():
+            return
+        rows = [vars(record) | {"side": side} for side, record in self._make(list(entries()))]
+        if not rows:
+            raise MisconfigurationException(
+                f"{sys.executable} has no documentation to ask about: use a complete Python, or give JSON lines with "
+                "datamodules.gpt2_webglm_qa.JSONLines"
+            )
+        try:
+            with atomic_file(self._file) as file:
+                file.writelines((json.dumps(row) + "\n").encode() for row in rows)
+        except OSError as error:
+            raise MisconfigurationException(
+                f"the records cannot be written to {self._file.parent} ({error}): make room there, or choose another "
+                "folder with $LLM_TRAIN_CACHE"
+            ) from error
+        say(f"{len(rows):,} records made from the documentation of {sys.executable}, in {self._file}")
+
+    def _make(self, documented: list[Entry]) -> Iterator[tuple[str, Record]]:
+        for side in ("train", "val", "test"):
+            here = [entry for entry in documented if side_of(entry.group, *self.fractions) == side]
+            groups: dict[str, list[Entry]] = {}
+            for entry in here:
+                groups.setdefault(entry.group, []).append(entry)
+            asked: set[str] = set()
+            for group in groups.values():
+                for question, cited in (*(item for entry in group for item in ask(entry)), *ask_about_two(group)):
+                    if question not in asked and (record := self._record(question, cited, group, here)):
+                        asked.add(question)
+                        yield side, record
+
+    def _record(self, question: str, cited: "list[Cited]", group: list[Entry], here: list[Entry]) -> Record | None:
+        passages, answers = [], []
+        for number, (entry, sentence, answer) in enumerate(cited, start=1):
+            passage = self._passage(entry, sentence)
+            if passage is None:
+                return None
+            passages.append(passage)
+            answers.append(f"{answer.rstrip('.')} [{number}].")
+        draw = random.Random(f"{self.seed} {question}")
+        spoken_of = {entry.name for entry, _, _ in cited}
+        for pool in (group, here):
+            for other in draw.sample(pool, min(len(pool), self.n_references + 2)):
+                passage = self._passage(other, 0) if other.sentences and other.name not in spoken_of else None
+                if passage is not None and len(passages) < self.n_references:
+                    spoken_of.add(other.name)
+                    passages.append(passage)
+        return Record(question, " ".join(answers), tuple(passages))
+
+    def _passage(self, entry: Entry, sentence: int | None) -> str | None:
+        """The heading and the sentences from the first on, or from the one asked for where it would not fit."""
+        for start in (0, sentence or 0):
+            passage, last = f"{entry.heading}:", start - 1
+            for number, text in enumerate(entry.sentences[start:], start=start):
+                if len(passage) + 1 + len(text) > self.passage_characters:
+                    break
+                passage, last = f"{passage} {text}", number
+            if last >= (sentence or 0):
+                return passage
+        return None
+
+
+Cited = tuple[Entry, int | None, str]  # what is cited, the number of the sentence (None: the heading), the answer
+
+
+def ask(entry: Entry) -> Iterator[tuple[str, list[Cited]]]:
+    """Yields the questions about an object that its documentation answers, each with what the answer cites."""
+    name, parameters = f"`{entry.name}`", entry.parameters
+    for number, sentence in enumerate(entry.sentences):
+        question = None
+        exceptions = set(_EXCEPTION.findall(sentence))
+        named = [bare for p, _ in parameters if len(bare := p.strip("*")) > 2 and _speaks_of(sentence, bare)]
+        if entry.kind == "function" and re.match(r"Returns?\b", sentence):
+            question = f"What does {name} return?"
+        elif number == 0:
+            asked_of = {"function": f"What does {name} do?", "class": f"What is the class {name}?"}
+            question = asked_of.get(entry.kind, f"What is the module {name} for?")
+        elif _RAISES.search(sentence) and len(exceptions) == 1 and not _DENIED.search(sentence):
+            question = f"When does {name} raise `{exceptions.pop()}`?"
+        elif named:
+            question = f"What does the documentation of {name} say about `{named[0]}`?"
+        if question:
+            yield question, [(entry, number, sentence)]
+    if entry.kind == "function" and 1 <= len(parameters) <= 4:
+        yield f"Which arguments does {name} take?", [(entry, None, f"It takes {_listed(p for p, _ in parameters)}")]
+    for parameter, default in parameters:
+        if entry.kind == "function" and default is not None and len(default) <= 20:
+            question = f"What is the default of `{parameter}` in {name}?"
+            yield question, [(entry, None, f"The default of `{parameter}` is `{default}`")]
+            break  # one a function is enough: the others are asked the same way
+    if entry.bases:
+        yield f"What does the class {name} derive from?", [(entry, None, f"It derives from {_listed(entry.bases)}")]
+
+
+def ask_about_two(group: list[Entry]) -> Iterator[tuple[str, list[Cited]]]:
+    """Yields questions about two functions that follow each other; their answers cite two passages."""
+    functions = [entry for entry in group if entry.kind == "function" and entry.sentences]
+    for one, other in zip(functions[::4], functions[1::4], strict=False):
+        question = f"What do `{one.name}` and `{other.name}` do?"
+        yield question, [(one, 0, one.sentences[0]), (other, 0, other.sentences[0])]
+
+
+def _speaks_of(sentence: str, parameter: str) -> bool:
+    if parameter not in sentence:  # saves making the pattern
+        return False
+    before = "If |When |The (?:optional )?(?:argument |parameter )?|Optional "
+    return bool(re.match(rf"(?:{before})?[`'*\"]*{re.escape(parameter)}[`'*\"]*(?=[\s,])", sentence))
+
+
+def _listed(names: Iterable[str]) -> str:
+    *most, last = [f"`{name}`" for name in names]
+    return f"{', '.join(most)} and {last}" if most else last
+
+
+def entries() -> Iterator[Entry]:
+    """Yields what is documented, each sentence once: that of a copied docstring belongs to the first who has it."""
+    seen: set[str] = set()
+    for entry in (*_built_in(), *_library()):
+        # From a copied sentence on, the text is left out: what follows may lean on it.
+        fresh = tuple(takewhile(lambda sentence: sentence not in seen, entry.sentences))
+        seen.update(fresh)
+        if fresh:
+            yield Entry(**vars(entry) | {"sentences": fresh})
+
+
+def sentences(docstring: str) -> list[str]:
+    """The sentences of a docstring's prose, up to where its lists, examples and tables begin."""
+    found: list[str] = []
+    for paragraph in re.split(r"\n\s*\n", docstring.strip()):
+        lines = paragraph.split("\n")
+        if any(line.startswith((" ", "\t", ">>>", "-", "*", "=", "@", ":", "+", "|")) for line in lines):
+            break
+        for sentence in _SENTENCE_END.split(" ".join(paragraph.split())):
+            if not _SENTENCE.fullmatch(sentence):
+                break  # what follows may lean on what is left out
+            found.append(sentence)
+    return found
+
+
+def _built_in() -> Iterator[Entry]:
+    """Functions and types that need no import, and the methods of the types."""
+    for name, thing in sorted(vars(builtins).items()):
+        if name.startswith("_") or not callable(thing) or not isinstance(thing.__doc__, str):
+            continue
+        if not isinstance(thing, type):
+            yield _described(name, "function", "builtins", thing)
+            continue
+        yield _described(name, "class", name, thing)
+        for method, function in sorted(vars(thing).items()):
+            if not method.startswith("_") and isinstance(getattr(function, "__doc__", None), str):
+                yield _described(f"{name}.{method}", "function", name, function)
+
+
+def _described(name: str, kind: str, group: str, thing: object) -> Entry:
+    signature = re.sub(r"\$\w+(, /)?(, )?", "", getattr(thing, "__text_signature__", None) or "()")  # $ marks self
+    try:
+        parameters = _parameters(ast.parse(f"def f{signature}: pass").body[0].args) if kind == "function" else ()
+    except SyntaxError:  # some defaults cannot be written down
+        parameters = ()
+    heading = f"{name}({_signature(parameters)})" if parameters else name
+    return Entry(name, kind, group, heading, parameters, (), tuple(sentences(thing.__doc__)))
+
+
+def _library() -> Iterator[Entry]:
+    """Everything public in the modules of the standard library, in the order of their names."""
+    root = Path(sysconfig.get_path("stdlib"))
+    for path in _python_files(root):
+        parts = path.relative_to(root).with_suffix("").parts
+        name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+        if name in ("ntpath", "posixpath"):  # the same functions for two systems: take this one's, by its public name
+            if name != os.path.__name__:
+                continue
+            name = "os.path"
+        try:
+            with tokenize.open(path) as file:  # heeds the encoding that the file declares
+                tree = ast.parse(file.read())
+        except (SyntaxError, UnicodeDecodeError):  # some files are templates
+            continue
+        if docstring := ast.get_docstring(tree):
+            yield Entry(name, "module", name, name, (), (), tuple(sentences(docstring)))
+        yield from _members(tree, name, name)
+
+
+def _python_files(folder: Path) -> Iterator[Path]:
+    """What can be imported, but for private modules."""
+    for path in sorted(folder.iterdir()):
+        name = path.stem
+        if name in _SKIPPED or not name.isidentifier() or (name.startswith("_") and name != "__init__"):
+            continue
+        if path.is_dir():
+            yield from _python_files(path)
+        elif path.suffix == ".py":
+            yield path
+
+
+def _members(node: ast.Module | ast.ClassDef, name: str, group: str) -> Iterator[Entry]:
+    for child in node.body:
+        if not isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) or child.name.startswith("_"):
+            continue
+        full_name, text = f"{name}.{child.name}", tuple(sentences(ast.get_docstring(child) or ""))
+        if isinstance(child, ast.ClassDef):
+            bases = tuple(ast.unparse(base) for base in child.bases)
+            heading = f"class {full_name}({', '.join(bases)})" if bases else f"class {full_name}"
+            yield Entry(full_name, "class", group, heading, (), bases, text)
+            yield from _members(child, full_name, group)
+        else:
+            parameters = _parameters(child.args)
+            yield Entry(full_name, "function", group, f"{full_name}({_signature(parameters)})", parameters, (), text)
+
+
+def _parameters(arguments: ast.arguments) -> tuple[tuple[str, str | None], ...]:
+    """Names with their stars, and defaults as they are written; without `self` and `cls`."""
+    positional = [*arguments.posonlyargs, *arguments.args]
+    defaults = [None] * (len(positional) - len(arguments.defaults)) + arguments.defaults
+    found = [(argument.arg, default) for argument, default in zip(positional, defaults, strict=True)]
+    if arguments.vararg:
+        found.append((f"*{arguments.vararg.arg}", None))
+    found += [(a.arg, default) for a, default in zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True)]
+    if arguments.kwarg:
+        found.append((f"**{arguments.kwarg.arg}", None))
+    return tuple((name, default and ast.unparse(default)) for name, default in found if name not in ("self", "cls"))
+
+
+def _signature(parameters: Iterable[tuple[str, str | None]]) -> str:
+    return ", ".join(name if default is None else f"{name}={default}" for name, default in parameters)

@@ -1,0 +1,123 @@
+"""Books: found by number, address, path or name, freed of their licence, and cut into passages."""
+
+import re
+from itertools import groupby
+from pathlib import Path
+from typing import NamedTuple
+
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from datamodules.sources import TextFiles
+from lightning_modules.common.messages import say
+
+GUTENBERG = "https://www.gutenberg.org/cache/epub/{number}/pg{number}.txt"
+SHIPPED = Path(__file__).parent / "books"  # original texts, part of the package
+
+# "*** START OF THE PROJECT GUTENBERG EBOOK EMMA ***" or "***START OF THIS PROJECT GUTENBERG EBOOK EMMA***", on two
+# lines where the title is long; before 2004 "*END*THE SMALL PRINT! FOR PUBLIC DOMAIN ETEXTS*Ver.04.29.93*END*".
+_MARKER = r"^[ \t]*\*\*\* ?{side} OF (?:THE |THIS )?(?:PROJECT GUTENBERG )?(?:E-?BOOK|E-?TEXT|BOOK)\b[^*]*\*\*\*"
+_START = re.compile(_MARKER.format(side="START") + r"|^\*END ?\*? ?THE SMALL PRINT!.*$", re.MULTILINE | re.IGNORECASE)
+_END = re.compile(_MARKER.format(side="END"), re.MULTILINE | re.IGNORECASE)
+# What transcribers added between the markers and the book.
+_CREDITS = re.compile(r"\s*(?:Produced by|E-?text prepared by|Transcribed (?:from|by))\b.*?\n\s*\n", re.DOTALL)
+_LAST_LINE = re.compile(r"\n[ \t]*End of (?:the |this )?Project Gutenberg.*\Z", re.DOTALL | re.IGNORECASE)
+
+
+class Passage(NamedTuple):
+    """A contiguous part of a book."""
+
+    side: str
+    text: str
+
+
+def read_book(name: int | str) -> str:
+    """Return the text of a book, without what Project Gutenberg put before and after it.
+
+    Args:
+        name: a number of Project Gutenberg, a URL, a path, or the name of a book that is shipped with the package.
+
+    Raises:
+        MisconfigurationException: there is no such book, it is no text, or nothing is left of it.
+    """
+    shipped = SHIPPED / f"{name}.txt"
+    if str(name).isdecimal():
+        path = GUTENBERG.format(number=name)
+    elif re.fullmatch(r"\w+", str(name)) and shipped.is_file():
+        path = str(shipped)
+    elif re.fullmatch(r"\w+", str(name)) and not Path(str(name)).is_file():
+        known = ", ".join(sorted(file.stem for file in SHIPPED.glob("*.txt")))
+        raise MisconfigurationException(
+            f"there is no book {name}: give a number of Project Gutenberg, a URL, the path of a text file, or one of "
+            f"{known}"
+        )
+    else:
+        path = str(name)
+    text = without_licence("".join(TextFiles(path).documents()), path)
+    if not text:
+        raise MisconfigurationException(
+            f"book {name} is empty: nothing but blanks is left between its header and its end"
+        )
+    return text
+
+
+def without_licence(text: str, name: str = "") -> str:
+    """Return what stands between the markers of Project Gutenberg; without markers all of it, with a warning.
+
+    Args:
+        text: the file; its line ends are newlines.
+        name: what the warning calls it.
+    """
+    start = _START.search(text)
+    if start is None:
+        say(
+            f"book {name} has no line '*** START OF THE PROJECT GUTENBERG EBOOK': it is used whole, with whatever "
+            "header and licence it has"
+        )
+        return text.strip()
+    body = text[start.end() :]
+    end = _END.search(body)
+    body = body[: end.start()] if end else body
+    if credits := _CREDITS.match(body):
+        body = body[credits.end() :]
+    return _LAST_LINE.sub("", body).strip()
+
+
+def cut_into_passages(text: str, n: int, val_fraction: float, test_fraction: float, name: str = "") -> list[Passage]:
+    """Cut a book into contiguous passages of about equal length and give each to a side, held-out ones spread evenly.
+
+    The cuts are made at blank lines, where there are enough of them, otherwise at line ends. The passages together are
+    the text, each character once. Neighbours on the same side are joined.
+
+    Args:
+        text: the book.
+        n: passages to cut it into, before neighbours are joined.
+        val_fraction: part of the passages for validation, at least one unless it is 0.
+        test_fraction: part of the passages for the test, at least one unless it is 0.
+        name: what an error calls the book.
+
+    Raises:
+        MisconfigurationException: the book has too few lines.
+    """
+    paragraphs, lines = ([match.end() for match in re.finditer(at, text)] for at in (r"\n\s*\n", r"\n"))
+    ends = paragraphs if len(paragraphs) >= 4 * n else lines
+    if len(ends) < n:
+        raise MisconfigurationException(
+            f"book {name} is too short: its {len(lines) + 1} lines ({len(text)} characters) cannot be cut into {n} "
+            "passages; give a longer one, or fewer data.passages"
+        )
+    cuts = sorted({min(ends, key=lambda end: abs(end - len(text) * k // n)) for k in range(1, n)})
+    pieces = [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]
+    sides = _sides(len(pieces), {"val": val_fraction, "test": test_fraction})
+    joined = groupby(zip(sides, pieces, strict=True), key=lambda pair: pair[0])
+    return [Passage(side, "".join(piece for _, piece in group)) for side, group in joined]
+
+
+def _sides(n: int, fractions: dict[str, float]) -> list[str]:
+    """Give each of n places to a side: every side at equal distances, the rest to train."""
+    sides = ["train"] * n
+    for side, fraction in fractions.items():
+        count = max(1, round(n * fraction)) if fraction else 0
+        for k in range(count):
+            free = [i for i in range(n) if sides[i] == "train"]
+            sides[min(free, key=lambda i: abs(i + 0.5 - (k + 0.5) * n / count))] = side
+    return sides

@@ -1,0 +1,188 @@
+"""`llm-train compare`: in what runs differ, and what came of it."""
+
+import argparse
+import math
+import shlex
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+from experiments.comparison import figures, tables
+from experiments.comparison.arms import Arm, arms_of, compared, how_they_ended
+from experiments.comparison.measures import Measure, choose_metrics, measures_of, mode_of
+from experiments.comparison.page import page
+from experiments.comparison.runs import Run, UnreadableRunError, find_runs, read_folder, read_wandb
+from experiments.comparison.statistics import estimate
+from experiments.comparison.tables import Table, as_markdown, as_text
+from experiments.errors import CommandParser, UserError
+from lightning_modules.common.files import atomic_file
+
+_MOST_ROWS = 30  # of a table in the terminal
+
+
+def main(args: Sequence[str]) -> None:
+    """Prints how runs compare, and writes tables, figures, and a page with all of it.
+
+    Args:
+        args: Command line, `compare` first.
+    """
+    options = _parse(args)
+    runs, n_skipped = _read(options)
+    arms = arms_of(runs, options.unfinished)
+    counting = [run for arm in arms for run in arm.runs]
+    left_out = [run for arm in arms for run in arm.left_out]
+    for run in left_out:
+        nothing = "" if run.metrics else ", it has logged nothing"
+        _warn(f"left out {run.name}: {run.status}{run.error and f' ({run.error})'}{nothing}")
+    if not counting:
+        raise UserError(f"none of these runs has finished ({how_they_ended(left_out)}); --unfinished counts them all")
+
+    metrics, more_metrics = choose_metrics(counting, options.metrics)
+    for name in (*options.maximize, *options.minimize):
+        if name not in metrics:
+            raise UserError(f"--maximize, --minimize: {name} is not compared; there is {', '.join(metrics)}")
+    modes = {metric: mode_of(metric, counting, options.maximize, options.minimize) for metric in metrics}
+    measures = [measure for metric in metrics for measure in measures_of(metric, modes[metric], counting)]
+    ranking = _rank(arms, measures[0])
+    results = tables.results(arms, measures)
+    differences = tables.differences(compared(arms, options.baseline), measures)
+    notes = _notes(arms, n_skipped, more_metrics)
+
+    print(as_text(_best_rows(results, ranking)))
+    if differences.rows:
+        print(as_text(differences))
+    print("\n".join(notes))
+    files = _files(shlex.join(["llm-train", *args]), arms, measures, ranking, results, differences, notes)
+    for name, content in files.items():
+        with atomic_file(options.out / name) as file:
+            file.write(content)
+    if "curves.png" not in files:  # an earlier comparison's
+        (options.out / "curves.png").unlink(missing_ok=True)
+    print(f"\npage    {options.out / 'index.html'}\nfiles   {', '.join(sorted(files))}")
+
+
+def _parse(args: Sequence[str]) -> argparse.Namespace:
+    parser = CommandParser(
+        prog="llm-train compare",
+        description="Compare runs: a table of the settings that differ and of the metrics, means and 95 % intervals "
+        "over seeds, learning curves, and a page with all of it.",
+    )
+    parser.add_argument("runs", nargs="*", type=Path, help="run folders, or folders that hold runs at any depth")
+    parser.add_argument("--wandb", metavar="ENTITY/PROJECT[/GROUP]", help="read the runs from Weights & Biases instead")
+    parser.add_argument(
+        "--metrics", nargs="+", default=[], metavar="NAME",
+        help="metrics to compare (default: what the runs monitor, and other val/ and test/ metrics of all runs)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--baseline", nargs="+", default=[], metavar="SETTING=VALUE",
+        help="show differences from the runs with this value and the same other settings (of two arms: the first)",
+    )  # fmt: skip
+    parser.add_argument("--maximize", nargs="+", default=[], metavar="NAME", help="metrics of which large is good")
+    parser.add_argument("--minimize", nargs="+", default=[], metavar="NAME", help="metrics of which small is good")
+    parser.add_argument("--unfinished", action="store_true", help="count failed, stopped and running runs, too")
+    parser.add_argument(
+        "--out", type=Path, help="folder to write to (default: comparison/ in the folder that is given)"
+    )
+    options = parser.parse_args(args[1:])
+    if bool(options.runs) == bool(options.wandb):
+        parser.error("give either run folders or --wandb")
+    if options.out is None:
+        options.out = (options.runs[0] if len(options.runs) == 1 else Path()) / "comparison"
+    return options
+
+
+def _read(options: argparse.Namespace) -> tuple[list[Run], int]:
+    """The runs that can be read, and how many cannot."""
+    if options.wandb:
+        return list(read_wandb(options.wandb)), 0
+    folders, runs = find_runs(options.runs), []
+    with ProcessPoolExecutor() as readers:  # reading is most of the work where runs are many
+        for folder, found in zip(folders, readers.map(_try_to_read, folders, chunksize=8), strict=True):
+            if isinstance(found, Run):
+                runs.append(found)
+            else:
+                _warn(f"skipped {folder}: {found}")
+    if not runs:
+        raise UserError(f"none of the {len(folders)} runs in {', '.join(map(str, options.runs))} can be read")
+    return runs, len(folders) - len(runs)
+
+
+def _try_to_read(folder: Path) -> Run | UnreadableRunError:
+    try:
+        return read_folder(folder)
+    except UnreadableRunError as error:
+        return error
+
+
+def _warn(line: str) -> None:
+    print(line, file=sys.stderr)
+
+
+def _rank(arms: Sequence[Arm], measure: Measure) -> list[int]:
+    """The numbers of the arms, the best mean first; those without any last."""
+
+    def badness(arm: Arm) -> float:
+        values = [value for _, value in tables.values_of(arm, measure)]
+        mean = estimate(values).mean if values else math.nan
+        return math.inf if math.isnan(mean) else -mean if measure.mode == "max" else mean
+
+    return sorted(range(len(arms)), key=lambda number: badness(arms[number]))
+
+
+def _best_rows(results: Table, ranking: Sequence[int]) -> Table:
+    if len(ranking) <= _MOST_ROWS:
+        return results
+    more = [f"… {len(ranking) - _MOST_ROWS} more arms", *[""] * (len(results.header) - 1)]
+    return Table(results.header, [*(results.rows[number] for number in ranking[:_MOST_ROWS]), more])
+
+
+def _notes(arms: Sequence[Arm], n_skipped: int, more_metrics: Sequence[str]) -> list[str]:
+    left_out = [run for arm in arms for run in arm.left_out]
+    notes = ["Mean ± half of the width of its 95 % interval (Student's t) over n runs that differ in the seed alone."]
+    if left_out:
+        n_runs = sum(len(arm.runs) for arm in arms) + len(left_out)
+        notes.append(f"Left out of the means: {len(left_out)} of {n_runs} runs ({how_they_ended(left_out)}).")
+    if n_skipped:
+        notes.append(f"Skipped, as they cannot be read: {n_skipped}.")
+    repeating = [arm.label for arm in arms if len(set(map(tables.seed_of, arm.runs))) < len(arm.runs)]
+    if repeating:
+        notes.append(
+            f"A seed is there more than once in {', '.join(repeating[:3])}{' …' if repeating[3:] else ''}: "
+            "such runs are no independent draws, and the interval is too narrow."
+        )
+    if more_metrics:
+        notes.append(f"Not shown, but for --metrics: {', '.join(more_metrics)}.")
+    return notes
+
+
+def _files(
+    command: str,
+    arms: Sequence[Arm],
+    measures: Sequence[Measure],
+    ranking: Sequence[int],
+    results: Table,
+    differences: Table,
+    notes: Sequence[str],
+) -> dict[str, bytes]:
+    """What is written, by the names of the files."""
+    results_drawn = [measure for measure in measures if measure.kind != "last" or measure.mode is None]
+    curves = figures.curves_of([measure.metric for measure in results_drawn], arms)
+    runs = tables.runs_table(arms, measures)
+    images = {"summary.png": figures.png(figures.draw_summary(arms, results_drawn, ranking))}
+    sections: list[tuple[str, Table | bytes]] = [("Results", results)]
+    if differences.rows:
+        sections.append(("Differences", differences))
+    sections.append(("Each run, and means with their intervals", images["summary.png"]))
+    if curves:
+        images["curves.png"] = figures.png(figures.draw_curves(curves, arms, ranking))
+        sections.append(("Learning curves: means of the arms with their 95 % intervals", images["curves.png"]))
+    markdown = [as_markdown(table) for table in (results, differences) if table.rows]
+    texts = {
+        "table.md": "\n".join([*markdown, *notes, ""]),
+        "table.csv": tables.results_csv(arms, measures),
+        "runs.csv": tables.as_csv(runs),
+        "curves.csv": figures.curves_csv(curves, arms),
+        "index.html": page(command, notes, sections, runs),
+    }
+    return images | {name: text.encode() for name, text in texts.items()}

@@ -1,0 +1,74 @@
+"""Figures of a run, drawn from what the run saved, so that they can be drawn again."""
+
+import csv
+from pathlib import Path
+
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from lightning_modules.runtime.drawing import DrawsAtTheEnd, save_figure
+
+
+class LearningCurve(DrawsAtTheEnd):
+    """Draws `figures/learning_curve.png` from `metrics.csv` when the training ends, however it ends.
+
+    Args:
+        train_metric: Metric of the training steps.
+        val_metric: Metric of the validations.
+    """
+
+    def __init__(self, train_metric: str = "train/loss", val_metric: str = "val/loss") -> None:
+        self.train_metric = train_metric
+        self.val_metric = val_metric
+
+    def draw(self, run: Path) -> list[Path]:
+        """Draws both metrics against the step.
+
+        Args:
+            run: The run's folder.
+        """
+        metrics_csv = run / "metrics.csv"
+        train, val = read_metric(metrics_csv, self.train_metric), read_metric(metrics_csv, self.val_metric)
+        if not train[0] and not val[0]:
+            return []
+        from matplotlib.figure import Figure  # no pyplot: no global state, no window system
+
+        picture = Figure(figsize=(7, 4), layout="constrained")
+        axes = picture.add_subplot()
+        axes.plot(*train, color="tab:blue", linewidth=1, alpha=0.7, label=self.train_metric)
+        if val[0]:
+            axes.plot(*val, color="tab:orange", marker="o", markersize=4, label=self.val_metric)
+            best = min(zip(val[1], val[0], strict=True))
+            axes.annotate(f"{best[0]:.3f}", best[::-1], textcoords="offset points", xytext=(0, 8), ha="center")
+        axes.set(xlabel="optimiser step", ylabel=self.val_metric.rsplit("/", 1)[-1])
+        axes.grid(alpha=0.3)
+        axes.legend()
+        figure = run / "figures" / "learning_curve.png"
+        save_figure(picture, figure)
+        return [figure]
+
+
+def read_metric(metrics_csv: Path, name: str) -> tuple[list[int], list[float]]:
+    """Reads one metric of a run.
+
+    Args:
+        metrics_csv: A run's `metrics.csv`.
+        name: Column.
+
+    Returns:
+        The steps at which the metric was logged, and its values; none where it never was.
+
+    Raises:
+        MisconfigurationException: If a row cannot be read (with its line number).
+    """
+    steps, values = [], []
+    if not metrics_csv.is_file():  # a run that ended before it logged anything
+        return steps, values
+    with metrics_csv.open(newline="") as file:
+        for line, row in enumerate(csv.DictReader(file), start=2):
+            if row.get(name):
+                try:
+                    steps.append(int(row["step"]))
+                    values.append(float(row[name]))
+                except ValueError as error:
+                    raise MisconfigurationException(f"{metrics_csv}, line {line}: {error}") from error
+    return steps, values

@@ -1,0 +1,132 @@
+"""One line that says how far the run is: steps, loss, speed, time left."""
+
+import sys
+import time
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.trainer.states import TrainerFn
+from tqdm import tqdm
+
+from lightning_modules.runtime.stages import validates_a_fit
+
+_SHOWN = {
+    "train/loss": "loss",
+    "val/loss": "val loss",
+    "test/loss": "test loss",
+    "perf/tokens_per_second": "tokens/s",
+}
+_KNOWN_LENGTH = "{desc} {percentage:3.0f}%|{bar:20}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
+_UNKNOWN_LENGTH = "{desc} {n_fmt} steps [{elapsed}{postfix}]"
+
+
+class RunProgress(ProgressBar):
+    """A bar over the optimiser steps of the whole run, with the loss, tokens per second and the time left.
+
+    Where the output is no terminal (a log file, a job scheduler), it writes a line now and then instead.
+
+    Args:
+        refresh_seconds: Seconds between two redraws in a terminal; ten times that between two lines in a file.
+    """
+
+    def __init__(self, refresh_seconds: float = 0.5) -> None:
+        super().__init__()
+        self.refresh_seconds = refresh_seconds
+        self._bar: tqdm | None = None
+        self._drawn = 0.0
+        self._enabled = True
+
+    def disable(self) -> None:
+        """Shows nothing (called on all processes but the first)."""
+        self._enabled = False
+
+    def enable(self) -> None:
+        """Shows the bar again."""
+        self._enabled = True
+
+    def _open(self, description: str, total: float | None, initial: int = 0) -> None:
+        terminal = sys.stderr.isatty()
+        known = total is not None and total != float("inf")  # a stream has no length
+        self._seconds = self.refresh_seconds if terminal else 10 * self.refresh_seconds
+        self._drawn = time.monotonic()
+        self._bar = tqdm(
+            desc=description,
+            total=int(total) if known else None,
+            initial=initial,
+            disable=not self._enabled,
+            dynamic_ncols=terminal,
+            ncols=None if terminal else 110,
+            bar_format=_KNOWN_LENGTH if known else _UNKNOWN_LENGTH,
+            mininterval=float("inf"),  # drawn by us alone: asking the clock at every step is what costs
+            delay=0 if terminal else float("inf"),  # in a file, no line before there is something to say
+        )
+
+    def _show(self, trainer: L.Trainer, position: int, now: bool = False) -> None:
+        if self._bar is None or self._bar.disable or not (now or time.monotonic() - self._drawn > self._seconds):
+            return
+        self._drawn = time.monotonic()
+        metrics = trainer.callback_metrics
+        self._bar.n = position
+        shown = {short: float(metrics[name]) for name, short in _SHOWN.items() if name in metrics}
+        self._bar.set_postfix(
+            {name: f"{value:,.0f}" if value >= 1000 else f"{value:.3f}" for name, value in shown.items()}, refresh=False
+        )
+        self._bar.refresh()
+        if not sys.stderr.isatty():
+            self._bar.fp.write("\n")
+
+    def _close(self, trainer: L.Trainer, position: int) -> None:
+        if self._bar is not None:
+            self._show(trainer, position, now=True)
+            self._bar.close()
+            self._bar = None
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Opens the bar where the run stands."""
+        self._open("train", trainer.estimated_stepping_batches, initial=trainer.global_step)
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: object) -> None:
+        """Moves the bar."""
+        self._show(trainer, trainer.global_step)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Leaves the full bar behind."""
+        self._close(trainer, trainer.global_step)
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Leaves the bar where the run broke off."""
+        self._close(trainer, trainer.global_step)
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Opens a bar over the batches, unless the validation is part of a training."""
+        if trainer.state.fn != TrainerFn.FITTING:
+            self._open("validate", sum(trainer.num_val_batches))
+
+    def on_validation_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: object
+    ) -> None:
+        """Moves the bar."""
+        if trainer.state.fn != TrainerFn.FITTING:
+            self._show(trainer, batch_idx + 1)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Shows the new validation loss, or leaves the full bar behind."""
+        if validates_a_fit(trainer):
+            self._show(trainer, trainer.global_step, now=True)
+        elif trainer.state.fn != TrainerFn.FITTING:
+            self._close(trainer, sum(trainer.num_val_batches))
+
+    def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Opens a bar over the test batches."""
+        self._open("test", sum(trainer.num_test_batches))
+
+    def on_test_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: object
+    ) -> None:
+        """Moves the bar."""
+        self._show(trainer, batch_idx + 1)
+
+    def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Leaves the full bar behind."""
+        self._close(trainer, sum(trainer.num_test_batches))

@@ -1,0 +1,135 @@
+"""What the model writes, as training goes."""
+
+import itertools
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+from lightning_modules.common.files import write_text
+
+_MOST_COLUMNS = 4  # of samples side by side
+_WIDTH = 44  # characters of a column
+
+
+class SampleText(L.Callback):
+    """Continues fixed prompts at each validation: side by side in `samples.md`, and as a W&B table.
+
+    The same prompts and the same random numbers each time, so that what changes is the model. A run that validates
+    before its first step (see `LossBeforeTraining`) begins with what the model wrote then.
+
+    Args:
+        prompts: Texts to continue.
+        max_new_tokens: Length of a continuation, in tokens (at least 1).
+        temperature: Divides the logits; 0 always takes the likeliest token.
+        top_k: Draw from this many likeliest tokens only; `null` for all.
+        top_p: Draw from the fewest tokens that have this much probability together (0 to 1); `null` for all.
+        seed: Seed of the draws.
+    """
+
+    def __init__(
+        self,
+        prompts: list[str],
+        max_new_tokens: int = 200,
+        temperature: float = 0.8,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int = 0,
+    ) -> None:
+        if not prompts:
+            raise MisconfigurationException("SampleText: prompts is empty; give at least one text to continue")
+        self.prompts = prompts
+        self.max_new_tokens = max_new_tokens
+        self.temperature = temperature
+        self.top_k = top_k
+        self.top_p = top_p
+        self.seed = seed
+        self.heads: list[str] = []  # of the columns: when the samples were drawn
+        self.continuations: list[list[str]] = []  # by column, then by prompt
+
+    @rank_zero_only
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Draws the samples, where metrics of them can still be logged."""
+        if trainer.state.fn == TrainerFn.FITTING:
+            self.heads.append(f"step {trainer.global_step}")
+            self.continuations.append(self.draw(trainer, pl_module))
+
+    @rank_zero_only
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Writes them down, now that the loss of the model that wrote them is known."""
+        if trainer.state.fn != TrainerFn.FITTING:
+            return
+        if "val/loss" in trainer.callback_metrics:
+            self.heads[-1] += f", val/loss {trainer.callback_metrics['val/loss']:.3f}"
+        shown = _spread(len(self.heads), _MOST_COLUMNS)
+        sections = [
+            side_by_side(prompt, [(self.heads[i], self.continuations[i][k]) for i in shown])
+            for k, prompt in enumerate(self.prompts)
+        ]
+        write_text(Path(trainer.default_root_dir) / "samples.md", "\n".join([*sections, self.remark()]))
+        rows = [[prompt, *texts] for prompt, *texts in zip(self.prompts, *self.continuations, strict=True)]
+        for logger in trainer.loggers:
+            if hasattr(logger, "log_table"):
+                logger.log_table("samples", columns=["prompt", *self.heads], data=rows)
+
+    def draw(self, trainer: L.Trainer, pl_module: L.LightningModule) -> list[str]:
+        """A continuation of each prompt."""
+        return [self.continue_prompt(trainer, pl_module, prompt)[0] for prompt in self.prompts]
+
+    def remark(self) -> str:
+        """What `samples.md` says after the samples."""
+        return ""
+
+    def continue_prompt(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, prompt: str, n_samples: int = 1
+    ) -> list[str]:
+        """Several continuations of a prompt, as text."""
+        ids = pl_module.data.encode(prompt)[None].repeat(n_samples, 1).to(pl_module.device)  # (n_samples, T)
+        tokens = pl_module.generate(
+            ids,
+            max_new_tokens=self.max_new_tokens,
+            temperature=self.temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            generator=torch.Generator(pl_module.device).manual_seed(self.seed),
+        )
+        rows = torch.stack(list(tokens), dim=1).tolist()  # (n_samples, max_new_tokens)
+        return [pl_module.data.tokenizer.decode(row) for row in rows]
+
+    def state_dict(self) -> dict[str, Any]:
+        """The samples so far."""
+        return {"heads": list(self.heads), "continuations": list(self.continuations)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Goes on after them."""
+        self.heads, self.continuations = list(state_dict["heads"]), list(state_dict["continuations"])
+
+
+def side_by_side(prompt: str, columns: Sequence[tuple[str, str]]) -> str:
+    """A section of Markdown with the continuations of a prompt in columns; long lines go on, indented, below.
+
+    Args:
+        prompt: The prompt, which each column begins with.
+        columns: Heads and continuations.
+    """
+    cells = [[*_wrapped(head, ""), "-" * _WIDTH, *_wrapped(prompt + text, "    ")] for head, text in columns]
+    rows = itertools.zip_longest(*cells, fillvalue="")
+    lines = [" | ".join(f"{cell:<{_WIDTH}}" for cell in row).rstrip() for row in rows]
+    fence = "```" if not any("```" in line for line in lines) else "````````"
+    return "\n".join([f"## {prompt!r}\n", f"{fence}text", *lines, fence, ""])
+
+
+def _wrapped(text: str, indent: str) -> list[str]:
+    wrap = textwrap.TextWrapper(_WIDTH, subsequent_indent=indent, replace_whitespace=False)
+    return [part for line in text.expandtabs(4).split("\n") for part in wrap.wrap(line) or [""]]
+
+
+def _spread(n: int, most: int) -> list[int]:
+    """Places among n, the first, the last and others at equal distances, as many as there may be at most."""
+    return list(range(n)) if n <= most else [round(i * (n - 1) / (most - 1)) for i in range(most)]

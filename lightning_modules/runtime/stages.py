@@ -1,0 +1,13 @@
+"""Which part of a run is in progress."""
+
+import lightning as L
+from lightning.pytorch.trainer.states import TrainerFn
+
+
+def validates_a_fit(trainer: L.Trainer) -> bool:
+    """Return whether a validation of a training run is in progress, other than the sanity check before it.
+
+    Args:
+        trainer: Trainer of the run.
+    """
+    return trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking

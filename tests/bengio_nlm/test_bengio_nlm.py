@@ -1,0 +1,415 @@
+"""Bengio's network against a loop over its equations; its text, its measures and its files through the real command."""
+
+import csv
+import json
+import math
+import random
+import zipfile
+from pathlib import Path
+
+import forks
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import yaml
+from helpers import assert_close_weights, assert_same_weights, kill_when, weights, with_settings
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from datamodules.bengio_nlm.data import (
+    PARAGRAPH,
+    RARE,
+    BengioNLMDataModule,
+    BrownCorpus,
+    NGramWindows,
+    number,
+    words_of,
+)
+from datamodules.sources import ListText
+from lightning_modules.bengio_nlm.network import BengioNLM
+from lightning_modules.bengio_nlm.word_vectors import WordVectors, nearest, read_word2vec
+
+ROOT = Path(__file__).parents[2]
+MODULE = "lightning_modules.bengio_nlm.BengioNLMModule"
+
+
+def filled(**sizes: object) -> BengioNLM:
+    network = BengioNLM(**sizes)
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    return network
+
+
+SHAPES = [{"h": 4, "direct": True}, {"h": 4, "direct": False}, {"h": 0, "direct": True}]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_the_network_is_the_equation(shape):
+    network = filled(vocab_size=7, n=4, m=3, **shape).requires_grad_(False)
+    context = [5, 0, 2]  # the nearest word first
+    y = network(torch.tensor([context]))[0]
+    x = [float(network.C[word, k]) for word in context for k in range(3)]
+    for i in range(7):
+        score = float(network.b[i])
+        if shape["direct"]:
+            score += sum(float(network.W[i, k]) * x[k] for k in range(9))
+        for j in range(shape["h"]):
+            unit = math.tanh(float(network.d[j]) + sum(float(network.H[j, k]) * x[k] for k in range(9)))
+            score += float(network.U[i, j]) * unit
+        assert float(y[i]) == pytest.approx(score, abs=1e-5)
+
+
+def gradients(network: BengioNLM, loss: torch.Tensor) -> dict[str, torch.Tensor]:
+    network.zero_grad()
+    (3 * loss).backward()
+    return {name: parameter.grad.clone() for name, parameter in network.named_parameters()}
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_the_fast_loss_is_the_cross_entropy_of_the_scores(shape):
+    network = filled(vocab_size=40, n=4, m=5, **shape)
+    for size in (16, 16, 9):  # its memory is used again, and not where it does not fit
+        context, targets = torch.randint(40, (size, 3)), torch.randint(40, (size,))
+        plain, fast = F.cross_entropy(network(context), targets), network.loss(context, targets)
+        assert fast.item() == pytest.approx(plain.item(), rel=1e-5)
+        expected, found = gradients(network, plain), gradients(network, fast)
+        for name in expected:
+            assert torch.allclose(found[name], expected[name], atol=1e-6), name
+        with torch.autocast("cpu", torch.bfloat16):
+            low = network.loss(context, targets)
+        assert low.item() == pytest.approx(plain.item(), rel=1e-2)
+        for name, gradient in gradients(network, low).items():
+            assert gradient.dtype == torch.float32
+            assert (gradient - expected[name]).norm() < 0.03 * expected[name].norm(), name
+
+
+def test_dropout_is_for_training_and_a_dropped_word_loses_all_its_features():
+    network = filled(vocab_size=9, n=4, h=4, m=6, dropout=0.0, word_dropout=0.5)
+    context = torch.randint(9, (200, 3))
+    zeros = (network.features(context).view(200, 3, 6) == 0).float().mean(dim=2)
+    assert set(zeros.unique().tolist()) == {0.0, 1.0}
+    assert 0.4 < zeros.mean() < 0.6
+    network.eval()
+    assert (network.features(context) != 0).all()
+    assert torch.equal(network(context), network(context))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"vocab_size": 1}, "vocab_size is 1: it must be at least 2"),
+        ({"vocab_size": 9, "m": 0}, "m is 0"),
+        ({"vocab_size": 9, "h": -1}, "h is -1"),
+        ({"vocab_size": 9, "h": 0, "direct": False}, "nothing connects"),
+        ({"vocab_size": 9, "dropout": 1.0}, "dropout is 1.0"),
+    ],
+)
+def test_sizes_that_make_no_network(sizes, message):
+    with pytest.raises(ValueError, match=message):
+        BengioNLM(**sizes)
+
+
+# The text
+
+
+def test_words_by_spaces_with_each_choice():
+    document = "The dog didn't bark .\nIt's old .\n\n\nThey'll see .\n"
+
+    def words(**choices: bool) -> str:
+        settings = {"lowercase": False, "split_clitics": False, "marks": False} | choices
+        return " ".join(words_of([document, "End ."], "spaces", **settings))
+
+    assert words() == "The dog didn't bark . It's old . They'll see . End ."
+    assert words(lowercase=True) == "the dog didn't bark . it's old . they'll see . end ."
+    assert words(split_clitics=True) == "The dog did n't bark . It 's old . They 'll see . End ."
+    assert words(marks=True) == "The dog didn't bark . It's old . <p> They'll see . <p> End . <p>"
+
+
+def test_words_by_kind_of_character():
+    assert list(words_of(["a[0] = x+1"], "words", False, False, False)) == list("a[0]=x+1")
+
+
+def test_words_are_numbered_by_frequency_and_rare_ones_are_one():
+    numbered = number("babcdba", rare=1)
+    assert numbered.words == [RARE, "b", "a"]
+    assert numbered.ids.tolist() == [1, 2, 1, 0, 0, 1, 2]
+    assert numbered.counts.tolist() == [2, 3, 2]
+    assert number("bab", rare=0).words == ["b", "a"]
+
+
+def test_windows_have_the_nearest_word_first():
+    batch = NGramWindows(np.array([10, 11, 12, 13, 14], np.int32), n=3)[torch.tensor([2, 4])]
+    assert batch["context"].tolist() == [[11, 10], [13, 12]]
+    assert batch["targets"].tolist() == [12, 14]
+
+
+def data(words: str = "a b c d " * 25, **settings: object) -> BengioNLMDataModule:
+    return BengioNLMDataModule(ListText([words]), **{"batch_size": 10, "rare": 0, "n": 4} | settings)
+
+
+@pytest.mark.parametrize("cut", [{"train": 0.7, "val": 0.2}, {"train": 70, "val": 20}])
+def test_every_word_is_on_one_side_and_predicted_once_but_the_first(cut):
+    module = data(" ".join(f"w{i}" for i in range(100)), **cut)
+    module.setup("fit")
+    module.setup("test")
+    place = {module.text.words.index(f"w{i}"): i for i in range(100)}
+    seen = {}
+    for side, loader in (
+        ("train", module.train_dataloader()),
+        ("val", module.val_dataloader()),
+        ("test", module.test_dataloader()),
+    ):
+        seen[side] = []
+        for batch in loader:
+            for context, target in zip(batch["context"].tolist(), batch["targets"].tolist(), strict=True):
+                assert [place[word] for word in context] == [place[target] - k for k in (1, 2, 3)]
+                seen[side].append(place[target])
+    assert set(seen["train"]) <= set(range(3, 70))
+    assert len(seen["train"]) == len(set(seen["train"])) == 60  # incomplete batches are left out
+    assert sorted(seen["val"]) == list(range(70, 90))  # the first has the end of the training text as its context
+    assert sorted(seen["test"]) == list(range(90, 100))
+
+
+def tagged_zip(folder: Path) -> Path:
+    """A corpus of two texts as NLTK packs them."""
+    file = folder / "brown.zip"
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("brown/README", "not a text")
+        archive.writestr("brown/cats.txt", "cb01 editorial")
+        archive.writestr("brown/cb01", "\n\n\tA/at second/od one/cd ./.\n")
+        archive.writestr("brown/ca01", "\n\n\tThe/at jury/nn 1/2/cd said/vbd ./.\n\n\n\tYes/rb ./.\n")
+    return file
+
+
+def test_brown_from_a_zip_and_from_a_folder(tmp_path):
+    corpus = BrownCorpus(str(tagged_zip(tmp_path)))
+    assert [document.split() for document in corpus.documents()] == [
+        ["The", "jury", "1/2", "said", ".", "Yes", "."],
+        ["A", "second", "one", "."],
+    ]
+    assert list(words_of(corpus.documents(), "spaces", False, False, True)).count(PARAGRAPH) == 3
+    folder = tmp_path / "plain"
+    folder.mkdir()
+    (folder / "b_two.txt").write_text("and / or\n")
+    (folder / "a_one.txt").write_text("The jury said .\n\nYes .\n")
+    (folder / "CONTENTS").write_text("not a text")
+    plain = BrownCorpus(str(folder))
+    assert list(plain.documents()) == ["The jury said .\n\nYes .\n", "and / or\n"]
+    before = plain.fingerprint()
+    (folder / "a_one.txt").write_text("The jury said no .\n")
+    assert plain.fingerprint() != before
+
+
+def test_brown_that_is_not_there(tmp_path, monkeypatch):
+    def refuse(*_: object, **__: object) -> None:
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr("fsspec.open", refuse)
+    (tmp_path / "broken.zip").write_text("nothing")
+    (tmp_path / "empty").mkdir()
+    for corpus, message in [
+        (BrownCorpus(), r"could not be downloaded.*--data.source.path.*offline\.yaml"),
+        (BrownCorpus(str(tmp_path / "nowhere")), "does not exist: give the folder"),
+        (BrownCorpus(str(tmp_path / "broken.zip")), "no zip file"),
+        (BrownCorpus(str(tmp_path / "empty")), "holds no text"),
+    ]:
+        with pytest.raises(MisconfigurationException, match=message) as caught:
+            list(corpus.documents())
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("words", "settings", "message"),
+    [
+        ("a b", {"train": 2, "val": 1}, "2 words, fewer than one window of data.n 4"),
+        ("a b c d e f", {"rare": 1}, "vocabulary of 1"),
+        ("", {}, "0 words and a vocabulary of 0"),
+        ("a b " * 20, {"train": 40, "val": 5}, "leave nothing of 40 words for the side val"),
+        ("a b " * 20, {"train": 30, "val": 10}, "leave nothing of 40 words for the side test"),
+        ("a b", {"n": 2}, "data.n is 2"),
+        ("a b", {"train": 0.8, "val": 0.3}, "shares add up to 1"),
+        ("a b", {"val": 0}, "must be above 0"),
+        ("a b", {"rare": -1}, "data.rare is -1"),
+    ],
+)
+def test_text_that_is_too_little(words, settings, message):
+    with pytest.raises(MisconfigurationException, match=message) as caught:
+        data(words, **settings).setup("test")
+    assert "\n" not in str(caught.value)
+
+
+# Word vectors
+
+
+def test_nearest_neighbours_by_cosine():
+    vectors = torch.tensor([[1.0, 0.0], [9.0, 1.0], [0.0, 1.0], [-1.0, 0.0]])
+    (neighbours,) = nearest(vectors, [0], k=2)
+    assert [i for i, _ in neighbours] == [1, 2]
+    assert neighbours[0][1] == pytest.approx(9 / math.sqrt(82))
+    assert len(nearest(vectors, [3], k=10)[0]) == 3
+
+
+# The command
+
+
+def two_ways_on(n_words: int) -> str:
+    """Text of 20 words, alike in frequency, of which one of two others follows each; a paragraph after every tenth."""
+    draw, word, words = random.Random(0), 0, []
+    for place in range(n_words):
+        word = (3 * word + draw.choice((1, 2))) % 20
+        words.append(f"w{word}" + ("\n\n" if place % 10 == 9 else ""))
+    return " ".join(words)
+
+
+@pytest.fixture
+def small(tmp_path: Path):
+    """Writes the YAML of a run of a second; settings go over it by key path."""
+    (tmp_path / "corpus.txt").write_text(two_ways_on(1_600))
+
+    def write(name: str = "small", **settings: object) -> Path:
+        config = {
+            "seed_everything": 3,
+            "model": {"class_path": MODULE, "init_args": {"h": 8, "m": 6, "dropout": 0.1, "word_dropout": 0.1}},
+            "data": {
+                "class_path": "datamodules.bengio_nlm.BengioNLMDataModule",
+                "init_args": {
+                    "source": {
+                        "class_path": "datamodules.sources.TextFiles",
+                        "init_args": {"paths": str(tmp_path / "corpus.txt")},
+                    },
+                    "n": 4, "batch_size": 64, "tokens": "words", "paragraph_marks": True,
+                },
+            },
+            "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 1e-2, "fused": True}},
+            "trainer": {
+                "accelerator": "cpu",
+                "max_epochs": 2,
+                "log_every_n_steps": 5,
+                "callbacks+": [
+                    {
+                        "class_path": "lightning_modules.bengio_nlm.WordVectors",
+                        "init_args": {"words": ["w3", PARAGRAPH], "n_neighbours": 3, "n_drawn": 15, "skip": 2},
+                    }
+                ],
+            },
+        }  # fmt: skip
+        file = tmp_path / f"{name}.yaml"
+        file.write_text(yaml.safe_dump(with_settings(config, settings), sort_keys=False))
+        return file
+
+    return write
+
+
+def last_row(file: Path, name: str) -> float:
+    with file.open(newline="") as rows:
+        return [float(row[name]) for row in csv.DictReader(rows) if row.get(name)][-1]
+
+
+def test_a_run_leaves_its_measures_vectors_and_figures(llm_train, small):
+    done = llm_train("fit", "-c", small())
+    assert done.code == 0, done.err
+    run = Path("runs/bengio_nlm/small")
+    network, mixed, trigram, unigram = (
+        last_row(run / "metrics.csv", f"val/perplexity{name}") for name in ("", "_mixed", "_trigram", "_unigram")
+    )
+    assert unigram == pytest.approx(20, rel=0.1)
+    assert trigram < 3  # two ways on, and now and then the end of a paragraph
+    assert network < 0.6 * unigram
+    assert mixed < network
+    assert mixed < 1.001 * trigram  # the weights are learned on these very words
+    assert math.exp(last_row(run / "metrics.csv", "val/loss")) == pytest.approx(network, rel=1e-5)
+    words, vectors = read_word2vec(run / "word_vectors.txt")
+    best = torch.load(run / "checkpoints/best.ckpt", weights_only=True)["state_dict"]["network.C"]
+    assert vectors == pytest.approx(best.numpy(), rel=1e-5)
+    assert sorted(words) == sorted([PARAGRAPH, *(f"w{i}" for i in range(20))])
+    neighbours = (run / "neighbours.md").read_text()
+    assert neighbours.count("## Step") == 2
+    assert neighbours.count("- **<p>**: ") == 2
+    for name in ("word_vectors_pca", "word_vectors_tsne", "learning_curve"):
+        assert (run / f"figures/{name}.png").stat().st_size > 5_000
+
+    tested = llm_train("test", "-c", run / "config.yaml", "--ckpt_path", "best")
+    assert tested.code == 0, tested.err
+    metrics = json.loads((run / "summary_test.json").read_text())["metrics"]
+    assert metrics["test/perplexity_trigram"] == pytest.approx(trigram, rel=0.2)
+    assert metrics["test/perplexity_mixed"] < 0.3 * metrics["test/perplexity_unigram"]
+
+
+BARE = {"trainer__callbacks+": []}  # without word vectors
+
+
+def test_killed_and_resumed_is_the_same_to_the_bit(llm_train, forked, small):
+    settings = BARE | {"trainer__precision": "bf16-mixed", "model__init_args__mix": "equal"}
+    assert llm_train("fit", "-c", small("whole", **settings)).code == 0
+    cut = small("cut", **settings)
+    last = Path("runs/bengio_nlm/cut/checkpoints/last.ckpt")
+    assert forked("fit", "-c", cut, meanwhile=kill_when(last.is_file)) != 0
+    resumed = llm_train("fit", "-c", cut, "--ckpt_path", "last")
+    assert resumed.code == 0, resumed.err
+    assert_same_weights(Path("runs/bengio_nlm/whole/checkpoints/last.ckpt"), last)
+    assert (weights(last)["mixture"] == 0.5).all()  # equal weights stay so
+
+
+def test_weights_shared_out_among_processes_are_trained_as_on_one(llm_train, small):
+    settings = {"model__init_args__dropout": 0.0, "model__init_args__word_dropout": 0.0}
+    assert llm_train("fit", "-c", small("whole", **settings)).code == 0
+    assert forks.wait(forks.start_ranks(2, "fit", "-c", small("shared", **settings), *forks.SHARDED)) == [0, 0]
+    runs = Path("runs/bengio_nlm")
+    assert_close_weights(*(runs / run / "checkpoints/last.ckpt" for run in ("shared", "whole")))
+    ours, expected = (read_word2vec(runs / run / "word_vectors.txt")[1] for run in ("shared", "whole"))
+    assert ours == pytest.approx(expected, rel=1e-3, abs=1e-4)
+
+
+def test_no_mixture_is_not_measured(llm_train, small):
+    assert llm_train("fit", "-c", small(**BARE, model__init_args__mix="none")).code == 0
+    assert "val/perplexity_mixed" not in Path("runs/bengio_nlm/small/metrics.csv").read_text()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"model__init_args__h": 0, "model__init_args__direct": False}, "nothing connects the words to the output"),
+        ({"data__init_args__rare": 10_000}, "a vocabulary of 1"),
+        ({"data__init_args__train": 1_000_000}, "leave nothing"),
+        ({"data__init_args__train": 3, "data__init_args__val": 10}, "fewer than one window"),
+        ({"model__init_args__block_size": 7}, "model.block_size: the YAML says 7, but the data has 3"),
+        (
+            {"trainer__callbacks+": [{"class_path": "lightning_modules.bengio_nlm.WordVectors",
+                                      "init_args": {"words": ["nowhere"]}}]},
+            "'nowhere' is not in the vocabulary",
+        ),
+    ],
+)  # fmt: skip
+def test_a_mistake_is_one_line(llm_train, small, settings, message):
+    run = llm_train("fit", "-c", small(**settings))
+    errors = [line for line in run.err.splitlines() if line.startswith("error: ")]
+    assert (run.code, len(errors)) == (1, 1), run.err
+    assert message in errors[0]
+    assert "Traceback" not in run.err
+
+
+def test_the_rows_of_the_papers_table_go_over_the_brown_recipe(llm_train):
+    sweep = yaml.safe_load((ROOT / "experiments/bengio_nlm/studies/paper_table.yaml").read_text())
+    shapes = {}
+    for row in sweep["parameters"]["config"]["values"]:
+        config = yaml.safe_load((ROOT / row).read_text())
+        shape = config["model"]["init_args"]
+        shapes[Path(row).stem] = (config["data"]["init_args"]["n"], shape["h"], shape["m"], shape["direct"])
+    assert shapes == {
+        "mlp1_mlp2": (5, 50, 60, True),
+        "mlp3_mlp4": (5, 0, 60, True),
+        "mlp5_mlp6": (5, 50, 30, True),
+        "mlp7_mlp8": (3, 50, 30, True),
+        "mlp9_mlp10": (5, 100, 30, False),
+    }
+    recipe = ROOT / "experiments/bengio_nlm/brown.yaml"
+    parsed = llm_train("fit", "-c", recipe, f"--config={ROOT / row}", "--print_config")
+    assert parsed.code == 0, parsed.err
+    merged = yaml.safe_load(parsed.out)
+    assert merged["optimizer"]["class_path"] == "torch.optim.AdamW"
+    assert (merged["model"]["init_args"]["h"], merged["model"]["init_args"]["direct"]) == (100, False)
+
+
+def test_words_are_looked_up_before_the_training():
+    with pytest.raises(MisconfigurationException, match="n_neighbours is 0"):
+        WordVectors([], n_neighbours=0)

@@ -1,0 +1,705 @@
+"""`llm-train compare` on runs whose means and intervals are known."""
+
+import base64
+import csv
+import io
+import json
+import math
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import wandb
+import yaml
+from helpers import with_settings
+from matplotlib.axes import Axes
+from scipy import stats
+
+from experiments.comparison import figures, tables
+from experiments.comparison.arms import ABSENT, arms_of, differing_settings, short_names, show_values
+from experiments.comparison.measures import Measure, mode_of
+from experiments.comparison.runs import Run, Series, flatten
+from experiments.comparison.statistics import difference, estimate, welch
+
+T_2 = 4.302652729911275  # Student's t, 0.975, two degrees of freedom
+
+WriteRun = Callable[..., Path]
+
+
+@pytest.fixture
+def write_run(tmp_path: Path) -> WriteRun:
+    """Writes a run folder: `val/loss` at steps 10, 20, … and settings over a small configuration, by dotted key."""
+
+    def write(
+        name: str,
+        losses: Sequence[float] = (3.0, 2.0),
+        seed: int = 0,
+        status: str | None = "finished",
+        columns: Mapping[str, Sequence[float]] | None = None,
+        monitor: tuple[str, str] = ("val/loss", "min"),
+        **settings: object,
+    ) -> Path:
+        config = {
+            "seed_everything": seed,
+            "trainer": {
+                "max_steps": 20,
+                "logger": [
+                    {"class_path": "lightning_modules.runtime.loggers.WandbRecorder", "init_args": {"group": name}}
+                ],
+                "callbacks": [
+                    {
+                        "class_path": "lightning_modules.runtime.checkpoint.RunCheckpoint",
+                        "init_args": {"monitor": monitor[0], "mode": monitor[1]},
+                    }
+                ],
+            },
+            "model": {"class_path": "models.decoder.Decoder", "init_args": {"n_layer": 2, "dropout": 0.0}},
+            "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.1, "betas": [0.9, 0.99]}},
+            "run": {"name": name, "topic": "topic"},
+        }
+        folder = tmp_path / "runs" / name
+        folder.mkdir(parents=True)
+        (folder / "config.yaml").write_text(yaml.safe_dump(with_settings(config, settings), sort_keys=False))
+        (folder / "environment.json").write_text("[]")
+        columns = columns if columns is not None else {"val/loss": losses}
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(["step", "epoch", *columns])
+        writer.writerows([10 * step, 0, *row] for step, row in enumerate(zip(*columns.values(), strict=True), start=1))
+        (folder / "metrics.csv").write_text(text.getvalue())
+        if status:
+            error = "ValueError: loss is nan" if status == "failed" else None
+            (folder / "summary.json").write_text(json.dumps({"status": status, "error": error}))
+        return folder
+
+    return write
+
+
+@pytest.fixture
+def two_arms(write_run: WriteRun) -> Path:
+    """Two depths with three seeds each; the deeper is better by 0.1, 0.2 and 0.3, and ends worse than its best."""
+    for seed, loss in enumerate((2.0, 2.2, 2.4)):
+        write_run(f"n_layer=2,seed={seed}", (3.0, loss), seed)
+        write_run(
+            f"n_layer=4,seed={seed}", (loss - 0.1 * (seed + 1), loss + 1), seed, model__init_args__n_layer=4
+        )  # fmt: skip
+    return Path("runs")
+
+
+def read_csv(file: Path) -> list[dict[str, str]]:
+    return list(csv.DictReader(io.StringIO(file.read_text())))
+
+
+# --- statistics ---
+
+
+def test_the_interval_of_a_mean_is_students():
+    found = estimate([1.0, 2.0, 3.0])
+    assert (found.mean, found.n) == (2.0, 3)
+    assert found.half_width == pytest.approx(T_2 / math.sqrt(3))  # s = 1
+    values = [2.31, 2.29, 2.4, 2.33, 2.37]
+    low, high = stats.t.interval(0.95, 4, np.mean(values), stats.sem(values))
+    found = estimate(values)
+    assert (found.mean - found.half_width, found.mean + found.half_width) == pytest.approx((low, high))
+    assert estimate([1.0]).half_width is None
+    assert estimate([math.inf, 1.0]).mean == math.inf
+
+
+def test_runs_of_the_same_seed_are_paired():
+    ours, theirs = {"0": 2.0, "1": 3.1, "2": 4.2}, {"2": 4.0, "1": 3.0, "0": 2.0, "7": 9.0}
+    found = difference(list(ours.items()), list(theirs.items()))
+    expected = stats.ttest_rel([2.0, 3.1, 4.2], [2.0, 3.0, 4.0]).confidence_interval()
+    assert found.mean == pytest.approx(0.1)
+    assert (found.mean - found.half_width, found.mean + found.half_width) == pytest.approx(tuple(expected))
+    assert found.how == "paired by 3 seeds"
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        ([("0", 2.0), ("1", 3.1), ("2", 4.0)], [("3", 1.0), ("4", 1.2)]),
+        ([("0", 2.0), ("0", 3.1), ("1", 4.0)], [("0", 1.0), ("1", 1.2)]),  # which of the two is seed 0's partner?
+    ],
+)
+def test_runs_that_cannot_be_paired_have_welchs_interval(ours, theirs):
+    found = difference(ours, theirs)
+    values = [[value for _, value in arm] for arm in (ours, theirs)]
+    low, high = stats.ttest_ind(*values, equal_var=False).confidence_interval()
+    assert (found.mean - found.half_width, found.mean + found.half_width) == pytest.approx((low, high))
+    assert "not paired" in found.how
+    assert "3 and 2 runs" in found.how
+
+
+def test_a_single_run_has_a_difference_and_no_interval():
+    assert welch([1.0], [2.0, 3.0])[:2] == (-1.5, None)
+    assert welch([1.0, 1.0], [2.0, 2.0])[:2] == (-1.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("values", "shown"),
+    [
+        ([1.7834, 1.7934, 1.7734], "1.783 ± 0.025"),
+        ([100.0, 300.0, 200.0], "200 ± 250"),
+        ([1e6, 3e6, 2e6], "2,000,000 ± 2,500,000"),
+        ([1.0, 1.0], "1.000 ± 0"),
+        ([1234.567], "1,235"),
+        ([0.0], "0"),
+        ([-0.21, 0.2], "0.0 ± 2.6"),
+        ([math.inf], "inf"),
+    ],
+)
+def test_numbers_are_rounded_by_their_interval(values, shown):
+    assert tables.with_interval(estimate(values)) == shown
+
+
+# --- settings and arms ---
+
+
+def test_a_configuration_is_flat_by_the_keys_of_the_command_line():
+    nested = {
+        "optimizer": {"class_path": "torch.optim.SGD", "init_args": {"lr": 1, "betas": [1, 2]}},
+        "trainer": {"callbacks": [{"class_path": "a.b.C"}, {"class_path": "a.b.D", "init_args": {"x": None}}]},
+        "data": {"class_path": "d.e.F", "init_args": {}},
+    }
+    assert flatten(nested) == {
+        "optimizer": "torch.optim.SGD", "optimizer.lr": 1, "optimizer.betas": [1, 2],
+        "trainer.callbacks.C": "a.b.C", "trainer.callbacks.D": "a.b.D", "trainer.callbacks.D.x": None,
+        "data": "d.e.F",
+    }  # fmt: skip
+
+
+def run_with(seed: int = 0, loss: float = 1.0, **settings: object) -> Run:
+    settings = {key.replace("__", "."): value for key, value in settings.items()}
+    metrics = {"val/loss": Series(np.array([1, 2]), np.array([9.0, loss]))}
+    return Run(f"run{seed}", "finished", "", settings, {"seed_everything": seed}, {}, metrics)
+
+
+def test_what_follows_from_a_class_is_no_difference_of_its_own():
+    adam = {"optimizer": "torch.optim.Adam", "optimizer__lr": 1, "optimizer__betas": 1, "same": 1}
+    sgd = {"optimizer": "torch.optim.SGD", "optimizer__lr": 1, "optimizer__momentum": 0.9, "same": 1}
+    assert differing_settings([run_with(**adam), run_with(**sgd)]) == ["optimizer"]
+    runs = [run_with(**adam), run_with(**sgd), run_with(**sgd | {"optimizer__momentum": 0})]
+    assert differing_settings(runs) == ["optimizer", "optimizer.momentum"]
+    assert arms_of(runs)[0].shown == {"optimizer": "Adam", "momentum": "–"}
+
+
+def test_names_are_as_short_as_can_be_told_apart():
+    assert short_names(["optimizer.lr", "model.n_layer"]) == ["lr", "n_layer"]
+    assert short_names(["optimizer.lr", "lr_scheduler.lr", "optimizer"]) == [
+        "optimizer.lr",
+        "lr_scheduler.lr",
+        "optimizer",
+    ]
+    assert short_names(["optimizer", "model.optimizer"]) == ["optimizer", "model.optimizer"]
+    shown = show_values(["models.initialization.xavier", "models.initialization.kaiming", None, True, 3, ABSENT])
+    assert list(shown.values()) == ["xavier", "kaiming", "null", "true", "3", "–"]
+    assert list(show_values(["models.gpt2.init", "models.gpt_neo.init"]).values()) == ["gpt2.init", "gpt_neo.init"]
+    assert list(show_values([0.1, 1e-05, 0.123456789]).values()) == ["0.1", "1e-05", "0.1235"]
+    assert list(show_values([0.1000001, 0.1000002]).values()) == ["0.1000001", "0.1000002"]
+    assert list(show_values(["text.txt", "a/b.tar.gz"]).values()) == ["text.txt", "a/b.tar.gz"]
+
+
+def test_a_whole_number_is_one_setting_however_it_is_written():
+    assert len(arms_of([run_with(warmup=4), run_with(1, warmup=4.0)])) == 1
+    assert len(arms_of([run_with(flag=1), run_with(1, flag=True)])) == 2
+
+
+def test_arms_stand_in_the_order_of_their_values():
+    arms = arms_of([run_with(width=value) for value in (1024, 8, 256, None)])
+    assert [arm.label for arm in arms] == ["width=null", "width=8", "width=256", "width=1024"]
+    assert [arm.label for arm in arms_of([run_with(0), run_with(1)])] == ["all runs"]
+
+
+@pytest.mark.parametrize(
+    ("metric", "mode"),
+    [
+        ("val/loss", "min"), ("val/bits_per_byte", "min"), ("test/error_rate", "min"), ("val/accuracy/far", "max"),
+        ("val/f1", "max"), ("val/attention_entropy", None), ("train/lossless", None), ("val/mine", "max"),
+    ],
+)  # fmt: skip
+def test_a_metric_says_which_value_is_best(metric, mode):
+    assert mode_of(metric, [run_with()], maximize=["val/mine"], minimize=[]) == mode
+    assert mode_of(metric, [run_with()], maximize=[], minimize=[metric]) == "min"
+
+
+def test_the_best_value_is_by_the_mode_and_ignores_nan():
+    run = Run("", "finished", "", {}, {}, {}, {"m": Series(np.arange(4), np.array([2.0, 1.0, 3.0, math.nan]))})
+    assert Measure("m", "best", "min").of(run) == 1.0
+    assert Measure("m", "best", "max").of(run) == 3.0
+    assert math.isnan(Measure("m", "last", "min").of(run))
+    assert Measure("other", "last", "min").of(run) is None
+
+
+# --- the command ---
+
+
+def test_two_arms_are_compared_by_seed(llm_train, two_arms):
+    done = llm_train("compare", two_arms)
+    assert (done.code, done.err) == (0, "")
+    half_width = T_2 * 0.1 / math.sqrt(3)
+    markdown = (two_arms / "comparison/table.md").read_text().splitlines()
+    assert markdown[:4] == [
+        "| n_layer | n | val/loss, best | val/loss, last |",
+        "| --- | --- | --- | --- |",
+        "| 2 | 3 | 2.20 ± 0.50 | 2.20 ± 0.50 |",
+        "| 4 | 3 | 2.00 ± 0.25 | 3.20 ± 0.50 |",
+    ]
+    assert "| n_layer=4 | n_layer=2 | val/loss, best | -0.20 ± 0.25 | not clear | paired by 3 seeds |" in markdown
+    assert "| n_layer=4 | n_layer=2 | val/loss, last | +1.000 ± 0 | worse | paired by 3 seeds |" in markdown
+    assert half_width == pytest.approx(0.25, abs=0.005)
+    assert "n_layer  n  val/loss, best  val/loss, last\n" in done.out
+    assert "-0.20 ± 0.25" in done.out
+
+    table = read_csv(two_arms / "comparison/table.csv")
+    assert float(table[1]["val/loss, best, low"]) == pytest.approx(2.0 - half_width)
+    runs = read_csv(two_arms / "comparison/runs.csv")
+    assert [row["seed"] for row in runs] == ["0", "1", "2"] * 2
+    assert [float(row["val/loss, best"]) for row in runs[3:]] == pytest.approx([1.9, 2.0, 2.1])
+    assert runs[0]["run"] == "runs/n_layer=2,seed=0"
+
+
+def test_curves_are_means_with_their_intervals(llm_train, two_arms):
+    llm_train("compare", two_arms)
+    points = read_csv(two_arms / "comparison/curves.csv")
+    assert [(p["arm"], p["step"]) for p in points] == [(f"n_layer={n}", str(step)) for n in (2, 4) for step in (10, 20)]
+    last = {key: float(points[1][key]) for key in ("value", "low", "high")}
+    half_width = T_2 * 0.2 / math.sqrt(3)
+    assert last == pytest.approx({"value": 2.2, "low": 2.2 - half_width, "high": 2.2 + half_width})
+
+
+def test_the_page_needs_nothing_else(llm_train, two_arms):
+    llm_train("compare", two_arms, "--out", "a & b")
+    page = Path("a & b/index.html").read_text()
+    assert not re.search(r"(src|href)=\"(?!data:image/png;base64,)|https?://|@import|url\(", page)
+    assert "llm-train compare runs --out &#x27;a &amp; b&#x27;" in page
+    images = [base64.b64decode(image) for image in re.findall(r"base64,([^\"]+)", page)]
+    assert images == [Path("a & b", name).read_bytes() for name in ("summary.png", "curves.png")]
+    assert all(image.startswith(b"\x89PNG") for image in images)
+    assert "<td>2.00 ± 0.25</td>" in page
+    assert page.count("runs/n_layer=") == 6
+
+
+def test_what_has_not_finished_stays_out_of_the_means(llm_train, two_arms, write_run):
+    write_run("n_layer=2,seed=3", (50.0, 50.0), 3, status=None)
+    write_run("n_layer=2,seed=4", (60.0, 60.0), 4, status="stopped")
+    write_run("n_layer=8,seed=0", (70.0, 70.0), 0, status="failed", model__init_args__n_layer=8)
+    done = llm_train("compare", two_arms)
+    assert done.err.splitlines() == [
+        "left out runs/n_layer=2,seed=3: unfinished",
+        "left out runs/n_layer=2,seed=4: stopped",
+        "left out runs/n_layer=8,seed=0: failed (ValueError: loss is nan)",
+    ]
+    markdown = (two_arms / "comparison/table.md").read_text()
+    assert "| 2 | 3 | 1 stopped, 1 unfinished | 2.20 ± 0.50 | 2.20 ± 0.50 |" in markdown
+    assert "| 8 | 0 | 1 failed | – | – |" in markdown
+    assert "Left out of the means: 3 of 9 runs (1 failed, 1 stopped, 1 unfinished)." in done.out
+    drawn = {(point["arm"], point["run"]) for point in read_csv(two_arms / "comparison/curves.csv")}
+    assert ("n_layer=8", "runs/n_layer=8,seed=0") in drawn  # but the figure shows how far it came
+
+    llm_train("compare", two_arms, "--unfinished")
+    assert "| 8 | 1 | 70.00 | 70.00 |" in (two_arms / "comparison/table.md").read_text()
+
+
+def damage_config(run: Path) -> None:
+    (run / "config.yaml").write_text("model: [")
+
+
+def remove_config(run: Path) -> None:
+    (run / "config.yaml").unlink()
+
+
+def empty_config(run: Path) -> None:
+    (run / "config.yaml").write_text("")
+
+
+def remove_metrics(run: Path) -> None:
+    (run / "metrics.csv").unlink()
+
+
+def damage_metrics(run: Path) -> None:
+    (run / "metrics.csv").write_text("step,epoch,val/loss\n10,0,1.0\n20,0\n")
+
+
+def misspell_metrics(run: Path) -> None:
+    (run / "metrics.csv").write_text("step,epoch,val/loss\n10,0,one\n")
+
+
+def step_less_metrics(run: Path) -> None:
+    (run / "metrics.csv").write_text("epoch,val/loss\n0,1.0\n")
+
+
+def binary_metrics(run: Path) -> None:
+    (run / "metrics.csv").write_bytes(b"\xff\xfe\x00")
+
+
+def halve_summary(run: Path) -> None:
+    (run / "summary.json").write_text('{"status": "fin')
+
+
+def list_summary(run: Path) -> None:
+    (run / "summary.json").write_text("[1]")
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (damage_config, 'in "runs/bad/config.yaml", line'),
+        (remove_config, "config.yaml is missing"),
+        (empty_config, "config.yaml holds no settings"),
+        (remove_metrics, "it has finished, and metrics.csv is missing or empty"),
+        (damage_metrics, "metrics.csv, line 3: 2 values for 3 columns"),
+        (misspell_metrics, "metrics.csv, column val/loss: could not convert string to float: 'one'"),
+        (step_less_metrics, "metrics.csv: its first column is 'epoch' and not 'step'"),
+        (binary_metrics, "can't decode byte"),
+        (halve_summary, "summary.json: "),
+        (list_summary, "list indices"),
+    ],
+)
+def test_a_damaged_run_is_skipped_with_a_line_that_names_it(llm_train, two_arms, write_run, damage, reason):
+    damage(write_run("bad", seed=9))
+    done = llm_train("compare", two_arms)
+    assert done.code == 0
+    (line,) = done.err.splitlines()
+    assert line.startswith("skipped runs/bad: ")
+    assert reason in line
+    assert "| 2 | 3 |" in (two_arms / "comparison/table.md").read_text()
+    assert "Skipped, as they cannot be read: 1." in done.out
+
+
+def test_a_run_that_has_logged_nothing_never_counts(llm_train, two_arms, write_run):
+    remove_metrics(write_run("started", status=None))
+    done = llm_train("compare", two_arms, "--unfinished")
+    assert (done.code, done.err) == (0, "left out runs/started: unfinished, it has logged nothing\n")
+
+
+def test_a_half_written_last_line_is_not_read(llm_train, write_run):
+    run = write_run("killed", (3.0, 2.0), status=None)
+    with (run / "metrics.csv").open("a") as file:
+        file.write("30,0,1.")
+    llm_train("compare", "runs", "--unfinished")
+    assert [row["val/loss, best = last"] for row in read_csv(Path("runs/comparison/runs.csv"))] == ["2"]
+
+
+def test_of_rows_of_one_step_the_last_is_taken(llm_train, write_run):
+    for seed in range(3):
+        with (write_run(f"seed={seed}", (3.0, 2.0), seed) / "metrics.csv").open("a") as file:
+            file.write("20,0,1.0\n")
+    llm_train("compare", "runs")
+    assert [(row["step"], row["value"]) for row in read_csv(Path("runs/comparison/curves.csv"))] == [
+        ("10", "3.0"), ("20", "1.0"),
+    ]  # fmt: skip
+
+
+def test_runs_are_found_at_any_depth_and_only_once(llm_train, write_run):
+    run = write_run("study/arm,seed=0")
+    shutil.copytree(run, "runs/other/deep/run")
+    (run / "wandb/files").mkdir(parents=True)
+    (run / "wandb/files/config.yaml").write_text("not: a run")
+    Path("runs/link").symlink_to(run.parent)
+    done = llm_train("compare", run, "runs", "runs/study", "--out", "out")
+    assert done.err == ""
+    assert len(read_csv(Path("out/runs.csv"))) == 2
+
+
+def test_runs_with_the_same_seed_are_told_of(llm_train, write_run):
+    write_run("one", seed=0)
+    write_run("two", seed=0)
+    assert "A seed is there more than once in all runs" in llm_train("compare", "runs").out
+
+
+def test_metrics_are_what_the_runs_monitor_and_what_they_have_in_common(llm_train, write_run):
+    columns = {"train/loss": [1, 2], "val/size": [1, 2], "val/bad/far": [1, 2], "val/accuracy": [0.5, 0.4]}
+    for name, more in (("one", {}), ("two", {"val/other": [1, 2]})):
+        write_run(name, columns=columns | more, monitor=("val/accuracy", "max"))
+    llm_train("compare", "runs")
+    header = Path("runs/comparison/table.md").read_text().splitlines()[0]
+    assert header == "| n | val/accuracy, best | val/accuracy, last | val/size, last |"
+    llm_train("compare", "runs", "--metrics", "val/other", "train/loss", "--maximize", "val/other")
+    first, _, row, *_ = Path("runs/comparison/table.md").read_text().splitlines()
+    assert first == "| n | val/other, best = last | train/loss, best | train/loss, last |"
+    assert row == "| 2 | 2.000 (n = 1) | 1.000 ± 0 | 2.000 ± 0 |"
+
+
+def test_the_result_of_a_test_is_compared_too(llm_train, write_run):
+    for seed in (0, 1):
+        run = write_run(f"seed={seed}", seed=seed)
+        (run / "summary_test.json").write_text(json.dumps({"metrics": {"test/accuracy": 0.5 + seed}}))
+    llm_train("compare", "runs")
+    (row,) = read_csv(Path("runs/comparison/table.csv"))
+    assert float(row["test/accuracy, best = last, mean"]) == 1.0
+    assert {point["metric"] for point in read_csv(Path("runs/comparison/curves.csv"))} == {
+        "val/loss"
+    }  # it has no course
+
+
+def test_a_metric_without_a_course_leaves_no_old_figure(llm_train, write_run):
+    run = write_run("one")
+    llm_train("compare", "runs")
+    assert Path("runs/comparison/curves.png").is_file()
+    (run / "metrics.csv").write_text("step,epoch,val/loss\n10,0,1.0\n")
+    llm_train("compare", "runs")
+    assert not Path("runs/comparison/curves.png").exists()
+
+
+def test_arms_are_compared_with_a_baseline_under_the_same_other_settings(llm_train, write_run):
+    for width in (8, 16):
+        for scale in (True, False):
+            loss = width / 8 + (0.0 if scale else 0.5)
+            write_run(f"{width},{scale}", (9.0, loss), model__init_args__width=width, model__init_args__scale=scale)
+    llm_train("compare", "runs", "--baseline", "model.scale=true")  # the whole name of what the table calls `scale`
+    markdown = Path("runs/comparison/table.md").read_text()
+    for width in (8, 16):
+        row = f"| width={width}, scale=false | width={width}, scale=true | val/loss, best = last | +0.5000 |"
+        assert row in markdown
+    assert markdown.count("no interval: a single run in an arm") == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["missing"], "missing: there is no such folder"),
+        (["empty"], "there are no runs in empty"),
+        (["runs", "--metrics", "val/lose"], "--metrics val/lose: no run has logged it (did you mean 'val/loss'?)"),
+        (["runs", "--metrics", "x"], "(there are val/loss)"),
+        (["runs", "--baseline", "depth=2"], "--baseline depth: the runs differ in n_layer"),
+        (["runs", "--baseline", "n_layer=7"], "there is n_layer=2, n_layer=4"),
+        (["runs", "--maximize", "val/lose"], "val/lose is not compared; there is val/loss"),
+        (["--wandb", "project"], "--wandb project: give ENTITY/PROJECT or ENTITY/PROJECT/GROUP"),
+        (["runs", "--out", "file"], "file"),
+    ],
+)
+def test_a_mistake_costs_one_line(llm_train, two_arms, arguments, says):
+    Path("empty").mkdir()
+    Path("file").touch()
+    done = llm_train("compare", *arguments)
+    assert done.code == 1
+    (line,) = done.err.splitlines()
+    assert line.startswith("error: ")
+    assert says in line
+    assert not (two_arms / "comparison").exists()
+
+
+def test_runs_without_a_common_metric(llm_train, write_run):
+    write_run("one", columns={"val/loss": [1.0]})
+    write_run("two", columns={"val/bytes_per_token": [1.0]})
+    done = llm_train("compare", "runs")
+    assert (done.code, done.err) == (
+        1,
+        "error: these 2 runs have no metric in common: runs/one has val/loss, runs/two has val/bytes_per_token\n",
+    )
+    shutil.rmtree("runs")
+    write_run("one", columns={"train/loss": [1.0]})
+    assert "choose with --metrics from train/loss" in llm_train("compare", "runs").err
+
+
+def test_no_run_that_counts(llm_train, write_run):
+    run = write_run("one", status=None)
+    done = llm_train("compare", "runs")
+    assert done.err.splitlines()[1:] == [
+        "error: none of these runs has finished (1 unfinished); --unfinished counts them all"
+    ]
+    empty_config(run)
+    assert "error: none of the 1 runs in runs can be read" in llm_train("compare", "runs").err
+
+
+def test_either_folders_or_wandb(llm_train):
+    assert llm_train("compare").code == 2
+    assert "give either run folders or --wandb" in llm_train("compare", "runs", "--wandb", "a/b").err
+
+
+def test_a_failure_leaves_the_earlier_comparison(llm_train, two_arms, monkeypatch):
+    llm_train("compare", two_arms)
+    before = {file.name: file.read_bytes() for file in (two_arms / "comparison").iterdir()}
+
+    def full(*_: object) -> None:
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr("os.replace", full)
+    failed = llm_train("compare", two_arms, "--maximize", "val/loss")
+    assert (failed.code, failed.err) == (1, "error: the disk is full\n")
+    assert {file.name: file.read_bytes() for file in (two_arms / "comparison").iterdir()} == before
+
+
+# --- figures ---
+
+
+def points_of(axes: Axes) -> list[list[tuple[float, float]]]:
+    return [list(map(tuple, line.get_xydata())) for line in axes.get_lines() if line.get_linestyle() != "None"]
+
+
+def test_results_stand_over_a_setting_that_is_a_number():
+    runs = [
+        run_with(seed, loss=width * (1 + scale) + seed, width=width, scale=scale)
+        for width in (1, 10, 100)
+        for scale in (True, False)
+        for seed in (0, 2)
+    ]
+    picture = figures.draw_summary(arms_of(runs), [Measure("val/loss", "last", "min")], range(6))
+    (axes,) = picture.axes
+    assert (axes.get_xlabel(), axes.get_ylabel(), axes.get_xscale()) == ("width", "val/loss, last", "log")
+    means = {tuple(line) for line in map(tuple, points_of(axes)) if len(line) == 3}
+    assert means == {((1, 2), (10, 11), (100, 101)), ((1, 3), (10, 21), (100, 201))}
+    (legend,) = picture.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["scale=false", "scale=true"]
+
+
+def test_other_arms_stand_below_each_other():
+    runs = [run_with(0, loss=loss, init=name) for name, loss in (("xavier", 2.0), ("gpt2", 1.0))]
+    picture = figures.draw_summary(arms_of(runs), [Measure("val/loss", "last", "min")], [0, 1])
+    (axes,) = picture.axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["init=gpt2", "init=xavier"]
+    assert axes.get_xlabel() == "val/loss, last"
+
+
+def test_numbers_that_change_together_make_no_line():
+    arms = arms_of([run_with(width=width, depth=width) for width in (1, 2, 3)])
+    assert figures._numeric_setting(arms) is None
+    assert figures._numeric_setting(arms_of([run_with(width=width) for width in (1, 2, 3)])) == "width"
+    assert figures._numeric_setting(arms_of([run_with(flag=flag) for flag in (True, False)])) is None
+
+
+def test_of_many_arms_the_best_are_coloured():
+    arms = arms_of([run_with(0, loss=1 + number, name=f"arm{number:02}") for number in range(60)])
+    curves = figures.curves_of(["val/loss"], arms)
+    picture = figures.draw_curves(curves, arms, ranking=range(60))
+    (legend,) = picture.legends
+    labels = [text.get_text() for text in legend.get_texts()]
+    assert labels == [*(f"name=arm0{number}" for number in range(7)), "other arms"]
+    assert len(picture.axes[0].get_lines()) == 60
+    picture = figures.draw_summary(arms, [Measure("val/loss", "last", "min")], ranking=range(60))
+    assert len(picture.axes[0].get_yticklabels()) == 30
+
+
+def test_fourteen_lines_can_be_told_apart():
+    looks = figures._all_looks()
+    assert len({(look["color"], look["linestyle"]) for look in looks}) == len(looks) == 14
+
+
+def test_an_axis_fits_the_curves_and_not_a_wide_band():
+    runs = [run_with(seed, loss=8.0 + seed) for seed in range(3)]
+    arms = arms_of(runs)
+    (curve,) = figures.curves_of(["val/loss"], arms)
+    assert (curve.values.tolist(), len(curve.steps)) == ([9.0, 9.0], 2)
+    runs[0].metrics["val/loss"].values[1] = 1000.0
+    (axes,) = figures.draw_curves(figures.curves_of(["val/loss"], arms), arms, [0]).axes
+    assert axes.get_yscale() == "log"
+    assert axes.get_ylim()[1] < 1000
+
+
+def test_a_long_curve_is_thinned_and_keeps_its_ends():
+    series = Series(np.arange(5_000), np.arange(5_000.0))
+    runs = [Run(str(seed), "finished", "", {}, {"seed": seed}, {}, {"val/loss": series}) for seed in range(3)]
+    (curve,) = figures.curves_of(["val/loss"], arms_of(runs))
+    assert (len(curve.steps), curve.steps[0], curve.steps[-1], curve.values[-1]) == (300, 0, 4_999, 4_999.0)
+
+
+# --- real runs, W&B, start-up ---
+
+
+def test_runs_of_the_real_command(llm_train, tiny):
+    for seed in (1, 2):
+        for lr in (1e-2, 1e-3):
+            name = f"lr={lr},seed={seed}"
+            flags = (
+                "--run.name",
+                name,
+                "--run.root",
+                "runs",
+                "--optimizer.lr",
+                str(lr),
+                "--seed_everything",
+                str(seed),
+            )
+            assert llm_train("fit", "-c", tiny(), *flags, "--trainer.max_steps", "16").code == 0
+    folder = Path("runs/decoder_pretrain")
+    done = llm_train("compare", folder)
+    assert (done.code, done.err) == (0, "")
+    rows = read_csv(folder / "comparison/runs.csv")
+    assert [(row["lr"], row["seed"]) for row in rows] == [("0.001", "1"), ("0.001", "2"), ("0.01", "1"), ("0.01", "2")]
+    for row in rows:
+        best = json.loads((Path(row["run"]) / "summary.json").read_text())["best"]
+        column = next(name for name in row if name.startswith("val/loss, best"))
+        assert float(row[column]) == pytest.approx(best["value"], rel=1e-6)
+    assert "lr=0.01  lr=0.001" in done.out
+    assert "paired by 2 seeds" in done.out
+
+
+class FakeRun(SimpleNamespace):
+    def scan_history(self):
+        yield {"_step": 0, "trainer/global_step": 10, "train/loss": 5.0, "epoch": 0}
+        yield {"_step": 1, "trainer/global_step": 20, "val/loss": 7.0, "figures/curve": {"_type": "image"}}
+        yield {"_step": 2, "trainer/global_step": 10, "val/loss": "NaN"}
+        yield {"_step": 3, "trainer/global_step": 20, "val/loss": self.loss}  # again, by the resumed run
+        yield {"_step": 4, "_runtime": 3.0}
+
+
+@pytest.fixture
+def fake_wandb(monkeypatch):
+    """W&B's public API with four training runs of a group, one that still runs, and one that is a test."""
+    asked = {}
+
+    class Api:
+        def runs(self, path, filters, lazy):
+            asked.update(path=path, filters=filters)
+            for number in range(6):
+                config = {
+                    "seed_everything": number // 2,
+                    "model": {"class_path": "a.b.C", "init_args": {"dropout": number % 2 / 10}},
+                    "run": {"name": f"run{number}"},
+                    "environment": {"commit": str(number)},
+                }
+                yield FakeRun(
+                    id=f"id{number}", name=f"run{number}", config=config, loss=1.0 + number,
+                    state="running" if number == 4 else "finished", job_type="test" if number == 5 else "fit",
+                )  # fmt: skip
+
+    monkeypatch.setattr(wandb, "Api", Api)
+    return asked
+
+
+def test_runs_are_read_from_wandb(llm_train, fake_wandb):
+    done = llm_train("compare", "--wandb", "me/project/group/of", "--out", "out")
+    assert done.err == "left out me/project/id4 (run4): unfinished\n"
+    assert fake_wandb == {"path": "me/project", "filters": {"group": "group/of"}}
+    rows = read_csv(Path("out/runs.csv"))
+    assert [(row["dropout"], row["seed"], row["val/loss, best = last"]) for row in rows] == [
+        ("0", "0", "1"), ("0", "1", "3"), ("0", "2", "5"), ("0.1", "0", "2"), ("0.1", "1", "4"),
+    ]  # fmt: skip
+    assert "| 0.1 | 2 |  | 3 ± 13 |" in Path("out/table.md").read_text()
+    assert "+1.000 ± 0" in done.out
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        wandb.errors.UsageError("No API key configured."),
+        ValueError("Could not find project x"),
+        wandb.errors.CommError("404"),
+    ],
+)
+def test_what_wandb_refuses_is_one_line(llm_train, monkeypatch, error):
+    class Api:
+        def runs(self, *_, **__):
+            raise error
+
+    monkeypatch.setattr(wandb, "Api", Api)
+    done = llm_train("compare", "--wandb", "me/x")
+    assert (done.code, done.err) == (1, f"error: --wandb me/x: {error}\n")
+
+
+def test_wandb_without_runs(llm_train, monkeypatch):
+    monkeypatch.setattr(wandb, "Api", lambda: SimpleNamespace(runs=lambda *_, **__: []))
+    assert llm_train("compare", "--wandb", "me/x").err == "error: --wandb me/x: there are no training runs\n"
+
+
+def test_the_command_starts_without_torch():
+    modules = "import sys, experiments.comparison.command; print(*{name.split('.')[0] for name in sys.modules})"
+    root = Path(__file__).parents[2]
+    loaded = subprocess.run([sys.executable, "-c", modules], cwd=root, capture_output=True, text=True, check=True)
+    assert not {"torch", "lightning", "wandb", "pandas", "matplotlib"} & set(loaded.stdout.split())

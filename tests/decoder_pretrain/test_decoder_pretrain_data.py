@@ -1,0 +1,430 @@
+import json
+import multiprocessing
+import os
+import pickle
+import signal
+import tracemalloc
+from itertools import chain
+
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from datamodules import tokens
+from datamodules.decoder_pretrain.data import PretrainDataModule
+from datamodules.sources import ListText, Piece, Source, TextFiles
+from datamodules.tokenizers import byte_tokenizer
+from datamodules.tokens import TokenFile, TokenWindows, prepare_tokens, random_windows, sequential_windows
+
+TEXT = "".join(f"line {i}\n" for i in range(200))  # 1,690 bytes
+TRAIN, VAL = TEXT[:1521], TEXT[1521:]
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("LLM_TRAIN_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+class Counted(ListText):
+    """A source that counts how often it is read."""
+
+    readings = 0
+
+    def pieces(self):
+        self.readings += 1
+        return super().pieces()
+
+
+def prepare(source, cache, tokenizer=None, **options):
+    return prepare_tokens(source, tokenizer or byte_tokenizer(), cache, **options)
+
+
+def read(file):
+    return file.open().tolist() if file.n_tokens else []
+
+
+def texts(file):
+    """Return the documents of a file of byte tokens."""
+    ids = read(file)
+    ends = [i for i, token in enumerate(ids) if token == 256]
+    return [bytes(ids[a + 1 : b]).decode() for a, b in zip([-1, *ends], [*ends, len(ids)], strict=True)]
+
+
+def module(source=None, stage="fit", **options):
+    options = {"block_size": 16, "batch_size": 4} | options
+    datamodule = PretrainDataModule(source or ListText([TEXT]), **options)
+    datamodule.prepare_data()
+    datamodule.setup(stage)
+    return datamodule
+
+
+# --- the cache -------------------------------------------------------------------------------------------------------
+
+
+def test_a_text_is_tokenized_once(cache):
+    source = Counted([TEXT])
+    first, second = prepare(source, cache), prepare(source, cache)
+    assert source.readings == 1
+    assert first == second
+    assert bytes(read(first["train"])).decode() == TEXT
+    assert first["train"].dtype == "uint16"
+
+
+def test_the_cache_follows_the_source_the_tokenizer_and_the_split(cache, tmp_path):
+    file = tmp_path / "text.txt"
+    file.write_text("abab\n" * 4)
+    byte = prepare(TextFiles(str(file)), cache)["train"]
+    assert prepare(TextFiles(str(file)), cache, split="documents")["train"].path != byte.path
+    assert prepare(TextFiles(str(file)), cache, val_fraction=0.5)["train"].n_tokens == 10
+    datamodule = module(TextFiles(str(file)), tokenizer="character", block_size=2, batch_size=1, val_fraction=0)
+    assert read(datamodule.files["train"])[:5] == [1, 2, 1, 2, 0]
+    file.write_text("changed\n")
+    assert bytes(read(prepare(TextFiles(str(file)), cache)["train"])) == b"changed\n"
+
+
+@pytest.mark.parametrize("harm", ["cut", "longer", "missing", "meta", "empty"])
+def test_a_damaged_cache_is_made_again(cache, harm, monkeypatch):
+    said = []
+    monkeypatch.setattr(tokens, "say", said.append)
+    source = Counted([TEXT])
+    file = prepare(source, cache, val_fraction=0.1)["train"]
+    meta = file.path.with_name("meta.json")
+    if harm == "cut":
+        os.truncate(file.path, 100)
+    elif harm == "longer":
+        file.path.write_bytes(file.path.read_bytes() + b"..")
+    elif harm == "missing":
+        file.path.unlink()
+    elif harm == "meta":
+        meta.write_text(meta.read_text()[:20])
+    else:
+        meta.write_text("[]")
+    del said[:]
+    assert bytes(read(prepare(source, cache, val_fraction=0.1)["train"])).decode() == TRAIN
+    assert source.readings == 2
+    assert sum("is damaged" in line for line in said) == 1
+    assert len(list((cache / "tokens").iterdir())) == 1
+
+
+class Deadly(Source):
+    """A source whose reader is killed in the middle, the first time."""
+
+    def __init__(self, kill):
+        self.kill = kill
+
+    def fingerprint(self):
+        return "deadly"
+
+    def pieces(self):
+        for number in range(4):
+            if self.kill and number == 3:
+                os.kill(os.getpid(), signal.SIGKILL)
+            yield Piece("x" * 2**20, number == 3)
+
+
+def test_a_preparation_that_is_killed_leaves_nothing_that_is_taken(cache):
+    process = multiprocessing.get_context("fork").Process(target=prepare, args=(Deadly(kill=True), cache))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    (unfinished,) = (cache / "tokens").iterdir()  # something was written
+    assert sum(path.stat().st_size for path in unfinished.rglob("*.bin")) > 0
+    assert prepare(Deadly(kill=False), cache)["train"].n_tokens == 4 * 2**20
+
+
+class Overtaken(ListText):
+    """A source whose reader is overtaken by another process that prepares the same text."""
+
+    def pieces(self):
+        yield from super().pieces()
+        self.files = prepare(ListText(self.texts), self.cache)
+        self.inode = self.files["train"].path.stat().st_ino
+
+
+def test_of_two_preparations_the_first_to_finish_wins(cache):
+    slow = Overtaken([TEXT])
+    slow.cache = cache
+    files = prepare(slow, cache)
+    assert files == slow.files
+    assert files["train"].path.stat().st_ino == slow.inode
+    assert len(list((cache / "tokens").iterdir())) == 1  # the slower one's files are gone
+
+
+def test_a_failure_in_the_middle_leaves_nothing(cache, tmp_path):
+    file = tmp_path / "latin.txt"
+    file.write_bytes(b"a" * 2**21 + b"\xe9")
+    with pytest.raises(MisconfigurationException, match=f"byte {2**21} "):
+        prepare(TextFiles(str(file)), cache)
+    assert not list((cache / "tokens").iterdir())
+
+
+def test_a_cache_that_cannot_be_written_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(MisconfigurationException, match=r"cannot be written to .*data.cache_dir") as caught:
+        prepare(ListText([TEXT]), tmp_path / "file")
+    assert "\n" not in str(caught.value)
+
+
+def test_many_tokens_need_wider_files(cache):
+    from datamodules.tokenizers import character_tokenizer
+
+    letters = "".join(chr(0x10000 + i) for i in range(2**16 + 1))
+    file = prepare(ListText([letters]), cache, character_tokenizer(letters, end_of_text=False))["train"]
+    assert file.dtype == "uint32"
+    assert read(file) == list(range(2**16 + 1))
+
+
+def test_memory_stays_flat(cache, tmp_path):
+    file = tmp_path / "large.txt"
+    file.write_bytes(b"The quick brown fox.\n" * 2_000_000)  # 42 MB
+    tracemalloc.start()
+    files = prepare(TextFiles(str(file)), cache, val_fraction=0.1)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert files["train"].n_tokens + files["val"].n_tokens == 42_000_000
+    assert peak < 20e6
+
+
+# --- splits ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_tail_is_cut_where_nanogpt_cuts_it(cache):
+    source = ListText(["abcdefghij" * 111_539 + "abcd"])  # as many characters as tinyshakespeare
+    files = prepare(source, cache, val_fraction=0.1)
+    assert [files[side].n_tokens for side in ("train", "val", "test")] == [1_003_854, 111_540, 0]
+
+
+def test_the_sides_of_a_tail_split_are_the_text_in_order(cache):
+    files = prepare(ListText([TEXT]), cache, val_fraction=0.2, test_fraction=0.1)
+    sides = [bytes(read(files[side])).decode() for side in ("train", "val", "test")]
+    assert "".join(sides) == TEXT
+    assert [len(side) for side in sides] == [1183, 338, 169]
+
+
+def test_documents_go_whole_to_one_side_and_copies_together(cache):
+    documents = [f"document {i % 300}" for i in range(400)]
+    files = prepare(ListText(documents), cache, split="documents", val_fraction=0.2, test_fraction=0.1)
+    sides = {side: texts(file) for side, file in files.items()}
+    assert sorted(chain.from_iterable(sides.values())) == sorted(documents)
+    assert not set(sides["train"]) & set(sides["val"])
+    assert not set(sides["train"]) & set(sides["test"])
+    assert not set(sides["val"]) & set(sides["test"])
+    assert 0.1 < len(set(sides["val"])) / 300 < 0.3
+    assert 0.04 < len(set(sides["test"])) / 300 < 0.2
+    # The side of a document does not depend on what else there is.
+    alone = prepare(ListText([sides["val"][0]]), cache, split="documents", val_fraction=0.2, test_fraction=0.1)
+    assert texts(alone["val"]) == [sides["val"][0]]
+
+
+def test_a_document_of_many_pieces_stays_whole(cache):
+    long = "".join(f"{i}\n" for i in range(100_000))
+    files = prepare(ListText([long, "short", long + "!"]), cache)
+    assert texts(files["train"]) == [long, "short", long + "!"]
+
+
+def test_validation_and_test_from_sources_of_their_own():
+    datamodule = module(val_source=ListText(["val"]), test_source=ListText(["test!"]))
+    sides = [bytes(read(datamodule.files[side])) for side in ("train", "val", "test")]
+    assert sides == [TEXT.encode(), b"val", b"test!"]
+
+
+# --- windows ---------------------------------------------------------------------------------------------------------
+
+
+def test_random_windows_start_anywhere_and_end_in_the_text():
+    n, order = random_windows(n_tokens=100, block_size=10, seed=1)
+    starts = torch.cat([order(epoch) for epoch in range(200)])
+    assert n == len(order(0)) == 10
+    assert set(starts.tolist()) == set(range(90))  # the last reaches the last token as its last target
+    assert order(0).tolist() == random_windows(100, 10, seed=1)[1](0).tolist()
+    assert order(0).tolist() != order(1).tolist()
+    assert order(0).tolist() != random_windows(100, 10, seed=2)[1](0).tolist()
+
+
+@pytest.mark.parametrize("n_tokens", [11, 15, 20, 21, 99, 100, 101, 1000])
+def test_sequential_windows_never_overlap(n_tokens):
+    n, order = sequential_windows(n_tokens, block_size=10, seed=1)
+    offsets = set()
+    for epoch in range(50):
+        starts = np.sort(order(epoch).numpy())
+        assert len(starts) == n
+        assert (np.diff(starts) == 10).all()
+        assert starts[0] >= 0
+        assert starts[-1] + 10 < n_tokens  # the last window's last target is there
+        assert n_tokens - (starts[-1] + 11) + starts[0] < 20  # what is left out at the two ends
+        offsets.add(int(starts[0]))
+    assert len(offsets) == min(10, n_tokens - 10 * n)  # the grid moves
+    assert n < 5 or order(0).tolist() != sorted(order(0).tolist())
+
+
+def token_windows(tmp_path, n_tokens=25, block_size=4):
+    (tmp_path / "tokens.bin").write_bytes(np.arange(n_tokens, dtype=np.uint16).tobytes())
+    byte_lengths = np.arange(100) % 3
+    return TokenWindows(TokenFile(tmp_path / "tokens.bin", "uint16", n_tokens), block_size, byte_lengths, 99)
+
+
+def test_a_batch_has_the_next_token_as_target(tmp_path):
+    batch = token_windows(tmp_path)[torch.tensor([20, 3])]
+    assert batch["input_ids"].tolist() == [[20, 21, 22, 23], [3, 4, 5, 6]]
+    assert batch["targets"].tolist() == [[21, 22, 23, 24], [4, 5, 6, 7]]
+    assert batch["target_bytes"].item() == (0 + 1 + 2 + 0) + (1 + 2 + 0 + 1)
+    assert {value.dtype for value in batch.values()} == {torch.int64}
+    assert batch["target_bytes"].dim() == 0
+
+
+def test_beyond_the_end_is_padding_that_does_not_count(tmp_path):
+    batch = token_windows(tmp_path, n_tokens=23)[torch.tensor([20])]
+    assert batch["input_ids"].tolist() == [[20, 21, 22, 99]]
+    assert batch["targets"].tolist() == [[21, 22, -100, -100]]
+    assert batch["target_bytes"].item() == 0 + 1
+
+
+def test_no_windows_make_an_empty_batch(tmp_path):
+    batch = token_windows(tmp_path)[torch.tensor([], dtype=torch.int64)]
+    assert batch["input_ids"].shape == batch["targets"].shape == (0, 4)
+    assert batch["target_bytes"].item() == 0
+
+
+@pytest.mark.parametrize("n_tokens", [2, 4, 5, 6, 8, 9, 25])
+def test_evaluation_predicts_every_token_but_the_first_once(tmp_path, n_tokens):
+    windows = token_windows(tmp_path, n_tokens)
+    targets = windows[windows.covering_starts()]["targets"]
+    assert targets[targets != -100].tolist() == list(range(1, n_tokens))
+
+
+def test_a_worker_gets_the_file_and_not_its_content(tmp_path):
+    windows = token_windows(tmp_path, n_tokens=60_000)
+    before = windows[torch.tensor([50])]["input_ids"]
+    pickled = pickle.dumps(windows)
+    assert len(pickled) < 5_000
+    assert pickle.loads(pickled)[torch.tensor([50])]["input_ids"].tolist() == before.tolist()
+
+
+# --- the datamodule --------------------------------------------------------------------------------------------------
+
+
+def inputs(loader, epoch=0):
+    loader.sampler.set_epoch(epoch)
+    return [batch["input_ids"].tolist() for batch in loader]
+
+
+def test_what_the_module_is_told():
+    datamodule = PretrainDataModule(ListText(["no text is read for this"]), block_size=8, batch_size=2)
+    assert (datamodule.vocab_size, datamodule.pad_token_id, datamodule.block_size) == (257, None, 8)
+    assert datamodule.tokenizer.decode([104, 105]) == "hi"
+    characters = PretrainDataModule(ListText(["abc"]), block_size=8, batch_size=2, tokenizer="character")
+    assert characters.vocab_size == 3
+
+
+@pytest.mark.parametrize("windows", ["random", "sequential"])
+def test_training_windows_are_of_the_training_text(windows):
+    datamodule = module(windows=windows)
+    loader = datamodule.train_dataloader()
+    assert len(loader) == {"random": 95, "sequential": 94}[windows] // 4
+    for batch in inputs(loader):
+        for row in batch:
+            assert bytes(row).decode() in TRAIN
+    assert inputs(loader, epoch=1) != inputs(loader, epoch=0)
+    assert inputs(loader, epoch=1) == inputs(module(windows=windows).train_dataloader(), epoch=1)
+    assert inputs(loader) != inputs(module(windows=windows, seed=1).train_dataloader())
+
+
+def test_workers_give_the_same_batches():
+    alone, helped = module(), module(num_workers=2)
+    assert inputs(helped.train_dataloader(), epoch=3) == inputs(alone.train_dataloader(), epoch=3)
+    assert inputs(helped.val_dataloader()) == inputs(alone.val_dataloader())
+
+
+def test_validation_is_the_whole_side_whatever_the_batch():
+    for batch_size in (1, 4, 64):
+        batches = list(module(batch_size=batch_size).val_dataloader())
+        targets = torch.cat([batch["targets"].flatten() for batch in batches])
+        assert bytes(targets[targets != -100].tolist()).decode() == VAL[1:]
+        assert sum(batch["target_bytes"] for batch in batches) == len(VAL[1:])
+
+
+def test_bytes_do_not_depend_on_the_tokenizer():
+    text = "naïve café — 終\n" * 200
+    counts = []
+    for tokenizer in ("byte", "character"):
+        datamodule = module(ListText([text[:100], text]), tokenizer=tokenizer, val_source=ListText(["né", "終é"]))
+        assert datamodule.tokenizer.eos_token_id == datamodule.vocab_size - 1
+        counts.append(sum(batch["target_bytes"].item() for batch in datamodule.val_dataloader()))
+    # All that follows the first token: the first byte of "n", which is the same in both; <|endoftext|> is no text.
+    assert counts == [len("é終é".encode())] * 2
+
+
+def test_the_test_side():
+    datamodule = module(stage="test", test_fraction=0.1)
+    targets = torch.cat([batch["targets"].flatten() for batch in datamodule.test_dataloader()])
+    assert bytes(targets[targets != -100].tolist()).decode() == VAL[1:]
+
+
+def test_training_without_validation():
+    assert module(val_fraction=0).val_dataloader() == []
+
+
+def test_the_cache_folder_can_be_chosen(tmp_path, cache):
+    datamodule = module(tokenizer="character", cache_dir=str(tmp_path / "chosen"))
+    assert datamodule.files["train"].path.is_relative_to(tmp_path / "chosen")
+    assert not cache.exists()
+
+
+# --- errors ----------------------------------------------------------------------------------------------------------
+
+
+def one_line_error(*args, make=module, **options):
+    with pytest.raises(MisconfigurationException) as caught:
+        make(*args, **options)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_a_text_shorter_than_a_block():
+    assert "the training text has 16 tokens" in one_line_error(ListText(["x" * 16]), val_fraction=0)
+    assert module(ListText(["x" * 17]), val_fraction=0, batch_size=1).train_dataloader()
+
+
+def test_fewer_windows_than_a_batch():
+    short = module(ListText(["x" * 50]), val_fraction=0)
+    assert "an epoch has 3 training examples" in one_line_error(make=short.train_dataloader)
+
+
+@pytest.mark.parametrize(("stage", "side"), [("test", "test"), ("validate", "val")])
+def test_a_side_that_was_not_set_aside(stage, side):
+    message = one_line_error(stage=stage, val_fraction=0)
+    assert f"there is no {side} text: set data.{side}_fraction above 0" in message
+
+
+def test_a_split_of_documents_that_leaves_no_validation():
+    assert "there is no val text" in one_line_error(ListText([TEXT]), split="documents", val_fraction=1e-9)
+
+
+@pytest.mark.parametrize("fractions", [(-0.1, 0), (0, -0.1), (0.5, 0.5), (1, 0)])
+def test_fractions_out_of_range(fractions):
+    message = one_line_error(val_fraction=fractions[0], test_fraction=fractions[1])
+    assert f"data.val_fraction {fractions[0]} and data.test_fraction {fractions[1]}" in message
+
+
+def test_a_block_of_nothing():
+    assert "data.block_size is 0" in one_line_error(block_size=0)
+
+
+def test_a_validation_text_with_characters_that_training_has_not():
+    message = one_line_error(tokenizer="character", val_source=ListText(["line 1 é"]))
+    assert "'é' (U+00E9) is not in" in message
+
+
+def test_a_tokenizer_that_is_not_there(tmp_path):
+    assert "give a folder that holds a tokenizer.json" in one_line_error(tokenizer=str(tmp_path / "here"))
+    assert "`llm-train fit -c experiments/bpe/mine.yaml` makes one" in one_line_error(
+        tokenizer="runs/bpe/mine/tokenizer"
+    )
+
+
+def test_meta_holds_what_is_needed_to_read_the_files(cache):
+    file = prepare(ListText([TEXT]), cache)["train"]
+    meta = json.loads(file.path.with_name("meta.json").read_text())
+    assert meta == {"dtype": "uint16", "tokens": {"train": len(TEXT), "val": 0, "test": 0}}

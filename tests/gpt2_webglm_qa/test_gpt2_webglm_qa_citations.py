@@ -1,0 +1,90 @@
+"""What an answer is worth: nearness, citations, repetition, and how sure one can be."""
+
+import numpy as np
+import pytest
+
+from lightning_modules.gpt2_webglm_qa.citations import (
+    best_reference,
+    bootstrap,
+    citation_scores,
+    lead,
+    repetition,
+    score,
+    sentences,
+    supports,
+    without_marks,
+)
+
+SKY = "The sky is blue because molecules scatter short waves most."
+SEA = "The sea is salty because rivers bring minerals."
+
+
+def test_sentences_keep_the_marks_that_follow_them():
+    text = "It is so [1]. It was so.[2][3] `f` is (e.g. 3.5) so! And so [4]"
+    assert sentences(text) == ["It is so [1].", "It was so.[2][3]", "`f` is (e.g. 3.5) so!", "And so [4]"]
+    assert without_marks(text) == "It is so. It was so. `f` is (e.g. 3.5) so! And so"
+
+
+def test_half_of_the_content_words_support_a_sentence():
+    assert supports([SKY], "Molecules scatter blue waves [1].")
+    assert supports(["molecules and waves"], "Molecules scatter blue waves.")
+    assert not supports(["molecules"], "Molecules scatter blue waves.")
+    assert not supports([SKY], "It is so.")  # no content word
+    assert not supports([], "Molecules scatter.")
+
+
+@pytest.mark.parametrize(
+    ("answer", "precision", "recall"),
+    [
+        ("Molecules scatter short waves [1]. Rivers bring minerals [2].", 1, 1),
+        ("Molecules scatter short waves [2]. Rivers bring minerals [2].", 1 / 2, 1 / 2),  # the first is not supported
+        ("Molecules scatter short waves [1][2].", 1 / 2, 1),  # the second is not needed
+        ("Molecules scatter waves while rivers bring minerals down here today [1][2].", 1, 1),  # both are
+        ("Molecules scatter short waves [1]. Rivers bring minerals.", 1, 1 / 2),  # nothing is cited
+        ("Molecules scatter short waves [1][7].", 1 / 2, 1),  # the seventh is not there
+        ("Molecules scatter short waves [1][1].", 1, 1),  # said twice, counted once
+        ("Molecules scatter short waves.", 0, 0),
+        ("", 0, 0),
+    ],
+)
+def test_citations_as_alce_judges_them(answer, precision, recall):
+    assert citation_scores(answer, [SKY, SEA]) == (precision, recall)
+
+
+def test_rouge_by_hand_without_the_marks():
+    scores = score("the cat sat [9]", "the cat ran away [1]", ["cat"])
+    # three and four words: two shared words, one shared pair, a common subsequence of two
+    assert scores.rouge1 == pytest.approx(2 * (2 / 3) * (2 / 4) / (2 / 3 + 2 / 4))
+    assert scores.rouge2 == pytest.approx(2 * (1 / 2) * (1 / 3) / (1 / 2 + 1 / 3))
+    assert scores.rougeL == scores.rouge1
+    assert scores.missing_citation == 1
+    assert score("the cat sat [1]", "the", ["cat"]).missing_citation == 0
+    assert score("", "the", []).rougeL == 0
+
+
+def test_repetition_is_the_share_of_runs_said_before():
+    assert repetition("a b c d e f") == 0
+    assert repetition("a b c d a b c d") == pytest.approx(1 / 5)
+    assert repetition("no no no no no no") == pytest.approx(2 / 3)
+    assert repetition("too short") == 0
+
+
+def test_the_two_rules():
+    references = [SEA + " It is so. And so.", "Nothing [3]. " + SKY]
+    assert lead(references, 2) == f"{SEA[:-1]} [1]. It is so [1]."
+    assert best_reference("Why is the sky blue?", references) == 2
+    assert lead(references, 1, 2) == "Nothing [2]."
+    assert (lead([], 2), best_reference("Why?", [])) == ("", 1)
+
+
+def test_bootstrap_intervals_hold_the_mean_as_often_as_they_say():
+    draw = np.random.default_rng(7)
+    held = 0
+    for _ in range(200):
+        mean, low, high = bootstrap(draw.exponential(2.0, size=80))
+        assert low < mean < high
+        held += low < 2.0 < high
+    assert 175 <= held <= 200  # 95 % of 200 is 190
+    assert bootstrap(np.array([1.0, 3.0]), np.array([1.0, 1.0]))[0] == 2.0
+    assert bootstrap(np.array([1.0, 3.0]), np.array([1.0, 3.0])) == (1.0, 1.0, 1.0)
+    assert np.isnan(bootstrap(np.array([]))).all()

@@ -1,0 +1,200 @@
+"""Questions about Python, made from its documentation: real ones, true ones, and none on two sides."""
+
+import json
+import re
+from collections.abc import Container
+
+import pytest
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from datamodules.cache import cache_root
+from datamodules.gpt2_webglm_qa import python_questions
+from datamodules.gpt2_webglm_qa.cited_answers import Record, citations
+from datamodules.gpt2_webglm_qa.python_questions import (
+    Entry,
+    PythonQuestions,
+    ask,
+    ask_about_two,
+    entries,
+    sentences,
+)
+
+SIDES = ("train", "val", "test")
+STATED = re.compile(r"(?:It takes|It derives from|The default of) .*`")  # answers that are read off a signature
+
+
+@pytest.fixture(scope="module")
+def library() -> list[Entry]:
+    """What this Python's documentation has to say."""
+    return list(entries())
+
+
+@pytest.fixture(scope="module")
+def sides(library: list[Entry]) -> dict[str, list[Record]]:
+    """All records, as the default arguments make them."""
+    made: dict[str, list[Record]] = {side: [] for side in SIDES}
+    for side, record in PythonQuestions()._make(library):
+        made[side].append(record)
+    return made
+
+
+def heading_of(passage: str, headings: Container[str]) -> str:
+    """The heading that a passage begins with; it may hold colons itself."""
+    return next(passage[: colon.start()] for colon in re.finditer(":", passage) if passage[: colon.start()] in headings)
+
+
+def test_thousands_of_records_whose_answers_are_word_for_word_in_what_they_cite(library, sides):
+    everything = [record for side in SIDES for record in sides[side]]
+    assert len(everything) > 3000
+    assert min(len(sides["val"]), len(sides["test"])) > 50
+    texts = {sentence.rstrip(".") for entry in library for sentence in entry.sentences}
+    headings = {entry.heading for entry in library}
+    n_stated = n_citing_two = 0
+    for record in everything:
+        assert 1 <= len(record.references) <= 3
+        assert all(len(reference) <= 300 for reference in record.references)
+        assert len(set(record.references)) == len(record.references)
+        cited = citations(record.answer)
+        assert cited == list(range(1, len(cited) + 1))
+        n_citing_two += len(cited) == 2
+        for passage, part in zip(record.references, re.split(r" \[\d+\]\. ?", record.answer)[:-1], strict=False):
+            if STATED.fullmatch(part):
+                n_stated += 1
+                heading = heading_of(passage, headings)
+                assert all(name.strip("`") in heading for name in re.findall(r"`.*?`", part))
+            else:
+                assert part in passage
+                assert part in texts
+    assert n_citing_two > 100
+    assert 1000 < n_stated < len(everything) / 2
+
+
+def test_no_question_passage_or_sentence_is_on_two_sides(library, sides):
+    sentences_of = {entry.heading: entry.sentences for entry in library}
+    found = []
+    for side in SIDES:
+        passages = {text for record in sides[side] for text in record.references}
+        headings = {heading_of(passage, sentences_of) for passage in passages}
+        said = {sentence for heading in headings for sentence in sentences_of[heading]}
+        assert len(said) > 50
+        found.append({record.question for record in sides[side]} | passages | headings | said)
+    train, val, test = found
+    assert not train & val
+    assert not train & test
+    assert not val & test
+
+
+def test_the_records_are_made_once_and_always_the_same(library, monkeypatch):
+    readings = []
+    monkeypatch.setattr(python_questions, "entries", lambda: readings.append(1) or library[::20])
+
+    def train(seed):
+        return list(PythonQuestions(seed=seed).records("train"))
+
+    first = train(seed=1)
+    assert train(seed=1) == first
+    assert len(readings) == 1
+    (file,) = (cache_root() / "records").iterdir()
+    assert {json.loads(line)["side"] for line in file.read_text().splitlines()} == set(SIDES)
+    file.unlink()
+    assert train(seed=1) == first
+    assert len(readings) == 2
+    other = train(seed=2)
+    assert other != first
+    assert [record.question for record in other] == [record.question for record in first]
+
+
+def test_the_documentation_of_join(library):
+    (join,) = [entry for entry in library if entry.name == "os.path.join"]
+    assert (join.kind, join.group, join.parameters[0][0]) == ("function", "os.path", join.parameters[0][0])
+    asked = dict(ask(join))
+    ((_, number, answer),) = asked["What does `os.path.join` do?"]
+    assert (number, answer[:4]) == (0, "Join")
+
+
+FAKE = Entry(
+    "m.f",
+    "function",
+    "m",
+    "m.f(path, mode='r', *rest)",
+    (("path", None), ("mode", "'r'"), ("*rest", None)),
+    (),
+    (
+        "Open a file.",
+        "Return the file object.",
+        "If path is missing, raise FileNotFoundError.",
+        "It does not raise OSError.",
+        "Raise TypeError or ValueError.",
+        "The mode is read first.",
+        "A remark.",
+    ),
+)
+
+
+def test_what_is_asked_about_a_function():
+    assert {question: [(number, answer) for _, number, answer in cited] for question, cited in ask(FAKE)} == {
+        "What does `m.f` do?": [(0, "Open a file.")],
+        "What does `m.f` return?": [(1, "Return the file object.")],
+        "When does `m.f` raise `FileNotFoundError`?": [(2, "If path is missing, raise FileNotFoundError.")],
+        "What does the documentation of `m.f` say about `mode`?": [(5, "The mode is read first.")],
+        "Which arguments does `m.f` take?": [(None, "It takes `path`, `mode` and `*rest`")],
+        "What is the default of `mode` in `m.f`?": [(None, "The default of `mode` is `'r'`")],
+    }
+
+
+def test_what_is_asked_about_a_class_a_module_and_two_functions():
+    a_class = Entry("m.C", "class", "m", "class m.C(A, b.B)", (), ("A", "b.B"), ("A thing.",))
+    assert [question for question, _ in ask(a_class)] == [
+        "What is the class `m.C`?",
+        "What does the class `m.C` derive from?",
+    ]
+    assert list(ask(a_class))[1][1][0][2] == "It derives from `A` and `b.B`"
+    assert [question for question, _ in ask(Entry("m", "module", "m", "m", (), (), ("Things.",)))] == [
+        "What is the module `m` for?"
+    ]
+    other = Entry("m.g", "function", "m", "m.g()", (), (), ("Close a file.",))
+    ((question, cited),) = ask_about_two([a_class, FAKE, other])
+    assert question == "What do `m.f` and `m.g` do?"
+    assert [answer for _, _, answer in cited] == ["Open a file.", "Close a file."]
+
+
+def test_sentences_of_a_docstring():
+    text = (
+        "Join parts, e.g. Lists and sets.\nThe second line goes on. PEP 8 by G. Rossum says so.\n\n"
+        "More: of this\n\n    indented code\n\nNot read any more."
+    )
+    assert sentences(text) == [
+        "Join parts, e.g. Lists and sets.",
+        "The second line goes on.",
+        "PEP 8 by G. Rossum says so.",
+        "More: of this",
+    ]
+    assert sentences("no capital letter here") == []
+    assert sentences("See sys.argv[0] for more. This is not read.") == []
+    assert sentences("Short.") == []
+
+
+def test_a_sentence_far_into_a_docstring_begins_its_passage():
+    source = PythonQuestions(passage_characters=60)
+    assert source._passage(FAKE, 0) == "m.f(path, mode='r', *rest): Open a file."
+    assert source._passage(FAKE, 5) == "m.f(path, mode='r', *rest): The mode is read first."
+    assert source._passage(FAKE, 2) is None
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"n_references": 0}, "n_references is 0"),
+        ({"passage_characters": 10}, "passage_characters is 10"),
+        ({"val_fraction": 0.6, "test_fraction": 0.5}, "leave something to train on"),
+    ],
+)
+def test_arguments_out_of_range(options, message):
+    with pytest.raises(MisconfigurationException, match=message):
+        PythonQuestions(**options)
+
+
+def test_a_python_without_documentation(monkeypatch):
+    monkeypatch.setattr(python_questions, "entries", lambda: [])
+    with pytest.raises(MisconfigurationException, match="has no documentation to ask about"):
+        PythonQuestions().prepare()

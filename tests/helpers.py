@@ -1,0 +1,72 @@
+"""What several tests need: text, settings, signals, and comparisons of runs."""
+
+import os
+import random
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+
+def kill_when(seen: Callable[[], bool], signal_number: int = signal.SIGKILL) -> Callable[[int], None]:
+    """For `forked(meanwhile=...)`: sends a signal as soon as something is seen."""
+
+    def watch(child: int) -> None:
+        deadline = time.monotonic() + 120
+        while not seen() and time.monotonic() < deadline:
+            time.sleep(0.002)
+        os.kill(child, signal_number)
+
+    return watch
+
+
+def text(n_words: int, seed: int = 0) -> str:
+    """Sentences of made-up words that a model can learn something about."""
+    draw = random.Random(seed)
+    words = ["".join(draw.choices("aeioumnrst", k=draw.randint(2, 6))) for _ in range(50)]
+    return " ".join(draw.choice(words) + ("." if draw.random() < 0.1 else "") for _ in range(n_words))
+
+
+def with_settings(config: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
+    """Puts settings over a configuration: `trainer__max_steps=8` is `max_steps` of its section `trainer`."""
+    for path, value in settings.items():
+        *parents, last = path.split("__")
+        section = config
+        for key in parents:
+            section = section.setdefault(key, {})
+        section[last] = value
+    return config
+
+
+def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """The weights in a checkpoint, or in a file of safetensors."""
+    if checkpoint.suffix == ".safetensors":
+        return load_file(checkpoint)
+    return torch.load(checkpoint, weights_only=True)["state_dict"]
+
+
+def assert_same_weights(one: Path, other: Path) -> None:
+    """Bit for bit."""
+    ours, theirs = weights(one), weights(other)
+    assert ours.keys() == theirs.keys()
+    different = [name for name in ours if not torch.equal(ours[name], theirs[name])]
+    assert not different
+
+
+def assert_close_weights(one: Path, other: Path) -> None:
+    """To the rounding of sums that processes share; Adam, which divides by small roots, makes it grow a little."""
+    ours, theirs = weights(one), weights(other)
+    assert ours.keys() == theirs.keys()
+    for name, weight in theirs.items():
+        torch.testing.assert_close(ours[name], weight, rtol=1e-3, atol=1e-4, msg=f"{one} {name}")
+
+
+def metrics_that_repeat(run: Path) -> list[list[str]]:
+    """The columns' names and the rows of a run's metrics, but for how fast it was."""
+    lines = [line.split(",") for line in (run / "metrics.csv").read_text().splitlines()]
+    kept = [i for i, name in enumerate(lines[0]) if not name.startswith("perf/")]
+    return [[line[i] for i in kept] for line in lines]

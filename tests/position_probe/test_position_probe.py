@@ -1,0 +1,348 @@
+"""The probes, one by one and in their stacks; what they find on sinusoids, on chance, and in our own decoder."""
+
+import csv
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from helpers import assert_same_weights, kill_when, text, with_settings
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from lightning_modules.position_probe.module import PositionProbeModule, ProbeMeasures, WangChenModule
+from lightning_modules.position_probe.probes import (
+    ORDER,
+    TARGETS,
+    build_probes,
+    standardized,
+    targets_of,
+)
+from lightning_modules.position_probe.shifted_perplexity import ShiftedPerplexity, perplexity, shuffle_positions
+from lightning_modules.runtime.learning_curve import read_metric
+
+G, T, D, K, W = 3, 7, 5, len(TARGETS), 2
+FIRST, SECOND = torch.tensor([0, 6, 3]), torch.tensor([4, 2, 3])
+
+
+# Probes
+
+
+def filled(kind: str) -> torch.nn.Module:
+    probes = build_probes(kind, G, D, K, W)
+    for parameter in probes.parameters():
+        torch.nn.init.normal_(parameter)
+    return probes.requires_grad_(False)
+
+
+def by_hand(probes: torch.nn.Module, kind: str, x: torch.Tensor, y: torch.Tensor, g: int, k: int) -> torch.Tensor:
+    bias = probes.bias.view(G, K)[g, k]
+    units = slice(k * W, (k + 1) * W)
+    if kind == "mlp":
+        hidden = x @ probes.first[g, :, units] + y @ probes.second[g, :, units]
+        return torch.relu(hidden + probes.hidden_bias.view(G, -1)[g, units]) @ probes.readout[g, k] + bias
+    value = x @ probes.first[g, :, k] + y @ probes.second[g, :, k] + bias
+    if kind == "bilinear":
+        value = value + (x @ probes.first_factor[g, :, units]) @ (y @ probes.second_factor[g, :, units])
+    return value
+
+
+@pytest.mark.parametrize("kind", ["linear", "bilinear", "mlp"])
+def test_a_stack_of_probes_is_the_formula_for_each(kind):
+    probes, rows = filled(kind), torch.randn(G, T, D)
+    outputs = probes(rows, FIRST, SECOND)
+    assert outputs.shape == (G, len(FIRST), K)
+    for g in range(G):
+        for b, (i, j) in enumerate(zip(FIRST, SECOND, strict=True)):
+            for k in range(K):
+                expected = by_hand(probes, kind, rows[g, i], rows[g, j], g, k)
+                assert outputs[g, b, k].item() == pytest.approx(expected.item(), abs=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["linear", "bilinear", "mlp"])
+def test_the_probes_of_a_stack_share_nothing(kind):
+    probes = filled(kind).requires_grad_(True)
+    probes(torch.randn(G, T, D), FIRST, SECOND)[1, :, 2].sum().backward()
+    for name, parameter in probes.named_parameters():
+        gradient = parameter.grad  # (G, D, K ...) of what reads rows; of the rest each table has K parts
+        reads_rows = gradient.dim() == 3 and gradient.size(1) == D
+        by_table = gradient.view(G, D, K, -1).transpose(1, 2) if reads_rows else gradient.view(G, K, -1)
+        reached = (by_table != 0).flatten(2).any(dim=2)  # (G, K)
+        assert reached.nonzero().tolist() == [[1, 2]], name
+
+
+def test_targets_of_a_pair():
+    assert targets_of(torch.tensor([3, 5]), torch.tensor([7, 1])).tolist() == [[3, 1, 4, 4], [5, 0, -4, 4]]
+
+
+def test_rows_are_standardized_by_those_that_the_probe_learns_from():
+    rows = torch.randn(T, D) * torch.tensor([1.0, 50, 1e-3, 7, 0]) + 3
+    seen = torch.tensor([True] * 5 + [False] * 2)
+    x = standardized(rows, seen)
+    assert x[seen].mean(dim=0) == pytest.approx(torch.zeros(D), abs=1e-5)
+    deviation = x[seen].std(dim=0, correction=0)
+    assert deviation[:4] == pytest.approx(deviation[0].expand(4), rel=1e-4)
+    assert (x[:, 4] == 0).all()  # a component that is the same everywhere
+    assert torch.linalg.matrix_norm(x[seen], 2).item() == pytest.approx(5**0.5, rel=1e-5)
+    far = rows.clone()
+    far[-1] = 1e3
+    assert torch.equal(standardized(far, seen)[seen], x[seen])
+
+
+# Measures
+
+
+def test_measures_by_hand_and_over_two_processes():
+    C, F, B, N = 2, 2, 12, 9  # noqa: N806
+    draw = torch.Generator().manual_seed(0)
+    pairs = torch.stack([torch.randperm(N, generator=draw)[:2] for _ in range(B)])
+    side = torch.randint(-1, 3, (F, B), generator=draw)
+    targets = targets_of(pairs[:, 0], pairs[:, 1]).expand(C, 1, B, K)
+    predictions = targets + torch.randn(C, F, B, K, generator=draw)
+    predictions[..., ORDER] -= 0.5  # logits
+    losses = torch.rand(C, F, B, K, generator=draw)
+
+    whole = ProbeMeasures(C, F, N)
+    whole.update(pairs, side, losses, predictions, targets)
+    found = whole.compute()
+    for s in range(3):
+        members = [(f, b) for f in range(F) for b in range(B) if side[f, b] == s]
+        for c in range(C):
+            for k in range(K):
+                p, t = (
+                    torch.stack([x[c, f, b, k] for f, b in members]) for x in (predictions, targets.expand(C, F, B, K))
+                )
+                if k == ORDER:
+                    right = ((p > 0) == (t == 1)).double().mean().item()
+                    assert found["score"][s, c, k].item() == pytest.approx(right)
+                    assert found["error"][s, c, k].item() == pytest.approx(1 - right)
+                    continue
+                assert found["error"][s, c, k].item() == pytest.approx((p - t).abs().mean().item(), rel=1e-4)
+                folds = torch.tensor([f for f, _ in members])
+                variation = sum(((t[folds == f] - t[folds == f].mean()) ** 2).sum() for f in set(folds.tolist()))
+                explained = 1 - ((p - t) ** 2).sum().item() / float(variation)
+                assert found["score"][s, c, k].item() == pytest.approx(max(0, explained), abs=1e-4)
+    interpolation = torch.stack([losses[0, f, b] for f in range(F) for b in range(B) if side[f, b] == 1])
+    assert found["loss"].item() == pytest.approx(interpolation.mean().item(), rel=1e-5)
+    apart = (pairs[:, 0] - pairs[:, 1]).abs()
+    b = next(b for b in range(B) if (side[:, b] == 1).any())
+    same = [(g, e) for g in range(F) for e in range(B) if side[g, e] == 1 and apart[e] == apart[b]]
+    expected = np.mean([float((predictions - targets)[1, g, e, 0].abs()) for g, e in same])
+    assert found["error_by_distance"][1, apart[b], 1, 0].item() == pytest.approx(expected, rel=1e-5)
+    assert found["count_by_distance"][1, apart[b]].item() == len(same)
+
+    halves = ProbeMeasures(C, F, N)
+    for part in (slice(0, 5), slice(5, None)):
+        halves.update(pairs[part], side[:, part], losses[:, :, part], predictions[:, :, part], targets[:, :, part])
+    for name, value in halves.compute().items():
+        torch.testing.assert_close(value, found[name], equal_nan=True)
+    assert all(reduction is torch.sum or "sum" in reduction.__name__ for reduction in whole._reductions.values())
+
+
+# The command
+
+
+def write(tmp_path: Path, name: str = "probes", **settings: object) -> Path:
+    """A run of seconds on sinusoids; settings go over it by key path."""
+    config = {
+        "seed_everything": 1,
+        "model": {
+            "class_path": "lightning_modules.position_probe.PositionProbeModule",
+            "init_args": {"probe": "linear"},
+        },
+        "data": {
+            "class_path": "datamodules.position_probe.PositionProbeDataModule",
+            "init_args": {"source": "sinusoids", "n_positions": 64, "n_embd": 32, "batch_size": 256},
+        },
+        "optimizer": {
+            "class_path": "torch.optim.SGD",
+            "init_args": {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 3e-3},
+        },
+        "trainer": {
+            "accelerator": "cpu",
+            "max_steps": 80,
+            "max_epochs": -1,
+            "val_check_interval": 80,
+            "check_val_every_n_epoch": None,
+            "callbacks": [
+                {"class_path": f"lightning_modules.runtime.{callback}"}
+                for callback in (
+                    "reproducible.ReproducibleSteps",
+                    "stop.GracefulStop",
+                    "position_report.PositionReport",
+                    "shifted_positions.ShiftedPerplexity",
+                    "checkpoint.RunCheckpoint",
+                )
+            ],
+        },
+    }
+    file = tmp_path / f"{name}.yaml"
+    file.write_text(yaml.safe_dump(with_settings(config, settings), sort_keys=False))
+    return file
+
+
+def last(run: Path, metric: str) -> float:
+    return read_metric(run / "metrics.csv", metric)[1][-1]
+
+
+def table(file: Path) -> list[dict[str, str]]:
+    with file.open(newline="") as opened:
+        return list(csv.DictReader(opened))
+
+
+def test_position_and_order_are_found_in_sinusoids_and_not_in_gaussian_rows(llm_train, tmp_path):
+    done = llm_train("fit", "-c", write(tmp_path))
+    assert done.code == 0, done.err
+    run = Path("runs/position_probe/probes")
+    inside = "val/interpolation"
+    assert last(run, f"{inside}/position_explained") > 0.95
+    assert last(run, f"{inside}/order_accuracy") > 0.97
+    assert last(run, f"{inside}/signed_distance_explained") > 0.95
+    assert last(run, f"{inside}/distance_explained") < 0.3  # no linear probe can find it
+    for control in ("gaussian", "shuffled", "random_labels", "initialization"):
+        assert last(run, f"val/{control}/interpolation/position_explained") < 0.2
+        assert last(run, f"val/{control}/interpolation/order_accuracy") == pytest.approx(0.5, abs=0.15)
+    selectivity = last(run, f"{inside}/order_accuracy") - last(run, "val/random_labels/interpolation/order_accuracy")
+    assert last(run, f"{inside}/order_selectivity") == pytest.approx(selectivity, abs=1e-5)
+    assert last(run, "geometry/toeplitz_fit") == pytest.approx(1, abs=1e-4)
+
+    found = {(row["case"], row["side"], row["target"]): row for row in table(run / "probes.csv")}
+    assert len(found) == 5 * 3 * 4  # sinusoids are no control of themselves
+    assert float(found["real", "interpolation", "order"]["selectivity"]) == pytest.approx(selectivity, abs=1e-4)
+    assert {row["case"] for row in table(run / "components.csv")} == {"real", "shuffled", "gaussian", "initialization"}
+    by_distance = [
+        row for row in table(run / "probes_by_distance.csv") if (row["case"], row["target"]) == ("real", "order")
+    ]
+    mistakes = sum(float(row["error"]) * int(row["pairs"]) for row in by_distance) / sum(
+        int(row["pairs"]) for row in by_distance
+    )
+    assert mistakes == pytest.approx(float(found["real", "interpolation", "order"]["error"]), abs=1e-4)
+    figures = ("similarity", "similarity_by_distance", "curve", "spectra", "probes_by_distance")
+    for name in figures:
+        assert (run / f"figures/{name}.png").stat().st_size > 10_000
+    assert not (run / "shifted_perplexity.csv").exists()  # sinusoids have no model
+
+
+def test_the_positions_of_a_decoder_that_we_trained(llm_train, tiny, tmp_path):
+    settings = {"data__init_args__block_size": 32, "trainer__max_steps": 8}
+    assert llm_train("fit", "-c", tiny(**settings)).code == 0
+    source = {
+        "data__init_args__source": "runs/decoder_pretrain/tiny",
+        "data__init_args__n_positions": None,
+        "data__init_args__text": {"class_path": "datamodules.sources.ListText", "init_args": {"texts": [text(50)]}},
+        "trainer__max_steps": 2,
+        "trainer__val_check_interval": 2,
+    }
+    done = llm_train("fit", "-c", write(tmp_path, **source, model__init_args__probe="mlp"))
+    assert done.code == 0, done.err
+    run = Path("runs/position_probe/probes")
+    assert last(run, "geometry/token_angle") > 0
+    with np.load(run / "positions.npz") as saved:
+        assert saved["real"].shape == (32, 16)
+    starts = table(run / "shifted_perplexity.csv")
+    assert [int(row["start"]) for row in starts] == [0, 3, 6, 9, 12, 15, 18, 21, 24]  # windows of 8
+    assert (run / "figures/shifted_perplexity.png").stat().st_size > 5_000
+
+
+def test_killed_and_resumed_is_the_same_to_the_bit(llm_train, forked, tmp_path):
+    settings = {"model__init_args__probe": "bilinear", "trainer__max_steps": 20, "trainer__val_check_interval": 5}
+    settings |= {"data__init_args__n_positions": 24, "trainer__callbacks": write_callbacks("checkpoint.RunCheckpoint")}
+    assert llm_train("fit", "-c", write(tmp_path, "whole", **settings)).code == 0
+    cut = write(tmp_path, "cut", **settings)
+    checkpoint = Path("runs/position_probe/cut/checkpoints/last.ckpt")
+    assert forked("fit", "-c", cut, meanwhile=kill_when(checkpoint.is_file)) != 0
+    resumed = llm_train("fit", "-c", cut, "--ckpt_path", "last")
+    assert resumed.code == 0, resumed.err
+    assert_same_weights(Path("runs/position_probe/whole/checkpoints/last.ckpt"), checkpoint)
+
+
+def write_callbacks(*names: str) -> list[dict[str, str]]:
+    names = ("reproducible.ReproducibleSteps", "stop.GracefulStop", *names)
+    return [{"class_path": f"lightning_modules.runtime.{name}"} for name in names]
+
+
+WANG_CHEN = Path(__file__).parents[2] / "experiments/position_probe/wang_chen.yaml"
+SMALL = ("--data.source", "sinusoids", "--data.n_positions", "100", "--data.n_embd", "32", "--trainer.max_steps", "2")
+
+
+def test_wang_and_chens_way(llm_train):
+    done = llm_train("fit", "-c", WANG_CHEN, *SMALL)
+    assert done.code == 0, done.err
+    run = Path("runs/position_probe/wang_chen")
+    assert last(run, "train/real/position_error") < 1
+    assert last(run, "train/real/order_error") < 0.12
+    assert last(run, "train/shuffled/position_error") > 15
+    assert last(run, "train/shuffled/order_error") > 0.2  # the pairs share positions, so it is less than one half
+    logged = read_metric(run / "metrics.csv", "train/gaussian/order_error")[1]
+    assert logged[0] != logged[1]  # other pairs and folds
+
+
+def test_pairs_too_few_for_their_folds(llm_train):
+    failed = llm_train("fit", "-c", WANG_CHEN, *SMALL, "--data.batch_size", "4")
+    assert failed.code == 1
+    assert "error: model.n_folds is 5, too many for 4 examples" in failed.err
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"model__init_args__width": 0}, "model.width is 0"),
+        ({"data__init_args__n_positions": 19}, "too few for data.n_blocks 10"),
+        ({"data__init_args__source": "runs/decoder_pretrain/offline"}, "offline.yaml` makes it"),
+        ({"data__init_args__source": "rope"}, "rope, a llama model, has no table of absolute positions"),
+    ],
+)
+def test_a_mistake_is_one_line(llm_train, tmp_path, settings, message):
+    (tmp_path / "rope").mkdir()
+    (tmp_path / "rope/config.json").write_text('{"model_type": "llama"}')
+    run = llm_train("fit", "-c", write(tmp_path, **settings))
+    errors = [line for line in run.err.splitlines() if line.startswith("error: ")]
+    assert (run.code, len(errors)) == (1, 1), run.err
+    assert message in errors[0]
+    assert "Traceback" not in run.err
+    assert not Path("runs").exists()  # the matrix is read before a folder is made
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: PositionProbeModule(width=0), "model.width is 0"),
+        (lambda: WangChenModule(n_folds=1), "give at least 2 folds"),
+        (lambda: WangChenModule(penalty=0), "a penalty above 0"),
+        (lambda: ShiftedPerplexity(n_starts=1), "n_starts is 1"),
+    ],
+)
+def test_settings_that_cannot_be(make, message):
+    with pytest.raises(MisconfigurationException, match=message):
+        make()
+
+
+def test_the_study_of_models_reads_no_text():
+    root = Path(__file__).parents[2] / "experiments/position_probe"
+    study = yaml.safe_load((root / "studies/models.yaml").read_text())
+    assert "--data.text=null" in study["command"]  # or whole models would be downloaded
+    assert {"openai-community/gpt2", "sinusoids"} <= set(study["parameters"]["data.source"]["values"])
+
+
+# Shifted starts
+
+
+def test_perplexity_from_another_start_and_with_shuffled_positions():
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=30, n_positions=20, n_embd=8, n_layer=1, n_head=2, attn_pdrop=0.0)
+    model = GPT2LMHeadModel(config).eval()
+    torch.nn.init.normal_(model.transformer.wpe.weight)
+    windows = torch.randint(30, (20, 6))  # more than one batch
+    with torch.no_grad():
+        logits = model(windows, position_ids=torch.arange(14, 20).expand(20, 6)).logits
+    nats = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), windows[:, 1:].flatten())
+    assert perplexity(model, windows, start=14) == pytest.approx(nats.exp().item(), rel=1e-5)
+    assert perplexity(model, windows, start=0) != pytest.approx(nats.exp().item(), rel=1e-5)
+
+    before = model.transformer.wpe.weight.detach().clone()
+    shuffle_positions(model, seed=0)
+    after = model.transformer.wpe.weight.detach()
+    assert not torch.equal(before, after)
+    assert sorted(map(tuple, before.tolist())) == sorted(map(tuple, after.tolist()))

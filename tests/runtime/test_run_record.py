@@ -1,0 +1,227 @@
+"""The record of a run, in its folder and in the offline files of Weights & Biases."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import wandb
+import yaml
+
+from experiments.run_folder import RunFolder, claim, find, numbered, of_checkpoint
+from lightning_modules.runtime.learning_curve import read_metric
+from lightning_modules.runtime.loggers import MetricsCSV, WandbRecorder
+
+RUN = Path("runs/decoder_pretrain/tiny")
+
+
+def test_runs_of_one_name_are_numbered_and_the_newest_is_found(tmp_path):
+    made = [claim(tmp_path, "topic", "lr").name for _ in range(11)]
+    assert made[:3] == ["lr", "lr.2", "lr.3"]
+    assert claim(tmp_path, "topic", "lr.3").name == "lr.12"
+    claim(tmp_path, "topic", "lr_high")
+    assert [path.name for path in numbered(tmp_path / "topic", "lr")][-2:] == ["lr.11", "lr.12"]
+    assert find(tmp_path, "topic", "lr").name == "lr.12"
+    assert find(tmp_path, "topic", "lr.2").name == "lr.2"
+
+
+def test_a_checkpoint_belongs_to_the_run_that_it_lies_in(tmp_path):
+    checkpoint = tmp_path / "topic/name/checkpoints/last.ckpt"
+    assert of_checkpoint(checkpoint) is None
+    checkpoint.parent.mkdir(parents=True)
+    (tmp_path / "topic/name/config.yaml").touch()
+    assert of_checkpoint(checkpoint) == RunFolder(tmp_path / "topic/name", "topic", is_new=False)
+    (tmp_path / "topic/name/config.yaml").write_text("run: {topic: other, study: name}")
+    assert of_checkpoint(checkpoint) == RunFolder(tmp_path / "topic/name", "other", is_new=False, study="name")
+
+
+def test_the_arms_of_a_study_end_in_numbers_and_are_not_taken_for_one_another(tmp_path):
+    for name in ("dropout=0", "dropout=0.2", "dropout=0", "dropout=0.2", "dropout=0+2"):
+        claim(tmp_path, "topic", name, "study")
+    arms = {"dropout=0", "dropout=0+2", "dropout=0+3", "dropout=0.2", "dropout=0.2+2"}
+    assert {path.name for path in (tmp_path / "topic/study").iterdir()} == arms
+    assert find(tmp_path, "topic", "dropout=0", "study").name == "dropout=0+3"
+    assert find(tmp_path, "topic", "dropout=0.2", "study").name == "dropout=0.2+2"
+
+
+def test_metrics_of_one_step_share_a_row_and_new_metrics_get_a_column(tmp_path):
+    logger = MetricsCSV()
+    logger.attach(tmp_path, "topic", "name", "fit")
+    logger.log_metrics({"train/loss": 2.0, "epoch": 0}, step=9)
+    logger.save()
+    logger.log_metrics({"val/loss": 1.5, "epoch": 0}, step=9)
+    logger.log_metrics({"train/loss": 1.0, "epoch": 1}, step=19)
+    logger.finalize("success")
+    assert (tmp_path / "metrics.csv").read_text().splitlines() == [
+        "step,epoch,train/loss,val/loss",
+        "10,0,2.0,1.5",
+        "20,1,1.0,",
+    ]
+
+
+def test_a_later_metric_rewrites_the_header_and_a_resumed_run_drops_what_it_repeats(tmp_path):
+    first = MetricsCSV()
+    first.attach(tmp_path, "topic", "name", "fit")
+    for step in (9, 19, 29):
+        first.log_metrics({"train/loss": step}, step=step)
+    first.flush()
+    second = MetricsCSV()
+    second.attach(tmp_path, "topic", "name", "fit")
+    second.go_on_from(20, [])
+    second.log_metrics({"train/loss": 5.0, "val/loss": 6.0}, step=29)
+    second.flush()
+    assert (tmp_path / "metrics.csv").read_text().splitlines() == [
+        "step,epoch,train/loss,val/loss",
+        "10,0,9.0,",
+        "20,0,19.0,",
+        "30,0,5.0,6.0",
+    ]
+
+
+@pytest.fixture
+def offline_wandb(monkeypatch, tmp_path):
+    """Weights & Biases as on a machine where nobody is logged in."""
+    monkeypatch.delenv("WANDB_MODE")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("NETRC", raising=False)
+    yield
+    wandb.teardown()  # it has read the environment, and kept it
+
+
+def read_back(folder: Path) -> dict[str, list[dict]]:
+    """The records of an offline run by kind, as W&B's own reader gives them."""
+    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(folder)]
+    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    records: dict[str, list[dict]] = {}
+    for record in map(json.loads, lines):
+        records.setdefault(record["type"], []).append(record[record["type"]])
+    return records
+
+
+def summary(records: dict[str, list[dict]]) -> dict[str, object]:
+    return {name: value for update in records["summary"] for name, value in update["update"].items()}
+
+
+SAMPLES = {
+    "class_path": "lightning_modules.runtime.samples.SampleText",
+    "init_args": {"prompts": ["a"], "max_new_tokens": 4},
+}
+
+
+def test_the_offline_files_hold_the_run_and_a_resumed_run_is_the_same(llm_train, tiny, offline_wandb):
+    config = tiny(**{"trainer__callbacks+": [SAMPLES]})
+    done = llm_train("fit", "-c", config, "--trainer.max_steps", "16")
+    (first,) = RUN.glob("wandb/offline-run-*")
+    assert f"wandb   wandb sync {first}\n" in done.err
+
+    records = read_back(first)
+    run = records["run"][0]
+    assert (run["display_name"], run["run_group"], run["job_type"]) == ("tiny", "decoder_pretrain", "fit")
+    assert run["tags"] == ["decoder_pretrain"]
+    kept = records["config"][0]["update"]
+    saved = yaml.safe_load((RUN / "config.yaml").read_text())
+    assert kept["model"]["init_args"]["n_embd"] == 16
+    assert kept.keys() == saved.keys()
+    history = [item["item"] for item in records["history"]]
+    losses = {item["trainer/global_step"]: item["train/loss"] for item in history if "train/loss" in item}
+    assert losses == dict(zip(*read_metric(RUN / "metrics.csv", "train/loss"), strict=True))
+    assert summary(records)["best/step"] == 16
+    assert list(first.glob("files/media/images/figures/learning_curve*.png"))
+    assert list(first.glob("files/media/table/samples*.table.json"))
+
+    resumed = llm_train("fit", "-c", config, "--ckpt_path", "last")
+    assert "finished at step 24" in resumed.err
+    sessions = sorted(RUN.glob("wandb/offline-run-*"))
+    assert {read_back(folder)["run"][0]["run_id"] for folder in sessions} == {run["run_id"]}
+    assert all(str(folder) in resumed.err for folder in sessions)
+
+
+def test_the_summary_holds_the_best_validation_and_not_the_last(llm_train, tiny, offline_wandb):
+    # A rate that undoes what was learned: the first validation is the best one.
+    rates = {"class_path": "lightning_modules.optim.schedules.Constant", "init_args": {}}
+    config = tiny(lr_scheduler=rates, optimizer__init_args__lr=3.0)
+    assert llm_train("fit", "-c", config).code == 0
+    steps, losses = read_metric(RUN / "metrics.csv", "val/loss")
+    best = losses.index(min(losses))
+    assert best < len(losses) - 1
+    (session,) = RUN.glob("wandb/offline-run-*")
+    shown = summary(read_back(session))
+    _, in_bits = read_metric(RUN / "metrics.csv", "val/bits_per_byte")
+    assert (shown["val/loss"], shown["best/val/loss"], shown["best/step"]) == (losses[best], losses[best], steps[best])
+    assert shown["val/bits_per_byte"] == in_bits[best]
+
+
+def artifacts(folder: Path) -> dict[str, dict]:
+    (session,) = folder.glob("wandb/offline-run-*")
+    return {artifact["name"]: artifact for artifact in read_back(session).get("artifact", [])}
+
+
+def test_runs_that_feed_each_other_are_joined_by_artifacts(llm_train, tiny, offline_wandb):
+    logger = {"class_path": "lightning_modules.runtime.loggers.WandbRecorder", "init_args": {"log_model": True}}
+    assert llm_train("fit", "-c", tiny("first", trainer__max_steps=8, trainer__logger=[logger])).code == 0
+    folder = RUN.with_name("first")
+    run_id = json.loads((folder / "wandb/id.json").read_text())["id"]
+    made = artifacts(folder)
+    assert set(made) == {f"config-{run_id}", f"tokenizer-{run_id}", f"model-{run_id}"}
+    assert not any(artifact.get("use_after_commit") for artifact in made.values())
+
+    second = tiny("second", trainer__max_steps=8, data__init_args__tokenizer=str(folder / "tokenizer"))
+    assert llm_train("fit", "-c", second).code == 0
+    taken = artifacts(RUN.with_name("second"))
+    used = {name: artifact for name, artifact in taken.items() if artifact.get("use_after_commit")}
+    assert used.keys() == {f"tokenizer-{run_id}"}
+    assert used[f"tokenizer-{run_id}"]["digest"] == made[f"tokenizer-{run_id}"]["digest"]
+    assert not any(name.startswith("model") for name in taken)  # nobody asked
+
+    branch = ("fit", "-c", second, "--run.name", "third", "--trainer.max_steps", "16", "--ckpt_path")
+    assert llm_train(*branch, RUN.with_name("second") / "checkpoints/best.ckpt").code == 0
+    other_id = json.loads((RUN.with_name("second") / "wandb/id.json").read_text())["id"]
+    taken = artifacts(RUN.with_name("third"))  # the checkpoint was not logged: what stands for the run is its config
+    used = {name for name, artifact in taken.items() if artifact.get("use_after_commit")}
+    assert used == {f"tokenizer-{run_id}", f"config-{other_id}"}
+
+
+def test_a_run_that_wandbs_agent_starts_is_named_for_its_settings_and_grouped_by_its_study(
+    llm_train, tiny, offline_wandb, monkeypatch, tmp_path
+):
+    given = tmp_path / "config-abc.yaml"
+    given.write_text("wandb_version: 1\noptimizer.lr:\n  value: 0.02\nseed_everything:\n  value: 7\n")
+    monkeypatch.setenv("WANDB_SWEEP_ID", "sweep1")
+    monkeypatch.setenv("WANDB_SWEEP_PARAM_PATH", str(given))
+    monkeypatch.setenv("WANDB_RUN_ID", "abc")
+    command = ("fit", "-c", tiny(trainer__max_steps=4), "--optimizer.lr=0.02", "--seed_everything=7")
+    assert llm_train(*command, "--run.study=rates").code == 0
+    (session,) = RUN.with_name("rates").glob("lr=0.02,seed=7/wandb/offline-run-*")
+    run = read_back(session)["run"][0]
+    assert (run["run_id"], run["run_group"], run["display_name"]) == ("abc", "rates", "lr=0.02,seed=7")
+    assert run["tags"] == ["decoder_pretrain", "rates"]
+
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    for study, folder in (("rates", "rates/lr=0.02,seed=7+2"), (None, "sweep1/lr=0.02,seed=7")):
+        assert llm_train(*command, *([f"--run.study={study}"] if study else [])).code == 0
+        recorded = yaml.safe_load((RUN.parent / folder / "config.yaml").read_text())["run"]
+        assert recorded["study"] == (study or "sweep1")
+
+
+@pytest.mark.parametrize(
+    ("environment", "netrc", "mode"),
+    [
+        ({}, "", "offline"),
+        ({"WANDB_API_KEY": "x"}, "", "online"),
+        ({"WANDB_MODE": "shared"}, "", "shared"),
+        ({}, "machine api.wandb.ai login user password key\n", "online"),
+        ({"WANDB_BASE_URL": "https://wandb.example.org"}, "machine api.wandb.ai login user password key\n", "offline"),
+    ],
+)
+def test_wandb_goes_online_only_where_somebody_is_logged_in(
+    monkeypatch, tmp_path, offline_wandb, environment, netrc, mode
+):
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home/.netrc").write_text(netrc)
+    (tmp_path / "home/.netrc").chmod(0o600)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    logger = WandbRecorder()
+    logger.attach(tmp_path, "topic", "name", "fit")
+    assert logger._wandb_init["mode"] == mode

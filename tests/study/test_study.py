@@ -1,0 +1,478 @@
+"""`llm-train study`: what it takes for a sweep file, what it runs, and how it goes on after it was broken off."""
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import optuna
+import pytest
+import yaml
+from helpers import kill_when
+from optuna.storages.journal import JournalFileBackend, JournalStorage
+
+from experiments.errors import UserError
+from experiments.study import command as study
+from experiments.study.sweep_file import Parameter, arm_name, read_sweep_file
+
+STUDY = Path("runs/toy/sweep")
+STUB = '''
+"""Stands for a run: leaves what one leaves, and does as it is told by flags."""
+import json, os, signal, sys, time
+from pathlib import Path
+
+given = dict(word.removeprefix("--").split("=", 1) for word in sys.argv[1:] if "=" in word)
+folder = Path(given["run.root"], given["run.topic"], given["run.study"], given["run.name"])
+(folder / "checkpoints").mkdir(parents=True, exist_ok="ckpt_path" in given)
+about = {"threads": os.environ.get("OMP_NUM_THREADS"), "pid": os.getpid()}
+(folder / "given.json").write_text(json.dumps(given | about))
+print("hello", flush=True)
+
+def save(number, frame):
+    (folder / "checkpoints/last.ckpt").touch()
+    sys.exit(128 + number)
+
+signal.signal(signal.SIGTERM, signal.SIG_IGN if given.get("stubborn") else save)
+values = [float(given.get("lr", 1)) * rate for rate in (1, 0.5, 0.75)]
+with (folder / "metrics.csv").open("w") as metrics:
+    print("step,val/loss", file=metrics)
+    for step, value in enumerate(values, start=1):
+        print(f"{step},{value}", file=metrics, flush=True)
+until = given.get("until") if float(given.get("lr", 1)) > 0.2 else None
+if until == "saved" and "ckpt_path" not in given:
+    (folder / "checkpoints/last.ckpt").touch()
+deadline = time.monotonic() + 30
+while until and "ckpt_path" not in given and time.monotonic() < deadline and not Path("go").exists():
+    if until.isdecimal() and len(list(folder.parent.glob("*/given.json"))) >= int(until):
+        break
+    time.sleep(0.01)
+if given.get("end") == "fails":
+    sys.exit("Traceback\\nerror: it was told to fail")
+(folder / "summary.json").write_text(json.dumps({"status": "finished"}))
+'''
+GRID = {"lr": {"values": [0.3, 0.1]}, "seed_everything": {"values": [1, 2]}, "end": {"value": "well"}}
+
+
+@pytest.fixture
+def sweep(tmp_path: Path) -> Callable[..., Path]:
+    """Writes a sweep file whose runs are stubs; its keys go over those below, `None` takes one out."""
+    (tmp_path / "stub.py").write_text(STUB)
+
+    def write(file_name: str = "sweep.yaml", **keys: object) -> Path:
+        content = {
+            "method": "grid",
+            "metric": {"name": "val/loss", "goal": "minimize"},
+            "parameters": GRID,
+            "command": ["${env}", "${interpreter}", "stub.py", "--run.topic=toy", "${args}"],
+        } | keys
+        path = tmp_path / file_name
+        path.write_text(yaml.safe_dump({k: v for k, v in content.items() if v is not None}, sort_keys=False))
+        return path
+
+    return write
+
+
+def trials() -> list[optuna.trial.FrozenTrial]:
+    """What the journal says."""
+    storage = JournalStorage(JournalFileBackend(str(STUDY / "journal.log")))
+    return optuna.load_study(study_name="study", storage=storage).trials
+
+
+def given(arm: str) -> dict[str, str]:
+    return json.loads((STUDY / arm / "given.json").read_text())
+
+
+# The file
+
+
+ACCEPTED = {
+    "one value": {"values": [1]},
+    "null and true": {"values": [None, True, "a", [1, 2]]},
+    "shares": {"values": [1, 2], "probabilities": [0.25, 0.75]},
+    "whole numbers": {"min": 1, "max": 4},
+    "numbers": {"min": 1, "max": 2.5},
+    "named": {"distribution": "uniform", "min": 1, "max": 4},
+    "logarithmic": {"distribution": "q_log_uniform_values", "min": 1e-5, "max": 1, "q": 1e-5},
+    "bell with defaults": {"distribution": "normal"},
+    "nested": {"parameters": {"lr": {"value": 0.1}, "betas": {"parameters": {"first": {"min": 0.1, "max": 0.9}}}}},
+}
+
+
+@pytest.mark.parametrize("spec", ACCEPTED.values(), ids=ACCEPTED.keys())
+def test_what_wandb_takes_for_a_parameter_is_taken(sweep, spec):
+    assert read_sweep_file(sweep(method="random", run_cap=1, parameters={"optimizer": spec})).parameters
+
+
+def test_all_keys_of_a_sweep_file_are_known(sweep):
+    read = read_sweep_file(
+        sweep(
+            name="a study: of rates",
+            description="text",
+            method="bayes",
+            metric={"name": "val/loss", "goal": "maximize", "target": 3, "impute": "best"},
+            early_terminate={"type": "hyperband", "max_iter": 27, "s": 2, "eta": 3, "strict": True},
+            kind="sweep",
+            controller={"type": "cloud"},
+            project="p",
+            entity="e",
+            run_cap=3,
+        )
+    )
+    assert (read.name, read.method, read.metric, read.maximize) == ("a-study-of-rates", "bayes", "val/loss", True)
+
+
+WRONG = {
+    "unknown key": ({"metod": "grid"}, "line 22: metod: there is no such key (did you mean 'method'?)"),
+    "no method": ({"method": None}, "sweep.yaml: method: is missing"),
+    "unknown method": ({"method": "gird"}, 'line 1: method: must be grid, random or bayes, got "gird" (did you mean'),
+    "custom method": ({"method": "custom"}, "method: custom runs on W&B's servers only"),
+    "for Launch": ({"job": "j"}, "job: is for W&B's own servers"),
+    "no parameters": ({"parameters": None}, "sweep.yaml: parameters: is missing"),
+    "parameters empty": ({"parameters": {}}, "parameters: is empty: there is nothing to sweep"),
+    "empty grid": ({"parameters": {"lr": {"values": []}}}, "line 7: parameters.lr.values: is empty"),
+    "no value": ({"parameters": {"lr": {}}}, "parameters.lr: must say `value:`, `values:`, or `min:` and `max:`"),
+    "unknown key of a parameter": ({"parameters": {"lr": {"value_s": [1]}}}, "(did you mean 'values'?)"),
+    "key too many": ({"parameters": {"lr": {"values": [1], "q": 2}}}, "parameters.lr.q: there is no such key"),
+    "bad name": ({"parameters": {"lr rate": {"value": 1}}}, "is no name of a parameter"),
+    "unknown distribution": (
+        {"parameters": {"lr": {"distribution": "log_unifrm_values", "min": 1, "max": 2}}},
+        "line 7: parameters.lr.distribution: there is no \"log_unifrm_values\" (did you mean 'log_uniform_values'?)",
+    ),
+    "withdrawn distribution": (
+        {"parameters": {"lr": {"distribution": "log_uniform", "min": -3, "max": -1}}},
+        "did you mean 'log_uniform_values'?",
+    ),
+    "text for a number": (
+        {"method": "random", "parameters": {"lr": {"min": "1e-5", "max": 0.1, "distribution": "uniform"}}},
+        'lr.min: must be a number, got "1e-5" (YAML wants 1.0e-5)',
+    ),
+    "max missing": ({"parameters": {"lr": {"distribution": "int_uniform", "min": 1}}}, "int_uniform needs max:"),
+    "min above max": ({"parameters": {"lr": {"min": 2, "max": 1}}}, "parameters.lr: min 2 is not less than max 1"),
+    "logarithm of nothing": (
+        {"method": "random", "parameters": {"lr": {"distribution": "log_uniform_values", "min": 0, "max": 1}}},
+        "lr.min: must be greater than 0",
+    ),
+    "shares": ({"parameters": {"lr": {"values": [1, 2], "probabilities": [0.5, 0.6]}}}, "must add up to 1, got 1.1"),
+    "grid without end": ({"parameters": {"lr": {"min": 0.1, "max": 1.0}}}, "a grid cannot go through uniform"),
+    "goal": ({"metric": {"name": "a", "goal": "minimise"}}, "metric.goal: must be minimize or maximize"),
+    "metric without a name": ({"metric": {"goal": "minimize"}}, "line 2: metric: has no name:"),
+    "bayes without a metric": ({"method": "bayes", "metric": None}, "method: bayes needs a metric:"),
+    "run_cap": ({"run_cap": 0}, "run_cap: must be at least 1, got 0"),
+    "hyperband": ({"early_terminate": {"type": "hyperband", "s": 2}}, "needs min_iter:, or max_iter: and s:"),
+    "stopping rule": ({"early_terminate": {"type": "median"}}, "early_terminate.type: must be hyperband"),
+    "unknown macro": ({"command": ["x", "${arg}"]}, "line 18: command.1: there is no ${arg} (did you mean 'args'?)"),
+    "no settings": ({"command": ["x"]}, "has no ${args}: the settings would not reach the runs"),
+    "no program": ({"command": None}, "runs ${program}, and program: is missing"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("keys", "message"), WRONG.values(), ids=WRONG.keys())
+def test_a_mistake_in_a_sweep_file_costs_one_line(llm_train, sweep, keys, message):
+    done = llm_train("study", sweep(**keys))
+    assert done.code == 1
+    (error,) = done.err.splitlines()
+    assert error.startswith(f"error: {sweep(**keys)}")
+    assert message in error
+    assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "is no sweep file"),
+        ("- grid\n", "is no sweep file"),
+        ("method: [grid\n", "sweep.yaml, line 2: is no YAML"),
+        ("method: grid\nmethod: random\n", "sweep.yaml, line 2: 'method' is there twice, first in line 1"),
+        ("name: 2026-01-01\n", "holds something that a sweep cannot"),
+        (b"name: caf\xe9\n", "is not UTF-8 text (byte 9)"),
+    ],
+)
+def test_a_file_that_is_none_costs_one_line(tmp_path, text, message):
+    path = tmp_path / "sweep.yaml"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(UserError) as caught:
+        read_sweep_file(path)
+    assert message in str(caught.value)
+
+
+def test_the_command_of_a_run_is_word_for_word_that_of_wandbs_agent(sweep, monkeypatch):
+    from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
+
+    monkeypatch.setenv("WHERE", "there")
+    settings = {"lr": 1e-5, "flag": True, "off": False, "none": None, "list": [1, "a"], "optimizer": {"lr": 0.1}}
+    macros = ["args", "args_no_hyphens", "args_no_equals", "args_no_boolean_flags", "args_json"]
+    macros += ["args_append_hydra", "args_override_hydra"]
+    command = ["run", 3, "${envvar:WHERE}/x", *(f"${{{macro}}}" for macro in macros)]
+    theirs = create_sweep_command_args({"args": {key: {"value": value} for key, value in settings.items()}})
+    expected = create_sweep_command([*command])[:3] + [word for macro in macros for word in theirs[macro]]
+    ours = read_sweep_file(sweep(command=command)).words(settings, Path("settings.json"))
+    assert ours == list(map(str, expected))
+
+
+@pytest.mark.parametrize(
+    ("settings", "name"),
+    [
+        ({"model.initialization": "xavier", "seed_everything": 2}, "initialization=xavier,seed=2"),
+        ({"model.dropout": 0.1, "model.attention.dropout": 0.25}, "model.dropout=0.1,attention.dropout=0.25"),
+        ({"optimizer": "torch.optim.SGD", "optimizer.lr": 1e-05}, "optimizer=SGD,lr=1e-05"),
+        ({"optimizer": {"lr": 0.30000000000000004}}, "lr=0.3"),
+        ({"data.tokenizer": "runs/bpe/offline/tokenizer"}, "tokenizer=runs-bpe-offline-tokenizer"),
+        ({"config": "experiments/topic/rows/first.yaml", "without": []}, "config=first,without=none"),
+        ({"a": None, "b": True, "c": -1, "d": [1, 2], "e": 1e20}, "a=null,b=true,c=-1,d=1-2,e=1e20"),
+    ],
+)
+def test_an_arm_is_named_for_its_settings(settings, name):
+    assert arm_name(settings) == name
+
+
+def test_long_names_stay_short_and_apart():
+    names = {arm_name({f"model.setting_{i}": "x" * 20 for i in range(9)} | {"last": last}) for last in range(3)}
+    assert len(names) == 3
+    assert all(len(name) == 100 for name in names)
+
+
+@pytest.mark.parametrize(
+    ("spec", "values"),
+    [
+        ({"min": 2, "max": 4}, [2, 3, 4]),
+        ({"distribution": "q_uniform", "min": 0.1, "max": 1, "q": 0.3}, [0.1, 0.4, 0.7]),  # without max
+        ({"values": ["a", 1, "a"]}, ["a", 1]),
+    ],
+)
+def test_a_grid_goes_through_the_values_that_wandb_goes_through(sweep, spec, values):
+    assert read_sweep_file(sweep(parameters={"x": spec})).parameters[0].grid() == values
+
+
+@pytest.mark.parametrize(
+    ("distribution", "spec", "drawn", "value"),
+    [
+        ("categorical", {"values": ["a", None]}, "null", None),
+        ("categorical_w_probabilities", {"values": ["a", "b"], "probabilities": [0.3, 0.7]}, 0.29, "a"),
+        ("categorical_w_probabilities", {"values": ["a", "b"], "probabilities": [0.3, 0.7]}, 0.31, "b"),
+        ("normal", {"mu": 2, "sigma": 3}, 0.8413447, pytest.approx(5)),
+        ("log_normal", {"mu": 0, "sigma": 1}, 0.5, pytest.approx(1)),
+        ("beta", {"a": 1, "b": 2}, 0.75, pytest.approx(0.5)),
+        ("q_normal", {"mu": 0, "sigma": 10, "q": 4}, 0.8413447, 8),
+        ("q_uniform", {"min": 0, "max": 1, "q": 0.1}, 0.33, 0.3),
+        ("q_log_uniform_values", {"min": 1, "max": 1000, "q": 32}, 100.0, 96),
+    ],
+)
+def test_a_draw_becomes_the_value_of_its_distribution(distribution, spec, drawn, value):
+    found = study._value(Parameter(("x",), distribution, spec), drawn)
+    assert found == value
+    assert isinstance(found, int) == isinstance(spec.get("q"), int)
+
+
+# The runs
+
+
+def test_a_grid_runs_in_the_files_order_and_a_failure_stops_no_other_run(llm_train, sweep):
+    path = sweep(parameters=GRID | {"end": {"values": ["well", "fails"]}, "seed_everything": {"value": 1}})
+    done = llm_train("study", path, "--extra=1")
+    assert done.code == 1
+    assert [line.split("  (")[0] for line in done.err.splitlines() if line.startswith("[")] == [
+        "[1/4] lr=0.3,end=well  val/loss 0.1500",
+        "[2/4] lr=0.3,end=fails  failed: it was told to fail",
+        "[3/4] lr=0.1,end=well  val/loss 0.0500",
+        "[4/4] lr=0.1,end=fails  failed: it was told to fail",
+    ]
+    assert f"again   llm-train study {path} --extra=1\nnext    llm-train compare {STUDY}\n" in done.err
+    assert "hello" in (STUDY / "logs/lr=0.3,end=well.log").read_text()
+    assert given("lr=0.1,end=well")["extra"] == "1"
+    assert [(trial.state.name, trial.value, trial.user_attrs.get("error")) for trial in trials()[:2]] == [
+        ("COMPLETE", 0.15, None),
+        ("FAIL", None, "it was told to fail"),
+    ]
+
+    (STUDY / "lr=0.3,end=well/given.json").unlink()
+    again = llm_train("study", path, "--extra=1")  # tries those that failed, and no other
+    assert not (STUDY / "lr=0.3,end=well/given.json").exists()
+    assert "4 runs, 2 of them done" in again.err
+    assert [line[:5] for line in again.err.splitlines() if line.startswith("[")] == ["[3/4]", "[4/4]"]
+
+
+def test_jobs_run_side_by_side_and_share_the_cores(llm_train, sweep, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(6))
+    done = llm_train("study", sweep(), "--jobs", "2", "--runs", "2", "--until=2")  # each waits for the other
+    assert done.code == 0, done.err
+    assert {given(arm)["threads"] for arm in ("lr=0.3,seed=1", "lr=0.3,seed=2")} == {"3"}
+
+
+RANDOM = {
+    "method": "random",
+    "parameters": {"lr": {"distribution": "log_uniform_values", "min": 1e-4, "max": 1.0}, "n": {"min": 1, "max": 9}},
+}
+
+
+def test_random_draws_are_those_of_the_seed_however_often_a_study_is_broken_off(llm_train, sweep):
+    path = sweep(**RANDOM)
+    plan = llm_train("study", path, "--runs=4", "--dry_run").out.splitlines()
+    assert plan == llm_train("study", path, "--runs=4", "--dry_run").out.splitlines()
+    assert plan != llm_train("study", path, "--runs=4", "--dry_run", "--seed=1").out.splitlines()
+    assert not Path("runs").exists()
+    for runs in ("1", "4"):
+        assert llm_train("study", path, "--runs", runs).code == 0
+    settings = [trial.user_attrs["settings"] for trial in trials()]
+    assert [f"--lr={setting['lr']}" for setting in settings] == [shlex.split(line)[4] for line in plan]
+    assert all(1e-4 <= setting["lr"] <= 1 and setting["n"] in range(1, 10) for setting in settings)
+
+
+def test_bayes_learns_from_the_journal_and_stops_at_the_target(llm_train, sweep):
+    keys = RANDOM | {"method": "bayes", "run_cap": 60, "metric": {"name": "val/loss", "target": 6e-5}}
+    path = sweep(**keys)
+    assert llm_train("study", path, "--dry_run").out.count("\n") == 2  # the first run, and that the others depend on it
+    done = llm_train("study", path)
+    assert done.code == 0
+    values = [trial.value for trial in trials()]
+    assert min(values) == values[-1] <= 6e-5 < min(values[:-1])  # one draw in fifty would be
+    assert 10 < len(values) < 40
+    assert "the target is reached" in done.err
+
+
+def test_a_run_that_is_not_among_the_best_at_a_rung_is_stopped_and_not_repeated(llm_train, sweep):
+    rule = {"type": "hyperband", "min_iter": 2, "eta": 2}
+    path = sweep(parameters={"lr": {"values": [0.1, 0.9]}}, early_terminate=rule)
+    done = llm_train("study", path, "--until=told")  # the second run would wait for half a minute
+    assert done.code == 0
+    assert "[2/2] lr=0.9  val/loss 0.4500, stopped early" in done.err
+    assert [trial.state.name for trial in trials()] == ["COMPLETE", "PRUNED"]
+    assert "2 runs, 2 of them done" in llm_train("study", path, "--until=told").err
+    assert len(trials()) == 2
+
+
+def test_a_run_that_logs_no_such_metric_has_failed(llm_train, sweep):
+    done = llm_train("study", sweep(metric={"name": "val/los"}), "--runs=1")
+    assert (done.code, "lr=0.3,seed=1  failed: it has logged no val/los" in done.err) == (1, True)
+
+
+def test_a_sweep_needs_no_metric(llm_train, sweep):
+    done = llm_train("study", sweep(metric=None), "--runs=1", "--name", "other")
+    assert (done.code, "[1/1] lr=0.3,seed=1" in done.err) == (0, True)
+    assert Path("runs/toy/other/lr=0.3,seed=1/metrics.csv").is_file()
+
+
+# Broken off
+
+
+def test_a_killed_study_is_taken_up_where_it_was(llm_train, forked, sweep):
+    command = ("study", sweep(parameters={"until": {"values": ["saved", "killed"]}}), "--jobs", "2")
+
+    def both_run() -> bool:
+        return (STUDY / "until=saved/checkpoints/last.ckpt").exists() and (STUDY / "until=killed/metrics.csv").exists()
+
+    assert forked(*command, meanwhile=kill_when(both_run)) == -signal.SIGKILL
+    outlived = llm_train(*command)
+    assert (outlived.code, "is at work, or a run that has outlived it" in outlived.err) == (1, True)
+    for arm in ("until=saved", "until=killed"):
+        os.kill(given(arm)["pid"], signal.SIGKILL)
+    with (STUDY / "journal.log").open("a") as journal:
+        journal.write('{"op_code":6,"wor')  # what a kill can leave
+    Path("go").touch()  # the second run starts anew, and would wait again
+    deadline = time.monotonic() + 10
+    while (done := llm_train(*command)).code == 1 and "at work" in done.err and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert done.code == 0, done.err
+    assert given("until=saved")["ckpt_path"] == "last"
+    assert "ckpt_path" not in given("until=killed")
+    assert [trial.state.name for trial in trials()] == ["FAIL", "FAIL", "COMPLETE", "COMPLETE"]
+
+
+@pytest.mark.parametrize(("signal_number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_lets_the_runs_save_and_the_same_command_goes_on(llm_train, forked, sweep, signal_number, code, capfd):
+    command = ("study", sweep(parameters={"lr": {"values": [0.1, 0.3]}, "until": {"value": "told"}}))
+
+    def second_runs() -> bool:
+        return (STUDY / "lr=0.3/metrics.csv").exists()
+
+    assert forked(*command, meanwhile=kill_when(second_runs, signal_number)) == code
+    said = capfd.readouterr().err
+    assert "(1 of 2 runs done, 0 failed)" in said
+    assert f"resume  llm-train study {command[1]}\n" in said
+    done = llm_train(*command)
+    assert done.code == 0, done.err
+    assert given("lr=0.3")["ckpt_path"] == "last"
+    assert "[2/2] lr=0.3  val/loss 0.1500" in done.err
+
+
+def test_a_second_signal_ends_runs_that_do_not_leave(forked, sweep, capfd):
+    def interrupt_twice(process: int) -> None:
+        kill_when((STUDY / "lr=0.3,seed=1/metrics.csv").exists, signal.SIGINT)(process)
+        time.sleep(0.5)
+        os.kill(process, signal.SIGINT)
+
+    command = ("study", sweep(), "--runs=1", "--until=told", "--stubborn=yes")
+    assert forked(*command, meanwhile=interrupt_twice) == 130
+    assert "once more ends them at once" in capfd.readouterr().err
+    with pytest.raises(ProcessLookupError):
+        os.kill(given("lr=0.3,seed=1")["pid"], 0)
+
+
+def test_a_run_that_finished_unseen_is_not_repeated(llm_train, sweep):
+    path = sweep()
+    llm_train("study", path, "--runs=1")
+    journal = STUDY / "journal.log"
+    lines = journal.read_text().splitlines(keepends=True)
+    journal.write_text("".join(lines[:-1]))  # killed before it could write the result
+    (STUDY / "lr=0.3,seed=1/given.json").unlink()
+    done = llm_train("study", path, "--runs=1")
+    assert (done.code, "[1/1] lr=0.3,seed=1  val/loss 0.1500  (finished before)" in done.err) == (0, True)
+    assert not (STUDY / "lr=0.3,seed=1/given.json").exists()
+
+
+# What it refuses, and what it does without
+
+
+def test_a_study_starts_without_torch(sweep, tmp_path):
+    main = f"import sys; from experiments.__main__ import main; main(['study', {str(sweep())!r}, '--dry_run'])"
+    check = subprocess.run([sys.executable, "-c", f"{main}; print('torch' in sys.modules)"], capture_output=True)
+    assert check.stdout.decode().splitlines()[-1] == "False", check.stderr
+
+
+def test_what_a_study_cannot_do_costs_one_line(llm_train, sweep, tmp_path):
+    def error(*args: object, **keys: object) -> str:
+        done = llm_train("study", sweep(**keys), *args)
+        assert done.code
+        return done.err.splitlines()[-1]
+
+    assert "method random has no end; add run_cap: to the file, or --runs N" in error(method="random")
+    missing = ["${interpreter}", "-m", "experiments", "fit", "-c", "missing.yaml", "${args}"]
+    assert "its command runs missing.yaml, and there is no such file" in error(command=missing)
+    assert "add --run.topic=NAME to it" in error(command=["${interpreter}", "stub.py", "${args}"])
+    assert "must be a whole number of at least 1, got 0" in error("--jobs", "0")
+    assert "no such option: --trainer.max_steps; what is for the runs is written --key=value" in error(
+        "--trainer.max_steps", "3"
+    )
+    assert "no such option: --job=2 (did you mean --jobs?)" in error("--job=2")
+    assert not Path("runs").exists()
+    llm_train("study", sweep(), "--runs=1")
+    assert f"{STUDY} was begun with other parameters: remove it" in error(parameters={"lr": {"value": 1}})
+    assert f"{STUDY} was begun with other flags: remove it" in error("--lr=2")
+    (tmp_path / "runs/toy/run").mkdir()
+    (tmp_path / "runs/toy/run/config.yaml").touch()
+    assert "runs/toy/run is the folder of a run; give the study another --name" in error("--name", "run")
+
+
+# The real command
+
+
+def test_a_study_of_the_real_command_leaves_ordinary_runs(llm_train, tiny, sweep):
+    tiny(trainer__max_steps=8)
+    command = ["${env}", "${interpreter}", "-m", "experiments", "fit", "-c", "tiny.yaml", "${args}"]
+    parameters = {"optimizer": {"parameters": {"lr": {"values": [0.01, 0.02]}}}, "model.n_layer": {"value": 1}}
+    done = llm_train("study", sweep("rates.yaml", command=command, parameters=parameters), "--runs=1")
+    folder = Path("runs/decoder_pretrain/rates/lr=0.01")
+    log = folder.parent / "logs/lr=0.01.log"
+    assert done.code == 0, (done.err, log.read_text())
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    assert config["run"] == {"name": "lr=0.01", "root": "runs", "topic": "decoder_pretrain", "study": "rates"}
+    assert (config["optimizer"]["init_args"]["lr"], config["model"]["init_args"]["n_layer"]) == (0.01, 1)
+    best = json.loads((folder / "summary.json").read_text())["best"]["value"]
+    assert f"[1/1] lr=0.01  val/loss {best:.4f}" in done.err
+    again = llm_train("fit", "-c", folder / "config.yaml", "--ckpt_path", "last", "--trainer.max_steps", "12")
+    assert f"{folder} (finished at step 12" in again.err
