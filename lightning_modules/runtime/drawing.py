@@ -2,16 +2,23 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import lightning as L
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from lightning_modules.common.files import atomic_file
+from lightning_modules.common.figures import new_figure, save_figure
 from lightning_modules.runtime.loggers import MetricsCSV
 
-if TYPE_CHECKING:  # matplotlib is imported where it is used: it is slow to import
-    from matplotlib.figure import Figure
+__all__ = [
+    "DrawsAtTheEnd",
+    "draw_by_group",
+    "log_before_training",
+    "new_figure",
+    "save_figure",
+    "show_figures",
+    "show_table",
+]
 
 
 class DrawsAtTheEnd(L.Callback):
@@ -37,30 +44,6 @@ class DrawsAtTheEnd(L.Callback):
         """Draw what the run has left, if it made a step."""
         if trainer.global_step:
             self.on_train_end(trainer, pl_module)
-
-
-def new_figure(width: float, height: float) -> "Figure":
-    """Return an empty figure that belongs to no window and to no global state, as `pyplot`'s figures do.
-
-    Args:
-        width: Width in inches.
-        height: Height in inches.
-    """
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(width, height), layout="constrained")
-
-
-def save_figure(figure: "Figure", file: Path) -> Path:
-    """Write a figure as PNG and return its file.
-
-    Args:
-        figure: The figure.
-        file: PNG file to create or replace.
-    """
-    with atomic_file(file) as target:
-        figure.savefig(target, format="png", dpi=120)
-    return file
 
 
 def draw_by_group(
