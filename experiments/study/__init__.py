@@ -1,0 +1,1 @@
+"""`llm-train study`: run a W&B sweep file on this machine."""
