@@ -24,9 +24,9 @@ from urllib.parse import urlparse
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from datamodules.cache import cache_root, digest
+from datamodules.hub_datasets import hub_errors, load_hub_dataset
 from lightning_modules.common.files import atomic_file
-from lightning_modules.common.hub import hub_answers
-from lightning_modules.common.messages import say
+from lightning_modules.common.messages import first_line, say
 
 # Characters. A tokenizer needs up to a hundred bytes of memory a character, and works on several pieces at once.
 PIECE_SIZE = 2**16
@@ -193,15 +193,10 @@ def download(url: str) -> Path:
                 shutil.copyfileobj(remote, local)
         except Exception as error:  # every file system has its own
             raise MisconfigurationException(
-                f"{url} could not be downloaded ({_first_line(error)}): check the network and the address, or download "
+                f"{url} could not be downloaded ({first_line(error)}): check the network and the address, or download "
                 "it elsewhere and give the path of the file in place of the URL"
             ) from error
     return target
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
 class HubText(Source):
@@ -256,14 +251,8 @@ class HubText(Source):
         return digest(["HubText", asked, files])
 
     def _rows(self) -> Iterator[str | None]:
-        from datasets import load_dataset
-
-        try:
-            if self.streaming and not Path(self.dataset).exists() and not hub_answers():
-                raise ConnectionError("the Hugging Face hub does not answer")
-            rows = load_dataset(
-                self.dataset, self.config, split=self.split, revision=self.revision, streaming=self.streaming
-            )
+        rows = load_hub_dataset(self.dataset, self.split, self.config, self.revision, self.streaming)
+        with hub_errors(self.dataset, self.split, self.config):
             columns = rows.column_names or list(next(iter(rows)))  # some streams know them only with the first row
             if self.column not in columns:
                 raise MisconfigurationException(
@@ -273,13 +262,6 @@ class HubText(Source):
                 if number == self.max_documents:
                     return
                 yield row[self.column]
-        except MisconfigurationException:
-            raise
-        except Exception as error:  # the hub, the network and the file formats each have their own
-            raise MisconfigurationException(
-                f"dataset {self.dataset} (config {self.config}, split {self.split}) could not be read "
-                f"({_first_line(error)}): check its name and the network; offline.yaml of the topic needs no network"
-            ) from error
 
 
 PythonKind = Literal["topics", "docstrings", "modules", "tests"]

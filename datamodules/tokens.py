@@ -1,6 +1,5 @@
 """A text as token files on disk, made once and mapped into memory, and the windows that are cut from them."""
 
-import hashlib
 import json
 import os
 import shutil
@@ -22,6 +21,7 @@ from tqdm import tqdm
 from datamodules.base import Order
 from datamodules.cache import digest
 from datamodules.sources import Piece, Source
+from datamodules.splits import SIDES, Side, side_of
 from datamodules.tokenizers import encode, tokenizer_fingerprint, vocab_size
 from lightning_modules.common.messages import say
 from lightning_modules.common.targets import IGNORED
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 Split = Literal["tail", "documents"]
-SIDES = ("train", "val", "test")
 
 _FORMAT = 1  # raise it when the files change their meaning: caches of other formats are then left alone
 _BATCH_CHARACTERS = 2**20  # encoded at once, by all cores; memory grows with it
@@ -151,7 +150,8 @@ def _write(
             files["train"].truncate(begin * dtype.itemsize)
 
         bar = stack.enter_context(tqdm(desc="tokenizing", unit="char", unit_scale=True, delay=1, disable=None))
-        side, starts_document = "train", True
+        side: Side = "train"
+        starts_document = True
         for batch in _batches(source.pieces()):
             encoded = encode(tokenizer, [piece.text for piece in batch])
             for (text, ends_document), ids in zip(batch, encoded, strict=True):
@@ -181,14 +181,6 @@ def _batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
             batch, characters = [], 0
     if batch:
         yield batch
-
-
-def side_of(text: str, val_fraction: float, test_fraction: float) -> str:
-    """Return the side of the document that begins with this piece: the same for the same text, in every run."""
-    draw = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8, person=b"split").digest()) / 2**64
-    if draw < test_fraction:
-        return "test"
-    return "val" if draw < test_fraction + val_fraction else "train"
 
 
 def random_windows(n_tokens: int, block_size: int, seed: int) -> tuple[int, Order]:

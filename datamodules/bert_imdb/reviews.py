@@ -9,14 +9,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import IO, Any
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from datamodules.tokens import side_of
-from lightning_modules.common.hub import hub_answers
-
-Side = Literal["train", "val", "test"]
+from datamodules.hub_datasets import load_hub_dataset
+from datamodules.splits import Side, require_fractions, side_of
 
 CLASSES = ("negative", "positive")
 
@@ -160,15 +158,6 @@ def _table_rows(file: IO[str], path: Path) -> Iterator[tuple[int, dict[str, str]
         begins = reader.line_num + 1
 
 
-def _require_fractions(val_fraction: float, test_fraction: float) -> tuple[float, float]:
-    if min(val_fraction, test_fraction) < 0 or val_fraction + test_fraction >= 1:
-        raise MisconfigurationException(
-            f"data.reviews: val_fraction {val_fraction} and test_fraction {test_fraction} must be 0 or more, and leave "
-            "something to train on"
-        )
-    return val_fraction, test_fraction
-
-
 class ReviewFiles(ReviewSource):
     """Files of JSON lines (`.jsonl`) or tables (`.csv`), with a review in each line; also compressed (`.gz`).
 
@@ -205,7 +194,7 @@ class ReviewFiles(ReviewSource):
         given = {"train": train, "val": val, "test": test}
         self.files = {side: [files] if isinstance(files, str) else files for side, files in given.items() if files}
         self.unlabelled_file = unlabelled_file
-        self.fractions = _require_fractions(0.0 if val else val_fraction, 0.0 if test else test_fraction)
+        self.fractions = require_fractions(0.0 if val else val_fraction, 0.0 if test else test_fraction, "data.reviews")
         self.fields = {"text": text_field, "label": label_field, "film": film_field}
         if len(set(classes)) < 2 or len(set(classes)) != len(classes):
             raise MisconfigurationException(f"data.reviews: classes must be two or more names, got {list(classes)}")
@@ -239,7 +228,7 @@ class AclImdb(ReviewSource):
 
     def __init__(self, folder: str, val_fraction: float = 0.1) -> None:
         self.folder = Path(folder).expanduser()
-        self.val_fraction, _ = _require_fractions(val_fraction, 0.0)
+        self.val_fraction, _ = require_fractions(val_fraction, 0.0, "data.reviews")
 
     def reviews(self, side: Side) -> Iterator[Review]:
         """Yields the reviews of one part, each class in the order of the reviews' numbers.
@@ -300,7 +289,7 @@ class HubReviews(ReviewSource):
         self.dataset = dataset
         self.splits = {"train": train, "val": val, "test": test}
         self.unlabelled_split = unlabelled_split
-        self.val_fraction = 0.0 if val else _require_fractions(val_fraction, 0.0)[0]
+        self.val_fraction = 0.0 if val else require_fractions(val_fraction, 0.0, "data.reviews")[0]
         self.classes = list(classes)
         self.revision = revision
 
@@ -329,19 +318,5 @@ class HubReviews(ReviewSource):
             yield parse_review(row, f"dataset {self.dataset}, {split}, row {number}", classes)
 
     def _load(self, split: str) -> Any:
-        from datasets import config, load_dataset
-
-        try:
-            if not Path(self.dataset).exists() and not config.HF_HUB_OFFLINE and not hub_answers():
-                # The library would try for half a minute.
-                raise ConnectionError(
-                    "the Hugging Face hub does not answer; HF_HUB_OFFLINE=1 takes an earlier download"
-                )
-            return load_dataset(self.dataset, split=split, revision=self.revision)
-        except Exception as error:  # the hub, the network and the file formats each have their own
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise MisconfigurationException(
-                f"dataset {self.dataset} (split {split}) could not be read ({reason}): check its name and the network, "
-                "or give files with datamodules.bert_imdb.ReviewFiles; experiments/bert_imdb/offline.yaml needs no "
-                "network"
-            ) from error
+        advice = "datamodules.bert_imdb.ReviewFiles and experiments/bert_imdb/offline.yaml need no network"
+        return load_hub_dataset(self.dataset, split, revision=self.revision, advice=advice)

@@ -7,7 +7,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from datamodules.base import ExperimentDataModule, leave_interrupts_to_the_parent
 from datamodules.sources import Source
-from datamodules.tokens import side_of
+from datamodules.splits import require_fractions, side_of
 
 
 class BPEDataModule(ExperimentDataModule):
@@ -42,11 +42,7 @@ class BPEDataModule(ExperimentDataModule):
                 more than 1 pays only where a source is slow for other reasons than the disk or the network.
         """
         super().__init__(batch_size, num_workers)
-        if min(val_fraction, test_fraction) < 0 or val_fraction + test_fraction >= 1:
-            raise MisconfigurationException(
-                f"data.val_fraction {val_fraction} and data.test_fraction {test_fraction} must be 0 or more, and leave "
-                "something to learn from"
-            )
+        require_fractions(val_fraction, test_fraction)
         fractions = {"val": 0.0 if val_source else val_fraction, "test": 0.0 if test_source else test_fraction}
         self.sides = {
             "train": Side(source, "train", fractions["val"], fractions["test"]),

@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader
 from datamodules.base import ExperimentDataModule
 from datamodules.cache import cache_root
 from datamodules.sources import Source
+from datamodules.splits import require_fractions
 from datamodules.tokenizers import WithTokenizer, load_tokenizer, token_byte_lengths
 from datamodules.tokens import Split, TokenFile, TokenWindows, prepare_tokens, random_windows, sequential_windows
 
@@ -65,11 +66,7 @@ class PretrainDataModule(WithTokenizer, ExperimentDataModule):
         super().__init__(batch_size, num_workers, seed)
         if block_size < 1:
             raise MisconfigurationException(f"data.block_size is {block_size}: it must be at least 1")
-        if min(val_fraction, test_fraction) < 0 or val_fraction + test_fraction >= 1:
-            raise MisconfigurationException(
-                f"data.val_fraction {val_fraction} and data.test_fraction {test_fraction} must be 0 or more, and leave "
-                "something to train on"
-            )
+        require_fractions(val_fraction, test_fraction)
         self.source = source
         self.block_size = block_size
         self.tokenizer_name = tokenizer

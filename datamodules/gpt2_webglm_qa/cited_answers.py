@@ -11,10 +11,9 @@ from typing import Any, Literal
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from datamodules.tokens import side_of
-from lightning_modules.common.hub import hub_answers
+from datamodules.hub_datasets import load_hub_dataset
+from datamodules.splits import Side, require_fractions, side_of
 
-Side = Literal["train", "val", "test"]
 Order = Literal["given", "shuffled", "none"]
 Citations = Literal["keep", "strip", "renumber"]
 
@@ -166,22 +165,8 @@ class HubRecords(RecordSource):
             yield parse_record(row, f"dataset {self.dataset}, {self.splits[side]}, row {number}")
 
     def _load(self, side: Side) -> Any:
-        from datasets import config, load_dataset
-
-        try:
-            if not Path(self.dataset).exists() and not config.HF_HUB_OFFLINE and not hub_answers():
-                # The library would try for half a minute.
-                raise ConnectionError(
-                    "the Hugging Face hub does not answer; HF_HUB_OFFLINE=1 takes an earlier download"
-                )
-            return load_dataset(self.dataset, split=self.splits[side], revision=self.revision)
-        except Exception as error:  # the hub, the network and the file formats each have their own
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise MisconfigurationException(
-                f"dataset {self.dataset} (split {self.splits[side]}) could not be read ({reason}): check its name and "
-                "the network, or give JSON lines with datamodules.gpt2_webglm_qa.JSONLines; "
-                "experiments/gpt2_webglm_qa/offline.yaml needs no network"
-            ) from error
+        advice = "datamodules.gpt2_webglm_qa.JSONLines and experiments/gpt2_webglm_qa/offline.yaml need no network"
+        return load_hub_dataset(self.dataset, self.splits[side], revision=self.revision, advice=advice)
 
 
 class JSONLines(RecordSource):
@@ -207,12 +192,7 @@ class JSONLines(RecordSource):
         self.files = {
             side: [given] if isinstance(given, str) else given for side, given in files.items() if given is not None
         }
-        self.fractions = (0.0 if val else val_fraction, 0.0 if test else test_fraction)
-        if min(self.fractions) < 0 or sum(self.fractions) >= 1:
-            raise MisconfigurationException(
-                f"JSONLines: val_fraction {val_fraction} and test_fraction {test_fraction} must be 0 or more, and "
-                "leave something to train on"
-            )
+        self.fractions = require_fractions(0.0 if val else val_fraction, 0.0 if test else test_fraction, "data.records")
 
     def records(self, side: Side) -> Iterator[Record]:
         """Yields the records of one part.

@@ -30,7 +30,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from datamodules.cache import cache_root, digest
 from datamodules.gpt2_webglm_qa.cited_answers import Record, RecordSource, Side, parse_record
-from datamodules.tokens import side_of
+from datamodules.splits import require_fractions, side_of
 from lightning_modules.common.files import atomic_file
 from lightning_modules.common.messages import say
 
@@ -99,14 +99,9 @@ class PythonQuestions(RecordSource):
             raise MisconfigurationException(
                 f"PythonQuestions: passage_characters is {passage_characters}; give at least 60"
             )
-        if min(val_fraction, test_fraction) < 0 or val_fraction + test_fraction >= 1:
-            raise MisconfigurationException(
-                f"PythonQuestions: val_fraction {val_fraction} and test_fraction {test_fraction} must be 0 or more, "
-                "and leave something to train on"
-            )
         self.n_references = n_references
         self.passage_characters = passage_characters
-        self.fractions = (val_fraction, test_fraction)
+        self.fractions = require_fractions(val_fraction, test_fraction, "data.records")
         self.seed = seed
 
     def records(self, side: Side) -> Iterator[Record]:

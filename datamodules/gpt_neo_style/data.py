@@ -14,8 +14,9 @@ from datamodules.base import ExperimentDataModule
 from datamodules.cache import cache_root
 from datamodules.gpt_neo_style.books import cut_into_passages, read_book
 from datamodules.sources import ListText, Source
+from datamodules.splits import SIDES, require_fractions
 from datamodules.tokenizers import WithTokenizer, load_tokenizer, token_byte_lengths
-from datamodules.tokens import SIDES, TokenFile, TokenWindows, prepare_tokens, sequential_windows
+from datamodules.tokens import TokenFile, TokenWindows, prepare_tokens, sequential_windows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -77,11 +78,7 @@ class GPTNeoStyleDataModule(WithTokenizer, ExperimentDataModule):
         ):
             if value < least:
                 raise MisconfigurationException(f"data.{name} is {value}: it must be at least {least}")
-        if min(val_fraction, test_fraction) < 0 or val_fraction + test_fraction >= 1:
-            raise MisconfigurationException(
-                f"data.val_fraction {val_fraction} and data.test_fraction {test_fraction} must be 0 or more, and leave "
-                "something to train on"
-            )
+        require_fractions(val_fraction, test_fraction)
         if not 0 < base_val_fraction <= 1:
             raise MisconfigurationException(f"data.base_val_fraction is {base_val_fraction}: it must be in (0, 1]")
         self.books, self.other_books = _as_list(books), _as_list(other_books)

@@ -142,12 +142,12 @@ def test_the_hub(monkeypatch):
 
     asked = []
 
-    def load(name: str, split: str, revision: str | None) -> list:
+    def load(name: str, config: None, *, split: str, revision: str | None, streaming: bool) -> list:
         asked.append((name, split, revision))
         return [row | {"label": -1} for row in ROWS] if split == "unsupervised" else ROWS
 
     monkeypatch.setattr(datasets, "load_dataset", load)
-    monkeypatch.setattr("datamodules.bert_imdb.reviews.hub_answers", lambda: True)
+    monkeypatch.setattr("datamodules.hub_datasets.hub_answers", lambda: True)
     sides = sides_of(HubReviews(revision="v1"))
     assert len(sides["train"]) + len(sides["val"]) == 160
     assert 5 < len(sides["val"]) < 40

@@ -329,7 +329,7 @@ EMPTY = {"class_path": "datamodules.sources.ListText", "init_args": {"texts": []
 WRONG = {
     "empty corpus": ({"data__source": EMPTY}, "data.source: the corpus is empty"),
     "nothing held out": ({"data__source": ALL_ONE_SIDE}, "there is no val text"),
-    "fractions": ({"data__val_fraction": 0.9}, "must be 0 or more, and leave something to learn from"),
+    "fractions": ({"data__val_fraction": 0.9}, "must be 0 or more, and leave something to train on"),
     "small vocabulary": ({"model__vocabulary_size": 256}, "model.vocabulary_size is 256", "at least 257"),
     "bad pattern": ({"model__pattern": "(?:"}, "model.pattern: the pattern does not compile"),
     "capturing pattern": ({"model__pattern": r"(\s)|\S+"}, "model.pattern: the pattern has a group that captures"),

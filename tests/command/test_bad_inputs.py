@@ -12,7 +12,7 @@ import pytest
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from datamodules.cache import cached_array
-from lightning_modules.finetuning.pretrained import load_pretrained
+from lightning_modules.finetuning.bases import load_pretrained
 
 ROOT = Path(__file__).parents[2]
 TEXTS = ("--data.source=datamodules.sources.ListText", "--data.source.texts=[one two three. four five six.]")
@@ -59,7 +59,7 @@ BAD = [
     ("predict attention_recall", [], 1, ["Give --ckpt_path best, last or a file"]),
     ("fit bpe", ["--model.vocabulary_size=256"], 1, ["model.vocabulary_size is 256", "at least 257"]),
     ("fit bpe", ["--model.pattern=(?:"], 1, ["model.pattern: the pattern does not compile"]),
-    ("fit bpe", ["--data.val_fraction=1"], 1, ["data.val_fraction 1.0", "leave something to learn from"]),
+    ("fit bpe", ["--data.val_fraction=1"], 1, ["data.val_fraction 1.0", "leave something to train on"]),
     ("fit bpe", ["--trainer.max_epochs=2", *TEXTS, "--data.val_fraction=0"], 1, ["trainer.max_epochs is 2: give 1"]),
     ("fit decoder_pretrain", [], 1, ["runs/bpe/offline/tokenizer", "llm-train fit -c experiments/bpe/offline.yaml"]),
     ("fit decoder_pretrain", ["--data.tokenizer=tokenizer"], 1, ["tokenizer/tokenizer.json could not be read"]),

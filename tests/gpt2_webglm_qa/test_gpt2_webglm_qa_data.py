@@ -130,7 +130,7 @@ def test_records_of_a_dataset_in_the_hubs_form(tmp_path):
 
 
 def test_without_a_network_the_hub_is_one_line_that_names_the_offline_experiment():
-    with pytest.raises(MisconfigurationException, match=r"THUDM/webglm-qa.*offline.yaml needs no network") as caught:
+    with pytest.raises(MisconfigurationException, match=r"THUDM/webglm-qa.*offline.yaml need no network") as caught:
         HubRecords().prepare()
     assert "\n" not in str(caught.value)
 

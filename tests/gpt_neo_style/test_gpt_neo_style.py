@@ -24,7 +24,8 @@ from datamodules.gpt_neo_style.books import cut_into_passages, read_book, withou
 from datamodules.gpt_neo_style.data import GPTNeoStyleDataModule
 from datamodules.sources import ListText
 from lightning_modules.decoder_pretrain.module import PretrainModule
-from lightning_modules.finetuning.pretrained import CachedHubModel, load_pretrained
+from lightning_modules.finetuning.bases import load_pretrained
+from lightning_modules.finetuning.causal_lm import CachedHubModel
 from lightning_modules.gpt_neo_style.module import GPTNeoStyleModule
 from lightning_modules.gpt_neo_style.report import whole_lines
 from lightning_modules.gpt_neo_style.style import BookStyle
@@ -294,7 +295,7 @@ def test_several_books_are_trained_on_together(tmp_path):
 def test_of_the_base_text_what_it_was_not_trained_on_is_measured(tmp_path):
     documents = [text(40, seed) for seed in range(60)]
     data = datamodule(tmp_path, base_source=ListText(documents), base_val_fraction=0.2, base_windows=5)
-    from datamodules.tokens import side_of
+    from datamodules.splits import side_of
 
     held_out = [document for document in documents if side_of(document, 0.2, 0.0) == "val"]
     assert 0 < len(held_out) < 60

@@ -1,0 +1,70 @@
+"""Datasets of the Hugging Face hub, with errors of one line."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from lightning_modules.common.hub import hub_answers
+from lightning_modules.common.messages import first_line
+
+ADVICE = "offline.yaml of the topic needs no network"
+
+
+def load_hub_dataset(
+    dataset: str,
+    split: str,
+    config: str | None = None,
+    revision: str | None = None,
+    streaming: bool = False,
+    advice: str = ADVICE,
+) -> Any:
+    """Return a split of a Hugging Face dataset; what is not streamed is downloaded once.
+
+    Args:
+        dataset: Name on the hub (`owner/name`), or a local folder with data files.
+        split: Name of the split.
+        config: Configuration (subset), for a dataset that has several.
+        revision: Branch, tag or commit.
+        streaming: Read over the network as rows are asked for, in place of a download.
+        advice: What to do without a network, for the message.
+
+    Raises:
+        MisconfigurationException: If the dataset cannot be reached, or has no such configuration or split.
+    """
+    with hub_errors(dataset, split, config, advice):
+        from datasets import config as settings
+        from datasets import load_dataset
+
+        downloaded_before = settings.HF_HUB_OFFLINE and not streaming
+        if not Path(dataset).exists() and not downloaded_before and not hub_answers():
+            # The library would try for half a minute.
+            raise ConnectionError("the Hugging Face hub does not answer; HF_HUB_OFFLINE=1 takes an earlier download")
+        return load_dataset(dataset, config, split=split, revision=revision, streaming=streaming)
+
+
+@contextmanager
+def hub_errors(dataset: str, split: str, config: str | None = None, advice: str = ADVICE) -> Iterator[None]:
+    """Turn whatever fails in the block into one line that names the dataset; rows that are streamed may fail late.
+
+    Args:
+        dataset: Name of the dataset.
+        split: Name of the split.
+        config: Configuration of the dataset, if any.
+        advice: What to do without a network.
+
+    Raises:
+        MisconfigurationException: In place of any other exception.
+    """
+    try:
+        yield
+    except MisconfigurationException:
+        raise
+    except Exception as error:  # the hub, the network and the file formats each have their own
+        part = f"config {config}, split {split}" if config else f"split {split}"
+        raise MisconfigurationException(
+            f"dataset {dataset} ({part}) could not be read ({first_line(error)}): check its name and the network; "
+            f"{advice}"
+        ) from error

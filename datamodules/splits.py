@@ -1,0 +1,42 @@
+"""Which documents are held out: the three splits of a data set, and the rule that sends a document to one of them."""
+
+import hashlib
+from typing import Literal
+
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+Side = Literal["train", "val", "test"]
+SIDES: tuple[Side, ...] = ("train", "val", "test")
+
+
+def require_fractions(val_fraction: float, test_fraction: float, where: str = "data") -> tuple[float, float]:
+    """Return the two fractions, checked.
+
+    Args:
+        val_fraction: Part of the data that is held out for validation.
+        test_fraction: Part of the data that is held out for the test.
+        where: Path of the two arguments in the configuration, for the message.
+
+    Raises:
+        MisconfigurationException: If one is negative, or nothing is left to train on.
+    """
+    if min(val_fraction, test_fraction) < 0 or val_fraction + test_fraction >= 1:
+        raise MisconfigurationException(
+            f"{where}.val_fraction {val_fraction} and {where}.test_fraction {test_fraction} must be 0 or more, and "
+            "leave something to train on"
+        )
+    return val_fraction, test_fraction
+
+
+def side_of(text: str, val_fraction: float, test_fraction: float) -> Side:
+    """Return the split of a document, drawn by a hash: equal texts share a split, in every run and every process.
+
+    Args:
+        text: What identifies the document, such as its beginning.
+        val_fraction: Probability of `val`.
+        test_fraction: Probability of `test`.
+    """
+    draw = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8, person=b"split").digest()) / 2**64
+    if draw < test_fraction:
+        return "test"
+    return "val" if draw < test_fraction + val_fraction else "train"
