@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
-from lightning_modules.finetuning.pretrained import architecture_of
+from lightning_modules.finetuning.bases import architecture_of
 from lightning_modules.runtime.sharded import require_whole_weights
 
 

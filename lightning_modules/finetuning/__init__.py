@@ -1,1 +1,1 @@
-"""What fine-tunings of pretrained models share: bases, causal language models, adapters, frozen weights."""
+"""What fine-tunings share: pretrained bases, causal language models, freezing, learning rates by layer, adapters."""

@@ -1,137 +1,21 @@
-"""Which parameters of a model are trained: some frozen, some thawed later, or small adapters in place of all of them.
-
-The callbacks know nothing of a model but what PyTorch says: its parameters by name, and its layers, the largest
-`nn.ModuleList` in it. What a model registers before its layers are its embeddings, what comes after them its head. A
-matrix that both share, as the tied embeddings of GPT-2, counts as embedding.
+"""Freezing of parameters, for the whole run or until an epoch.
 
 A frozen parameter has `requires_grad=False`: it gets no gradient, no optimiser state and no weight decay. What lies
 between the input and the first trained parameter leaves no graph behind, so neither backward pass nor memory for it.
 """
 
-import re
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
-from typing import Any
 
 import lightning as L
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import nn
 
-from lightning_modules.finetuning.adapters import adapted_layers, add_adapters, linear_layers
+from lightning_modules.finetuning.selection import Anatomy, Parameters, Selection
 from lightning_modules.runtime import private_names
 from lightning_modules.runtime.sharded import require_whole_weights
-
-Parameters = dict[str, nn.Parameter]
-
-
-class Anatomy:
-    """A model's parameters, each under its first name, by where they stand.
-
-    Args:
-        model: Any module.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        self.parameters: Parameters = dict(model.named_parameters())
-        stacks = {name: stack for name, stack in model.named_modules() if isinstance(stack, nn.ModuleList)}
-        # The one with most in it: attention may have lists of its own.
-        self.stack = max(stacks, key=lambda name: sum(p.numel() for p in stacks[name].parameters()), default="")
-        n_layer = len(stacks[self.stack]) if stacks else 0
-        self.layers: list[Parameters] = [self._under(f"{self.stack}.{i}.") for i in range(n_layer)]
-        names = list(self.parameters)
-        in_layers = [i for i, name in enumerate(names) if any(name in layer for layer in self.layers)] or [0]
-        self.embeddings = {name: self.parameters[name] for name in names[: in_layers[0]]}
-        self.head = {name: self.parameters[name] for name in names[in_layers[-1] + 1 :]}
-
-    def _under(self, prefix: str) -> Parameters:
-        return {name: parameter for name, parameter in self.parameters.items() if name.startswith(prefix)}
-
-    def matching(self, pattern: str) -> Parameters:
-        """The parameters whose name a glob pattern matches; `*` stands for dots too.
-
-        Raises:
-            ValueError: If there are none, with the names there are.
-        """
-        found = {name: p for name, p in self.parameters.items() if fnmatchcase(name, pattern)}
-        if not found:
-            raise ValueError(f"no parameter is named {pattern!r}; there are {_in_short(self.parameters)}")
-        return found
-
-    def layer_range(self, text: int | str) -> Parameters:
-        """The parameters of some layers: `3`, `-1`, `:6`, `2:-1`, `:50%`, counted as Python does.
-
-        Raises:
-            ValueError: If it is no range, or no layer is in it, with the layers there are.
-        """
-        n = len(self.layers)
-        if not n:
-            raise ValueError(f"layers {text}: the model has no stack of layers; name them by patterns")
-        bounds = [_bound(part, n) for part in str(text).split(":")]
-        if "bad" in bounds or len(bounds) > 2:
-            raise ValueError(
-                f"layers {text!r} is no range: write one layer (3, or -1 for the last), or where to begin and to stop "
-                "(':6', '2:-1', ':50%')"
-            )
-        chosen = range(n)[slice(*bounds)] if len(bounds) == 2 else [i for i in range(n) if i == bounds[0] % n]
-        if not chosen or (len(bounds) == 1 and not -n <= bounds[0] < n):
-            raise ValueError(
-                f"layers {text!r}: there is no such layer; there are {n}, {self.stack}.0 to {self.stack}.{n - 1}"
-            )
-        return {name: p for i in chosen for name, p in self.layers[i].items()}
-
-
-def _in_short(names: Iterable[str]) -> str:
-    """Names with a star for the number of the layer, each once."""
-    return ", ".join(dict.fromkeys(re.sub(r"\.\d+(?=\.|$)", ".*", name) for name in names))
-
-
-def _bound(text: str, n: int) -> int | str | None:
-    text = text.strip()
-    if not text:
-        return None
-    if share := re.fullmatch(r"(\d+(?:\.\d+)?)%", text):
-        return round(n * float(share[1]) / 100)
-    return int(text) if re.fullmatch(r"-?\d+", text) else "bad"
-
-
-@dataclass
-class Selection:
-    """Parameters of a model: all that one of these names.
-
-    Args:
-        embeddings: Whether what stands before the first layer is meant.
-        layers: Which layers are meant, counted as in Python: `3`, `-1`, `":6"`, `"2:-1"`, `":50%"` for the first half.
-        patterns: Which parameters are meant by name, as glob patterns: `"*.mlp.*"`, `"*bias"`.
-        all_but_head: Whether everything is meant but what stands after the last layer.
-    """
-
-    embeddings: bool = False
-    layers: int | str | None = None
-    patterns: list[str] | None = None
-    all_but_head: bool = False
-
-    def of(self, model: nn.Module) -> Parameters:
-        """The parameters that are meant, in the model's order.
-
-        Raises:
-            ValueError: If a range or a pattern names nothing that is there, or nothing is named.
-        """
-        anatomy = Anatomy(model)
-        chosen: Parameters = {}
-        if self.embeddings:
-            chosen |= anatomy.embeddings
-        if self.layers is not None:
-            chosen |= anatomy.layer_range(self.layers)
-        for pattern in self.patterns or []:
-            chosen |= anatomy.matching(pattern)
-        if self.all_but_head:
-            chosen |= {name: p for name, p in anatomy.parameters.items() if name not in anatomy.head}
-        if not chosen:
-            raise ValueError("nothing is named; set embeddings, layers, patterns or all_but_head")
-        return {name: p for name, p in anatomy.parameters.items() if name in chosen}
 
 
 class FreezingCallback(L.Callback):
@@ -336,99 +220,3 @@ class GradualUnfreezing(FreezingCallback):
         self.take_stock(pl_module)
         if self._counts != before:
             self.say(f"epoch {self._epoch}: ")
-
-
-class LayerwiseRates(L.Callback):
-    """Gives each layer a smaller learning rate than the one above it (Howard and Ruder, 2018, section 3.2).
-
-    The head learns at the optimiser's rate, the last layer at `decay` times it, the one below at `decay` squared, and
-    so on down to the embeddings.
-
-    Args:
-        decay: Learning rate of a layer, as a share of that of the layer above it (more than 0, to 1).
-
-    Raises:
-        MisconfigurationException: If the decay is outside its range.
-    """
-
-    def __init__(self, decay: float = 0.9) -> None:
-        if not 0 < decay <= 1:
-            raise MisconfigurationException(f"LayerwiseRates: decay must be in (0, 1], got {decay}")
-        self.decay = decay
-
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Sets the rates before the optimiser is made."""
-        anatomy = Anatomy(pl_module)
-        for depth, names in enumerate([*reversed(anatomy.layers), anatomy.embeddings], start=1):
-            pl_module.learning_rate_shares |= dict.fromkeys(names, self.decay**depth)
-
-
-class LoRA(FreezingCallback):
-    """Freezes the whole model and trains low-rank adapters beside its linear layers (Hu et al., 2021).
-
-    A checkpoint holds the adapters beside the frozen weights; `model/` is exported with the adapters folded in, as a
-    plain model.
-
-    Args:
-        rank: Rank of the adapters (at least 1).
-        alpha: What the adapters add is multiplied by `alpha / rank`.
-        dropout: Share of an adapter's input that is dropped in training (0 to 1).
-        targets: Linear layers that get adapters, as glob patterns of their names; `null` takes all in the stack of
-            layers.
-        also_trained: Parameters that are trained beside the adapters, as glob patterns: a new head, `"classifier.*"`.
-        keep_dropout: Whether frozen modules drop units out in training as the others do.
-
-    Raises:
-        MisconfigurationException: If a size is outside its range.
-    """
-
-    def __init__(
-        self,
-        rank: int = 8,
-        alpha: float = 16.0,
-        dropout: float = 0.0,
-        targets: list[str] | None = None,
-        also_trained: list[str] | None = None,
-        keep_dropout: bool = False,
-    ) -> None:
-        super().__init__(keep_dropout)
-        if rank < 1 or alpha <= 0 or not 0 <= dropout < 1:
-            raise MisconfigurationException(
-                f"LoRA: rank must be at least 1, alpha more than 0, dropout in [0, 1); got {rank}, {alpha}, {dropout}"
-            )
-        self.rank, self.alpha, self.dropout = rank, alpha, dropout
-        self.targets = targets
-        self.also_trained = also_trained
-
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Adds the adapters before a checkpoint is loaded and the optimiser is made.
-
-        Raises:
-            MisconfigurationException: If a pattern names nothing that is there.
-        """
-        if adapted_layers(pl_module):
-            return
-        self.adapters = {
-            "targets": self._targets(pl_module),
-            "rank": self.rank,
-            "alpha": self.alpha,
-            "dropout": self.dropout,
-        }
-        also_trained = self.chosen(Selection(patterns=self.also_trained), pl_module) if self.also_trained else {}
-        add_adapters(pl_module, **self.adapters)
-        for parameter in also_trained.values():
-            parameter.requires_grad = True
-
-    def _targets(self, pl_module: L.LightningModule) -> list[str]:
-        layers = linear_layers(pl_module)
-        patterns = self.targets or [f"{Anatomy(pl_module).stack}.*"]
-        for pattern in patterns:
-            if not any(fnmatchcase(name, pattern) for name in layers):
-                raise MisconfigurationException(
-                    f"LoRA: no linear layer is named {pattern!r}; there are {_in_short(layers)}"
-                )
-        return [name for name in layers if any(fnmatchcase(name, pattern) for pattern in patterns)]
-
-    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Notes what adapters there are, so that who loads the checkpoint can add them first."""
-        checkpoint["adapters"] = self.adapters

@@ -9,7 +9,8 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
 from lightning_modules.common.targets import IGNORED
-from lightning_modules.finetuning.pretrained import FineTunedCausalLM, evaluating, scored_at
+from lightning_modules.finetuning.bases import evaluating, scored_at
+from lightning_modules.finetuning.causal_lm import FineTunedCausalLM
 from lightning_modules.metrics import CorpusLoss
 
 Batch = dict[str, Tensor]
@@ -50,19 +51,19 @@ class GPT2WebGLMQAModule(FineTunedCausalLM):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Adds the answers of a batch to the measures of the validation records."""
-        self._measure(self.val_measures, batch)
+        self._measure(self.val_metrics, batch)
 
     def on_validation_epoch_end(self) -> None:
         """Logs `val/loss`, `val/perplexity` and `val/bits_per_byte`, all of the answers alone."""
-        self._log_measures("val", self.val_measures)
+        self._log_measures("val", self.val_metrics)
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         """Adds the answers of a batch to the measures of the test records."""
-        self._measure(self.test_measures, batch)
+        self._measure(self.test_metrics, batch)
 
     def on_test_epoch_end(self) -> None:
         """Logs `test/loss`, `test/perplexity` and `test/bits_per_byte`, all of the answers alone."""
-        self._log_measures("test", self.test_measures)
+        self._log_measures("test", self.test_metrics)
 
     def _measure(self, measures: CorpusLoss, batch: Batch) -> None:
         counted = batch["targets"] != IGNORED

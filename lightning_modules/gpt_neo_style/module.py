@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_modules.finetuning.pretrained import FineTunedCausalLM
+from lightning_modules.finetuning.causal_lm import FineTunedCausalLM
 from lightning_modules.metrics import CorpusLoss, next_token_loss
 
 Batch = dict[str, Any]
@@ -35,19 +35,19 @@ class GPTNeoStyleModule(FineTunedCausalLM):
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Adds the batch to the measures of the text that it is of."""
-        self._measure(batch, self.val_measures)
+        self._measure(batch, self.val_metrics)
 
     def on_validation_epoch_end(self) -> None:
         """Logs the measures of each text."""
-        self._log_measures("val", self.val_measures)
+        self._log_measures("val", self.val_metrics)
 
     def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Adds the batch to the measures of the text that it is of."""
-        self._measure(batch, self.test_measures)
+        self._measure(batch, self.test_metrics)
 
     def on_test_epoch_end(self) -> None:
         """Logs the measures of each text."""
-        self._log_measures("test", self.test_measures)
+        self._log_measures("test", self.test_metrics)
 
     def _measure(self, batch: Batch, of_the_book: CorpusLoss) -> None:
         measures = of_the_book if batch["text"] == "book" else self.side_measures[batch["text"]]

@@ -26,8 +26,8 @@ from lightning_modules.bert_imdb.classification_report import (
 )
 from lightning_modules.bert_imdb.module import BertImdbModule, BertMaskedLMModule
 from lightning_modules.classification import ClassificationMeasures
-from lightning_modules.finetuning.freeze import Anatomy
-from lightning_modules.finetuning.pretrained import load_pretrained
+from lightning_modules.finetuning.selection import Anatomy
+from lightning_modules.finetuning.bases import load_pretrained
 from lightning_modules.runtime.learning_curve import read_metric
 
 ROOT = Path(__file__).parents[2]

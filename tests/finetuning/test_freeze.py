@@ -13,25 +13,23 @@ from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
+from experiments.class_paths import import_class
 from lightning_modules.base import ExperimentModule
 from lightning_modules.decoder_pretrain.module import PretrainModule
-from lightning_modules.finetuning import freeze
 from lightning_modules.finetuning.adapters import adapted_layers, merged
-from lightning_modules.finetuning.freeze import (
-    Anatomy,
-    Freeze,
-    GradualUnfreezing,
-    LayerwiseRates,
-    LoRA,
-    Selection,
-    Stage,
-    frozen_modules,
-)
+from lightning_modules.finetuning.freeze import Freeze, GradualUnfreezing, Stage, frozen_modules
+from lightning_modules.finetuning.lora import LoRA
+from lightning_modules.finetuning.rates import LayerwiseRates
+from lightning_modules.finetuning.selection import Anatomy, Selection
 from lightning_modules.runtime import private_names
 from lightning_modules.runtime.learning_curve import read_metric
 
 RUNS = Path("runs/decoder_pretrain")
-FREEZE = "lightning_modules.finetuning.freeze."
+CALLBACKS = {
+    "Freeze": "lightning_modules.finetuning.freeze.Freeze",
+    "GradualUnfreezing": "lightning_modules.finetuning.freeze.GradualUnfreezing",
+    "LoRA": "lightning_modules.finetuning.lora.LoRA",
+}
 SIZES = {"n_layer": 2, "n_head": 2, "n_embd": 16}
 
 
@@ -164,7 +162,7 @@ def freezing(tiny, tmp_path: Path, *callbacks: tuple[str, dict], **settings: obj
         torch.manual_seed(1)
         PretrainModule(vocab_size=257, block_size=16, **SIZES).save_pretrained(tmp_path / "start")
     export = {"class_path": "lightning_modules.runtime.export.ExportModel"}
-    named = [{"class_path": FREEZE + name, "init_args": arguments} for name, arguments in callbacks]
+    named = [{"class_path": CALLBACKS[name], "init_args": arguments} for name, arguments in callbacks]
     settings |= {"model__init_args": {"pretrained": str(tmp_path / "start"), "dropout": 0.1}}
     return tiny(**settings, **{"trainer__callbacks+": [*named, export]})
 
@@ -440,7 +438,7 @@ def test_merging_folds_the_adapters_in_and_out_again():
 
 # --- the study -------------------------------------------------------------------------------------------------------
 
-STUDIES = Path(freeze.__file__).parents[2] / "experiments/gpt_neo_style/studies"
+STUDIES = Path(__file__).parents[2] / "experiments/gpt_neo_style/studies"
 ARMS = {
     "nothing": {"w", "h.0", "h.1", "h.2", "h.3", "ln_f"},
     "embeddings": {"h.0", "h.1", "h.2", "h.3", "ln_f"},
@@ -459,8 +457,7 @@ def test_the_arms_of_the_study_train_what_their_names_say(arm):
     model = Wrapped(GPT2LMHeadModel(GPT2Config(vocab_size=30, n_positions=8, n_embd=8, n_layer=4, n_head=2)))
     trainer = yaml.safe_load((STUDIES / f"freeze/{arm}.yaml").read_text())["trainer"]
     for callback in trainer.get("callbacks+", []):
-        name = callback["class_path"].removeprefix(FREEZE)
-        getattr(freeze, name)(**callback["init_args"]).setup(None, model, "fit")
+        import_class(callback["class_path"])(**callback["init_args"]).setup(None, model, "fit")
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     assert {re.match(r"model\.transformer\.(w|h\.\d|ln_f)", name)[1] for name in trained} == ARMS[arm]
     assert all(("lora_" in name) == (arm == "lora") for name in trained)
@@ -477,5 +474,5 @@ def test_arms_add_their_callbacks_to_those_of_an_experiment(llm_train, tiny):
     assert parsed.code == 0, parsed.err
     before, after = (yaml.safe_load(done.out)["trainer"]["callbacks"] for done in (plain, parsed))
     assert after[:-2] == before
-    assert [callback["class_path"] for callback in after[-2:]] == [f"{FREEZE}GradualUnfreezing", f"{FREEZE}LoRA"]
+    assert [callback["class_path"] for callback in after[-2:]] == [CALLBACKS["GradualUnfreezing"], CALLBACKS["LoRA"]]
     assert [stage["epoch"] for stage in after[-2]["init_args"]["stages"]] == [2, 4, 6]

@@ -321,16 +321,15 @@ def test_a_killed_run_resumes_to_the_same_weights_and_answers(llm_train, forked,
 
 
 def test_adapters_and_freezing_work_as_in_the_other_fine_tunings(llm_train, qa, base, monkeypatch):
-    callbacks = "lightning_modules.finetuning.freeze."
     short = ("--trainer.max_steps", "2", "--trainer.limit_val_batches", "0", "--trainer.callbacks+")
-    freeze = (f"{callbacks}Freeze", "--trainer.callbacks.embeddings", "true", "--run.name", "frozen")
+    freeze = ("lightning_modules.finetuning.freeze.Freeze", "--trainer.callbacks.embeddings", "true", "--run.name", "frozen")
     done = llm_train("fit", "-c", qa(), *short, *freeze)
     assert done.code == 0, done.err
     before, after = module().state_dict(), weights(RUN.with_name("frozen") / "checkpoints/last.ckpt")
     same = {name for name, weight in before.items() if torch.equal(weight, after[name])}
     assert same == {f"model.{name}.weight" for name in ("transformer.wte", "transformer.wpe", "lm_head")}
 
-    done = llm_train("fit", "-c", qa(), *short, f"{callbacks}LoRA", "--run.name", "lora")
+    done = llm_train("fit", "-c", qa(), *short, "lightning_modules.finetuning.lora.LoRA", "--run.name", "lora")
     assert done.code == 0, done.err
     shutil.rmtree(base)  # a checkpoint needs no base
     monkeypatch.setattr("sys.stdin", io.StringIO("Ann did 7.\n\nWho did 7?\n"))

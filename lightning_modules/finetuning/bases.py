@@ -1,26 +1,24 @@
-"""Pretrained models of Transformers: loaded from wherever they are, checked against the data, made to write, tuned."""
+"""Pretrained models of Transformers: loading, saving, checking them against the data, and scoring with them."""
 
 import json
 import pickle
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
-from lightning_modules.base import ExperimentModule
 from lightning_modules.common.hub import hub_answers
 from lightning_modules.common.messages import say
-from lightning_modules.metrics import CorpusLoss
-from lightning_modules.models.generation import generate
 
 if TYPE_CHECKING:  # imported where used: transformers is slow to import
     from transformers import PreTrainedModel
+
+Batch = TypeVar("Batch")
 
 
 def load_pretrained(
@@ -180,97 +178,16 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         model.train(training)
 
 
-class CachedHubModel:
-    """A causal language model of Transformers as `models.generation` reads it.
+def scores_of_share(forward: Callable[[Batch], Tensor], batch: Batch, rows: Tensor, *shape: int) -> Tensor:
+    """Return the scores of a batch, or empty scores if this process has no share of it.
+
+    On several processes some have no share of the last batch of an evaluation, and most models of Transformers fail
+    on a batch without rows.
 
     Args:
-        model: The model.
+        forward: Maps the batch to its scores, such as the module itself.
+        batch: Argument of `forward`.
+        rows: A tensor of the batch whose first dimension is that of the batch, (B, ...).
+        *shape: Dimensions of empty scores after the first, which is 0.
     """
-
-    def __init__(self, model: "PreTrainedModel") -> None:
-        self.model = model
-        context = getattr(model.config, "max_position_embeddings", None) or torch.iinfo(torch.int64).max
-        self.config = SimpleNamespace(vocab_size=model.config.vocab_size, block_size=context)
-
-    @property
-    def training(self) -> bool:
-        """Whether the model drops units out."""
-        return self.model.training
-
-    def new_cache(self) -> list["HubCache"]:
-        """An empty cache: one for all layers, where our decoder has one for each."""
-        return [HubCache(self.model.config)]
-
-    def __call__(self, input_ids: Tensor, *, cache: list["HubCache"], last_only: bool = True) -> Tensor:
-        """Scores of the token after the last: (B, T) to (B, 1, V)."""
-        return self.model(input_ids, past_key_values=cache[0].past, use_cache=True).logits[:, -1:]
-
-
-class HubCache:
-    """Keys and values of what a model of Transformers has read.
-
-    Args:
-        config: The model's configuration.
-    """
-
-    def __init__(self, config: Any) -> None:
-        self.config = config
-        self.clear()
-
-    @property
-    def length(self) -> int:
-        """Number of positions read."""
-        return self.past.get_seq_length()
-
-    def clear(self) -> None:
-        """Forgets all of it."""
-        from transformers import DynamicCache
-
-        self.past = DynamicCache(config=self.config)
-
-
-class FineTunedCausalLM(ExperimentModule):
-    """What fine-tunings of a causal language model of Transformers share: where it starts, how it writes, its export.
-
-    Args:
-        base: Model to start from: a folder with `config.json` and weights, the folder of a run that has such a folder
-            `model/` (`runs/decoder_pretrain/offline`), or a name on the hub (`openai-community/gpt2`).
-        vocab_size: Number of tokens of the tokenizer; linked from the data.
-        block_size: Length of a block, in tokens; linked from the data.
-        architecture: Configuration of the model, which a checkpoint keeps, so that it can be loaded where its base is
-            not; leave it out.
-
-    Raises:
-        MisconfigurationException: If the base cannot be loaded, or cannot read the data.
-    """
-
-    def __init__(
-        self,
-        base: str,
-        vocab_size: int | None = None,
-        block_size: int | None = None,
-        architecture: dict[str, Any] | None = None,
-    ) -> None:
-        super().__init__()
-        if vocab_size is None or block_size is None:
-            raise MisconfigurationException(
-                "model: vocab_size and block_size are needed; the data gives them, or you do"
-            )
-        self.model = load_pretrained(base, architecture=architecture)
-        check_fit(self.model, base, vocab_size, block_size)
-        self.save_hyperparameters()
-        self.hparams["architecture"] = architecture_of(self.model)
-        self.val_measures, self.test_measures = CorpusLoss(), CorpusLoss()
-
-    def generate(self, input_ids: Tensor, max_new_tokens: int, **sampling: Any) -> Iterator[Tensor]:
-        """Continues token ids of shape (B, T), one step of shape (B,) at a time; see `models.generation.generate`."""
-        with evaluating(self.model):
-            yield from generate(CachedHubModel(self.model), input_ids, max_new_tokens, **sampling)
-
-    def save_pretrained(self, folder: Path) -> None:
-        """Writes the model as Transformers takes it: `config.json` and `model.safetensors`.
-
-        Args:
-            folder: Folder to make.
-        """
-        save_pretrained(self.model, folder)
+    return forward(batch) if len(rows) else torch.zeros(0, *shape, device=rows.device)
