@@ -24,9 +24,11 @@ test: $(READY)  ## The tests that need no network, no GPU and no account
 bench: $(READY)  ## The timings that the READMEs report (minutes each)
 	for benchmark in tests/benchmarks/*.py; do echo "## $$benchmark"; $(BIN)/python $$benchmark || exit 1; done
 
-lint: $(READY)  ## Style, imports, docstrings
+lint: $(READY)  ## Style and docstrings, one-way imports, types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+	$(BIN)/mypy
 
 format: $(READY)  ## Mends what lint can mend
 	$(BIN)/ruff check --fix .
