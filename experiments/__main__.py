@@ -17,6 +17,7 @@ COMMANDS = {
     "generate": ("experiments.generate", "continue a prompt with the model of a run, or ask it questions"),
     "study": ("experiments.study.command", "run a W&B sweep file on this machine"),
     "compare": ("experiments.comparison.command", "compare runs: tables with intervals, curves, and a page"),
+    "new-topic": ("experiments.new_topic.command", "write a small working topic, to be replaced by your own"),
     "schema": ("experiments.editor", "print the JSON schema of the YAML files, for editors"),
     "completion": ("experiments.editor", "print a completion script for the shell"),
 }

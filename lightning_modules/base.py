@@ -1,6 +1,7 @@
 """What the modules of all topics share: optimiser and schedule from YAML, the evaluation protocol, checkpoints."""
 
 import inspect
+import sys
 from collections.abc import Mapping
 from typing import Any, Self
 
@@ -29,14 +30,14 @@ class ExperimentModule(L.LightningModule):
 
     optimizer_factory: OptimizerFactory | None = None
     schedule_factory: ScheduleFactory | None = None
-    val_metrics: Metric | None = None
-    test_metrics: Metric | None = None
     _data: Any = None
 
     def __init__(self) -> None:
         super().__init__()
         self.learning_rate_shares: dict[str, float] = {}  # by parameter, 1 for others; callbacks set it in `setup`
         self._losses_of_step: list[Tensor] = []
+        self.val_metrics: Metric | None = None
+        self.test_metrics: Metric | None = None
 
     # --- data ---------------------------------------------------------------------------------------------------------
 
@@ -45,7 +46,7 @@ class ExperimentModule(L.LightningModule):
         """The data of the run, for the module and its callbacks: the datamodule, handed over before the run starts.
 
         What a topic reads of it is written down in the docstring of its module or callback. Nothing reads
-        `pl_module.data`.
+        the trainer's datamodule.
 
         Raises:
             MisconfigurationException: If no data was handed over.
@@ -237,8 +238,11 @@ class ExperimentModule(L.LightningModule):
 
     @property
     def _public_path(self) -> str:
-        """Path of the class in YAML: the package of a topic re-exports the classes of its `module.py`."""
-        return f"{type(self).__module__.removesuffix('.module')}.{type(self).__qualname__}"
+        """Path of the class in YAML: that of its package if the package re-exports it, as those of topics do."""
+        name, module = type(self).__qualname__, type(self).__module__
+        package = module.rpartition(".")[0]
+        re_exported = getattr(sys.modules.get(package), name, None) is type(self)
+        return f"{package if re_exported else module}.{name}"
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Record the class of the module."""

@@ -1,0 +1,1 @@
+"""`llm-train new-topic`: write a small working topic."""

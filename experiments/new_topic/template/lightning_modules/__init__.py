@@ -1,0 +1,6 @@
+"""Classifying sequences by their most frequent token."""
+
+from lightning_modules.majority.module import MajorityModule
+from lightning_modules.majority.report import AccuracyByMargin
+
+__all__ = ["AccuracyByMargin", "MajorityModule"]
