@@ -7,10 +7,27 @@ from jsonargparse.typing import (
     OpenUnitInterval,
     PositiveFloat,
     PositiveInt,
+    register_type,
     restricted_number_type,
 )
 
 Probability = restricted_number_type("Probability", float, [(">=", 0), ("<", 1)])  # of dropping, masking, holding out
+PositiveShare = restricted_number_type("PositiveShare", float, [(">", 0), ("<=", 1)])  # of a rate, or of documents
+
+# By default a parsed value is an instance of such a type. A checkpoint keeps the arguments of its module and is loaded
+# with `weights_only=True`, which accepts plain numbers alone.
+for _type in (
+    ClosedUnitInterval,
+    NonNegativeFloat,
+    NonNegativeInt,
+    OpenUnitInterval,
+    PositiveFloat,
+    PositiveInt,
+    PositiveShare,
+    Probability,
+):
+    _plain = int if issubclass(_type, int) else float
+    register_type(_type, _plain, lambda value, kind=_type, plain=_plain: plain(kind(value)))
 
 __all__ = [
     "ClosedUnitInterval",
@@ -19,5 +36,6 @@ __all__ = [
     "OpenUnitInterval",
     "PositiveFloat",
     "PositiveInt",
+    "PositiveShare",
     "Probability",
 ]
