@@ -1,26 +1,35 @@
-"""How good the probabilities of a classifier are, measured over a whole set of examples."""
+"""The base of classifiers: a metric for the probabilities of the classes, and the steps of training and evaluation."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor
-from torchmetrics import Metric, functional
+from torchmetrics import functional
 from torchmetrics.utilities import dim_zero_cat
+
+from lightning_modules.base import ExperimentModule
+from lightning_modules.finetuning.bases import scores_of_share
+from lightning_modules.metrics import SplitMetric
+
+Batch = dict[str, Tensor]
 
 BINS = 15  # of the calibration error, as in Guo et al. (2017)
 
 
-class ClassificationMeasures(Metric):
-    """Loss, accuracy, F1, AUROC and calibration error of all examples seen, on all processes.
+class ClassificationMeasures(SplitMetric):
+    """Loss, accuracy, F1, AUROC and calibration error over a split, on all processes.
 
-    What was predicted for each example stays at hand, so that others can tell which ones were wrong.
+    It keeps the scores of every example of the split, so that `predictions` can return them.
 
     Args:
-        n_classes: Number of classes, at least 2.
-        **kwargs: As for `Metric`.
+        n_classes: Number of classes K, at least 2.
+        **kwargs: Arguments of `torchmetrics.Metric`.
     """
 
-    full_state_update = False
+    logits: list[Tensor]
+    labels: list[Tensor]
+    positions: list[Tensor]
 
     def __init__(self, n_classes: int, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -29,27 +38,27 @@ class ClassificationMeasures(Metric):
             self.add_state(name, [], dist_reduce_fx="cat")
 
     def update(self, logits: Tensor, labels: Tensor, positions: Tensor) -> None:
-        """Adds a batch.
+        """Add a batch.
 
         Args:
             logits: Scores of the classes, (B, K).
-            labels: The right ones, (B,).
-            positions: Numbers of the examples, (B,).
+            labels: Correct classes, (B,) int64.
+            positions: Positions of the examples in the split, (B,) int64.
         """
         self.logits.append(logits.float())
         self.labels.append(labels)
         self.positions.append(positions)
 
     def compute(self) -> dict[str, Tensor]:
-        """The measures by name.
+        """Return `loss`, `accuracy`, `f1`, `auroc` and `calibration_error`.
 
         `loss` is in nats an example. `f1` and `auroc` are means over the classes. `calibration_error` is the mean
-        distance of confidence and accuracy in 15 equal bins of confidence, weighted by their examples (Guo et al.,
-        2017, https://arxiv.org/abs/1706.04599).
+        difference between confidence and accuracy over `BINS` equal bins of confidence, weighted by their examples
+        (Guo et al., 2017, https://arxiv.org/abs/1706.04599).
         """
         logits, labels, _ = self._in_order()
         probabilities = logits.softmax(-1)
-        options = {"num_classes": self.n_classes, "validate_args": False}
+        options: dict[str, Any] = {"num_classes": self.n_classes, "validate_args": False}
         return {
             "loss": F.cross_entropy(logits, labels),
             "accuracy": (probabilities.argmax(1) == labels).float().mean(),
@@ -61,7 +70,7 @@ class ClassificationMeasures(Metric):
         }
 
     def predictions(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Probabilities (n, K), labels (n,) and positions (n,), in the order of the positions."""
+        """Return the probabilities (n, K), labels (n,) and positions (n,), ordered by position."""
         logits, labels, positions = self._in_order()
         return logits.softmax(-1), labels, positions
 
@@ -69,3 +78,52 @@ class ClassificationMeasures(Metric):
         logits, labels, positions = (dim_zero_cat(part) for part in (self.logits, self.labels, self.positions))
         order = positions.argsort()
         return logits[order], labels[order], positions[order]
+
+
+class ClassifierModule(ExperimentModule):
+    """Base of modules that assign one of K classes to each example.
+
+    A subclass builds its network and implements `forward(batch)`, which returns scores of the classes, (B, K). This
+    class trains them with cross entropy, and logs `loss`, `accuracy`, `f1`, `auroc` and `calibration_error` of the
+    validation and test splits, see `ClassificationMeasures`.
+
+    A batch is a dictionary. This class reads two of its entries: `labels`, the correct classes, (B,) int64; and
+    `positions`, the positions of the examples in their split, (B,) int64. The others are for `forward`.
+
+    Args:
+        n_classes: Number of classes K, at least 2.
+
+    Attributes:
+        predictions: Probabilities (n, K), labels (n,) and positions (n,) of the latest evaluation, on the CPU, ordered
+            by position; for callbacks.
+    """
+
+    predictions: tuple[Tensor, ...]
+
+    def __init__(self, n_classes: int) -> None:
+        super().__init__()
+        self.n_classes = n_classes
+        self.track(ClassificationMeasures(n_classes))
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Return the mean cross entropy of a batch in nats, a scalar."""
+        loss = F.cross_entropy(self(batch).float(), batch["labels"])
+        self.log_train_loss(loss)
+        return loss
+
+    def evaluation_step(self, batch: Batch, metrics: ClassificationMeasures) -> None:
+        """Update the metrics with a batch, which may be empty."""
+        metrics.update(self._scores(batch), batch["labels"], batch["positions"])
+
+    def evaluation_results(self, metrics: ClassificationMeasures, split: str) -> Mapping[str, Tensor]:
+        """Return the results of a split by name, and keep the predictions of all processes."""
+        with metrics.sync_context():
+            self.predictions = tuple(part.cpu() for part in metrics.predictions())
+        return metrics.compute()
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
+        """Return `probabilities` of the classes, (B, K), and `positions` of the examples, (B,)."""
+        return {"probabilities": self._scores(batch).softmax(-1), "positions": batch["positions"]}
+
+    def _scores(self, batch: Batch) -> Tensor:
+        return scores_of_share(self, batch, batch["positions"], self.n_classes).float()

@@ -1,4 +1,4 @@
-"""Reviews as token ids: with their labels to learn a classifier, or with words masked to pretrain an encoder."""
+"""Reviews as token ids: with labels for a classifier, or with masked tokens to pretrain an encoder."""
 
 from collections.abc import Callable, Sequence
 from functools import cached_property
@@ -7,36 +7,41 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
+from jsonargparse.typing import restricted_number_type
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from datamodules.base import ExperimentDataModule, Order
-from datamodules.bert_imdb.reviews import Review, ReviewSource, Side, parse_review, read_reviews
+from datamodules.base import ExperimentDataModule, Order, shuffled
+from datamodules.bert_imdb.reviews import Review, ReviewSource, parse_review, read_reviews
 from datamodules.bert_imdb.wordpiece import continues_word, learn_wordpieces
 from datamodules.cache import cache_root, cached_array, digest
+from datamodules.splits import Side
 from datamodules.tokenizers import WithTokenizer, encode, load_tokenizer, vocab_size
+from lightning_modules.common.ranges import NonNegativeInt, OpenUnitInterval, PositiveInt
 from lightning_modules.common.targets import IGNORED
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+RowLength = restricted_number_type("RowLength", int, (">=", 3))  # [CLS], a token of the text, [SEP]
 Truncation = Literal["head", "tail", "head_tail"]
 Batch = dict[str, Tensor]
 
 POOL = 50  # batches whose reviews are sorted by length together
+_SPLITS = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("predict",)}  # by stage
 
 
 def grouped_by_length(lengths: Sequence[int], batch_size: int, seed: int) -> Order:
-    """Return an order in which the reviews of a batch are about as long as each other.
+    """Return an order in which the reviews of a batch have similar lengths.
 
-    The reviews are shuffled, sorted by length within pools of 50 batches, and the batches are shuffled. So a batch
-    needs little padding, and nearly any two reviews may meet in one.
+    The reviews are shuffled, sorted by length within pools of `POOL` batches, and the batches are shuffled. So a batch
+    needs little padding, and nearly any two reviews can share a batch.
 
     Args:
-        lengths: tokens of each review, (n,).
-        batch_size: reviews in a batch.
-        seed: of the shuffling.
+        lengths: Number of tokens of each review, (n,).
+        batch_size: Number of reviews in a batch.
+        seed: Seed of the shuffling.
     """
     lengths = np.asarray(lengths)
 
@@ -47,7 +52,7 @@ def grouped_by_length(lengths: Sequence[int], batch_size: int, seed: int) -> Ord
         pools = np.split(shuffled[:whole], range(POOL * batch_size, whole, POOL * batch_size))
         in_pools = [pool[np.argsort(lengths[pool], kind="stable")] for pool in pools]
         batches = np.concatenate(in_pools).reshape(-1, batch_size)
-        # What makes no whole batch stays at the end, where the loader leaves it out.
+        # An incomplete batch stays at the end, where the loader drops it.
         return torch.from_numpy(np.concatenate([draw.permutation(batches).ravel(), shuffled[whole:]]))
 
     return order
@@ -57,12 +62,12 @@ def truncate(ids: np.ndarray, n: int, how: Truncation) -> np.ndarray:
     """Shorten a review to at most `n` tokens (Sun et al., 2019, https://arxiv.org/abs/1905.05583, section 5.3.1).
 
     `head` keeps the first tokens, `tail` the last ones, `head_tail` a quarter from the beginning and the rest from the
-    end, which are the 128 and 382 tokens of the paper where n is 510.
+    end, as in the paper.
 
     Args:
-        ids: token ids, (T,).
-        n: tokens to keep, at least 1.
-        how: which ones.
+        ids: Token ids, (T,).
+        n: Number of tokens to keep, at least 1.
+        how: Which tokens to keep.
     """
     if len(ids) <= n:
         return ids
@@ -71,25 +76,23 @@ def truncate(ids: np.ndarray, n: int, how: Truncation) -> np.ndarray:
 
 
 class TokenizedReviews(Dataset):
-    """Reviews as rows of token ids, padded to the longest of a batch.
+    """Reviews as rows of token ids, padded to the longest row of a batch.
 
-    A batch is `{"input_ids": (B, T), "attention_mask": (B, T), "labels": (B,), "positions": (B,)}`, all int64. Once
-    somebody has set `features`, it has `features`, (B, F) float32, in place of the first two.
+    A batch is `{"input_ids": (B, T), "attention_mask": (B, T), "labels": (B,), "positions": (B,)}`, all int64. If
+    `features` is set, a batch has `features`, (B, F) float32, in place of the first two.
+
+    Args:
+        rows: Token ids of each review with special tokens, (T,) each.
+        labels: Class of each review, or -1 if it is unknown.
+        pad_token_id: Token that pads a row.
 
     Attributes:
-        features: what a frozen encoder makes of each review, (n, F) float32, or nothing.
+        features: Features of each review from a frozen encoder, (n, F) float32, or `None`.
     """
 
     features: np.ndarray | None = None
 
     def __init__(self, rows: Sequence[np.ndarray], labels: Sequence[int], pad_token_id: int) -> None:
-        """Keep the rows in one array.
-
-        Args:
-            rows: token ids of each review, special tokens included, (T,) each.
-            labels: number of its class, or -1 where that is not known.
-            pad_token_id: what follows a row that is shorter than others.
-        """
         self.lengths = np.array([len(row) for row in rows], dtype=np.int64)
         self.ends = np.cumsum(self.lengths)
         self.ids = np.concatenate([np.empty(0, np.int32), *rows]).astype(np.int32)
@@ -99,23 +102,28 @@ class TokenizedReviews(Dataset):
     def __len__(self) -> int:
         return len(self.lengths)
 
+    @property
+    def by_length(self) -> Tensor:
+        """The positions of the reviews, the shortest first, (n,)."""
+        return torch.from_numpy(np.argsort(self.lengths, kind="stable"))
+
     def row(self, i: int) -> np.ndarray:
-        """Return the token ids of a review: (T,)."""
+        """Return the token ids of a review, (T,)."""
         return self.ids[self.ends[i] - self.lengths[i] : self.ends[i]]
 
     def fingerprint(self) -> str:
-        """Return a hash of what the encoder reads: of texts, tokenizer and truncation."""
+        """Return a hash of all token ids, which depend on the texts, the tokenizer and the truncation."""
         return digest([self.lengths.tolist(), self.ids.tolist()])
 
     def __getitem__(self, positions: Tensor) -> Batch:
-        """Return the reviews of these numbers (B,)."""
+        """Return the batch of the reviews at some positions, (B,)."""
         known = {"labels": self.labels[positions], "positions": positions}
         if self.features is not None:
             return {"features": torch.from_numpy(self.features[positions.numpy()])} | known
         return self.inputs(positions) | known
 
     def inputs(self, positions: Tensor) -> Batch:
-        """Return what the encoder reads of the reviews of these numbers (B,)."""
+        """Return the token ids and the mask of the reviews at some positions, (B,)."""
         lengths = self.lengths[positions.numpy()]  # (B,)
         input_ids = np.full((len(positions), lengths.max(initial=0)), self.pad_token_id, dtype=np.int64)
         for b, i in enumerate(positions.tolist()):
@@ -125,13 +133,21 @@ class TokenizedReviews(Dataset):
 
 
 class MaskedReviews(TokenizedReviews):
-    """Reviews in which some tokens are hidden, for masked-language-model training (Devlin et al., 2019, section 3.1).
+    """Reviews with masked tokens, for masked-language-model training (Devlin et al., 2019, section 3.1).
 
-    Of the chosen tokens, eight of ten become `[MASK]`, one of ten any token, one stays. Position `p` of an epoch of `n`
-    reviews is `epoch * n + p`: what is hidden follows from it and the seed, whoever asks for it, and in what batch.
+    Of the tokens that are chosen as targets, 80 % are replaced by `[MASK]`, 10 % by a random token, and 10 % stay.
+    Position `p` of an epoch of `n` reviews is `epoch * n + p`. The targets of a review depend on this number and the
+    seed only, not on the batch or the process.
 
-    A batch is `{"input_ids": (B, T), "attention_mask": (B, T), "targets": (B, T), "mean_targets": ()}`. Targets are
-    -100 where nothing was chosen; `mean_targets` is how many so many reviews have on average.
+    A batch is `{"input_ids": (B, T), "attention_mask": (B, T), "targets": (B, T), "mean_targets": ()}`. A target is
+    `IGNORED` if its token was not chosen; `mean_targets` is the mean number of targets of B reviews.
+
+    Args:
+        rows: Token ids of each review with special tokens, (T,) each.
+        tokenizer: Tokenizer of the rows.
+        fraction: Fraction of the tokens, or of the words, that are chosen.
+        whole_words: Whether all tokens of a word are chosen together.
+        seed: Seed of the choice.
     """
 
     def __init__(
@@ -142,15 +158,6 @@ class MaskedReviews(TokenizedReviews):
         whole_words: bool,
         seed: int,
     ) -> None:
-        """Keep the rows.
-
-        Args:
-            rows: token ids of each review, special tokens included, (T,) each.
-            tokenizer: whose tokens they are.
-            fraction: part of the tokens, or of the words, that is chosen.
-            whole_words: whether all tokens of a word are chosen together.
-            seed: of what is hidden.
-        """
         super().__init__(rows, [-1] * len(rows), tokenizer.pad_token_id)
         self.fraction, self.seed = fraction, seed
         self.mask_token_id = tokenizer.mask_token_id
@@ -161,26 +168,26 @@ class MaskedReviews(TokenizedReviews):
         self.mean_targets = fraction * float((~is_special[self.ids]).sum()) / max(1, len(self))
 
     def __getitem__(self, positions: Tensor) -> Batch:
-        """Return the reviews of these positions (B,)."""
+        """Return the batch of the reviews at some positions of the epochs, (B,)."""
         batch = self.inputs(positions % len(self))
         input_ids = batch["input_ids"].numpy()
         targets = np.full_like(input_ids, IGNORED)
         for b, position in enumerate(positions.tolist()):
             n = int(self.lengths[position % len(self)])
-            chosen, instead = self._hide(input_ids[b, :n], np.random.default_rng([self.seed, position]))
+            chosen, instead = self._mask(input_ids[b, :n], np.random.default_rng([self.seed, position]))
             targets[b, chosen] = input_ids[b, chosen]
             input_ids[b, chosen] = instead
         mean_targets = torch.tensor(len(positions) * self.mean_targets)
         return batch | {"targets": torch.from_numpy(targets), "mean_targets": mean_targets}
 
-    def _hide(self, ids: np.ndarray, draw: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        """Choose places in a row (T,), and what is read there instead."""
+    def _mask(self, ids: np.ndarray, draw: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        """Choose the targets of a row (T,): return their places (N,), and the tokens that replace them (N,)."""
         places = np.flatnonzero(~self.is_special[ids])
         if not len(places):
             return places, places
-        words = np.cumsum(~self.continues[ids[places]])  # (places,): the number of the word that each belongs to
+        words = np.cumsum(~self.continues[ids[places]])  # index of the word of each place
         words -= words[0]
-        n = int(self.fraction * (words[-1] + 1) + draw.random())  # rounded up or down, so that the mean is right
+        n = int(self.fraction * (words[-1] + 1) + draw.random())  # rounded at random, so that the mean is right
         is_chosen = np.zeros(words[-1] + 1, dtype=bool)
         is_chosen[draw.permutation(len(is_chosen))[:n]] = True
         chosen = places[is_chosen[words]]
@@ -190,84 +197,107 @@ class MaskedReviews(TokenizedReviews):
 
 
 class ReviewsDataModule(WithTokenizer, ExperimentDataModule):
-    """What both datamodules share: a source of reviews, a tokenizer, and batches of about equal length."""
+    """Base of both datamodules: a source of reviews, a tokenizer, and batches of similar lengths.
+
+    Args:
+        reviews: Source of the reviews.
+        tokenizer: Tokenizer of the encoder: a folder with a tokenizer.json, such a file, or a name on the hub.
+        batch_size: Number of rows in a batch, over all processes.
+        max_tokens: Number of tokens in the longest row, with special tokens; at least 3.
+        group_by_length: Whether the rows of a batch have similar lengths, which saves padding.
+        num_workers: Number of processes that load ahead; 0 loads in the training process.
+        seed: Seed of the order of the rows.
+    """
 
     def __init__(
         self,
         reviews: ReviewSource,
         tokenizer: str,
-        batch_size: int,
-        max_tokens: int,
-        wordpieces: int,
-        group_by_length: bool,
-        num_workers: int,
-        seed: int,
+        batch_size: PositiveInt,
+        max_tokens: RowLength = 512,
+        group_by_length: bool = True,
+        num_workers: NonNegativeInt = 0,
+        seed: NonNegativeInt = 0,
     ) -> None:
-        """See the classes that derive from it."""
         super().__init__(batch_size, num_workers, seed)
-        if max_tokens < 3:
-            raise MisconfigurationException(f"data.max_tokens is {max_tokens}: it must be at least 3")
         self.source = reviews
         self.tokenizer_name = tokenizer
         self.max_tokens = max_tokens
-        self.wordpieces = wordpieces
         self.group_by_length = group_by_length
-        self.sides: dict[str, TokenizedReviews] = {}
+        self.datasets: dict[str, TokenizedReviews] = {}
 
     @cached_property
     def tokenizer(self) -> "PreTrainedTokenizerFast":
-        """The tokenizer, which knows how long a row may be.
+        """The tokenizer; its longest row is that of the data.
 
         Raises:
-            MisconfigurationException: it has no token for padding.
+            MisconfigurationException: If it has no padding token.
         """
-        if self.tokenizer_name == "wordpiece":
-            tokenizer = learn_wordpieces([review.text for review in self.pretraining_reviews], self.wordpieces)
-        else:
-            tokenizer = load_tokenizer(self.tokenizer_name)
+        tokenizer = self.load_tokenizer()
         if tokenizer.pad_token_id is None:
             raise MisconfigurationException(
-                f"data.tokenizer: {self.tokenizer_name} has no padding token, so it is none of an encoder; give that "
-                "of a BERT, or `wordpiece` to learn one"
+                f"data.tokenizer: {self.tokenizer_name} has no padding token; give the tokenizer of an encoder such "
+                "as BERT"
             )
         tokenizer.model_max_length = self.max_tokens
         return tokenizer
 
+    def load_tokenizer(self) -> "PreTrainedTokenizerFast":
+        """Return the tokenizer that the argument names."""
+        return load_tokenizer(self.tokenizer_name)
+
     @property
     def block_size(self) -> int:
-        """Tokens in the longest row."""
+        """Number of tokens in the longest row."""
         return self.max_tokens
 
-    @cached_property
-    def pretraining_reviews(self) -> list[Review]:
-        """The reviews that an encoder and a tokenizer may learn from: the training ones, and the unlabelled."""
-        return [*self.source.reviews("train"), *self.source.unlabelled()]
-
     def prepare_data(self) -> None:
-        """Download, on one process a machine."""
+        """Download the reviews, on one process of each machine."""
         self.source.prepare()
 
+    def setup(self, stage: str) -> None:
+        """Read and tokenise the splits of a stage.
+
+        Raises:
+            MisconfigurationException: If a split cannot be used.
+        """
+        for split in _SPLITS[stage]:
+            if split not in self.datasets:
+                self.datasets[split] = self.read(split)
+
+    def read(self, split: Any) -> TokenizedReviews:
+        """Return the dataset of a split.
+
+        Args:
+            split: `train`, `val`, `test` or `predict`.
+        """
+        raise NotImplementedError
+
+    def training_order(self) -> Order:
+        """Return the order of the training rows."""
+        lengths = self.datasets["train"].lengths
+        if self.group_by_length:
+            return grouped_by_length(lengths, self.batch_size, self.seed)
+        return shuffled(len(lengths), self.seed)
+
     def train_dataloader(self) -> DataLoader:
-        """Return the training reviews in the order of the epoch."""
-        dataset = self.sides["train"]
-        order = grouped_by_length(dataset.lengths, self.batch_size, self.seed) if self.group_by_length else None
-        return self.training_loader(dataset, len(dataset), order)
+        """Return the loader of the training split, in the order of the epoch."""
+        return self.training_loader(self.datasets["train"], len(self.datasets["train"]), self.training_order())
 
     def val_dataloader(self) -> DataLoader:
-        """Return the reviews to validate on."""
-        return self.all_of(self.sides["val"])
+        """Return the loader of the validation split, the shortest rows first."""
+        return self._shortest_first("val")
 
     def test_dataloader(self) -> DataLoader:
-        """Return the reviews to test on."""
-        return self.all_of(self.sides["test"])
+        """Return the loader of the test split, the shortest rows first."""
+        return self._shortest_first("test")
 
-    def all_of(self, dataset: TokenizedReviews) -> DataLoader:
-        """Return the loader of all reviews of a dataset, the shortest first."""
-        return self.evaluation_loader(dataset, torch.from_numpy(np.argsort(dataset.lengths, kind="stable")))
+    def _shortest_first(self, split: Side) -> DataLoader:
+        return self.evaluation_loader(self.datasets[split], self.datasets[split].by_length)
 
     @cached_property
     def _frame(self) -> tuple[np.ndarray, np.ndarray]:
-        """What the tokenizer puts before a text and after it: `[CLS]` and `[SEP]`."""
+        """The tokens that the tokenizer adds before and after a text, `[CLS]` and `[SEP]`."""
         plain = encode(self.tokenizer, ["a"])[0].tolist()
         framed = self.tokenizer("a")["input_ids"]
         begin = next(i for i in range(len(framed)) if framed[i : i + len(plain)] == plain)
@@ -283,41 +313,30 @@ class ReviewsDataModule(WithTokenizer, ExperimentDataModule):
 
 
 class BertImdbDataModule(ReviewsDataModule):
-    """Reviews and their labels, see `TokenizedReviews` for the batches.
+    """Reviews with labels; see `TokenizedReviews` for the batches.
+
+    Args:
+        *args: Arguments of `ReviewsDataModule`. A review that is longer than `max_tokens` is truncated.
+        truncation: Part of a longer review to keep: its `head`, its `tail`, or `head_tail`, a quarter of the tokens
+            from its beginning and the rest from its end.
+        text: A review to classify, for `predict`.
+        file: File of reviews to classify, for `predict`: JSON lines or a table (`.csv`) with the field `text`; labels
+            are ignored.
+        **kwargs: Arguments of `ReviewsDataModule`.
 
     Attributes:
-        texts: the reviews of each side, in the order of the dataset's positions.
+        texts: Reviews of each split, by position in the dataset.
     """
 
     def __init__(
         self,
-        reviews: ReviewSource,
-        tokenizer: str,
-        batch_size: int,
-        max_tokens: int = 512,
+        *args: Any,
         truncation: Truncation = "head",
-        group_by_length: bool = True,
         text: str | None = None,
         file: str | None = None,
-        num_workers: int = 0,
-        seed: int = 0,
+        **kwargs: Any,
     ) -> None:
-        """Choose the reviews and how they are cut.
-
-        Args:
-            reviews: where they come from.
-            tokenizer: that of the base: a folder with a tokenizer.json, such a file, or a name on the hub.
-            batch_size: reviews in a batch, over all processes, at least 1.
-            max_tokens: tokens of the longest row, special ones included, at least 3; a longer review is cut.
-            truncation: what is kept of a longer one: its `head`, its `tail`, or `head_tail`, a quarter of the tokens
-                from its beginning and the rest from its end.
-            group_by_length: whether a batch has reviews of about equal length, rather than any, and so less padding.
-            text: for `predict`: a review.
-            file: for `predict`: JSON lines or a table (`.csv`) with reviews in `text`; labels are not looked at.
-            num_workers: processes that load ahead; 0 loads in the training process.
-            seed: of the order of the reviews, 0 or greater.
-        """
-        super().__init__(reviews, tokenizer, batch_size, max_tokens, 0, group_by_length, num_workers, seed)
+        super().__init__(*args, **kwargs)
         self.truncation = truncation
         self.text = text
         self.file = file
@@ -325,156 +344,146 @@ class BertImdbDataModule(ReviewsDataModule):
 
     @property
     def classes(self) -> list[str]:
-        """Names of the classes; a label is the place of one among them."""
+        """Names of the classes; a label is an index into them."""
         return list(self.source.classes)
 
-    def setup(self, stage: str) -> None:
-        """Read and tokenise what the stage needs.
-
-        Raises:
-            MisconfigurationException: a side has no reviews, or those of one class only.
-        """
-        for side in {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("predict",)}[stage]:
-            if side not in self.sides:
-                if side == "predict":
-                    self.texts[side] = self._to_predict()
-                self.sides[side] = self.tokenized(self.texts.get(side) or self.labelled(side))
-
-    def labelled(self, side: Side) -> list[Review]:
-        """Return the reviews of a side.
-
-        Raises:
-            MisconfigurationException: there are none, or those of one class only.
-        """
-        if side in self.texts:
-            return self.texts[side]
-        found = list(self.source.reviews(side))
-        present = {review.label for review in found}
-        if len(present) < 2:
-            missing = ", ".join(name for label, name in enumerate(self.classes) if label not in present)
-            where = f" ({found[0].place}, and the other {len(found) - 1:,})" if len(found) > 1 else ""
-            raise MisconfigurationException(
-                f"data.reviews: the {side} reviews need two classes, and there is no {missing} one{where}; give both, "
-                f"or a larger part for {side}"
-            )
-        self.texts[side] = found
-        return found
-
-    def keep_features(self, side: Side, model: Any, features_of: Callable[[Batch], Tensor]) -> None:
-        """Let a side's batches have features in place of tokens, computed once and kept in the cache.
+    def labelled(self, split: Side) -> list[Review]:
+        """Return the reviews of a split.
 
         Args:
-            side: whose.
-            model: what identifies the encoder; anything JSON can hold.
-            features_of: the features of a batch, (B, F).
+            split: `train`, `val` or `test`.
+
+        Raises:
+            MisconfigurationException: If there are none, or those of one class only.
         """
-        dataset = self.sides[side]
+        if split in self.texts:
+            return self.texts[split]
+        reviews = list(self.source.reviews(split))
+        present = {review.label for review in reviews}
+        if len(present) < 2:
+            missing = ", ".join(name for label, name in enumerate(self.classes) if label not in present)
+            where = f" ({reviews[0].place}, and the other {len(reviews) - 1:,})" if len(reviews) > 1 else ""
+            raise MisconfigurationException(
+                f"data.reviews: the {split} reviews need two classes, and there is no {missing} one{where}; give both, "
+                f"or a larger part for {split}"
+            )
+        self.texts[split] = reviews
+        return reviews
+
+    def read(self, split: Any) -> TokenizedReviews:
+        """Return the dataset of a split.
+
+        Args:
+            split: `train`, `val`, `test`, or `predict` for the reviews to classify.
+        """
+        self.texts[split] = reviews = self._to_predict() if split == "predict" else self.labelled(split)
+        ids = encode(self.tokenizer, [review.text for review in reviews])
+        rows = [self._framed(truncate(row, self._room, self.truncation)) for row in ids]
+        return TokenizedReviews(
+            rows, [-1 if r.label is None else r.label for r in reviews], self.tokenizer.pad_token_id
+        )
+
+    def keep_features(self, split: Side, model: Any, features_of: Callable[[Batch], Tensor]) -> None:
+        """Replace the tokens in the batches of a split by features, computed once and kept in the cache.
+
+        Args:
+            split: `train`, `val` or `test`.
+            model: Identity of the encoder, any value that JSON can represent.
+            features_of: Returns the features of a batch, (B, F).
+        """
+        dataset = self.datasets[split]
         file = cache_root() / "features" / f"{digest([model, dataset.fingerprint()])}.npy"
 
         def features() -> np.ndarray:
-            by_length = torch.from_numpy(np.argsort(dataset.lengths, kind="stable"))
-            parts = [features_of(dataset.inputs(positions)) for positions in by_length.split(self.batch_size)]
-            return torch.cat(parts)[by_length.argsort()].numpy()
+            parts = [features_of(dataset.inputs(positions)) for positions in dataset.by_length.split(self.batch_size)]
+            return torch.cat(parts)[dataset.by_length.argsort()].numpy()
 
         dataset.features = cached_array(file, features, mmap_mode="r")
 
-    def tokenized(self, reviews: Sequence[Review]) -> TokenizedReviews:
-        """Return reviews as rows of token ids, cut to `max_tokens`."""
-        ids = encode(self.tokenizer, [review.text for review in reviews])
-        rows = [self._framed(truncate(row, self._room, self.truncation)) for row in ids]
-        return TokenizedReviews(rows, [-1 if r.label is None else r.label for r in reviews], self.pad_token_id)
-
     def predict_dataloader(self) -> DataLoader:
-        """Return the reviews to predict, in the order given."""
-        dataset = self.sides["predict"]
+        """Return the loader of the reviews to classify, in the order given."""
+        dataset = self.datasets["predict"]
         return self.evaluation_loader(dataset, torch.arange(len(dataset)))
 
     def _to_predict(self) -> list[Review]:
-        if (self.text is None) == (self.file is None):
+        if self.text is not None and self.file is None:
+            return [parse_review({"text": self.text}, "data.text", None)]
+        if self.file is None or self.text is not None:
             raise MisconfigurationException(
                 'predict: give either --data.text "a review" or --data.file FILE, of JSON lines or a table (.csv)'
             )
-        if self.text is not None:
-            return [parse_review({"text": self.text}, "data.text", None)]
-        found = list(read_reviews(Path(self.file).expanduser(), None))
-        if not found:
+        reviews = list(read_reviews(Path(self.file).expanduser(), None))
+        if not reviews:
             raise MisconfigurationException(f"data.file: {self.file} holds no review")
-        return found
+        return reviews
 
 
 class MaskedReviewsDataModule(ReviewsDataModule):
-    """Reviews with words masked, see `MaskedReviews`. Labels are not looked at.
+    """Reviews with masked tokens; see `MaskedReviews` for the batches. Labels are ignored.
 
-    What it trains on are the training reviews and those without labels. One that is longer than a row becomes several
-    rows; nothing is cut off.
+    The training split has the training reviews and the unlabelled ones. A review that is longer than `max_tokens` is
+    split into several rows; no token is dropped.
+
+    Args:
+        *args: Arguments of `ReviewsDataModule`. `tokenizer` may also be `wordpiece`, which learns one from the reviews.
+        mask_fraction: Fraction of the tokens that are predicted, in (0, 1).
+        whole_words: Whether the tokens of a word are masked together; needs a WordPiece tokenizer.
+        wordpieces: Number of tokens to learn, for the tokenizer `wordpiece`.
+        **kwargs: Arguments of `ReviewsDataModule`.
     """
 
     def __init__(
         self,
-        reviews: ReviewSource,
-        tokenizer: str,
-        batch_size: int,
-        max_tokens: int = 512,
-        mask_fraction: float = 0.15,
+        *args: Any,
+        mask_fraction: OpenUnitInterval = 0.15,
         whole_words: bool = False,
-        wordpieces: int = 8192,
-        group_by_length: bool = True,
-        num_workers: int = 0,
-        seed: int = 0,
+        wordpieces: PositiveInt = 8192,
+        **kwargs: Any,
     ) -> None:
-        """Choose the reviews and what is masked.
-
-        Args:
-            reviews: where they come from.
-            tokenizer: that of the base: a folder with a tokenizer.json, such a file, or a name on the hub; `wordpiece`
-                learns one from the reviews.
-            batch_size: rows in a batch, over all processes, at least 1.
-            max_tokens: tokens of the longest row, special ones included, at least 3.
-            mask_fraction: part of the tokens that is to be predicted, more than 0 to less than 1.
-            whole_words: whether the tokens of a word are masked together; needs WordPiece.
-            wordpieces: tokens to learn, for the tokenizer `wordpiece`.
-            group_by_length: whether a batch has rows of about equal length, rather than any, and so less padding.
-            num_workers: processes that load ahead; 0 loads in the training process.
-            seed: of the order of the rows and of what is masked, 0 or greater.
-        """
-        super().__init__(reviews, tokenizer, batch_size, max_tokens, wordpieces, group_by_length, num_workers, seed)
-        if not 0 < mask_fraction < 1:
-            raise MisconfigurationException(f"data.mask_fraction is {mask_fraction}: it must be in (0, 1)")
+        super().__init__(*args, **kwargs)
         self.mask_fraction = mask_fraction
         self.whole_words = whole_words
+        self.wordpieces = wordpieces
 
-    def setup(self, stage: str) -> None:
-        """Read and tokenise what the stage needs.
+    @cached_property
+    def pretraining_reviews(self) -> list[Review]:
+        """The reviews that the encoder and the tokenizer learn from: the training reviews and the unlabelled ones."""
+        return [*self.source.reviews("train"), *self.source.unlabelled()]
+
+    def load_tokenizer(self) -> "PreTrainedTokenizerFast":
+        """Return the tokenizer that the argument names, or learn it."""
+        if self.tokenizer_name == "wordpiece":
+            return learn_wordpieces([review.text for review in self.pretraining_reviews], self.wordpieces)
+        return super().load_tokenizer()
+
+    def read(self, split: Side) -> MaskedReviews:
+        """Return the dataset of a split.
+
+        Args:
+            split: `train`, `val` or `test`.
 
         Raises:
-            MisconfigurationException: there are no reviews, or the tokenizer cannot mask.
+            MisconfigurationException: If there are no reviews, or the tokenizer cannot mask.
         """
         if self.tokenizer.mask_token_id is None:
-            raise MisconfigurationException(f"data.tokenizer: {self.tokenizer_name} has no token to mask with")
+            raise MisconfigurationException(f"data.tokenizer: {self.tokenizer_name} has no mask token")
         if self.whole_words and not continues_word(self.tokenizer).any():
             raise MisconfigurationException(
                 f"data.whole_words: {self.tokenizer_name} does not mark the tokens within words by ##; leave it out"
             )
-        for side in {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}[stage]:
-            if side not in self.sides:
-                found = self.pretraining_reviews if side == "train" else list(self.source.reviews(side))
-                self.sides[side] = self._masked(found, side)
-
-    def train_dataloader(self) -> DataLoader:
-        """Return the training rows; other tokens are masked in each epoch."""
-        loader = super().train_dataloader()
-        n, order = len(self.sides["train"]), loader.sampler.order
-        loader.sampler.order = lambda epoch: order(epoch) + epoch * n
-        return loader
-
-    def _masked(self, reviews: Sequence[Review], side: Side) -> MaskedReviews:
+        reviews = self.pretraining_reviews if split == "train" else list(self.source.reviews(split))
         if not reviews:
-            raise MisconfigurationException(f"data.reviews: there are no {side} reviews")
+            raise MisconfigurationException(f"data.reviews: there are no {split} reviews")
         ids = encode(self.tokenizer, [review.text for review in reviews])
-        rows = [self._framed(part) for row in ids for part in _cut(row, self._room)]
+        rows = [self._framed(part) for row in ids for part in _parts(row, self._room)]
         return MaskedReviews(rows, self.tokenizer, self.mask_fraction, self.whole_words, self.seed)
 
+    def training_order(self) -> Order:
+        """Return the order of the training rows; each epoch has positions, and so targets, of its own."""
+        n, order = len(self.datasets["train"]), super().training_order()
+        return lambda epoch: order(epoch) + epoch * n
 
-def _cut(ids: np.ndarray, n: int) -> list[np.ndarray]:
-    """Cut a review into as few parts of at most `n` tokens as it takes, about equally long."""
+
+def _parts(ids: np.ndarray, n: int) -> list[np.ndarray]:
+    """Split a review into the fewest parts of at most `n` tokens, of nearly equal length."""
     return np.array_split(ids, max(1, -(-len(ids) // n)))

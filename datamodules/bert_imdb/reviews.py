@@ -1,4 +1,4 @@
-"""Reviews with labels: from the hub, the folder of the original data set, JSON lines, or a table."""
+"""Sources of labelled reviews: the hub, the folder of the original data set, JSON lines, and tables."""
 
 import csv
 import gzip
@@ -15,6 +15,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from datamodules.hub_datasets import load_hub_dataset
 from datamodules.splits import Side, require_fractions, side_of
+from lightning_modules.common.ranges import Probability
 
 CLASSES = ("negative", "positive")
 
@@ -23,13 +24,13 @@ _BREAKS = re.compile(r"(?:\s*<br\s*/?>\s*)+", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class Review:
-    """A text and what it was judged to be.
+    """A review.
 
     Args:
-        text: Without line breaks of HTML.
-        label: Number of its class, or `None` where nobody has said.
-        film: What it is about, where that is known.
-        place: Where it was found, for messages.
+        text: Text of the review; line breaks of HTML are removed.
+        label: Index of its class, or `None` if it has no label.
+        film: Film that it is about, if known.
+        place: Where it was read, for messages.
     """
 
     text: str
@@ -42,46 +43,46 @@ class Review:
 
 
 def without_breaks(text: str) -> str:
-    """Puts a space in the place of the line breaks of HTML, and takes the space around the text away."""
+    """Return a text whose HTML line breaks are replaced by spaces, without white space around it."""
     return _BREAKS.sub(" ", text).strip()
 
 
 class ReviewSource(ABC):
-    """A collection of reviews in three parts that share no film, where the films are known, and no text.
+    """Base of sources of reviews, in three splits that share no text, and no film if the films are known.
 
     Attributes:
-        classes: Names of the classes; a label is the place of one among them.
+        classes: Names of the classes; a label is an index into them.
     """
 
     classes: Sequence[str] = CLASSES
 
     @abstractmethod
-    def reviews(self, side: Side) -> Iterator[Review]:
-        """Yields the reviews of one part, always in the same order."""
+    def reviews(self, split: Side) -> Iterator[Review]:
+        """Yield the reviews of a split, always in the same order."""
 
     def unlabelled(self) -> Iterable[Review]:
-        """Yields reviews without labels, to pretrain on; most sources have none."""
+        """Yield reviews without labels, to pretrain on; most sources have none."""
         return ()
 
-    def prepare(self) -> None:  # noqa: B027 - most have nothing to prepare
-        """Does what one process a machine should do for all: downloads."""
+    def prepare(self) -> None:  # noqa: B027 - most sources have nothing to prepare
+        """Download the reviews; called on one process of each machine."""
 
 
 def parse_review(
     row: Any, place: str, classes: Sequence[str] | None, text: str = "text", label: str = "label", film: str = "film"
 ) -> Review:
-    """Reads a review from what a data set holds.
+    """Return the review in a row of a data set.
 
     Args:
-        row: A dictionary; further fields are left alone.
-        place: Where it stands, for messages.
-        classes: Names of the classes; `None` where no label is needed.
+        row: Dictionary of the fields; other fields are ignored.
+        place: Where the row was read, for messages.
+        classes: Names of the classes; `None` to ignore the label.
         text: Name of the field with the text.
-        label: Name of the field with the label: the number of a class, from 0, or its name.
-        film: Name of the field with what the review is about, which may be missing.
+        label: Name of the field with the label: the index of a class, or its name.
+        film: Name of the field with the film, which may be missing.
 
     Raises:
-        MisconfigurationException: If the text or the label is missing, the text is empty, or the label is of no class.
+        MisconfigurationException: If the text or the label is missing, the text is empty, or the label is not a class.
     """
     if not isinstance(row, dict):
         raise MisconfigurationException(f"{place}: a review is an object with the fields {text!r} and {label!r}")
@@ -96,7 +97,7 @@ def parse_review(
     about = None if row.get(film) in (None, "") else str(row[film])
     review = Review(row[text], _label(row[label], place, classes) if classes else None, about, place)
     if not review.text:
-        raise MisconfigurationException(f"{place}: the review is empty; leave it out")
+        raise MisconfigurationException(f"{place}: the review is empty; remove it")
     return review
 
 
@@ -111,15 +112,15 @@ def _label(given: Any, place: str, classes: Sequence[str]) -> int:
 
 
 def read_reviews(path: Path, classes: Sequence[str] | None = CLASSES, **fields: str) -> Iterator[Review]:
-    """Yields the reviews of a file: of a table (`.csv`) or JSON lines, either of them perhaps compressed (`.gz`).
+    """Yield the reviews of a file: a table (`.csv`) or JSON lines, optionally compressed (`.gz`).
 
     Args:
-        path: The file, in UTF-8. A table begins with the names of its columns.
-        classes: Names of the classes; `None` where no labels are needed.
+        path: File in UTF-8. The first line of a table has the names of its columns.
+        classes: Names of the classes; `None` to ignore the labels.
         **fields: Names of the fields, see `parse_review`.
 
     Raises:
-        MisconfigurationException: If the file is missing, or a line of it is no review (with its number).
+        MisconfigurationException: If the file is missing, or a line is not a review (with its number).
     """
     if not path.is_file():
         raise MisconfigurationException(f"{path} does not exist: give a file of JSON lines, or a table (.csv)")
@@ -146,7 +147,7 @@ def _json_rows(file: IO[str], path: Path) -> Iterator[tuple[int, Any]]:
 def _table_rows(file: IO[str], path: Path) -> Iterator[tuple[int, dict[str, str]]]:
     reader = csv.reader(file)
     columns = next(reader, [])
-    begins = reader.line_num + 1  # a text may go over several lines
+    begins = reader.line_num + 1  # a text may span several lines
     for row in reader:
         if row and len(row) != len(columns):
             raise MisconfigurationException(
@@ -159,20 +160,20 @@ def _table_rows(file: IO[str], path: Path) -> Iterator[tuple[int, dict[str, str]
 
 
 class ReviewFiles(ReviewSource):
-    """Files of JSON lines (`.jsonl`) or tables (`.csv`), with a review in each line; also compressed (`.gz`).
+    """Files of JSON lines (`.jsonl`) or tables (`.csv`), optionally compressed (`.gz`).
 
     Args:
         train: File, or files, to train on.
-        val: File, or files, to validate on; `null` takes a part of `train`.
-        test: File, or files, to test on; `null` takes a part of `train`.
+        val: File, or files, to validate on; `null` holds out a part of `train`.
+        test: File, or files, to test on; `null` holds out a part of `train`.
         unlabelled_file: File of reviews without labels, to pretrain on; `null` for none.
-        val_fraction: Part of `train` to validate on, 0 to less than 1. A hash decides, of the film where it is known,
-            otherwise of the text: all reviews of a film are on one side.
-        test_fraction: The same for the test.
+        val_fraction: Fraction of `train` that is held out for validation, in [0, 1). A hash of the film, or of the text
+            if the film is unknown, decides: all reviews of a film are in one split.
+        test_fraction: Fraction of `train` that is held out for the test, in [0, 1).
         text_field: Name of the field, or column, with the text.
-        label_field: Name of the one with the label: the number of a class, from 0, or its name.
-        film_field: Name of the one with what the review is about; it may be missing.
-        classes: Names of the classes.
+        label_field: Name of the field with the label: the index of a class, or its name.
+        film_field: Name of the field with the film; it may be missing.
+        classes: Names of the classes, at least two.
 
     Raises:
         MisconfigurationException: If the fractions leave nothing to train on, or there are fewer than two classes.
@@ -184,15 +185,15 @@ class ReviewFiles(ReviewSource):
         val: str | list[str] | None = None,
         test: str | list[str] | None = None,
         unlabelled_file: str | None = None,
-        val_fraction: float = 0.1,
-        test_fraction: float = 0.1,
+        val_fraction: Probability = 0.1,
+        test_fraction: Probability = 0.1,
         text_field: str = "text",
         label_field: str = "label",
         film_field: str = "film",
         classes: list[str] | tuple[str, ...] = CLASSES,
     ) -> None:
         given = {"train": train, "val": val, "test": test}
-        self.files = {side: [files] if isinstance(files, str) else files for side, files in given.items() if files}
+        self.files = {split: [files] if isinstance(files, str) else files for split, files in given.items() if files}
         self.unlabelled_file = unlabelled_file
         self.fractions = require_fractions(0.0 if val else val_fraction, 0.0 if test else test_fraction, "data.reviews")
         self.fields = {"text": text_field, "label": label_field, "film": film_field}
@@ -200,50 +201,50 @@ class ReviewFiles(ReviewSource):
             raise MisconfigurationException(f"data.reviews: classes must be two or more names, got {list(classes)}")
         self.classes = list(classes)
 
-    def reviews(self, side: Side) -> Iterator[Review]:
-        """Yields the reviews of one part.
+    def reviews(self, split: Side) -> Iterator[Review]:
+        """Yield the reviews of a split.
 
         Raises:
-            MisconfigurationException: If a file is missing, or a line of it is no review (with its number).
+            MisconfigurationException: If a file is missing, or a line is not a review (with its number).
         """
-        for file in self.files.get(side) or self.files["train"]:
+        whole_file = split != "train" and split in self.files
+        for file in self.files.get(split) or self.files["train"]:
             for review in read_reviews(Path(file).expanduser(), self.classes, **self.fields):
-                whole_file = side != "train" and side in self.files
-                if whole_file or side_of(review.film or review.text, *self.fractions) == side:
+                if whole_file or side_of(review.film or review.text, *self.fractions) == split:
                     yield review
 
     def unlabelled(self) -> Iterator[Review]:
-        """Yields the reviews without labels."""
+        """Yield the reviews without labels."""
         if self.unlabelled_file:
             yield from read_reviews(Path(self.unlabelled_file).expanduser(), None, **self.fields)
 
 
 class AclImdb(ReviewSource):
-    """The folder `aclImdb` as its authors give it (Maas et al., 2011, https://ai.stanford.edu/~amaas/data/sentiment).
+    """The folder `aclImdb` of the original data set (Maas et al., 2011, https://ai.stanford.edu/~amaas/data/sentiment).
 
     Args:
-        folder: The folder, with `train/` and `test/` in it.
-        val_fraction: Part of the training films that is kept for validation, 0 to less than 1.
+        folder: Folder that contains `train/` and `test/`.
+        val_fraction: Fraction of the training films that is held out for validation, in [0, 1).
     """
 
-    def __init__(self, folder: str, val_fraction: float = 0.1) -> None:
+    def __init__(self, folder: str, val_fraction: Probability = 0.1) -> None:
         self.folder = Path(folder).expanduser()
-        self.val_fraction, _ = require_fractions(val_fraction, 0.0, "data.reviews")
+        self.val_fraction = val_fraction
 
-    def reviews(self, side: Side) -> Iterator[Review]:
-        """Yields the reviews of one part, each class in the order of the reviews' numbers.
+    def reviews(self, split: Side) -> Iterator[Review]:
+        """Yield the reviews of a split, each class ordered by the numbers of its files.
 
         Raises:
             MisconfigurationException: If the folder is incomplete, or a review is empty.
         """
-        part = "test" if side == "test" else "train"
+        part = "test" if split == "test" else "train"
         for label, name in enumerate(("neg", "pos")):
             for review in self._read(part, name, label):
-                if side == "test" or side_of(review.film or review.text, self.val_fraction, 0.0) == side:
+                if split == "test" or side_of(review.film or review.text, self.val_fraction, 0.0) == split:
                     yield review
 
     def unlabelled(self) -> Iterator[Review]:
-        """Yields the 50,000 reviews of `train/unsup`, which nobody has labelled."""
+        """Yield the reviews of `train/unsup`, which have no labels."""
         return self._read("train", "unsup", None)
 
     def _read(self, part: str, name: str, label: int | None) -> Iterator[Review]:
@@ -261,18 +262,18 @@ class AclImdb(ReviewSource):
 
 
 class HubReviews(ReviewSource):
-    """A Hugging Face dataset of texts with the numbers of their classes.
+    """A Hugging Face dataset with the fields `text` and `label`.
 
     Args:
         dataset: Name on the hub (`owner/name`), or a local folder with data files.
         train: Name of the split to train on.
-        val: Name of the split to validate on; `null` takes a part of the training split.
+        val: Name of the split to validate on; `null` holds out a part of the training split.
         test: Name of the split to test on.
-        unlabelled_split: Name of a split whose labels are not looked at, to pretrain on; `null` for none.
-        val_fraction: Part of the training split to validate on, 0 to less than 1; a hash of its text decides where a
-            review goes. The hub's copy of IMDB does not say which film a review is of.
+        unlabelled_split: Name of a split to pretrain on, whose labels are ignored; `null` for none.
+        val_fraction: Fraction of the training split that is held out for validation, in [0, 1). A hash of the text
+            decides: the hub's copy of IMDB does not name the films.
         classes: Names of the classes.
-        revision: Branch, tag or commit, for a run that can be repeated after the dataset has changed.
+        revision: Branch, tag or commit of the dataset.
     """
 
     def __init__(
@@ -282,34 +283,35 @@ class HubReviews(ReviewSource):
         val: str | None = None,
         test: str = "test",
         unlabelled_split: str | None = "unsupervised",
-        val_fraction: float = 0.1,
+        val_fraction: Probability = 0.1,
         classes: list[str] | tuple[str, ...] = CLASSES,
         revision: str | None = None,
     ) -> None:
         self.dataset = dataset
-        self.splits = {"train": train, "val": val, "test": test}
+        self.names = {"train": train, "val": val or train, "test": test}
+        self.holds_out_val = val is None
         self.unlabelled_split = unlabelled_split
-        self.val_fraction = 0.0 if val else require_fractions(val_fraction, 0.0, "data.reviews")[0]
+        self.val_fraction = val_fraction
         self.classes = list(classes)
         self.revision = revision
 
     def prepare(self) -> None:
-        """Downloads."""
-        self._load(self.splits["train"])
+        """Download the dataset."""
+        self._load(self.names["train"])
 
-    def reviews(self, side: Side) -> Iterator[Review]:
-        """Yields the reviews of one part.
+    def reviews(self, split: Side) -> Iterator[Review]:
+        """Yield the reviews of a split.
 
         Raises:
-            MisconfigurationException: If the dataset cannot be reached, or a row is no review.
+            MisconfigurationException: If the dataset cannot be reached, or a row is not a review.
         """
-        whole_split = side != "train" and self.splits[side] is not None
-        for review in self._read(self.splits[side] or self.splits["train"], self.classes):
-            if whole_split or side_of(review.text, self.val_fraction, 0.0) == side:
+        whole_split = split == "test" or not self.holds_out_val
+        for review in self._read(self.names[split], self.classes):
+            if whole_split or side_of(review.text, self.val_fraction, 0.0) == split:
                 yield review
 
     def unlabelled(self) -> Iterator[Review]:
-        """Yields the reviews without labels."""
+        """Yield the reviews without labels."""
         if self.unlabelled_split:
             yield from self._read(self.unlabelled_split, None)
 

@@ -1,4 +1,4 @@
-"""WordPiece, the tokens of BERT (Schuster and Nakajima, 2012; Devlin et al., 2019), learned from texts."""
+"""WordPiece, the tokenizer of BERT (Schuster and Nakajima, 2012; Devlin et al., 2019), learned from texts."""
 
 import contextlib
 from collections.abc import Sequence
@@ -11,26 +11,27 @@ from datamodules.cache import cache_root, digest
 from lightning_modules.common.files import atomic_file
 
 if TYPE_CHECKING:  # imported where used: transformers is slow to import
+    from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
 SPECIAL_TOKENS = {
     name: f"[{name[:-6].upper()}]" for name in ("pad_token", "unk_token", "cls_token", "sep_token", "mask_token")
 }
-_FORMAT = 1  # raise it when other tokens are learned from the same texts
+_FORMAT = 1  # part of the cache key: increase it when the tokens learned from the same texts change
 
 
 def learn_wordpieces(texts: Sequence[str], size: int, cache_dir: Path | None = None) -> "PreTrainedTokenizerFast":
-    """Return a tokenizer as BERT's, in lower case, whose tokens are those of these texts.
+    """Return a lower-case tokenizer as that of BERT, whose tokens are learned from texts and kept in the cache.
 
     Args:
-        texts: what to learn from.
-        size: tokens at most; fewer where the texts have fewer.
-        cache_dir: where to keep it; by default `cache_root()`.
+        texts: Texts to learn from.
+        size: Largest number of tokens.
+        cache_dir: Folder of the cache; by default `cache_root()`.
     """
     from tokenizers import Tokenizer
 
     file = (cache_dir or cache_root()) / "wordpiece" / f"{digest([_FORMAT, size, *texts])}.json"
-    with contextlib.suppress(Exception):  # not there, or damaged: the Rust library raises nothing narrower
+    with contextlib.suppress(Exception):  # missing or damaged; the Rust library raises no narrower class
         return _wrap(Tokenizer.from_file(str(file)))
     backend = _backend(_learn(texts, size))
     with atomic_file(file) as target:
@@ -43,15 +44,15 @@ def _learn(texts: Sequence[str], size: int) -> dict[str, int]:
 
     learner = _backend({})
     letters = sorted({letter for text in texts for letter in learner.normalizer.normalize_str(text)} - {" "})
-    # The library numbers the letters within words in an order that changes from run to run, and breaks ties by number.
-    # Here they have their numbers before it begins.
+    # The library numbers the letters within words in an order that changes from run to run, and breaks ties between
+    # merges by these numbers. As special tokens, the letters have fixed numbers.
     first = [*SPECIAL_TOKENS.values(), *letters, *(f"##{letter}" for letter in letters)]
     trainer = trainers.WordPieceTrainer(vocab_size=size, special_tokens=first, show_progress=False)
     learner.train_from_iterator(texts, trainer)
     return learner.get_vocab()
 
 
-def _backend(vocabulary: dict[str, int]) -> object:
+def _backend(vocabulary: dict[str, int]) -> "Tokenizer":
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
     backend = Tokenizer(models.WordPiece(vocabulary, unk_token=SPECIAL_TOKENS["unk_token"]))
@@ -65,14 +66,14 @@ def _backend(vocabulary: dict[str, int]) -> object:
     return backend
 
 
-def _wrap(backend: object) -> "PreTrainedTokenizerFast":
+def _wrap(backend: "Tokenizer") -> "PreTrainedTokenizerFast":
     from transformers import PreTrainedTokenizerFast
 
     return PreTrainedTokenizerFast(tokenizer_object=backend, **SPECIAL_TOKENS)
 
 
 def continues_word(tokenizer: "PreTrainedTokenizerFast") -> np.ndarray:
-    """Return which tokens go on with the word of the token before them, `##ing` say: (vocab,) bool."""
+    """Return whether each token continues the word of the token before it, such as `##ing`, (V,) bool."""
     vocabulary = tokenizer.get_vocab()
     continues = np.zeros(max(vocabulary.values()) + 1, dtype=bool)
     continues[[i for token, i in vocabulary.items() if token.startswith("##") and len(token) > 2]] = True

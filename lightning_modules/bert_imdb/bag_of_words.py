@@ -1,5 +1,6 @@
-"""What counting words would have found out: the yardstick beside every result of a text classifier."""
+"""A baseline for text classifiers: logistic regression on word counts."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import lightning as L
@@ -7,58 +8,62 @@ import numpy as np
 import torch
 
 from lightning_modules.classification import ClassificationMeasures
+from lightning_modules.common.ranges import PositiveInt
 
 
 class BagOfWords(L.Callback):
-    """Fits a logistic regression on the words of the same training texts, and logs its measures beside the module's.
+    """Fit a logistic regression on the words of the training reviews, and log its results next to those of the module.
 
-    They are called as those of the module: `val/bag_of_words/accuracy` stands beside `val/accuracy`. Each text is its
-    words' counts, those of words that many texts have weighing less (tf-idf); the order of the words is lost.
+    The results have the names of the module's: `val/bag_of_words/accuracy` goes with `val/accuracy`. A review is
+    represented by its tf-idf: the counts of its words, where words that occur in many reviews weigh less. The order of
+    the words is lost.
 
-    The datamodule has the texts: `labelled(side)` gives reviews with `text` and `label`.
+    The datamodule has `labelled(split)`, a list of reviews with `text` and `label`, and `classes`.
 
     Args:
-        ngrams: Words in a row that count as one, at most: 1 loses the order altogether, 2 sees pairs.
+        ngrams: Largest number of consecutive words that are counted together: 1 counts words, 2 counts pairs too.
     """
 
-    def __init__(self, ngrams: int = 1) -> None:
+    def __init__(self, ngrams: PositiveInt = 1) -> None:
         self.ngrams = ngrams
-        self._measures: dict[str, dict[str, float]] = {}
+        self._results: dict[str, dict[str, float]] = {}
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Measures it on the validation texts."""
-        self._measure(trainer, pl_module, "val")
+        """Evaluate the bag of words on the validation split."""
+        self._evaluate(trainer, pl_module, "val")
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Logs."""
+        """Log the results on the validation split."""
         self._log(trainer, pl_module, "val")
 
     def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Logs."""
+        """Log the results on the test split."""
         self._log(trainer, pl_module, "test")
 
-    def _log(self, trainer: L.Trainer, pl_module: L.LightningModule, side: str) -> None:
-        if side not in self._measures:
-            self._measure(trainer, pl_module, side)
-        found = self._measures[side].items()
-        pl_module.log_dict({f"{side}/bag_of_words/{name}": value for name, value in found}, sync_dist=True)
+    def _log(self, trainer: L.Trainer, pl_module: L.LightningModule, split: str) -> None:
+        if split not in self._results:
+            self._evaluate(trainer, pl_module, split)
+        results = self._results[split].items()
+        pl_module.log_dict({f"{split}/bag_of_words/{name}": value for name, value in results}, sync_dist=True)
 
-    def _measure(self, trainer: L.Trainer, pl_module: L.LightningModule, side: str) -> None:
-        found = None
+    def _evaluate(self, trainer: L.Trainer, pl_module: Any, split: str) -> None:
+        results = None
         if trainer.is_global_zero:
-            train, held_out = pl_module.data.labelled("train"), pl_module.data.labelled(side)
-            found = measures_of_word_counts(train, held_out, len(pl_module.data.classes), self.ngrams)
-        self._measures[side] = trainer.strategy.broadcast(found)
+            train, held_out = pl_module.data.labelled("train"), pl_module.data.labelled(split)
+            results = evaluate_bag_of_words(train, held_out, len(pl_module.data.classes), self.ngrams)
+        self._results[split] = trainer.strategy.broadcast(results)
 
 
-def measures_of_word_counts(train: list[Any], held_out: list[Any], n_classes: int, ngrams: int) -> dict[str, float]:
-    """How well a logistic regression on counts of words does; see `ClassificationMeasures` for the names.
+def evaluate_bag_of_words(
+    train: Sequence[Any], held_out: Sequence[Any], n_classes: int, ngrams: int
+) -> dict[str, float]:
+    """Return the results of a logistic regression on word counts; see `ClassificationMeasures` for their names.
 
     Args:
-        train: Reviews to fit it on.
-        held_out: Reviews to measure it on.
-        n_classes: Number of classes.
-        ngrams: Words in a row that count as one, at most.
+        train: Reviews to fit it on, with `text` and `label`.
+        held_out: Reviews to evaluate it on.
+        n_classes: Number of classes K.
+        ngrams: Largest number of consecutive words that are counted together.
     """
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
@@ -67,10 +72,9 @@ def measures_of_word_counts(train: list[Any], held_out: list[Any], n_classes: in
     model = LogisticRegression(max_iter=1000).fit(
         counts.fit_transform([review.text for review in train]), [review.label for review in train]
     )
-    found = model.predict_log_proba(counts.transform([review.text for review in held_out]))  # (n, classes seen)
-    scores = np.full((len(held_out), n_classes), -np.inf)
-    scores[:, model.classes_] = found
-    measures = ClassificationMeasures(n_classes, sync_on_compute=False)  # one process alone has come here
+    scores = np.full((len(held_out), n_classes), -np.inf)  # (n, K); training reviews may lack a class
+    scores[:, model.classes_] = model.predict_log_proba(counts.transform([review.text for review in held_out]))
+    metrics = ClassificationMeasures(n_classes, sync_on_compute=False)  # the other processes have no data
     labels = torch.tensor([review.label for review in held_out])
-    measures.update(torch.from_numpy(scores), labels, torch.arange(len(labels)))
-    return {name: float(value) for name, value in measures.compute().items()}
+    metrics.update(torch.from_numpy(scores), labels, torch.arange(len(labels)))
+    return {name: float(value) for name, value in metrics.compute().items()}

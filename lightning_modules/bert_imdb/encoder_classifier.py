@@ -1,7 +1,7 @@
-"""An encoder with a pooling and a head of one's choice, in the form of a model of Transformers.
+"""An encoder with a pooling and a classification head, as a model of Transformers.
 
-This file imports nothing else of the project: where Transformers has no model of this form itself, it is saved beside
-the weights, and `from_pretrained(folder, trust_remote_code=True)` loads the model with it.
+This file imports nothing else of the project. If Transformers itself has no class for a model, the file is saved next
+to the weights, and `from_pretrained(folder, trust_remote_code=True)` loads the model with it.
 """
 
 from typing import Any
@@ -13,15 +13,15 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 
 class EncoderClassifierConfig(PretrainedConfig):
-    """Sizes and names of an `EncoderClassifier`.
+    """Configuration of an `EncoderClassifier`.
 
     Args:
         encoder: Configuration of the encoder.
-        pooling: What becomes of the vectors of a text: `cls`, the first one; `mean`, their mean; `both`, the two in a
-            row.
-        head: What is on top: `linear`, or `mlp`, with a tanh layer before it.
-        dropout: Share of what enters the last layer that is dropped in training.
-        **others: What every configuration has; `id2label` among them.
+        pooling: Features of a text: `cls`, the vector of its first token; `mean`, the mean over its tokens; `both`,
+            the two concatenated.
+        head: `linear`, or `mlp`, which has a tanh layer before the linear one.
+        dropout: Dropout before the last layer, in [0, 1).
+        **others: Arguments of `PretrainedConfig`, such as `id2label`.
     """
 
     model_type = "encoder_classifier"
@@ -42,13 +42,13 @@ class EncoderClassifierConfig(PretrainedConfig):
 
 
 class ClassificationHead(nn.Module):
-    """From pooled features to a score for each class: a linear layer, or as in BERT one of tanh before it.
+    """A linear layer from features to scores of the classes, with a tanh layer before it as in BERT or without.
 
     Args:
-        n_features: Length of the features.
-        n_classes: Number of classes.
-        has_hidden_layer: Whether there is the layer of tanh.
-        dropout: Share of what enters the last layer that is dropped in training.
+        n_features: Length F of the features.
+        n_classes: Number of classes K.
+        has_hidden_layer: Whether to add the tanh layer.
+        dropout: Dropout before the last layer, in [0, 1).
     """
 
     def __init__(self, n_features: int, n_classes: int, has_hidden_layer: bool, dropout: float) -> None:
@@ -58,18 +58,18 @@ class ClassificationHead(nn.Module):
         self.out = nn.Linear(n_features, n_classes)
 
     def forward(self, features: Tensor) -> Tensor:
-        """Scores of the classes: (B, F) to (B, classes)."""
+        """Return the scores of the classes, (B, K), for features (B, F)."""
         if self.dense is not None:
             features = torch.tanh(self.dense(features))
         return self.out(self.dropout(features))
 
 
 class EncoderClassifier(PreTrainedModel):
-    """An encoder, a pooling, a head.
+    """An encoder, a pooling and a classification head.
 
     Args:
-        config: Its sizes and names.
-        encoder: The encoder, where it is at hand; otherwise it is drawn at random, for weights that are to follow.
+        config: Configuration of the model.
+        encoder: Encoder with its weights; without it, an encoder is initialised at random.
     """
 
     config_class = EncoderClassifierConfig
@@ -80,19 +80,20 @@ class EncoderClassifier(PreTrainedModel):
         width = self.encoder.config.hidden_size * (2 if config.pooling == "both" else 1)
         self.head = ClassificationHead(width, config.num_labels, config.head == "mlp", config.dropout)
         self.post_init()
-        # BERT's pooler is the hidden layer of a head that sees the first vector.
-        pooler, self.encoder.pooler = getattr(self.encoder, "pooler", None), None
-        if config.pooling == "cls" and hasattr(pooler, "dense") and self.head.dense is not None:
-            self.head.dense.load_state_dict(pooler.dense.state_dict())
+        # The pooler of BERT is the tanh layer of a head on the first token.
+        dense = getattr(getattr(self.encoder, "pooler", None), "dense", None)
+        self.encoder.pooler = None
+        if config.pooling == "cls" and dense is not None and self.head.dense is not None:
+            self.head.dense.load_state_dict(dense.state_dict())
 
     def _init_weights(self, module: nn.Module) -> None:
-        """As BERT's head begins; the encoder sees to its own weights."""
+        """Initialise the head as that of BERT; the encoder initialises itself."""
         if isinstance(module, nn.Linear) and module in set(self.head.modules()):
             nn.init.normal_(module.weight, std=0.02)
             nn.init.zeros_(module.bias)
 
     def features(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """What the head sees of texts: (B, T) to (B, F)."""
+        """Return the features of texts, (B, F), for token ids and a mask of shape (B, T)."""
         hidden = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state  # (B, T, C)
         first = hidden[:, 0]
         if self.config.pooling == "cls":
@@ -102,7 +103,7 @@ class EncoderClassifier(PreTrainedModel):
         return torch.cat([first, mean], dim=-1) if self.config.pooling == "both" else mean
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **_: Any) -> SequenceClassifierOutput:
-        """Scores of the classes: (B, T) to (B, classes)."""
+        """Return the scores of the classes, (B, K), for token ids and a mask of shape (B, T)."""
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         return SequenceClassifierOutput(logits=self.head(self.features(input_ids, attention_mask)))

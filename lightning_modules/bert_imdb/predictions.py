@@ -1,56 +1,49 @@
-"""What `llm-train predict` leaves: a line for each text, on the screen and in a table."""
+"""The output of `llm-train predict` for classifiers: one line a text, on the screen and in a table."""
 
-import csv
-import io
 import textwrap
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
-from torch import Tensor
 
-from lightning_modules.common.files import write_text
+from lightning_modules.common.files import write_csv
 
 
 class PredictedLabels(L.Callback):
-    """Prints the label of each text and its probability, and writes them to `predictions.csv` in the run folder.
+    """Print the label of each text and its probability, and write them to `predictions.csv` in the run folder.
 
-    The module's `predict_step` gives `probabilities`, (B, K), and `positions`, (B,); the datamodule has `classes` and,
-    in `texts["predict"]`, what stands at the positions.
+    The module's `predict_step` returns `probabilities`, (B, K), and `positions`, (B,). The datamodule has `classes`,
+    and its `texts["predict"]` is the list of the reviews, by position.
     """
 
     def __init__(self) -> None:
-        self._found: list[tuple[int, list[float]]] = []
+        self._predictions: list[tuple[int, list[float]]] = []  # positions and probabilities
 
-    def on_predict_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: dict[str, Tensor], *_: Any
-    ) -> None:
-        """Keeps what was predicted."""
-        self._found += zip(outputs["positions"].tolist(), outputs["probabilities"].tolist(), strict=True)
+    def on_predict_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, *_: Any) -> None:
+        """Keep the predictions of a batch."""
+        self._predictions += zip(outputs["positions"].tolist(), outputs["probabilities"].tolist(), strict=True)
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Prints and writes, in the order of the texts."""
-        found, self._found = _of_all_processes(trainer, self._found), []
+        """Print and write the predictions of all processes, ordered by position."""
+        predictions, self._predictions = _of_all_processes(trainer, self._predictions), []
         if not trainer.is_global_zero:
             return
-        table = io.StringIO()
-        rows = csv.writer(table, lineterminator="\n")
-        rows.writerow(["label", "probability", "text"])
-        width = max(map(len, pl_module.data.classes))
-        for position, probabilities in sorted(found):
+        data: Any = pl_module.data
+        width = max(map(len, data.classes))
+        rows = []
+        for position, probabilities in sorted(predictions):
             probability = max(probabilities)
-            label = pl_module.data.classes[probabilities.index(probability)]
-            text = pl_module.data.texts["predict"][position].text
-            rows.writerow([label, f"{probability:.6f}", text])
+            label, text = data.classes[probabilities.index(probability)], data.texts["predict"][position].text
+            rows.append((label, f"{probability:.6f}", text))
             print(f"{label:<{width}}  {probability:.4f}  {textwrap.shorten(text, 80, placeholder=' ...')}")
         if not trainer.fast_dev_run:
-            write_text(Path(trainer.default_root_dir) / "predictions.csv", table.getvalue())
+            write_csv(Path(trainer.default_root_dir) / "predictions.csv", ("label", "probability", "text"), rows)
 
 
-def _of_all_processes(trainer: L.Trainer, found: list[Any]) -> list[Any]:
+def _of_all_processes(trainer: L.Trainer, rows: list[Any]) -> list[Any]:
     if trainer.world_size == 1:
-        return found
+        return rows
     parts: list[list[Any]] = [[] for _ in range(trainer.world_size)]
-    torch.distributed.all_gather_object(parts, found)
+    torch.distributed.all_gather_object(parts, rows)
     return [row for part in parts for row in part]

@@ -1,0 +1,122 @@
+"""An encoder that is pretrained on masked tokens: a new BERT, or any encoder of Transformers trained further."""
+
+from pathlib import Path
+from typing import Any
+
+import torch.nn.functional as F
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor
+
+from lightning_modules.base import ExperimentModule
+from lightning_modules.common.ranges import PositiveInt, Probability
+from lightning_modules.common.targets import IGNORED
+from lightning_modules.finetuning.bases import (
+    architecture_of,
+    check_fit,
+    load_pretrained,
+    save_pretrained,
+    scored_at,
+    scores_of_share,
+)
+from lightning_modules.metrics import CorpusLoss
+
+Batch = dict[str, Tensor]
+
+
+class BertMaskedLMModule(ExperimentModule):
+    """An encoder that learns to predict masked tokens.
+
+    The loss of a batch is the sum over its masked tokens, divided by the mean number of masked tokens in a batch of
+    that many reviews. So a token has the same weight in a batch of short reviews and in one of long reviews, and on any
+    number of processes.
+
+    A batch is a dictionary with `input_ids`, `attention_mask` and `targets`, (B, T) int64, where a target is `IGNORED`
+    if its token is not to be predicted; and `mean_targets`, the mean number of targets of B reviews, a scalar.
+
+    Args:
+        base: Encoder to train further: a folder, the folder of a run, or a name on the hub; `null` creates a new BERT.
+        n_layer: Number of layers of the new BERT.
+        n_head: Number of attention heads of the new BERT; a divisor of `n_embd`.
+        n_embd: Width C of the new BERT. The hidden layer of a block is four times as wide.
+        dropout: Dropout of the new BERT, in [0, 1).
+        vocab_size: Number of tokens; linked from the data.
+        block_size: Number of tokens in the longest row; linked from the data.
+        pad_token_id: Token that pads a row; linked from the data.
+        architecture: Configuration of the model. A checkpoint keeps it, so that the model can be built without its
+            base; leave it out.
+
+    Raises:
+        MisconfigurationException: If the base is not an encoder or does not fit the data, or `n_head` does not divide
+            `n_embd`.
+    """
+
+    def __init__(
+        self,
+        base: str | None = None,
+        n_layer: PositiveInt = 4,
+        n_head: PositiveInt = 4,
+        n_embd: PositiveInt = 128,
+        dropout: Probability = 0.1,
+        vocab_size: int | None = None,
+        block_size: int | None = None,
+        pad_token_id: int | None = None,
+        architecture: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.require_linked(vocab_size=vocab_size, block_size=block_size)
+        if n_embd % n_head:
+            raise MisconfigurationException(f"model.n_head: {n_head} does not divide n_embd, {n_embd}")
+        if base is None and architecture is None:
+            architecture = {
+                "model_type": "bert",
+                "vocab_size": vocab_size,
+                "hidden_size": n_embd,
+                "num_hidden_layers": n_layer,
+                "num_attention_heads": n_head,
+                "intermediate_size": 4 * n_embd,
+                "max_position_embeddings": block_size,
+                "hidden_dropout_prob": dropout,
+                "attention_probs_dropout_prob": dropout,
+                "pad_token_id": pad_token_id,
+            }
+        name = base or "a new BERT"
+        self.model = load_pretrained(name, "AutoModelForMaskedLM", architecture)
+        check_fit(self.model, name, vocab_size, block_size)
+        self.save_hyperparameters()
+        self.hparams["architecture"] = architecture_of(self.model)
+        self.track(CorpusLoss())
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Return the scores of all tokens at the N targets of a batch, (N, V)."""
+        with scored_at(self.model, batch["targets"] != IGNORED):
+            return self.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Return the loss of a batch, a scalar; log the mean over its targets, in nats a token."""
+        targets = _targets(batch)
+        nats = F.cross_entropy(self(batch).float(), targets, reduction="sum")
+        self.log_train_loss(nats / max(1, len(targets)), len(targets))
+        return nats / batch["mean_targets"]
+
+    def evaluation_step(self, batch: Batch, metrics: CorpusLoss) -> None:
+        """Update the metrics with the targets of a batch, which may be empty."""
+        scores = scores_of_share(self, batch, batch["targets"], 1)
+        metrics.update(scores[None], _targets(batch)[None])
+
+    def next_command(self, run: str) -> str:
+        """Return the command that trains a classifier on this encoder."""
+        return (
+            f"llm-train fit -c experiments/bert_imdb/offline.yaml --model.base {run} --data.tokenizer {run}/tokenizer"
+        )
+
+    def save_pretrained(self, folder: Path) -> None:
+        """Write the model in the format of Transformers; `AutoModel` loads its encoder.
+
+        Args:
+            folder: Folder to create.
+        """
+        save_pretrained(self.model, folder)
+
+
+def _targets(batch: Batch) -> Tensor:
+    return batch["targets"][batch["targets"] != IGNORED]  # (N,)
