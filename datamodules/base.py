@@ -1,4 +1,17 @@
-"""What every datamodule shares: one loader factory, and an order of the data that can be picked up anywhere."""
+"""Base of the datamodules: loaders whose order depends only on the seed and the epoch, so that a run can resume.
+
+A dataset here maps positions to a whole batch: `dataset[positions]`, with positions (B,) int64, returns what the module
+gets, such as `{"input_ids": (B, T), ...}`. There is no `collate_fn`. A datamodule needs three steps:
+
+1. Write such a dataset, and read or download the data in `prepare_data` and `setup`.
+2. Return `self.training_loader(dataset, n)` from `train_dataloader`: it shuffles the `n` positions in each epoch.
+3. Return `self.evaluation_loader(dataset, positions)` from `val_dataloader` and `test_dataloader`: it visits each
+   position once. On several processes each gets a share of every batch, and the share of the last batch may be empty
+   (B = 0); dataset and module must accept that.
+
+If the datamodule has the attributes `vocab_size`, `pad_token_id`, `block_size` or `classes`, the command passes them to
+the arguments of the module that have the same names.
+"""
 
 import signal
 from collections.abc import Callable, Iterator
@@ -11,77 +24,96 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-# The positions of one epoch, in order: epoch -> (n,) int64. The same epoch always gives the same order.
+from lightning_modules.common.ranges import NonNegativeInt, PositiveInt
+
+# Maps an epoch to its positions in order, (n,) int64. The same epoch always gives the same order.
 Order = Callable[[int], Tensor]
 
 
 def shuffled(n: int, seed: int) -> Order:
-    """Return the order that shuffles 0..n-1 anew in each epoch."""
+    """Return the order that shuffles 0 to n - 1 in each epoch.
+
+    Args:
+        n: Number of positions.
+        seed: Seed of the order, 0 or greater.
+    """
     return lambda epoch: torch.from_numpy(np.random.default_rng([seed, epoch]).permutation(n))
 
 
 def leave_interrupts_to_the_parent(worker: int) -> None:
-    """Ctrl-C goes to all processes of a terminal, but a worker that died of it would take the run along, unsaved."""
+    """Ignore Ctrl-C in a loader's worker, so that the training process can stop the run and save it.
+
+    A terminal sends Ctrl-C to all its processes, and a worker that ends early makes the run fail.
+
+    Args:
+        worker: Number of the worker.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 class GlobalBatches(Sampler[Tensor]):
-    """The positions of one process's share of each global batch: (share,) int64.
+    """The positions of one process's share of each global batch, (share,) int64.
 
-    A global batch is the same whatever the number of processes, so that two processes train on what one would. The
-    order is a function of the epoch alone: a resumed run sets `set_epoch` and `skip`, and goes on where it stopped.
+    A global batch is the same for any number of processes, so two processes train on the same batches as one. The order
+    depends on the epoch alone: a resumed run calls `set_epoch` and sets `skip`, and continues where it stopped.
+
+    Args:
+        n: Number of positions in an epoch.
+        order: Order of the positions in each epoch.
+        batch_size: Positions in a global batch, over all processes.
+        rank: Rank of this process.
+        world_size: Number of processes.
+        drop_last: Whether to drop an incomplete last batch. If not, it is split as evenly as possible, and the share of
+            some processes may be empty.
 
     Attributes:
-        skip: global batches to leave out at the start of the next iteration, and of that one only.
+        skip: Number of global batches to skip at the start of the next iteration only.
     """
 
     def __init__(
         self, n: int, order: Order, batch_size: int, rank: int = 0, world_size: int = 1, drop_last: bool = True
     ) -> None:
-        """Cut `n` positions in that order into global batches.
-
-        Args:
-            n: positions in an epoch.
-            order: which position comes when.
-            batch_size: positions in a global batch, over all processes.
-            rank: this process.
-            world_size: all processes.
-            drop_last: leave out an incomplete last batch. If false, it is dealt out as evenly as it goes, and the
-                share of some processes may be empty.
-        """
         self.n, self.order, self.batch_size = n, order, batch_size
         self.rank, self.world_size, self.drop_last = rank, world_size, drop_last
         self.epoch = self.skip = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch whose order the next iteration follows."""
+        """Set the epoch of the next iteration.
+
+        Args:
+            epoch: Number of the epoch, from 0.
+        """
         self.epoch = epoch
 
     def __len__(self) -> int:
         return self.n // self.batch_size if self.drop_last else -(-self.n // self.batch_size)
 
     def __iter__(self) -> Iterator[Tensor]:
-        # A generator on purpose: nothing below runs before the first batch is asked for. A loader with workers calls
-        # iter() twice before that, and the first call must not use up `skip`.
+        # As this is a generator, nothing below runs before the first `next`. A loader with workers calls `iter` twice
+        # before that, and the first call must not reset `skip`.
         order = self.order(self.epoch)
         first, self.skip = self.skip, 0
         for k in range(first, len(self)):
             batch = order[k * self.batch_size : (k + 1) * self.batch_size]
-            # A clone, because workers are sent the whole memory that a view stands on.
+            # A clone, because a view is sent to a worker with the whole storage behind it.
             yield batch.tensor_split(self.world_size)[self.rank].clone()
 
 
 class ExperimentDataModule(LightningDataModule):
-    """A datamodule whose loaders ask the dataset for whole batches: `dataset[positions]`, positions (share,) int64."""
+    """Base of the datamodules, with a loader for training and one for evaluation.
 
-    def __init__(self, batch_size: int, num_workers: int = 0, seed: int = 0) -> None:
-        """Remember how to load.
+    The loaders pass positions (B,) to the dataset and yield the batch that it returns; see the top of this file.
 
-        Args:
-            batch_size: examples in a global batch, over all processes, at least 1.
-            num_workers: processes that load ahead; 0 loads in the training process. The batches are the same.
-            seed: of the order of the data, 0 or greater.
-        """
+    Args:
+        batch_size: Examples in a global batch, over all processes, at least 1.
+        num_workers: Processes that load ahead; 0 loads in the training process. The batches are the same.
+        seed: Seed of the order of the training data, 0 or greater.
+
+    Raises:
+        MisconfigurationException: If an argument is out of range.
+    """
+
+    def __init__(self, batch_size: PositiveInt, num_workers: NonNegativeInt = 0, seed: NonNegativeInt = 0) -> None:
         super().__init__()
         for name, value, least in (("batch_size", batch_size, 1), ("num_workers", num_workers, 0), ("seed", seed, 0)):
             if value < least:
@@ -91,12 +123,18 @@ class ExperimentDataModule(LightningDataModule):
         self.seed = seed
 
     def training_loader(self, dataset: Dataset, n: int, order: Order | None = None) -> DataLoader:
-        """Return the loader of `n` positions, shuffled unless another order is given. Incomplete batches are left out.
+        """Return the loader of the training split. It drops an incomplete last batch.
+
+        Args:
+            dataset: Maps positions (B,) to a batch.
+            n: Number of positions in an epoch.
+            order: Order of the positions in each epoch; by default they are shuffled with the seed.
 
         Raises:
-            MisconfigurationException: the processes cannot share a batch evenly, or there is not one whole batch.
+            MisconfigurationException: If the batch size is not a multiple of the number of processes, or `n` is smaller
+                than a batch.
         """
-        world_size = self._share["num_replicas"]
+        _, world_size = self._rank_and_world_size
         if self.batch_size % world_size:
             raise MisconfigurationException(
                 f"data.batch_size is {self.batch_size}, the global batch over all {world_size} processes: "
@@ -110,38 +148,42 @@ class ExperimentDataModule(LightningDataModule):
         return self._loader(dataset, n, order or shuffled(n, self.seed), drop_last=True)
 
     def evaluation_loader(self, dataset: Dataset, positions: Tensor) -> DataLoader:
-        """Return the loader of these positions (n,), each once over all processes, in the order given.
+        """Return the loader of a validation or test split. Every process gets the same number of batches.
 
-        Every process gets the same number of batches; the last may be empty in some.
+        Args:
+            dataset: Maps positions (B,) to a batch. B may be 0 in the last batch.
+            positions: Positions to visit, in this order, (n,) int64.
         """
         return self._loader(dataset, len(positions), lambda epoch: positions, drop_last=False)
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """Move a batch; on the CPU it is there already, and looking for its tensors costs as much as a small layer.
+        """Move a batch to the device of the model.
+
+        On the CPU the batch is returned as it is: a search for its tensors would take as long as a small layer.
 
         Args:
-            batch: what the loader gave.
-            device: where the model is.
-            dataloader_idx: which loader it was.
+            batch: Batch of a loader.
+            device: Device of the model.
+            dataloader_idx: Number of the loader.
         """
         return batch if device.type == "cpu" else super().transfer_batch_to_device(batch, device, dataloader_idx)
 
     @property
-    def _share(self) -> dict[str, int]:
-        # The strategy knows which processes hold parts of one model, and so must see the same data.
-        alone = {"num_replicas": 1, "rank": 0}
-        return getattr(self.trainer.strategy, "distributed_sampler_kwargs", alone) if self.trainer else alone
+    def _rank_and_world_size(self) -> tuple[int, int]:
+        # Processes that hold parts of one model must see the same data; the strategy counts them as one.
+        strategy = self.trainer.strategy if self.trainer else None
+        kwargs = getattr(strategy, "distributed_sampler_kwargs", {"rank": 0, "num_replicas": 1})
+        return kwargs["rank"], kwargs["num_replicas"]
 
     def _loader(self, dataset: Dataset, n: int, order: Order, drop_last: bool) -> DataLoader:
-        share = self._share
         return DataLoader(
             dataset,
             batch_size=None,
-            sampler=GlobalBatches(n, order, self.batch_size, share["rank"], share["num_replicas"], drop_last),
+            sampler=GlobalBatches(n, order, self.batch_size, *self._rank_and_world_size, drop_last),
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
             worker_init_fn=leave_interrupts_to_the_parent,
             pin_memory=torch.cuda.is_available(),
-            # Its own, because starting a loader draws a seed for its workers, from the global generator by default.
+            # A loader draws a seed for its workers, by default from the global generator, which must not be touched.
             generator=torch.Generator().manual_seed(self.seed),
         )
