@@ -13,6 +13,8 @@ from jsonargparse.typing import (
 
 Probability = restricted_number_type("Probability", float, [(">=", 0), ("<", 1)])  # of dropping, masking, holding out
 PositiveShare = restricted_number_type("PositiveShare", float, [(">", 0), ("<=", 1)])  # of a rate, or of documents
+TwoOrMore = restricted_number_type("TwoOrMore", int, (">=", 2))
+ThreeOrMore = restricted_number_type("ThreeOrMore", int, (">=", 3))
 
 # By default a parsed value is an instance of such a type. A checkpoint keeps the arguments of its module and is loaded
 # with `weights_only=True`, which accepts plain numbers alone.
@@ -25,6 +27,8 @@ for _type in (
     PositiveInt,
     PositiveShare,
     Probability,
+    ThreeOrMore,
+    TwoOrMore,
 ):
     _plain = int if issubclass(_type, int) else float
     register_type(_type, _plain, lambda value, kind=_type, plain=_plain: plain(kind(value)))
@@ -38,4 +42,6 @@ __all__ = [
     "PositiveInt",
     "PositiveShare",
     "Probability",
+    "ThreeOrMore",
+    "TwoOrMore",
 ]
