@@ -1,4 +1,4 @@
-"""A causal language model fine-tuned to the style of a book."""
+"""Fine-tuning of a causal language model to the style of a book."""
 
 from datamodules.gpt_neo_style.data import GPTNeoStyleDataModule
 

@@ -1,4 +1,4 @@
-"""Books: found by number, address, path or name, freed of their licence, and cut into passages."""
+"""Books: reading them by number, URL, path or name, removing licences, and cutting into passages."""
 
 import re
 from itertools import groupby
@@ -11,33 +11,33 @@ from datamodules.sources import TextFiles
 from lightning_modules.common.messages import say
 
 GUTENBERG = "https://www.gutenberg.org/cache/epub/{number}/pg{number}.txt"
-SHIPPED = Path(__file__).parent / "books"  # original texts, part of the package
+SHIPPED = Path(__file__).parent / "books"  # original texts that are part of the package
 
 # "*** START OF THE PROJECT GUTENBERG EBOOK EMMA ***" or "***START OF THIS PROJECT GUTENBERG EBOOK EMMA***", on two
 # lines where the title is long; before 2004 "*END*THE SMALL PRINT! FOR PUBLIC DOMAIN ETEXTS*Ver.04.29.93*END*".
 _MARKER = r"^[ \t]*\*\*\* ?{side} OF (?:THE |THIS )?(?:PROJECT GUTENBERG )?(?:E-?BOOK|E-?TEXT|BOOK)\b[^*]*\*\*\*"
 _START = re.compile(_MARKER.format(side="START") + r"|^\*END ?\*? ?THE SMALL PRINT!.*$", re.MULTILINE | re.IGNORECASE)
 _END = re.compile(_MARKER.format(side="END"), re.MULTILINE | re.IGNORECASE)
-# What transcribers added between the markers and the book.
+# Credits of the transcribers between the markers and the book.
 _CREDITS = re.compile(r"\s*(?:Produced by|E-?text prepared by|Transcribed (?:from|by))\b.*?\n\s*\n", re.DOTALL)
 _LAST_LINE = re.compile(r"\n[ \t]*End of (?:the |this )?Project Gutenberg.*\Z", re.DOTALL | re.IGNORECASE)
 
 
 class Passage(NamedTuple):
-    """A contiguous part of a book."""
+    """A contiguous part of a book, and its split."""
 
     side: str
     text: str
 
 
 def read_book(name: int | str) -> str:
-    """Return the text of a book, without what Project Gutenberg put before and after it.
+    """Return the text of a book, without the header and the licence of Project Gutenberg.
 
     Args:
-        name: a number of Project Gutenberg, a URL, a path, or the name of a book that is shipped with the package.
+        name: A number of Project Gutenberg, a URL, a path, or the name of a book that is shipped with the package.
 
     Raises:
-        MisconfigurationException: there is no such book, it is no text, or nothing is left of it.
+        MisconfigurationException: If there is no such book, or it is not UTF-8 text, or its text is empty.
     """
     shipped = SHIPPED / f"{name}.txt"
     if str(name).isdecimal():
@@ -54,24 +54,22 @@ def read_book(name: int | str) -> str:
         path = str(name)
     text = without_licence("".join(TextFiles(path).documents()), path)
     if not text:
-        raise MisconfigurationException(
-            f"book {name} is empty: nothing but blanks is left between its header and its end"
-        )
+        raise MisconfigurationException(f"book {name} is empty: there is no text between its header and its end")
     return text
 
 
 def without_licence(text: str, name: str = "") -> str:
-    """Return what stands between the markers of Project Gutenberg; without markers all of it, with a warning.
+    """Return the text between the markers of Project Gutenberg, or the whole text and a warning if it has none.
 
     Args:
-        text: the file; its line ends are newlines.
-        name: what the warning calls it.
+        text: Content of the file, with newlines as line ends.
+        name: Name of the book, for the warning.
     """
     start = _START.search(text)
     if start is None:
         say(
-            f"book {name} has no line '*** START OF THE PROJECT GUTENBERG EBOOK': it is used whole, with whatever "
-            "header and licence it has"
+            f"book {name} has no line '*** START OF THE PROJECT GUTENBERG EBOOK': it is used whole, including any "
+            "header and licence"
         )
         return text.strip()
     body = text[start.end() :]
@@ -83,20 +81,20 @@ def without_licence(text: str, name: str = "") -> str:
 
 
 def cut_into_passages(text: str, n: int, val_fraction: float, test_fraction: float, name: str = "") -> list[Passage]:
-    """Cut a book into contiguous passages of about equal length and give each to a side, held-out ones spread evenly.
+    """Cut a book into contiguous passages of about equal length, of which some, spread evenly, are held out.
 
-    The cuts are made at blank lines, where there are enough of them, otherwise at line ends. The passages together are
-    the text, each character once. Neighbours on the same side are joined.
+    The cuts are at blank lines if there are enough of them, otherwise at line ends. The passages together are the
+    text, each character once. Neighbours in the same split are joined.
 
     Args:
-        text: the book.
-        n: passages to cut it into, before neighbours are joined.
-        val_fraction: part of the passages for validation, at least one unless it is 0.
-        test_fraction: part of the passages for the test, at least one unless it is 0.
-        name: what an error calls the book.
+        text: The book.
+        n: Number of passages before neighbours are joined.
+        val_fraction: Part of the passages for validation; at least one passage unless it is 0.
+        test_fraction: Part of the passages for the test; at least one passage unless it is 0.
+        name: Name of the book, for the error.
 
     Raises:
-        MisconfigurationException: the book has too few lines.
+        MisconfigurationException: If the book has too few lines.
     """
     paragraphs, lines = ([match.end() for match in re.finditer(at, text)] for at in (r"\n\s*\n", r"\n"))
     ends = paragraphs if len(paragraphs) >= 4 * n else lines
@@ -113,7 +111,7 @@ def cut_into_passages(text: str, n: int, val_fraction: float, test_fraction: flo
 
 
 def _sides(n: int, fractions: dict[str, float]) -> list[str]:
-    """Give each of n places to a side: every side at equal distances, the rest to train."""
+    """Return the split of each of `n` passages: `fractions` of them at equal distances, the rest for training."""
     sides = ["train"] * n
     for side, fraction in fractions.items():
         count = max(1, round(n * fraction)) if fraction else 0

@@ -1,4 +1,4 @@
-"""Books to take a style from, in passages of which some are held out, beside other texts to see what else changes."""
+"""Books whose style is learned, in passages of which some are held out, and other texts to evaluate on."""
 
 from collections.abc import Sequence
 from functools import cached_property
@@ -17,6 +17,7 @@ from datamodules.sources import ListText, Source
 from datamodules.splits import SIDES, require_fractions
 from datamodules.tokenizers import WithTokenizer, load_tokenizer, token_byte_lengths
 from datamodules.tokens import TokenFile, TokenWindows, prepare_tokens, sequential_windows
+from lightning_modules.common.ranges import PositiveInt, PositiveShare
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -25,23 +26,46 @@ Books = int | str | list[int | str]
 
 
 class GPTNeoStyleDataModule(WithTokenizer, ExperimentDataModule):
-    """Blocks of one or several books, and three texts to measure on: the books, other books, and what the base learned.
+    """Blocks of one or several books, and three texts to evaluate on: the books, other books, and the base's own text.
 
     A book is cut into contiguous passages that do not overlap, and some of them, spread over the whole book, are held
-    out. A batch is `{"input_ids": (B, T), "targets": (B, T), "target_bytes": ()}`; those for measuring say in `text`
-    which one they are of: `book`, `other` or `base`.
+    out. A batch is `{"input_ids": (B, T), "targets": (B, T), "target_bytes": ()}`; a batch of a held-out text also has
+    `text`, its name: `book`, `other` or `base`.
+
+    Args:
+        books: Books whose style is learned, one or a list. Each is a number of Project Gutenberg (1513 is Romeo and
+            Juliet, 11 Alice's Adventures in Wonderland), a URL, the path of a UTF-8 text file, or the name of a book
+            that is shipped with the package: `bell_of_orrow` or `mislaid_wednesday`.
+        block_size: Length of a block, in tokens, at least 1 and at most the context of the base.
+        batch_size: Blocks in a batch, over all processes, at least 1.
+        tokenizer: Tokenizer of the base: a folder with a tokenizer.json, such a file, or a name on the hub.
+        other_books: Books of another style, to evaluate on and not to train on; `null` for none.
+        base_source: Text of the kind that the base was trained on, to evaluate what the model forgets; `null` for none.
+        base_val_fraction: Part of the documents of `base_source` to evaluate on, more than 0, at most 1. A hash of its
+            text chooses a document: the value that `decoder_pretrain` had chooses what it held out.
+        base_windows: Blocks of that part to evaluate on, spread evenly over it, at least 1; all blocks if there are
+            fewer.
+        passages: Passages that a book is cut into, at least 2.
+        val_fraction: Part of the passages that is held out for validation, 0 or more and less than 1.
+        test_fraction: Part of the passages that is held out for the test, 0 or more and less than 1.
+        cache_dir: Folder of the tokenised text; by default `$LLM_TRAIN_CACHE` or `~/.cache/llm-train`.
+        num_workers: Processes that load in advance; 0 loads in the training process.
+        seed: Seed of the order of the blocks, 0 or more.
+
+    Raises:
+        MisconfigurationException: If there is no book, or nothing is left to train on.
     """
 
     def __init__(
         self,
         books: Books,
-        block_size: int,
-        batch_size: int,
+        block_size: PositiveInt,
+        batch_size: PositiveInt,
         tokenizer: str = "byte",
         other_books: Books | None = None,
         base_source: Source | None = None,
-        base_val_fraction: float = 1.0,
-        base_windows: int = 64,
+        base_val_fraction: PositiveShare = 1.0,
+        base_windows: PositiveInt = 64,
         passages: int = 20,
         val_fraction: float = 0.15,
         test_fraction: float = 0.0,
@@ -49,38 +73,10 @@ class GPTNeoStyleDataModule(WithTokenizer, ExperimentDataModule):
         num_workers: int = 0,
         seed: int = 0,
     ) -> None:
-        """Choose the books and how they are cut.
-
-        Args:
-            books: the books to take the style from, one or a list. Each is a number of Project Gutenberg (1513 is Romeo
-                and Juliet, 11 Alice's Adventures in Wonderland), a URL, the path of a UTF-8 text file, or the name of a
-                book that is shipped: `bell_of_orrow` or `mislaid_wednesday`.
-            block_size: tokens in a block, at least 1; the base must be able to read so many.
-            batch_size: blocks in a batch, over all processes, at least 1.
-            tokenizer: that of the base: a folder with a tokenizer.json, such a file, or a name on the hub.
-            other_books: books of another style, which are measured and not trained on; `null` for none.
-            base_source: text of the kind that the base was trained on, to measure what it forgets; `null` for none.
-            base_val_fraction: part of the documents of `base_source` that is measured, more than 0 to 1. A hash of its
-                text chooses a document: with the value that `decoder_pretrain` had, what it held out is chosen.
-            base_windows: blocks of that part to measure, spread evenly over it, at least 1; fewer where it has fewer.
-            passages: number of passages that a book is cut into, at least 2.
-            val_fraction: part of the passages that is kept for validation, 0 to less than 1.
-            test_fraction: part of the passages that is kept for the test, 0 to less than 1.
-            cache_dir: folder for the tokenised text; by default `$LLM_TRAIN_CACHE` or `~/.cache/llm-train`.
-            num_workers: processes that load ahead; 0 loads in the training process.
-            seed: of the order of the blocks, 0 or greater.
-        """
         super().__init__(batch_size, num_workers, seed)
-        for name, value, least in (
-            ("block_size", block_size, 1),
-            ("base_windows", base_windows, 1),
-            ("passages", passages, 2),
-        ):
-            if value < least:
-                raise MisconfigurationException(f"data.{name} is {value}: it must be at least {least}")
-        require_fractions(val_fraction, test_fraction)
-        if not 0 < base_val_fraction <= 1:
-            raise MisconfigurationException(f"data.base_val_fraction is {base_val_fraction}: it must be in (0, 1]")
+        if passages < 2:
+            raise MisconfigurationException(f"data.passages is {passages}: it must be at least 2")
+        self.val_fraction, self.test_fraction = require_fractions(val_fraction, test_fraction)
         self.books, self.other_books = _as_list(books), _as_list(other_books)
         if not self.books:
             raise MisconfigurationException("data.books is empty: give at least one book")
@@ -90,17 +86,16 @@ class GPTNeoStyleDataModule(WithTokenizer, ExperimentDataModule):
         self.base_val_fraction = base_val_fraction
         self.base_windows = base_windows
         self.passages = passages
-        self.val_fraction, self.test_fraction = val_fraction, test_fraction
         self.cache_dir = Path(cache_dir).expanduser() if cache_dir else cache_root()
 
     @cached_property
     def tokenizer(self) -> "PreTrainedTokenizerFast":
-        """The tokenizer."""
+        """The tokenizer of the base."""
         return load_tokenizer(self.tokenizer_name)
 
     @cached_property
     def book_passages(self) -> dict[str, list[str]]:
-        """The passages of the books on each side: train, val, test."""
+        """The passages of the books by split: train, val, test."""
         return self._passages(self.books)
 
     def prepare_data(self) -> None:
@@ -111,7 +106,7 @@ class GPTNeoStyleDataModule(WithTokenizer, ExperimentDataModule):
         """Map the token files into memory.
 
         Raises:
-            MisconfigurationException: a side that this stage needs has too little text.
+            MisconfigurationException: If a split that this stage needs has too little text.
         """
         self.files = self._prepare()
         n_train = self.files["book"]["train"].n_tokens
@@ -128,16 +123,16 @@ class GPTNeoStyleDataModule(WithTokenizer, ExperimentDataModule):
             )
 
     def train_dataloader(self) -> DataLoader:
-        """Return the blocks of the books: an epoch is the text cut into blocks, at places that move with the epoch."""
+        """Return the loader of the blocks of the books; the cuts between the blocks move from epoch to epoch."""
         file = self.files["book"]["train"]
         return self.training_loader(self._windows(file), *sequential_windows(file.n_tokens, self.block_size, self.seed))
 
     def val_dataloader(self) -> list[DataLoader]:
-        """Return the held-out passages of the books, of the other books, and the base's own text."""
+        """Return the loaders of the held-out passages of the books, of the other books, and of the base's own text."""
         return self._held_out("val")
 
     def test_dataloader(self) -> list[DataLoader]:
-        """Return the same for the test; of the base's own text, what validation has too."""
+        """Return the same loaders for the test; that of the base's own text has the blocks of the validation."""
         return self._held_out("test")
 
     def _passages(self, books: Sequence[int | str]) -> dict[str, list[str]]:
@@ -149,6 +144,7 @@ class GPTNeoStyleDataModule(WithTokenizer, ExperimentDataModule):
         return sides
 
     def _prepare(self) -> dict[str, dict[str, TokenFile]]:
+        """Return the token file of each text and split."""
         files = {"book": self._tokenized(self.book_passages)}
         if self.other_books:
             files["other"] = self._tokenized(self._passages(self.other_books))
@@ -156,7 +152,7 @@ class GPTNeoStyleDataModule(WithTokenizer, ExperimentDataModule):
             base = prepare_tokens(
                 self.base_source, self.tokenizer, self.cache_dir, "documents", val_fraction=self.base_val_fraction
             )["val"]
-            files["base"] = dict.fromkeys(("val", "test"), base)
+            files["base"] = {"val": base, "test": base}
         return files
 
     def _tokenized(self, passages: dict[str, list[str]]) -> dict[str, TokenFile]:
@@ -182,20 +178,19 @@ class GPTNeoStyleDataModule(WithTokenizer, ExperimentDataModule):
 
 
 class NamedWindows(TokenWindows):
-    """Windows of a text whose batches say which text it is."""
+    """Windows of a text whose batches hold the name of the text.
+
+    Args:
+        text: Name of the text; `None` for the training text, whose batches hold no name.
+        *args: Arguments of `TokenWindows`.
+    """
 
     def __init__(self, text: str | None, *args: Any) -> None:
-        """Name the text.
-
-        Args:
-            text: its name; None for the training text, whose batches say nothing.
-            *args: as for `TokenWindows`.
-        """
         super().__init__(*args)
         self.text = text
 
     def __getitem__(self, starts: Tensor) -> dict[str, Any]:
-        """Return the windows as `TokenWindows` does, and the name."""
+        """Return the windows that begin at these tokens, (B,), and the name of the text."""
         batch = super().__getitem__(starts)
         return batch if self.text is None else batch | {"text": self.text}
 

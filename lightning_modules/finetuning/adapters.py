@@ -1,8 +1,8 @@
-"""Low-rank adapters (LoRA) in any model, through the `peft` library, and the model with them folded in again.
+"""Low-rank adapters (LoRA) for any model, added by the `peft` library, and the model with the adapters merged.
 
-A linear layer keeps its matrix W (out, in), frozen, and adds a product of two thin ones that are trained:
+A linear layer keeps its weight W (out, in), which is frozen, and adds a product of two low-rank matrices:
 
-    y = W x + alpha / rank · B A x,    A: (rank, in), drawn at random;  B: (out, rank), zero at first
+    y = W x + alpha / rank · B A x,    A: (rank, in), random at the start;  B: (out, rank), zero at the start
 
 Paper: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models" (2021), https://arxiv.org/abs/2106.09685
 """
@@ -15,25 +15,25 @@ from torch import nn
 
 
 def add_adapters(model: nn.Module, targets: Sequence[str], rank: int, alpha: float, dropout: float = 0.0) -> None:
-    """Freezes a model and gives some of its linear layers adapters, in place.
+    """Freeze a model and add adapters to some of its linear layers, in place.
 
     Args:
         model: Any module.
         targets: Full names of the layers: `nn.Linear`, or GPT-2's `Conv1D`.
         rank: Rank of the adapters, at least 1.
-        alpha: What the adapters add is multiplied by `alpha / rank`.
-        dropout: Share of an adapter's input that is dropped in training, in [0, 1).
+        alpha: The output of an adapter is multiplied by `alpha / rank`.
+        dropout: Probability that an input of an adapter is dropped in training, in [0, 1).
     """
     from peft import LoraConfig, inject_adapter_in_model
 
     config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=list(targets))
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*fan_in_fan_out.*")  # peft finds out which way round Conv1D is
+        warnings.filterwarnings("ignore", ".*fan_in_fan_out.*")  # peft sets it for Conv1D, and warns
         inject_adapter_in_model(config, model)
 
 
 def adapted_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """The layers of a model that have adapters, by name.
+    """Return the layers of a model that have adapters, by name.
 
     Args:
         model: Any module.
@@ -42,20 +42,20 @@ def adapted_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """The linear layers of a model by name, GPT-2's `Conv1D` among them.
+    """Return the linear layers of a model by name, including GPT-2's `Conv1D`.
 
     Args:
         model: Any module.
     """
-    kinds = ("Linear", "Conv1D")  # by name: importing transformers for the sake of the second takes seconds
+    kinds = ("Linear", "Conv1D")  # by name, because importing Conv1D from transformers takes seconds
     return {name: module for name, module in model.named_modules() if type(module).__name__ in kinds}
 
 
 @contextmanager
 def merged(model: nn.Module) -> Iterator[None]:
-    """Within the context the model is a plain one again, with what the adapters add folded into its matrices.
+    """Merge the adapters of a model into its weights within the context, so that it is a plain model.
 
-    Folding in and out rounds: who needs the very weights afterwards loads them again.
+    Merging and unmerging round: load the weights again where they must be exact afterwards.
 
     Args:
         model: Any module, with or without adapters.

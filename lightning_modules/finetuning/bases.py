@@ -1,4 +1,4 @@
-"""Pretrained models of Transformers: loading, saving, checking them against the data, and scoring with them."""
+"""Pretrained models of Transformers: loading, saving, checking them against the data, and computing scores."""
 
 import json
 import pickle
@@ -13,7 +13,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
 from lightning_modules.common.hub import hub_answers
-from lightning_modules.common.messages import say
+from lightning_modules.common.messages import first_line, say
 
 if TYPE_CHECKING:  # imported where used: transformers is slow to import
     from transformers import PreTrainedModel
@@ -21,20 +21,23 @@ if TYPE_CHECKING:  # imported where used: transformers is slow to import
 Batch = TypeVar("Batch")
 
 
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
 def load_pretrained(
     base: str, auto_class: str = "AutoModelForCausalLM", architecture: dict[str, Any] | None = None, **changes: Any
 ) -> "PreTrainedModel":
-    """Loads a model in float32 and in training mode.
+    """Return a model in float32 and in training mode.
 
     Args:
         base: A folder with `config.json` and weights, a run folder with such a folder `model/` in it, or a hub name.
-        auto_class: Class of Transformers that knows which model is meant: the head that it gets.
-        architecture: What `architecture_of` said of a model. It is then built without looking at `base`, its weights
-            drawn at random: those of a checkpoint are to follow.
+        auto_class: Auto class of Transformers, which chooses the head.
+        architecture: Result of `architecture_of`. The model is then built with random weights and without reading
+            `base`; the weights of a checkpoint are loaded afterwards.
         **changes: Fields of the model's configuration to set, such as `num_labels`.
 
     Raises:
-        MisconfigurationException: If there is no such model, or it is of another kind.
+        MisconfigurationException: If there is no such model, or it does not fit the auto class.
     """
     import transformers
 
@@ -42,9 +45,9 @@ def load_pretrained(
     if architecture is not None:
         config = transformers.AutoConfig.for_model(**architecture | changes)
         return auto.from_config(config).float().train()
-    folder = _folder_of(base)
+    folder = _local_folder(base)
+    on_disk = folder is not None or not hub_answers()
     try:
-        on_disk = folder is not None or not hub_answers()
         with _quietly():
             config = transformers.AutoConfig.from_pretrained(folder or base, local_files_only=on_disk, **changes)
             model, found = auto.from_pretrained(
@@ -53,27 +56,25 @@ def load_pretrained(
                 dtype=torch.float32,
                 output_loading_info=True,
                 local_files_only=on_disk,
-                adapter_kwargs={"local_files_only": on_disk},  # else it looks on the hub for adapters all the same
+                adapter_kwargs={"local_files_only": on_disk},  # without it, adapters are looked up on the hub
             )
-    # A missing file, an unknown architecture, a broken config.json; weights that would run code when they are read.
+    # A missing file, an unknown architecture, a broken config.json, weights whose pickle would run code.
     except (OSError, ValueError, KeyError, pickle.UnpicklingError) as error:
-        where = (
-            "" if folder else ", which is no local folder, from the Hugging Face hub: check the name and the network"
-        )
+        where = "" if folder else ", which is no local folder, from the Hugging Face hub: check the name and network"
         raise MisconfigurationException(
-            f"model.base: {auto_class} could not load {base}{where} ({str(error).strip().splitlines()[0]})"
+            f"model.base: {auto_class} could not load {base}{where} ({first_line(error)})"
         ) from error
     if missing := sorted(found["missing_keys"]):
-        say(f"{base} has no {', '.join(missing)}: drawn at random")
-    return model.train()  # from_pretrained gives it in evaluation mode, and Lightning leaves it as it is
+        say(f"{base} has no {', '.join(missing)}: initialised at random")
+    return model.train()  # from_pretrained returns it in evaluation mode, and Lightning keeps the mode
 
 
 def save_pretrained(model: "PreTrainedModel", folder: Path) -> None:
-    """Writes a model in Transformers' format: `config.json` and `model.safetensors`.
+    """Write a model in Transformers' format: `config.json` and `model.safetensors`.
 
     Args:
         model: Any model of Transformers.
-        folder: Folder to make.
+        folder: Folder to create.
     """
     with _quietly():
         model.save_pretrained(folder)
@@ -81,7 +82,7 @@ def save_pretrained(model: "PreTrainedModel", folder: Path) -> None:
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """Transformers shows a progress bar for files of any size, and a table of the weights that a model has not."""
+    """Suppress Transformers' progress bars, which it shows for files of any size, and its table of missing weights."""
     from transformers.utils import logging
 
     had_bars, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
@@ -95,13 +96,12 @@ def _quietly() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _folder_of(base: str) -> Path | None:
-    """The local folder that is meant, or nothing where it is the name of a model on the hub."""
+def _local_folder(base: str) -> Path | None:
+    """Return the folder with `config.json`, or `None` if `base` is a name on the hub."""
     path = Path(base).expanduser()
-    if (path / "model" / "config.json").is_file():
-        return path / "model"
-    if (path / "config.json").is_file():
-        return path
+    for folder in (path / "model", path):
+        if (folder / "config.json").is_file():
+            return folder
     if path.exists() or base.startswith((".", "/", "~")) or base.count("/") > 1:
         problem = "holds no config.json, nor a model/ that does" if path.exists() else "does not exist"
         run = re.search(r"\bruns/([^/]+)/([^/]+)", path.as_posix())
@@ -113,8 +113,11 @@ def _folder_of(base: str) -> Path | None:
     return None
 
 
+# --- configuration ----------------------------------------------------------------------------------------------------
+
+
 def architecture_of(model: "PreTrainedModel") -> dict[str, Any]:
-    """The configuration from which `load_pretrained` builds the same model without its base, in plain types.
+    """Return the configuration of a model in plain types; `load_pretrained` builds the same model from it.
 
     Args:
         model: Any model of Transformers.
@@ -123,16 +126,16 @@ def architecture_of(model: "PreTrainedModel") -> dict[str, Any]:
 
 
 def check_fit(model: "PreTrainedModel", base: str, vocab_size: int, block_size: int) -> None:
-    """Refuses data that the model cannot read.
+    """Refuse data with token ids or lengths that the model has no embeddings for.
 
     Args:
         model: Any model of Transformers.
-        base: Where it is from.
+        base: Its folder or name, for the message.
         vocab_size: Number of tokens of the tokenizer.
-        block_size: Tokens in the longest sequence.
+        block_size: Length of the longest sequence, in tokens.
 
     Raises:
-        MisconfigurationException: If the model has fewer tokens, or a shorter context.
+        MisconfigurationException: If the vocabulary is larger than the model's, or a sequence longer than its context.
     """
     if vocab_size > model.config.vocab_size:
         raise MisconfigurationException(
@@ -146,15 +149,33 @@ def check_fit(model: "PreTrainedModel", base: str, vocab_size: int, block_size: 
         )
 
 
+# --- scores -----------------------------------------------------------------------------------------------------------
+
+
+def scores_of_share(forward: Callable[[Batch], Tensor], batch: Batch, rows: Tensor, *shape: int) -> Tensor:
+    """Return the scores of a batch, or empty scores if this process has no share of the batch.
+
+    On several processes, some have no share of the last batch of an evaluation, and most models of Transformers fail
+    on a batch without rows.
+
+    Args:
+        forward: Maps the batch to its scores, such as the module itself.
+        batch: Argument of `forward`.
+        rows: A tensor of the batch whose first dimension is the batch dimension, (B, ...).
+        *shape: Sizes of the dimensions of empty scores after the first, which is 0.
+    """
+    return forward(batch) if len(rows) else torch.zeros(0, *shape, device=rows.device)
+
+
 @contextmanager
 def scored_at(model: "PreTrainedModel", places: Tensor) -> Iterator[None]:
-    """Within the context, the model's output layer scores some places alone: (B, T, C) becomes (N, V).
+    """Restrict the output layer of a model to some positions within the context: its logits become (N, V).
 
-    The scores are the largest tensor of all, V numbers a token, and most places need none.
+    The logits of all positions are the largest tensor of a training step, and most positions carry no loss.
 
     Args:
         model: Any model of Transformers with an output layer.
-        places: Which places, (B, T) bool, N of them true.
+        places: Positions to score, (B, T) bool, N of them true.
     """
     handle = model.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: (inputs[0][places],))
     try:
@@ -165,7 +186,7 @@ def scored_at(model: "PreTrainedModel", places: Tensor) -> Iterator[None]:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Within the context a model is in evaluation mode.
+    """Put a model into evaluation mode within the context.
 
     Args:
         model: Any module.
@@ -176,18 +197,3 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         model.train(training)
-
-
-def scores_of_share(forward: Callable[[Batch], Tensor], batch: Batch, rows: Tensor, *shape: int) -> Tensor:
-    """Return the scores of a batch, or empty scores if this process has no share of it.
-
-    On several processes some have no share of the last batch of an evaluation, and most models of Transformers fail
-    on a batch without rows.
-
-    Args:
-        forward: Maps the batch to its scores, such as the module itself.
-        batch: Argument of `forward`.
-        rows: A tensor of the batch whose first dimension is that of the batch, (B, ...).
-        *shape: Dimensions of empty scores after the first, which is 0.
-    """
-    return forward(batch) if len(rows) else torch.zeros(0, *shape, device=rows.device)

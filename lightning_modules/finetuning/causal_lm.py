@@ -9,13 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_modules.base import ExperimentModule
-from lightning_modules.finetuning.bases import (
-    architecture_of,
-    check_fit,
-    evaluating,
-    load_pretrained,
-    save_pretrained,
-)
+from lightning_modules.finetuning.bases import architecture_of, check_fit, evaluating, load_pretrained, save_pretrained
 from lightning_modules.metrics import CorpusLoss
 from lightning_modules.models.generation import generate
 
@@ -23,8 +17,53 @@ if TYPE_CHECKING:  # imported where used: transformers is slow to import
     from transformers import PreTrainedModel
 
 
+class FineTunedCausalLM(ExperimentModule):
+    """Base of the modules that fine-tune a causal language model of Transformers: loading, generation and export.
+
+    Args:
+        base: Model to start from: a folder with `config.json` and weights, the folder of a run that has such a folder
+            `model/` (`runs/decoder_pretrain/offline`), or a name on the hub (`openai-community/gpt2`).
+        vocab_size: Number of tokens of the tokenizer; linked from the data.
+        block_size: Length of a block, in tokens; linked from the data.
+        architecture: Configuration of the model. A checkpoint holds it, so that the module can be built where the base
+            is missing; leave it out.
+
+    Raises:
+        MisconfigurationException: If the base cannot be loaded, or does not fit the data.
+    """
+
+    def __init__(
+        self,
+        base: str,
+        vocab_size: int | None = None,
+        block_size: int | None = None,
+        architecture: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.require_linked(vocab_size=vocab_size, block_size=block_size)
+        assert vocab_size is not None and block_size is not None
+        self.model = load_pretrained(base, architecture=architecture)
+        check_fit(self.model, base, vocab_size, block_size)
+        self.save_hyperparameters()
+        self.hparams["architecture"] = architecture_of(self.model)
+        self.track(CorpusLoss())
+
+    def generate(self, input_ids: Tensor, max_new_tokens: int, **sampling: Any) -> Iterator[Tensor]:
+        """Continue token ids of shape (B, T), one step of shape (B,) at a time; see `models.generation.generate`."""
+        with evaluating(self.model):
+            yield from generate(CachedHubModel(self.model), input_ids, max_new_tokens, **sampling)
+
+    def save_pretrained(self, folder: Path) -> None:
+        """Write the model in Transformers' format: `config.json` and `model.safetensors`.
+
+        Args:
+            folder: Folder to create.
+        """
+        save_pretrained(self.model, folder)
+
+
 class CachedHubModel:
-    """A causal language model of Transformers as `models.generation` reads it.
+    """A causal language model of Transformers with the interface that `models.generation` needs.
 
     Args:
         model: The model.
@@ -32,25 +71,21 @@ class CachedHubModel:
 
     def __init__(self, model: "PreTrainedModel") -> None:
         self.model = model
+        self.training = model.training
         context = getattr(model.config, "max_position_embeddings", None) or torch.iinfo(torch.int64).max
         self.config = SimpleNamespace(vocab_size=model.config.vocab_size, block_size=context)
 
-    @property
-    def training(self) -> bool:
-        """Whether the model drops units out."""
-        return self.model.training
-
     def new_cache(self) -> list["HubCache"]:
-        """An empty cache: one for all layers, where our decoder has one for each."""
+        """Return an empty cache in a list: it serves all layers, where our decoder has a cache for each layer."""
         return [HubCache(self.model.config)]
 
     def __call__(self, input_ids: Tensor, *, cache: list["HubCache"], last_only: bool = True) -> Tensor:
-        """Scores of the token after the last: (B, T) to (B, 1, V)."""
+        """Return the scores of the token after the last: (B, T) to (B, 1, V)."""
         return self.model(input_ids, past_key_values=cache[0].past, use_cache=True).logits[:, -1:]
 
 
 class HubCache:
-    """Keys and values of what a model of Transformers has read.
+    """Keys and values of the tokens that a model of Transformers has read.
 
     Args:
         config: The model's configuration.
@@ -66,51 +101,7 @@ class HubCache:
         return self.past.get_seq_length()
 
     def clear(self) -> None:
-        """Forgets all of it."""
+        """Remove all positions."""
         from transformers import DynamicCache
 
         self.past = DynamicCache(config=self.config)
-
-
-class FineTunedCausalLM(ExperimentModule):
-    """What fine-tunings of a causal language model of Transformers share: where it starts, how it writes, its export.
-
-    Args:
-        base: Model to start from: a folder with `config.json` and weights, the folder of a run that has such a folder
-            `model/` (`runs/decoder_pretrain/offline`), or a name on the hub (`openai-community/gpt2`).
-        vocab_size: Number of tokens of the tokenizer; linked from the data.
-        block_size: Length of a block, in tokens; linked from the data.
-        architecture: Configuration of the model, which a checkpoint keeps, so that it can be loaded where its base is
-            not; leave it out.
-
-    Raises:
-        MisconfigurationException: If the base cannot be loaded, or cannot read the data.
-    """
-
-    def __init__(
-        self,
-        base: str,
-        vocab_size: int | None = None,
-        block_size: int | None = None,
-        architecture: dict[str, Any] | None = None,
-    ) -> None:
-        super().__init__()
-        self.require_linked(vocab_size=vocab_size, block_size=block_size)
-        self.model = load_pretrained(base, architecture=architecture)
-        check_fit(self.model, base, vocab_size, block_size)
-        self.save_hyperparameters()
-        self.hparams["architecture"] = architecture_of(self.model)
-        self.track(CorpusLoss())
-
-    def generate(self, input_ids: Tensor, max_new_tokens: int, **sampling: Any) -> Iterator[Tensor]:
-        """Continues token ids of shape (B, T), one step of shape (B,) at a time; see `models.generation.generate`."""
-        with evaluating(self.model):
-            yield from generate(CachedHubModel(self.model), input_ids, max_new_tokens, **sampling)
-
-    def save_pretrained(self, folder: Path) -> None:
-        """Writes the model as Transformers takes it: `config.json` and `model.safetensors`.
-
-        Args:
-            folder: Folder to make.
-        """
-        save_pretrained(self.model, folder)

@@ -1,28 +1,33 @@
 """Freezing of parameters, for the whole run or until an epoch.
 
-A frozen parameter has `requires_grad=False`: it gets no gradient, no optimiser state and no weight decay. What lies
-between the input and the first trained parameter leaves no graph behind, so neither backward pass nor memory for it.
+A frozen parameter has `requires_grad=False`: it gets no gradient, no optimiser state and no weight decay. Autograd
+records nothing before the first trained parameter, which saves the time and the memory of that part of the backward
+pass.
 """
 
-import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 import lightning as L
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import nn
 
-from lightning_modules.finetuning.selection import Anatomy, Parameters, Selection
+from lightning_modules.base import ExperimentModule
+from lightning_modules.common.messages import say
+from lightning_modules.common.ranges import NonNegativeFloat, NonNegativeInt
+from lightning_modules.finetuning.selection import ModelParts, Parameters, Selection
 from lightning_modules.runtime import private_names
 from lightning_modules.runtime.sharded import require_whole_weights
 
 
 class FreezingCallback(L.Callback):
-    """What the callbacks share: frozen modules run as in evaluation, and the run says how much is trained.
+    """Base of the callbacks that freeze parameters.
+
+    Frozen modules run in evaluation mode. The numbers of trained and frozen parameters are printed when the training
+    starts, and logged as `model/trained_parameters` and `model/frozen_parameters`.
 
     Args:
-        keep_dropout: Whether frozen modules drop units out in training as the others do.
+        keep_dropout: Whether dropout stays active in frozen modules.
     """
 
     def __init__(self, keep_dropout: bool = False) -> None:
@@ -30,57 +35,68 @@ class FreezingCallback(L.Callback):
         self._frozen_modules: list[nn.Module] = []
         self._counts = (0, 0)
 
-    def chosen(self, selection: Selection, pl_module: L.LightningModule) -> Parameters:
-        """The parameters that a selection means.
+    def select(self, selection: Selection, pl_module: L.LightningModule) -> Parameters:
+        """Return the selected parameters of the module.
+
+        Args:
+            selection: Which parameters.
+            pl_module: The module of the run.
 
         Raises:
-            MisconfigurationException: If a range or a pattern names nothing that is there, or nothing is named.
+            MisconfigurationException: If a range or a pattern matches nothing, or nothing is selected.
         """
         try:
             return selection.of(pl_module)
         except ValueError as error:
             raise MisconfigurationException(f"{type(self).__name__}: {error}") from error
 
-    def take_stock(self, pl_module: L.LightningModule) -> None:
-        """Finds out what is frozen now.
+    def update(self, pl_module: L.LightningModule) -> None:
+        """Count the trained and the frozen parameters, and find the frozen modules.
+
+        Args:
+            pl_module: The module of the run.
 
         Raises:
-            MisconfigurationException: If everything is.
+            MisconfigurationException: If all parameters are frozen.
         """
         trained = sum(p.numel() for p in pl_module.parameters() if p.requires_grad)
         if not trained:
             raise MisconfigurationException(f"{type(self).__name__}: everything is frozen; leave something to train")
         self._counts = trained, sum(p.numel() for p in pl_module.parameters()) - trained
         for module in self._frozen_modules:
-            module.training = True  # unless it still is frozen: the next batch sees to it
+            module.training = True  # the next batch undoes this for modules that are still frozen
         self._frozen_modules = [] if self.keep_dropout else frozen_modules(pl_module)
 
-    @rank_zero_only
-    def say(self, when: str = "") -> None:
-        """Tells the user how much is trained."""
+    def say_counts(self, when: str = "") -> None:
+        """Print the numbers of trained and frozen parameters.
+
+        Args:
+            when: Beginning of the line.
+        """
         trained, frozen = self._counts
         share = trained / (trained + frozen)
-        print(f"{when}{trained:,} parameters are trained ({share:.1%}), {frozen:,} are frozen", file=sys.stderr)
+        say(f"{when}{trained:,} parameters are trained ({share:.1%}), {frozen:,} are frozen")
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Finds out what is frozen, by this callback and by others, and says so."""
-        self.take_stock(pl_module)
-        self.say()
+        """Count what this callback and others have frozen, and print the numbers."""
+        self.update(pl_module)
+        self.say_counts()
 
-    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: object) -> None:
-        """Takes frozen modules back to evaluation, whoever has called `train()` on the model meanwhile."""
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: ExperimentModule, *_: object) -> None:
+        """Put frozen modules into evaluation mode: anything may have called `train()` on the model since."""
         for module in self._frozen_modules:
-            if module.training:
+            if module.training:  # reading is faster than setting an attribute of a module
                 module.training = False
-        if (trainer.global_step + 1) % trainer.log_every_n_steps == 0:
+        if pl_module.logging_is_due:
             trained, frozen = self._counts
             pl_module.log_dict({"model/trained_parameters": float(trained), "model/frozen_parameters": float(frozen)})
 
 
 def frozen_modules(model: nn.Module) -> list[nn.Module]:
-    """The modules whose parameters are all frozen, with all that is in them.
+    """Return the modules whose parameters are all frozen, and all modules inside them.
 
-    Where everything before the layers is frozen, this takes in what has no parameters there: the dropout of embeddings.
+    If everything before the layers is frozen, modules without parameters there are included, such as the dropout of
+    the embeddings.
 
     Args:
         model: Any module.
@@ -94,9 +110,9 @@ def frozen_modules(model: nn.Module) -> list[nn.Module]:
     for module in model.modules():
         if is_frozen(module.parameters()):
             found |= dict.fromkeys(module.modules())
-    anatomy = Anatomy(model)
-    if is_frozen(anatomy.embeddings.values()):
-        parent, _, name = anatomy.stack.rpartition(".")
+    parts = ModelParts(model)
+    if is_frozen(parts.embeddings.values()):
+        parent, _, name = parts.stack.rpartition(".")
         for sibling, module in model.get_submodule(parent).named_children():
             if sibling == name:
                 break
@@ -109,12 +125,12 @@ class Freeze(FreezingCallback):
     """Freezes parameters for the whole run.
 
     Args:
-        embeddings: Whether what stands before the first layer is frozen. A matrix that the output shares with the
+        embeddings: Whether to freeze the parameters before the first layer. An output matrix that is shared with the
             embeddings is frozen with them.
         layers: Layers to freeze, counted as in Python: `3`, `-1`, `":6"`, `"2:-1"`, `":50%"` for the first half.
         patterns: Parameters to freeze by name, as glob patterns: `"*.mlp.*"`, `"*bias"`.
-        all_but_head: Whether everything is frozen but what stands after the last layer.
-        keep_dropout: Whether frozen modules drop units out in training as the others do.
+        all_but_head: Whether to freeze all parameters except those after the last layer.
+        keep_dropout: Whether dropout stays active in frozen modules.
     """
 
     def __init__(
@@ -129,62 +145,60 @@ class Freeze(FreezingCallback):
         self.selection = Selection(embeddings, layers, patterns, all_but_head)
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Freezes before the optimiser is made, so that it never sees what is frozen.
+        """Freeze the parameters before the optimiser is built, which then leaves them out.
 
         Raises:
-            MisconfigurationException: If a range or a pattern names nothing that is there, or nothing is left to train.
+            MisconfigurationException: If a range or a pattern matches nothing, or nothing is left to train.
         """
         if stage == "fit":
-            for parameter in self.chosen(self.selection, pl_module).values():
+            for parameter in self.select(self.selection, pl_module).values():
                 parameter.requires_grad = False
-            self.take_stock(pl_module)
+            self.update(pl_module)
 
 
 @dataclass
 class Stage(Selection):
-    """Parameters that are thawed together.
+    """Parameters that are unfrozen together.
 
     Args:
-        epoch: Epoch from whose beginning on they are trained, counted from 0.
-        rate: Their learning rate, as a share of the optimiser's (0 or more).
+        epoch: First epoch in which they are trained, counted from 0.
+        rate: Their learning rate as a share of the optimiser's, 0 or more.
     """
 
-    epoch: int = 0
-    rate: float = 1.0
+    epoch: NonNegativeInt = 0
+    rate: NonNegativeFloat = 1.0
 
 
 class GradualUnfreezing(FreezingCallback):
-    """Thaws a model in stages (Howard and Ruder, 2018, ULMFiT, section 3.3), each with a learning rate of its own.
+    """Unfreezes a model in stages, each with its own learning rate (Howard and Ruder, 2018, ULMFiT, section 3.3).
 
-    Parameters that no stage names are trained from the start at the optimiser's rate; a parameter that several stages
-    name belongs to the earliest. All of them are in the optimiser from the start, which leaves out what has no gradient
-    yet: without state, without weight decay. What is frozen follows from the epoch alone, so a resumed run is exact.
+    Parameters that no stage selects are trained from the start at the optimiser's rate; a parameter that several stages
+    select belongs to the earliest. The optimiser holds all parameters from the start, and skips those without a
+    gradient: they get neither state nor weight decay. The epoch alone decides what is frozen, so a resumed run is
+    exact.
 
     Args:
-        stages: What is thawed when, and how fast it learns.
-        keep_dropout: Whether frozen modules drop units out in training as the others do.
+        stages: Which parameters are unfrozen, when, and at what rate.
+        keep_dropout: Whether dropout stays active in frozen modules.
 
     Raises:
-        MisconfigurationException: If there is no stage, or one has a negative epoch or rate.
+        MisconfigurationException: If there is no stage.
     """
 
     def __init__(self, stages: list[Stage], keep_dropout: bool = False) -> None:
         super().__init__(keep_dropout)
-        for stage in stages:
-            if stage.epoch < 0 or stage.rate < 0:
-                raise MisconfigurationException(f"GradualUnfreezing: epoch and rate must not be negative, got {stage}")
         if not stages:
-            raise MisconfigurationException("GradualUnfreezing: stages is empty; name what is thawed when")
+            raise MisconfigurationException("GradualUnfreezing: stages is empty; give at least one stage")
         self.stages = sorted(stages, key=lambda stage: stage.epoch)
-        self._thawed_at: dict[nn.Parameter, int] = {}
+        self._first_epochs: dict[nn.Parameter, int] = {}
         self._epoch = -1
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Gives the stages their rates. Nothing is frozen yet: the optimiser and DDP are to see all of it.
+        """Set the learning rates of the stages. Nothing is frozen yet: the optimiser and DDP need all parameters.
 
         Raises:
-            MisconfigurationException: If a stage names nothing that is there, if DDP would wait for frozen parameters,
-                or if the weights are shared out, which puts others in their places.
+            MisconfigurationException: If a stage selects nothing, if DDP would wait for the gradients of frozen
+                parameters, or if the weights are sharded.
         """
         if stage != "fit":
             return
@@ -194,29 +208,26 @@ class GradualUnfreezing(FreezingCallback):
                 "GradualUnfreezing: set trainer.strategy to ddp_find_unused_parameters_true, or the processes would "
                 "wait for the gradients of what is frozen"
             )
-        thawed_at: dict[str, int] = {}
-        for part in self.stages:
-            for name in self.chosen(part, pl_module):
-                if name not in thawed_at:
-                    thawed_at[name] = part.epoch
-                    pl_module.learning_rate_shares[name] = part.rate
-        self._thawed_at = {pl_module.get_parameter(name): epoch for name, epoch in thawed_at.items()}
+        for part in reversed(self.stages):  # so that the earliest stage has the last word
+            for name, parameter in self.select(part, pl_module).items():
+                self._first_epochs[parameter] = part.epoch
+                pl_module.learning_rate_shares[name] = part.rate
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Freezes what is to wait, now that the optimiser is made; what another callback froze stays frozen."""
-        self._thawed_at = {p: epoch for p, epoch in self._thawed_at.items() if p.requires_grad}
-        self._thaw(trainer, pl_module)
+        """Freeze the later stages, now that the optimiser is built; what another callback froze stays frozen."""
+        self._first_epochs = {p: epoch for p, epoch in self._first_epochs.items() if p.requires_grad}
+        self._unfreeze(trainer, pl_module)
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: object) -> None:
-        """Thaws at the first batch of an epoch: a run that is resumed in mid-epoch has no other beginning of it."""
+        """Unfreeze at the first batch of an epoch; no other hook runs if a run is resumed within the epoch."""
         if trainer.current_epoch != self._epoch:
-            self._thaw(trainer, pl_module)
+            self._unfreeze(trainer, pl_module)
         super().on_train_batch_start(trainer, pl_module)
 
-    def _thaw(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def _unfreeze(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         before, self._epoch = self._counts, trainer.current_epoch
-        for parameter, epoch in self._thawed_at.items():
-            parameter.requires_grad = self._epoch >= epoch
-        self.take_stock(pl_module)
+        for parameter, first_epoch in self._first_epochs.items():
+            parameter.requires_grad = self._epoch >= first_epoch
+        self.update(pl_module)
         if self._counts != before:
-            self.say(f"epoch {self._epoch}: ")
+            self.say_counts(f"epoch {self._epoch}: ")

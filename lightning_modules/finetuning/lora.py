@@ -6,70 +6,59 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from lightning_modules.common.ranges import PositiveFloat, PositiveInt, Probability
 from lightning_modules.finetuning.adapters import adapted_layers, add_adapters, linear_layers
 from lightning_modules.finetuning.freeze import FreezingCallback
-from lightning_modules.finetuning.selection import Anatomy, Selection, in_short
+from lightning_modules.finetuning.selection import ModelParts, Selection, in_short
 
 
 class LoRA(FreezingCallback):
-    """Freezes the whole model and trains low-rank adapters beside its linear layers (Hu et al., 2021).
+    """Freezes the whole model and trains low-rank adapters of its linear layers (Hu et al., 2021).
 
-    A checkpoint holds the adapters beside the frozen weights; `model/` is exported with the adapters folded in, as a
-    plain model.
+    A checkpoint holds the frozen weights and the adapters; `model/` is exported as a plain model, with the adapters
+    merged into its weights.
 
     Args:
-        rank: Rank of the adapters (at least 1).
-        alpha: What the adapters add is multiplied by `alpha / rank`.
-        dropout: Share of an adapter's input that is dropped in training (0 to 1).
-        targets: Linear layers that get adapters, as glob patterns of their names; `null` takes all in the stack of
-            layers.
-        also_trained: Parameters that are trained beside the adapters, as glob patterns: a new head, `"classifier.*"`.
-        keep_dropout: Whether frozen modules drop units out in training as the others do.
-
-    Raises:
-        MisconfigurationException: If a size is outside its range.
+        rank: Rank of the adapters, at least 1.
+        alpha: The output of an adapter is multiplied by `alpha / rank`; more than 0.
+        dropout: Probability that an input of an adapter is dropped in training, in [0, 1).
+        targets: Linear layers that get adapters, as glob patterns of their names; `null` adapts all linear layers in
+            the stack of layers.
+        also_trained: Other parameters to train, as glob patterns: a new head, `"classifier.*"`.
+        keep_dropout: Whether dropout stays active in frozen modules.
     """
 
     def __init__(
         self,
-        rank: int = 8,
-        alpha: float = 16.0,
-        dropout: float = 0.0,
+        rank: PositiveInt = 8,
+        alpha: PositiveFloat = 16.0,
+        dropout: Probability = 0.0,
         targets: list[str] | None = None,
         also_trained: list[str] | None = None,
         keep_dropout: bool = False,
     ) -> None:
         super().__init__(keep_dropout)
-        if rank < 1 or alpha <= 0 or not 0 <= dropout < 1:
-            raise MisconfigurationException(
-                f"LoRA: rank must be at least 1, alpha more than 0, dropout in [0, 1); got {rank}, {alpha}, {dropout}"
-            )
-        self.rank, self.alpha, self.dropout = rank, alpha, dropout
+        self.sizes = {"rank": rank, "alpha": alpha, "dropout": dropout}
         self.targets = targets
         self.also_trained = also_trained
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Adds the adapters before a checkpoint is loaded and the optimiser is made.
+        """Add the adapters before a checkpoint is loaded and the optimiser is built.
 
         Raises:
-            MisconfigurationException: If a pattern names nothing that is there.
+            MisconfigurationException: If a pattern matches nothing.
         """
         if adapted_layers(pl_module):
             return
-        self.adapters = {
-            "targets": self._targets(pl_module),
-            "rank": self.rank,
-            "alpha": self.alpha,
-            "dropout": self.dropout,
-        }
-        also_trained = self.chosen(Selection(patterns=self.also_trained), pl_module) if self.also_trained else {}
+        self.adapters = {"targets": self._target_names(pl_module)} | self.sizes
+        also_trained = self.select(Selection(patterns=self.also_trained), pl_module) if self.also_trained else {}
         add_adapters(pl_module, **self.adapters)
         for parameter in also_trained.values():
             parameter.requires_grad = True
 
-    def _targets(self, pl_module: L.LightningModule) -> list[str]:
+    def _target_names(self, pl_module: L.LightningModule) -> list[str]:
         layers = linear_layers(pl_module)
-        patterns = self.targets or [f"{Anatomy(pl_module).stack}.*"]
+        patterns = self.targets or [f"{ModelParts(pl_module).stack}.*"]
         for pattern in patterns:
             if not any(fnmatchcase(name, pattern) for name in layers):
                 raise MisconfigurationException(
@@ -78,5 +67,5 @@ class LoRA(FreezingCallback):
         return [name for name in layers if any(fnmatchcase(name, pattern) for pattern in patterns)]
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Notes what adapters there are, so that who loads the checkpoint can add them first."""
+        """Record the adapters, which are added to a model before its weights are loaded from the checkpoint."""
         checkpoint["adapters"] = self.adapters

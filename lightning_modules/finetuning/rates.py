@@ -1,31 +1,27 @@
 """Learning rates by layer."""
 
 import lightning as L
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lightning_modules.finetuning.selection import Anatomy
+from lightning_modules.base import ExperimentModule
+from lightning_modules.common.ranges import PositiveShare
+from lightning_modules.finetuning.selection import ModelParts
 
 
 class LayerwiseRates(L.Callback):
-    """Gives each layer a smaller learning rate than the one above it (Howard and Ruder, 2018, section 3.2).
+    """Gives each layer a smaller learning rate than the layer after it (Howard and Ruder, 2018, section 3.2).
 
-    The head learns at the optimiser's rate, the last layer at `decay` times it, the one below at `decay` squared, and
-    so on down to the embeddings.
+    The head learns at the optimiser's rate, the last layer at `decay` times that rate, the layer before it at `decay`
+    squared times that rate, and so on down to the embeddings.
 
     Args:
-        decay: Learning rate of a layer, as a share of that of the layer above it (more than 0, to 1).
-
-    Raises:
-        MisconfigurationException: If the decay is outside its range.
+        decay: Learning rate of a layer as a share of that of the next layer, in (0, 1].
     """
 
-    def __init__(self, decay: float = 0.9) -> None:
-        if not 0 < decay <= 1:
-            raise MisconfigurationException(f"LayerwiseRates: decay must be in (0, 1], got {decay}")
+    def __init__(self, decay: PositiveShare = 0.9) -> None:
         self.decay = decay
 
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Sets the rates before the optimiser is made."""
-        anatomy = Anatomy(pl_module)
-        for depth, names in enumerate([*reversed(anatomy.layers), anatomy.embeddings], start=1):
+    def setup(self, trainer: L.Trainer, pl_module: ExperimentModule, stage: str) -> None:
+        """Set the rates before the optimiser is built."""
+        parts = ModelParts(pl_module)
+        for depth, names in enumerate([*reversed(parts.layers), parts.embeddings], start=1):
             pl_module.learning_rate_shares |= dict.fromkeys(names, self.decay**depth)

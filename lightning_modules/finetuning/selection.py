@@ -1,8 +1,8 @@
-"""Parameters of a model by their place in it: embeddings, layers, head, or name.
+"""Parameters of a model by their place in it: embeddings, layers, head, or by name.
 
-The places follow from what PyTorch says of a model: its parameters by name, and its layers, the largest `nn.ModuleList`
-in it. What a model registers before its layers are its embeddings, what it registers after them is its head. A matrix
-that both share, such as the tied embeddings of GPT-2, counts as an embedding.
+The places follow from PyTorch alone: the layers of a model are its largest `nn.ModuleList`, its embeddings are the
+parameters that are registered before the layers, and its head is the parameters that are registered after them. A
+matrix that is shared by embeddings and head, as in GPT-2, is an embedding.
 """
 
 import re
@@ -15,33 +15,43 @@ from torch import nn
 Parameters = dict[str, nn.Parameter]
 
 
-class Anatomy:
-    """A model's parameters, each under its first name, by where they stand.
+class ModelParts:
+    """The parameters of a model by their place, each under its first name.
 
     Args:
         model: Any module.
+
+    Attributes:
+        parameters: All parameters.
+        stack: Name of the `nn.ModuleList` of the layers, empty if there is none.
+        layers: Parameters of each layer.
+        embeddings: Parameters before the layers; none in a model without layers.
+        head: Parameters after the layers; none in a model without layers.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.parameters: Parameters = dict(model.named_parameters())
         stacks = {name: stack for name, stack in model.named_modules() if isinstance(stack, nn.ModuleList)}
-        # The one with most in it: attention may have lists of its own.
+        # The largest, because attention may have lists of its own.
         self.stack = max(stacks, key=lambda name: sum(p.numel() for p in stacks[name].parameters()), default="")
-        n_layer = len(stacks[self.stack]) if stacks else 0
-        self.layers: list[Parameters] = [self._under(f"{self.stack}.{i}.") for i in range(n_layer)]
+        self.layers = [self._under(f"{self.stack}.{i}.") for i in range(len(stacks[self.stack]) if stacks else 0)]
         names = list(self.parameters)
-        in_layers = [i for i, name in enumerate(names) if any(name in layer for layer in self.layers)] or [0]
-        self.embeddings = {name: self.parameters[name] for name in names[: in_layers[0]]}
-        self.head = {name: self.parameters[name] for name in names[in_layers[-1] + 1 :]}
+        places = [i for i, name in enumerate(names) if any(name in layer for layer in self.layers)]
+        first, last = (places[0], places[-1]) if places else (0, len(names))
+        self.embeddings = {name: self.parameters[name] for name in names[:first]}
+        self.head = {name: self.parameters[name] for name in names[last + 1 :]}
 
     def _under(self, prefix: str) -> Parameters:
         return {name: parameter for name, parameter in self.parameters.items() if name.startswith(prefix)}
 
     def matching(self, pattern: str) -> Parameters:
-        """The parameters whose name a glob pattern matches; `*` stands for dots too.
+        """Return the parameters whose name matches a glob pattern; `*` matches dots too.
+
+        Args:
+            pattern: Such as `"*.mlp.*"`.
 
         Raises:
-            ValueError: If there are none, with the names there are.
+            ValueError: If no name matches; the message lists the names.
         """
         found = {name: p for name, p in self.parameters.items() if fnmatchcase(name, pattern)}
         if not found:
@@ -49,22 +59,28 @@ class Anatomy:
         return found
 
     def layer_range(self, text: int | str) -> Parameters:
-        """The parameters of some layers: `3`, `-1`, `:6`, `2:-1`, `:50%`, counted as Python does.
+        """Return the parameters of a layer or of a range of layers, counted as in Python.
+
+        Args:
+            text: `3`, `-1`, `:6`, `2:-1`, or `:50%` for the first half.
 
         Raises:
-            ValueError: If it is no range, or no layer is in it, with the layers there are.
+            ValueError: If the text is no range, or there is no such layer.
         """
         n = len(self.layers)
         if not n:
             raise ValueError(f"layers {text}: the model has no stack of layers; name them by patterns")
-        bounds = [_bound(part, n) for part in str(text).split(":")]
-        if "bad" in bounds or len(bounds) > 2:
+        try:
+            start, *rest = (_bound(part, n) for part in str(text).split(":"))
+            if len(rest) > 1 or (start is None and not rest):
+                raise ValueError
+        except ValueError:
             raise ValueError(
                 f"layers {text!r} is no range: write one layer (3, or -1 for the last), or where to begin and to stop "
                 "(':6', '2:-1', ':50%')"
-            )
-        chosen = range(n)[slice(*bounds)] if len(bounds) == 2 else [i for i in range(n) if i == bounds[0] % n]
-        if not chosen or (len(bounds) == 1 and not -n <= bounds[0] < n):
+            ) from None
+        chosen = range(n)[start : rest[0]] if rest else [i for i in range(n) if start in (i, i - n)]
+        if not chosen:
             raise ValueError(
                 f"layers {text!r}: there is no such layer; there are {n}, {self.stack}.0 to {self.stack}.{n - 1}"
             )
@@ -72,28 +88,30 @@ class Anatomy:
 
 
 def in_short(names: Iterable[str]) -> str:
-    """Names with a star for the number of the layer, each once."""
+    """Return names as a text, each once, with a star in place of the number of the layer.
+
+    Args:
+        names: Names of parameters or modules.
+    """
     return ", ".join(dict.fromkeys(re.sub(r"\.\d+(?=\.|$)", ".*", name) for name in names))
 
 
-def _bound(text: str, n: int) -> int | str | None:
-    text = text.strip()
-    if not text:
-        return None
-    if share := re.fullmatch(r"(\d+(?:\.\d+)?)%", text):
+def _bound(text: str, n: int) -> int | None:
+    """Return one end of a range of `n` layers; raise `ValueError` if it is no number."""
+    if share := re.fullmatch(r"\s*(\d+(?:\.\d+)?)%\s*", text):
         return round(n * float(share[1]) / 100)
-    return int(text) if re.fullmatch(r"-?\d+", text) else "bad"
+    return int(text) if text.strip() else None
 
 
 @dataclass
 class Selection:
-    """Parameters of a model: all that one of these names.
+    """Parameters of a model: all that at least one field selects.
 
     Args:
-        embeddings: Whether what stands before the first layer is meant.
-        layers: Which layers are meant, counted as in Python: `3`, `-1`, `":6"`, `"2:-1"`, `":50%"` for the first half.
-        patterns: Which parameters are meant by name, as glob patterns: `"*.mlp.*"`, `"*bias"`.
-        all_but_head: Whether everything is meant but what stands after the last layer.
+        embeddings: Whether to select the parameters before the first layer.
+        layers: Layers to select, counted as in Python: `3`, `-1`, `":6"`, `"2:-1"`, `":50%"` for the first half.
+        patterns: Parameters to select by name, as glob patterns: `"*.mlp.*"`, `"*bias"`.
+        all_but_head: Whether to select all parameters except those after the last layer.
     """
 
     embeddings: bool = False
@@ -102,21 +120,24 @@ class Selection:
     all_but_head: bool = False
 
     def of(self, model: nn.Module) -> Parameters:
-        """The parameters that are meant, in the model's order.
+        """Return the selected parameters in the order of the model.
+
+        Args:
+            model: Any module.
 
         Raises:
-            ValueError: If a range or a pattern names nothing that is there, or nothing is named.
+            ValueError: If a range or a pattern matches nothing, or nothing is selected.
         """
-        anatomy = Anatomy(model)
-        chosen: Parameters = {}
+        parts = ModelParts(model)
+        chosen: set[str] = set()
         if self.embeddings:
-            chosen |= anatomy.embeddings
+            chosen |= parts.embeddings.keys()
         if self.layers is not None:
-            chosen |= anatomy.layer_range(self.layers)
+            chosen |= parts.layer_range(self.layers).keys()
         for pattern in self.patterns or []:
-            chosen |= anatomy.matching(pattern)
+            chosen |= parts.matching(pattern).keys()
         if self.all_but_head:
-            chosen |= {name: p for name, p in anatomy.parameters.items() if name not in anatomy.head}
+            chosen |= parts.parameters.keys() - parts.head.keys()
         if not chosen:
             raise ValueError("nothing is named; set embeddings, layers, patterns or all_but_head")
-        return {name: p for name, p in anatomy.parameters.items() if name in chosen}
+        return {name: p for name, p in parts.parameters.items() if name in chosen}

@@ -1,10 +1,12 @@
-"""Fine-tuning a pretrained language model to the style of a book."""
+"""Fine-tuning of a pretrained language model to the style of a book."""
 
+from collections.abc import Mapping
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torchmetrics import MetricCollection
 
+from lightning_modules.finetuning.bases import scores_of_share
 from lightning_modules.finetuning.causal_lm import FineTunedCausalLM
 from lightning_modules.metrics import CorpusLoss, next_token_loss
 
@@ -12,58 +14,43 @@ Batch = dict[str, Any]
 
 
 class GPTNeoStyleModule(FineTunedCausalLM):
-    """Any causal language model of Transformers, trained further on the next token of books.
+    """Any causal language model of Transformers, fine-tuned on the next token of books.
 
-    What it measures on the held-out passages of the books is called `val/loss`, `val/perplexity` and
-    `val/bits_per_byte`; on other books `val/other/...`, which says how far it has specialised; on text of the kind that
-    its base was trained on `val/base/...`, which says how much it forgets.
+    The loss, the perplexity and the bits per byte of held-out passages of the books are logged as `val/...`, those of
+    other books as `val/other/...`, which shows how specialised the model is, and those of text of the kind that the
+    base was trained on as `val/base/...`, which shows how much the model forgets.
     """
 
     def setup(self, stage: str) -> None:
-        """Makes the measures of the texts that stand beside the book."""
-        self.side_measures = nn.ModuleDict({text: CorpusLoss() for text in ("other", "base")})
+        """Create the metrics of each text."""
+        texts = ("book", "other", "base")
+        self.track(MetricCollection({text: CorpusLoss() for text in texts}, compute_groups=False))
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        """Scores of the next token: (B, T) to (B, T, V)."""
+        """Return the scores of the next token: (B, T) to (B, T, V)."""
         return self.model(input_ids, use_cache=False).logits
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Mean loss of the batch's targets."""
+        """Return the mean loss of the targets of a batch."""
         loss = next_token_loss(self(batch["input_ids"]), batch["targets"])
         self.log_train_loss(loss)
         return loss
 
-    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Adds the batch to the measures of the text that it is of."""
-        self._measure(batch, self.val_metrics)
-
-    def on_validation_epoch_end(self) -> None:
-        """Logs the measures of each text."""
-        self._log_measures("val", self.val_metrics)
-
-    def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Adds the batch to the measures of the text that it is of."""
-        self._measure(batch, self.test_metrics)
-
-    def on_test_epoch_end(self) -> None:
-        """Logs the measures of each text."""
-        self._log_measures("test", self.test_metrics)
-
-    def _measure(self, batch: Batch, of_the_book: CorpusLoss) -> None:
-        measures = of_the_book if batch["text"] == "book" else self.side_measures[batch["text"]]
+    def evaluation_step(self, batch: Batch, metrics: MetricCollection) -> None:
+        """Update the metrics of the text that the batch is from."""
         ids = batch["input_ids"]
-        # A process may have no share of the last batch, and Transformers would trip over it.
-        logits = self(ids) if len(ids) else torch.zeros(0, 1, 1, device=self.device)
-        measures.update(logits, batch["targets"], batch["target_bytes"])
+        scores = scores_of_share(self, ids, ids, 1, 1)
+        metrics[batch["text"]].update(scores, batch["targets"], batch["target_bytes"])
 
-    def _log_measures(self, split: str, of_the_book: CorpusLoss) -> None:
-        sides = {f"{split}/{text}": measures for text, measures in self.side_measures.items()}
-        for prefix, measures in ({split: of_the_book} | sides).items():
-            if measures.update_called:
-                # Already those of all ranks; sync_dist only tells Lightning that they are the same everywhere.
-                self.log_dict({f"{prefix}/{name}": value for name, value in measures.compute().items()}, sync_dist=True)
-                measures.reset()
+    def evaluation_results(self, metrics: MetricCollection, split: str) -> Mapping[str, Tensor]:
+        """Return the results of each text that the data has: `loss`, `other/loss`, and so on."""
+        results = {text: metric.compute() for text, metric in metrics.items() if metric.update_called}
+        return {
+            name if text == "book" else f"{text}/{name}": value
+            for text, values in results.items()
+            for name, value in values.items()
+        }
 
     def next_command(self, run: str) -> str:
-        """Read what the model writes."""
+        """Return the command that lets the model write."""
         return f'llm-train generate --run {run} --prompt "The"'

@@ -1,18 +1,23 @@
-"""How a model writes, beside the book that it learned from: measured on samples, and before against after."""
+"""Metrics of style on samples of the model, and a report that compares them before and after training."""
 
-import csv
-import io
 import math
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 
 import lightning as L
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from lightning_modules.common.files import write_text
+from lightning_modules.common.files import write_csv, write_text
+from lightning_modules.common.ranges import PositiveInt
 from lightning_modules.gpt_neo_style.style import BookStyle
-from lightning_modules.runtime.drawing import DrawsAtTheEnd, save_figure
+from lightning_modules.runtime.drawing import (
+    DrawsAtTheEnd,
+    log_before_training,
+    new_figure,
+    save_figure,
+    show_table,
+)
 from lightning_modules.runtime.learning_curve import read_metric
 from lightning_modules.runtime.samples import SampleText
 
@@ -21,7 +26,7 @@ PERPLEXITIES = {
     "val/other/perplexity": "perplexity, another book",
     "val/base/perplexity": "perplexity, the base's own text",
 }
-MEASURES = {
+STYLE_METRICS = {
     "distinct_1": "distinct words, of 50",
     "distinct_2": "distinct pairs of words, of 50",
     "layout": "lines in the book's layout",
@@ -29,18 +34,23 @@ MEASURES = {
     "sentence_length": "words in a sentence",
     "longest_copy": "longest passage copied from the training text, words",
 }
+COLUMNS = ("measure", "before", "after", "the book")
+
+Row = tuple[str, float | None, float | None, float | None]
 
 
 class StyleSamples(SampleText):
-    """Samples whose style is measured beside the book: see `lightning_modules/style.py`.
+    """Continues prompts at each validation, and compares the style of the continuations with that of the book.
 
     Logs `samples/distinct_1`, `samples/distinct_2`, `samples/layout`, `samples/vocabulary_overlap`,
-    `samples/sentence_length` and `samples/longest_copy` at each validation, of the continuations without their prompts;
-    and once, at step 0, the same of the held-out passages of the book as `book/...`.
+    `samples/sentence_length` and `samples/longest_copy` of the continuations without their prompts, and once, at step
+    0, the same metrics of the held-out passages of the book as `book/...`.
+
+    The data has `book_passages`: the passages of the books by split.
 
     Args:
         prompts: Texts to continue.
-        samples_per_prompt: Continuations of each prompt that are measured; the first is shown (at least 1).
+        samples_per_prompt: Continuations of each prompt to evaluate, at least 1; the first is shown.
         max_new_tokens: Length of a continuation, in tokens (at least 1).
         temperature: Divides the logits; 0 always takes the likeliest token.
         top_k: Draw from this many likeliest tokens only; `null` for all.
@@ -48,56 +58,49 @@ class StyleSamples(SampleText):
         seed: Seed of the draws.
 
     Raises:
-        MisconfigurationException: If there is no prompt, or no sample of one.
+        MisconfigurationException: If there is no prompt.
     """
 
     def __init__(
         self,
         prompts: list[str],
-        samples_per_prompt: int = 4,
-        max_new_tokens: int = 120,
+        samples_per_prompt: PositiveInt = 4,
+        max_new_tokens: PositiveInt = 120,
         temperature: float = 0.8,
         top_k: int | None = None,
         top_p: float | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__(prompts, max_new_tokens, temperature, top_k, top_p, seed)
-        if samples_per_prompt < 1:
-            raise MisconfigurationException(
-                f"StyleSamples: samples_per_prompt must be at least 1, got {samples_per_prompt}"
-            )
         self.samples_per_prompt = samples_per_prompt
         self.copied: list[str] = []
         self._book: BookStyle | None = None
 
     @rank_zero_only
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Measures what the book itself has, on passages that are not part of the yardstick."""
+        """Log the metrics of the held-out passages, for comparison."""
         held_out = pl_module.data.book_passages["val"]
         if trainer.global_step == 0 and held_out:
-            measures = {f"book/{name}": value for name, value in self._style_of(pl_module).measure(held_out).items()}
-            for logger in trainer.loggers:
-                logger.log_metrics(measures, step=None)  # no step is done
+            results = self._book_style(pl_module).evaluate(held_out)
+            log_before_training(trainer, {f"book/{name}": value for name, value in results.items()})
 
-    def _style_of(self, pl_module: L.LightningModule) -> BookStyle:
+    def _book_style(self, pl_module: L.LightningModule) -> BookStyle:
         if self._book is None:
             self._book = BookStyle.of("\n".join(pl_module.data.book_passages["train"]))
         return self._book
 
     def draw(self, trainer: L.Trainer, pl_module: L.LightningModule) -> list[str]:
-        """Several continuations of each prompt, measured; the first of each is kept."""
+        """Draw several continuations of each prompt, log their metrics, and return the first of each prompt."""
         drawn = [self.continue_prompt(trainer, pl_module, prompt, self.samples_per_prompt) for prompt in self.prompts]
         texts = [whole_lines(text, prompt) for prompt, some in zip(self.prompts, drawn, strict=True) for text in some]
-        book = self._style_of(pl_module)
+        book = self._book_style(pl_module)
         self.copied = book.longest_copy(texts)
-        measures = {f"samples/{name}": value for name, value in book.measure(texts).items()}
-        pl_module.log_dict(
-            {name: value for name, value in measures.items() if math.isfinite(value)}, rank_zero_only=True
-        )
+        results = {f"samples/{name}": value for name, value in book.evaluate(texts).items() if math.isfinite(value)}
+        pl_module.log_dict(results, rank_zero_only=True)
         return [some[0] for some in drawn]
 
     def remark(self) -> str:
-        """The longest passage that the newest samples have in common with the training text."""
+        """Return the longest passage that the newest samples share with the training text."""
         return (
             f"The longest passage of the last samples that stands in the training text: {len(self.copied)} words, "
             f"“{' '.join(self.copied)}”.\n"
@@ -105,10 +108,10 @@ class StyleSamples(SampleText):
 
 
 def whole_lines(continuation: str, prompt: str) -> str:
-    """A continuation without the line that the prompt began and the line that the end cut off, if others are left.
+    """Return a continuation without the line that the prompt began and the last line, if that leaves any line.
 
     Args:
-        continuation: What was written after the prompt.
+        continuation: Text that follows the prompt; it may end within a line.
         prompt: The prompt.
     """
     lines = continuation.split("\n")
@@ -117,75 +120,62 @@ def whole_lines(continuation: str, prompt: str) -> str:
 
 
 class StyleReport(DrawsAtTheEnd):
-    """Writes `style.md` and `style.csv`, before against after, and draws `figures/style.png`, when the training ends.
+    """Writes `style.md` and `style.csv` and draws `figures/style.png` when the training ends, however it ends.
 
-    All of it is made from `metrics.csv`: before is step 0 (see `LossBeforeTraining`), after the best validation.
+    Both tables compare the metrics before training, at step 0 (see `LossBeforeTraining`), with those at the best
+    validation. They are made from `metrics.csv`.
     """
 
     @rank_zero_only
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Writes and draws, and shows both to W&B."""
+        """Write the tables, draw the figure, and show the figure and a table to the loggers."""
         super().on_train_end(trainer, pl_module)
-        rows = report(Path(trainer.default_root_dir) / "metrics.csv")
-        for logger in trainer.loggers:
-            if rows and hasattr(logger, "log_table"):
-                logger.log_table("style", columns=["measure", "before", "after", "the book"], data=rows)
+        if rows := report(Path(trainer.default_root_dir) / "metrics.csv"):
+            show_table(trainer, "style", COLUMNS, rows)
 
     def draw(self, run: Path) -> list[Path]:
-        """Writes the tables and draws the perplexities of the three texts.
+        """Write the tables, draw the perplexities of the three texts, and return the file of the figure.
 
         Args:
-            run: The run's folder.
+            run: Folder of the run.
         """
         rows = report(run / "metrics.csv")
         if not rows:
             return []
-        write_text(run / "style.csv", as_csv(rows))
+        write_csv(run / "style.csv", COLUMNS, rows)
         write_text(run / "style.md", as_markdown(rows))
-        figure = run / "figures" / "style.png"
-        draw_perplexities(run / "metrics.csv", figure)
-        return [figure]
-
-
-Row = tuple[str, float | None, float | None, float | None]
+        return [draw_perplexities(run / "metrics.csv", run / "figures" / "style.png")]
 
 
 def report(metrics_csv: Path) -> list[Row]:
-    """The measures of a run: name, before, after, and of the book itself.
+    """Return the rows of the report: label, value before training, value after it, and value of the book itself.
 
     Args:
-        metrics_csv: A run's `metrics.csv`.
+        metrics_csv: `metrics.csv` of a run.
     """
-    steps, losses = read_metric(metrics_csv, "val/loss")
-    trained = [(loss, step) for step, loss in zip(steps, losses, strict=True) if step]
+    metric = cache(lambda name: dict(zip(*read_metric(metrics_csv, name), strict=True)))  # value by step
+    trained = {step: loss for step, loss in metric("val/loss").items() if step}
     if not trained:
         return []
-    best = min(trained)[1]
-
-    def at(name: str, step: int) -> float | None:
-        return dict(zip(*read_metric(metrics_csv, name), strict=True)).get(step)
-
-    rows = [(label, at(name, 0), at(name, best), None) for name, label in PERPLEXITIES.items()]
-    rows += [
-        (label, at(f"samples/{name}", 0), at(f"samples/{name}", best), at(f"book/{name}", 0))
-        for name, label in MEASURES.items()
+    best = min(trained, key=trained.__getitem__)
+    rows: list[Row] = [
+        (label, metric(name).get(0), metric(name).get(best), None) for name, label in PERPLEXITIES.items()
     ]
+    for name, label in STYLE_METRICS.items():
+        samples, book = metric(f"samples/{name}"), metric(f"book/{name}")
+        rows.append((label, samples.get(0), samples.get(best), book.get(0)))
     return [row for row in rows if row[2] is not None]
 
 
-def as_csv(rows: Sequence[Row]) -> str:
-    """The report as a CSV file."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["measure", "before", "after", "the book"])
-    writer.writerows(rows)
-    return text.getvalue()
-
-
 def as_markdown(rows: Sequence[Row]) -> str:
-    """The report as a Markdown table."""
-    head = ["| measure | before | after | the book |", "|---|---|---|---|"]
-    return "\n".join([*head, *(f"| {row[0]} | {' | '.join(map(_shown, row[1:]))} |" for row in rows), ""])
+    """Return the report as a Markdown table.
+
+    Args:
+        rows: Result of `report`.
+    """
+    lines = [f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
+    lines += [f"| {label} | {' | '.join(map(_shown, values))} |" for label, *values in rows]
+    return "\n".join([*lines, ""])
 
 
 def _shown(value: float | None) -> str:
@@ -194,18 +184,17 @@ def _shown(value: float | None) -> str:
     return f"{value:.3f}" if abs(value) < 1 else f"{value:,.1f}"
 
 
-def draw_perplexities(metrics_csv: Path, figure: Path) -> None:
-    """Draws how the perplexities of the three texts go with the step: what is learned, and what is forgotten.
+def draw_perplexities(metrics_csv: Path, file: Path) -> Path:
+    """Draw the perplexities of the three texts by step, which show learning and forgetting, and return the file.
 
     Args:
-        metrics_csv: A run's `metrics.csv`.
-        figure: PNG file to write.
+        metrics_csv: `metrics.csv` of a run.
+        file: PNG file to write.
     """
-    from matplotlib.figure import Figure  # no pyplot: no global state, no window system
     from matplotlib.ticker import LogLocator, NullLocator
 
-    picture = Figure(figsize=(7, 4), layout="constrained")
-    axes = picture.add_subplot()
+    figure = new_figure(7, 4)
+    axes = figure.add_subplot()
     for (name, label), color in zip(PERPLEXITIES.items(), ("tab:orange", "tab:blue", "tab:gray"), strict=True):
         steps, values = read_metric(metrics_csv, name)
         if steps:
@@ -216,8 +205,7 @@ def draw_perplexities(metrics_csv: Path, figure: Path) -> None:
     axes.yaxis.set_major_formatter("{x:,.0f}")
     axes.yaxis.set_minor_locator(NullLocator())
     axes.margins(x=0.1)
-    axes.set_xlabel("optimiser step")
-    axes.set_ylabel("perplexity")
+    axes.set(xlabel="optimiser step", ylabel="perplexity")
     axes.grid(alpha=0.3)
     axes.legend()
-    save_figure(picture, figure)
+    return save_figure(figure, file)
