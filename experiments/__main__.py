@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from experiments.errors import UserError
 
-# name: (module with main(args), what it does). A module is imported when its command is called.
+# name: (module with main(args), description). A module is imported when its command is called.
 COMMANDS = {
     "fit": ("experiments.cli", "train a model"),
     "validate": ("experiments.cli", "measure a checkpoint on the validation data"),
@@ -26,8 +26,8 @@ HELP = f"""usage: llm-train COMMAND [options]
 
 Train language models from YAML. Try it:
 
-  llm-train fit -c experiments/decoder_pretrain/offline.yaml
-  llm-train fit -c experiments/decoder_pretrain/offline.yaml --optimizer.lr 1e-3 --trainer.max_steps 100
+  llm-train fit -c experiments/TOPIC/offline.yaml
+  llm-train fit -c experiments/TOPIC/offline.yaml --optimizer.lr 1e-3 --trainer.max_steps 100
 
 commands:
 {chr(10).join(f"  {name:<12}{does}" for name, (_, does) in COMMANDS.items())}
@@ -37,10 +37,10 @@ Every command has its own --help. LLM_TRAIN_TRACEBACK=1 shows where in the code 
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Runs a command; a user's mistake costs one line and exit code 1 or 2.
+    """Run a command; a mistake of the user prints one line and exits with code 1 or 2.
 
     Args:
-        args: Command line; `None` for the process's own.
+        args: Command line; `None` for that of the process.
     """
     args = list(sys.argv[1:] if args is None else args)
     if not args or args[0] in ("-h", "--help", "help"):
@@ -59,20 +59,20 @@ def main(args: Sequence[str] | None = None) -> None:
         run(args)
     except Exception as error:
         mistake = _mistake_behind(error)
-        if mistake is None:  # a fault of ours: the traceback is what is needed to mend it
+        if mistake is None:  # an error of this program: show the traceback
             raise
         sys.exit(_error(str(mistake), 1))
 
 
 def _mistake_behind(error: BaseException) -> BaseException | None:
-    """The user's mistake that an error comes from.
+    """Return the mistake of the user that an error comes from, or `None`.
 
-    That is a `UserError` or a `MisconfigurationException`, ours or Lightning's, also where a library has wrapped it, or
-    an `OSError`: a missing file, a full disk, a folder that cannot be written; its message names it.
+    A mistake is a `UserError`, a `MisconfigurationException`, also one that a library has wrapped, or an `OSError`: a
+    missing file, a full disk, a folder that cannot be written.
     """
     if isinstance(error, OSError):
         return error
-    lightning = sys.modules.get("lightning.pytorch.utilities.exceptions")  # what is not imported has raised nothing
+    lightning = sys.modules.get("lightning.pytorch.utilities.exceptions")  # not imported: not raised
     mistakes = (UserError, lightning.MisconfigurationException) if lightning else UserError
     behind: BaseException | None = error
     while behind is not None and not isinstance(behind, mistakes):

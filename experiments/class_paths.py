@@ -1,5 +1,6 @@
-"""Where a class of this project is, also when a configuration names the place where it was in an earlier version."""
+"""Class paths of this project, also those of configurations that an earlier version wrote."""
 
+import functools
 import importlib
 import re
 from pathlib import Path
@@ -22,29 +23,35 @@ def import_class(class_path: str) -> type:
     return getattr(importlib.import_module(module), name)
 
 
+@functools.cache
 def current(class_path: str) -> str:
-    """Return the path of a class, found by its name if its module has moved since the configuration was written.
+    """Return the current path of a class, found by its name if it has moved since the configuration was written.
 
-    The names of classes are unique in the project, so the name is enough. A path that leads somewhere, and one of
-    another package, is returned as it is.
+    Class names are unique in the project, so the name is enough. The path is returned as it is if its module has the
+    class, if no other module has it, or if it belongs to another package.
 
     Args:
         class_path: Dotted path of a class.
     """
     module, _, name = class_path.rpartition(".")
-    place = _ROOT / module.replace(".", "/")
-    if module.split(".")[0] not in _ROOMS or place.is_dir() or place.with_suffix(".py").is_file():
+    room = module.split(".")[0]
+    if room not in _ROOMS or re.search(rf"\b{re.escape(name)}\b", _source(module)):
         return class_path
     definition = re.compile(rf"^class {re.escape(name)}\b", re.MULTILINE)
-    room = _ROOT / module.split(".")[0]
-    found = [file for file in sorted(room.rglob("*.py")) if definition.search(file.read_text(encoding="utf-8"))]
-    if len(found) != 1:
-        return class_path
-    return ".".join([*found[0].relative_to(_ROOT).with_suffix("").parts, name])
+    files = sorted((_ROOT / room).rglob("*.py"))
+    found = [file for file in files if definition.search(file.read_text(encoding="utf-8"))]
+    return ".".join([*found[0].relative_to(_ROOT).with_suffix("").parts, name]) if len(found) == 1 else class_path
+
+
+def _source(module: str) -> str:
+    """Return the source of a module or of the `__init__.py` of a package; an empty text if there is none."""
+    place = _ROOT / module.replace(".", "/")
+    files = [file for file in (place / "__init__.py", place.with_suffix(".py")) if file.is_file()]
+    return files[0].read_text(encoding="utf-8") if files else ""
 
 
 def accept_moved_classes() -> None:
-    """Let every YAML that jsonargparse reads name classes by the paths of earlier versions."""
+    """Make jsonargparse accept the class paths of earlier versions in every YAML that it reads."""
     load = get_loader("yaml")
     set_loader("yaml", lambda text: _with_current_paths(load(text)), exceptions=(yaml.YAMLError,))
 

@@ -1,4 +1,4 @@
-"""ExperimentCLI: LightningCLI with the house's links, run folder and errors."""
+"""The commands fit, validate, test and predict: a LightningCLI with linked arguments and a run folder."""
 
 import json
 import logging
@@ -12,8 +12,7 @@ from typing import Any
 
 import lightning as L
 import yaml
-from jsonargparse import ActionYesNo
-from lightning.pytorch.cli import LightningCLI
+from jsonargparse import ActionYesNo, Namespace
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
@@ -22,18 +21,19 @@ from experiments import run_folder
 from experiments.parser import ExperimentParser
 from experiments.run_folder import RunArguments, RunFolder
 from experiments.run_record import RunRecord
-from experiments.study import sweep_file
+from experiments.study.names import arm_of_agent
 from lightning_modules import optim
 from lightning_modules.base import ExperimentModule
 from lightning_modules.common.messages import say
 from lightning_modules.runtime.checkpoint_io import AtomicCheckpointIO
 from lightning_modules.runtime.loggers import RunLogger
+from lightning_modules.runtime.private_names import SettingsGoOverCheckpoint
 
-LINKED = ("vocab_size", "pad_token_id", "block_size", "classes")  # what a module must know of its data
+LINKED = ("vocab_size", "pad_token_id", "block_size", "classes")  # attributes of the data, arguments of a module
 DEFAULTS = Path(__file__).parent / "trainer" / "defaults.yaml"
-_LENGTH = ("max_steps", "max_epochs", "max_time")  # of a run: what decides when it is finished
+_LENGTH = ("max_steps", "max_epochs", "max_time")  # the arguments of the trainer that end a run
 _LOST_PEER = re.compile(r"[Cc]onnection (closed|reset|refused)|[Bb]roken pipe|remote process exited|NCCL communicator")
-_NOISE = (  # warnings of Lightning's that are not true here, or that nobody can act on
+_NOISE = (  # warnings of Lightning that do not hold here, or that a user cannot act on
     ".*your dataloader is not resumable.*",
     ".*does not have many workers.*",
     ".*Checkpoint directory .* exists and is not empty.*",
@@ -45,16 +45,17 @@ _NOISE = (  # warnings of Lightning's that are not true here, or that nobody can
 )
 
 
-class ExperimentCLI(LightningCLI):
-    """Fit, validate, test and predict from YAML; see ARCHITECTURE.md for what it adds to LightningCLI.
+class ExperimentCLI(SettingsGoOverCheckpoint):
+    """Fits, validates, tests or predicts from YAML; ARCHITECTURE.md says how it differs from LightningCLI.
 
     Args:
-        args: Command line, without the program's name.
+        args: Command line, without the name of the program.
     """
 
     run: RunFolder | None = None
 
     def __init__(self, args: Sequence[str]) -> None:
+        self._args = list(args)
         self.closed = False  # whether the run's record is complete
         super().__init__(
             model_class=ExperimentModule,
@@ -72,14 +73,19 @@ class ExperimentCLI(LightningCLI):
             save_config_kwargs={"cli": self},
             trainer_defaults={"enable_autolog_hparams": False},  # the run's record is the resolved YAML
             auto_configure_optimizers=False,  # LightningCLI's own builds the schedule before the length is known
-            args=list(args),
+            args=self._args,
         )
 
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]  # a static method there
+        """Return the subcommands, or only the one that the command line names: each needs a parser of its own."""
+        named = {name: skipped for name, skipped in super().subcommands().items() if name in self._args[:1]}
+        return named or super().subcommands()
+
     def add_arguments_to_parser(self, parser: ExperimentParser) -> None:
-        """Adds `run:`, `optimizer:`, `lr_scheduler:` and `auto_resume:`, and links the data to the model.
+        """Add `run:`, `optimizer:`, `lr_scheduler:` and `auto_resume:`, and link the data to the model.
 
         Args:
-            parser: Parser of one subcommand.
+            parser: Parser of a subcommand.
         """
         parser.add_class_arguments(RunArguments, "run")
         parser.add_argument(
@@ -99,45 +105,51 @@ class ExperimentCLI(LightningCLI):
                 "--auto_resume",
                 action=ActionYesNo,
                 default=False,
-                help="Go on with the newest run of this name where it stopped, or start it if there is none. "
-                "Nothing is done if it is finished. What a scheduler that starts jobs again wants.",
+                help="Resume the newest run of this name, or start it if there is none; do nothing if it is finished. "
+                "For schedulers that start a job again.",
             )
         parser.link_arguments("seed_everything", "data.init_args.seed")
         for name in LINKED:
             parser.link_arguments("data", f"model.init_args.{name}", compute_fn=_reader(name), apply_on="instantiate")
 
-    def _parse_ckpt_path(self) -> None:
-        """Stock: a checkpoint's hyper-parameters silently override the YAML and the flags. Here they do not."""
+    @property
+    def arguments(self) -> Namespace:
+        """The parsed arguments of the subcommand."""
+        return self.config[self.subcommand]
 
     def before_instantiate_classes(self) -> None:
-        """Finds the checkpoint and the run that are meant, and keeps what the links are about to replace."""
-        arguments = self._get(self.config, "run")
-        if self._get(self.config, "trainer").get("default_root_dir") is not None:
+        """Find the checkpoint and its run, and keep the linked arguments that the YAML sets.
+
+        Raises:
+            MisconfigurationException: If the checkpoint or the run does not exist, or arguments contradict each other.
+        """
+        arguments, model = self.arguments["run"], self.arguments["model"]
+        if self._trainer_arguments.get("default_root_dir") is not None:
             raise MisconfigurationException("trainer.default_root_dir: the run folder is it; set run.root and run.name")
-        model = self._get(self.config, "model")
+        files = self.arguments["config"] or []
+        name = arguments.name or arm_of_agent() or (Path(str(files[0])).stem if files else "unnamed")
         topic = arguments.topic or model.class_path.split(".")[-2]
-        name = arguments.name or sweep_file.arm_of_agent() or self._name_from_config() or "unnamed"
         study = arguments.study or os.environ.get("WANDB_SWEEP_ID")
         self._claim_as = (Path(arguments.root), topic, name, study)
         self._given = {key: model.get("init_args", {}).get(key) for key in LINKED}
         self._resolve_checkpoint()
-        if "verbose" in self.config[self.subcommand]:
-            self.config[self.subcommand]["verbose"] = False  # Lightning's table: the closing lines say the same
+        if "verbose" in self.arguments:
+            self.arguments["verbose"] = False  # Lightning's table of results; the closing lines have them
 
-    def _name_from_config(self) -> str | None:
-        files = self._get(self.config, "config") or []
-        return Path(str(files[0])).stem if files else None
+    @property
+    def _trainer_arguments(self) -> Namespace:
+        return self.arguments["trainer"]
 
     def _resolve_checkpoint(self) -> None:
-        arguments = self.config[self.subcommand]
+        arguments = self.arguments
         given = arguments.get("ckpt_path")
         if arguments.get("auto_resume"):
             if given is not None:
                 raise MisconfigurationException("auto_resume finds the checkpoint itself: leave ckpt_path out")
-            arguments["ckpt_path"] = self._where_it_stopped()
+            arguments["ckpt_path"] = self._newest_checkpoint()
             return
         if given is None and self.subcommand == "predict":
-            raise MisconfigurationException("predict: with which weights? Give --ckpt_path best, last or a file")
+            raise MisconfigurationException("predict needs weights. Give --ckpt_path best, last or a file")
         if given is None:
             return
         if given in ("last", "best"):
@@ -150,17 +162,17 @@ class ExperimentCLI(LightningCLI):
             if not given.is_file():
                 raise MisconfigurationException(f"ckpt_path: {given} does not exist; give a file, `last` or `best`")
             found = run_folder.of_checkpoint(given)
-            # A fit from any other file than the last checkpoint is a branch, and gets a folder of its own.
+            # A fit from another file than the last checkpoint is a branch, and gets a folder of its own.
             if found is not None and (self.subcommand != "fit" or given.name == "last.ckpt"):
                 self.run = found
         arguments["ckpt_path"] = str(given)
 
-    def _where_it_stopped(self) -> str | None:
-        """The newest readable checkpoint of the named run; none where it has yet to start, or to save one.
+    def _newest_checkpoint(self) -> str | None:
+        """Return the newest readable checkpoint of the named run, or `None` if there is no run or no checkpoint.
 
         Raises:
             SystemExit: If the run is finished.
-            MisconfigurationException: If it has checkpoints and none can be read.
+            MisconfigurationException: If the run has checkpoints and none can be read.
         """
         self.run = run_folder.newest(*self._claim_as)
         if self.run is None:
@@ -175,7 +187,7 @@ class ExperimentCLI(LightningCLI):
             except MisconfigurationException as error:
                 damaged.append(str(error))
             else:
-                say("; ".join([*damaged, f"going on from {checkpoint}, step {saved['global_step']}"]))
+                say("; ".join([*damaged, f"resuming from {checkpoint}, step {saved['global_step']}"]))
                 return str(checkpoint)
         if damaged:
             raise MisconfigurationException(
@@ -184,19 +196,19 @@ class ExperimentCLI(LightningCLI):
         return None
 
     def _is_finished(self, run: RunFolder) -> bool:
-        """Whether a run came to its end, and is not to be longer now."""
+        """Return whether a run is finished, and the command asks for the same length."""
         summary, config = run.path / "summary.json", run.path / run_folder.CONFIG
         if not summary.is_file() or json.loads(summary.read_text())["status"] != "finished":
             return False
-        was, wanted = yaml.safe_load(config.read_text())["trainer"], self._get(self.config, "trainer")
-        return all(was[key] == wanted[key] for key in _LENGTH)
+        saved = yaml.safe_load(config.read_text())["trainer"]
+        return all(saved[key] == self._trainer_arguments[key] for key in _LENGTH)
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
-        """Builds the trainer in the run's folder, now that everything else could be built.
+        """Build the trainer with the run folder, after model and data could be built.
 
         Raises:
-            MisconfigurationException: If a linked value was given in YAML and is another than the data's, or there can
-                be no such trainer.
+            MisconfigurationException: If the YAML sets a linked argument to another value than that of the data, or the
+                arguments of the trainer contradict each other.
         """
         self._check_links()
         if self._is_trial:
@@ -211,13 +223,13 @@ class ExperimentCLI(LightningCLI):
             if isinstance(logger, RunLogger):
                 logger.attach(self.run.path, self.run.topic, self.run.name, self.subcommand, self.run.study)
         self.model.data = self.datamodule
-        self.model.optimizer_factory = self._get(self.config_init, "optimizer")
-        self.model.schedule_factory = self._get(self.config_init, "lr_scheduler")
+        built = self.config_init[self.subcommand]
+        self.model.optimizer_factory, self.model.schedule_factory = built["optimizer"], built["lr_scheduler"]
         return trainer
 
     @property
     def _is_trial(self) -> bool:
-        return bool(self._get(self.config, "trainer").get("fast_dev_run"))
+        return bool(self._trainer_arguments.get("fast_dev_run"))
 
     def _check_links(self) -> None:
         for name, given in self._given.items():
@@ -227,8 +239,8 @@ class ExperimentCLI(LightningCLI):
                     f"model.{name}: the YAML says {given}, but the data has {actual}; leave it out, it is linked"
                 )
 
-    def leave_nothing_useless(self) -> None:
-        """Removes the folder of a trial run, or of a run that failed before it wrote anything."""
+    def remove_empty_folder(self) -> None:
+        """Remove the folder of a trial run, or of a run that failed before it wrote a file."""
         if self.run is None or not self.run.is_new or rank_zero_only.rank != 0:
             return
         if self._is_trial:
@@ -242,7 +254,7 @@ def _reader(attribute: str) -> Callable[[ExperimentDataModule], Any]:
 
 
 def main(args: Sequence[str]) -> None:
-    """Runs one of LightningCLI's subcommands.
+    """Run a subcommand.
 
     Args:
         args: Command line, the subcommand first.
@@ -251,15 +263,15 @@ def main(args: Sequence[str]) -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
     for message in _NOISE:
         warnings.filterwarnings("ignore", message)
-    cli = ExperimentCLI.__new__(ExperimentCLI)  # LightningCLI runs in its constructor; what it made must be tidied up
+    cli = ExperimentCLI.__new__(ExperimentCLI)  # LightningCLI runs in its constructor, which may raise
     try:
         cli.__init__(args)
     except RuntimeError as error:
         if _LOST_PEER.search(str(error)):
             raise MisconfigurationException(
-                "another process of this job ended, and this one cannot go on without it; the other one's output says "
-                "why. With --auto_resume the same command goes on from the last checkpoint"
+                "another process of this job ended, and this one cannot continue without it; its output says why. "
+                "With --auto_resume the same command continues from the last checkpoint"
             ) from error
         raise
     finally:
-        cli.leave_nothing_useless()
+        cli.remove_empty_folder()

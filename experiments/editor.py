@@ -1,4 +1,4 @@
-"""Help for editors and shells: the JSON schema of the YAML files, and a completion script."""
+"""`llm-train schema` and `llm-train completion`: the JSON schema of the YAML files, and a script for the shell."""
 
 from collections.abc import Sequence
 
@@ -7,22 +7,35 @@ from experiments.errors import CommandParser
 from experiments.parser import ExperimentParser
 
 
-class _Describing(ExperimentCLI):
-    """Prints a description of its parser instead of parsing."""
+class _Description(ExperimentCLI):
+    """Prints a description of the options instead of parsing.
 
-    def __init__(self, kind: str) -> None:
-        self.kind = kind
-        super().__init__([])
+    Args:
+        args: Subcommand whose options are described; nothing for those of all subcommands.
+        kind: Name that jsonargparse gives to the description.
+    """
+
+    def __init__(self, args: Sequence[str], kind: str) -> None:
+        self._kind = kind
+        super().__init__(args)
 
     def parse_arguments(self, parser: ExperimentParser, args: Sequence[str]) -> None:
-        """Prints and leaves."""
-        described = self._subcommand_parsers["fit"] if self.kind == "jsonschema" else parser
-        print(described.get_completion_script(self.kind))
+        """Print the description, and exit.
+
+        Args:
+            parser: Parser of the command.
+            args: As for the class.
+
+        Raises:
+            SystemExit: Always.
+        """
+        described = self.parser_of(args[0]) if args else parser
+        print(described.get_completion_script(self._kind))
         raise SystemExit(0)
 
 
 def main(args: Sequence[str]) -> None:
-    """Prints the schema of `fit`'s YAML, or a completion script.
+    """Print the schema of the YAML of `fit`, or a completion script.
 
     Args:
         args: `schema`, or `completion` and the shell.
@@ -30,11 +43,11 @@ def main(args: Sequence[str]) -> None:
     parser = CommandParser(prog=f"llm-train {args[0]}")
     if args[0] == "schema":
         parser.description = (
-            "Print the JSON schema of the YAML files. Editors take it as `# yaml-language-server: $schema=FILE`."
+            "Print the JSON schema of the YAML files. Editors use it by `# yaml-language-server: $schema=FILE`."
         )
         parser.parse_args(args[1:])
-        _Describing("jsonschema")
+        _Description(["fit"], "jsonschema")
     else:
-        parser.description = 'Print a completion script; `eval "$(llm-train completion bash)"` switches it on.'
+        parser.description = 'Print a completion script; `eval "$(llm-train completion bash)"` enables it.'
         parser.add_argument("shell", choices=["bash", "zsh", "tcsh"])
-        _Describing(f"shtab-{parser.parse_args(args[1:]).shell}")
+        _Description([], f"shtab-{parser.parse_args(args[1:]).shell}")

@@ -1,4 +1,4 @@
-"""The errors of the commands that do without Lightning."""
+"""Errors of users, for commands that do not import Lightning."""
 
 import argparse
 import sys
@@ -6,15 +6,15 @@ from typing import Any, NoReturn
 
 
 class UserError(Exception):
-    """A user's mistake, told in one line that says what, where and what to do.
+    """A mistake of the user. The message is one line that says what is wrong, where, and what to do.
 
-    Commands that import Lightning raise its `MisconfigurationException`, as Lightning itself does; its import takes
-    seconds, which `study` and `compare` have no other use for.
+    Commands that import Lightning raise its `MisconfigurationException`, as Lightning does. The others save the seconds
+    that its import takes.
     """
 
 
 class CommandParser(argparse.ArgumentParser):
-    """A parser whose errors are one line too, and that takes no abbreviations.
+    """A parser that prints errors in one line and accepts no abbreviations.
 
     Args:
         **kwargs: As for `ArgumentParser`.
@@ -24,6 +24,6 @@ class CommandParser(argparse.ArgumentParser):
         super().__init__(**kwargs, allow_abbrev=False)
 
     def error(self, message: str) -> NoReturn:
-        """Prints one line and leaves with exit code 2."""
+        """Print one line and exit with code 2."""
         print(f"error: {self.prog}: {message} (see --help)", file=sys.stderr)
         raise SystemExit(2)

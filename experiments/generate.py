@@ -1,4 +1,4 @@
-"""`llm-train generate`: continues a prompt with the model of a run, or answers questions in the terminal."""
+"""`llm-train generate`: continue a prompt with the model of a run, or answer questions in the terminal."""
 
 import argparse
 import re
@@ -21,7 +21,7 @@ from lightning_modules.runtime.checkpoint_io import AtomicCheckpointIO
 
 
 def read_config(run: Path) -> dict[str, Any]:
-    """Reads the configuration of a run, as it was resolved.
+    """Return the resolved configuration of a run.
 
     Args:
         run: Run folder.
@@ -37,15 +37,15 @@ def read_config(run: Path) -> dict[str, Any]:
 
 
 def load_run(run: Path, checkpoint: str, device: torch.device) -> ExperimentModule:
-    """Builds the module of a run with the weights of one of its checkpoints.
+    """Build the module of a run with the weights of one of its checkpoints.
 
     Args:
         run: Run folder.
-        checkpoint: `best` or `last`; where there is no best one, the last one is taken.
-        device: Where the module goes.
+        checkpoint: `best` or `last`; without a best one, the last one is taken.
+        device: Device of the module.
 
     Raises:
-        MisconfigurationException: If the folder holds no run, or no checkpoint that is whole.
+        MisconfigurationException: If the folder holds no run, or no complete checkpoint.
     """
     module_class = import_class(read_config(run)["model"]["class_path"])
     path = run / CHECKPOINTS / f"{checkpoint}.ckpt"
@@ -58,10 +58,10 @@ def load_run(run: Path, checkpoint: str, device: torch.device) -> ExperimentModu
 
 
 def decode_stream(tokenizer: object, tokens: Iterable[int]) -> Iterator[str]:
-    """Text as it comes; the bytes of a character that several tokens make up are held back until it is whole.
+    """Yield text as it is generated; the tokens of a character are held back until the character is complete.
 
     Args:
-        tokenizer: A fast tokenizer of transformers, of bytes or characters.
+        tokenizer: A fast tokenizer of transformers.
         tokens: Token ids.
     """
     held: list[int] = []
@@ -75,7 +75,7 @@ def decode_stream(tokenizer: object, tokens: Iterable[int]) -> Iterator[str]:
 
 
 def read_references(files: Iterable[Path]) -> list[str]:
-    """The paragraphs of text files: what stands between empty lines.
+    """Return the paragraphs of text files, which empty lines separate.
 
     Args:
         files: In UTF-8.
@@ -96,11 +96,12 @@ def read_references(files: Iterable[Path]) -> list[str]:
 
 
 def chat(answer: Callable[[str, Sequence[str]], None], references: Sequence[str]) -> None:
-    """Asks for questions until there is an empty one, the input ends, or Ctrl-C.
+    """Ask for questions until one is empty, the input ends, or Ctrl-C.
 
     Args:
-        answer: Prints the answer to a question from references.
-        references: Of all questions. Without any, they are asked for, and an empty question asks for others.
+        answer: Function that prints the answer to a question from references.
+        references: References of all questions. If empty, the user is asked for references, and for others after an
+            empty question.
     """
     given = list(references)
     try:
@@ -119,7 +120,7 @@ def chat(answer: Callable[[str, Sequence[str]], None], references: Sequence[str]
 
 
 def main(args: Sequence[str]) -> None:
-    """Prints a prompt and its continuation, or questions and their answers, token by token.
+    """Print a prompt and its continuation, or the answers to questions, token by token.
 
     Args:
         args: Command line, `generate` first.
@@ -134,7 +135,7 @@ def main(args: Sequence[str]) -> None:
     generator = torch.Generator(device).manual_seed(options.seed)
 
     def stream(prompt: np.ndarray, max_new_tokens: int, temperature: float) -> Iterator[str]:
-        """The text that follows a prompt (T,)."""
+        """Yield the text that follows a prompt (T,)."""
         tokens = module.generate(
             torch.from_numpy(prompt.astype(np.int64))[None].to(device),  # (1, T)
             max_new_tokens=max_new_tokens,
@@ -166,7 +167,7 @@ def _print(texts: Iterable[str]) -> None:
 def _answering(
     options: argparse.Namespace, tokenizer: object, stream: Callable[..., Iterator[str]]
 ) -> Callable[[str, Sequence[str]], None]:
-    """What prints answers, by the prompts of the data that the run was trained on."""
+    """Return a function that prints answers, with prompts in the format that the run was trained on."""
     data = read_config(options.run)["data"]
     data_class = import_class(data["class_path"])
     if not hasattr(data_class, "prompts"):
@@ -205,18 +206,20 @@ def _parse(args: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--run", type=Path, required=True, help="run folder, such as runs/decoder_pretrain/offline")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--prompt", help="text to continue")
-    what.add_argument("--chat", action="store_true", help="ask questions, by the template that the run was trained on")
+    what.add_argument("--chat", action="store_true", help="ask questions, in the format that the run was trained on")
     parser.add_argument(
         "--references", type=Path, nargs="+", default=[], metavar="FILE",
-        help="text files whose paragraphs are the references of a chat (default: they are pasted)",
+        help="text files whose paragraphs are the references of a chat (default: ask for them)",
     )  # fmt: skip
     parser.add_argument(
         "--max_new_tokens", type=int, help="length of the text (default: 200; in a chat, the run's max_answer_tokens)"
     )
     parser.add_argument("--temperature", type=float, help="0 takes the likeliest token (default: 0.8; in a chat, 0)")
-    parser.add_argument("--top_k", type=int, help="draw from this many likeliest tokens only")
-    parser.add_argument("--top_p", type=float, help="draw from the fewest tokens with this much probability (0 to 1)")
-    parser.add_argument("--seed", type=int, default=0, help="the same seed, the same text (default: 0)")
+    parser.add_argument("--top_k", type=int, help="sample from this many likeliest tokens only")
+    parser.add_argument(
+        "--top_p", type=float, help="sample from the smallest set of tokens with this probability (0 to 1)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the samples (default: 0)")
     parser.add_argument("--checkpoint", choices=["best", "last"], default="best", help="which weights (default: best)")
     options = parser.parse_args(args[1:])
     if options.prompt == "":

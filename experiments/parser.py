@@ -1,4 +1,4 @@
-"""A parser whose errors fit on a line: where, what is wrong, and what may have been meant."""
+"""A parser whose errors are one line: where, what is wrong, and a similar name if there is one."""
 
 import difflib
 import importlib
@@ -16,8 +16,9 @@ from jsonargparse import Namespace, set_parsing_settings
 from lightning.pytorch.cli import LightningArgumentParser
 
 from experiments.class_paths import accept_moved_classes
+from lightning_modules.runtime.private_names import option_names
 
-# `lr: float | Tensor` would otherwise list eleven tensor classes in the help and in the JSON schema.
+# Without this, the help and the JSON schema list all tensor classes for `lr: float | Tensor`.
 set_parsing_settings(subclasses_disabled=[torch.Tensor, type])
 accept_moved_classes()
 
@@ -25,14 +26,14 @@ _UNKNOWN_OPTION = re.compile(r"(?:does not accept option|Option) '([\w.]+)'|unre
 _NO_ATTRIBUTE = re.compile(r"module '([\w.]+)' has no attribute '(\w+)'")
 _CLASS_PATH = re.compile(r"class_path[ =]'([\w.]+)'")
 _KEY = re.compile(r'Parser key "([^"]+)":')
-# What jsonargparse says around the reason: the types it tried, the whole value, what it is not either.
+# Lines of a message of jsonargparse that are not the reason: the types it tried, and the whole value.
 _AROUND = re.compile(
     r"^(Does not validate|Subtypes:|Errors:|Given value|Expected a <class 'NoneType'>|Expected a path but|$)"
 )
 
 
 class ExperimentParser(LightningArgumentParser):
-    """LightningCLI's parser, with errors of one line and no abbreviations.
+    """The parser of LightningCLI, with errors of one line and without abbreviations.
 
     Args:
         *args: As for `LightningArgumentParser`.
@@ -42,11 +43,11 @@ class ExperimentParser(LightningArgumentParser):
     command_line: ClassVar[list[str]] = []
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        kwargs.setdefault("allow_abbrev", False)  # --trainer.max_epoch must not pass for --trainer.max_epochs
+        kwargs.setdefault("allow_abbrev", False)  # --trainer.max_epoch is an error, not --trainer.max_epochs
         super().__init__(*args, **kwargs)
 
     def parse_args(self, args: Sequence[str], *rest: Any, **kwargs: Any) -> Namespace:
-        """Parses, and remembers the command line for the errors.
+        """Parse, and keep the command line for error messages.
 
         Args:
             args: Command line.
@@ -57,33 +58,33 @@ class ExperimentParser(LightningArgumentParser):
         return super().parse_args(args, *rest, **kwargs)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Prints one line and leaves with exit code 2.
+        """Print one line and exit with code 2.
 
         Args:
-            message: What jsonargparse has to say, often many lines of it.
-            ex: The exception behind it.
+            message: Message of jsonargparse, often of many lines.
+            ex: Exception that it comes from.
         """
         if not self.exit_on_error:
             super().error(message, ex)
-        options = [action.dest for action in (getattr(ex, "subcommand_parser", None) or self)._actions]
+        options = option_names(getattr(ex, "subcommand_parser", None) or self)
         sys.stderr.write(f"error: {one_line(message, options, self.command_line)}\n")
         self.exit(2)
 
 
 def one_line(message: str, options: Sequence[str], command_line: Sequence[str]) -> str:
-    """Cuts a message of jsonargparse down to where, what, and what may have been meant.
+    """Shorten a message of jsonargparse to one line: where, what is wrong, and a similar name if there is one.
 
     Args:
-        message: The message, an indented tree of all that was tried.
+        message: The message, an indented tree of the types that were tried.
         options: Names of the options of the subcommand.
-        command_line: The command line, whose configuration files are looked through.
+        command_line: The command line; its configuration files are searched for the wrong key.
     """
     key = ".".join(_KEY.findall(message))
     reasons = [line.strip().removeprefix("- ") for line in _KEY.sub("", message).splitlines()]
     reasons = [_plain(reason) for reason in reasons if not _AROUND.match(reason)]
     what = "; ".join(dict.fromkeys(reason for reason in reasons if reason)) or "is not valid"
 
-    # What the reader is likely to have typed wrong: a class, an option of a class, or an option of the command.
+    # The name that is probably misspelt: a class, an option of a class, or an option of the command.
     typed = key.rsplit(".", 1)[-1]
     candidates: Sequence[str] = ()
     if missing := _NO_ATTRIBUTE.search(message):
@@ -118,7 +119,7 @@ def _arguments(class_path: str) -> list[str]:
 
 
 def _place(typed: str, command_line: Sequence[str]) -> str:
-    """The first line of a configuration file on the command line that has a key of this name, or is no YAML at all."""
+    """Return the configuration file and line of the first key of this name, or the file that is not YAML."""
     key = re.compile(rf"\b{re.escape(typed.rsplit('.', 1)[-1])}\+?:") if typed else None
     for flag, value in itertools.pairwise(command_line):
         if flag not in ("-c", "--config") or not Path(value).is_file():

@@ -1,4 +1,4 @@
-"""The folder that a run leaves behind: `runs/<topic>/<name>/`."""
+"""The folder of a run: `runs/<topic>/<name>/`."""
 
 import re
 import tempfile
@@ -15,15 +15,15 @@ CONFIG = "config.yaml"
 
 @dataclass
 class RunArguments:
-    """Where a run leaves its files.
+    """Where a run writes its files.
 
     Args:
-        name: Name of the run; `null` takes the name of the (first) configuration file. A new run whose name is taken
+        name: Name of the run; `null` takes the name of the first configuration file. A new run whose name is taken
             gets a number: `offline`, `offline.2`, `offline.3`.
-        root: Folder of all runs; a run's own is `<root>/<topic>/<name>`, or `<root>/<topic>/<study>/<name>`.
-        topic: Name of the topic; `null` takes that of the module's file.
-        study: Study that the run is a part of, and its group in W&B; `null` for none, or for the sweep where a
-            `wandb agent` starts the run, which then is named for its settings.
+        root: Folder of all runs; the run folder is `<root>/<topic>/<name>`, or `<root>/<topic>/<study>/<name>`.
+        topic: Name of the topic; `null` takes the package of the module.
+        study: Study that the run is a part of, and its group in W&B; `null` for none, or for the sweep if a
+            `wandb agent` starts the run. Such a run is named after its settings.
     """
 
     name: str | None = None
@@ -34,13 +34,13 @@ class RunArguments:
 
 @dataclass(frozen=True)
 class RunFolder:
-    """One run's folder.
+    """The folder of one run.
 
     Args:
         path: The folder.
-        topic: Its topic.
-        is_new: Whether it was made for this run, rather than found.
-        study: Its study, if it is a part of one.
+        topic: Topic of the run.
+        is_new: Whether the folder was created for this run, rather than found.
+        study: Study of the run, if it is a part of one.
     """
 
     path: Path
@@ -54,31 +54,41 @@ class RunFolder:
         return self.path.name
 
     def checkpoint(self, name: str) -> Path:
-        """Path of the checkpoint `last` or `best`."""
+        """Return the path of a checkpoint.
+
+        Args:
+            name: `last` or `best`.
+        """
         return self.path / CHECKPOINTS / f"{name}.ckpt"
 
 
 def numbered(parent: Path, name: str, mark: str = ".") -> list[Path]:
-    """The runs of one name that exist, the newest last: `offline`, `offline.2`, `offline.10`."""
+    """Return the existing runs of one name, the newest last: `offline`, `offline.2`, `offline.10`.
+
+    Args:
+        parent: Folder of the runs of the topic or study.
+        name: Name of the run.
+        mark: Character before the number.
+    """
     series = re.compile(re.escape(name) + rf"(?:{re.escape(mark)}(\d+))?")
     found = [(int(match[1] or 1), path) for path in parent.glob(f"{name}*") if (match := series.fullmatch(path.name))]
     return [path for _, path in sorted(found)]
 
 
 def _mark(study: str | None) -> str:
-    """What stands before a run's number; in a study, names end in decimal numbers: `dropout=0`, `dropout=0.2`."""
+    """Return the character before the number of a run; in a study, names end in numbers: `dropout=0.2`."""
     return "." if study is None else "+"
 
 
 def claim(root: Path, topic: str, name: str, study: str | None = None) -> RunFolder:
-    """Makes the folder of a new run, under the first number that is free.
+    """Create the folder of a new run, with the first number that is free.
 
-    Only the first process of a run makes it; the others get a name that they do not write to.
+    Only rank 0 creates it; the other ranks get a path that they do not write to.
 
     Args:
         root: Folder of all runs.
         topic: Topic of the run.
-        name: Name of the run; a number at its end is replaced.
+        name: Name of the run; a number at the end is replaced.
         study: Study that the run is a part of.
     """
     mark = _mark(study)
@@ -92,12 +102,12 @@ def claim(root: Path, topic: str, name: str, study: str | None = None) -> RunFol
         try:
             path.mkdir(parents=True)
             return RunFolder(path, topic, is_new=True, study=study)
-        except FileExistsError:  # another run took it since we looked
+        except FileExistsError:  # another run has just taken it
             number += 1
 
 
 def newest(root: Path, topic: str, name: str, study: str | None = None) -> RunFolder | None:
-    """The newest run of a name, if there is one; a name with a number is that run alone.
+    """Return the newest run of a name, or `None`; a name with a number names that run alone.
 
     Args:
         root: Folder of all runs.
@@ -110,7 +120,7 @@ def newest(root: Path, topic: str, name: str, study: str | None = None) -> RunFo
 
 
 def find(root: Path, topic: str, name: str, study: str | None = None) -> RunFolder:
-    """Finds the newest run of a name, see `newest`.
+    """Return the newest run of a name, see `newest`.
 
     Args:
         root: Folder of all runs.
@@ -124,13 +134,17 @@ def find(root: Path, topic: str, name: str, study: str | None = None) -> RunFold
     found = newest(root, topic, name, study)
     if found is None:
         parent = root / topic / (study or "")
-        there = ", ".join(sorted(p.name for p in parent.glob("*"))) or "no run at all"
-        raise MisconfigurationException(f"ckpt_path: there is no run {parent / name} to continue; there is {there}")
+        existing = ", ".join(sorted(p.name for p in parent.glob("*"))) or "no run at all"
+        raise MisconfigurationException(f"ckpt_path: there is no run {parent / name} to continue; there is {existing}")
     return found
 
 
 def of_checkpoint(checkpoint: Path) -> RunFolder | None:
-    """The run folder that a checkpoint lies in, if it lies in one."""
+    """Return the run folder that a checkpoint lies in, or `None`.
+
+    Args:
+        checkpoint: Checkpoint file.
+    """
     path = checkpoint.parent.parent
     if checkpoint.parent.name != CHECKPOINTS or not (path / CONFIG).is_file():
         return None
@@ -139,5 +153,9 @@ def of_checkpoint(checkpoint: Path) -> RunFolder | None:
 
 
 def temporary(topic: str) -> RunFolder:
-    """A folder outside the runs, for a trial run (`trainer.fast_dev_run`) that leaves nothing."""
+    """Return a temporary folder for a trial run (`trainer.fast_dev_run`), which leaves no files.
+
+    Args:
+        topic: Topic of the run.
+    """
     return RunFolder(Path(tempfile.mkdtemp(prefix=f"{topic}-")), topic, is_new=True)

@@ -1,4 +1,4 @@
-"""What a run writes down about itself: its configuration, its surroundings, how it ended, and what to do next."""
+"""The record of a run: its configuration, environment and summary, and the closing lines for the user."""
 
 import importlib.metadata
 import json
@@ -22,25 +22,26 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from experiments.run_folder import CONFIG
 from lightning_modules.common.files import write_text
+from lightning_modules.common.messages import say
 from lightning_modules.runtime.checkpoint import RunCheckpoint
 from lightning_modules.runtime.loggers import MetricsCSV, WandbRecorder
 
 if TYPE_CHECKING:
     from experiments.cli import ExperimentCLI
 
-# Where a run starts from and how it speaks is not what it is: a saved configuration must repeat it from the start.
+# The saved configuration repeats the run from the start, so it has neither a checkpoint nor options of the output.
 _NOT_RECORDED = ("config", "ckpt_path", "auto_resume", "weights_only", "verbose", "return_predictions")
 _UNWRITTEN = "unwritten_metrics"  # in a checkpoint
 _PACKAGES = ("torch", "lightning", "transformers", "tokenizers", "datasets", "jsonargparse", "wandb", "numpy")
 
 
 class RunRecord(SaveConfigCallback):
-    """Writes `config.yaml`, `environment.json` and `summary.json`, tells W&B the same, and prints the closing lines.
+    """Writes `config.yaml`, `environment.json` and `summary.json`, logs them to W&B, and prints the closing lines.
 
     Args:
         parser: Parser of the subcommand.
         config: The resolved configuration.
-        cli: The command that runs.
+        cli: The command in progress.
     """
 
     def __init__(self, parser: LightningArgumentParser, config: Any, cli: "ExperimentCLI") -> None:
@@ -50,13 +51,13 @@ class RunRecord(SaveConfigCallback):
         self._unwritten: list[dict[str, Any]] = []
 
     def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Writes the record of a run that begins; called on rank 0 alone."""
+        """Write the configuration and the environment at the start of a run; called on rank 0 only."""
         run = self.cli.run
         whole = yaml.safe_load(self.parser.dump(self.config, skip_none=False))
         config = {key: value for key, value in whole.items() if key not in _NOT_RECORDED}
         config["run"] |= {"name": run.name, "topic": run.topic, "study": run.study}
         is_fit = self.cli.subcommand == "fit"
-        self._summary_file.unlink(missing_ok=True)  # of an earlier session: this one has not ended yet
+        self._summary_file.unlink(missing_ok=True)  # that of an earlier session
         write_text(
             run.path / (CONFIG if is_fit else f"config_{self.cli.subcommand}.yaml"),
             yaml.safe_dump(config, sort_keys=False),
@@ -64,13 +65,13 @@ class RunRecord(SaveConfigCallback):
 
         environment_file = run.path / "environment.json"
         sessions = json.loads(environment_file.read_text()) if environment_file.is_file() else []
-        surroundings = environment(trainer)
-        write_text(environment_file, json.dumps([*sessions, surroundings], indent=2) + "\n")
+        session = environment(trainer)
+        write_text(environment_file, json.dumps([*sessions, session], indent=2) + "\n")
         for logger in trainer.loggers:
             if isinstance(logger, WandbRecorder):
                 with logger.tolerated():
                     logger.experiment.config.update(config, allow_val_change=True)
-                    logger.experiment.config.update({"environment": surroundings}, allow_val_change=True)
+                    logger.experiment.config.update({"environment": session}, allow_val_change=True)
                 logger.use_files(_texts({**config, "ckpt_path": whole.get("ckpt_path")}))
 
     @property
@@ -79,27 +80,27 @@ class RunRecord(SaveConfigCallback):
         return self.cli.run.path / ("summary.json" if command == "fit" else f"summary_{command}.json")
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Forgets what a resumed run is about to repeat."""
+        """Drop the metrics of steps that a resumed run makes again."""
         for logger in trainer.loggers:
             if isinstance(logger, MetricsCSV) and trainer.is_global_zero:
                 logger.go_on_from(trainer.global_step, self._unwritten)
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Keeps the row of metrics that is not in the file yet."""
+        """Save the row of metrics that is not in the file yet."""
         checkpoint[_UNWRITTEN] = [
             row for log in trainer.loggers if isinstance(log, MetricsCSV) for row in log.unwritten
         ]
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Takes it up again."""
+        """Restore the row of metrics that was not in the file."""
         self._unwritten = checkpoint.get(_UNWRITTEN, [])
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Closes a run that came to its end."""
+        """Close the record of a run that is finished."""
         self._close(trainer, pl_module, "finished")
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Closes a run that was stopped, or failed."""
+        """Close the record of a run that was stopped, or failed."""
         stopped = isinstance(exception, SystemExit | KeyboardInterrupt)
         self._close(trainer, pl_module, "stopped" if stopped else "failed", None if stopped else exception)
 
@@ -128,7 +129,7 @@ class RunRecord(SaveConfigCallback):
         sync_command = None
         for logger in trainer.loggers:
             if isinstance(logger, WandbRecorder):
-                if best is not None:  # W&B's tables show the summary, and that would be the last values
+                if best is not None:  # W&B's tables show the summary, which has the last values by default
                     score = {best["metric"]: best["value"], f"best/{best['metric']}": best["value"]}
                     with logger.tolerated():
                         logger.experiment.summary.update(checkpoint.best_metrics | score | {"best/step": best["step"]})
@@ -151,7 +152,7 @@ class RunRecord(SaveConfigCallback):
             lines.append(("wandb", sync_command))
         if is_fit and (summary["status"] == "finished" or self.cli.run.checkpoint("last").is_file()):
             lines.append(("next", self._next_command(pl_module, summary["status"])))
-        print("\n" + "\n".join(f"{what:<8}{text}" for what, text in lines), file=sys.stderr)
+        say("\n" + "\n".join(f"{what:<8}{text}" for what, text in lines))
 
     def _next_command(self, pl_module: L.LightningModule, status: str) -> str:
         folder = shlex.quote(str(self.cli.run.path))
@@ -161,7 +162,7 @@ class RunRecord(SaveConfigCallback):
 
 
 def _texts(config: Any) -> Iterator[str]:
-    """All the texts in a configuration."""
+    """Yield all texts in a configuration."""
     if isinstance(config, str):
         yield config
     elif isinstance(config, dict | list):
@@ -170,10 +171,10 @@ def _texts(config: Any) -> Iterator[str]:
 
 
 def environment(trainer: L.Trainer) -> dict[str, Any]:
-    """What a run ran on: versions, commit, hardware, seed, command.
+    """Return what a run depends on besides its configuration: versions, commit, hardware, seed, command.
 
     Args:
-        trainer: Its trainer.
+        trainer: Trainer of the run.
     """
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {

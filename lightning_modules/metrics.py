@@ -1,18 +1,17 @@
 """Metrics that are accumulated over a whole split, on all processes."""
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any, Self
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchmetrics import Metric
 
 from lightning_modules.common.targets import IGNORED
+from lightning_modules.runtime.private_names import KeepsDtypes
 
 
-class SplitMetric(Metric):
+class SplitMetric(KeepsDtypes):
     """Base of the project's metrics: sums or lists of values over a split.
 
     The states keep the precision they were declared with. `trainer.precision: bf16-true` casts the tensors of a module,
@@ -20,12 +19,6 @@ class SplitMetric(Metric):
     """
 
     full_state_update = False
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = ()) -> Self:
-        def move(tensor: Tensor) -> Tensor:
-            return tensor.to(fn(tensor).device)
-
-        return super()._apply(move, exclude_state)
 
 
 def next_token_loss(logits: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:

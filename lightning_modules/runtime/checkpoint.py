@@ -1,4 +1,4 @@
-"""Two checkpoints a run: the best one and the last one."""
+"""The two checkpoints of a run: the best and the last."""
 
 from pathlib import Path
 from typing import Any, Literal
@@ -7,57 +7,55 @@ import lightning as L
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from lightning_modules.common.ranges import PositiveInt
 from lightning_modules.runtime import private_names
 from lightning_modules.runtime.stages import validates_a_fit
 
 
 class RunCheckpoint(Checkpoint):
-    """Keeps `best.ckpt` (by a validation metric) and `last.ckpt` in the run folder's `checkpoints/`.
+    """Writes `best.ckpt` (by a validation metric) and `last.ckpt` to `checkpoints/` in the run folder.
 
-    Both are written after each validation; the last one also every so many steps if asked for, when the training ends,
-    and when it is told to stop. Lightning's `ModelCheckpoint` renews its last checkpoint only where the best improves.
+    Both are written after a validation, the best one if the metric improved. The last one is also written when the
+    training ends or is stopped, and every `every_n_train_steps`. Lightning's `ModelCheckpoint` writes its last
+    checkpoint only when the best one improves.
 
     Args:
-        monitor: Metric that decides which checkpoint is the best; `null` keeps the last one only.
-        mode: Whether a small (`min`) or a large (`max`) value of the metric is good.
-        every_n_train_steps: Optimiser steps between two further writes of `last.ckpt`; `null` for none between
-            validations.
+        monitor: Metric that decides which checkpoint is the best; `null` writes `last.ckpt` only.
+        mode: `min` if small values of the metric are good, `max` if large ones are.
+        every_n_train_steps: Optimiser steps between two writes of `last.ckpt`; `null` for none between validations.
     """
 
     def __init__(
         self,
         monitor: str | None = "val/loss",
         mode: Literal["min", "max"] = "min",
-        every_n_train_steps: int | None = None,
+        every_n_train_steps: PositiveInt | None = None,
     ) -> None:
-        if every_n_train_steps is not None and every_n_train_steps < 1:
-            raise MisconfigurationException(
-                f"RunCheckpoint: every_n_train_steps must be at least 1, got {every_n_train_steps}"
-            )
         self.monitor = monitor
         self.mode = mode
         self.every_n_train_steps = every_n_train_steps
         self.best_score: float | None = None
         self.best_step: int | None = None
-        self.best_metrics: dict[str, float] = {}  # all of the validation that was the best
+        self.best_metrics: dict[str, float] = {}  # all metrics of the best validation
         self._folder = Path()
         self._step_of_last = -1
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """All ranks write where rank 0 does."""
+        """Set the folder on all ranks to that of rank 0."""
         self._folder = Path(trainer.strategy.broadcast(trainer.default_root_dir)) / "checkpoints"
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: object) -> None:
-        """Writes `last.ckpt` if it is due, never between the micro-batches of one optimiser step.
+        """Write `last.ckpt` if it is due, never between the micro-batches of one optimiser step.
 
-        Nor after the last batch of an epoch: from there Lightning resumes without the validation that was to come.
+        It is not written after the last batch of an epoch either: Lightning would resume without the validation that
+        follows.
         """
         due = self.every_n_train_steps and trainer.global_step % self.every_n_train_steps == 0
         if due and not trainer.is_last_batch:
             self.save_last(trainer)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Writes `best.ckpt` if the metric improved, and `last.ckpt` in any case."""
+        """Write `best.ckpt` if the metric improved, and `last.ckpt` in any case."""
         if not validates_a_fit(trainer):
             return
         if self.monitor is not None:
@@ -70,11 +68,11 @@ class RunCheckpoint(Checkpoint):
         self._save(trainer, "last")
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """The last step's weights are worth keeping, wherever the last validation was."""
+        """Write `last.ckpt` with the weights after the last step."""
         self.save_last(trainer)
 
     def save_last(self, trainer: L.Trainer) -> None:
-        """Writes `last.ckpt` now, unless this step's is there already or gradients are being accumulated."""
+        """Write `last.ckpt`, unless that of this step is written already or gradients are being accumulated."""
         if self._step_of_last != trainer.global_step and not private_names.is_accumulating(trainer):
             self._save(trainer, "last")
 
@@ -94,17 +92,21 @@ class RunCheckpoint(Checkpoint):
         return float(trainer.callback_metrics[self.monitor])
 
     def state_dict(self) -> dict[str, Any]:
-        """The best score so far."""
+        """Return the best score so far."""
         return {"best_score": self.best_score, "best_step": self.best_step, "best_metrics": self.best_metrics}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Goes on comparing with the best score so far."""
+        """Restore the best score so far."""
         self.best_score, self.best_step = state_dict["best_score"], state_dict["best_step"]
         self.best_metrics = state_dict.get("best_metrics", {})
 
 
 def save_last(trainer: L.Trainer) -> None:
-    """Lets the run write its `last.ckpt` now, if this step's is not there already; called on all ranks."""
+    """Write `last.ckpt` now, unless that of this step is written already; call it on all ranks.
+
+    Args:
+        trainer: Trainer of the run.
+    """
     for callback in trainer.checkpoint_callbacks:
         if isinstance(callback, RunCheckpoint):
             callback.save_last(trainer)

@@ -1,9 +1,8 @@
-"""Checkpoint files that are whole or absent, and that run no code when they are read."""
+"""Checkpoint files that are complete or absent, and that run no code when they are read."""
 
 import os
 import pickle
 import re
-import tempfile
 import zipfile
 import zlib
 from pathlib import Path
@@ -13,6 +12,8 @@ import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from lightning_modules.common.files import atomic_file
+
 _FOLDER = 0x10  # among the attributes of a member of a zip archive
 
 
@@ -20,7 +21,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     """Writes a checkpoint under a temporary name and renames it; reads tensors and plain types only."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        """Saves a checkpoint, so that the file of that name is at every moment the old one or the new one.
+        """Save a checkpoint, so that the file of that name is always either the old one or the new one.
 
         Args:
             checkpoint: Module, optimiser and trainer state.
@@ -30,33 +31,26 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         Raises:
             OSError: If the disk is full or the folder cannot be written; the earlier file is untouched.
         """
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         try:
-            with os.fdopen(descriptor, "wb") as file:
+            with atomic_file(Path(path)) as file:
                 torch.save(checkpoint, file)
                 file.flush()
                 os.fsync(file.fileno())
-            os.chmod(temporary, 0o644)
-            os.replace(temporary, path)
         except OSError as error:
             raise OSError(
                 error.errno, f"{error.strerror}: the checkpoint was not written; the earlier one is whole", str(path)
             ) from error
-        finally:
-            Path(temporary).unlink(missing_ok=True)
 
     def load_checkpoint(self, path: str | Path, map_location: Any = "cpu", weights_only: bool | None = None) -> dict:
-        """Loads a checkpoint without ever running code from it.
+        """Load a checkpoint without running code from it.
 
         Args:
             path: File written by `save_checkpoint`.
-            map_location: Where the tensors go.
-            weights_only: Ignored: always true.
+            map_location: Device of the tensors.
+            weights_only: Not used; always true.
 
         Raises:
-            MisconfigurationException: If the file is missing, damaged, no checkpoint, or holds pickled code.
+            MisconfigurationException: If the file is missing, damaged, not a checkpoint, or holds pickled code.
         """
         path = Path(path)
         if not path.is_file():
@@ -64,7 +58,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         try:
             with zipfile.ZipFile(path) as archive:
                 damaged = archive.testzip()  # torch.load does not compare the checksums
-                # They do not cover the attributes; torch.load takes what is marked as a folder for empty memory.
+                # They do not cover the attributes; torch.load reads a member marked as a folder as empty memory.
                 damaged = damaged or next(
                     (entry.filename for entry in archive.infolist() if entry.external_attr & _FOLDER), None
                 )

@@ -1,4 +1,4 @@
-"""The trained model as other programs take it."""
+"""Export of the trained model in the format of Hugging Face."""
 
 from pathlib import Path
 
@@ -13,35 +13,35 @@ from lightning_modules.runtime.checkpoint_io import AtomicCheckpointIO
 
 
 class ExportModel(L.Callback):
-    """Writes the tokenizer when the training starts, and `model/` in Hugging Face's format when it ends.
+    """Writes the tokenizer when the training starts, and `model/` in the format of Hugging Face when it ends.
 
-    `model/` holds the weights of `best.ckpt` where there is one, else the last ones, with the tokenizer beside them.
+    `model/` holds the weights of `best.ckpt`, or of `last.ckpt` if no checkpoint is the best, and the tokenizer. The
+    data of the run has a `tokenizer`, and the module has `save_pretrained`.
     """
 
     @rank_zero_only
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Saves the tokenizer at once: an interrupted run can be generated from too."""
+    def on_train_start(self, trainer: L.Trainer, pl_module: ExperimentModule) -> None:
+        """Save the tokenizer, so that text can be generated from an interrupted run too."""
         if not trainer.fast_dev_run:
             pl_module.data.tokenizer.save_pretrained(Path(trainer.default_root_dir) / "tokenizer")
 
     def on_train_end(self, trainer: L.Trainer, pl_module: ExperimentModule) -> None:
-        """Saves the model, by a new folder that takes the place of an older one.
+        """Save the model.
 
-        It is built anew from the checkpoint, on the CPU: the one that was trained may lie in parts on many processes.
+        It is built again from the checkpoint, on the CPU: the trained one may be sharded over many processes.
         """
         if trainer.fast_dev_run:
             return
         save_last(trainer)
         if trainer.is_global_zero:
-            checkpoints = Path(trainer.default_root_dir) / "checkpoints"
-            best, last = checkpoints / "best.ckpt", checkpoints / "last.ckpt"
-            module = type(pl_module).of_checkpoint(
-                AtomicCheckpointIO().load_checkpoint(best if best.is_file() else last)
-            )
-            replace_folder(checkpoints.with_name("model"), lambda fresh: _save(pl_module.data, module, fresh))
+            run = Path(trainer.default_root_dir)
+            best, last = run / "checkpoints/best.ckpt", run / "checkpoints/last.ckpt"
+            checkpoint = AtomicCheckpointIO().load_checkpoint(best if best.is_file() else last)
+            module = type(pl_module).of_checkpoint(checkpoint)
 
+            def save(folder: Path) -> None:
+                with merged(module):
+                    module.save_pretrained(folder)
+                pl_module.data.tokenizer.save_pretrained(folder)
 
-def _save(datamodule: L.LightningDataModule, module: ExperimentModule, folder: Path) -> None:
-    with merged(module):
-        module.save_pretrained(folder)
-    datamodule.tokenizer.save_pretrained(folder)
+            replace_folder(run / "model", save)

@@ -1,11 +1,12 @@
-"""Figures of a run, drawn from what the run saved, so that they can be drawn again."""
+"""Learning curve of a run, drawn from its `metrics.csv`."""
 
 import csv
 from pathlib import Path
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lightning_modules.runtime.drawing import DrawsAtTheEnd, save_figure
+from lightning_modules.common.figures import new_figure, save_figure
+from lightning_modules.runtime.drawing import DrawsAtTheEnd
 
 
 class LearningCurve(DrawsAtTheEnd):
@@ -21,19 +22,17 @@ class LearningCurve(DrawsAtTheEnd):
         self.val_metric = val_metric
 
     def draw(self, run: Path) -> list[Path]:
-        """Draws both metrics against the step.
+        """Draw both metrics against the step.
 
         Args:
-            run: The run's folder.
+            run: Folder of the run.
         """
         metrics_csv = run / "metrics.csv"
         train, val = read_metric(metrics_csv, self.train_metric), read_metric(metrics_csv, self.val_metric)
         if not train[0] and not val[0]:
             return []
-        from matplotlib.figure import Figure  # no pyplot: no global state, no window system
-
-        picture = Figure(figsize=(7, 4), layout="constrained")
-        axes = picture.add_subplot()
+        figure = new_figure(7, 4)
+        axes = figure.add_subplot()
         axes.plot(*train, color="tab:blue", linewidth=1, alpha=0.7, label=self.train_metric)
         if val[0]:
             axes.plot(*val, color="tab:orange", marker="o", markersize=4, label=self.val_metric)
@@ -42,25 +41,24 @@ class LearningCurve(DrawsAtTheEnd):
         axes.set(xlabel="optimiser step", ylabel=self.val_metric.rsplit("/", 1)[-1])
         axes.grid(alpha=0.3)
         axes.legend()
-        figure = run / "figures" / "learning_curve.png"
-        save_figure(picture, figure)
-        return [figure]
+        return [save_figure(figure, run / "figures/learning_curve.png")]
 
 
 def read_metric(metrics_csv: Path, name: str) -> tuple[list[int], list[float]]:
-    """Reads one metric of a run.
+    """Return one metric of a run.
 
     Args:
-        metrics_csv: A run's `metrics.csv`.
-        name: Column.
+        metrics_csv: The `metrics.csv` of the run.
+        name: Name of the metric.
 
     Returns:
-        The steps at which the metric was logged, and its values; none where it never was.
+        The steps at which the metric was logged, and its values; two empty lists if it was not.
 
     Raises:
-        MisconfigurationException: If a row cannot be read (with its line number).
+        MisconfigurationException: If a row cannot be read; the message has its line number.
     """
-    steps, values = [], []
+    steps: list[int] = []
+    values: list[float] = []
     if not metrics_csv.is_file():  # a run that ended before it logged anything
         return steps, values
     with metrics_csv.open(newline="") as file:

@@ -1,10 +1,10 @@
-"""Where metrics go: a CSV file in the run folder, and Weights & Biases, online or offline."""
+"""Loggers of a run: a CSV file in the run folder, and Weights & Biases, online or offline."""
 
 import csv
+import io
 import json
 import netrc
 import os
-import sys
 from argparse import Namespace
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -12,35 +12,45 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 from urllib.parse import urlsplit
 
-from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from lightning_modules.common.files import write_text
+from lightning_modules.common.messages import say
+from lightning_modules.runtime.private_names import OpenWandbLogger, use_artifact
 
-if TYPE_CHECKING:  # imported where used
+if TYPE_CHECKING:  # wandb is imported where it is used: it is slow to import
     import wandb
 
-# What other runs may start from, and where it lies in a run's folder.
-_ARTIFACTS = {"config": "config.yaml", "tokenizer": "tokenizer", "model": "checkpoints/best.ckpt"}
-_REMEMBERED = Path("wandb", "id.json")
+_ARTIFACTS = {"config": "config.yaml", "tokenizer": "tokenizer", "model": "checkpoints/best.ckpt"}  # in the run folder
+_RECORD = Path("wandb", "id.json")  # id of the W&B run of a folder, and the kinds of artifacts that it has logged
 _LONGEST_TAG = 64  # W&B refuses longer ones
 
 
 @runtime_checkable
 class RunLogger(Protocol):
-    """A logger that is told where the run leaves its files, once the run has a folder."""
+    """A logger that writes into the run folder, which is chosen after the logger is built."""
 
     def attach(self, folder: Path, topic: str, name: str, job_type: str, study: str | None = None) -> None:
-        """Binds the logger to a run folder; `job_type` is the subcommand."""
+        """Set the run folder.
+
+        Args:
+            folder: Run folder.
+            topic: Topic of the run.
+            name: Name of the run.
+            job_type: Subcommand, such as `fit`.
+            study: Study that the run is a part of.
+        """
 
 
 class MetricsCSV(Logger):
     """Appends the metrics to `metrics.csv` in the run folder: one row a step, one column a metric.
 
-    `step` is the number of optimiser steps done. A resumed run goes on in the same file: rows of steps that the
-    checkpoint did not have are repeated by the resumed run, so they are dropped when it starts.
+    `step` is the number of optimiser steps done. A resumed run continues the same file: rows of steps after the
+    checkpoint are dropped when it starts, since it makes those steps again.
     """
+
+    name = version = ""  # part of Lightning's interface; the run folder has both
 
     def __init__(self) -> None:
         super().__init__()
@@ -48,18 +58,8 @@ class MetricsCSV(Logger):
         self._columns: list[str] = []
         self._rows: list[dict[str, Any]] = []
 
-    @property
-    def name(self) -> str:
-        """Part of Lightning's interface; the run folder has the name."""
-        return ""
-
-    @property
-    def version(self) -> str:
-        """Part of Lightning's interface; the run folder has the version."""
-        return ""
-
     def attach(self, folder: Path, topic: str, name: str, job_type: str, study: str | None = None) -> None:
-        """Writes to `folder/metrics.csv` from now on, or to that of the subcommand where it is not `fit`."""
+        """Write to `folder/metrics.csv`, or to `folder/metrics_SUBCOMMAND.csv` if the subcommand is not `fit`."""
         self._path = folder / ("metrics.csv" if job_type == "fit" else f"metrics_{job_type}.csv")
         if self._path.is_file():
             with self._path.open(newline="") as file:
@@ -67,55 +67,67 @@ class MetricsCSV(Logger):
 
     @property
     def unwritten(self) -> list[dict[str, Any]]:
-        """The row that is not in the file yet: a checkpoint must have it, or it would be lost with the process."""
+        """The row that is not in the file yet. A checkpoint must hold it, or it would be lost if the process died."""
         return [dict(row) for row in self._rows]
 
     def go_on_from(self, step: int, unwritten: list[dict[str, Any]]) -> None:
-        """Drops the rows of later steps, which a resumed run is about to repeat, and takes up what was not written.
+        """Drop the rows of later steps, which a resumed run makes again, and restore the row that was not written.
 
         Args:
             step: Optimiser steps that the checkpoint has.
-            unwritten: What was unwritten then.
+            unwritten: `unwritten` when the checkpoint was saved.
         """
-        rows, again = [], {str(row["step"]) for row in unwritten}
+        rows, restored = [], {str(row["step"]) for row in unwritten}
         if self._path is not None and self._path.is_file():
             with self._path.open(newline="") as file:
-                whole = [line for line in file if line.endswith("\n")]
-            rows = [row for row in csv.DictReader(whole) if int(row["step"]) <= step and row["step"] not in again]
+                complete = [line for line in file if line.endswith("\n")]
+            rows = [row for row in csv.DictReader(complete) if int(row["step"]) <= step and row["step"] not in restored]
             rows = sorted([*rows, *unwritten], key=lambda row: int(row["step"]))
             self._columns += dict.fromkeys(name for row in rows for name in row if name not in self._columns)
             self._rewrite(rows[:-1])
         of_this_session, self._rows = self._rows, [{**row, "step": int(row["step"])} for row in rows[-1:]]
-        for row in of_this_session:  # measures of the untrained model, say
-            if self._rows and self._rows[-1]["step"] == row["step"]:
-                self._rows[-1].update(row)
-            else:
-                self._rows.append(row)
+        for row in of_this_session:  # metrics of the untrained model, for example
+            self._row(row["step"]).update(row)
+
+    def _row(self, step: int) -> dict[str, Any]:
+        if not self._rows or self._rows[-1]["step"] != step:
+            self._rows.append({"step": step})
+        return self._rows[-1]
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Adds metrics to the row of a step."""
-        metrics = dict(metrics)
-        epoch = int(metrics.pop("epoch", 0))
-        if not self._rows or self._rows[-1]["step"] != steps_done(step):
-            self._rows.append({"step": steps_done(step), "epoch": epoch})
-        self._rows[-1].update({name: float(value) for name, value in metrics.items()})
+        """Add metrics to the row of a step.
+
+        Args:
+            metrics: Values by name.
+            step: Number of the step, from 0; `None` before the first.
+        """
+        values = {name: float(value) for name, value in metrics.items()}
+        epoch = int(values.pop("epoch", 0))
+        row = self._row(steps_done(step))
+        row.setdefault("epoch", epoch)
+        row.update(values)
 
     @rank_zero_only
     def log_hyperparams(self, params: dict[str, Any] | Namespace, *_: Any, **__: Any) -> None:
-        """Does nothing: `config.yaml` has them."""
+        """Do nothing: `config.yaml` has the hyper-parameters."""
 
     @rank_zero_only
     def save(self) -> None:
-        """Writes all rows but the last, to which metrics of the same step may still come; Lightning calls it often."""
+        """Write all rows but the last, to which metrics of the same step may be added; Lightning calls this often."""
         rows, self._rows = self._rows[:-1], self._rows[-1:]
         self._write(rows)
 
     @rank_zero_only
     def flush(self) -> None:
-        """Writes the last row too."""
+        """Write all rows."""
         rows, self._rows = self._rows, []
         self._write(rows)
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        """Write all rows."""
+        self.flush()
 
     def _write(self, rows: list[dict[str, Any]]) -> None:
         if self._path is None or not rows:
@@ -127,50 +139,42 @@ class MetricsCSV(Logger):
             raise OSError(error.errno, reason, str(self._path)) from error
 
     def _add(self, rows: list[dict[str, Any]]) -> None:
-        new = [name for name in dict.fromkeys(name for row in rows for name in row) if name not in self._columns]
-        if new and self._columns:  # a metric seen for the first time gets a column
+        new = dict.fromkeys(name for row in rows for name in row if name not in self._columns)
+        if not new:
+            with self._path.open("a", newline="") as file:
+                csv.DictWriter(file, self._columns).writerows(rows)
+            return
+        earlier: list[dict[str, Any]] = []
+        if self._columns:  # a metric that is logged for the first time gets a column
             with self._path.open(newline="") as file:
                 earlier = list(csv.DictReader(file))
-            self._columns += new
-            self._rewrite(earlier + rows)
-            return
         self._columns += new
-        with self._path.open("a", newline="") as file:
-            writer = csv.DictWriter(file, self._columns)
-            if new:
-                writer.writeheader()
-            writer.writerows(rows)
+        self._rewrite(earlier + rows)
 
     def _rewrite(self, rows: list[dict[str, Any]]) -> None:
-        temporary = self._path.with_suffix(".tmp")
-        with temporary.open("w", newline="") as file:
-            writer = csv.DictWriter(file, self._columns)
-            writer.writeheader()
-            writer.writerows(rows)
-        os.replace(temporary, self._path)
-
-    @rank_zero_only
-    def finalize(self, status: str) -> None:
-        """Writes what is left."""
-        self.flush()
+        text = io.StringIO()
+        writer = csv.DictWriter(text, self._columns)
+        writer.writeheader()
+        writer.writerows(rows)
+        write_text(self._path, text.getvalue())
 
 
-class WandbRecorder(WandbLogger):
-    """Weights & Biases: online where the user is logged in, otherwise files in the run folder to upload later.
+class WandbRecorder(OpenWandbLogger):
+    """Weights & Biases: online if the user is logged in, otherwise files in the run folder to upload later.
 
-    The run's group is its study, or its topic where it is in none; both are its tags, and its job type is the
+    The group of the run is its study, or its topic without a study; both are its tags, and its job type is the
     subcommand. A resumed run continues the same W&B run. `WANDB_MODE`, `WANDB_PROJECT`, `WANDB_ENTITY`,
     `WANDB_RUN_GROUP`, `WANDB_TAGS` and the id that a sweep gives are respected.
 
-    A fit leaves artifacts: `config-ID`, `tokenizer-ID` and, if asked for, `model-ID`. A run that takes files from the
-    folder of another run, such as its tokenizer, uses that run's artifact.
+    A fit logs artifacts: `config-ID`, `tokenizer-ID` and, if `log_model` is set, `model-ID`. A run that reads files
+    from the folder of another run, such as its tokenizer, uses the artifact of that run.
 
     Args:
-        project: Project the runs go to; `null` takes `WANDB_PROJECT`, or `llm-train`.
+        project: Project of the run; `null` takes `WANDB_PROJECT`, or `llm-train`.
         group: Group of the run; `null` takes `WANDB_RUN_GROUP`, or the study, or the topic.
         tags: Tags of the run besides its topic and study; `null` takes `WANDB_TAGS`.
-        notes: A text that describes the run.
-        log_model: Whether the best checkpoint is an artifact too.
+        notes: Description of the run.
+        log_model: Whether the best checkpoint is logged as an artifact too.
     """
 
     def __init__(
@@ -188,125 +192,120 @@ class WandbRecorder(WandbLogger):
             notes=notes,
         )
         self.log_model = log_model
-        self._wandb_init.pop("anonymous")  # which wandb no longer knows
+        self.settings.pop("anonymous")  # an argument that wandb no longer has
         self._folder: Path | None = None
 
     def attach(self, folder: Path, topic: str, name: str, job_type: str, study: str | None = None) -> None:
-        """Keeps the run's files in `folder/wandb`, and its id in `folder/wandb/id.json`."""
+        """Keep the files of the run in `folder/wandb`, and its id in `folder/wandb/id.json`."""
         self._folder = folder
-        self._wandb_init |= {
-            "dir": str(folder),
-            "name": self._wandb_init.get("name") or name,
-            "group": self._wandb_init.get("group") or study or topic,
-            "tags": list(dict.fromkeys(tag[:_LONGEST_TAG] for tag in (*self._wandb_init["tags"], topic, study) if tag)),
+        given = self.settings
+        given |= {
+            "name": given.get("name") or name,
+            "group": given.get("group") or study or topic,
+            "tags": list(dict.fromkeys(tag[:_LONGEST_TAG] for tag in (*given["tags"], topic, study) if tag)),
             "job_type": job_type,
             "mode": _mode(),
         }
-        self._save_dir = str(folder)
-        known = _remembered(folder)
-        if known and "WANDB_RUN_ID" not in os.environ:  # a sweep gives each run an id of its own
-            self._wandb_init["id"] = self._id = known["id"]
+        self.store_in(str(folder))
+        recorded = _recorded(folder)
+        if "id" in recorded and "WANDB_RUN_ID" not in os.environ:  # a sweep gives each run an id of its own
+            self.continue_run(recorded["id"])
 
     @property
     def experiment(self) -> Any:
-        """The W&B run, started when it is first asked for; on other ranks than 0 an object that does nothing."""
-        if self._experiment is None:
-            os.environ.setdefault("WANDB_SILENT", "true")  # the closing summary says what matters
-            run = super().experiment
-            if self._experiment is not None and self._folder is not None:
-                _remember(self._folder, run.id, _remembered(self._folder).get("artifacts", []))
-            return run
-        return self._experiment
+        """The W&B run, started at the first access; an object that does nothing on ranks other than 0."""
+        if self.run is not None:
+            return self.run
+        os.environ.setdefault("WANDB_SILENT", "true")  # the closing lines of the run say what is needed
+        run = super().experiment
+        if self.run is not None and self._folder is not None:
+            _record(self._folder, run.id, _recorded(self._folder)["artifacts"])
+        return run
 
     @contextmanager
     def tolerated(self) -> Iterator[None]:
-        """Within the context W&B may fail, however it does: the run says so once, and goes on without it."""
+        """Within this context any failure of W&B is reported in one line, and the run continues without W&B."""
         try:
             yield
         except Exception as error:
             import wandb
 
-            print(f"W&B failed ({type(error).__name__}: {error}): the run goes on without it", file=sys.stderr)
-            self._experiment = wandb.init(mode="disabled")
+            say(f"W&B failed ({type(error).__name__}: {error}): the run goes on without it")
+            self.run = wandb.init(mode="disabled")
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Adds metrics to the history, at the number of optimiser steps done (`trainer/global_step`)."""
+        """Add metrics to the history, at the number of optimiser steps done (`trainer/global_step`)."""
         with self.tolerated():
             super().log_metrics(metrics, steps_done(step))
 
     def log_image(self, key: str, images: list[Any], **kwargs: Any) -> None:
-        """Logs pictures; see `WandbLogger`."""
+        """Log images; see `WandbLogger`."""
         with self.tolerated():
             super().log_image(key, images, **kwargs)
 
     def log_table(self, key: str, **kwargs: Any) -> None:
-        """Logs a table; see `WandbLogger`."""
+        """Log a table; see `WandbLogger`."""
         with self.tolerated():
             super().log_table(key, **kwargs)
 
-    def log_artifacts(self) -> None:
-        """Logs what the run has made, for other runs to start from."""
-        with self.tolerated():
-            self._log_artifacts()
+    @rank_zero_only
+    def log_hyperparams(self, params: dict[str, Any] | Namespace) -> None:
+        """Do nothing: the resolved YAML is logged, see `experiments.run_record`."""
 
-    def _log_artifacts(self) -> None:
-        if self.experiment.disabled:
-            return
-        asked_for = [kind for kind in _ARTIFACTS if kind != "model" or self.log_model]
-        kinds = [kind for kind in asked_for if (self._folder / _ARTIFACTS[kind]).exists()]
-        for kind in kinds:
-            self.experiment.log_artifact(_artifact(kind, self._folder, self.experiment.id))
-        _remember(self._folder, self.experiment.id, kinds)
+    def log_artifacts(self) -> None:
+        """Log the files of the run that other runs may start from."""
+        with self.tolerated():
+            if self.experiment.disabled:
+                return
+            wanted = [kind for kind in _ARTIFACTS if kind != "model" or self.log_model]
+            kinds = [kind for kind in wanted if (self._folder / _ARTIFACTS[kind]).exists()]
+            for kind in kinds:
+                self.experiment.log_artifact(_artifact(kind, self._folder, self.experiment.id))
+            _record(self._folder, self.experiment.id, kinds)
 
     def use_files(self, paths: Iterable[str]) -> None:
-        """Says which runs this one starts from: those in whose folders some of these files lie.
+        """Log the artifacts of other runs in whose folders some of the files lie as inputs of this run.
 
         Args:
-            paths: Paths, and perhaps texts that are none.
+            paths: Paths; other texts are ignored.
         """
         with self.tolerated():
-            self._use_files(paths)
-
-    def _use_files(self, paths: Iterable[str]) -> None:
-        if self.experiment.disabled:
-            return
-        used = set()
-        for path in map(Path, paths):
-            folder = next((parent for parent in path.parents if os.path.isfile(parent / _REMEMBERED)), None)
-            if folder is not None and folder.resolve() != self._folder.resolve():
-                part = path.relative_to(folder).parts[0]
-                used.add((folder, "model" if part == "checkpoints" else part))
-        for folder, part in sorted(used):
-            other = _remembered(folder)
-            kind = part if part in other["artifacts"] else "config"
-            if kind in other["artifacts"]:
-                # What `use_artifact` does online; offline it refuses, though this is uploaded as well as all the rest.
-                self.experiment._log_artifact(
-                    _artifact(kind, folder, other["id"]), aliases=[], is_user_created=True, use_after_commit=True
-                )
+            if self.experiment.disabled:
+                return
+            used = set()
+            for path in map(Path, paths):
+                folder = next((parent for parent in path.parents if os.path.isfile(parent / _RECORD)), None)
+                if folder is not None and folder.resolve() != self._folder.resolve():
+                    part = path.relative_to(folder).parts[0]
+                    used.add((folder, "model" if part == "checkpoints" else part))
+            for folder, part in sorted(used):
+                other = _recorded(folder)
+                kind = part if part in other["artifacts"] else "config"
+                if kind in other["artifacts"]:
+                    use_artifact(self.experiment, _artifact(kind, folder, other["id"]))
 
     def finish(self, exit_code: int) -> None:
-        """Ends the W&B run, so that another can begin in this process."""
-        if self._experiment is not None:
+        """End the W&B run, so that another can begin in this process.
+
+        Args:
+            exit_code: 0 if the run succeeded.
+        """
+        if self.run is not None:
             with self.tolerated():
-                self._experiment.finish(exit_code=exit_code)
-            self._experiment = None
+                self.run.finish(exit_code=exit_code)
+            self.run = None
 
     @property
     def sync_command(self) -> str | None:
-        """What uploads the files of an offline run, or nothing where there is nothing to upload."""
-        if self._folder is None or self._wandb_init.get("mode") != "offline":
+        """The command that uploads the files of an offline run, or `None` if there are none."""
+        if self._folder is None or self.settings.get("mode") != "offline":
             return None
         folders = sorted(self._folder.glob("wandb/offline-run-*"))
         return f"wandb sync {' '.join(map(str, folders))}" if folders else None
 
-    @rank_zero_only
-    def log_hyperparams(self, params: dict[str, Any] | Namespace) -> None:
-        """Does nothing: the run's configuration is the resolved YAML, see `experiments.run_record`."""
-
 
 def _artifact(kind: str, folder: Path, run_id: str) -> "wandb.Artifact":
-    """A part of a run folder as W&B keeps it: for the run that made it and for those that use it the same."""
+    """Return a part of a run folder as a W&B artifact, the same for the run that made it and for those that use it."""
     import wandb
 
     artifact = wandb.Artifact(f"{kind}-{run_id}", type=kind)
@@ -314,33 +313,35 @@ def _artifact(kind: str, folder: Path, run_id: str) -> "wandb.Artifact":
     if path.is_dir():
         artifact.add_dir(str(path), policy="immutable")
     else:
-        artifact.add_file(str(path))  # a copy, since a resumed run writes the file anew
+        artifact.add_file(str(path))  # a copy, since a resumed run writes the file again
     return artifact
 
 
-def _remembered(folder: Path) -> dict[str, Any]:
-    """The id of the W&B run of a folder, and the kinds of artifacts that it has logged; nothing where it has none."""
-    file = folder / _REMEMBERED
-    return {"artifacts": []} | json.loads(file.read_text()) if file.is_file() else {}
+def _recorded(folder: Path) -> dict[str, Any]:
+    file = folder / _RECORD
+    return {"artifacts": []} | (json.loads(file.read_text()) if file.is_file() else {})
 
 
-def _remember(folder: Path, run_id: str, artifacts: list[str]) -> None:
-    (folder / _REMEMBERED).parent.mkdir(parents=True, exist_ok=True)
-    write_text(folder / _REMEMBERED, json.dumps({"id": run_id, "artifacts": artifacts}))
+def _record(folder: Path, run_id: str, artifacts: list[str]) -> None:
+    write_text(folder / _RECORD, json.dumps({"id": run_id, "artifacts": artifacts}))
 
 
 def steps_done(step: int | None) -> int:
-    """Lightning counts the steps it logs from 0; we say how many are done, as `trainer.global_step` does."""
+    """Return the number of optimiser steps done, as `trainer.global_step` counts them.
+
+    Args:
+        step: Number of the step as Lightning logs it, from 0; `None` before the first.
+    """
     return 0 if step is None else step + 1
 
 
 def _mode() -> str:
-    """Online where an account is known, offline otherwise; never a prompt."""
+    """Return W&B's mode: online if an account is known, offline otherwise; there is never a prompt."""
     if mode := os.environ.get("WANDB_MODE"):
         return mode
     host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
     try:
         logged_in = "WANDB_API_KEY" in os.environ or netrc.netrc().authenticators(host) is not None
-    except (OSError, netrc.NetrcParseError):  # no such file, or one that wandb could not read either
+    except (OSError, netrc.NetrcParseError):  # there is no such file, or one that wandb could not read either
         logged_in = False
     return "online" if logged_in else "offline"

@@ -1,46 +1,135 @@
-"""Every touch of a name that Lightning keeps to itself, gathered here; a test holds each of them.
+"""All uses of private names of Lightning, jsonargparse, torchmetrics, W&B and PyTorch; each has a test.
 
-Lightning 2.6 has no public way to resume in mid-epoch at the right batch, to know whether gradients are being
+Lightning 2.6 has no public way to resume in mid-epoch at the right batch, to tell whether gradients are being
 accumulated, or to switch off its own handling of SIGTERM, which hangs with several processes.
 """
 
+from argparse import ArgumentParser
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Self
+
 import lightning as L
-from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
-from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from torch import Tensor
+from torch.distributed._composable import checkpoint as recompute_in_backward
 from torch.utils.data import DataLoader
+from torchmetrics import Metric
+
+if TYPE_CHECKING:  # wandb is imported where it is used: it is slow to import
+    import wandb
+
+__all__ = ["recompute_in_backward"]
+
+# --- Lightning's loops ------------------------------------------------------------------------------------------------
 
 
 def batches_done_in_epoch(trainer: L.Trainer) -> int:
-    """Number of batches of the current epoch that are behind us, as restored from a checkpoint."""
+    """Return the number of batches done in the current epoch, as restored from a checkpoint."""
     return trainer.fit_loop.epoch_loop.batch_progress.current.ready
 
 
 def batches_done(trainer: L.Trainer) -> int:
-    """Number of batches of the whole run that are behind us, over all epochs."""
+    """Return the number of batches done in the whole run, over all epochs."""
     return trainer.fit_loop.epoch_loop.total_batch_idx
 
 
 def train_dataloaders(trainer: L.Trainer) -> list[DataLoader]:
-    """The dataloaders of the fit in progress."""
+    """Return the dataloaders of the fit in progress."""
     return trainer.fit_loop._combined_loader.flattened
 
 
 def restart_fetching(trainer: L.Trainer) -> None:
-    """Makes the fit in progress ask its dataloaders for a new iterator."""
+    """Make the fit in progress ask its dataloaders for new iterators."""
     iter(trainer.fit_loop._data_fetcher)
 
 
 def is_accumulating(trainer: L.Trainer) -> bool:
-    """Whether the batch just done left gradients that no optimiser step has used yet."""
+    """Return whether the last batch left gradients that no optimiser step has used yet."""
     return trainer.fit_loop._should_accumulate()
 
 
+def skip_sigterm_broadcast(trainer: L.Trainer) -> None:
+    """Skip Lightning's broadcast of SIGTERM at every batch: it costs time, and hangs where ranks make other steps."""
+    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
+
+
+# --- Lightning's strategies -------------------------------------------------------------------------------------------
+
+
 def takes_unused_parameters(trainer: L.Trainer) -> bool:
-    """Whether a step may leave out some of the trained parameters, for which DDP otherwise waits."""
+    """Return whether a step may leave out some of the trained parameters, for which DDP waits by default."""
     strategy = trainer.strategy
     return not isinstance(strategy, DDPStrategy) or bool(strategy._ddp_kwargs.get("find_unused_parameters"))
 
 
-def leave_sigterm_to_us() -> None:
-    """Takes out Lightning's per-batch broadcast of SIGTERM, which costs a sync a batch and hangs when ranks differ."""
-    _TrainingEpochLoop._broadcast_sigterm_tensor = lambda self: None
+def set_data_parallel_size(strategy: ModelParallelStrategy, size: int) -> None:
+    """Set the number of processes that share the weights, once it is known."""
+    strategy._data_parallel_size = size
+
+
+# --- the command line -------------------------------------------------------------------------------------------------
+
+
+class SettingsGoOverCheckpoint(LightningCLI):
+    """A LightningCLI in which the YAML and the flags are not overridden by the hyper-parameters of a checkpoint."""
+
+    def _parse_ckpt_path(self) -> None:
+        """Do nothing."""
+
+    def parser_of(self, subcommand: str) -> LightningArgumentParser:
+        """Return the parser of a subcommand."""
+        return self._subcommand_parsers[subcommand]
+
+
+def option_names(parser: ArgumentParser) -> list[str]:
+    """Return the names of the options of a parser."""
+    return [action.dest for action in parser._actions]
+
+
+# --- metrics ----------------------------------------------------------------------------------------------------------
+
+
+class KeepsDtypes(Metric):
+    """A metric whose states move with the module, and keep their dtypes where the module is cast."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = ()) -> Self:
+        def move(tensor: Tensor) -> Tensor:
+            return tensor.to(fn(tensor).device)
+
+        return super()._apply(move, exclude_state)
+
+
+# --- Weights & Biases -------------------------------------------------------------------------------------------------
+
+
+class OpenWandbLogger(WandbLogger):
+    """A WandbLogger whose run can be set up after the logger is built, and replaced."""
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The arguments of `wandb.init`; change them before the run starts."""
+        return self._wandb_init
+
+    def store_in(self, folder: str) -> None:
+        """Keep the files of the run in a folder."""
+        self._wandb_init["dir"] = self._save_dir = folder
+
+    def continue_run(self, run_id: str) -> None:
+        """Continue the W&B run of an id."""
+        self._wandb_init["id"] = self._id = run_id
+
+    @property
+    def run(self) -> Any:
+        """The W&B run, or `None` if it has not started."""
+        return self._experiment
+
+    @run.setter
+    def run(self, run: Any) -> None:
+        self._experiment = run
+
+
+def use_artifact(run: "wandb.Run", artifact: "wandb.Artifact") -> None:
+    """Log an artifact as an input of a run, as `Run.use_artifact` does online; offline that refuses."""
+    run._log_artifact(artifact, aliases=[], is_user_created=True, use_after_commit=True)

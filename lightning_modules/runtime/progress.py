@@ -1,4 +1,4 @@
-"""One line that says how far the run is: steps, loss, speed, time left."""
+"""Progress bar of a run: steps, loss, speed, time left."""
 
 import sys
 import time
@@ -9,6 +9,7 @@ from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.trainer.states import TrainerFn
 from tqdm import tqdm
 
+from lightning_modules.common.ranges import NonNegativeFloat
 from lightning_modules.runtime.stages import validates_a_fit
 
 _SHOWN = {
@@ -22,15 +23,15 @@ _UNKNOWN_LENGTH = "{desc} {n_fmt} steps [{elapsed}{postfix}]"
 
 
 class RunProgress(ProgressBar):
-    """A bar over the optimiser steps of the whole run, with the loss, tokens per second and the time left.
+    """A progress bar over the optimiser steps of the whole run, with the loss, tokens per second and the time left.
 
-    Where the output is no terminal (a log file, a job scheduler), it writes a line now and then instead.
+    If the output is not a terminal but a log file, it prints a line from time to time instead.
 
     Args:
-        refresh_seconds: Seconds between two redraws in a terminal; ten times that between two lines in a file.
+        refresh_seconds: Seconds between two redraws in a terminal; ten times as many between two lines in a file.
     """
 
-    def __init__(self, refresh_seconds: float = 0.5) -> None:
+    def __init__(self, refresh_seconds: NonNegativeFloat = 0.5) -> None:
         super().__init__()
         self.refresh_seconds = refresh_seconds
         self._bar: tqdm | None = None
@@ -38,11 +39,11 @@ class RunProgress(ProgressBar):
         self._enabled = True
 
     def disable(self) -> None:
-        """Shows nothing (called on all processes but the first)."""
+        """Show nothing; Lightning calls this on all ranks but 0."""
         self._enabled = False
 
     def enable(self) -> None:
-        """Shows the bar again."""
+        """Show the bar again."""
         self._enabled = True
 
     def _open(self, description: str, total: float | None, initial: int = 0) -> None:
@@ -58,8 +59,8 @@ class RunProgress(ProgressBar):
             dynamic_ncols=terminal,
             ncols=None if terminal else 110,
             bar_format=_KNOWN_LENGTH if known else _UNKNOWN_LENGTH,
-            mininterval=float("inf"),  # drawn by us alone: asking the clock at every step is what costs
-            delay=0 if terminal else float("inf"),  # in a file, no line before there is something to say
+            mininterval=float("inf"),  # `_show` draws: reading the clock at every step costs time
+            delay=0 if terminal else float("inf"),  # in a file, no empty first line
         )
 
     def _show(self, trainer: L.Trainer, position: int, now: bool = False) -> None:
@@ -83,50 +84,50 @@ class RunProgress(ProgressBar):
             self._bar = None
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Opens the bar where the run stands."""
+        """Open the bar at the current step."""
         self._open("train", trainer.estimated_stepping_batches, initial=trainer.global_step)
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: object) -> None:
-        """Moves the bar."""
+        """Advance the bar."""
         self._show(trainer, trainer.global_step)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Leaves the full bar behind."""
+        """Draw the bar for the last time."""
         self._close(trainer, trainer.global_step)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Leaves the bar where the run broke off."""
+        """Draw the bar for the last time, at the step of the failure."""
         self._close(trainer, trainer.global_step)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Opens a bar over the batches, unless the validation is part of a training."""
+        """Open a bar over the validation batches, unless the validation is part of a fit."""
         if trainer.state.fn != TrainerFn.FITTING:
             self._open("validate", sum(trainer.num_val_batches))
 
     def on_validation_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: object
     ) -> None:
-        """Moves the bar."""
+        """Advance the bar."""
         if trainer.state.fn != TrainerFn.FITTING:
             self._show(trainer, batch_idx + 1)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Shows the new validation loss, or leaves the full bar behind."""
+        """Show the new validation loss, or draw the bar for the last time."""
         if validates_a_fit(trainer):
             self._show(trainer, trainer.global_step, now=True)
         elif trainer.state.fn != TrainerFn.FITTING:
             self._close(trainer, sum(trainer.num_val_batches))
 
     def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Opens a bar over the test batches."""
+        """Open a bar over the test batches."""
         self._open("test", sum(trainer.num_test_batches))
 
     def on_test_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: object
     ) -> None:
-        """Moves the bar."""
+        """Advance the bar."""
         self._show(trainer, batch_idx + 1)
 
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Leaves the full bar behind."""
+        """Draw the bar for the last time."""
         self._close(trainer, sum(trainer.num_test_batches))

@@ -1,4 +1,4 @@
-"""What the model writes, as training goes."""
+"""Samples of generated text during the training."""
 
 import itertools
 import textwrap
@@ -12,34 +12,38 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
+from lightning_modules.base import ExperimentModule
 from lightning_modules.common.files import write_text
+from lightning_modules.common.ranges import ClosedUnitInterval, NonNegativeFloat, PositiveInt
+from lightning_modules.runtime.drawing import show_table
 
 _MOST_COLUMNS = 4  # of samples side by side
 _WIDTH = 44  # characters of a column
 
 
 class SampleText(L.Callback):
-    """Continues fixed prompts at each validation: side by side in `samples.md`, and as a W&B table.
+    """Continues fixed prompts at each validation; writes `samples.md`, and logs a table.
 
-    The same prompts and the same random numbers each time, so that what changes is the model. A run that validates
-    before its first step (see `LossBeforeTraining`) begins with what the model wrote then.
+    The prompts and the random numbers are the same at each validation, so that only the model changes. A run that
+    validates before its first step (see `LossBeforeTraining`) has samples of the untrained model too. The data of the
+    run has `encode` and a `tokenizer`, and the module has `generate`.
 
     Args:
         prompts: Texts to continue.
-        max_new_tokens: Length of a continuation, in tokens (at least 1).
-        temperature: Divides the logits; 0 always takes the likeliest token.
-        top_k: Draw from this many likeliest tokens only; `null` for all.
-        top_p: Draw from the fewest tokens that have this much probability together (0 to 1); `null` for all.
-        seed: Seed of the draws.
+        max_new_tokens: Length of a continuation in tokens.
+        temperature: Divides the logits; 0 takes the likeliest token.
+        top_k: Number of likeliest tokens to sample from; `null` for all.
+        top_p: Probability of the smallest set of tokens to sample from; `null` for all.
+        seed: Seed of the samples.
     """
 
     def __init__(
         self,
         prompts: list[str],
-        max_new_tokens: int = 200,
-        temperature: float = 0.8,
-        top_k: int | None = None,
-        top_p: float | None = None,
+        max_new_tokens: PositiveInt = 200,
+        temperature: NonNegativeFloat = 0.8,
+        top_k: PositiveInt | None = None,
+        top_p: ClosedUnitInterval | None = None,
         seed: int = 0,
     ) -> None:
         if not prompts:
@@ -50,19 +54,19 @@ class SampleText(L.Callback):
         self.top_k = top_k
         self.top_p = top_p
         self.seed = seed
-        self.heads: list[str] = []  # of the columns: when the samples were drawn
+        self.heads: list[str] = []  # of the columns: the step and the validation loss
         self.continuations: list[list[str]] = []  # by column, then by prompt
 
     @rank_zero_only
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Draws the samples, where metrics of them can still be logged."""
+        """Generate the samples, at a point where a subclass can still log metrics of them."""
         if trainer.state.fn == TrainerFn.FITTING:
             self.heads.append(f"step {trainer.global_step}")
             self.continuations.append(self.draw(trainer, pl_module))
 
     @rank_zero_only
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Writes them down, now that the loss of the model that wrote them is known."""
+        """Write the samples; the validation loss is known now."""
         if trainer.state.fn != TrainerFn.FITTING:
             return
         if "val/loss" in trainer.callback_metrics:
@@ -74,22 +78,27 @@ class SampleText(L.Callback):
         ]
         write_text(Path(trainer.default_root_dir) / "samples.md", "\n".join([*sections, self.remark()]))
         rows = [[prompt, *texts] for prompt, *texts in zip(self.prompts, *self.continuations, strict=True)]
-        for logger in trainer.loggers:
-            if hasattr(logger, "log_table"):
-                logger.log_table("samples", columns=["prompt", *self.heads], data=rows)
+        show_table(trainer, "samples", ["prompt", *self.heads], rows)
 
-    def draw(self, trainer: L.Trainer, pl_module: L.LightningModule) -> list[str]:
-        """A continuation of each prompt."""
+    def draw(self, trainer: L.Trainer, pl_module: ExperimentModule) -> list[str]:
+        """Return a continuation of each prompt."""
         return [self.continue_prompt(trainer, pl_module, prompt)[0] for prompt in self.prompts]
 
     def remark(self) -> str:
-        """What `samples.md` says after the samples."""
+        """Return a text that `samples.md` ends with."""
         return ""
 
     def continue_prompt(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, prompt: str, n_samples: int = 1
+        self, trainer: L.Trainer, pl_module: ExperimentModule, prompt: str, n_samples: int = 1
     ) -> list[str]:
-        """Several continuations of a prompt, as text."""
+        """Return continuations of a prompt.
+
+        Args:
+            trainer: Trainer of the run.
+            pl_module: Module with `generate`.
+            prompt: Text to continue.
+            n_samples: Number of continuations.
+        """
         ids = pl_module.data.encode(prompt)[None].repeat(n_samples, 1).to(pl_module.device)  # (n_samples, T)
         tokens = pl_module.generate(
             ids,
@@ -103,20 +112,20 @@ class SampleText(L.Callback):
         return [pl_module.data.tokenizer.decode(row) for row in rows]
 
     def state_dict(self) -> dict[str, Any]:
-        """The samples so far."""
+        """Return the samples so far."""
         return {"heads": list(self.heads), "continuations": list(self.continuations)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Goes on after them."""
+        """Restore the samples so far."""
         self.heads, self.continuations = list(state_dict["heads"]), list(state_dict["continuations"])
 
 
 def side_by_side(prompt: str, columns: Sequence[tuple[str, str]]) -> str:
-    """A section of Markdown with the continuations of a prompt in columns; long lines go on, indented, below.
+    """Return a section of Markdown with the continuations of a prompt in columns; long lines are wrapped and indented.
 
     Args:
-        prompt: The prompt, which each column begins with.
-        columns: Heads and continuations.
+        prompt: The prompt; each column begins with it.
+        columns: Head and continuation of each column.
     """
     cells = [[*_wrapped(head, ""), "-" * _WIDTH, *_wrapped(prompt + text, "    ")] for head, text in columns]
     rows = itertools.zip_longest(*cells, fillvalue="")
@@ -131,5 +140,5 @@ def _wrapped(text: str, indent: str) -> list[str]:
 
 
 def _spread(n: int, most: int) -> list[int]:
-    """Places among n, the first, the last and others at equal distances, as many as there may be at most."""
+    """Return at most `most` indices of n items: the first, the last, and others at equal distances."""
     return list(range(n)) if n <= most else [round(i * (n - 1) / (most - 1)) for i in range(most)]

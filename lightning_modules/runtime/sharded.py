@@ -1,7 +1,7 @@
-"""Models too large for one device: weights, gradients and optimiser state shared out among the processes (FSDP2).
+"""Training of models too large for one device: weights, gradients and optimiser state are sharded (FSDP2).
 
-Each process keeps 1/n of every tensor. A block's weights are gathered just before the block is used and dropped after
-it, and its gradients are summed straight into their shares. What is computed is what one process computes.
+Each process keeps 1/n of every tensor. The weights of a block are gathered just before the block is used and freed
+after it, and its gradients are reduced into the shards. The result is that of one process.
 
 Paper: Zhao et al., "PyTorch FSDP: Experiences on Scaling Fully Sharded Data Parallel" (2023),
 https://arxiv.org/abs/2304.11277. Tutorial: https://docs.pytorch.org/tutorials/intermediate/FSDP_tutorial.html
@@ -15,7 +15,6 @@ import lightning as L
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
-from torch.distributed._composable import checkpoint as recompute_in_backward
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_optimizer_state_dict,
@@ -25,9 +24,11 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.fsdp import fully_shard
 from torch.optim import Optimizer
 
+from lightning_modules.runtime import private_names
+
 
 def _entered(step: str, context: str) -> Callable[..., Any]:
-    """A step of the module, entered by way of the outermost unit, as `Strategy` has it for a module on its own."""
+    """Return a method that runs a step of the module through the outermost unit, in a context of the precision."""
 
     def enter(self: "FullyShardedStrategy", *args: Any, **kwargs: Any) -> Any:
         with getattr(self.precision_plugin, context)():
@@ -37,14 +38,14 @@ def _entered(step: str, context: str) -> Callable[..., Any]:
 
 
 class FullyShardedStrategy(ModelParallelStrategy):
-    """FSDP2 over all processes; the units that are gathered are the blocks of a model, and what lies around them.
+    """FSDP2 over all processes. Each block of a model is a unit that is gathered on its own; the rest is one more unit.
 
-    Checkpoints are those of every other strategy, one file with whole tensors: a run can go on with any number of
-    processes, sharded or not. While a model is validated or tested, each process has the whole of it.
+    A checkpoint is one file with whole tensors, as with other strategies: a run can be resumed with any number of
+    processes, sharded or not. During a validation or a test each process holds the whole model.
 
     Args:
-        activation_checkpointing: Whether blocks are computed again in the backward pass, so that only what enters them
-            need be kept: far less memory, about a third more time.
+        activation_checkpointing: Whether blocks are computed again in the backward pass, so that only their inputs are
+            kept: far less memory, about a third more time.
     """
 
     def __init__(self, activation_checkpointing: bool = False) -> None:
@@ -52,26 +53,26 @@ class FullyShardedStrategy(ModelParallelStrategy):
         self.activation_checkpointing = activation_checkpointing
 
     def setup_environment(self) -> None:
-        """Shares among all processes."""
-        self._data_parallel_size = self.num_nodes * self.num_processes
+        """Shard over all processes."""
+        private_names.set_data_parallel_size(self, self.num_nodes * self.num_processes)
         super().setup_environment()
 
     def shard(self, module: L.LightningModule) -> None:
-        """Shares out the weights of a module, in place; every process must have the same ones.
+        """Shard the weights of a module in place; they must be the same on every process.
 
         Args:
-            module: Not sharded yet.
+            module: Module to shard.
         """
         mesh = self.device_mesh["data_parallel"]
         self._units = [_Entry(module), *_blocks(module)]
         entry, *blocks = self._units
         for block in blocks:
             if self.activation_checkpointing:
-                recompute_in_backward(block)
+                private_names.recompute_in_backward(block)
             fully_shard(block, mesh=mesh)
         fully_shard(entry, mesh=mesh, reshard_after_forward=False)
-        # Going backward, each unit sends for the one before it. Left to itself, PyTorch sends for the one that was used
-        # before it, which after a validation is not the same on all processes: one alone may have written samples.
+        # In the backward pass, each unit prefetches the one before it. By default PyTorch prefetches the unit that was
+        # used before it, which differs between ranks after a validation: rank 0 alone may have generated samples.
         for place, unit in enumerate(self._units):
             unit.set_modules_to_backward_prefetch([self._units[place - 1]])
 
@@ -81,15 +82,15 @@ class FullyShardedStrategy(ModelParallelStrategy):
     predict_step = _entered("predict_step", "predict_step_context")
 
     def on_validation_start(self) -> None:
-        """Gathers the whole model, so that processes may use it each on its own: to write samples, say."""
+        """Gather the whole model, so that one process can use it alone, for example to generate samples."""
         for unit in self._units:
             unit.set_reshard_after_forward(False, recurse=False)
             unit.unshard()
 
     def on_validation_end(self) -> None:
-        """Shares it out again."""
+        """Shard the model again."""
         for place, unit in enumerate(self._units):
-            unit.set_reshard_after_forward(place > 0, recurse=False)  # the outermost is needed to the end of a step
+            unit.set_reshard_after_forward(place > 0, recurse=False)  # the outermost is used until the end of a step
             unit.reshard()
 
     on_test_start = on_predict_start = on_validation_start
@@ -97,33 +98,33 @@ class FullyShardedStrategy(ModelParallelStrategy):
 
     @property
     def lightning_restore_optimizer(self) -> bool:
-        """Lightning hands us the states of the optimisers, as it does to strategies that do not shard."""
+        """Whether Lightning passes the states of the optimisers, as it does with strategies that do not shard."""
         return True
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
-        """Reads the file as any strategy does: compared with its checksums, and running no code of it.
+        """Load a checkpoint as other strategies do: compared with its checksums, and running no code from it.
 
         Args:
-            checkpoint_path: File.
-            weights_only: Always true.
+            checkpoint_path: Checkpoint file.
+            weights_only: Not used; always true.
         """
         return self.checkpoint_io.load_checkpoint(checkpoint_path)
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        """Takes each process's share of the weights.
+        """Load the shard of each process.
 
         Args:
-            checkpoint: What `load_checkpoint` returned.
+            checkpoint: Result of `load_checkpoint`.
             strict: Whether all names must match.
         """
         options = StateDictOptions(full_state_dict=True, strict=strict)
         set_model_state_dict(self.model, checkpoint["state_dict"], options=options)
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """The state as the optimiser of one process has it, on the first process; nothing on the others.
+        """Return the whole state of an optimiser on rank 0, as one process would; an empty one on the other ranks.
 
         Args:
-            optimizer: One of ours.
+            optimizer: Optimiser of the sharded model.
         """
         optimizer = getattr(optimizer, "optimizer", optimizer)  # Lightning wraps it
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -131,10 +132,10 @@ class FullyShardedStrategy(ModelParallelStrategy):
         return _renamed(state, {name: i for i, name in enumerate(self._names(optimizer))})
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        """Takes each process's share of the optimisers' states.
+        """Load the shard of each process of the states of the optimisers.
 
         Args:
-            checkpoint: What `load_checkpoint` returned.
+            checkpoint: Result of `load_checkpoint`.
         """
         options = StateDictOptions(full_state_dict=True)
         for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
@@ -142,30 +143,30 @@ class FullyShardedStrategy(ModelParallelStrategy):
             set_optimizer_state_dict(self.model, optimizer, named, options=options)
 
     def _names(self, optimizer: Optimizer) -> list[str]:
-        """Names of the parameters in the optimiser's own order, by which it numbers their states."""
+        """Return the names of the parameters in the order by which the optimiser numbers their states."""
         names = {parameter: name for name, parameter in self.model.named_parameters()}
         return [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def require_whole_weights(trainer: L.Trainer, callback: str) -> None:
-    """Refuses a run whose weights are shared out, for a callback that works on whole ones in training.
+    """Refuse a sharded run, for a callback that uses whole weights during the training.
 
     Args:
-        trainer: The run's.
+        trainer: Trainer of the run.
         callback: Name of the callback.
 
     Raises:
-        MisconfigurationException: If each process has a share of every weight.
+        MisconfigurationException: If the weights are sharded.
     """
     if isinstance(trainer.strategy, FullyShardedStrategy):
         raise MisconfigurationException(
-            f"{callback}: it needs whole weights, and the strategy shares them out among the processes; train with "
+            f"{callback} needs whole weights, and the strategy shards them over the processes; train with "
             "experiments/trainer/ddp.yaml in place of fsdp.yaml, or leave the callback out"
         )
 
 
 class _Entry(nn.Module):
-    """The outermost unit: whatever a step uses of the model, and by which of its methods, is gathered as it begins."""
+    """The outermost unit: gathers what does not belong to a block when a step begins, by whichever method."""
 
     def __init__(self, module: L.LightningModule) -> None:
         super().__init__()
@@ -176,14 +177,14 @@ class _Entry(nn.Module):
 
 
 def _blocks(module: nn.Module) -> Iterator[nn.Module]:
-    """The members of lists of layers, inner lists first."""
+    """Yield the members of lists of layers, inner lists first."""
     lists = [part for part in module.modules() if isinstance(part, nn.ModuleList)]
     for layers in reversed(lists):
         yield from (layer for layer in layers if any(True for _ in layer.parameters()))
 
 
 def _renamed(state: Mapping[str, Any], new: Mapping[Any, Any]) -> dict[str, Any]:
-    """The state of an optimiser with other keys for its parameters."""
+    """Return the state of an optimiser with other keys for its parameters."""
     return {
         "state": {new[key]: value for key, value in state.get("state", {}).items()},
         "param_groups": [

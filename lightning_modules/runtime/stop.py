@@ -1,4 +1,4 @@
-"""Leaving a run in good order: on SIGTERM and Ctrl-C, and when the loss is no longer a number."""
+"""Stop of a run with a checkpoint on SIGTERM and Ctrl-C, and stop of a run whose loss is infinite or NaN."""
 
 import math
 import signal
@@ -8,35 +8,35 @@ import lightning as L
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from lightning_modules.common.ranges import PositiveInt
 from lightning_modules.runtime import private_names
 from lightning_modules.runtime.checkpoint import save_last
 
 
 class GracefulStop(L.Callback):
-    """On SIGTERM or Ctrl-C to any rank, all ranks save `last.ckpt` after the same optimiser step and leave together.
+    """Stops all ranks after the same optimiser step, with a checkpoint, when one of them gets SIGTERM or Ctrl-C.
 
-    The exit code is 128 + the signal's number, as of a process that the signal ended: 143 for SIGTERM, 130 for Ctrl-C.
-    A second signal ends the process at once. Nothing is saved between two micro-batches of one optimiser step, since
-    accumulated gradients are not part of a checkpoint.
+    The exit code is 128 + the number of the signal: 143 for SIGTERM, 130 for Ctrl-C. A second signal ends the process
+    at once. Nothing is saved between two micro-batches of one optimiser step, since accumulated gradients are not part
+    of a checkpoint.
 
     Args:
-        every_n_steps: Optimiser steps between two agreements of the ranks (at least 1). A single process needs none.
+        every_n_steps: Optimiser steps after which the ranks exchange whether they got a signal. Not used on one
+            process, which stops after the step in progress.
     """
 
-    def __init__(self, every_n_steps: int = 10) -> None:
-        if every_n_steps < 1:
-            raise MisconfigurationException(f"GracefulStop: every_n_steps must be at least 1, got {every_n_steps}")
+    def __init__(self, every_n_steps: PositiveInt = 10) -> None:
         self.every_n_steps = every_n_steps
         self.received = 0
         self._group: torch.distributed.ProcessGroup | None = None
         self._previous_handlers: dict[int, Any] = {}
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Takes the two signals over from Lightning."""
-        private_names.leave_sigterm_to_us()
+        """Switch off Lightning's own handling of SIGTERM."""
+        private_names.skip_sigterm_broadcast(trainer)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Listens, and opens a group in which CPU processes and GPU processes agree alike."""
+        """Install the signal handlers, and open a process group on the CPU, which serves GPU processes too."""
         self.received = 0
         for signal_number in (signal.SIGTERM, signal.SIGINT):
             self._previous_handlers[signal_number] = signal.signal(signal_number, self._on_signal)
@@ -52,13 +52,17 @@ class GracefulStop(L.Callback):
             signal.signal(signal_number, signal.default_int_handler if signal_number == signal.SIGINT else handler)
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: object) -> None:
-        """Between two optimiser steps: leaves if any rank was told to."""
+        """Save and stop between two optimiser steps if any rank got a signal.
+
+        Raises:
+            SystemExit: If one did, with the exit code of the signal.
+        """
         if self._group is None:
             if not self.received:
                 return
         elif trainer.global_step % self.every_n_steps:
             return
-        # After the last batch of an epoch a validation may follow; the signal waits for it, as the checkpoint does.
+        # A validation may follow the last batch of an epoch; stop after it, since RunCheckpoint saves after it too.
         if private_names.is_accumulating(trainer) or trainer.is_last_batch:
             return
         received = torch.tensor([self.received])
@@ -69,30 +73,34 @@ class GracefulStop(L.Callback):
             raise SystemExit(128 + int(received.item()))
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Gives the signals back."""
+        """Restore the earlier signal handlers."""
         for signal_number, handler in self._previous_handlers.items():
             signal.signal(signal_number, handler)
         self._previous_handlers = {}
 
 
 class StopOnNonFiniteLoss(L.Callback):
-    """Ends the run when the training loss is infinite or not a number, before such weights can be saved.
+    """Stops the run if the training loss is infinite or NaN, before a checkpoint is written.
 
-    On a GPU the loss is watched there at every batch, and read every few steps and before every checkpoint, so that the
-    GPU is not made to wait for it.
+    On a GPU the loss is compared on the GPU at every batch, and the result is read every few steps and before every
+    checkpoint, so that the GPU need not wait.
 
     Args:
-        every_n_steps: Optimiser steps between two readings on a GPU (at least 1).
+        every_n_steps: Optimiser steps between two readings on a GPU.
     """
 
-    def __init__(self, every_n_steps: int = 10) -> None:
+    def __init__(self, every_n_steps: PositiveInt = 10) -> None:
         self.every_n_steps = every_n_steps
         self._first_bad_step: torch.Tensor | None = None
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: object, batch_idx: int
     ) -> None:
-        """Remembers the first step whose loss was not finite."""
+        """Record the first step whose loss is not finite.
+
+        Raises:
+            MisconfigurationException: If a reading is due and the loss of some step was not finite.
+        """
         loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
         if loss is None:
             return
@@ -108,11 +116,11 @@ class StopOnNonFiniteLoss(L.Callback):
             self._check()
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict) -> None:
-        """Lets no checkpoint be written over a good one once the loss has gone."""
+        """Raise before a checkpoint replaces a good one, if the loss of some step was not finite."""
         self._check()
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Reads the last steps too."""
+        """Check the last steps."""
         self._check()
 
     def _check(self) -> None:

@@ -1,4 +1,4 @@
-"""How fast a run goes: tokens per second, tokens seen, and the share of the hardware's peak that the model uses."""
+"""Speed of a run: tokens per second, tokens seen, and model FLOP utilisation."""
 
 import time
 from typing import Any
@@ -12,11 +12,11 @@ from lightning_modules.runtime import private_names
 
 
 class Throughput(L.Callback):
-    """Logs `perf/tokens_per_second`, `train/tokens_seen` and, where the hardware's peak is known, `perf/mfu`.
+    """Logs `perf/tokens_per_second`, `train/tokens_seen` and, if the peak of the hardware is known, `perf/mfu`.
 
-    Tokens are counted over all processes. The clock stands still from the start of a validation to the next training
-    batch. Model FLOP utilisation (Chowdhery et al., 2022, appendix B) is the FLOPs that the model needs, by its
-    `flops_per_token`, over those the devices could do in the time.
+    Tokens are counted over all processes. The time from the start of a validation to the next training batch is not
+    counted. Model FLOP utilisation (Chowdhery et al., 2022, appendix B) is the number of FLOPs that the model needs, by
+    its `flops_per_token`, divided by the number that the devices can do in the same time.
     """
 
     def __init__(self) -> None:
@@ -28,7 +28,7 @@ class Throughput(L.Callback):
         self._peak_flops: float | None = None
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Looks up the device's peak and starts the clock."""
+        """Look up the peak of the device and start the clock."""
         if pl_module.device.type == "cuda":
             dtype = {"16": torch.float16, "bf": torch.bfloat16}.get(str(trainer.precision)[:2], torch.float32)
             self._peak_flops = get_available_flops(pl_module.device, dtype)
@@ -41,7 +41,7 @@ class Throughput(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Counts the batch's tokens, and logs when logging is due."""
+        """Count the tokens of the batch, and log if logging is due."""
         tokens = _tokens_in(batch) * trainer.world_size
         self.tokens_seen += tokens
         self._tokens_since += tokens
@@ -58,21 +58,21 @@ class Throughput(L.Callback):
         self._restart()
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Stops the clock."""
+        """Stop the clock."""
         self._stopped_at = time.perf_counter()
 
     def on_train_batch_start(self, trainer: L.Trainer, *_: object) -> None:
-        """Lets the clock go on after a validation, its samples and its checkpoint."""
+        """Restart the clock after a validation, its samples and its checkpoint."""
         if self._stopped_at is not None:
             self._clock += time.perf_counter() - self._stopped_at
             self._stopped_at = None
 
     def state_dict(self) -> dict[str, int]:
-        """The tokens seen so far."""
+        """Return the tokens seen so far."""
         return {"tokens_seen": self.tokens_seen}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Goes on counting."""
+        """Restore the tokens seen so far."""
         self.tokens_seen = state_dict["tokens_seen"]
 
 
