@@ -17,7 +17,7 @@ from datamodules.sources import ListText, Source
 from datamodules.splits import SIDES, require_fractions
 from datamodules.tokenizers import WithTokenizer, load_tokenizer, token_byte_lengths
 from datamodules.tokens import TokenFile, TokenWindows, prepare_tokens, sequential_windows
-from lightning_modules.common.ranges import PositiveInt, PositiveShare
+from lightning_modules.common.ranges import PositiveInt, PositiveShare, TwoOrMore
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -66,7 +66,7 @@ class GPTNeoStyleDataModule(WithTokenizer, ExperimentDataModule):
         base_source: Source | None = None,
         base_val_fraction: PositiveShare = 1.0,
         base_windows: PositiveInt = 64,
-        passages: int = 20,
+        passages: TwoOrMore = 20,
         val_fraction: float = 0.15,
         test_fraction: float = 0.0,
         cache_dir: str | None = None,
@@ -74,8 +74,6 @@ class GPTNeoStyleDataModule(WithTokenizer, ExperimentDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__(batch_size, num_workers, seed)
-        if passages < 2:
-            raise MisconfigurationException(f"data.passages is {passages}: it must be at least 2")
         self.val_fraction, self.test_fraction = require_fractions(val_fraction, test_fraction)
         self.books, self.other_books = _as_list(books), _as_list(other_books)
         if not self.books:

@@ -1,10 +1,10 @@
-"""What freezing the first half of a model saves: time a step, and peak memory, against training all of it.
+"""Time of a step and peak memory with the first half of a model frozen, compared with training all of it.
 
 Run `python tests/benchmarks/freeze_speed.py`: it takes about two minutes and prints a Markdown table. The first half is
-the embeddings and half of the layers, as in `experiments/gpt_neo_style/studies/freeze/first_half.yaml`. With and
-without, training runs on the same batches with the same clipping and fused AdamW, in short rounds that alternate, so
-that whatever else the machine does hits both; times are medians over the rounds. Peak memory is what the training adds
-to what a process of its own had before there was a model.
+the embeddings and half of the layers, as in `experiments/gpt_neo_style/studies/freeze/first_half.yaml`. Both arms train
+on the same batches with the same clipping and fused AdamW, in short alternating rounds, so that other load on the
+machine affects both. Times are medians over the rounds. Peak memory is measured in a process of its own, as the
+increase over the memory before the model is built.
 """
 
 import multiprocessing
@@ -23,7 +23,7 @@ from lightning_modules.gpt_neo_style.module import GPTNeoStyleModule
 from lightning_modules.metrics import next_token_loss
 
 N_THREADS = 2
-SECONDS_PER_ROUND = 1.0  # of one arm, or one step where that takes longer
+SECONDS_PER_ROUND = 1.0  # of one arm; a round has at least one step
 SECONDS_PER_SIZE = 60.0
 
 SIZES = {  # name: vocabulary, layers, heads, width, block, batch
@@ -33,7 +33,7 @@ SIZES = {  # name: vocabulary, layers, heads, width, block, batch
 
 
 def make_step(size: tuple[int, ...], frozen: bool) -> Callable[[], None]:
-    """One optimiser step, as a function without arguments."""
+    """Return a function without arguments that makes one optimiser step."""
     vocabulary, n_layer, n_head, width, block, batch = size
     shape = {"vocab_size": vocabulary, "n_positions": block, "n_embd": width, "n_layer": n_layer, "n_head": n_head}
     config = GPT2Config(**shape, bos_token_id=None, eos_token_id=None)
@@ -56,7 +56,7 @@ def make_step(size: tuple[int, ...], frozen: bool) -> Callable[[], None]:
 
 
 def seconds(step: Callable[[], None], n_steps: int) -> float:
-    """Seconds a step, over `n_steps` of them."""
+    """Return the mean time of a step in seconds, over `n_steps` steps."""
     start = time.perf_counter()
     for _ in range(n_steps):
         step()
@@ -64,7 +64,7 @@ def seconds(step: Callable[[], None], n_steps: int) -> float:
 
 
 def rounds_in_turn(size: tuple[int, ...]) -> list[tuple[float, float]]:
-    """Seconds a step with nothing frozen and with the first half frozen, by round."""
+    """Return for each round the seconds a step with nothing frozen, and with the first half frozen."""
     steps = [make_step(size, frozen) for frozen in (False, True)]
     end = time.perf_counter() + SECONDS_PER_SIZE
     for step in steps:  # warm-up
@@ -72,23 +72,23 @@ def rounds_in_turn(size: tuple[int, ...]) -> list[tuple[float, float]]:
     n_steps = max(1, round(SECONDS_PER_ROUND / seconds(steps[0], 2)))
     rounds = []
     while time.perf_counter() < end or len(rounds) < 3:
-        order = (0, 1) if len(rounds) % 2 == 0 else (1, 0)  # who goes first changes too
+        order = (0, 1) if len(rounds) % 2 == 0 else (1, 0)  # the order alternates too
         measured = {which: seconds(steps[which], n_steps) for which in order}
         rounds.append((measured[0], measured[1]))
     return rounds
 
 
 def memory_mib(field: str) -> float:
-    """This process's resident memory: now (`VmRSS`), or at its peak (`VmHWM`). Linux only."""
+    """Return the resident memory of this process in MiB, now (`VmRSS`) or at its peak (`VmHWM`). Linux only."""
     status = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
     return int(status[field].split()[0]) / 1024
 
 
 def peak_memory(size: tuple[int, ...], frozen: bool) -> float:
-    """What three steps add to this process's memory at their peak, in MiB."""
+    """Return the increase of the memory of this process during three steps, at its peak, in MiB."""
     torch.set_num_threads(N_THREADS)
     before = memory_mib("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak so far, that of the imports, is forgotten
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak, which is that of the imports
     step = make_step(size, frozen)
     for _ in range(3):
         step()
@@ -96,7 +96,7 @@ def peak_memory(size: tuple[int, ...], frozen: bool) -> float:
 
 
 def main() -> None:
-    """Print the table."""
+    """Run the benchmark and print the table."""
     torch.set_num_threads(N_THREADS)
     print(f"torch {torch.__version__}, {N_THREADS} threads\n")
     print(

@@ -1,35 +1,37 @@
-"""What is frozen stays as it was, costs nothing, and a resumed run knows what was frozen when."""
+"""Frozen weights stay as they were, cost nothing, and a resumed run freezes what the uninterrupted run froze."""
 
+import copy
 import re
+import shutil
 import signal
 from pathlib import Path
 from types import SimpleNamespace
 
+import forks
+import lightning as L
 import pytest
 import torch
 import yaml
-from helpers import assert_same_weights, kill_when, weights
+from helpers import assert_same_weights, text, weights, with_settings
+from jsonargparse import ArgumentError, ArgumentParser
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from shared_runs import own_world, run_command
 from torch import nn
 
 from experiments.class_paths import import_class
+from experiments.cli import DEFAULTS
 from lightning_modules.base import ExperimentModule
 from lightning_modules.decoder_pretrain.module import PretrainModule
 from lightning_modules.finetuning.adapters import adapted_layers, merged
 from lightning_modules.finetuning.freeze import Freeze, GradualUnfreezing, Stage, frozen_modules
 from lightning_modules.finetuning.lora import LoRA
 from lightning_modules.finetuning.rates import LayerwiseRates
-from lightning_modules.finetuning.selection import Anatomy, Selection
+from lightning_modules.finetuning.selection import ModelParts, Selection
 from lightning_modules.runtime import private_names
 from lightning_modules.runtime.learning_curve import read_metric
 
-RUNS = Path("runs/decoder_pretrain")
-CALLBACKS = {
-    "Freeze": "lightning_modules.finetuning.freeze.Freeze",
-    "GradualUnfreezing": "lightning_modules.finetuning.freeze.GradualUnfreezing",
-    "LoRA": "lightning_modules.finetuning.lora.LoRA",
-}
+ROOM = "lightning_modules.finetuning."
 SIZES = {"n_layer": 2, "n_head": 2, "n_embd": 16}
 
 
@@ -39,7 +41,7 @@ def decoder(n_layer: int = 4, dropout: float = 0.0) -> PretrainModule:
 
 
 class Wrapped(ExperimentModule):
-    """Any module of Transformers as a topic may have it."""
+    """A module of Transformers inside a module of a topic."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -66,7 +68,7 @@ def gpt_neo() -> Wrapped:
 
 
 @pytest.fixture(autouse=True)
-def _thaw(bert: Wrapped, gpt_neo: Wrapped):
+def _unfreeze(bert: Wrapped, gpt_neo: Wrapped):
     yield
     for model in (bert, gpt_neo):
         model.requires_grad_(True)
@@ -77,21 +79,21 @@ def frozen(model: nn.Module) -> set[str]:
     return {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
 
 
-# --- what is meant ---------------------------------------------------------------------------------------------------
+# --- selections -------------------------------------------------------------------------------------------------------
 
 
 def test_a_model_has_embeddings_layers_and_a_head_whatever_it_is(bert, gpt_neo):
-    ours = Anatomy(decoder())
+    ours = ModelParts(decoder())
     assert set(ours.embeddings) == {"decoder.token_embedding.weight", "decoder.position_embedding.weight"}
     assert ours.stack == "decoder.blocks"
     assert all(name.startswith("decoder.blocks.2.") for name in ours.layers[2])
     assert set(ours.head) == {"decoder.final_norm.weight", "decoder.final_norm.bias"}
 
-    theirs = Anatomy(gpt_neo)  # whose output matrix is that of the embeddings
+    theirs = ModelParts(gpt_neo)  # whose output matrix is that of the embeddings
     assert set(theirs.embeddings) == {"model.transformer.wte.weight", "model.transformer.wpe.weight"}
     assert set(theirs.head) == {"model.transformer.ln_f.weight", "model.transformer.ln_f.bias"}
 
-    encoder = Anatomy(bert)
+    encoder = ModelParts(bert)
     assert {name.split(".")[2] for name in encoder.embeddings} == {"embeddings"}
     assert len(encoder.layers) == 3
     assert {name.removeprefix("model.").split(".weight")[0].split(".bias")[0] for name in encoder.head} == {
@@ -119,6 +121,7 @@ def test_layers_are_counted_as_python_counts(layers, chosen):
         ({"layers": "3:1"}, "there is no such layer"),
         ({"layers": "half"}, "'half' is no range: write one layer"),
         ({"layers": "0:1:2"}, "is no range"),
+        ({"layers": ""}, "is no range"),
         (
             {"patterns": ["*.norm.*"]},
             r"no parameter is named '\*.norm.\*'; there are decoder.token_embedding.weight, "
@@ -129,16 +132,21 @@ def test_layers_are_counted_as_python_counts(layers, chosen):
         ({"all_but_head": True, "patterns": ["*final_norm*"]}, "everything is frozen; leave something to train"),
     ],
 )
-def test_a_selection_of_nothing_or_of_everything_is_one_line(selection, message):
+def test_a_selection_of_nothing_or_of_everything_is_refused_in_one_line(selection, message):
     with pytest.raises(MisconfigurationException, match=f"^Freeze: .*{message}") as caught:
         Freeze(**selection).setup(None, decoder(), "fit")
     assert "\n" not in str(caught.value)
-    assert str(caught.value).count("attention_norm.weight") <= 1  # a star for the number of the layer
+    assert str(caught.value).count("attention_norm.weight") <= 1  # a star in place of the number of the layer
 
 
 def test_a_model_without_layers_has_names_only():
-    with pytest.raises(MisconfigurationException, match="no stack of layers; name them by patterns"):
-        Freeze(layers=0).setup(None, Wrapped(nn.Linear(2, 2)), "fit")
+    for selection, message in (
+        ({"layers": 0}, "no stack of layers; name them by patterns"),
+        ({"embeddings": True}, "nothing is named"),
+        ({"all_but_head": True}, "everything is frozen"),
+    ):
+        with pytest.raises(MisconfigurationException, match=message):
+            Freeze(**selection).setup(None, Wrapped(nn.Linear(2, 2)), "fit")
     model = Wrapped(nn.Linear(2, 2))
     Freeze(patterns=["*.bias"]).setup(None, model, "fit")
     assert frozen(model) == {"model.bias"}
@@ -147,32 +155,106 @@ def test_a_model_without_layers_has_names_only():
 def test_all_but_the_head_of_a_classifier(bert):
     Freeze(all_but_head=True).setup(None, bert, "fit")
     trained = {name for name, parameter in bert.named_parameters() if parameter.requires_grad}
-    assert trained == set(Anatomy(bert).head)
+    assert trained == set(ModelParts(bert).head)
     dropouts = {name: m in set(frozen_modules(bert)) for name, m in bert.named_modules() if isinstance(m, nn.Dropout)}
-    assert not dropouts.pop("model.dropout")  # before the classifier: it is the head's
+    assert not dropouts.pop("model.dropout")  # it is applied before the classifier, as a part of the head
     assert all(dropouts.values())
 
 
-# --- frozen for good -------------------------------------------------------------------------------------------------
+# --- runs ------------------------------------------------------------------------------------------------------------
 
 
-def freezing(tiny, tmp_path: Path, *callbacks: tuple[str, dict], **settings: object) -> Path:
-    """A tiny run that starts from weights that are known, with callbacks of this file."""
-    if not (tmp_path / "start").exists():
-        torch.manual_seed(1)
-        PretrainModule(vocab_size=257, block_size=16, **SIZES).save_pretrained(tmp_path / "start")
-    export = {"class_path": "lightning_modules.runtime.export.ExportModel"}
-    named = [{"class_path": CALLBACKS[name], "init_args": arguments} for name, arguments in callbacks]
-    settings |= {"model__init_args": {"pretrained": str(tmp_path / "start"), "dropout": 0.1}}
-    return tiny(**settings, **{"trainer__callbacks+": [*named, export]})
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for the runs, with the weights that all of them start from."""
+    folder = tmp_path_factory.mktemp("world")
+    torch.manual_seed(1)
+    PretrainModule(vocab_size=257, block_size=16, **SIZES).save_pretrained(folder / "start")
+    return folder
 
 
-def start_weights(tmp_path: Path) -> dict[str, torch.Tensor]:
-    return PretrainModule(vocab_size=257, block_size=16, pretrained=str(tmp_path / "start")).state_dict()
+def fit_arguments(
+    world: Path, name: str, class_path: str, arguments: dict, **settings: object
+) -> tuple[str | Path, ...]:
+    """Write the YAML of a tiny run with a callback, 4 batches an epoch; return the arguments of the command."""
+    config = {
+        "seed_everything": 5,
+        "model": {
+            "class_path": "lightning_modules.decoder_pretrain.PretrainModule",
+            "init_args": {"pretrained": str(world / "start"), "dropout": 0.1},
+        },
+        "data": {
+            "class_path": "datamodules.decoder_pretrain.PretrainDataModule",
+            "init_args": {
+                "source": {"class_path": "datamodules.sources.ListText", "init_args": {"texts": [text(300)]}},
+                "block_size": 16,
+                "batch_size": 20,
+                "windows": "sequential",
+                "val_fraction": 0.05,
+            },
+        },
+        "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 1e-2, "weight_decay": 0.1}},
+        "trainer": {
+            "accelerator": "cpu",
+            "val_check_interval": 3,
+            "log_every_n_steps": 1,
+            "callbacks+": [
+                {"class_path": ROOM + class_path, "init_args": arguments},
+                {"class_path": "lightning_modules.runtime.export.ExportModel"},
+            ],
+        },
+    }
+    file = world / f"{name}.yaml"
+    file.write_text(yaml.safe_dump(with_settings(config, settings)))
+    return "fit", "-c", file
+
+
+def whole_and_resumed(
+    world: Path, name: str, class_path: str, arguments: dict, max_steps: int, killed_at: int
+) -> SimpleNamespace:
+    """Run once to the end, and once with a kill after a step and a resumed rest."""
+    command = fit_arguments(world, name, class_path, arguments, trainer__max_steps=max_steps)
+    with own_world(world):
+        whole = run_command(*command, "--run.name", f"{name}_whole")
+        assert whole.code == 0, whole.err
+        killed = forks.start(*command, "--run.name", f"{name}_killed", prepare=lambda: forks.die_after_step(killed_at))
+        killed.join()
+        assert killed.exitcode == -signal.SIGKILL
+        runs = world / "runs/decoder_pretrain"
+        at_kill = shutil.copy(runs / f"{name}_killed/checkpoints/last.ckpt", world / f"{name}_at_kill.ckpt")
+        resumed = run_command(*command, "--run.name", f"{name}_killed", "--ckpt_path", "last")
+        assert resumed.code == 0, resumed.err
+    return SimpleNamespace(whole=runs / f"{name}_whole", killed=runs / f"{name}_killed", at_kill=at_kill, err=whole.err)
+
+
+STAGES = [
+    {"epoch": 1, "layers": -1, "rate": 0.5},
+    {"epoch": 2, "layers": ":", "rate": 0.25},
+    {"epoch": 9, "embeddings": True},
+]
+
+
+@pytest.fixture(scope="module")
+def gradual(world: Path) -> SimpleNamespace:
+    """Three epochs, killed in the second."""
+    return whole_and_resumed(world, "gradual", "freeze.GradualUnfreezing", {"stages": STAGES}, 10, killed_at=6)
+
+
+@pytest.fixture(scope="module")
+def lora(world: Path) -> SimpleNamespace:
+    return whole_and_resumed(world, "lora", "lora.LoRA", {"rank": 2, "dropout": 0.2}, 6, killed_at=3)
+
+
+def start_weights(world: Path) -> dict[str, torch.Tensor]:
+    return started(world).state_dict()
+
+
+def started(world: Path) -> PretrainModule:
+    return PretrainModule(vocab_size=257, block_size=16, pretrained=str(world / "start")).eval()
 
 
 def in_optimizer(checkpoint: Path) -> tuple[set[str], set[str]]:
-    """Names of the parameters that the optimiser has, and of those it keeps a state for."""
+    """Names of the parameters that the optimiser holds, and of those with a state."""
     (state,) = torch.load(checkpoint, weights_only=True)["optimizer_states"]
     names = {
         i: name
@@ -182,28 +264,10 @@ def in_optimizer(checkpoint: Path) -> tuple[set[str], set[str]]:
     return set(names.values()), {names[i] for i in state["state"]}
 
 
-def test_frozen_weights_stay_bit_for_bit_and_leave_nothing_in_the_optimiser(llm_train, tiny, tmp_path):
-    config = freezing(tiny, tmp_path, ("Freeze", {"embeddings": True, "layers": ":50%"}))
-    done = llm_train("fit", "-c", config)
-    assert done.code == 0, done.err
-    before, after = start_weights(tmp_path), weights(RUNS / "tiny/checkpoints/last.ckpt")
-    unmoved = {name for name in before if torch.equal(before[name], after[name])}
-    is_frozen = {name for name in before if "embedding" in name or ".blocks.0." in name}
-    assert unmoved == is_frozen
-    assert in_optimizer(RUNS / "tiny/checkpoints/last.ckpt") == (set(before) - is_frozen,) * 2
-
-    n_frozen = sum(before[name].numel() for name in is_frozen)
-    n_trained = sum(weight.numel() for weight in before.values()) - n_frozen
-    assert f"{n_trained:,} parameters are trained" in done.err
-    for metric, count in (("model/trained_parameters", n_trained), ("model/frozen_parameters", n_frozen)):
-        assert read_metric(RUNS / "tiny/metrics.csv", metric)[1][-1] == count
-
-    llm_train("fit", "-c", freezing(tiny, tmp_path), "--run.name", "all")
-    sizes = [(RUNS / run / "checkpoints/last.ckpt").stat().st_size for run in ("tiny", "all")]
-    assert sizes[1] - sizes[0] > 8 * n_frozen  # two moments of four bytes each
+# --- frozen for the whole run ----------------------------------------------------------------------------------------
 
 
-def test_frozen_modules_run_as_in_evaluation_whoever_calls_train(llm_train, tiny, tmp_path, monkeypatch):
+def test_frozen_weights_stay_bit_for_bit_and_leave_nothing_in_the_optimiser(world, monkeypatch):
     modes = []
     step = PretrainModule.training_step
 
@@ -211,23 +275,49 @@ def test_frozen_modules_run_as_in_evaluation_whoever_calls_train(llm_train, tiny
         parts = (self.decoder.embedding_dropout, *self.decoder.blocks[0].modules(), *self.decoder.blocks[1].modules())
         modes.append([module.training for module in parts])
         loss = step(self, *args)
-        self.train()  # what Lightning, or a user, may do at any time
+        self.train()  # as Lightning and users may do at any time
         return loss
 
     monkeypatch.setattr(PretrainModule, "training_step", watched)
-    selection = {"embeddings": True, "layers": 0}
-    assert llm_train("fit", "-c", freezing(tiny, tmp_path, ("Freeze", selection))).code == 0
-    n = len(list(decoder().decoder.blocks[0].modules()))
-    assert len(modes) == 24
-    assert all(mode == [False] * (1 + n) + [True] * n for mode in modes)
+    command = fit_arguments(world, "frozen", "freeze.Freeze", {"embeddings": True, "layers": ":50%"})
+    done = run_command(*command, "--trainer.max_steps", "4")
+    assert done.code == 0, done.err
+    run = Path("runs/decoder_pretrain/frozen")
+    before, after = start_weights(world), weights(run / "checkpoints/last.ckpt")
+    unmoved = {name for name in before if torch.equal(before[name], after[name])}
+    is_frozen = {name for name in before if "embedding" in name or ".blocks.0." in name}
+    assert unmoved == is_frozen
+    assert in_optimizer(run / "checkpoints/last.ckpt") == (set(before) - is_frozen,) * 2
 
-    modes.clear()
-    llm_train("fit", "-c", freezing(tiny, tmp_path, ("Freeze", selection | {"keep_dropout": True})))
-    assert all(all(mode) for mode in modes[1:])
+    n_frozen = sum(before[name].numel() for name in is_frozen)
+    n_trained = sum(weight.numel() for weight in before.values()) - n_frozen
+    assert f"{n_trained:,} parameters are trained" in done.err
+    for metric, count in (("model/trained_parameters", n_trained), ("model/frozen_parameters", n_frozen)):
+        assert read_metric(run / "metrics.csv", metric)[1] == [count] * 4
+    (optimizer,) = torch.load(run / "checkpoints/last.ckpt", weights_only=True)["optimizer_states"]
+    moments = [state[name] for state in optimizer["state"].values() for name in ("exp_avg", "exp_avg_sq")]
+    assert sum(moment.numel() for moment in moments) == 2 * n_trained  # so the file is smaller by two moments
+
+    n = len(list(decoder().decoder.blocks[0].modules()))
+    assert modes == [[False] * (1 + n) + [True] * n] * 4
+
+
+@pytest.mark.parametrize("keep_dropout", [False, True])
+def test_frozen_modules_run_in_evaluation_mode_unless_they_keep_their_dropout(keep_dropout):
+    model = decoder(n_layer=2, dropout=0.1)
+    model.trainer = SimpleNamespace(global_step=0, log_every_n_steps=2)
+    callback = Freeze(embeddings=True, layers=0, keep_dropout=keep_dropout)
+    callback.setup(None, model, "fit")
+    callback.on_train_start(None, model)
+    model.train()
+    callback.on_train_batch_start(None, model)
+    parts = model.decoder
+    assert all(module.training == keep_dropout for module in (parts.embedding_dropout, *parts.blocks[0].modules()))
+    assert all(module.training for module in parts.blocks[1].modules())
 
 
 def saved_for_backward(model: PretrainModule) -> int:
-    """Bytes of activations that a forward pass keeps; weights are there in any case."""
+    """Bytes of activations that a forward pass keeps, without the weights."""
     own = {parameter.data_ptr() for parameter in model.parameters()}
     kept = {}
 
@@ -257,79 +347,76 @@ def test_a_frozen_beginning_keeps_no_graph():
     assert all(parameter.grad is None for parameter in model.parameters() if not parameter.requires_grad)
 
 
-def test_a_mistake_in_yaml_is_one_line(llm_train, tiny, tmp_path):
-    done = llm_train("fit", "-c", freezing(tiny, tmp_path, ("Freeze", {"layers": "5:"})))
-    assert done.code == 1
-    assert "error: Freeze: layers '5:': there is no such layer; there are 2" in done.err.splitlines()[-1]
+# --- unfrozen in stages ----------------------------------------------------------------------------------------------
 
 
-# --- thawed on the way -----------------------------------------------------------------------------------------------
-
-STAGES = [
-    {"epoch": 1, "layers": -1, "rate": 0.5},
-    {"epoch": 2, "layers": ":", "rate": 0.25},
-    {"epoch": 9, "embeddings": True},
-]
-EPOCHS = {"data__init_args__batch_size": 64, "trainer__val_check_interval": 5}  # 9 batches an epoch
-
-
-def test_stages_are_thawed_at_their_epochs_and_learn_at_their_rates(llm_train, tiny, tmp_path):
-    config = freezing(tiny, tmp_path, ("GradualUnfreezing", {"stages": STAGES}), **EPOCHS)
-    before = start_weights(tmp_path)
+def test_stages_are_unfrozen_at_their_epochs_and_learn_at_their_rates(world, gradual):
+    before = start_weights(world)
+    last = gradual.whole / "checkpoints/last.ckpt"
     moved, state = {}, {}
-    for steps in (18, 24):
-        run = RUNS / f"until_{steps}"
-        done = llm_train("fit", "-c", config, "--trainer.max_steps", steps, "--run.name", run.name)
-        assert done.code == 0, done.err
-        after = weights(run / "checkpoints/last.ckpt")
-        moved[steps] = {name for name in before if not torch.equal(before[name], after[name])}
-        listed, state[steps] = in_optimizer(run / "checkpoints/last.ckpt")
+    for step, checkpoint in ((6, gradual.at_kill), (10, last)):
+        after = weights(checkpoint)
+        moved[step] = {name for name in before if not torch.equal(before[name], after[name])}
+        listed, state[step] = in_optimizer(checkpoint)
         assert listed == set(before)  # from the start, so that a resumed run finds the groups that were saved
     final_norm = {name for name in before if "final_norm" in name}
     layers = [{name for name in before if f".blocks.{i}." in name} for i in range(2)]
-    assert moved == state == {18: final_norm | layers[1], 24: final_norm | layers[1] | layers[0]}
-    n_trained = [sum(before[name].numel() for name in names) for names in (final_norm, moved[18], moved[24])]
-    steps, logged = read_metric(run / "metrics.csv", "model/trained_parameters")
-    assert logged == [n_trained[(step - 1) // 9] for step in steps]
-    (optimizer,) = torch.load(run / "checkpoints/last.ckpt", weights_only=True)["optimizer_states"]
+    assert moved == state == {6: final_norm | layers[1], 10: final_norm | layers[1] | layers[0]}
+    n_trained = [sum(before[name].numel() for name in names) for names in (final_norm, moved[6], moved[10])]
+    steps, logged = read_metric(gradual.whole / "metrics.csv", "model/trained_parameters")
+    assert logged == [n_trained[(step - 1) // 4] for step in steps]
+    assert steps == list(range(1, 11))
+    (optimizer,) = torch.load(last, weights_only=True)["optimizer_states"]
     rates = {name: group["lr"] for group in optimizer["param_groups"] for name in group["param_names"]}
     shares = {name: rates[name] / rates["decoder.final_norm.weight"] for name in rates}
     assert {shares[name] for name in layers[1]} == {0.5}
     assert {shares[name] for name in layers[0]} == {0.25}
-    assert "epoch 2: " in done.err
+    assert "epoch 2: " in gradual.err
 
 
-def test_a_run_killed_between_two_stages_resumes_to_the_same_weights(llm_train, forked, tiny, tmp_path):
-    config = freezing(tiny, tmp_path, ("GradualUnfreezing", {"stages": STAGES}), **EPOCHS)
-    llm_train("fit", "-c", config, "--run.name", "whole")
-    metrics = RUNS / "killed/metrics.csv"
-    status = forked(
-        "fit", "-c", config, "--run.name", "killed",
-        meanwhile=kill_when(lambda: metrics.is_file() and len(metrics.read_text().splitlines()) > 4),
-    )  # fmt: skip
-    assert status == -signal.SIGKILL
-    resumed = llm_train("fit", "-c", config, "--run.name", "killed", "--ckpt_path", "last")
-    assert resumed.code == 0, resumed.err
-    assert_same_weights(RUNS / "whole/checkpoints/last.ckpt", RUNS / "killed/checkpoints/last.ckpt")
-    frozen_counts = [read_metric(RUNS / run / "metrics.csv", "model/frozen_parameters") for run in ("whole", "killed")]
-    assert frozen_counts[0] == frozen_counts[1]
+def test_a_run_killed_between_two_stages_resumes_to_the_same_weights(gradual):
+    assert_same_weights(gradual.whole / "checkpoints/last.ckpt", gradual.killed / "checkpoints/last.ckpt")
+    whole, killed = (
+        read_metric(run / "metrics.csv", "model/frozen_parameters") for run in (gradual.whole, gradual.killed)
+    )
+    assert whole == killed
 
 
-def test_what_is_frozen_for_good_is_not_thawed(llm_train, tiny, tmp_path):
-    callbacks = [("GradualUnfreezing", {"stages": [{"epoch": 1, "layers": ":"}]}), ("Freeze", {"layers": 0})]
-    assert llm_train("fit", "-c", freezing(tiny, tmp_path, *callbacks, **EPOCHS)).code == 0
-    before, after = start_weights(tmp_path), weights(RUNS / "tiny/checkpoints/last.ckpt")
-    assert all(torch.equal(before[name], after[name]) == (".blocks.0." in name) for name in before)
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_parameters_frozen_for_the_whole_run_are_not_unfrozen(order):
+    callbacks = GradualUnfreezing([Stage(epoch=1, layers=":")]), Freeze(layers=0)
+    model = decoder(n_layer=2)
+    trainer = SimpleNamespace(strategy=None, current_epoch=0, global_step=0, log_every_n_steps=2)
+    model.trainer = trainer
+    for i in order:
+        callbacks[i].setup(trainer, model, "fit")
+    layers = [{f"decoder.blocks.{i}.{name}" for name, _ in model.decoder.blocks[i].named_parameters()} for i in (0, 1)]
+    for i in order:
+        callbacks[i].on_train_start(trainer, model)
+    assert frozen(model) == layers[0] | layers[1]
+    trainer.current_epoch = 1
+    for i in order:
+        callbacks[i].on_train_batch_start(trainer, model)
+    assert frozen(model) == layers[0]
 
 
-def test_stages_that_leave_nothing_to_train_at_first_are_refused(llm_train, tiny, tmp_path):
-    stages = [{"epoch": 1, "patterns": ["*"]}]
-    done = llm_train("fit", "-c", freezing(tiny, tmp_path, ("GradualUnfreezing", {"stages": stages})))
-    assert done.code == 1
-    assert "GradualUnfreezing: everything is frozen" in done.err.splitlines()[-1]
-    for stages, message in (([], "stages is empty"), ([Stage(epoch=-1, layers=0)], "must not be negative")):
-        with pytest.raises(MisconfigurationException, match=message):
-            GradualUnfreezing(stages)
+def test_the_earliest_stage_that_names_a_parameter_has_it():
+    model = decoder(n_layer=2)
+    stages = [Stage(epoch=2, layers=":", rate=0.25), Stage(epoch=1, layers=1, rate=0.5), Stage(epoch=1, layers=1)]
+    GradualUnfreezing(stages).setup(SimpleNamespace(strategy=None), model, "fit")
+    assert {model.learning_rate_shares[name] for name in ModelParts(model).layers[0]} == {0.25}
+    assert {model.learning_rate_shares[name] for name in ModelParts(model).layers[1]} == {0.5}
+
+
+def test_stages_that_leave_nothing_to_train_at_first_are_refused():
+    trainer = SimpleNamespace(strategy=None, current_epoch=0)
+    callback, model = GradualUnfreezing([Stage(epoch=1, patterns=["*"])]), decoder()
+    callback.setup(trainer, model, "test")  # does nothing
+    callback.setup(trainer, model, "fit")
+    with pytest.raises(MisconfigurationException, match=r"^GradualUnfreezing: everything is frozen"):
+        callback.on_train_start(trainer, model)
+    with pytest.raises(MisconfigurationException, match="stages is empty"):
+        GradualUnfreezing([])
 
 
 def test_gradual_unfreezing_says_what_ddp_needs():
@@ -353,55 +440,66 @@ def test_each_layer_learns_slower_than_the_one_above(bert):
         [0.1, 0.1, 0.05, 0.05, 0.025, 0.025, 0.0125, 0.0125, 0.00625, 0.00625]
     )
     assert sum(len(group["params"]) for group in groups) == len(list(bert.parameters()))
-    with pytest.raises(MisconfigurationException, match=r"decay must be in \(0, 1\], got 1.5"):
-        LayerwiseRates(decay=1.5)
+
+
+@pytest.mark.parametrize(
+    ("callback", "arguments", "message"),
+    [
+        ("rates.LayerwiseRates", {"decay": 1.5}, r"decay.*1\.5 does not conform to restriction v>0 and v<=1"),
+        ("freeze.GradualUnfreezing", {"stages": [{"epoch": -1}]}, "epoch.*-1 does not conform to restriction v>=0"),
+        ("freeze.GradualUnfreezing", {"stages": [{"rate": -0.5}]}, "rate.*-0.5 does not conform to restriction v>=0"),
+        ("lora.LoRA", {"rank": 0}, "rank.*0 does not conform to restriction v>0"),
+        ("lora.LoRA", {"alpha": 0.0}, "alpha.*0.0 does not conform to restriction v>0"),
+        ("lora.LoRA", {"dropout": 1.0}, "dropout.*1.0 does not conform to restriction v>=0 and v<1"),
+    ],
+)
+def test_the_parser_refuses_numbers_out_of_range(callback, arguments, message):
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(L.Callback, "callback")
+    with pytest.raises(ArgumentError, match=f"(?s){message}"):
+        parser.parse_object({"callback": {"class_path": ROOM + callback, "init_args": arguments}})
 
 
 # --- adapters --------------------------------------------------------------------------------------------------------
 
 
-def test_lora_trains_adapters_alone_and_exports_a_plain_model(llm_train, tiny, tmp_path):
+def test_lora_trains_adapters_alone_and_exports_a_plain_model(world, lora):
     from transformers import AutoModelForCausalLM
 
-    done = llm_train("fit", "-c", freezing(tiny, tmp_path, ("LoRA", {"rank": 2})))
-    assert done.code == 0, done.err
-    before, after = start_weights(tmp_path), weights(RUNS / "tiny/checkpoints/best.ckpt")
+    run = lora.whole
+    before, after = start_weights(world), weights(run / "checkpoints/best.ckpt")
     for name, weight in before.items():
         adapted = name.replace(".weight", ".base_layer.weight").replace(".bias", ".base_layer.bias")
         assert torch.equal(weight, after[adapted if adapted in after else name])
     adapters = {name for name in after if "lora_" in name}
     assert len(adapters) == 2 * 4 * 2  # two matrices for four layers in each of two blocks
-    assert in_optimizer(RUNS / "tiny/checkpoints/last.ckpt") == (adapters, adapters)
+    assert in_optimizer(run / "checkpoints/last.ckpt") == (adapters, adapters)
 
-    module = PretrainModule(vocab_size=257, block_size=16, pretrained=str(tmp_path / "start")).eval()
-    module.on_load_checkpoint(torch.load(RUNS / "tiny/checkpoints/best.ckpt", weights_only=True))
+    module = started(world)
+    module.on_load_checkpoint(torch.load(run / "checkpoints/best.ckpt", weights_only=True))
     module.load_state_dict(after)
-    plain = AutoModelForCausalLM.from_pretrained(RUNS / "tiny/model").eval()
+    module.eval()
+    plain = AutoModelForCausalLM.from_pretrained(run / "model").eval()
     assert not [name for name, _ in plain.named_parameters() if "lora" in name]
     ids = torch.randint(0, 257, (2, 16), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         torch.testing.assert_close(plain(ids).logits, module(ids), rtol=1e-4, atol=1e-5)
-    start = PretrainModule(vocab_size=257, block_size=16, pretrained=str(tmp_path / "start")).eval()
-    assert (module(ids) - start(ids)).abs().max() > 1e-3
+        assert (module(ids) - started(world)(ids)).abs().max() > 1e-3
 
-    assert llm_train("generate", "--run", RUNS / "tiny", "--prompt", "a", "--max_new_tokens", "5").code == 0
-    validated = llm_train("validate", "-c", RUNS / "tiny/config.yaml", "--ckpt_path", "best")
+
+def test_a_run_with_adapters_generates_and_validates(llm_train, lora):
+    assert llm_train("generate", "--run", lora.whole, "--prompt", "a", "--max_new_tokens", "5").code == 0
+    validated = llm_train(
+        "validate", "-c", lora.whole / "config.yaml", "--ckpt_path", lora.whole / "checkpoints/best.ckpt"
+    )
     assert validated.code == 0, validated.err
 
 
-def test_a_killed_lora_run_resumes_to_the_same_weights(llm_train, forked, tiny, tmp_path):
-    config = freezing(tiny, tmp_path, ("LoRA", {"rank": 2, "dropout": 0.2}))
-    llm_train("fit", "-c", config, "--run.name", "whole")
-    last = RUNS / "killed/checkpoints/last.ckpt"
-    assert forked("fit", "-c", config, "--run.name", "killed", meanwhile=kill_when(last.is_file)) == -signal.SIGKILL
-    resumed = llm_train("fit", "-c", config, "--run.name", "killed", "--ckpt_path", "last")
-    assert resumed.code == 0, resumed.err
-    assert_same_weights(RUNS / "whole/checkpoints/last.ckpt", last)
+def test_a_killed_lora_run_resumes_to_the_same_weights(lora):
+    assert_same_weights(lora.whole / "checkpoints/last.ckpt", lora.killed / "checkpoints/last.ckpt")
 
 
-def test_adapters_can_be_chosen_and_a_new_head_trained_beside_them(bert):
-    import copy
-
+def test_adapters_can_be_chosen_and_a_new_head_trained_with_them(bert):
     model = copy.deepcopy(bert)
     LoRA(rank=2, targets=["*.query", "*.value"], also_trained=["*classifier*", "*query.bias"]).setup(None, model, "fit")
     assert set(adapted_layers(model)) == {
@@ -417,11 +515,9 @@ def test_adapters_can_be_chosen_and_a_new_head_trained_beside_them(bert):
         MisconfigurationException, match=r"no linear layer is named '\*.qkv'; there are .*layer.\*.attent"
     ):
         LoRA(targets=["*.qkv"]).setup(None, copy.deepcopy(bert), "fit")
-    with pytest.raises(MisconfigurationException, match="rank must be at least 1"):
-        LoRA(rank=0)
 
 
-def test_merging_folds_the_adapters_in_and_out_again():
+def test_adapters_are_merged_and_unmerged():
     model = decoder(n_layer=1)
     LoRA(rank=2).setup(None, model, "fit")
     for layer in adapted_layers(model).values():
@@ -470,9 +566,14 @@ def test_every_arm_is_in_the_study():
 
 def test_arms_add_their_callbacks_to_those_of_an_experiment(llm_train, tiny):
     arms = [f"--config={STUDIES}/freeze/{arm}.yaml" for arm in ("gradual", "lora")]
-    plain, parsed = (llm_train("fit", "-c", tiny(), *more, "--print_config") for more in ([], arms))
+    parsed = llm_train("fit", "-c", tiny(), *arms, "--print_config")
     assert parsed.code == 0, parsed.err
-    before, after = (yaml.safe_load(done.out)["trainer"]["callbacks"] for done in (plain, parsed))
-    assert after[:-2] == before
-    assert [callback["class_path"] for callback in after[-2:]] == [CALLBACKS["GradualUnfreezing"], CALLBACKS["LoRA"]]
-    assert [stage["epoch"] for stage in after[-2]["init_args"]["stages"]] == [2, 4, 6]
+    callbacks = yaml.safe_load(parsed.out)["trainer"]["callbacks"]
+    defaults = yaml.safe_load(DEFAULTS.read_text())["trainer"]["callbacks"]
+    assert [callback["class_path"] for callback in callbacks] == [
+        *(callback["class_path"] for callback in defaults),
+        "lightning_modules.runtime.export.ExportModel",
+        f"{ROOM}freeze.GradualUnfreezing",
+        f"{ROOM}lora.LoRA",
+    ]
+    assert [stage["epoch"] for stage in callbacks[-2]["init_args"]["stages"]] == [2, 4, 6]
