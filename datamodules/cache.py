@@ -1,4 +1,4 @@
-"""What datamodules keep between runs: one folder on this machine, written so that nobody ever reads half a file."""
+"""The cache of the datamodules: one folder on this machine whose files are complete or absent."""
 
 import hashlib
 import json
@@ -13,21 +13,33 @@ from lightning_modules.common.files import atomic_file
 
 
 def cache_root() -> Path:
-    """Return `$LLM_TRAIN_CACHE`, or `llm-train` under `$XDG_CACHE_HOME` or `~/.cache`. It is always safe to delete."""
+    """Return the folder of the cache, which can be deleted at any time.
+
+    It is `$LLM_TRAIN_CACHE` if that is set, else `llm-train` in `$XDG_CACHE_HOME` or `~/.cache`.
+    """
     if chosen := os.environ.get("LLM_TRAIN_CACHE"):
         return Path(chosen).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llm-train"
 
 
 def digest(value: Any) -> str:
-    """Return a short hash of anything JSON can hold, fit for a file name."""
+    """Return a hash of 20 hexadecimal digits, for file names.
+
+    Args:
+        value: Any value that JSON can represent.
+    """
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:20]
 
 
 def cached_array(target: Path, compute: Callable[[], np.ndarray], mmap_mode: Literal["r"] | None = None) -> np.ndarray:
-    """Return the array in a `.npy` file, computed where there is none, or none that can be read.
+    """Return the array of a `.npy` file, and compute and write it if there is none.
 
-    A file that is damaged, or holds pickled objects, is not looked into but made anew.
+    A file that is damaged, or that holds pickled objects, is replaced; nothing is unpickled.
+
+    Args:
+        target: File of the array.
+        compute: Returns the array.
+        mmap_mode: `r` maps the file into memory; by default it is read.
     """
     try:
         return np.load(target, mmap_mode=mmap_mode)

@@ -1,7 +1,7 @@
-"""Where text comes from: files and URLs, the Hugging Face hub, this machine's own Python, or a list of texts.
+"""Sources of text: files and URLs, the Hugging Face hub, the Python installation of this machine, or a list of texts.
 
-Every source hands out its documents in pieces of bounded size, so that a corpus of any size passes through a small
-memory. The pieces are cut where cutting changes nothing: tokenising piece by piece gives the tokens of the whole.
+A source yields its documents in pieces of bounded size, so that a corpus of any size fits into little memory. The cuts
+are chosen so that the tokens of the pieces are the tokens of the document.
 """
 
 import ast
@@ -27,23 +27,29 @@ from datamodules.cache import cache_root, digest
 from datamodules.hub_datasets import hub_errors, load_hub_dataset
 from lightning_modules.common.files import atomic_file
 from lightning_modules.common.messages import first_line, say
+from lightning_modules.common.ranges import PositiveInt
 
-# Characters. A tokenizer needs up to a hundred bytes of memory a character, and works on several pieces at once.
+# In characters. A tokenizer needs up to a hundred bytes of memory for each, and encodes several pieces at once.
 PIECE_SIZE = 2**16
 
-# After such a newline, a GPT-like pre-tokeniser starts afresh: whitespace around a cut would otherwise be one token.
+# GPT-like pre-tokenizers always split after such a newline. Other whitespace around a cut could be one token.
 _LINE_START = re.compile(r"\S\n(?=\S)")
 
 
 class Piece(NamedTuple):
-    """A stretch of a document, and whether the document ends with it."""
+    """A part of a document.
+
+    Attributes:
+        text: The text.
+        ends_document: Whether it is the last part.
+    """
 
     text: str
     ends_document: bool
 
 
 class Source(ABC):
-    """A collection of documents that can be read as often as one likes, always in the same order."""
+    """Base of the sources: a collection of documents that can be read repeatedly, always in the same order."""
 
     @abstractmethod
     def pieces(self) -> Iterator[Piece]:
@@ -51,7 +57,7 @@ class Source(ABC):
 
     @abstractmethod
     def fingerprint(self) -> str:
-        """Return a string that changes when the text does. Cheap: it reads no text."""
+        """Return a string that changes when the text changes, without reading the text."""
 
     def documents(self) -> Iterator[str]:
         """Yield every document whole."""
@@ -64,10 +70,13 @@ class Source(ABC):
 
 
 def cut(chunks: Iterable[str]) -> Iterator[Piece]:
-    """Cut one document, given as consecutive strings of any length, into pieces.
+    """Cut one document into pieces of at most `PIECE_SIZE` characters.
 
-    Each cut comes after the last newline that has a non-space character on both sides; where there is none, after the
-    last newline; in a line longer than a piece, anywhere.
+    A cut is made after the last newline that has a non-space character on both sides; if there is none, after the last
+    newline; if a line is longer than a piece, within the line.
+
+    Args:
+        chunks: The document as consecutive strings of any length.
     """
     rest = ""
     for chunk in chunks:
@@ -97,8 +106,8 @@ class TextFiles(Source):
     A byte order mark is dropped and every line end becomes a newline. A URL is downloaded once, into the cache.
 
     Args:
-        paths: a path, a glob pattern (`books/**/*.txt`), a URL that fsspec understands (`https://`, `s3://`, ...), or a
-            list of these, in the order in which the documents shall come. Relative paths start at the working folder.
+        paths: A path, a glob pattern (`books/**/*.txt`), a URL that fsspec supports (`https://`, `s3://`, ...), or a
+            list of these, in the order of the documents. Relative paths start at the working folder.
     """
 
     def __init__(self, paths: str | list[str]) -> None:
@@ -108,7 +117,7 @@ class TextFiles(Source):
         """Yield the files in pieces, decoded as they are read.
 
         Raises:
-            MisconfigurationException: a file is missing, empty or not UTF-8, or a URL cannot be read.
+            MisconfigurationException: If a file is missing, empty or not UTF-8, or a URL cannot be read.
         """
         for name in self._files():
             path = download(name) if is_url(name) else Path(name)
@@ -122,7 +131,7 @@ class TextFiles(Source):
                 raise MisconfigurationException(f"text file {name} is empty: give a file that holds text")
 
     def fingerprint(self) -> str:
-        """Hash the paths, sizes and modification times, and the URLs as they stand."""
+        """Return a hash of the paths, sizes and modification times of the files, and of the URLs."""
         return digest(["TextFiles", [name if is_url(name) else stat_of(Path(name)) for name in self._files()]])
 
     def _files(self) -> list[str]:
@@ -144,12 +153,12 @@ class TextFiles(Source):
 
 
 def is_url(path: str) -> bool:
-    """Whether this is an address, and not a path."""
+    """Return whether a string is a URL rather than a path."""
     return "://" in path
 
 
 def stat_of(path: Path) -> list[str | int]:
-    """What tells whether a file is still the same: its place, size and time of change."""
+    """Return the path, the size in bytes and the modification time of a file, which change when its content changes."""
     stat = path.stat()
     return [str(path.resolve()), stat.st_size, stat.st_mtime_ns]
 
@@ -157,10 +166,10 @@ def stat_of(path: Path) -> list[str | int]:
 def _decoded(path: Path, name: str) -> Iterator[str]:
     decoder = codecs.getincrementaldecoder("utf-8")()
     newlines = io.IncrementalNewlineDecoder(decoder, translate=True)
-    offset = 0  # bytes read so far
+    offset = 0  # number of bytes read
     with open(path, "rb") as file:
         while True:
-            pending = len(decoder.getstate()[0])  # the first bytes of a character that the last read cut in two
+            pending = len(decoder.getstate()[0])  # bytes of a character that the last read split
             data = file.read(2**20)
             try:
                 text = newlines.decode(data, final=not data)
@@ -176,22 +185,25 @@ def _decoded(path: Path, name: str) -> Iterator[str]:
 
 
 def download(url: str) -> Path:
-    """Fetches a file once, into the cache.
+    """Return a local copy of a file, downloaded into the cache the first time.
+
+    Args:
+        url: Address that fsspec supports.
 
     Raises:
-        MisconfigurationException: If it cannot be reached.
+        MisconfigurationException: If it cannot be downloaded.
     """
     target = cache_root() / "downloads" / f"{digest(url)}-{PurePosixPath(urlparse(url).path).name}"
     if not target.exists():
         import fsspec
 
         say(f"downloading {url} to {target}")
-        # aiohttp ignores the proxy variables of the environment unless told otherwise.
+        # By default, aiohttp ignores the proxy variables of the environment.
         options = {"client_kwargs": {"trust_env": True}} if url.startswith("http") else {}
         try:
             with fsspec.open(url, "rb", **options) as remote, atomic_file(target) as local:
                 shutil.copyfileobj(remote, local)
-        except Exception as error:  # every file system has its own
+        except Exception as error:  # every file system raises its own
             raise MisconfigurationException(
                 f"{url} could not be downloaded ({first_line(error)}): check the network and the address, or download "
                 "it elsewhere and give the path of the file in place of the URL"
@@ -200,16 +212,16 @@ def download(url: str) -> Path:
 
 
 class HubText(Source):
-    """A column of a Hugging Face dataset: each row is one document.
+    """A text column of a Hugging Face dataset: each row is one document.
 
     Args:
-        dataset: the dataset's name on the hub (`owner/name`), or a local folder with data files.
-        config: the configuration (subset), for a dataset that has several.
-        split: the split, such as `train`.
-        column: the column that holds the text.
-        streaming: read over the network as the text is needed, rather than download the whole dataset first.
-        max_documents: stop after so many documents; null for all.
-        revision: the branch, tag or commit, for a run that can be repeated after the dataset has changed.
+        dataset: Name on the hub (`owner/name`), or a local folder with data files.
+        config: Configuration (subset), for a dataset that has several.
+        split: Name of the split.
+        column: Name of the column.
+        streaming: Whether to read rows over the network as they are needed. If not, the dataset is downloaded first.
+        max_documents: Number of documents to read from the start; `null` for all.
+        revision: Branch, tag or commit. With a commit, the run can be repeated after the dataset has changed.
     """
 
     def __init__(
@@ -219,7 +231,7 @@ class HubText(Source):
         split: str = "train",
         column: str = "text",
         streaming: bool = True,
-        max_documents: int | None = None,
+        max_documents: PositiveInt | None = None,
         revision: str | None = None,
     ) -> None:
         self.dataset = dataset
@@ -231,10 +243,10 @@ class HubText(Source):
         self.revision = revision
 
     def pieces(self) -> Iterator[Piece]:
-        """Yield the rows in pieces. Rows without text are left out.
+        """Yield the rows in pieces. Rows without text are skipped.
 
         Raises:
-            MisconfigurationException: the dataset cannot be reached, or has no such configuration, split or column.
+            MisconfigurationException: If the dataset cannot be reached, or has no such configuration, split or column.
         """
         for number, text in enumerate(self._rows()):
             if not isinstance(text, str | None):
@@ -244,7 +256,7 @@ class HubText(Source):
             yield from cut([text or ""])
 
     def fingerprint(self) -> str:
-        """Hash what was asked for; for a local folder also the paths, sizes and modification times of its files."""
+        """Return a hash of the arguments, and of the paths, sizes and modification times of local files."""
         folder = Path(self.dataset)
         files = [stat_of(path) for path in sorted(folder.rglob("*")) if path.is_file()] if folder.is_dir() else []
         asked = [self.dataset, self.config, self.split, self.column, self.max_documents, self.revision]
@@ -253,7 +265,7 @@ class HubText(Source):
     def _rows(self) -> Iterator[str | None]:
         rows = load_hub_dataset(self.dataset, self.split, self.config, self.revision, self.streaming)
         with hub_errors(self.dataset, self.split, self.config):
-            columns = rows.column_names or list(next(iter(rows)))  # some streams know them only with the first row
+            columns = rows.column_names or list(next(iter(rows)))  # of some streams only the rows tell
             if self.column not in columns:
                 raise MisconfigurationException(
                     f"dataset {self.dataset} has no column {self.column}: choose one of {', '.join(columns)}"
@@ -271,15 +283,14 @@ _FOREIGN_FOLDERS = {"site-packages", "dist-packages", "__pycache__", "pydoc_data
 
 
 class PythonText(Source):
-    """The documentation and the source of the Python that runs this: English and code that every machine has.
+    """Documentation and source code of the running Python: English text and code that every machine has.
 
-    Nothing is imported or run but the module that holds the help topics. The documents come in a fixed order, each
-    text once.
+    Only the module with the help topics is imported. The documents have a fixed order, and equal texts occur once.
 
     Args:
-        kinds: what to read, in this order: `topics` (what `help("topic")` shows), `docstrings` (of the standard
-            library, each one document), `modules` (the library's source files, docstrings included), `tests` (the
-            source of its tests, which some installations lack).
+        kinds: Kinds of text, in the order in which they are read: `topics` (the pages of `help("topic")`), `docstrings`
+            (of the standard library, each one document), `modules` (source files of the library, with docstrings),
+            `tests` (source files of its tests; some installations have none).
     """
 
     def __init__(self, kinds: list[PythonKind] | tuple[PythonKind, ...] = ("topics", "docstrings")) -> None:
@@ -289,9 +300,14 @@ class PythonText(Source):
         """Yield the documents in pieces.
 
         Raises:
-            MisconfigurationException: this Python has no text of the kinds asked for.
+            MisconfigurationException: If this Python has no text of these kinds.
         """
-        readers = {"topics": _topics, "docstrings": _docstrings, "modules": _modules, "tests": _tests}
+        readers = {
+            "topics": _topics,
+            "docstrings": _docstrings,
+            "modules": lambda: _library_files(tests=False),
+            "tests": lambda: _library_files(tests=True),
+        }
         seen: set[bytes] = set()
         for kind in self.kinds:
             for text in readers[kind]():
@@ -306,14 +322,14 @@ class PythonText(Source):
             )
 
     def fingerprint(self) -> str:
-        """Hash Python's version, its folder and the kinds."""
+        """Return a hash of the version and the folder of Python, and of the arguments."""
         return digest(["PythonText", sys.version, sysconfig.get_path("stdlib"), self.kinds])
 
 
 def _topics() -> Iterator[str]:
     try:
         topics = importlib.import_module("pydoc_data.topics").topics
-    except ImportError:  # some systems package it apart
+    except ImportError:  # some systems have it in a package of its own
         return
     for name in sorted(topics):
         yield topics[name]
@@ -326,40 +342,32 @@ def _library_files(tests: bool) -> Iterator[str]:
         if folders & _FOREIGN_FOLDERS or bool(folders & _TEST_FOLDERS) != tests:
             continue
         try:
-            with tokenize.open(path) as file:  # heeds the encoding that the file declares
+            with tokenize.open(path) as file:  # reads with the encoding that the file declares
                 yield file.read()
-        except (SyntaxError, UnicodeDecodeError):  # some tests are about files that cannot be read
+        except (SyntaxError, UnicodeDecodeError):  # some tests use files that cannot be read
             continue
 
 
-def _modules() -> Iterator[str]:
-    return _library_files(tests=False)
-
-
-def _tests() -> Iterator[str]:
-    return _library_files(tests=True)
-
-
 def _docstrings() -> Iterator[str]:
-    for text in _modules():
+    for text in _library_files(tests=False):
         yield from _docstrings_of(ast.parse(text))
 
 
 def _docstrings_of(node: ast.AST) -> Iterator[str]:
-    """Yield the docstring of a module, class or function, and those of what is defined inside, in reading order."""
+    """Yield the docstrings of a module, class or function and of the definitions in it, in the order of the source."""
     documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     if isinstance(node, documented) and (docstring := ast.get_docstring(node)):
         yield docstring
-    for block in ("body", "handlers", "orelse", "finalbody"):  # not in expressions, which are most of the tree
+    for block in ("body", "handlers", "orelse", "finalbody"):  # expressions, most of the tree, have none
         for statement in getattr(node, block, ()):
             yield from _docstrings_of(statement)
 
 
 class ListText(Source):
-    """Texts given in place: for tests and tiny experiments.
+    """Texts given as a list, for tests and tiny experiments.
 
     Args:
-        texts: the documents.
+        texts: The documents.
     """
 
     def __init__(self, texts: list[str]) -> None:
@@ -371,5 +379,5 @@ class ListText(Source):
             yield from cut([text])
 
     def fingerprint(self) -> str:
-        """Hash the texts themselves."""
+        """Return a hash of the texts."""
         return digest(["ListText", self.texts])

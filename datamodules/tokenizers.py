@@ -1,4 +1,4 @@
-"""Every tokenizer is a transformers fast tokenizer: bytes, characters, a tokenizer.json, or a name on the hub."""
+"""Tokenizers, all fast tokenizers of Transformers: bytes, characters, a tokenizer.json, or a name on the hub."""
 
 import functools
 import hashlib
@@ -18,6 +18,7 @@ from datamodules.cache import cache_root
 from datamodules.sources import Source
 from lightning_modules.common.files import atomic_file
 from lightning_modules.common.hub import hub_answers
+from lightning_modules.common.messages import first_line
 
 if TYPE_CHECKING:  # imported where used: transformers is slow to import
     from transformers import PreTrainedTokenizerFast
@@ -26,23 +27,23 @@ END_OF_TEXT = "<|endoftext|>"
 
 
 def load_tokenizer(name: str, source: Source | None = None, cache_dir: Path | None = None) -> "PreTrainedTokenizerFast":
-    """Return the tokenizer of that name.
+    """Return a tokenizer.
 
     Args:
-        name: `byte`: the 256 bytes and `<|endoftext|>`, for any text in any language. `character`: one token for each
-            distinct character of the source, and `<|endoftext|>` where the source has several documents. Otherwise a
-            folder with a `tokenizer.json`, such a file itself, or the name of a model on the Hugging Face hub.
-        source: the text whose characters `character` takes; read once, then remembered in the cache.
-        cache_dir: where to remember them; by default `cache_root()`.
+        name: `byte` has the 256 bytes and `<|endoftext|>` as tokens, for any text in any language. `character` has one
+            token for each distinct character of the source, and `<|endoftext|>` if the source has several documents.
+            Other names are a folder with a `tokenizer.json`, such a file, or a model on the Hugging Face hub.
+        source: Text with the characters of `character`. It is read once; the cache keeps the characters.
+        cache_dir: Folder of the cache, by default `cache_root()`.
 
     Raises:
-        MisconfigurationException: there is no such tokenizer, or it is incomplete.
+        MisconfigurationException: If there is no such tokenizer, or it is incomplete.
     """
     if name == "byte":
         return byte_tokenizer()
     if name == "character":
         if source is None:
-            raise MisconfigurationException("tokenizer character needs a source whose characters it takes")
+            raise MisconfigurationException("tokenizer character needs a source of text: give one")
         return character_tokenizer(*_scan(source, cache_dir or cache_root()))
     path = Path(name).expanduser()
     tokenizer = _from_disk(path) if path.exists() or _looks_like_path(name) else _from_hub(name)
@@ -52,32 +53,36 @@ def load_tokenizer(name: str, source: Source | None = None, cache_dir: Path | No
             "again"
         )
     if tokenizer.eos_token is None and END_OF_TEXT in tokenizer.get_vocab():
-        tokenizer.eos_token = END_OF_TEXT  # a bare tokenizer.json does not say what its special tokens are for
+        tokenizer.eos_token = END_OF_TEXT  # a tokenizer.json alone does not tell which it is
     return tokenizer
 
 
 class WithTokenizer:
-    """What a datamodule with a tokenizer tells the module, and does with a prompt."""
+    """Mixin of the datamodules with a tokenizer: values that the module is linked to, and the encoding of a prompt."""
 
     tokenizer: "PreTrainedTokenizerFast"
 
     @property
     def vocab_size(self) -> int:
-        """The number of token ids."""
+        """Number of tokens."""
         return vocab_size(self.tokenizer)
 
     @property
     def pad_token_id(self) -> int | None:
-        """The tokenizer's padding token, where it has one."""
+        """Padding token of the tokenizer, or `None`."""
         return self.tokenizer.pad_token_id
 
     def encode(self, text: str) -> Tensor:
-        """Return the token ids of a text, a prompt say: (T,) int64."""
+        """Return the token ids of a text, (T,) int64.
+
+        Args:
+            text: A prompt, for example.
+        """
         return torch.from_numpy(encode(self.tokenizer, [text])[0].astype("int64"))
 
 
 def byte_tokenizer() -> "PreTrainedTokenizerFast":
-    """Return the tokenizer whose token ids are the bytes of the UTF-8 text, with `<|endoftext|>` after them."""
+    """Return the tokenizer whose ids are the bytes of UTF-8 text; the last id is `<|endoftext|>`."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     backend = Tokenizer(models.BPE(vocab={letter: byte for byte, letter in enumerate(_byte_letters())}, merges=[]))
@@ -87,14 +92,18 @@ def byte_tokenizer() -> "PreTrainedTokenizerFast":
 
 
 def character_tokenizer(characters: str, end_of_text: bool) -> "PreTrainedTokenizerFast":
-    """Return the tokenizer with one token for each of these characters, and perhaps `<|endoftext|>` after them.
+    """Return a tokenizer with one token for each character.
 
-    It has no token for other characters: one would make the vocabulary larger than the text's own, and a text could
-    not be read back from its tokens. Encoding a text that holds others is an error.
+    It has no token for unknown characters, so that a text can be decoded from its tokens. To encode a text with an
+    unknown character is an error.
+
+    Args:
+        characters: The characters, in the order of their ids.
+        end_of_text: Whether the last id is `<|endoftext|>`.
     """
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
-    # The unknown token is none of the vocabulary, so that the model refuses what it does not know.
+    # The unknown token is not in the vocabulary, so that unknown characters are an error.
     backend = Tokenizer(models.WordLevel({letter: i for i, letter in enumerate(characters)}, unk_token="unknown"))
     backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     backend.decoder = decoders.Fuse()
@@ -102,29 +111,33 @@ def character_tokenizer(characters: str, end_of_text: bool) -> "PreTrainedTokeni
 
 
 def vocab_size(tokenizer: "PreTrainedTokenizerFast") -> int:
-    """Return one more than the largest token id: the rows that an embedding needs."""
+    """Return the largest token id plus 1, which is the number of rows that an embedding needs."""
     return max(tokenizer.get_vocab().values()) + 1
 
 
 def tokenizer_fingerprint(tokenizer: "PreTrainedTokenizerFast") -> str:
-    """Return a hash of everything that decides how the tokenizer splits a text."""
+    """Return a hash of all settings that decide which tokens a text has."""
     text = f"{tokenizer.backend_tokenizer.to_str()} {tokenizer.eos_token_id}"
     return hashlib.sha256(text.encode()).hexdigest()[:20]
 
 
 def encode(tokenizer: "PreTrainedTokenizerFast", texts: Sequence[str]) -> list[np.ndarray]:
-    """Return the token ids of each text: the text alone, no special tokens added, none recognised in it.
+    """Return the token ids of each text, (T,). No special token is added, and none is recognised in the text.
+
+    Args:
+        tokenizer: Tokenizer.
+        texts: Texts of any length.
 
     Raises:
-        MisconfigurationException: a text holds a character that a character tokenizer does not know.
+        MisconfigurationException: If a character tokenizer does not have a character.
     """
     unit = tokenizer.init_kwargs.get("unit")
-    if unit is not None:  # a table gives the same ids a hundred times as fast as the search for merges
+    if unit is not None:  # a look-up gives the same ids about a hundred times as fast
         return [_look_up(tokenizer, unit, text) for text in texts]
-    # Set, it also keeps the library from warning of the fork whenever a loader starts its workers.
+    # Without this variable, the library prints a warning whenever a loader forks its workers.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     backend = tokenizer.backend_tokenizer
-    backend.encode_special_tokens = True  # "<|endoftext|>" in a text is text
+    backend.encode_special_tokens = True  # the characters "<|endoftext|>" in a text are text
     backend.no_truncation()
     backend.no_padding()
     encodings = backend.encode_batch_fast(list(texts), add_special_tokens=False)
@@ -132,10 +145,13 @@ def encode(tokenizer: "PreTrainedTokenizerFast", texts: Sequence[str]) -> list[n
 
 
 def token_byte_lengths(tokenizer: "PreTrainedTokenizerFast") -> np.ndarray:
-    """Return how many bytes of UTF-8 text each token stands for: (vocab,) int64, 0 for special tokens.
+    """Return the number of UTF-8 bytes of each token, (vocab,) int64; 0 for special tokens.
 
-    Bits per byte divides by their sum. Exact for byte-level and character tokenizers; for WordPiece and SentencePiece,
-    which do not keep a text's every space, the length of the token as it is written.
+    Bits per byte divides by their sum. The numbers are exact for byte-level and character tokenizers. WordPiece and
+    SentencePiece do not keep all spaces of a text; for these it is the length of the token.
+
+    Args:
+        tokenizer: Tokenizer.
     """
     from tokenizers import decoders
 
@@ -143,7 +159,7 @@ def token_byte_lengths(tokenizer: "PreTrainedTokenizerFast") -> np.ndarray:
     lengths = np.zeros(vocab_size(tokenizer), dtype=np.int64)
     for token, i in tokenizer.get_vocab().items():
         if byte_level:
-            lengths[i] = len(token)  # each letter of a byte-level token is one byte
+            lengths[i] = len(token)  # each character of a byte-level token is one byte
         elif re.fullmatch(r"<0x[0-9A-F]{2}>", token):
             lengths[i] = 1  # SentencePiece's byte fallback
         else:
@@ -154,9 +170,9 @@ def token_byte_lengths(tokenizer: "PreTrainedTokenizerFast") -> np.ndarray:
 
 
 def _byte_letters() -> list[str]:
-    """Return the printable letter that stands for each byte in byte-level vocabularies (Radford et al., 2019).
+    """Return the character that represents each byte in byte-level vocabularies (Radford et al., 2019).
 
-    Bytes that are printable in Latin-1 stand for themselves, the others for the letters from U+0100 onwards.
+    A byte that is printable in Latin-1 is represented by that character, any other by a character from U+0100 on.
     """
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = iter(range(0x100, 0x200))
@@ -166,7 +182,7 @@ def _byte_letters() -> list[str]:
 def _wrap(backend: object, unit: Literal["byte", "character"], end_of_text: bool) -> "PreTrainedTokenizerFast":
     from transformers import PreTrainedTokenizerFast
 
-    # `unit` travels in tokenizer_config.json, so that a saved copy is as fast.
+    # `unit` is saved in tokenizer_config.json, so that a loaded copy can use the look-up too.
     special = {"eos_token": END_OF_TEXT} if end_of_text else {}
     return PreTrainedTokenizerFast(tokenizer_object=backend, unit=unit, **special)
 
@@ -179,8 +195,8 @@ def _look_up(tokenizer: "PreTrainedTokenizerFast", unit: str, text: str) -> np.n
     if (unknown := np.flatnonzero(ids < 0)).size:
         letter = text[unknown[0]]
         raise MisconfigurationException(
-            f"character {letter!r} (U+{ord(letter):04X}) is not in the character tokenizer's vocabulary: leave it out, "
-            "take a source that holds it, or use tokenizer byte, which knows every text"
+            f"character {letter!r} (U+{ord(letter):04X}) is not in the character tokenizer's vocabulary: remove it, "
+            "choose a source that has it, or use tokenizer byte, which encodes every text"
         )
     return ids
 
@@ -195,12 +211,12 @@ def _character_table(tokenizer: "PreTrainedTokenizerFast") -> np.ndarray:
 
 
 def _scan(source: Source, cache_dir: Path) -> tuple[str, bool]:
-    """Return the distinct characters of a source, sorted, and whether it has several documents."""
+    """Return the sorted distinct characters of a source, and whether it has several documents."""
     file = cache_dir / "characters" / f"{source.fingerprint()}.json"
     try:
         known = json.loads(file.read_text(encoding="utf-8"))
         return known["characters"], known["several_documents"]
-    except (OSError, ValueError, KeyError, TypeError):  # not there, or damaged
+    except (OSError, ValueError, KeyError, TypeError):  # missing or damaged
         pass
     letters: set[str] = set()
     n_documents = 0
@@ -208,7 +224,7 @@ def _scan(source: Source, cache_dir: Path) -> tuple[str, bool]:
         letters.update(text)
         n_documents += ends_document
     if not letters:
-        raise MisconfigurationException("tokenizer character: the source holds no text; give one that does")
+        raise MisconfigurationException("tokenizer character: the source has no text; give another")
     characters = "".join(sorted(letters))
     with atomic_file(file) as target:
         target.write(json.dumps({"characters": characters, "several_documents": n_documents > 1}).encode())
@@ -235,9 +251,9 @@ def _from_disk(path: Path) -> "PreTrainedTokenizerFast":
         if path.is_dir():
             return PreTrainedTokenizerFast.from_pretrained(path)
         return PreTrainedTokenizerFast(tokenizer_file=str(file))
-    except Exception as error:  # the Rust library raises nothing narrower
+    except Exception as error:  # the Rust library raises plain exceptions
         raise MisconfigurationException(
-            f"tokenizer {file} could not be read ({type(error).__name__}: {error}): make or download it again"
+            f"tokenizer {file} could not be read ({first_line(error)}): make or download it again"
         ) from error
 
 
@@ -247,10 +263,9 @@ def _from_hub(name: str) -> "PreTrainedTokenizerFast":
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=not hub_answers())
     except Exception as error:  # OSError, ValueError or ImportError, by what is missing
-        reason = str(error).strip().split("\n")[0]
         raise MisconfigurationException(
             f"tokenizer {name} is no local folder or file, and could not be loaded from the Hugging Face hub "
-            f"({type(error).__name__}: {reason}): check the name and the network; byte and character need neither"
+            f"({first_line(error)}): check the name and the network; byte and character need neither"
         ) from error
     if not tokenizer.is_fast:
         raise MisconfigurationException(f"tokenizer {name} has no fast (tokenizer.json) form: choose one that has")

@@ -1,4 +1,4 @@
-"""A text as token files on disk, made once and mapped into memory, and the windows that are cut from them."""
+"""Token files: a text is tokenized once, written to the cache, mapped into memory, and read in windows."""
 
 import json
 import os
@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 
 import numpy as np
 import torch
@@ -31,21 +31,27 @@ if TYPE_CHECKING:
 
 Split = Literal["tail", "documents"]
 
-_FORMAT = 1  # raise it when the files change their meaning: caches of other formats are then left alone
-_BATCH_CHARACTERS = 2**20  # encoded at once, by all cores; memory grows with it
+_FORMAT = 1  # increase it when the content of the files changes, so that older files are not read
+_BATCH_CHARACTERS = 2**20  # encoded at once on all cores; memory use grows with it
 _BATCH_PIECES = 2**10
 
 
 @dataclass(frozen=True)
 class TokenFile:
-    """A file of token ids, one after the other."""
+    """A file of token ids.
+
+    Attributes:
+        path: The file.
+        dtype: NumPy type of a token id.
+        n_tokens: Number of tokens.
+    """
 
     path: Path
     dtype: str
     n_tokens: int
 
     def open(self) -> np.ndarray:
-        """Map the file into memory: (n_tokens,). Processes share the pages that they read."""
+        """Return the tokens, (n_tokens,), mapped into memory that processes share."""
         return np.memmap(self.path, dtype=self.dtype, mode="r", shape=(self.n_tokens,))
 
 
@@ -57,21 +63,22 @@ def prepare_tokens(
     val_fraction: float = 0.0,
     test_fraction: float = 0.0,
 ) -> dict[str, TokenFile]:
-    """Return the token files of the sides train, val and test, tokenising the source unless that was done before.
+    """Return the token files of the splits train, val and test. They are written the first time.
 
-    The files appear all at once: a process that is killed leaves nothing that is taken for them, and of two that
-    prepare the same text the first to finish wins.
+    The folder of the files appears only when all of them are complete. If two processes prepare the same text, the
+    files of the first are kept.
 
     Args:
-        source: the text.
-        tokenizer: its end-of-text token, where it has one, stands between documents.
-        cache_dir: where the files are kept, in a folder named for the source, the tokenizer and the split.
-        split: see `PretrainDataModule`.
-        val_fraction: part of the tokens (`tail`) or of the documents (`documents`) that goes to the side val.
-        test_fraction: the same for test.
+        source: The text.
+        tokenizer: Tokenizer; if it has an end-of-text token, that token separates documents.
+        cache_dir: Folder for the files. Their subfolder depends on the source, the tokenizer and the split.
+        split: `tail` holds out the last tokens, those of the test after those of the validation; `documents` holds out
+            documents, drawn by a hash of their beginning.
+        val_fraction: Part of the tokens (`tail`) or of the documents (`documents`) that is held out for validation.
+        test_fraction: Part that is held out for the test.
 
     Raises:
-        MisconfigurationException: the text or the tokenizer is at fault, or the files cannot be written.
+        MisconfigurationException: If the text cannot be read or tokenized, or the files cannot be written.
     """
     parts = [_FORMAT, source.fingerprint(), tokenizer_fingerprint(tokenizer), split, val_fraction, test_fraction]
     folder = cache_dir / "tokens" / digest(parts)
@@ -100,10 +107,12 @@ def prepare_tokens(
 
 
 def _read(folder: Path) -> dict[str, TokenFile] | None:
-    """Return the token files in a folder, or None where they are missing or not as long as they were written."""
+    """Return the token files in a folder, or `None` if one is missing or has another size than it was written with."""
     try:
         meta = json.loads((folder / "meta.json").read_text())
-        files = {side: TokenFile(folder / f"{side}.bin", meta["dtype"], meta["tokens"][side]) for side in SIDES}
+        files: dict[str, TokenFile] = {
+            side: TokenFile(folder / f"{side}.bin", meta["dtype"], meta["tokens"][side]) for side in SIDES
+        }
         whole = all(
             file.path.stat().st_size == file.n_tokens * np.dtype(file.dtype).itemsize for file in files.values()
         )
@@ -114,7 +123,7 @@ def _read(folder: Path) -> dict[str, TokenFile] | None:
 
 def _publish(fresh: Path, folder: Path, scrap: Path) -> None:
     if _read(folder) is not None:
-        return  # another process was first
+        return  # another process has written the same files
     try:
         if folder.exists():
             os.rename(folder, scrap)
@@ -135,9 +144,9 @@ def _write(
     size = vocab_size(tokenizer)
     dtype = np.dtype(np.uint16 if size <= 2**16 else np.uint32)
     separator = tokenizer.eos_token_id
-    tokens = dict.fromkeys(SIDES, 0)
+    tokens: dict[str, int] = dict.fromkeys(SIDES, 0)
     with ExitStack() as stack:
-        files = {side: stack.enter_context(open(folder / f"{side}.bin", "w+b")) for side in SIDES}
+        files: dict[str, BinaryIO] = {side: stack.enter_context(open(folder / f"{side}.bin", "w+b")) for side in SIDES}
 
         def append(side: str, ids: np.ndarray) -> None:
             ids.astype(dtype).tofile(files[side])
@@ -184,23 +193,34 @@ def _batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
 
 
 def random_windows(n_tokens: int, block_size: int, seed: int) -> tuple[int, Order]:
-    """Return the number of windows in an epoch and their order: starts drawn anew, with replacement, in each epoch."""
+    """Return the number of windows in an epoch, and their order: starts are drawn with replacement in each epoch.
+
+    Args:
+        n_tokens: Number of tokens in the file.
+        block_size: Number of tokens in a window.
+        seed: Seed of the order.
+    """
     n = n_tokens // block_size
 
     def order(epoch: int) -> Tensor:
-        # The last start leaves room for a window and the target of its last token.
+        # After the last start there is room for a window and the target of its last token.
         return torch.from_numpy(np.random.default_rng([seed, epoch]).integers(n_tokens - block_size, size=n))
 
     return n, order
 
 
 def sequential_windows(n_tokens: int, block_size: int, seed: int) -> tuple[int, Order]:
-    """Return the number of windows in an epoch and their order: each stretch of text at most once, shuffled.
+    """Return the number of windows in an epoch, and their order: windows do not overlap and are shuffled.
 
-    The grid of windows starts at an offset drawn for each epoch, so that the boundaries move. An epoch leaves out less
-    than two windows' worth of text at the ends.
+    The first window starts at an offset that is drawn for each epoch, so that the boundaries move. An epoch skips less
+    than two windows of text, at the beginning and the end.
+
+    Args:
+        n_tokens: Number of tokens in the file.
+        block_size: Number of tokens in a window.
+        seed: Seed of the order and the offsets.
     """
-    n = max(1, n_tokens // block_size - 1)  # one less than fit: room for the grid to move in
+    n = max(1, n_tokens // block_size - 1)  # one less than would fit, to leave room for the offset
     spare = n_tokens - 1 - n * block_size
 
     def order(epoch: int) -> Tensor:
@@ -212,34 +232,40 @@ def sequential_windows(n_tokens: int, block_size: int, seed: int) -> tuple[int, 
 
 
 class TokenWindows(Dataset):
-    """Windows of a token file, by the positions of their first tokens; what lies beyond the file's end is padding."""
+    """Windows of a token file, indexed by the positions of their first tokens. After the end of the file is padding.
+
+    Args:
+        file: The tokens.
+        block_size: Number of tokens in a window.
+        byte_lengths: Number of UTF-8 bytes of each token, (vocab,).
+        pad_token_id: Input after the end of the file; its target is ignored.
+    """
 
     def __init__(self, file: TokenFile, block_size: int, byte_lengths: np.ndarray, pad_token_id: int = 0) -> None:
-        """Look at a file through windows.
-
-        Args:
-            file: the tokens.
-            block_size: tokens in a window.
-            byte_lengths: (vocab,), UTF-8 bytes that each token stands for.
-            pad_token_id: the input where the file has ended; its target is ignored.
-        """
         self.file, self.block_size, self.byte_lengths, self.pad_token_id = file, block_size, byte_lengths, pad_token_id
 
     @cached_property
     def tokens(self) -> np.ndarray:
-        """The tokens of the file, mapped into memory: (n_tokens,)."""
+        """The tokens of the file, (n_tokens,), mapped into memory."""
         return self.file.open()
 
     def __getstate__(self) -> dict[str, Any]:
-        # Pickled, a mapped file is a copy of all that it holds: a worker maps it for itself.
+        # Pickling a mapped file would copy its content; a worker maps the file itself.
         return {name: value for name, value in self.__dict__.items() if name != "tokens"}
 
     def covering_starts(self) -> Tensor:
-        """Return the starts of the windows that predict each token but the first exactly once: (n,) int64."""
+        """Return the starts of windows that predict each token except the first exactly once, (n,) int64."""
         return torch.arange(0, self.file.n_tokens - 1, self.block_size)
 
     def __getitem__(self, starts: Tensor) -> dict[str, Tensor]:
-        """Return the windows that begin at these tokens (B,): inputs and targets (B, T), bytes of the targets ()."""
+        """Return the windows that start at these tokens.
+
+        Args:
+            starts: Positions of the first tokens, (B,) int64.
+
+        Returns:
+            `input_ids` and `targets`, (B, T) int64, and `target_bytes`, the number of UTF-8 bytes of the targets, ().
+        """
         places = starts.numpy()[:, None] + np.arange(self.block_size + 1)  # (B, T + 1)
         tokens = self.tokens[np.minimum(places, self.file.n_tokens - 1)].astype(np.int64)
         beyond = places >= self.file.n_tokens

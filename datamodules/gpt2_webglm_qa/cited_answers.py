@@ -1,4 +1,4 @@
-"""Questions, references, and answers that cite them by number: `[1]` is the first reference, `[2][3]` two at once."""
+"""Questions, references, and answers with citation marks: `[1]` cites the first reference, `[2][3]` cites two."""
 
 import json
 import random
@@ -6,6 +6,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,6 +14,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from datamodules.hub_datasets import load_hub_dataset
 from datamodules.splits import Side, require_fractions, side_of
+from lightning_modules.common.ranges import PositiveInt, Probability
 
 Order = Literal["given", "shuffled", "none"]
 Citations = Literal["keep", "strip", "renumber"]
@@ -23,13 +25,13 @@ _MARKS_AND_SPACE = re.compile(r"(\s*)((?:\[\d+\])+)")
 
 @dataclass(frozen=True)
 class Record:
-    """A question, its answer, and the references that the answer cites.
+    """A question with an answer and the references that the answer cites.
 
     Args:
-        question: As a user asks it.
-        answer: With citation marks, which count the references from 1.
+        question: The question.
+        answer: The answer, with citation marks that count the references from 1.
         references: Passages of text.
-        place: Where the record was found, for messages.
+        place: File and line, or dataset and row, for messages.
     """
 
     question: str
@@ -39,17 +41,21 @@ class Record:
 
 
 def citations(answer: str) -> list[int]:
-    """The numbers that an answer cites, in order, as often as it does."""
+    """Return the numbers of all citation marks, in order and with repetitions.
+
+    Args:
+        answer: Text with marks.
+    """
     return [int(number) for number in _MARK.findall(answer)]
 
 
 def renumber(answer: str, new_number: Callable[[int], int | None]) -> str:
-    """Changes citation marks.
+    """Return an answer with other numbers in its citation marks.
 
     Args:
         answer: Text with marks.
-        new_number: The number that takes the place of one; `None` removes the mark, and with the last of several that
-            stand together the space before them.
+        new_number: Maps the number of a mark to the new number, or to `None` to remove the mark. The space before
+            adjacent marks is removed if all of them are removed.
     """
 
     def change(marks: re.Match[str]) -> str:
@@ -61,17 +67,17 @@ def renumber(answer: str, new_number: Callable[[int], int | None]) -> str:
 
 
 def arrange(record: Record, order: Order, marks: Citations, seed: int = 0) -> Record:
-    """Puts the references in an order, and lets the marks of the answer follow.
+    """Return a record with its references in another order, and with citation marks that follow them.
 
     Args:
-        record: As it was found.
-        order: `given`: as found. `shuffled`: drawn, by the seed and the question. `none`: without references, which
-            leaves the answer's marks pointing at nothing.
-        marks: `keep`; `strip` removes them all; `renumber` moves the cited references to the front, in the order in
-            which the answer cites them, so that its first mark is `[1]`.
-        seed: Of the shuffling.
+        record: The record.
+        order: `given` keeps the order, `shuffled` draws one from the seed and the question, and `none` removes the
+            references, so that the marks cite references that do not exist.
+        marks: `keep` keeps the marks, `strip` removes them, and `renumber` moves the cited references to the front, in
+            the order of their first citation, so that the first mark is `[1]`.
+        seed: Seed of `shuffled`.
     """
-    numbers = list(range(1, len(record.references) + 1))  # the old number of each place
+    numbers = list(range(1, len(record.references) + 1))  # old number of each reference, in the new order
     if order == "none":
         numbers = []
     elif order == "shuffled":
@@ -80,23 +86,23 @@ def arrange(record: Record, order: Order, marks: Citations, seed: int = 0) -> Re
         cited = [number for number in dict.fromkeys(citations(record.answer)) if number in numbers]
         numbers = cited + [number for number in numbers if number not in cited]
     place_of = {old: new for new, old in enumerate(numbers, start=1)}
-    # A mark that has no reference keeps its number, which points at none of the others either.
+    # A mark without a reference keeps its number, which is not the number of another reference.
     answer = renumber(record.answer, lambda number: None if marks == "strip" else place_of.get(number, number))
     return replace(record, answer=answer, references=tuple(record.references[number - 1] for number in numbers))
 
 
 def parse_record(row: Any, place: str) -> Record:
-    """Reads a record from what a data set holds.
+    """Return the record in a row of a data set.
 
     Args:
-        row: A dictionary with `question`, `answer` and `references`; further fields are left alone.
-        place: Where it stands, for messages.
+        row: Dictionary with `question`, `answer` and `references`; other fields are ignored.
+        place: File and line, or dataset and row, for messages.
 
     Raises:
-        MisconfigurationException: If a field is missing, or is not text or a list of texts.
+        MisconfigurationException: If a field is missing or has the wrong type.
     """
     if not isinstance(row, dict):
-        raise MisconfigurationException(f"{place}: a record is an object with question, answer and references")
+        raise MisconfigurationException(f"{place}: a record must be an object with question, answer and references")
     for field in ("question", "answer", "references"):
         if field not in row:
             raise MisconfigurationException(
@@ -113,14 +119,18 @@ def parse_record(row: Any, place: str) -> Record:
 
 
 class RecordSource(ABC):
-    """A collection of records in three parts that share no question."""
+    """Base of the sources of records, in three splits that share no question."""
 
     @abstractmethod
     def records(self, side: Side) -> Iterator[Record]:
-        """Yields the records of one part, always in the same order."""
+        """Yield the records of a split, always in the same order.
+
+        Args:
+            side: The split.
+        """
 
     def prepare(self) -> None:  # noqa: B027 - most have nothing to prepare
-        """Does what one process a machine should do for all: downloads, or makes the records."""
+        """Download or make the records, on one process of each machine."""
 
 
 class HubRecords(RecordSource):
@@ -131,8 +141,8 @@ class HubRecords(RecordSource):
         train: Name of the split to train on.
         val: Name of the split to validate on.
         test: Name of the split to test on.
-        max_records: Take only the first records of each split; `null` for all.
-        revision: Branch, tag or commit, for a run that can be repeated after the dataset has changed.
+        max_records: Number of records to read from the start of each split; `null` for all.
+        revision: Branch, tag or commit. With a commit, the run can be repeated after the dataset has changed.
     """
 
     def __init__(
@@ -141,7 +151,7 @@ class HubRecords(RecordSource):
         train: str = "train",
         val: str = "validation",
         test: str = "test",
-        max_records: int | None = None,
+        max_records: PositiveInt | None = None,
         revision: str | None = None,
     ) -> None:
         self.dataset = dataset
@@ -150,18 +160,19 @@ class HubRecords(RecordSource):
         self.revision = revision
 
     def prepare(self) -> None:
-        """Downloads."""
+        """Download the dataset."""
         self._load("train")
 
     def records(self, side: Side) -> Iterator[Record]:
-        """Yields the rows of a split.
+        """Yield the records of a split.
+
+        Args:
+            side: The split.
 
         Raises:
-            MisconfigurationException: If the dataset cannot be reached, or a row is no record.
+            MisconfigurationException: If the dataset cannot be reached, or a row is not a record.
         """
-        for number, row in enumerate(self._load(side)):
-            if number == self.max_records:
-                return
+        for number, row in enumerate(islice(self._load(side), self.max_records)):
             yield parse_record(row, f"dataset {self.dataset}, {self.splits[side]}, row {number}")
 
     def _load(self, side: Side) -> Any:
@@ -170,14 +181,18 @@ class HubRecords(RecordSource):
 
 
 class JSONLines(RecordSource):
-    """Files of one JSON object a line, with the fields `question`, `answer` and `references`.
+    """Files with one JSON object in each line, with the fields `question`, `answer` and `references`.
 
     Args:
-        train: File, or files, to train on.
-        val: File, or files, to validate on; `null` takes a part of `train`.
-        test: File, or files, to test on; `null` takes a part of `train`.
-        val_fraction: That part, 0 to less than 1. A hash of its question decides where a record goes.
-        test_fraction: The same for the test.
+        train: File or files to train on.
+        val: File or files to validate on; `null` holds out a part of `train`.
+        test: File or files to test on; `null` holds out a part of `train`.
+        val_fraction: Part of `train` that is held out for validation if there is no `val`, 0 to less than 1. A hash of
+            the question draws the split of a record.
+        test_fraction: Part of `train` that is held out for the test if there is no `test`, 0 to less than 1.
+
+    Raises:
+        MisconfigurationException: If the fractions leave nothing to train on.
     """
 
     def __init__(
@@ -185,8 +200,8 @@ class JSONLines(RecordSource):
         train: str | list[str],
         val: str | list[str] | None = None,
         test: str | list[str] | None = None,
-        val_fraction: float = 0.1,
-        test_fraction: float = 0.0,
+        val_fraction: Probability = 0.1,
+        test_fraction: Probability = 0.0,
     ) -> None:
         files = {"train": train, "val": val, "test": test}
         self.files = {
@@ -195,10 +210,13 @@ class JSONLines(RecordSource):
         self.fractions = require_fractions(0.0 if val else val_fraction, 0.0 if test else test_fraction, "data.records")
 
     def records(self, side: Side) -> Iterator[Record]:
-        """Yields the records of one part.
+        """Yield the records of a split.
+
+        Args:
+            side: The split.
 
         Raises:
-            MisconfigurationException: If a file is missing, or a line of it is no record (with its number).
+            MisconfigurationException: If a file is missing, or one of its lines is not a record.
         """
         for file in self.files.get(side) or self.files["train"]:
             for record in read_json_lines(Path(file).expanduser()):
@@ -207,13 +225,13 @@ class JSONLines(RecordSource):
 
 
 def read_json_lines(path: Path) -> Iterator[Record]:
-    """Yields the records of a file; empty lines are left out.
+    """Yield the records of a file, and skip empty lines.
 
     Args:
-        path: File of one JSON object a line, in UTF-8.
+        path: UTF-8 file with one JSON object in each line.
 
     Raises:
-        MisconfigurationException: If the file is missing, or a line of it is no record (with its number).
+        MisconfigurationException: If the file is missing, or one of its lines is not a record.
     """
     if not path.is_file():
         raise MisconfigurationException(f"{path} does not exist: give a file of JSON lines")
@@ -224,6 +242,6 @@ def read_json_lines(path: Path) -> Iterator[Record]:
             place = f"{path}, line {number}"
             try:
                 row = json.loads(line.decode("utf-8-sig"))
-            except ValueError as error:  # malformed JSON, or no UTF-8
+            except ValueError as error:  # malformed JSON, or not UTF-8
                 raise MisconfigurationException(f"{place}: is no JSON object on one line ({error})") from error
             yield parse_record(row, place)

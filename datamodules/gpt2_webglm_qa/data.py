@@ -1,6 +1,5 @@
-"""Records of question, references and cited answer, as rows of tokens in which only the answers are learned."""
+"""Rows of tokens from records; only the tokens of the answers are targets of the loss."""
 
-import sys
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -8,15 +7,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from datamodules.base import ExperimentDataModule
-from datamodules.gpt2_webglm_qa.cited_answers import Citations, Order, Record, RecordSource, Side, arrange
+from datamodules.gpt2_webglm_qa.cited_answers import Citations, Order, Record, RecordSource, arrange
 from datamodules.gpt2_webglm_qa.packing import best_fit
 from datamodules.gpt2_webglm_qa.prompts import TEMPLATE, Example, MissingCitations, PromptEncoder
+from datamodules.splits import Side
 from datamodules.tokenizers import WithTokenizer, load_tokenizer, token_byte_lengths
+from lightning_modules.common.messages import say
+from lightning_modules.common.ranges import ClosedUnitInterval, NonNegativeInt, PositiveInt
 from lightning_modules.common.targets import IGNORED
 
 if TYPE_CHECKING:
@@ -26,63 +27,65 @@ if TYPE_CHECKING:
 class GPT2WebGLMQADataModule(WithTokenizer, ExperimentDataModule):
     """Questions with references and answers that cite them, for instruction tuning.
 
-    A batch has rows of `block_size` places, with one record in each or several one after the other (see `Rows`).
+    A batch has rows of `block_size` positions, with one record in each row or several packed records (see `Rows`).
+
+    Args:
+        records: Source of the records.
+        block_size: Positions in a row, at least 1: the context length in training.
+        batch_size: Rows in a batch, over all processes, at least 1.
+        tokenizer: Tokenizer of the base: a folder with a tokenizer.json, such a file, or a name on the hub.
+        template: Text of a record, with `{references}`, `{question}` and `{answer}`, each once and the answer last. A
+            reference is written as `[1] its text`, on a line of its own.
+        references: Order of the references: `given` as in the record; `shuffled`, drawn from the question and, for the
+            training split, the seed; `none` removes them. The citation marks follow their references.
+        citations: How to treat the citation marks: `keep` keeps them, `strip` removes them, and `renumber` moves the
+            cited references to the front, in the order of their first citation.
+        missing_citations: How to treat a citation mark without a reference, whether it never existed or was cut: `keep`
+            keeps the mark, `strip` removes it, and `drop` skips the record. They are counted.
+        prompt_loss_weight: Weight of a token of the prompt in the training loss, 0 to 1; a token of the answer has 1.
+        packing: Whether to put several records into a row. If not, a row is one record and padding.
+        max_record_tokens: Largest number of positions of a record, at most and by default `block_size`. A longer record
+            loses references, the last ones first; a question or an answer is never cut.
+        max_answer_tokens: Largest number of tokens of a generated answer, at least 1 and less than `block_size`. The
+            prompt is cut to leave room for them.
+        num_workers: Processes that load ahead; 0 loads in the training process.
+        seed: Seed of the order of the rows and of `shuffled`, 0 or greater.
+
+    Attributes:
+        rows: Data set of each split that `setup` has prepared.
+        counts: For each split, numbers of records, references and rows, and of what was cut or skipped.
+
+    Raises:
+        MisconfigurationException: If an argument does not fit `block_size`, or the template lacks a placeholder.
     """
 
     def __init__(
         self,
         records: RecordSource,
-        block_size: int,
-        batch_size: int,
+        block_size: PositiveInt,
+        batch_size: PositiveInt,
         tokenizer: str,
         template: str = TEMPLATE,
         references: Order = "given",
         citations: Citations = "keep",
         missing_citations: MissingCitations = "strip",
-        prompt_loss_weight: float = 0.0,
+        prompt_loss_weight: ClosedUnitInterval = 0.0,
         packing: bool = True,
-        max_record_tokens: int | None = None,
-        max_answer_tokens: int = 256,
-        num_workers: int = 0,
-        seed: int = 0,
+        max_record_tokens: PositiveInt | None = None,
+        max_answer_tokens: PositiveInt = 256,
+        num_workers: NonNegativeInt = 0,
+        seed: NonNegativeInt = 0,
     ) -> None:
-        """Choose the records and how the model reads them.
-
-        Args:
-            records: where they come from.
-            block_size: places in a row, at least 1: the context that the model trains on.
-            batch_size: rows in a batch, over all processes, at least 1.
-            tokenizer: that of the base: a folder with a tokenizer.json, such a file, or a name on the hub.
-            template: the prompt, with `{references}`, `{question}` and `{answer}` in it, each once and the answer last.
-                A reference stands there as `[1] its text`, on a line of its own.
-            references: their order: `given`, as the records have it; `shuffled`, by the question and, of records to
-                train on, the seed; `none` leaves them out. The citation marks follow.
-            citations: what becomes of the marks: `keep`; `strip` removes them; `renumber` moves the cited references to
-                the front, in the order in which the answer cites them.
-            missing_citations: what becomes of a mark that points at no reference, be it that there never was one or
-                that it was cut: `keep`; `strip` removes the mark; `drop` leaves the record out. They are counted.
-            prompt_loss_weight: weight of a prompt's token in the loss, 0 to 1; a token of the answer has 1.
-            packing: whether a row holds several records, kept apart, or one and padding.
-            max_record_tokens: places that a record may take, at most and by default `block_size`. A longer one loses
-                references, the last ones first; a question and an answer are never cut.
-            max_answer_tokens: tokens of a generated answer, at least 1; the prompt is cut to leave them room.
-            num_workers: processes that load ahead; 0 loads in the training process.
-            seed: of the order of the rows and the shuffling of references, 0 or greater.
-        """
         super().__init__(batch_size, num_workers, seed)
-        if block_size < 1:
-            raise MisconfigurationException(f"data.block_size is {block_size}: it must be at least 1")
-        if not 0 <= prompt_loss_weight <= 1:
-            raise MisconfigurationException(f"data.prompt_loss_weight is {prompt_loss_weight}: it must be in [0, 1]")
         max_record_tokens = block_size if max_record_tokens is None else max_record_tokens
-        if not 1 <= max_record_tokens <= block_size:
+        if max_record_tokens > block_size:
             raise MisconfigurationException(
-                f"data.max_record_tokens is {max_record_tokens}: it must be between 1 and data.block_size {block_size}"
+                f"data.max_record_tokens is {max_record_tokens}: it must be at most data.block_size {block_size}"
             )
-        if not 1 <= max_answer_tokens < block_size:
+        if max_answer_tokens >= block_size:
             raise MisconfigurationException(
-                f"data.max_answer_tokens is {max_answer_tokens}: it must be at least 1, and leave room for a prompt in "
-                f"data.block_size {block_size}"
+                f"data.max_answer_tokens is {max_answer_tokens}: it must be less than data.block_size {block_size}, to "
+                "leave room for a prompt"
             )
         self.source = records
         self.block_size = block_size
@@ -96,8 +99,8 @@ class GPT2WebGLMQADataModule(WithTokenizer, ExperimentDataModule):
         self.max_record_tokens = max_record_tokens
         self.max_answer_tokens = max_answer_tokens
         self.rows: dict[Side, Rows] = {}
-        self.counts: dict[Side, dict[str, float]] = {}  # what was cut and left out, see `PromptEncoder`
-        self.encoder(max_record_tokens)  # a template without its placeholders is found before anything is loaded
+        self.counts: dict[Side, dict[str, float]] = {}
+        self.encoder(max_record_tokens)  # checks the template before the records are loaded
 
     @cached_property
     def tokenizer(self) -> "PreTrainedTokenizerFast":
@@ -106,59 +109,72 @@ class GPT2WebGLMQADataModule(WithTokenizer, ExperimentDataModule):
 
     @staticmethod
     def prompts(tokenizer: "PreTrainedTokenizerFast", arguments: dict[str, Any]) -> PromptEncoder:
-        """Return what makes the prompts of a run that is over.
+        """Return the encoder of the prompts of a finished run.
 
         Args:
-            tokenizer: the run's own.
-            arguments: the arguments of its datamodule.
+            tokenizer: Tokenizer of the run.
+            arguments: Constructor arguments of its datamodule.
         """
         return PromptEncoder(tokenizer, arguments["template"], arguments["block_size"])
 
     def encoder(self, max_tokens: int) -> PromptEncoder:
-        """Return what makes prompts of at most so many tokens."""
+        """Return an encoder for the template of this datamodule.
+
+        Args:
+            max_tokens: Largest number of positions of an example.
+        """
         return PromptEncoder(self.tokenizer, self.template, max_tokens, self.missing_citations)
 
     def prepare_data(self) -> None:
-        """Download or make the records, on one process a machine."""
+        """Download or make the records, on one process of each machine."""
         self.source.prepare()
 
     def setup(self, stage: str) -> None:
-        """Read, tokenise and pack the records, and say what was cut.
+        """Read, tokenize and pack the records, and print what was cut.
+
+        Args:
+            stage: `fit`, `validate`, `test` or `predict`.
 
         Raises:
-            MisconfigurationException: a side that this stage needs has no records.
+            MisconfigurationException: If a split that the stage needs has no records.
         """
-        for side in {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}.get(stage, ()):
+        sides: dict[str, tuple[Side, ...]] = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}
+        for side in sides.get(stage, ()):
             if side not in self.rows:
                 self.rows[side] = self._prepare(side, needed=(stage, side) != ("fit", "val"))
 
     def train_dataloader(self) -> DataLoader:
-        """Return the rows to train on, shuffled in each epoch; what shares a row is the same in all."""
+        """Return the loader of the training rows, shuffled in each epoch. The records of a row stay the same."""
         return self.training_loader(self.rows["train"], len(self.rows["train"]))
 
     def val_dataloader(self) -> DataLoader | list:
-        """Return the rows to validate on; nothing where there are none."""
+        """Return the loader of all validation rows, or `[]` if there are none."""
         return self._all("val")
 
     def test_dataloader(self) -> DataLoader | list:
-        """Return the rows to test on."""
+        """Return the loader of all test rows."""
         return self._all("test")
 
     def questions(self, side: Side, n: int) -> list[Example]:
-        """Return up to `n` questions, spread over a side, whose prompts leave room for `max_answer_tokens`."""
+        """Return examples of a split whose prompts leave room for `max_answer_tokens`.
+
+        Args:
+            side: The split.
+            n: Largest number of examples, spread evenly over the split.
+        """
         found = self.encoder(self.block_size).examples(self._arranged(side), self.max_answer_tokens)
         return [found[number * len(found) // n] for number in range(n)] if len(found) > n else found
 
     def _arranged(self, side: Side) -> Iterator[Record]:
-        seed = self.seed if side == "train" else 0  # what is held out is the same for all seeds
+        seed = self.seed if side == "train" else 0  # the held-out records are the same for all seeds
         return (arrange(record, self.references, self.citations, seed) for record in self.source.records(side))
 
     def _prepare(self, side: Side, needed: bool) -> "Rows":
         encoder = self.encoder(self.max_record_tokens)
         examples = encoder.examples(self._arranged(side))
-        for reason, places in encoder.left_out.items():
+        for reason, places in encoder.skipped.items():
             more = f" and {len(places) - 1:,} more" if len(places) > 1 else ""
-            say(f"{side}: left out {places[0]}{more}, {reason}")
+            say(f"{side}: skipped {places[0]}{more}, {reason}")
         if not examples and needed:
             raise MisconfigurationException(f"data.records: there are no {side} records that can be used")
         sizes = [example.n_places for example in examples]
@@ -177,7 +193,7 @@ class GPT2WebGLMQADataModule(WithTokenizer, ExperimentDataModule):
             "fill": sum(sizes) / max(1, len(rows) * self.block_size),
         }
         if examples:
-            say(f"{side}: {_in_words(self.counts[side], self.missing_citations)}")
+            say(f"{side}: {_summary(self.counts[side], self.missing_citations)}")
         return rows
 
     def _all(self, side: Side) -> DataLoader | list:
@@ -185,36 +201,39 @@ class GPT2WebGLMQADataModule(WithTokenizer, ExperimentDataModule):
         return self.evaluation_loader(rows, torch.arange(len(rows))) if len(rows) else []
 
 
-@rank_zero_only
-def say(line: str) -> None:
-    """Tell the user something."""
-    print(line, file=sys.stderr)
-
-
-def _in_words(counts: dict[str, float], missing_citations: MissingCitations) -> str:
-    become = {"keep": "kept", "strip": "marks stripped", "drop": "left out"}[missing_citations]
+def _summary(counts: dict[str, float], missing_citations: MissingCitations) -> str:
+    done = {"keep": "marks kept", "strip": "marks stripped", "drop": "records skipped"}[missing_citations]
     return (
         "{records:,} records in {rows:,} rows, {fill:.1%} full; "
         "references shortened {references_shortened:,}, removed {references_removed:,} of {references:,}; "
-        "answers that cite a reference that never was {answers_citing_missing:,}, that was cut {answers_citing_cut:,} "
-    ).format(**counts) + f"({become})"
+        "answers that cite a reference that never existed {answers_citing_missing:,}, that was cut "
+        "{answers_citing_cut:,} "
+    ).format(**counts) + f"({done})"
 
 
 class Rows(Dataset):
-    """Rows of inputs with one record each, or several that do not see each other.
+    """Rows of inputs, with one record in each row or several that do not attend to each other.
 
-    A record of n tokens takes n - 1 places: each token but the last is read, and at its place the next is predicted.
-    The positions of a record start at 0. In a row of several, that is how Transformers' models tell them apart: they
-    attend within a stretch of growing positions alone (`masking_utils.find_packed_sequence_indices`). Padding comes
-    last, and counts on, as if it belonged to the last record: nothing that is predicted before it ever sees it.
+    A record of n tokens takes n - 1 positions: the last token is a target only. The position ids of each record start
+    at 0. That separates the records of a row: the models of Transformers attend only within a sequence of increasing
+    position ids (`masking_utils.find_packed_sequence_indices`). The padding follows the last record and continues its
+    position ids; as attention is causal, no record attends to it.
 
     A batch is:
 
     - `input_ids`, `position_ids`: (B, T) int64;
-    - `targets`: (B, T) int64, the next token; -100 where it carries no loss;
-    - `loss_weights`: (B, T), the weight of each target in the loss; 0 where there is none;
-    - `mean_weight`: (), the sum of the weights that so many rows have on average;
-    - `target_bytes`: (), the UTF-8 bytes of the targets.
+    - `targets`: (B, T) int64, the next token, or `IGNORED` if it carries no loss;
+    - `loss_weights`: (B, T) float32, the weight of each target in the loss, or 0 without a target;
+    - `mean_weight`: (), B times the mean weight of a row over the split;
+    - `target_bytes`: (), the number of UTF-8 bytes of the targets.
+
+    Args:
+        examples: The records.
+        rows: Numbers of the records in each row, which must fit into it.
+        block_size: Positions in a row.
+        prompt_loss_weight: Weight of a token of the prompt in the loss, 0 to 1.
+        byte_lengths: Number of UTF-8 bytes of each token, (vocab,).
+        pad_token_id: Input after the last record of a row.
     """
 
     def __init__(
@@ -226,16 +245,6 @@ class Rows(Dataset):
         byte_lengths: np.ndarray,
         pad_token_id: int,
     ) -> None:
-        """Lay out the rows.
-
-        Args:
-            examples: the records.
-            rows: numbers of the records in each row; they fit.
-            block_size: places in a row.
-            prompt_loss_weight: weight of a prompt's token in the loss, 0 to 1.
-            byte_lengths: (vocab,), UTF-8 bytes that each token stands for.
-            pad_token_id: the input where a row has ended.
-        """
         self.examples, self.rows, self.block_size = examples, rows, block_size
         self.prompt_loss_weight, self.byte_lengths, self.pad_token_id = prompt_loss_weight, byte_lengths, pad_token_id
         total = sum(self.weights_of(example).sum() for example in examples)
@@ -245,12 +254,20 @@ class Rows(Dataset):
         return len(self.rows)
 
     def weights_of(self, example: Example) -> np.ndarray:
-        """Return the weight in the loss of each token of a record but the first, which nothing predicts."""
+        """Return the weight in the loss of each token of a record except the first, (T - 1,) float32.
+
+        Args:
+            example: The record.
+        """
         n_prompt, n_answer = len(example.prompt_ids) - 1, len(example.answer_ids)
         return np.repeat(np.float32([self.prompt_loss_weight, 1.0]), [n_prompt, n_answer])
 
     def __getitem__(self, positions: Tensor) -> dict[str, Tensor]:
-        """Return the rows of these numbers (B,)."""
+        """Return a batch of rows.
+
+        Args:
+            positions: Numbers of the rows, (B,) int64.
+        """
         shape = (len(positions), self.block_size)
         input_ids = np.full(shape, self.pad_token_id, dtype=np.int64)
         position_ids = np.zeros(shape, dtype=np.int64)

@@ -1,8 +1,8 @@
-"""Packing: several records in one row, so that few places are left to padding.
+"""Packing: several records share a row, so that little of it is padding.
 
-Putting things of given sizes into as few bins as possible is NP-hard, but best-fit decreasing comes close: the largest
-first, each into the fullest bin that still has room for it. It needs at most 11/9 of the fewest bins, and a few more
-(Johnson, "Near-Optimal Bin Packing Algorithms", 1973); with many small things it leaves hardly a gap.
+To use the fewest bins is NP-hard. Best-fit decreasing takes the items from the largest to the smallest, and puts each
+into the fullest bin that has room for it. It uses at most 11/9 of the fewest bins plus a constant (Johnson,
+"Near-Optimal Bin Packing Algorithms", 1973), and with many small items the bins are almost full.
 """
 
 from bisect import bisect_left, insort
@@ -10,24 +10,21 @@ from collections.abc import Sequence
 
 
 def best_fit(sizes: Sequence[int], capacity: int) -> list[list[int]]:
-    """Distributes things over bins by best-fit decreasing. The same sizes always give the same bins.
+    """Return the numbers of the items in each bin, by best-fit decreasing. Equal sizes give equal bins.
 
     Args:
-        sizes: Size of each thing, at most `capacity`.
-        capacity: What a bin holds.
-
-    Returns:
-        The numbers of the things in each bin.
+        sizes: Size of each item, at most `capacity`.
+        capacity: Size of a bin.
     """
     bins: list[list[int]] = []
-    room: list[tuple[int, int]] = []  # what each bin has left, and its number; sorted
-    for thing in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
-        tightest = bisect_left(room, (sizes[thing], 0))
+    room: list[tuple[int, int]] = []  # free space and number of each bin, sorted
+    for item in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
+        tightest = bisect_left(room, (sizes[item], 0))
         if tightest < len(room):
             left, number = room.pop(tightest)
         else:
             left, number = capacity, len(bins)
             bins.append([])
-        bins[number].append(thing)
-        insort(room, (left - sizes[thing], number))
+        bins[number].append(item)
+        insort(room, (left - sizes[item], number))
     return bins

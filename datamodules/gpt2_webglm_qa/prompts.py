@@ -1,4 +1,4 @@
-"""A record as the model reads it: the prompt by a template, then the answer, then the end-of-text token."""
+"""Records as token ids: a prompt, made with a template, then the answer and the end-of-text token."""
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
@@ -19,12 +19,12 @@ MissingCitations = Literal["keep", "strip", "drop"]
 
 
 class Prompt(NamedTuple):
-    """A question with its references, ready for the model to answer.
+    """A question with its references, as token ids.
 
     Args:
-        ids: Its tokens, (T,).
-        references: Those that it holds, the last one perhaps cut.
-        n_cut: 1 where it is, else 0.
+        ids: Token ids, (T,).
+        references: References in the prompt; the last one may be cut.
+        n_cut: 1 if the last one is cut, else 0.
     """
 
     ids: np.ndarray
@@ -34,12 +34,12 @@ class Prompt(NamedTuple):
 
 @dataclass(frozen=True)
 class Example:
-    """A record in tokens.
+    """A record as token ids.
 
     Args:
-        record: As the model sees it: with the references that are left, and the answer as it is learned.
-        prompt_ids: The prompt, (T,).
-        answer_ids: The answer and the end-of-text token, (N,).
+        record: The record, with the references in the prompt and the citation marks that are kept.
+        prompt_ids: Token ids of the prompt, (T,).
+        answer_ids: Token ids of the answer and the end-of-text token, (N,).
     """
 
     record: Record
@@ -48,18 +48,29 @@ class Example:
 
     @property
     def n_places(self) -> int:
-        """Places that it takes in a row of inputs: its last token is only predicted, and never read."""
+        """Number of positions in a row of inputs. The last token is a target only."""
         return len(self.prompt_ids) + len(self.answer_ids) - 1
 
 
 class PromptEncoder:
-    """Makes prompts and examples of bounded length, and counts what that costs.
+    """Converts records to prompts and examples of bounded length.
 
-    What is too long loses references, the last ones first; question and answer stay whole.
+    A record that is too long loses references, the last ones first. A question or an answer is never cut.
+
+    Args:
+        tokenizer: Tokenizer with an end-of-text token, which ends an answer.
+        template: Text with `{references}`, `{question}` and `{answer}`, each once and the answer last. A reference is
+            written as `[1] its text`, on a line of its own.
+        block_size: Largest number of positions of an example.
+        missing_citations: How to treat a citation mark without a reference, whether it never existed or was cut: `keep`
+            keeps the mark, `strip` removes it, and `drop` skips the record.
 
     Attributes:
-        counts: What was cut and what was left out, over all examples so far.
-        left_out: Where the records stand that were left out, by the reason.
+        counts: Numbers of records and references, and of those that were cut or skipped.
+        skipped: Places of the skipped records by reason.
+
+    Raises:
+        MisconfigurationException: If the template lacks a placeholder, or the tokenizer an end-of-text token.
     """
 
     def __init__(
@@ -69,19 +80,6 @@ class PromptEncoder:
         block_size: int = 1024,
         missing_citations: MissingCitations = "strip",
     ) -> None:
-        """Reads the template.
-
-        Args:
-            tokenizer: Its end-of-text token ends an answer.
-            template: Text with `{references}`, `{question}` and `{answer}`, each once and the answer last. A reference
-                stands there as `[1] its text`, on a line of its own.
-            block_size: Places that an example may take.
-            missing_citations: What becomes of a mark that points at no reference, be it that there never was one or
-                that it was cut: `keep`; `strip` removes the mark; `drop` leaves the record out.
-
-        Raises:
-            MisconfigurationException: If the template lacks a placeholder, or the tokenizer an end-of-text token.
-        """
         for placeholder in ("{references}", "{question}", "{answer}"):
             if (times := template.count(placeholder)) != 1:
                 raise MisconfigurationException(
@@ -90,8 +88,7 @@ class PromptEncoder:
                 )
         if not template.endswith("{answer}"):
             raise MisconfigurationException(
-                f"data.template {template!r} goes on after {{answer}}: end it there, what follows an answer is the "
-                "end-of-text token"
+                f"data.template {template!r} goes on after {{answer}}: end it there, the end-of-text token follows"
             )
         if tokenizer.eos_token_id is None:
             raise MisconfigurationException(
@@ -101,15 +98,21 @@ class PromptEncoder:
         self.block_size = block_size
         self.missing_citations = missing_citations
         self.counts: Counter[str] = Counter()
-        self.left_out: defaultdict[str, list[str]] = defaultdict(list)
+        self.skipped: defaultdict[str, list[str]] = defaultdict(list)
         self._before, after = template.removesuffix("{answer}").split("{references}")
-        # In GPT-2's vocabulary a word's token begins with the space before it: so that space is the answer's.
+        # In GPT-2's vocabulary the token of a word contains the space before it, so that space is part of the answer.
         self._after = after.rstrip()
         self._answer_start = after[len(self._after) :]
         (self._line_end,) = encode(tokenizer, ["\n"])
 
     def prompt(self, question: str, references: Sequence[str], answer_places: int) -> Prompt | None:
-        """Makes a prompt that leaves so many places to the answer; `None` where the question alone is too long."""
+        """Return a prompt, or `None` if the question is too long even without references.
+
+        Args:
+            question: The question.
+            references: The references.
+            answer_places: Number of positions that the prompt leaves for the answer.
+        """
         before, after = (part.replace("{question}", question) for part in (self._before, self._after))
         marks = [f"[{number}]" for number in range(1, len(references) + 1)]
         texts = [" " + " ".join(reference.split()) for reference in references]
@@ -132,22 +135,24 @@ class PromptEncoder:
         return Prompt(np.concatenate([*parts, after_ids]), tuple(kept), n_cut)
 
     def examples(self, records: Iterable[Record], answer_places: int = 0) -> list[Example]:
-        """Makes the examples of records, but of those that have to be left out.
+        """Return the examples of all records that fit.
 
         Args:
-            records: See `datamodules.gpt2_webglm_qa.cited_answers`.
-            answer_places: Places that the prompt leaves to an answer, at least; it always leaves those that the
-                record's own needs.
+            records: The records.
+            answer_places: Number of positions that the prompt leaves for the answer, or more if the answer of the
+                record is longer.
         """
         return [example for record in records if (example := self._example(record, answer_places)) is not None]
 
     def _example(self, record: Record, answer_places: int) -> Example | None:
         answer_ids = self._answer_ids(record.answer)
         if not record.question.strip() or not record.answer.strip():
-            return self._leave_out("without a question or an answer", record)
+            self._skip("without a question or an answer", record)
+            return None
         prompt = self.prompt(record.question, record.references, max(answer_places, len(answer_ids) - 1))
         if prompt is None:
-            return self._leave_out(f"whose question and answer are longer than {self.block_size} tokens", record)
+            self._skip(f"whose question and answer are longer than {self.block_size} tokens", record)
+            return None
         answer, cited, n_kept = record.answer, citations(record.answer), len(prompt.references)
         was_cut = any(n_kept < number <= len(record.references) for number in cited)
         never_was = any(not 0 < number <= len(record.references) for number in cited)
@@ -156,7 +161,8 @@ class PromptEncoder:
         if (never_was or was_cut) and self.missing_citations != "keep":
             answer = renumber(answer, lambda number: number if 0 < number <= n_kept else None)
             if self.missing_citations == "drop" or not answer.strip():
-                return self._leave_out("whose answer cites a reference that is not there", record)
+                self._skip("whose answer cites a reference that is not there", record)
+                return None
             answer_ids = self._answer_ids(answer)
         self.counts["records"] += 1
         self.counts["records_cut"] += prompt.n_cut or n_kept < len(record.references)
@@ -169,6 +175,6 @@ class PromptEncoder:
         (ids,) = encode(self.tokenizer, [self._answer_start + answer.strip()])
         return np.append(ids, np.uint32(self.tokenizer.eos_token_id))
 
-    def _leave_out(self, reason: str, record: Record) -> None:
+    def _skip(self, reason: str, record: Record) -> None:
         self.counts["records_left_out"] += 1
-        self.left_out[reason].append(record.place)
+        self.skipped[reason].append(record.place)

@@ -1,15 +1,14 @@
-"""Questions about Python's standard library, made from its own documentation: thousands of real ones on every machine.
+"""Thousands of questions about Python's standard library, made from its documentation, which every machine has.
 
 An object of the library (a module, a class, a function) has a signature and a docstring. A passage is the signature and
-some consecutive sentences of the docstring; a question asks for one of the sentences, or for a part of the signature;
-the answer is that sentence, word for word, with the number of the passage that holds it:
+some consecutive sentences of the docstring. A question asks for one of the sentences, or for a part of the signature.
+The answer is that sentence, word for word, with the number of the passage that contains it:
 
     What does `os.path.isabs` return?
     [1] os.path.isabs(s): Test whether a path is absolute
     [2] ...
 
-Nothing is asked that the documentation does not say: "when does it raise" is asked where a sentence names the
-exception.
+A question is asked only if the documentation answers it: "when does it raise" needs a sentence with the exception.
 """
 
 import ast
@@ -22,20 +21,22 @@ import sys
 import sysconfig
 import tokenize
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from itertools import takewhile
+from dataclasses import dataclass, replace
+from itertools import chain, islice, takewhile
 from pathlib import Path
+from typing import cast
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from datamodules.cache import cache_root, digest
-from datamodules.gpt2_webglm_qa.cited_answers import Record, RecordSource, Side, parse_record
-from datamodules.splits import require_fractions, side_of
+from datamodules.gpt2_webglm_qa.cited_answers import Record, RecordSource, parse_record
+from datamodules.splits import SIDES, Side, require_fractions, side_of
 from lightning_modules.common.files import atomic_file
 from lightning_modules.common.messages import say
+from lightning_modules.common.ranges import PositiveInt, Probability
 
-_FORMAT = 1  # raise it when the records change: caches of other formats are then left alone
-# Foreign packages, and parts of the library that nobody is meant to import.
+_FORMAT = 1  # increase it when the records change, so that older files are not read
+# Installed packages, and parts of the library that are not meant for import.
 _SKIPPED = {"site-packages", "dist-packages", "pydoc_data", "test", "tests", "idle_test", "idlelib", "lib2to3"}
 _SENTENCE_END = re.compile(r"(?<=[.!?])(?<!e\.g\.)(?<!i\.e\.)(?<!cf\.)(?<![ .][A-Z]\.)\s+(?=[\"'`*(]?[A-Z])")
 _SENTENCE = re.compile(r"[\"'`*(]?[A-Z](?!.*(?:\[\d+\]|->|>>>|::)).*\s\S+\s.*[^:,;\s]")
@@ -46,16 +47,16 @@ _DENIED = re.compile(r"\b(?:not|never|without|rather)\b|n't\b")
 
 @dataclass(frozen=True)
 class Entry:
-    """What the documentation says about one object.
+    """The documentation of one object.
 
     Args:
-        name: As one would import it: `os.path.join`.
-        kind: What it is.
-        group: What it belongs to, such as its module; the objects of a group are on one side.
-        heading: Its name and signature.
-        parameters: Names with their stars, and defaults as they are written, `None` where there is none.
-        bases: Classes that it derives from.
-        sentences: Of its docstring, in order.
+        name: Full name, such as `os.path.join`.
+        kind: `module`, `class` or `function`.
+        group: Module, or built-in type; the objects of a group share a split.
+        heading: Name and signature.
+        parameters: Names with their stars, and the source of their defaults, `None` without a default.
+        bases: Base classes.
+        sentences: Sentences of the docstring.
     """
 
     name: str
@@ -67,45 +68,57 @@ class Entry:
     sentences: tuple[str, ...]
 
 
-class PythonQuestions(RecordSource):
-    """Questions about the standard library of the Python that runs this, with passages of its documentation.
+Cited = tuple[Entry, int | None, str]  # an object, the number of the cited sentence (None: the heading), the answer
 
-    A record has the passages that its answer cites, in the order in which it cites them, and after them others, of the
-    same module where there are enough. All records about a module are on one side, and no sentence is on two. The
-    records are made once, and kept in the cache; they are a function of this Python and the arguments.
+
+class PythonQuestions(RecordSource):
+    """Questions about the standard library of the running Python, with passages of its documentation.
+
+    A record has the passages that its answer cites, in the order of the citations, and then other passages, of the same
+    module if it has enough. All records about a module are in one split, and no sentence is in two. The records depend
+    only on the Python version and the arguments; they are made once and kept in the cache.
 
     Args:
-        n_references: Passages in a record, at least 1; records whose answer cites two have at least two.
-        passage_characters: Most characters in a passage, its signature included (at least 60).
-        val_fraction: Part of the modules that is kept for validation, 0 to less than 1.
-        test_fraction: Part of the modules that is kept for the test, 0 to less than 1.
-        seed: Chooses the passages that no answer cites.
+        n_references: Passages in a record, at least 1; a record whose answer cites two has at least two.
+        passage_characters: Largest number of characters in a passage, with its signature, at least 60.
+        val_fraction: Part of the modules that is held out for validation, 0 to less than 1.
+        test_fraction: Part of the modules that is held out for the test, 0 to less than 1.
+        seed: Seed of the choice of passages that are not cited.
+        max_modules: Number of modules to read, in alphabetical order, in addition to the built-in functions and types;
+            `null` for all. A few make a small data set in little time.
 
     Raises:
-        MisconfigurationException: If one of these cannot be.
+        MisconfigurationException: If `passage_characters` is too small, or nothing is left to train on.
     """
 
     def __init__(
         self,
-        n_references: int = 3,
+        n_references: PositiveInt = 3,
         passage_characters: int = 300,
-        val_fraction: float = 0.05,
-        test_fraction: float = 0.05,
+        val_fraction: Probability = 0.05,
+        test_fraction: Probability = 0.05,
         seed: int = 0,
+        max_modules: PositiveInt | None = None,
     ) -> None:
-        if n_references < 1:
-            raise MisconfigurationException(f"PythonQuestions: n_references is {n_references}; give at least 1")
         if passage_characters < 60:
             raise MisconfigurationException(
-                f"PythonQuestions: passage_characters is {passage_characters}; give at least 60"
+                f"data.records.passage_characters is {passage_characters}: give at least 60"
             )
         self.n_references = n_references
         self.passage_characters = passage_characters
         self.fractions = require_fractions(val_fraction, test_fraction, "data.records")
         self.seed = seed
+        self.max_modules = max_modules
 
     def records(self, side: Side) -> Iterator[Record]:
-        """Yields the records about the modules of one side."""
+        """Yield the records about the modules of a split.
+
+        Args:
+            side: The split.
+
+        Raises:
+            MisconfigurationException: If there are no records, or the cache cannot be written or read.
+        """
         self.prepare()
         try:
             rows = [json.loads(line) for line in self._file.read_bytes().splitlines()]
@@ -118,21 +131,21 @@ class PythonQuestions(RecordSource):
     @property
     def _file(self) -> Path:
         python = [sys.version, sysconfig.get_path("stdlib")]
-        made_with = [_FORMAT, python, self.n_references, self.passage_characters, self.fractions, self.seed]
-        return cache_root() / "records" / f"{digest(made_with)}.jsonl"
+        arguments = [self.n_references, self.passage_characters, self.fractions, self.seed, self.max_modules]
+        return cache_root() / "records" / f"{digest([_FORMAT, python, *arguments])}.jsonl"
 
     def prepare(self) -> None:
-        """Reads the library, unless that was done before.
+        """Make the records, unless the cache has them.
 
         Raises:
-            MisconfigurationException: If this Python comes without documentation, or the cache cannot be written.
+            MisconfigurationException: If this Python has no documentation, or the cache cannot be written.
         """
         if self._file.exists():
             return
-        rows = [vars(record) | {"side": side} for side, record in self._make(list(entries()))]
+        rows = [vars(record) | {"side": side} for side, record in self._make(list(entries(self.max_modules)))]
         if not rows:
             raise MisconfigurationException(
-                f"{sys.executable} has no documentation to ask about: use a complete Python, or give JSON lines with "
+                f"{sys.executable} has no documentation to ask about: use a complete Python, or JSON lines with "
                 "datamodules.gpt2_webglm_qa.JSONLines"
             )
         try:
@@ -145,8 +158,8 @@ class PythonQuestions(RecordSource):
             ) from error
         say(f"{len(rows):,} records made from the documentation of {sys.executable}, in {self._file}")
 
-    def _make(self, documented: list[Entry]) -> Iterator[tuple[str, Record]]:
-        for side in ("train", "val", "test"):
+    def _make(self, documented: list[Entry]) -> Iterator[tuple[Side, Record]]:
+        for side in SIDES:
             here = [entry for entry in documented if side_of(entry.group, *self.fractions) == side]
             groups: dict[str, list[Entry]] = {}
             for entry in here:
@@ -158,7 +171,7 @@ class PythonQuestions(RecordSource):
                         asked.add(question)
                         yield side, record
 
-    def _record(self, question: str, cited: "list[Cited]", group: list[Entry], here: list[Entry]) -> Record | None:
+    def _record(self, question: str, cited: list[Cited], group: list[Entry], here: list[Entry]) -> Record | None:
         passages, answers = [], []
         for number, (entry, sentence, answer) in enumerate(cited, start=1):
             passage = self._passage(entry, sentence)
@@ -177,7 +190,10 @@ class PythonQuestions(RecordSource):
         return Record(question, " ".join(answers), tuple(passages))
 
     def _passage(self, entry: Entry, sentence: int | None) -> str | None:
-        """The heading and the sentences from the first on, or from the one asked for where it would not fit."""
+        """Return the heading and the sentences that fit, from the first on, or `None` if the given one does not fit.
+
+        If the given sentence is too far from the first, the passage starts with it.
+        """
         for start in (0, sentence or 0):
             passage, last = f"{entry.heading}:", start - 1
             for number, text in enumerate(entry.sentences[start:], start=start):
@@ -189,11 +205,12 @@ class PythonQuestions(RecordSource):
         return None
 
 
-Cited = tuple[Entry, int | None, str]  # what is cited, the number of the sentence (None: the heading), the answer
-
-
 def ask(entry: Entry) -> Iterator[tuple[str, list[Cited]]]:
-    """Yields the questions about an object that its documentation answers, each with what the answer cites."""
+    """Yield the questions about an object that its documentation answers, each with the source of its answer.
+
+    Args:
+        entry: The documentation of the object.
+    """
     name, parameters = f"`{entry.name}`", entry.parameters
     for number, sentence in enumerate(entry.sentences):
         question = None
@@ -216,13 +233,17 @@ def ask(entry: Entry) -> Iterator[tuple[str, list[Cited]]]:
         if entry.kind == "function" and default is not None and len(default) <= 20:
             question = f"What is the default of `{parameter}` in {name}?"
             yield question, [(entry, None, f"The default of `{parameter}` is `{default}`")]
-            break  # one a function is enough: the others are asked the same way
+            break  # one question of this kind for a function is enough
     if entry.bases:
         yield f"What does the class {name} derive from?", [(entry, None, f"It derives from {_listed(entry.bases)}")]
 
 
 def ask_about_two(group: list[Entry]) -> Iterator[tuple[str, list[Cited]]]:
-    """Yields questions about two functions that follow each other; their answers cite two passages."""
+    """Yield questions about two neighbouring functions; their answers cite two passages.
+
+    Args:
+        group: The objects of a module, in order.
+    """
     functions = [entry for entry in group if entry.kind == "function" and entry.sentences]
     for one, other in zip(functions[::4], functions[1::4], strict=False):
         question = f"What do `{one.name}` and `{other.name}` do?"
@@ -230,7 +251,7 @@ def ask_about_two(group: list[Entry]) -> Iterator[tuple[str, list[Cited]]]:
 
 
 def _speaks_of(sentence: str, parameter: str) -> bool:
-    if parameter not in sentence:  # saves making the pattern
+    if parameter not in sentence:  # most sentences need no pattern
         return False
     before = "If |When |The (?:optional )?(?:argument |parameter )?|Optional "
     return bool(re.match(rf"(?:{before})?[`'*\"]*{re.escape(parameter)}[`'*\"]*(?=[\s,])", sentence))
@@ -241,19 +262,27 @@ def _listed(names: Iterable[str]) -> str:
     return f"{', '.join(most)} and {last}" if most else last
 
 
-def entries() -> Iterator[Entry]:
-    """Yields what is documented, each sentence once: that of a copied docstring belongs to the first who has it."""
+def entries(max_modules: int | None = None) -> Iterator[Entry]:
+    """Yield the documented objects. A sentence that several docstrings share occurs only in the first.
+
+    Args:
+        max_modules: Number of modules to read, in addition to the built-in functions and types; `None` for all.
+    """
     seen: set[str] = set()
-    for entry in (*_built_in(), *_library()):
-        # From a copied sentence on, the text is left out: what follows may lean on it.
+    for entry in chain(_built_in(), _library(max_modules)):
+        # The text after a known sentence is dropped too, because it may refer to that sentence.
         fresh = tuple(takewhile(lambda sentence: sentence not in seen, entry.sentences))
         seen.update(fresh)
         if fresh:
-            yield Entry(**vars(entry) | {"sentences": fresh})
+            yield replace(entry, sentences=fresh)
 
 
 def sentences(docstring: str) -> list[str]:
-    """The sentences of a docstring's prose, up to where its lists, examples and tables begin."""
+    """Return the sentences of a docstring up to its first list, example or table.
+
+    Args:
+        docstring: The docstring, without indentation.
+    """
     found: list[str] = []
     for paragraph in re.split(r"\n\s*\n", docstring.strip()):
         lines = paragraph.split("\n")
@@ -261,13 +290,13 @@ def sentences(docstring: str) -> list[str]:
             break
         for sentence in _SENTENCE_END.split(" ".join(paragraph.split())):
             if not _SENTENCE.fullmatch(sentence):
-                break  # what follows may lean on what is left out
+                break  # the following sentences may refer to this one
             found.append(sentence)
     return found
 
 
 def _built_in() -> Iterator[Entry]:
-    """Functions and types that need no import, and the methods of the types."""
+    """Yield the built-in functions and types, and the methods of the types."""
     for name, thing in sorted(vars(builtins).items()):
         if name.startswith("_") or not callable(thing) or not isinstance(thing.__doc__, str):
             continue
@@ -281,27 +310,28 @@ def _built_in() -> Iterator[Entry]:
 
 
 def _described(name: str, kind: str, group: str, thing: object) -> Entry:
-    signature = re.sub(r"\$\w+(, /)?(, )?", "", getattr(thing, "__text_signature__", None) or "()")  # $ marks self
+    signature = re.sub(r"\$\w+(, /)?(, )?", "", getattr(thing, "__text_signature__", None) or "()")  # $ marks `self`
     try:
-        parameters = _parameters(ast.parse(f"def f{signature}: pass").body[0].args) if kind == "function" else ()
-    except SyntaxError:  # some defaults cannot be written down
+        definition = cast(ast.FunctionDef, ast.parse(f"def f{signature}: pass").body[0])
+        parameters = _parameters(definition.args) if kind == "function" else ()
+    except SyntaxError:  # some defaults are not valid source code
         parameters = ()
     heading = f"{name}({_signature(parameters)})" if parameters else name
-    return Entry(name, kind, group, heading, parameters, (), tuple(sentences(thing.__doc__)))
+    return Entry(name, kind, group, heading, parameters, (), tuple(sentences(thing.__doc__ or "")))
 
 
-def _library() -> Iterator[Entry]:
-    """Everything public in the modules of the standard library, in the order of their names."""
+def _library(max_modules: int | None) -> Iterator[Entry]:
+    """Yield the public objects of the standard library, in the order of the names of its modules."""
     root = Path(sysconfig.get_path("stdlib"))
-    for path in _python_files(root):
+    for path in islice(_python_files(root), max_modules):
         parts = path.relative_to(root).with_suffix("").parts
         name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
-        if name in ("ntpath", "posixpath"):  # the same functions for two systems: take this one's, by its public name
+        if name in ("ntpath", "posixpath"):  # os.path is one of them
             if name != os.path.__name__:
                 continue
             name = "os.path"
         try:
-            with tokenize.open(path) as file:  # heeds the encoding that the file declares
+            with tokenize.open(path) as file:  # reads with the encoding that the file declares
                 tree = ast.parse(file.read())
         except (SyntaxError, UnicodeDecodeError):  # some files are templates
             continue
@@ -311,7 +341,7 @@ def _library() -> Iterator[Entry]:
 
 
 def _python_files(folder: Path) -> Iterator[Path]:
-    """What can be imported, but for private modules."""
+    """Yield the files of the public modules."""
     for path in sorted(folder.iterdir()):
         name = path.stem
         if name in _SKIPPED or not name.isidentifier() or (name.startswith("_") and name != "__init__"):
@@ -338,16 +368,17 @@ def _members(node: ast.Module | ast.ClassDef, name: str, group: str) -> Iterator
 
 
 def _parameters(arguments: ast.arguments) -> tuple[tuple[str, str | None], ...]:
-    """Names with their stars, and defaults as they are written; without `self` and `cls`."""
+    """Return the names with their stars and the source of their defaults, without `self` and `cls`."""
     positional = [*arguments.posonlyargs, *arguments.args]
-    defaults = [None] * (len(positional) - len(arguments.defaults)) + arguments.defaults
+    defaults: list[ast.expr | None] = [None] * (len(positional) - len(arguments.defaults)) + [*arguments.defaults]
     found = [(argument.arg, default) for argument, default in zip(positional, defaults, strict=True)]
     if arguments.vararg:
         found.append((f"*{arguments.vararg.arg}", None))
     found += [(a.arg, default) for a, default in zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True)]
     if arguments.kwarg:
         found.append((f"**{arguments.kwarg.arg}", None))
-    return tuple((name, default and ast.unparse(default)) for name, default in found if name not in ("self", "cls"))
+    named = ((name, default) for name, default in found if name not in ("self", "cls"))
+    return tuple((name, ast.unparse(default) if default else None) for name, default in named)
 
 
 def _signature(parameters: Iterable[tuple[str, str | None]]) -> str:

@@ -1,15 +1,15 @@
-"""How good an answer is that cites its references: nearness to a gold answer, citations, repetition, intervals.
+"""Metrics of answers that cite references: similarity to a gold answer, citations, repetition; bootstrap intervals.
 
-Citations are judged as Gao et al. (2023, "Enabling Large Language Models to Generate Text with Citations", ALCE,
-https://arxiv.org/abs/2305.14627) judge them, but for one thing. They ask a model of natural-language inference whether
-passages entail a sentence. Here passages support a sentence if they contain half of its content words. That needs no
-model and is right about sentences that are taken over, which is most of what small models do; it cannot see a negation,
-and it does not know a paraphrase.
+The metrics of citations follow ALCE (Gao et al., 2023, "Enabling Large Language Models to Generate Text with
+Citations", https://arxiv.org/abs/2305.14627), with one difference. ALCE asks a model of natural-language inference
+whether passages entail a sentence. Here, passages support a sentence if they contain half of its content words. This
+needs no model and is right for copied sentences, which small models mostly write; it is wrong for negations and
+paraphrases.
 
-- citation recall: share of the sentences that the passages they cite, together, support. A sentence without a citation
+- Citation recall is the share of sentences that their cited passages together support. A sentence without a citation
   is not supported.
-- citation precision: share of the citations that are of use: the passage exists, the sentence is supported by all it
-  cites, and the passage either supports it alone or is needed, since the others do not.
+- Citation precision is the share of useful citations. A citation is useful if the passage exists, all cited passages
+  together support the sentence, and the passage supports it alone or the other passages do not.
 """
 
 import re
@@ -18,10 +18,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-SUPPORT = 0.5  # share of a sentence's content words that passages must contain to support it
+SUPPORT = 0.5  # share of the content words of a sentence that passages must contain to support it
 
 _MARK = re.compile(r"\s*\[(\d+)\]")
-# A sentence with the marks that follow it: `It is so [1].`, and `It is so.[1]` too.
+# A sentence with its marks, which may precede or follow the full stop: `It is so [1].`, `It is so.[1]`.
 _SENTENCE = re.compile(r"\S.*?(?:[.!?][\"')]*(?:\s*\[\d+\])*(?=\s+[\"'`(*]*[A-Z`])|\s*$)", re.DOTALL)
 _WORD = re.compile(r"\w+")
 _FUNCTION_WORDS = frozenset(
@@ -34,16 +34,16 @@ _FUNCTION_WORDS = frozenset(
 
 
 class Scores(NamedTuple):
-    """Measures of one answer, each between 0 and 1.
+    """Metrics of one answer, each between 0 and 1.
 
-    Args:
-        rouge1: F1 of the words that it shares with the gold answer (Lin, 2004).
+    Attributes:
+        rouge1: F1 of the words that the answer shares with the gold answer (Lin, 2004).
         rouge2: F1 of the pairs of neighbouring words.
         rougeL: F1 of the longest common subsequence of words.
-        citation_precision: Share of its citations that are of use.
-        citation_recall: Share of its sentences that what they cite supports.
-        missing_citation: 1 if it cites a reference that is not there, else 0.
-        repetition: Share of its runs of four words that it has said before (Welleck et al., 2020).
+        citation_precision: Share of useful citations.
+        citation_recall: Share of sentences that their cited passages support.
+        missing_citation: 1 if the answer cites a reference that does not exist, else 0.
+        repetition: Share of 4-grams of words that occurred before in the answer (Welleck et al., 2020).
     """
 
     rouge1: float
@@ -56,20 +56,23 @@ class Scores(NamedTuple):
 
 
 def score(answer: str, gold: str, references: Sequence[str]) -> Scores:
-    """Measures an answer.
+    """Return the metrics of an answer.
 
     Args:
-        answer: With citation marks such as `[1]`.
-        gold: The right answer; marks are left out of what is compared.
-        references: What the marks count, from 1.
+        answer: Text with citation marks such as `[1]`.
+        gold: Gold answer; the texts are compared without their marks.
+        references: Passages that the marks count from 1.
     """
     from torchmetrics.functional.text import rouge_score
 
     keys = ("rouge1", "rouge2", "rougeL")
     rouge = rouge_score(without_marks(answer), without_marks(gold), rouge_keys=keys)
+    words, pairs, subsequence = (float(rouge[f"{key}_fmeasure"]) for key in keys)
     precision, recall = citation_scores(answer, references)
     return Scores(
-        *(float(rouge[f"{key}_fmeasure"]) for key in keys),
+        words,
+        pairs,
+        subsequence,
         citation_precision=precision,
         citation_recall=recall,
         missing_citation=float(any(not 0 < number <= len(references) for number in cited(answer))),
@@ -78,34 +81,44 @@ def score(answer: str, gold: str, references: Sequence[str]) -> Scores:
 
 
 def cited(text: str) -> list[int]:
-    """The numbers that a text cites, in order."""
+    """Return the numbers of the citation marks of a text, in order."""
     return [int(number) for number in _MARK.findall(text)]
 
 
 def without_marks(text: str) -> str:
-    """A text without its citation marks, and the space before them."""
+    """Return a text without its citation marks and the space before them."""
     return _MARK.sub("", text)
 
 
 def sentences(text: str) -> list[str]:
-    """The sentences of a text, each with its citation marks."""
+    """Return the sentences of a text, each with its citation marks."""
     return [match[0].strip() for match in _SENTENCE.finditer(text)]
 
 
 def content_words(text: str) -> set[str]:
-    """The words of a text that mean something by themselves, in lower case."""
+    """Return the words of a text in lower case, without function words such as "the"."""
     return set(_WORD.findall(text.lower())) - _FUNCTION_WORDS
 
 
 def supports(passages: Sequence[str], sentence: str) -> bool:
-    """Whether passages together contain half of a sentence's content words; nothing supports a sentence without any."""
+    """Return whether passages together contain half of the content words of a sentence.
+
+    Args:
+        passages: Texts.
+        sentence: A sentence; without content words it is not supported.
+    """
     needed = content_words(without_marks(sentence))
     there = set().union(*map(content_words, passages))
     return bool(needed) and len(needed & there) >= SUPPORT * len(needed)
 
 
 def citation_scores(answer: str, references: Sequence[str]) -> tuple[float, float]:
-    """Citation precision and recall of an answer; 0 where it has no citation, or no sentence."""
+    """Return citation precision and recall of an answer; 0 without a citation, or without a sentence.
+
+    Args:
+        answer: Text with citation marks.
+        references: Passages that the marks count from 1.
+    """
     n_useful = n_citations = n_supported = 0
     parts = sentences(answer)
     for sentence in parts:
@@ -121,26 +134,36 @@ def citation_scores(answer: str, references: Sequence[str]) -> tuple[float, floa
 
 
 def repetition(text: str, n: int = 4) -> float:
-    """Share of a text's runs of `n` words that occurred in it before."""
+    """Return the share of n-grams of words that occurred before in the text.
+
+    Args:
+        text: A text.
+        n: Number of words of an n-gram.
+    """
     words = text.lower().split()
     runs = [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
     return 1 - len(set(runs)) / len(runs) if runs else 0.0
 
 
 def lead(references: Sequence[str], n_sentences: int, number: int = 1) -> str:
-    """The first sentences of a reference, with its mark: what an answer must be better than.
+    """Return the first sentences of a reference with its citation mark, a baseline for an answer.
 
     Args:
-        references: Passages; without any, nothing is said.
-        n_sentences: How many sentences.
-        number: Which reference, counted from 1.
+        references: Passages; without any, the result is empty.
+        n_sentences: Number of sentences.
+        number: Number of the reference, from 1.
     """
     first = sentences(references[number - 1])[:n_sentences] if references else []
     return " ".join(f"{without_marks(sentence).rstrip('.')} [{number}]." for sentence in first)
 
 
 def best_reference(question: str, references: Sequence[str]) -> int:
-    """The number of the reference that shares most content words with the question; the first of several, 1 of none."""
+    """Return the number of the reference with the most content words of the question, or of the first of several.
+
+    Args:
+        question: The question.
+        references: Passages; without any, the result is 1.
+    """
     asked = content_words(question)
     return 1 + int(np.argmax([len(asked & content_words(reference)) for reference in references] or [0]))
 
@@ -148,18 +171,16 @@ def best_reference(question: str, references: Sequence[str]) -> int:
 def bootstrap(
     sums: np.ndarray, counts: np.ndarray | None = None, level: float = 0.95, n_resamples: int = 1000
 ) -> tuple[float, float, float]:
-    """A mean over questions, and the interval in which it lies if other questions of the kind were asked.
-
-    The percentile bootstrap (Efron, 1979): questions are drawn again with replacement, as many as there are.
+    """Return a mean over questions and its confidence interval, by the percentile bootstrap (Efron, 1979).
 
     Args:
-        sums: Of each question, (N,).
-        counts: What the sum of a question is over, (N,); `None` for 1.
-        level: Share of the resampled means that lie within the interval.
-        n_resamples: How often the questions are drawn.
+        sums: Sum of the values of each question, (N,).
+        counts: Number of values of each question, (N,); `None` for 1.
+        level: Confidence level.
+        n_resamples: Number of resamples of N questions.
 
     Returns:
-        The mean, and the two ends of the interval; not a number without questions.
+        The mean and the two ends of the interval; NaN without questions.
     """
     counts = np.ones(len(sums)) if counts is None else counts
     if not len(sums):

@@ -9,7 +9,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
 from lightning_modules.common.targets import IGNORED
-from lightning_modules.finetuning.bases import evaluating, scored_at
+from lightning_modules.finetuning.bases import evaluating, scored_at, scores_of_share
 from lightning_modules.finetuning.causal_lm import FineTunedCausalLM
 from lightning_modules.metrics import CorpusLoss
 
@@ -19,16 +19,19 @@ Batch = dict[str, Tensor]
 class GPT2WebGLMQAModule(FineTunedCausalLM):
     """Any causal language model of Transformers, tuned on answers alone (Liu et al., 2023, WebGLM).
 
-    The loss of a batch is the sum of what its targets weigh, divided by what a batch weighs on average. So a token has
-    the same weight wherever it stands: in a full batch or a half empty one, on one process or one of eight, packed or
-    not. A mean over the batch's own tokens would make those of short answers weigh more.
+    The loss of a batch is the weighted sum over its targets, divided by the mean weight of a batch. So a token has the
+    same weight in every batch, full or not, packed or not, and for any number of processes. A mean over the targets of
+    the batch would give the tokens of short answers a larger weight.
     """
 
     def setup(self, stage: str) -> None:
-        """Refuses packed rows where the model would let their records see each other.
+        """Check that the model keeps packed records apart.
+
+        Args:
+            stage: `fit`, `validate`, `test` or `predict`.
 
         Raises:
-            MisconfigurationException: If it does.
+            MisconfigurationException: If a record of a row would attend to another.
         """
         if getattr(self.data, "packing", False) and not keeps_records_apart(self.model):
             raise MisconfigurationException(
@@ -36,63 +39,59 @@ class GPT2WebGLMQAModule(FineTunedCausalLM):
             )
 
     def forward(self, batch: Batch) -> Tensor:
-        """Scores of the next token at those N places of a batch that have a target: (N, V)."""
+        """Return the scores of the N targets of a batch, (N, V).
+
+        Args:
+            batch: `input_ids`, `position_ids` and `targets`, (B, T); `IGNORED` where a position carries no loss.
+        """
         with scored_at(self.model, batch["targets"] != IGNORED):
             return self.model(batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits
 
+    def _nats(self, batch: Batch) -> Tensor:
+        """Return the cross entropy of each target in nats, (N,)."""
+        targets = batch["targets"]
+        return F.cross_entropy(self(batch).float(), targets[targets != IGNORED], reduction="none")
+
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """The weighted loss of the batch's targets. What is logged is their weighted mean, in nats a token."""
-        counted = batch["targets"] != IGNORED
-        nats = F.cross_entropy(self(batch).float(), batch["targets"][counted], reduction="none")  # (N,)
-        total = nats @ batch["loss_weights"][counted]
+        """Return the loss, and log the weighted mean of the cross entropy in nats a token as `train/loss`.
+
+        Args:
+            batch: See `datamodules.gpt2_webglm_qa.data.Rows`.
+            batch_idx: Number of the batch.
+        """
+        total = self._nats(batch) @ batch["loss_weights"][batch["targets"] != IGNORED]
         weight = batch["loss_weights"].sum()
         self.log_train_loss(total / weight, weight)
         return total / batch["mean_weight"]
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Adds the answers of a batch to the measures of the validation records."""
-        self._measure(self.val_metrics, batch)
+    def evaluation_step(self, batch: Batch, metrics: CorpusLoss) -> None:
+        """Add the answers of a batch to the metrics.
 
-    def on_validation_epoch_end(self) -> None:
-        """Logs `val/loss`, `val/perplexity` and `val/bits_per_byte`, all of the answers alone."""
-        self._log_measures("val", self.val_metrics)
-
-    def test_step(self, batch: Batch, batch_idx: int) -> None:
-        """Adds the answers of a batch to the measures of the test records."""
-        self._measure(self.test_metrics, batch)
-
-    def on_test_epoch_end(self) -> None:
-        """Logs `test/loss`, `test/perplexity` and `test/bits_per_byte`, all of the answers alone."""
-        self._log_measures("test", self.test_metrics)
-
-    def _measure(self, measures: CorpusLoss, batch: Batch) -> None:
+        Args:
+            batch: See `datamodules.gpt2_webglm_qa.data.Rows`.
+            metrics: Metrics of the split.
+        """
         counted = batch["targets"] != IGNORED
-        # A process may have no share of the last batch, and Transformers would trip over it.
-        scores = self(batch) if len(counted) else torch.zeros(0, 1, device=self.device)
-        measures.update(scores[None], batch["targets"][counted][None], batch["target_bytes"])
-
-    def _log_measures(self, split: str, measures: CorpusLoss) -> None:
-        # The measures are already those of all ranks; sync_dist only tells Lightning that they are the same everywhere.
-        self.log_dict({f"{split}/{name}": value for name, value in measures.compute().items()}, sync_dist=True)
-        measures.reset()
+        scores = scores_of_share(self, batch, counted, 1)
+        metrics.update(scores[None], batch["targets"][counted][None], batch["target_bytes"])
 
     @torch.no_grad()
     def answer(
         self, prompts: Sequence[np.ndarray], max_new_tokens: int, end: int, use_cache: bool = True
     ) -> list[list[int]]:
-        """Answers several prompts at once, taking the likeliest token each time.
+        """Return an answer to each prompt, decoded greedily.
 
         Args:
             prompts: Token ids, each (T,).
-            max_new_tokens: Length of an answer, at most.
-            end: The end-of-text token, which ends an answer.
-            use_cache: Whether keys and values are kept from token to token, rather than computed anew.
+            max_new_tokens: Largest number of tokens of an answer.
+            end: End-of-text token, which ends an answer.
+            use_cache: Whether to keep keys and values from token to token rather than to compute them again.
 
         Returns:
-            The tokens of each answer; the last one is `end` unless it was too long.
+            The tokens of each answer. The last one is `end` unless the answer reached `max_new_tokens`.
         """
         longest = max(len(prompt) for prompt in prompts)
-        # Padding goes before a prompt, so that all of them end, and are continued, at the same place.
+        # The padding precedes the prompts, so that all of them end at the same position.
         input_ids = torch.tensor([[end] * (longest - len(p)) + p.tolist() for p in prompts], device=self.device)
         lengths = torch.tensor([[len(prompt)] for prompt in prompts], device=self.device)
         attention_mask = (torch.arange(longest, device=self.device) >= longest - lengths).long()  # (B, T)
@@ -110,7 +109,7 @@ class GPT2WebGLMQAModule(FineTunedCausalLM):
 
     @torch.no_grad()
     def answer_nats(self, prompts: Sequence[np.ndarray], answers: Sequence[np.ndarray]) -> Tensor:
-        """What given answers cost, in nats, each summed over its tokens: (B,).
+        """Return the cross entropy of given answers in nats, summed over the tokens of each, (B,).
 
         Args:
             prompts: Token ids, each (T,).
@@ -124,18 +123,21 @@ class GPT2WebGLMQAModule(FineTunedCausalLM):
         counted = (places >= begin) & (places < stop)  # (B, T)
         targets = ids[:, 1:].masked_fill(~counted, IGNORED)
         with evaluating(self.model):
-            scores = self({"input_ids": ids[:, :-1], "position_ids": places.expand_as(targets), "targets": targets})
-        nats = F.cross_entropy(scores.float(), targets[counted], reduction="none")
+            nats = self._nats({"input_ids": ids[:, :-1], "position_ids": places.expand_as(targets), "targets": targets})
         return torch.zeros(len(rows), device=self.device).index_add(0, counted.nonzero()[:, 0], nats)
 
     def next_command(self, run: str) -> str:
-        """Ask it something."""
+        """Return the command that starts a chat with the model of a run.
+
+        Args:
+            run: Folder of the run.
+        """
         return f"llm-train generate --run {run} --chat"
 
 
 @torch.no_grad()
 def keeps_records_apart(model: nn.Module) -> bool:
-    """Whether a model attends within a stretch of growing positions alone, as most of Transformers do: it is tried.
+    """Return whether a model attends only within a sequence of increasing position ids, as a test of two records shows.
 
     Args:
         model: A causal language model of Transformers.

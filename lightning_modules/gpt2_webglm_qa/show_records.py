@@ -1,37 +1,39 @@
-"""What the model is trained on, token by token: which tokens it only reads, and which it learns to say."""
+"""A page with training records, in which the colour of a token shows its weight in the loss."""
 
 import html
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import lightning as L
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from lightning_modules.common.files import write_text
+from lightning_modules.common.ranges import PositiveInt
+from lightning_modules.runtime.drawing import log_before_training
 from lightning_modules.runtime.loggers import WandbRecorder
 
-Spans = list[tuple[str, float]]  # what a token stands for, and its weight in the loss
+Spans = list[tuple[str, float]]  # text of a token, and its weight in the loss
 
 
 class ShowRecords(L.Callback):
-    """Writes `records.html` before the first step: some training records, coloured by the weight of each token.
+    """Callback that writes `records.html` before the first step: training records, coloured by the weights of tokens.
 
-    Above them stands what was cut and what was left out to make them; the loggers get the same numbers as
-    `data/train/...`. A trial run (`trainer.fast_dev_run`), which leaves no files, prints the records to the terminal.
+    Below them are the numbers of records that were cut or skipped; the loggers get them as `data/train/...`. A trial
+    run (`trainer.fast_dev_run`) writes no files and prints the records to the terminal.
+
+    It reads `tokenizer`, `rows` and `counts` of the data.
 
     Args:
-        n_records: How many records, spread over the training data (at least 1).
+        n_records: Number of records, spread evenly over the training split, at least 1.
     """
 
-    def __init__(self, n_records: int = 5) -> None:
-        if n_records < 1:
-            raise MisconfigurationException(f"ShowRecords: n_records is {n_records}; give at least 1")
+    def __init__(self, n_records: PositiveInt = 5) -> None:
         self.n_records = n_records
 
     @rank_zero_only
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Writes and logs; a resumed run has done so."""
+        """Write the page and log the numbers, unless the run is resumed."""
         if trainer.global_step:
             return
         data = pl_module.data
@@ -44,21 +46,21 @@ class ShowRecords(L.Callback):
         counts = {f"data/{side}/{name}": float(n) for side in data.counts for name, n in data.counts[side].items()}
         page = as_html(records, counts)
         write_text(Path(trainer.default_root_dir) / "records.html", page)
+        log_before_training(trainer, counts)
         for logger in trainer.loggers:
-            logger.log_metrics(counts, step=None)  # no step is done
             if isinstance(logger, WandbRecorder):
                 import wandb
 
                 logger.experiment.log({"records": wandb.Html(page)})
 
 
-def spans(tokenizer: object, rows: object, example: object) -> Spans:
-    """The tokens of a record as text, each with its weight in the loss.
+def spans(tokenizer: Any, rows: Any, example: Any) -> Spans:
+    """Return the text of each token of a record, and its weight in the loss.
 
     Args:
-        tokenizer: A fast tokenizer of transformers.
-        rows: The data set that the record is in.
-        example: The record.
+        tokenizer: Tokenizer of the run.
+        rows: Data set of the record, see `datamodules.gpt2_webglm_qa.data.Rows`.
+        example: The record as token ids.
     """
     ids = [*example.prompt_ids.tolist(), *example.answer_ids.tolist()]
     weights = [0.0, *rows.weights_of(example).tolist()]  # nothing predicts the first token
@@ -66,7 +68,11 @@ def spans(tokenizer: object, rows: object, example: object) -> Spans:
 
 
 def as_ansi(record: Spans) -> str:
-    """A record for a terminal: on green what is learned, on yellow what is learned with less weight."""
+    """Return a record for a terminal, with weight 1 on green and smaller weights on yellow.
+
+    Args:
+        record: Its tokens.
+    """
     colors = {0.0: "", 1.0: "\x1b[30;42m"}
     return "".join(
         f"{color}{text}\x1b[0m" if (color := colors.get(weight, "\x1b[30;43m")) else text for text, weight in record
@@ -74,11 +80,11 @@ def as_ansi(record: Spans) -> str:
 
 
 def as_html(records: Sequence[Spans], counts: dict[str, float]) -> str:
-    """Some records as a page; the stronger a token's green, the more it weighs.
+    """Return a page with records, in which the intensity of the green shows the weight of a token.
 
     Args:
-        records: Their tokens.
-        counts: Numbers to show above them.
+        records: Tokens of each record.
+        counts: Numbers to show below them.
     """
     blocks = []
     for record in records:
@@ -94,7 +100,7 @@ def as_html(records: Sequence[Spans], counts: dict[str, float]) -> str:
         "<style>body { font: 15px/1.5 sans-serif; margin: 2em; } "
         "pre { white-space: pre-wrap; border: 1px solid #ccc; padding: 1em; } "
         "span { border-right: 1px solid #eee; }</style>\n"
-        "<p>Green tokens carry the loss: the model learns to say them, and only reads the others.</p>\n"
+        "<p>Green tokens are targets of the loss; the others are only read.</p>\n"
         + "\n".join(blocks)
         + f"\n<table>{''.join(lines)}</table>\n"
     )

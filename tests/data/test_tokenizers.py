@@ -123,7 +123,7 @@ def test_the_text_is_read_once_for_its_characters(cache):
 
 def test_characters_need_a_text():
     assert "needs a source" in one_line_error("character")
-    assert "holds no text" in one_line_error("character", ListText([]))
+    assert "has no text" in one_line_error("character", ListText([]))
 
 
 # --- files and the hub -----------------------------------------------------------------------------------------------
