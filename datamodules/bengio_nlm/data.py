@@ -1,4 +1,4 @@
-"""Running text as numbered words, and the windows of n words that Bengio's network learns from."""
+"""Running text as word ids, and the windows of n words that Bengio's network is trained on."""
 
 import re
 import zipfile
@@ -17,9 +17,10 @@ from torch.utils.data import DataLoader, Dataset
 from datamodules.base import ExperimentDataModule, shuffled
 from datamodules.cache import digest
 from datamodules.sources import Piece, Source, cut, download, is_url, stat_of
+from lightning_modules.common.ranges import NonNegativeInt, PositiveFloat, ThreeOrMore
 
-RARE = "<rare>"  # the word that stands for all rare ones; its number is 0
-PARAGRAPH = "<p>"  # ends a paragraph
+RARE = "<rare>"  # the word that replaces all rare ones; its id is 0
+PARAGRAPH = "<p>"  # the word at the end of a paragraph
 
 _NLTK_BROWN = "https://raw.githubusercontent.com/nltk/nltk_data/gh-pages/packages/corpora/brown.zip"
 _NLTK_FILE = re.compile(r"c[a-r]\d\d")
@@ -30,12 +31,13 @@ _CLITIC = re.compile(r"(.+?)(n't|'(?:s|d|m|re|ve|ll))", re.IGNORECASE)
 class BrownCorpus(Source):
     """The Brown corpus (Francis and Kucera, 1961): 500 texts of American English, about 1.16 million words.
 
-    Tokens are separated by spaces, a sentence is a line, an empty line ends a paragraph. Part-of-speech tags, as NLTK's
-    copy has them (`The/at jury/nn`), are left out.
+    Tokens are separated by spaces, a sentence is a line, an empty line ends a paragraph. Part-of-speech tags, which the
+    copy of NLTK has (`The/at jury/nn`), are dropped.
 
     Args:
-        path: a folder or zip file with the texts, or the URL of such a zip file, which is downloaded once. The texts
-            are the files named as in NLTK's copy (`ca01` to `cr09`), or else all `*.txt`, in the order of their names.
+        path: A folder or zip file with the texts, or the URL of such a zip file, which is downloaded once. The texts
+            are the files with names as in the copy of NLTK (`ca01` to `cr09`), or else all `*.txt`, in the order of
+            their names.
     """
 
     def __init__(self, path: str = _NLTK_BROWN) -> None:
@@ -45,7 +47,7 @@ class BrownCorpus(Source):
         """Yield the texts in pieces.
 
         Raises:
-            MisconfigurationException: there are no such texts, or they cannot be downloaded or read.
+            MisconfigurationException: If there are no such texts, or they cannot be downloaded or read.
         """
         texts = self._from_folder if self._local().is_dir() else self._from_zip
         n_texts = 0
@@ -61,7 +63,7 @@ class BrownCorpus(Source):
             )
 
     def fingerprint(self) -> str:
-        """Hash the URL, or the paths, sizes and modification times."""
+        """Return a hash of the URL, or of the paths, sizes and modification times."""
         if is_url(self.path):
             return digest(["BrownCorpus", self.path])
         local = self._local()
@@ -113,17 +115,23 @@ def _without_tags(text: str) -> str:
 
 @dataclass(frozen=True)
 class NumberedText:
-    """A text as numbers, and the words that they stand for, the most frequent first."""
+    """A text as ids, and its vocabulary by frequency.
 
-    ids: np.ndarray  # (N,) int32
+    Args:
+        ids: Word ids, (N,) int32.
+        words: The V words, the most frequent first; `RARE` is before them if there is one.
+        counts: Occurrences of each word in the whole text, (V,).
+    """
+
+    ids: np.ndarray
     words: list[str]
-    counts: np.ndarray  # (V,) occurrences in the whole text
+    counts: np.ndarray
 
 
 def words_of(
     documents: Iterable[str], tokens: Literal["spaces", "words"], lowercase: bool, split_clitics: bool, marks: bool
 ) -> Iterator[str]:
-    """Yield the words of documents one after the other; see `BengioNLMDataModule` for the choices."""
+    """Yield the words of documents one after the other; see `BengioNLMDataModule` for the arguments."""
     for document in documents:
         in_paragraph = False
         for line in (document.lower() if lowercase else document).split("\n"):
@@ -141,11 +149,11 @@ def words_of(
 
 
 def number(words: Iterable[str], rare: int) -> NumberedText:
-    """Number the words of a text by their frequency.
+    """Return a text with ids for its words, by frequency.
 
     Args:
-        words: the text.
-        rare: words that occur at most so often share the number 0, and the name `RARE`.
+        words: The text.
+        rare: Words that occur at most this often are replaced by `RARE`.
     """
     first_seen: dict[str, int] = {}
     ids = np.fromiter((first_seen.setdefault(word, len(first_seen)) for word in words), np.int32)
@@ -160,52 +168,51 @@ def number(words: Iterable[str], rare: int) -> NumberedText:
 
 
 class BengioNLMDataModule(ExperimentDataModule):
-    """Every word of a text, with the n - 1 words before it; the text is cut into train, validation and test, in order.
+    """Each word of a text with the n - 1 words before it; the text is cut into train, validation and test, in order.
 
-    A batch is `{"context": (B, n - 1), "targets": (B,)}`, the nearest word of the context first. The first words of
-    the validation and the test have the last ones of the split before as their context, so that every word of these
-    splits is predicted; the first n - 1 words of the training text are not.
+    A batch is `{"context": (B, n - 1), "targets": (B,)}` of int64 ids; the nearest word of a context comes first. The
+    context of the first words of the validation and the test splits is in the split before, so that every word of these
+    splits is predicted. The first n - 1 words of the training split are not predicted.
+
+    Args:
+        source: The text.
+        batch_size: Words to predict in a batch, over all processes, at least 1.
+        n: Words in a window, including the predicted one; the trigram needs 3.
+        tokens: `spaces`: words are separated by spaces. `words`: a word is a run of letters and digits, or any other
+            single character.
+        lowercase: Whether to convert the text to lower case.
+        split_clitics: Whether n't, 's, 'd, 'm, 're, 've and 'll at the end of a word become words.
+        paragraph_marks: Whether to add a word `<p>` at the end of each paragraph; empty lines separate paragraphs.
+        rare: Words that occur at most this often, in the whole text as in the paper, become one word; 0 keeps all.
+        train: Part of the text to train on: a share below 1, or a number of words.
+        val: Part of the text for validation, after it: a share below 1, or a number of words. The rest is the test
+            split.
+        num_workers: Processes that load ahead; 0 loads in the training process.
+        seed: Seed of the order of the training words, 0 or greater.
+
+    Raises:
+        MisconfigurationException: If the shares add up to more than 1.
     """
 
     def __init__(
         self,
         source: Source,
         batch_size: int,
-        n: int = 5,
+        n: ThreeOrMore = 5,
         tokens: Literal["spaces", "words"] = "spaces",
         lowercase: bool = False,
         split_clitics: bool = False,
         paragraph_marks: bool = False,
-        rare: int = 3,
-        train: float = 0.8,
-        val: float = 0.1,
+        rare: NonNegativeInt = 3,
+        train: PositiveFloat = 0.8,
+        val: PositiveFloat = 0.1,
         num_workers: int = 0,
         seed: int = 0,
     ) -> None:
-        """Choose the text and how it is cut.
-
-        Args:
-            source: where the text comes from.
-            batch_size: words to predict in a batch, over all processes, at least 1.
-            n: words in a window, the predicted one included; at least 3, for the trigram beside the network.
-            tokens: `spaces`: what stands between spaces is a word. `words`: letters and digits that stand together are
-                a word, any other character is one by itself.
-            lowercase: whether capitals become small letters.
-            split_clitics: whether n't, 's, 'd, 'm, 're, 've and 'll at the end of a word are words of their own.
-            paragraph_marks: whether a word `<p>` ends each paragraph, which is what empty lines separate.
-            rare: words that occur at most so often, in the whole text as in the paper, become one; 0 keeps all.
-            train: part of the text to train on: a share below 1, or a number of words.
-            val: part of the text for validation, after it: a share below 1, or a number of words. The rest is the test.
-            num_workers: processes that load ahead; 0 loads in the training process.
-            seed: of the order of the training words, 0 or greater.
-        """
         super().__init__(batch_size, num_workers, seed)
-        for name, value, least in (("n", n, 3), ("rare", rare, 0)):
-            if value < least:
-                raise MisconfigurationException(f"data.{name} is {value}: it must be at least {least}")
-        if min(train, val) <= 0 or (train < 1 and val < 1 and train + val > 1):
+        if train < 1 and val < 1 and train + val > 1:
             raise MisconfigurationException(
-                f"data.train {train} and data.val {val} must be above 0, and shares add up to 1 at most"
+                f"data.train is {train} and data.val {val}: as shares they must add up to 1 at most"
             )
         self.source, self.n, self.train, self.val = source, n, train, val
         self.tokens, self.rare = tokens, rare
@@ -213,16 +220,16 @@ class BengioNLMDataModule(ExperimentDataModule):
 
     @cached_property
     def text(self) -> NumberedText:
-        """The whole text. It is read when it is first asked for.
+        """The whole text, read at the first access.
 
         Raises:
-            MisconfigurationException: it has fewer than two different words.
+            MisconfigurationException: If it has fewer than two different words.
         """
         text = number(words_of(self.source.documents(), self.tokens, **self.variant), self.rare)
         if len(text.words) < 2:
             raise MisconfigurationException(
-                f"the text has {len(text.ids)} words and a vocabulary of {len(text.words)}, where there must be 2 at "
-                f"least: give more text, or less than data.rare {self.rare}"
+                f"the text has {len(text.ids)} words and a vocabulary of {len(text.words)}, and needs at least 2: give "
+                f"more text, or less than data.rare {self.rare}"
             )
         return text
 
@@ -233,12 +240,12 @@ class BengioNLMDataModule(ExperimentDataModule):
 
     @property
     def block_size(self) -> int:
-        """The number of words that the network looks back at."""
+        """The number of words of context."""
         return self.n - 1
 
     @property
     def sides(self) -> dict[str, range]:
-        """Where in the text train, val and test are."""
+        """The positions of train, val and test in the text."""
         n_words = len(self.text.ids)
         n_train, n_val = (int(part * n_words) if part < 1 else int(part) for part in (self.train, self.val))
         return {
@@ -248,10 +255,10 @@ class BengioNLMDataModule(ExperimentDataModule):
         }
 
     def setup(self, stage: str) -> None:
-        """Cut the text.
+        """Check that the splits that this stage needs have enough words.
 
         Raises:
-            MisconfigurationException: a side that this stage needs has too few words.
+            MisconfigurationException: If one has not.
         """
         n_words, sides = len(self.text.ids), self.sides
         if len(sides["train"]) < self.n:
@@ -259,26 +266,26 @@ class BengioNLMDataModule(ExperimentDataModule):
                 f"the training text has {len(sides['train'])} words, fewer than one window of data.n {self.n}: give "
                 "more text, or a larger data.train"
             )
-        for side in ("val", "test") if stage == "test" else ("val",):  # the trigram is fitted on val, for the test too
+        for side in ("val", "test") if stage == "test" else ("val",):  # val fits the trigram, for a test too
             if not len(sides[side]):
                 raise MisconfigurationException(
                     f"data.train {self.train:g} and data.val {self.val:g} leave nothing of {n_words:,} words for the "
-                    f"side {side}: make them smaller, or give more text"
+                    f"split {side}: make them smaller, or give more text"
                 )
 
     def train_dataloader(self) -> DataLoader:
-        """Return every word to train on, shuffled."""
-        first = self.n - 1  # the first word with a whole context
+        """Return the words of the training split, shuffled."""
+        first = self.n - 1  # position of the first word with a whole context
         n = len(self.sides["train"]) - first
         order = shuffled(n, self.seed)
         return self.training_loader(self._windows, n, lambda epoch: order(epoch) + first)
 
     def val_dataloader(self) -> DataLoader:
-        """Return every word of the validation text."""
+        """Return the words of the validation split."""
         return self._all("val")
 
     def test_dataloader(self) -> DataLoader:
-        """Return every word of the test text."""
+        """Return the words of the test split."""
         return self._all("test")
 
     @property
@@ -290,19 +297,18 @@ class BengioNLMDataModule(ExperimentDataModule):
 
 
 class NGramWindows(Dataset):
-    """The windows of n words in a numbered text, by the positions of their last words."""
+    """The windows of n words in a text, by the positions of their last words.
+
+    Args:
+        ids: Word ids of the text, (N,) integers.
+        n: Words in a window.
+    """
 
     def __init__(self, ids: np.ndarray, n: int) -> None:
-        """Look at a text through windows.
-
-        Args:
-            ids: the text, (N,) integers.
-            n: words in a window.
-        """
         self.ids = torch.from_numpy(ids)
-        self.back = torch.arange(n)  # from the predicted word to the farthest of its context
+        self.offsets = torch.arange(n)  # from the predicted word back to the farthest of its context
 
     def __getitem__(self, positions: Tensor) -> dict[str, Tensor]:
-        """Return the words at these positions (B,), each at least n - 1, and those before them, the nearest first."""
-        windows = self.ids[positions[:, None] - self.back].long()  # (B, n)
+        """Return the words at positions (B,), each at least n - 1, and the words before them, the nearest first."""
+        windows = self.ids[positions[:, None] - self.offsets].long()  # (B, n)
         return {"context": windows[:, 1:], "targets": windows[:, 0]}

@@ -1,7 +1,7 @@
-"""Position matrices: read from a model's files without the rest of the model, from an array, or made by a formula."""
+"""Position matrices: read from the files of a model without the rest of it, read from an array, or computed."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import fsspec
@@ -12,30 +12,30 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from datamodules.cache import cache_root, cached_array, digest
 from lightning_modules.common.hub import hub_answers
 
-INITIAL_STD = 0.02  # of the normal distribution that GPT-2, GPT-Neo, BERT and RoBERTa draw their embeddings from
+INITIAL_STD = 0.02  # of the normal distribution of new embeddings in GPT-2, GPT-Neo, BERT and RoBERTa
 MADE = ("sinusoids", "gaussian")
 
-# Type of model: the ends of the names of its position and token embeddings.
+# For each type of model, how the names of its position embeddings and of its token embeddings end.
 _TENSORS = {
     "gpt2": ("wpe.weight", "wte.weight"),
     "gpt_neo": ("wpe.weight", "wte.weight"),
     "bert": ("embeddings.position_embeddings.weight", "embeddings.word_embeddings.weight"),
     "roberta": ("embeddings.position_embeddings.weight", "embeddings.word_embeddings.weight"),
 }
-_LARGEST_HEADER = 100_000_000  # bytes, by the format's own rule
+_LARGEST_HEADER = 100_000_000  # bytes, the limit of the format
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
 class PositionMatrix:
-    """The rows of a model's positions, and what the model says beside them.
+    """A position matrix, and what is known of its model.
 
     Args:
-        rows: One for each position, in order, (T, d) float64.
-        tokens: The token embeddings, (V, d) float32; None where there is no model.
-        initial_std: Standard deviation of the rows before the training.
-        model: Folder or hub name of the model, as `from_pretrained` takes it; None where there is none.
-        model_type: Its type, such as `gpt2`; None where there is no model.
+        rows: One row a position, in order, (T, d) float64.
+        tokens: The token embeddings, (V, d) float32; `None` without a model.
+        initial_std: Standard deviation of the rows before training.
+        model: Folder or hub name of the model, as `from_pretrained` takes it; `None` without a model.
+        model_type: Its type, such as `gpt2`; `None` without a model.
     """
 
     rows: np.ndarray
@@ -46,16 +46,16 @@ class PositionMatrix:
 
 
 def load_positions(source: str, n_positions: int | None = None, n_embd: int = 128, seed: int = 0) -> PositionMatrix:
-    """Return the position matrix of that name.
+    """Return the position matrix of a source.
 
     Args:
-        source: see `PositionProbeDataModule`.
-        n_positions: rows to keep, from the first on; None for all. `sinusoids` and `gaussian` need it.
-        n_embd: components of the rows of `sinusoids` and `gaussian`.
-        seed: of `gaussian`.
+        source: See `PositionProbeDataModule`.
+        n_positions: Rows to keep, from the first on; `None` for all. `sinusoids` and `gaussian` need it.
+        n_embd: Components of the rows of `sinusoids` and `gaussian`.
+        seed: Seed of `gaussian`.
 
     Raises:
-        MisconfigurationException: there is no such matrix, it has fewer rows, or it is none of positions.
+        MisconfigurationException: If there is no such matrix, it has fewer rows, or its rows hold no positions.
     """
     if source in MADE:
         if n_positions is None:
@@ -68,56 +68,60 @@ def load_positions(source: str, n_positions: int | None = None, n_embd: int = 12
         matrix = _read_model(source)
     rows = matrix.rows
     if rows.shape[1] < 3:
-        raise MisconfigurationException(
-            f"data.source: the rows of {source} have {rows.shape[1]} components, and the figures need 3: give a "
+        raise _unusable(
+            f"the rows of {source} have {rows.shape[1]} components, and the figures need 3: give a "
             "matrix of the shape (positions, components)"
         )
     if not np.isfinite(rows).all():
         bad = int(np.flatnonzero(~np.isfinite(rows).all(axis=1))[0])
-        raise MisconfigurationException(f"data.source: row {bad} of {source} has values that are not finite")
+        raise _unusable(f"row {bad} of {source} has values that are not finite")
     if n_positions is not None and n_positions > len(rows):
         raise MisconfigurationException(
             f"data.n_positions is {n_positions}, but {source} has {len(rows)} positions: give no more, or null"
         )
     rows = rows[:n_positions]
     if np.all(rows == rows[0]):
-        raise MisconfigurationException(f"data.source: all rows of {source} are the same: there is nothing to find")
-    return PositionMatrix(rows, matrix.tokens, matrix.initial_std, matrix.model, matrix.model_type)
+        raise _unusable(f"all rows of {source} are the same; give a matrix whose rows differ")
+    return replace(matrix, rows=rows)
+
+
+def _unusable(reason: str) -> MisconfigurationException:
+    return MisconfigurationException(f"data.source: {reason}")
 
 
 def sinusoids(n_positions: int, n_embd: int) -> np.ndarray:
-    """Return the sines and cosines of Vaswani et al. (2017), of wavelengths from 2π to 10,000 times that: (T, d).
+    """Return the sinusoids of Vaswani et al. (2017), with wavelengths from 2π to 10,000 times 2π, (T, d).
 
     Args:
-        n_positions: rows.
-        n_embd: components; sines at even ones, cosines at odd ones.
+        n_positions: Rows, T.
+        n_embd: Components, d; sines at even indices, cosines at odd ones.
     """
     angles = np.arange(n_positions)[:, None] * 10_000.0 ** (-np.arange(0, n_embd, 2) / n_embd)  # (T, d / 2)
     return np.stack([np.sin(angles), np.cos(angles)], axis=-1).reshape(n_positions, -1)[:, :n_embd]
 
 
 def gaussian(n_positions: int, n_embd: int, seed: int) -> np.ndarray:
-    """Return rows of independent normal numbers, as an untrained table has them: (T, d).
+    """Return rows of independent normal numbers, like those of an untrained table, (T, d).
 
     Args:
-        n_positions: rows.
-        n_embd: components.
-        seed: of the draw.
+        n_positions: Rows, T.
+        n_embd: Components, d.
+        seed: Seed of the numbers.
     """
     return np.random.default_rng([seed, 0]).normal(0, INITIAL_STD, (n_positions, n_embd))
 
 
 def controls(matrix: PositionMatrix, seed: int) -> dict[str, np.ndarray]:
-    """Return what a finding about a matrix has to be compared with: tables of the same shape (T, d), by name.
+    """Return the controls of a matrix by name: tables of the same shape (T, d) that a result is compared with.
 
-    - `shuffled`: its own rows in random order.
-    - `gaussian`: independent draws, each component with the mean and the spread that it has in the matrix.
-    - `sinusoids`: those of Vaswani et al. (2017), where position is known to be found.
-    - `initialization`: what the training started from, drawn anew.
+    - `shuffled`: the rows of the matrix in random order.
+    - `gaussian`: independent normal numbers, each component with its mean and standard deviation in the matrix.
+    - `sinusoids`: those of Vaswani et al. (2017), in which probes are known to find the position.
+    - `initialization`: normal numbers like those that the training started from.
 
     Args:
-        matrix: what is compared.
-        seed: of the draws.
+        matrix: The matrix.
+        seed: Seed of the random numbers.
     """
     rows, rng = matrix.rows, np.random.default_rng([seed, 1])
     return {
@@ -130,16 +134,16 @@ def controls(matrix: PositionMatrix, seed: int) -> dict[str, np.ndarray]:
 
 def _read_array(path: Path) -> np.ndarray:
     if not path.is_file():
-        raise MisconfigurationException(f"data.source: {path} does not exist (working folder: {Path.cwd()})")
+        raise _unusable(f"{path} does not exist (working folder: {Path.cwd()})")
     try:
-        array = np.load(path, allow_pickle=False)  # an array of objects could run code as it loads
+        array = np.load(path, allow_pickle=False)  # loading an array of objects can run code
     except (ValueError, EOFError, OSError) as error:
-        raise MisconfigurationException(
-            f"data.source: {path} could not be read as an array of numbers ({error}): save one with numpy.save"
+        raise _unusable(
+            f"{path} could not be read as an array of numbers ({error}): save one with numpy.save"
         ) from error
     if array.ndim != 2 or not np.issubdtype(array.dtype, np.floating):
-        raise MisconfigurationException(
-            f"data.source: {path} holds {array.dtype} of the shape {array.shape}: a position matrix has floating-point "
+        raise _unusable(
+            f"{path} holds {array.dtype} of the shape {array.shape}: a position matrix has floating-point "
             "numbers of the shape (positions, components)"
         )
     return array.astype(np.float64)
@@ -149,20 +153,20 @@ def _read_model(source: str) -> PositionMatrix:
     folder = _folder_of(source)
     config_file = _locate(source, folder, "config.json")
     if config_file is None:
-        raise MisconfigurationException(
-            f"data.source: {source} is no folder or .npy here, and the Hugging Face hub gave no model of that name: "
-            "check the name and the network; sinusoids needs neither"
+        raise _unusable(
+            f"{source} is no folder and no .npy file, and the Hugging Face hub gave no model of that name: "
+            "check the name and the network, or give sinusoids, which needs neither"
         )
     with fsspec.open(config_file, "rb") as file:
         config = json.load(file)
     model_type = config.get("model_type")
     if model_type not in _TENSORS or config.get("position_embedding_type", "absolute") != "absolute":
-        raise MisconfigurationException(
-            f"data.source: {source}, a {model_type} model, has no table of absolute positions that we know of (rotary, "
-            f"ALiBi and relative positions have none): take a {' or '.join(_TENSORS)} model, or give a .npy"
+        raise _unusable(
+            f"{source}, a {model_type} model, has no table of absolute positions that can be read "
+            f"(rotary, ALiBi and relative positions have none): give a {' or '.join(_TENSORS)} model, or a .npy"
         )
     positions, tokens = (_find_tensor(source, folder, ending) for ending in _TENSORS[model_type])
-    # RoBERTa counts from behind its padding token: the rows up to that one belong to no position.
+    # RoBERTa counts positions from the id of its padding token + 1: the rows before belong to no position.
     first = config.get("pad_token_id", 1) + 1 if model_type == "roberta" else 0
     return PositionMatrix(
         rows=positions[first:].astype(np.float64),
@@ -174,35 +178,33 @@ def _read_model(source: str) -> PositionMatrix:
 
 
 def _folder_of(source: str) -> Path | None:
-    """Return the folder of a model or of the run that trained it; None where the name is one on the hub."""
+    """Return the folder of a model, which may be in a run folder; `None` for a name on the hub."""
     path = Path(source).expanduser()
     for folder in (path, path / "model"):
         if (folder / "config.json").is_file():
             return folder
     if path.is_dir():
-        raise MisconfigurationException(
-            f"data.source: {source} holds neither a config.json nor a model/ with one: give the folder of a model, or "
-            "a run that came to its end"
+        raise _unusable(
+            f"{source} holds neither a config.json nor a model/ with one: give the folder of a model, or "
+            "of a finished run"
         )
     if source.startswith((".", "/", "~")) or source.count("/") > 1:
         advice = "give the folder of a model, a .npy, or a name on the hub"
         if "runs" in path.parts[:-2]:
             advice = f"`llm-train fit -c experiments/{path.parent.name}/{path.name}.yaml` makes it"
-        raise MisconfigurationException(
-            f"data.source: {source} does not exist (working folder: {Path.cwd()}): {advice}"
-        )
+        raise _unusable(f"{source} does not exist (working folder: {Path.cwd()}): {advice}")
     return None
 
 
 def _locate(source: str, folder: Path | None, name: str) -> str | None:
-    """Return the path or URL of one of a model's files; None where the model has no such file."""
+    """Return the path or URL of a file of a model; `None` where the model has no such file."""
     if folder is not None:
         return str(folder / name) if (folder / name).is_file() else None
     from huggingface_hub import errors, file_exists, try_to_load_from_cache
 
     try:
         cached = try_to_load_from_cache(source, name)
-    except errors.HFValidationError:  # nothing on the hub can have such a name
+    except errors.HFValidationError:  # not a valid name on the hub
         return None
     if isinstance(cached, str):
         return cached
@@ -210,16 +212,14 @@ def _locate(source: str, folder: Path | None, name: str) -> str | None:
 
 
 def _find_tensor(source: str, folder: Path | None, ending: str) -> np.ndarray:
-    """Return the tensor of a model whose name ends so, and read nothing else of it."""
+    """Return the tensor of a model whose name has this ending, without reading the others."""
     file = _locate(source, folder, "model.safetensors")
     if file is None and (index := _locate(source, folder, "model.safetensors.index.json")):
         with fsspec.open(index, "rb") as opened:
             shards = json.load(opened)["weight_map"]
         file = next((_locate(source, folder, shard) for name, shard in shards.items() if _ends(name, ending)), None)
     if file is None:
-        raise MisconfigurationException(
-            f"data.source: {source} has no model.safetensors with {ending}: save the model with save_pretrained"
-        )
+        raise _unusable(f"{source} has no model.safetensors with {ending}: save the model with save_pretrained")
     if "://" not in file:
         return read_tensor(file, ending)
     cached = cache_root() / "tensors" / f"{digest([file, ending])}.npy"
@@ -227,17 +227,17 @@ def _find_tensor(source: str, folder: Path | None, ending: str) -> np.ndarray:
 
 
 def read_tensor(file: str, ending: str) -> np.ndarray:
-    """Return one tensor of a safetensors file as float32, reading only its bytes, over the network too.
+    """Return one tensor of a local or remote safetensors file as float32, without reading the others.
 
-    The file begins with the length of its header, eight bytes, and the header, which tells where each tensor lies
+    The file begins with the length of its header in eight bytes, and the header, which has the offsets of each tensor
     (https://huggingface.co/docs/safetensors).
 
     Args:
-        file: path, or URL that fsspec understands.
-        ending: end of the tensor's name, at a dot.
+        file: Path, or URL that fsspec understands.
+        ending: Last parts of the name of the tensor, between dots.
 
     Raises:
-        MisconfigurationException: there is no such tensor, or the file is damaged.
+        MisconfigurationException: If there is no such tensor, or the file is damaged.
     """
     try:
         with fsspec.open(file, "rb") as opened:
@@ -247,15 +247,15 @@ def read_tensor(file: str, ending: str) -> np.ndarray:
             header = json.loads(opened.read(header_size))
             found = next((entry for name, entry in header.items() if _ends(name, ending)), None)
             if found is None:
-                raise MisconfigurationException(f"data.source: {file} has no tensor {ending}: it is of another model")
+                raise MisconfigurationException(
+                    f"data.source: {file} has no tensor {ending}; give a model of this type"
+                )
             start, end = found["data_offsets"]
             opened.seek(8 + header_size + start)
             data = bytearray(opened.read(end - start))
         tensor = torch.frombuffer(data, dtype=_DTYPES[found["dtype"]]).reshape(found["shape"])
     except (ValueError, KeyError, TypeError, RuntimeError, OverflowError) as error:
-        raise MisconfigurationException(
-            f"data.source: {file} is no whole safetensors file ({error}): make or download it again"
-        ) from error
+        raise _unusable(f"{file} is damaged or no safetensors file ({error}): make or download it again") from error
     return tensor.float().numpy()
 
 

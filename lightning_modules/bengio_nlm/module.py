@@ -1,5 +1,6 @@
-"""Bengio's network beside, and mixed with, the trigram that it was to replace."""
+"""Bengio's network compared with, and mixed with, an interpolated trigram."""
 
+from collections.abc import Mapping
 from typing import Literal
 
 import numpy as np
@@ -7,69 +8,69 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
-from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
 from lightning_modules.base import ExperimentModule
 from lightning_modules.bengio_nlm.network import BengioNLM
 from lightning_modules.bengio_nlm.trigram import N_GROUPS, InterpolatedTrigram, fit_mixture
+from lightning_modules.common.ranges import NonNegativeInt, PositiveInt, Probability
+from lightning_modules.metrics import SplitMetric
 
 Batch = dict[str, Tensor]
 
 
 class BengioNLMModule(ExperimentModule):
-    """The network of `models/bengio.py`, trained on the next word (Bengio et al., 2003).
+    """The network `BengioNLM`, trained to predict the next word (Bengio et al., 2003).
 
-    The interpolated trigram of `models/ngram.py` is fitted to the same text when the run starts: its frequencies are
-    those of the training text, its weights what EM finds on the validation text. Every validation and test measures on
-    the same words the network (`perplexity`), the trigram (`perplexity_trigram`), the unigram with one added to each
-    count (`perplexity_unigram`), and the mixture of network and trigram (`perplexity_mixed`).
+    An interpolated trigram is fitted when a run starts: its frequencies to the training text, its weights by EM to the
+    validation text. A validation or a test evaluates on the same words the network (`perplexity`), the trigram
+    (`perplexity_trigram`), the unigram with one added to each count (`perplexity_unigram`), and the mixture of network
+    and trigram (`perplexity_mixed`).
+
+    The module reads `text.ids`, `sides` and `vocab_size` of the data; see `BengioNLMDataModule`.
 
     Args:
         vocab_size: Number of words; linked from the data.
-        block_size: Words that the network looks back at, n - 1; linked from the data (`data.n`).
+        block_size: Words of context, n - 1; linked from the data (`data.n`).
         h: Hidden units; 0 for none, which leaves the direct connections alone.
         m: Features of a word.
         direct: Whether the features are connected to the output directly too.
-        mix: The weights of network and trigram: `equal`, as in the paper's table; `learned`, by EM on the validation
-            text, for each order of magnitude of the history's frequency; `none` measures no mixture.
-        dropout: Share of the features that is dropped in training (0 to 1).
-        hidden_dropout: Share of the hidden units that is dropped in training (0 to 1).
-        word_dropout: Share of the context's words that is dropped in training, all features at once (0 to 1).
+        mix: Weights of network and trigram: `equal`, as in the table of the paper; `learned`, by EM on the validation
+            text, for each order of magnitude of the frequency of the history; `none` for no mixture.
+        dropout: Probability of dropping a feature in training.
+        hidden_dropout: Probability of dropping a hidden unit in training.
+        word_dropout: Probability of dropping all features of a word of the context in training.
 
     Raises:
-        MisconfigurationException: If the sizes make no network.
+        MisconfigurationException: If `h` is 0 and `direct` is false.
     """
 
     def __init__(
         self,
         vocab_size: int | None = None,
         block_size: int | None = None,
-        h: int = 50,
-        m: int = 60,
+        h: NonNegativeInt = 50,
+        m: PositiveInt = 60,
         direct: bool = True,
         mix: Literal["none", "equal", "learned"] = "learned",
-        dropout: float = 0.0,
-        hidden_dropout: float = 0.0,
-        word_dropout: float = 0.0,
+        dropout: Probability = 0.0,
+        hidden_dropout: Probability = 0.0,
+        word_dropout: Probability = 0.0,
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
-        if vocab_size is None or block_size is None:
-            raise MisconfigurationException(
-                "model: vocab_size and block_size are needed; the data gives them, or you do"
-            )
+        self.require_linked(vocab_size=vocab_size, block_size=block_size)
+        assert vocab_size is not None and block_size is not None
         try:
             self.network = BengioNLM(vocab_size, block_size + 1, h, m, direct, dropout, hidden_dropout, word_dropout)
         except ValueError as error:
             raise MisconfigurationException(f"model: {error}") from error
         self.mix = mix
         self.register_buffer("mixture", torch.full((N_GROUPS, 2), 0.5, dtype=torch.float64))  # network, trigram
-        self.val_likelihoods = Likelihoods()
-        self.test_likelihoods = Likelihoods()
+        self.track(Likelihoods())
 
     def setup(self, stage: str) -> None:
-        """Fits the trigram, and lets a new network start from the frequencies of the words.
+        """Fit the trigram, and initialise the bias of a new network with the frequencies of the words.
 
         Raises:
             MisconfigurationException: If the text is too short for a trigram, or the vocabulary too large.
@@ -83,77 +84,55 @@ class BengioNLMModule(ExperimentModule):
         places = np.arange(sides["val"].start, sides["val"].stop)
         self.trigram.fit(np.stack([ids[places - 1], ids[places - 2]], axis=1), ids[places])
         self._unigram = (self.trigram.unigrams + 1) / (self.trigram.n_tokens + data.vocab_size)
-        if stage == "fit":  # a checkpoint's weights are loaded after this
+        if stage == "fit":  # the weights of a checkpoint are loaded after this
             with torch.no_grad():
                 self.network.b.copy_(torch.from_numpy(np.log(self._unigram)))
 
     def forward(self, context: Tensor) -> Tensor:
-        """Scores of the next word: (B, n - 1), the nearest word first, to (B, V)."""
+        """Return the scores of the next word, (B, V), for a context (B, n - 1), the nearest word first."""
         return self.network(context)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Mean loss of the batch's words."""
+        """Return the mean loss of the words of the batch."""
         loss = self.network.loss(batch["context"], batch["targets"])
         self.log_train_loss(loss)
         return loss
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Notes how likely each model finds each word."""
-        self.val_likelihoods.update(*self._likelihoods(batch))
-
-    def on_validation_epoch_end(self) -> None:
-        """Logs the perplexities of the validation text, after it has learned the mixture."""
-        if self.mix == "learned":
-            measured = self.val_likelihoods.compute()
-            both = torch.stack([measured["network"].exp(), measured["trigram"].exp()], dim=1).cpu().numpy()
-            weights = fit_mixture(both, measured["group"].cpu().numpy(), N_GROUPS)
-            self.mixture.copy_(torch.from_numpy(weights))
-        self._log_measures("val", self.val_likelihoods)
-
-    def test_step(self, batch: Batch, batch_idx: int) -> None:
-        """Notes how likely each model finds each word."""
-        self.test_likelihoods.update(*self._likelihoods(batch))
-
-    def on_test_epoch_end(self) -> None:
-        """Logs the perplexities of the test text, with the mixture that the checkpoint has."""
-        self._log_measures("test", self.test_likelihoods)
-
-    def _likelihoods(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Of each target: log-probability by network, trigram and unigram, and the group of its history; all (B,)."""
+    def evaluation_step(self, batch: Batch, metrics: "Likelihoods") -> None:
+        """Record the log-probability of each target by each model, and the group of its history."""
         network = -F.cross_entropy(self(batch["context"]).float(), batch["targets"], reduction="none")
         histories, targets = batch["context"][:, :2].cpu().numpy(), batch["targets"].cpu().numpy()
         trigram = np.log(self.trigram.probabilities(histories, targets))
         unigram = np.log(self._unigram[targets])
         group = self.trigram.groups(histories)
-        return network, *(torch.from_numpy(column).to(network.device) for column in (trigram, unigram, group))
+        metrics.update(network, *(torch.from_numpy(column).to(network.device) for column in (trigram, unigram, group)))
 
-    def _log_measures(self, split: str, likelihoods: "Likelihoods") -> None:
-        measured = likelihoods.compute()
-        likelihoods.reset()
+    def evaluation_results(self, metrics: "Likelihoods", split: str) -> Mapping[str, Tensor]:
+        """Return the loss and the perplexities; a validation first learns the mixture if `mix` is `learned`."""
+        measured = metrics.compute()
+        models = torch.stack([measured["network"], measured["trigram"]], dim=1)  # (N, 2)
+        if split == "val" and self.mix == "learned":
+            weights = fit_mixture(models.exp().cpu().numpy(), measured["group"].cpu().numpy(), N_GROUPS)
+            self.mixture.copy_(torch.from_numpy(weights))
         logs = {"": measured["network"], "_trigram": measured["trigram"], "_unigram": measured["unigram"]}
         if self.mix != "none":
-            weights = self.mixture[measured["group"]]  # (N, 2)
-            both = torch.stack([measured["network"], measured["trigram"]], dim=1)
-            logs["_mixed"] = (both + weights.log()).logsumexp(dim=1)
-        measures = {f"{split}/perplexity{name}": (-log.mean()).exp().float() for name, log in logs.items()}
-        measures[f"{split}/loss"] = -measured["network"].mean().float()
-        # These are of all ranks already; sync_dist only tells Lightning that they are the same everywhere.
-        self.log_dict(measures, sync_dist=True)
+            logs["_mixed"] = (models + self.mixture[measured["group"]].log()).logsumexp(dim=1)
+        results = {f"perplexity{name}": (-log.mean()).exp().float() for name, log in logs.items()}
+        return results | {"loss": -measured["network"].mean().float()}
 
     @property
     def word_vectors(self) -> Tensor:
-        """C, the features of each word: (V, m)."""
+        """C, the features of each word, (V, m)."""
         return self.network.C
 
     def next_command(self, run: str) -> str:
-        """Measure on the test text, once all is decided."""
+        """Return the command that evaluates the test text."""
         return f"llm-train test -c {run}/config.yaml --ckpt_path best"
 
 
-class Likelihoods(Metric):
-    """The log-probabilities that the models give each word seen, on all processes, and the group of its history."""
+class Likelihoods(SplitMetric):
+    """The log-probabilities of all words by each model, over all processes, and the groups of their histories."""
 
-    full_state_update = False
     columns = ("network", "trigram", "unigram", "group")
 
     def __init__(self) -> None:
@@ -162,17 +141,17 @@ class Likelihoods(Metric):
             self.add_state(name, [], dist_reduce_fx="cat")
 
     def update(self, network: Tensor, trigram: Tensor, unigram: Tensor, group: Tensor) -> None:
-        """Adds a batch.
+        """Add a batch.
 
         Args:
-            network: Log-probabilities, (B,).
-            trigram: The same.
-            unigram: The same.
-            group: Integers, (B,).
+            network: Log-probabilities by the network, (B,).
+            trigram: Log-probabilities by the trigram, (B,).
+            unigram: Log-probabilities by the unigram, (B,).
+            group: Groups of the histories, (B,) int64.
         """
         for name, column in zip(self.columns, (network.double(), trigram, unigram, group), strict=True):
             getattr(self, name).append(column)
 
     def compute(self) -> dict[str, Tensor]:
-        """The columns by name, (N,)."""
+        """Return the columns by name, (N,) each."""
         return {name: dim_zero_cat(getattr(self, name)) for name in self.columns}

@@ -1,14 +1,14 @@
 """The neural probabilistic language model of Bengio, Ducharme, Vincent and Jauvin (2003), equation by equation.
 
-Every word has a vector of features, a row of C. The vectors of the n - 1 words before position t stand side by side,
+Every word has a vector of features, a row of C. The vectors of the n - 1 words before position t are concatenated,
 
     x = (C(w_{t-1}), C(w_{t-2}), ..., C(w_{t-n+1})),
 
-and the next word has the scores and the probability
+and the scores and probabilities of the next word are
 
     y = b + W x + U tanh(d + H x),        P(w_t = i | w_{t-1}, ..., w_{t-n+1}) = e^{y_i} / sum_j e^{y_j}.
 
-W x are the direct connections from the features to the output, which the paper has in some of its models.
+W x are direct connections from the features to the output, which some models of the paper have.
 """
 
 import math
@@ -21,20 +21,20 @@ from lightning_modules.models.linear_cross_entropy import LinearCrossEntropy
 
 
 class BengioNLM(nn.Module):
-    """The network, its parameters named as in the paper.
+    """The network; its parameters have the names of the paper.
 
     Args:
         vocab_size: Number of words, |V|.
-        n: Words in a window, the predicted one included.
+        n: Words in a window, including the predicted one; at least 2.
         h: Hidden units; 0 for none.
-        m: Features of a word.
+        m: Features a word, the length of a row of C.
         direct: Whether there are direct connections W.
-        dropout: Share of the features x that is dropped in training (0 to 1).
-        hidden_dropout: Share of the hidden units that is dropped in training (0 to 1).
-        word_dropout: Share of the context's words that is dropped in training, all features at once (0 to 1).
+        dropout: Probability of dropping a component of x.
+        hidden_dropout: Probability of dropping a hidden unit.
+        word_dropout: Probability of dropping a word of the context.
 
     Raises:
-        ValueError: If the sizes make no network.
+        ValueError: If there are neither hidden units nor direct connections.
     """
 
     def __init__(
@@ -49,15 +49,9 @@ class BengioNLM(nn.Module):
         word_dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        for name, value, least in (("vocab_size", vocab_size, 2), ("n", n, 2), ("m", m, 1), ("h", h, 0)):
-            if value < least:
-                raise ValueError(f"{name} is {value}: it must be at least {least}")
         if h == 0 and not direct:
             raise ValueError("h is 0 and direct is false: nothing connects the words to the output; set one of them")
-        self.rates = {"dropout": dropout, "hidden_dropout": hidden_dropout, "word_dropout": word_dropout}
-        for name, rate in self.rates.items():
-            if not 0 <= rate < 1:
-                raise ValueError(f"{name} is {rate}: it must be at least 0 and less than 1")
+        self.dropout, self.hidden_dropout, self.word_dropout = dropout, hidden_dropout, word_dropout
         width = (n - 1) * m
         self.C = nn.Parameter(0.1 * torch.randn(vocab_size, m))
         self.H = nn.Parameter(torch.randn(h, width) / math.sqrt(width)) if h else None
@@ -68,18 +62,26 @@ class BengioNLM(nn.Module):
         self._cross_entropy = LinearCrossEntropy()
 
     def features(self, context: Tensor) -> Tensor:
-        """x: the words before (B, n - 1), the nearest first, to their features side by side (B, (n - 1) m)."""
+        """Return x, the concatenated features of the words before, (B, (n - 1) m).
+
+        Args:
+            context: Words before, the nearest first, (B, n - 1).
+        """
         x = F.embedding(context, self.C)  # (B, n - 1, m)
-        if self.training and self.rates["word_dropout"]:
-            x = x * (torch.rand(x.shape[:2], device=x.device) >= self.rates["word_dropout"])[..., None]
-        return F.dropout(x.flatten(1), self.rates["dropout"], self.training)
+        if self.training and self.word_dropout:
+            x = x * (torch.rand(x.shape[:2], device=x.device) >= self.word_dropout)[..., None]
+        return F.dropout(x.flatten(1), self.dropout, self.training)
 
     def hidden(self, x: Tensor) -> Tensor:
-        """tanh(d + H x): (B, (n - 1) m) to (B, h)."""
-        return F.dropout(torch.tanh(F.linear(x, self.H, self.d)), self.rates["hidden_dropout"], self.training)
+        """Return tanh(d + H x), (B, h), for features x (B, (n - 1) m)."""
+        return F.dropout(torch.tanh(F.linear(x, self.H, self.d)), self.hidden_dropout, self.training)
 
     def forward(self, context: Tensor) -> Tensor:
-        """y: the words before (B, n - 1), the nearest first, to the scores of the next word (B, V)."""
+        """Return y, the scores of the next word, (B, V).
+
+        Args:
+            context: Words before, the nearest first, (B, n - 1).
+        """
         x = self.features(context)
         y = self.b
         if self.W is not None:
@@ -89,7 +91,7 @@ class BengioNLM(nn.Module):
         return y
 
     def loss(self, context: Tensor, targets: Tensor) -> Tensor:
-        """Mean of -log P(w_t | context), in nats: what `forward` and a cross entropy give, in less time.
+        """Return the mean of -log P(w_t | context) in nats: the cross entropy of `forward`, computed in less time.
 
         Args:
             context: Words before, the nearest first, (B, n - 1).

@@ -1,12 +1,12 @@
-"""The interpolated trigram (Jelinek and Mercer, 1980), as Bengio et al. (2003) have it beside their network.
+"""The interpolated trigram (Jelinek and Mercer, 1980), which Bengio et al. (2003) compare their network with.
 
-A trigram is seen too seldom to be believed alone, so its relative frequency is mixed with those of shorter n-grams:
+Most trigrams are too rare for a reliable relative frequency, so it is mixed with those of shorter n-grams:
 
     P(w | u, v) = a_0(q) / V  +  a_1(q) P(w)  +  a_2(q) P(w | v)  +  a_3(q) P(w | u, v)
 
-How far the longer histories are to be trusted depends on how often (u, v) was seen. So there is one set of weights for
-each order of magnitude `q` of that frequency. The relative frequencies are those of the training text, and the
-weights are what EM finds on a text that was held out.
+The more often a history (u, v) occurs, the more reliable are its longer n-grams. So there is one set of weights for
+each order of magnitude `q` of its frequency. The relative frequencies are those of the training text; EM finds the
+weights on a held-out text.
 """
 
 import numpy as np
@@ -17,17 +17,17 @@ N_GROUPS = 45  # groups of histories by the logarithm of their frequency: enough
 def fit_mixture(
     probabilities: np.ndarray, groups: np.ndarray, n_groups: int, tolerance: float = 1e-7, max_steps: int = 200
 ) -> np.ndarray:
-    """Finds by EM the weights that make a mixture of models likeliest (Dempster, Laird and Rubin, 1977).
+    """Return the weights of a mixture of models that maximise the likelihood, by EM (Dempster, Laird and Rubin, 1977).
 
     Args:
-        probabilities: What each of K models gives each of N observations, (N, K); one of them is above 0 everywhere.
-        groups: The group of each observation, (N,) integers below `n_groups`; each group has weights of its own.
-        n_groups: Number of groups. One without an observation takes the weights of all observations together.
-        tolerance: EM ends when a step gains less than this, in nats an observation.
-        max_steps: EM ends after so many steps in any case.
+        probabilities: Probability of each of N observations by each of K models, (N, K); positive for at least one.
+        groups: Group of each observation, (N,) integers below `n_groups`; each group has its own weights.
+        n_groups: Number of groups, G. A group without observations has the weights of all observations together.
+        tolerance: EM stops when a step gains less than this, in nats an observation.
+        max_steps: Largest number of steps.
 
     Returns:
-        The weights, (n_groups, K); each row sums to one.
+        The weights, (G, K); each row sums to one.
     """
     n_models = probabilities.shape[1]
     sizes = np.bincount(groups, minlength=n_groups)[:, None]  # (G, 1)
@@ -40,7 +40,7 @@ def fit_mixture(
         if log_likelihood - before < tolerance:
             break
         before = log_likelihood
-        shares = joint / total  # which model each observation came from, as far as one can tell
+        shares = joint / total  # posterior of the model, given the observation
         expected = np.stack([np.bincount(groups, shares[:, k], n_groups) for k in range(n_models)], axis=1)  # (G, K)
         overall = expected.sum(axis=0) / max(1, len(groups))
         weights = np.where(sizes > 0, expected / np.maximum(sizes, 1), overall)
@@ -48,22 +48,20 @@ def fit_mixture(
 
 
 class InterpolatedTrigram:
-    """Relative frequencies of n-grams up to three words, and the weights of their mixture.
+    """Relative frequencies of n-grams of up to three words, and the weights of their mixture.
 
     Attributes:
-        weights: (G, 4): of the uniform distribution, unigram, bigram and trigram, for each group of histories.
+        weights: Weights of the uniform distribution, unigram, bigram and trigram for each group of histories, (G, 4).
+
+    Args:
+        tokens: Ids of the training text, (N,); at least three.
+        vocab_size: Number of words, V.
+
+    Raises:
+        ValueError: If the text is shorter than a trigram, or the vocabulary too large for the keys.
     """
 
     def __init__(self, tokens: np.ndarray, vocab_size: int) -> None:
-        """Counts.
-
-        Args:
-            tokens: The training text, (N,) ids; at least three.
-            vocab_size: Number of words, V.
-
-        Raises:
-            ValueError: If the text is shorter than a trigram, or the vocabulary too large for the keys.
-        """
         if len(tokens) < 3:
             raise ValueError(f"a trigram needs a text of at least 3 tokens, got {len(tokens)}")
         if vocab_size**3 > 2**63:
@@ -72,22 +70,22 @@ class InterpolatedTrigram:
         self.n_tokens = len(tokens)
         tokens = tokens.astype(np.int64)
         self.unigrams = np.bincount(tokens, minlength=vocab_size)  # (V,)
-        # An n-gram's key is its words as the digits of a number to base V; the keys are sorted, their counts beside.
+        # The key of an n-gram is the number whose digits to base V are its words.
         pairs = tokens[:-1] * vocab_size + tokens[1:]
         self.bigrams = _Counts(pairs)
         self.trigrams = _Counts(pairs[:-1] * vocab_size + tokens[2:])
-        self.bigram_histories = np.bincount(tokens[:-1], minlength=vocab_size)  # occurrences that a word follows
+        self.bigram_histories = np.bincount(tokens[:-1], minlength=vocab_size)  # occurrences before another word
         self.trigram_histories = _Counts(pairs[:-1])
         self.weights = np.full((N_GROUPS, 4), 0.25)
 
     def components(self, histories: np.ndarray, targets: np.ndarray) -> np.ndarray:
-        """The four probabilities of each target: uniform, unigram, bigram, trigram, (N, 4).
+        """Return the four probabilities of each target: uniform, unigram, bigram, trigram, (N, 4).
 
-        After a history that was never seen, the next shorter one stands in, so that each still sums to one.
+        After an unknown history, the n-gram has the probability of the next shorter one, so that each sums to one.
 
         Args:
             histories: The two words before each target, the nearer one first, (N, 2).
-            targets: (N,).
+            targets: Ids, (N,).
         """
         near, far = histories[:, 0].astype(np.int64), histories[:, 1].astype(np.int64)
         pair = far * self.vocab_size + near
@@ -97,31 +95,21 @@ class InterpolatedTrigram:
         return np.stack([np.full(len(targets), 1 / self.vocab_size), unigram, bigram, trigram], axis=1)
 
     def groups(self, histories: np.ndarray) -> np.ndarray:
-        """The group of each history (N, 2): ceil(-log((1 + c) / T)), seen c times in a training text of T words."""
+        """Return the group of each history (N, 2): ceil(-log((1 + c) / T)) for c occurrences in T training words."""
         seen = self.trigram_histories[histories[:, 1].astype(np.int64) * self.vocab_size + histories[:, 0]]
         return np.ceil(-np.log((1 + seen) / self.n_tokens)).astype(np.int64).clip(0)
 
     def fit(self, histories: np.ndarray, targets: np.ndarray) -> None:
-        """Chooses the weights on a text that was held out.
-
-        Args:
-            histories: See `components`.
-            targets: See `components`.
-        """
+        """Choose the weights on a held-out text; see `components` for the arguments."""
         self.weights = fit_mixture(self.components(histories, targets), self.groups(histories), N_GROUPS)
 
     def probabilities(self, histories: np.ndarray, targets: np.ndarray) -> np.ndarray:
-        """P(w | u, v) of each target, (N,).
-
-        Args:
-            histories: See `components`.
-            targets: See `components`.
-        """
+        """Return P(w | u, v) of each target, (N,); see `components` for the arguments."""
         return (self.weights[self.groups(histories)] * self.components(histories, targets)).sum(axis=1)
 
 
 class _Counts:
-    """How often each key occurs; 0 for the keys that do not."""
+    """Number of occurrences by key; 0 for other keys."""
 
     def __init__(self, keys: np.ndarray) -> None:
         self.keys, self.counts = np.unique(keys, return_counts=True)
@@ -132,5 +120,5 @@ class _Counts:
 
 
 def _ratio(part: np.ndarray, whole: np.ndarray, otherwise: np.ndarray) -> np.ndarray:
-    """`part / whole`, and something else where `whole` is 0."""
+    """Return `part / whole`, or `otherwise` where `whole` is 0."""
     return np.where(whole > 0, part / np.maximum(whole, 1), otherwise)

@@ -1,7 +1,8 @@
 """What learned position embeddings encode."""
 
-from lightning_modules.position_probe.module import PositionProbeModule, WangChenModule
+from lightning_modules.position_probe.module import PositionProbeModule
 from lightning_modules.position_probe.report import PositionReport
 from lightning_modules.position_probe.shifted_perplexity import ShiftedPerplexity
+from lightning_modules.position_probe.wang_chen import WangChenModule
 
 __all__ = ["PositionProbeModule", "PositionReport", "ShiftedPerplexity", "WangChenModule"]

@@ -1,20 +1,20 @@
-"""Figures of a position matrix and its controls, drawn from the files that a run left, so they can be drawn again."""
+"""Figures of a position matrix and its controls, drawn from files of a run, so that they can be drawn again."""
 
 import csv
 from collections import defaultdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lightning_modules.common.figures import new_figure, save_figure
 from lightning_modules.position_probe import geometry
-from lightning_modules.runtime.drawing import save_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_STYLES = {  # the matrix stands out; each control has its colour in every figure
+_STYLES: dict[str, dict[str, Any]] = {  # of the lines, in every figure
     "real": {"color": "tab:blue", "linewidth": 2.2, "zorder": 5},
     "random_labels": {"color": "tab:brown", "linewidth": 1.2},
     "shuffled": {"color": "tab:orange", "linewidth": 1.2},
@@ -26,14 +26,11 @@ _TITLES = {"real": "the matrix", "random_labels": "random labels"}
 
 
 def draw_geometry(positions: Path, folder: Path) -> list[Path]:
-    """Draws what needs no training: similarity, its fall with distance, the curve of the rows, spectra.
+    """Draw similarity, similarity by distance, the curve of the rows, and spectra; return the files.
 
     Args:
-        positions: A run's `positions.npz`.
+        positions: `positions.npz` of a run.
         folder: Folder for the PNG files.
-
-    Returns:
-        The files.
     """
     with np.load(positions) as saved:
         tables = {name: saved[name].astype(np.float64) for name in saved.files}
@@ -46,23 +43,19 @@ def draw_geometry(positions: Path, folder: Path) -> list[Path]:
 
 
 def _draw_similarity(tables: dict[str, np.ndarray], file: Path) -> Path:
-    """The cosine similarity of each two positions."""
-    picture = _figure(2.4 * len(tables) + 0.6, 2.7)
-    axes = picture.subplots(1, len(tables), sharey=True, squeeze=False)[0]
-    for ax, (name, rows) in zip(axes, tables.items(), strict=True):
+    """Draw the cosine similarity of any two positions."""
+    figure, axes = _panels(tables, 2.7, sharey=True)
+    for ax, rows in zip(axes, tables.values(), strict=True):
         image = ax.imshow(geometry.cosine_similarity(rows), vmin=-1, vmax=1, cmap="RdBu_r", interpolation="nearest")
-        ax.set_title(_title(name), fontsize=10)
         ax.set_xlabel("position")
     axes[0].set_ylabel("position")
-    picture.colorbar(image, ax=axes, shrink=0.8, label="cosine")
-    save_figure(picture, file)
-    return file
+    figure.colorbar(image, ax=axes, shrink=0.8, label="cosine")
+    return save_figure(figure, file)
 
 
 def _draw_similarity_by_distance(tables: dict[str, np.ndarray], file: Path) -> Path:
-    """Mean and standard deviation of the similarity over the pairs of each distance."""
-    picture = _figure(2.4 * len(tables) + 0.6, 2.7)
-    axes = picture.subplots(1, len(tables), sharey=True, squeeze=False)[0]
+    """Draw mean and standard deviation of the similarity over the pairs of each distance."""
+    figure, axes = _panels(tables, 2.7, sharey=True)
     for ax, (name, rows) in zip(axes, tables.items(), strict=True):
         mean, spread = geometry.by_distance(geometry.cosine_similarity(rows))
         distances = np.arange(1, len(rows))
@@ -70,41 +63,38 @@ def _draw_similarity_by_distance(tables: dict[str, np.ndarray], file: Path) -> P
         ax.fill_between(distances, mean - spread, mean + spread, color=color, alpha=0.25, linewidth=0)
         ax.plot(distances, mean, color=color)
         ax.axhline(0, color="black", linewidth=0.6)
-        ax.set_title(_title(name), fontsize=10)
         ax.set_xlabel("distance")
         _tidy(ax)
     axes[0].set_ylabel("cosine of two rows")
     axes[0].set_ylim(-1.05, 1.05)
-    save_figure(picture, file)
-    return file
+    return save_figure(figure, file)
 
 
 def _draw_curve(tables: dict[str, np.ndarray], file: Path) -> Path:
-    """The rows, joined in order, in their first three principal components."""
-    picture = _figure(2.4 * len(tables) + 0.6, 2.9)
-    for place, (name, rows) in enumerate(tables.items(), start=1):
+    """Draw the rows, joined in order, in their first three principal components."""
+    figure, axes = _panels(tables, 2.9, subplot_kw={"projection": "3d"})
+    for ax, (name, rows) in zip(axes, tables.items(), strict=True):
         scores, variance, _ = geometry.principal_components(rows)
-        ax = picture.add_subplot(1, len(tables), place, projection="3d")
-        ax.plot(*scores[:, :3].T, color="black", linewidth=0.4, alpha=0.6)
-        points = ax.scatter(*scores[:, :3].T, c=np.arange(len(rows)), cmap="viridis", s=7, depthshade=False)
+        x, y, z = scores[:, :3].T
+        ax.plot(x, y, z, color="black", linewidth=0.4, alpha=0.6)
+        points = ax.scatter(x, y, zs=z, c=np.arange(len(rows)), cmap="viridis", s=7, depthshade=False)
         ax.set_title(f"{_title(name)}\n{variance[:3].sum():.0%} of the variance", fontsize=10)
         ax.set(xticklabels=[], yticklabels=[], zticklabels=[])
         ax.tick_params(length=0)
-    picture.colorbar(points, ax=picture.axes, shrink=0.7, label="position")
-    save_figure(picture, file)
-    return file
+    figure.colorbar(points, ax=figure.axes, shrink=0.7, label="position")
+    return save_figure(figure, file)
 
 
 def _draw_spectra(tables: dict[str, np.ndarray], file: Path) -> Path:
-    """The variance of the rows by principal component, and by frequency along the positions."""
-    picture = _figure(9, 3.4)
-    by_component, by_frequency = picture.subplots(1, 2)
+    """Draw the variance of the rows by principal component, and by frequency along the positions."""
+    figure = new_figure(9, 3.4)
+    by_component, by_frequency = figure.subplots(1, 2)
     for name, rows in tables.items():
         scores, variance, _ = geometry.principal_components(rows)
         cumulated = np.cumsum(variance)
         by_component.plot(np.arange(1, len(variance) + 1), cumulated, label=_title(name), **_STYLES[name])
-        power = geometry.power_spectrum(scores) @ variance  # (T // 2,), the whole matrix's
-        power = power[: (len(rows) - 1) // 2]  # without the frequency of T / 2, which has a sine only in name
+        power = geometry.power_spectrum(scores) @ variance  # (T // 2,), of the whole matrix
+        power = power[: (len(rows) - 1) // 2]  # without T / 2 cycles, at which every sine is 0
         by_frequency.plot(np.arange(1, len(power) + 1), power, label=_title(name), **_STYLES[name])
     by_component.set(xscale="log", xlabel="principal components", ylabel="share of the variance", ylim=(0, 1.03))
     by_frequency.set(xscale="log", yscale="log", xlabel="cycles over the positions", ylabel="share of the variance")
@@ -112,16 +102,15 @@ def _draw_spectra(tables: dict[str, np.ndarray], file: Path) -> Path:
     by_component.legend(fontsize=8)
     for ax in (by_component, by_frequency):
         _tidy(ax)
-    save_figure(picture, file)
-    return file
+    return save_figure(figure, file)
 
 
 def draw_probes(by_distance: Path, file: Path) -> Path:
-    """Draws how the probes' errors grow with the distance of two unseen positions, for the matrix and its controls.
+    """Draw the errors of the probes by the distance of two unseen positions, and return the file.
 
     Args:
-        by_distance: A run's `probes_by_distance.csv`.
-        file: PNG file to write.
+        by_distance: `probes_by_distance.csv` of a run.
+        file: PNG file to create or replace.
     """
     sums: dict[tuple[str, str], dict[int, list[float]]] = defaultdict(lambda: defaultdict(lambda: [0.0, 0.0]))
     with by_distance.open(newline="") as opened:
@@ -135,8 +124,8 @@ def draw_probes(by_distance: Path, file: Path) -> Path:
         "signed_distance": "signed distance: mean error",
         "distance": "distance: mean error",
     }
-    picture = _figure(11, 3.6)
-    axes = picture.subplots(1, len(panels))
+    figure = new_figure(11, 3.6)
+    axes = figure.subplots(1, len(panels))
     for ax, (target, title) in zip(axes, panels.items(), strict=True):
         for name in [case for t, case in sums if t == target]:
             octaves = sorted(sums[target, name])
@@ -152,32 +141,30 @@ def draw_probes(by_distance: Path, file: Path) -> Path:
     axes[1].set_ylim(bottom=0)
     axes[2].set_ylim(bottom=0)
     axes[0].legend(fontsize=8)
-    save_figure(picture, file)
-    return file
+    return save_figure(figure, file)
 
 
 def draw_shifted_perplexity(table: Path, file: Path) -> Path:
-    """Draws the perplexity of a model against the position at which its text starts.
+    """Draw the perplexity of a model by the position at which its text starts, and return the file.
 
     Args:
-        table: A run's `shifted_perplexity.csv`.
-        file: PNG file to write.
+        table: `shifted_perplexity.csv` of a run.
+        file: PNG file to create or replace.
     """
     with table.open(newline="") as opened:
         rows = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(opened)]
-    picture = _figure(6, 3.6)
-    ax = picture.subplots()
+    figure = new_figure(6, 3.6)
+    ax = figure.subplots()
     starts = [row["start"] for row in rows]
     for column, case in (("perplexity", "real"), ("perplexity_shuffled", "shuffled")):
         ax.plot(starts, [row[column] for row in rows], marker="o", markersize=3.5, label=_title(case), **_STYLES[case])
     ax.set(xlabel="position of the first token", ylabel="perplexity", yscale="log")
-    ax.set_ylim(ax.get_ylim()[0] / 1.5, ax.get_ylim()[1] * 1.5)  # or the smallest of changes would fill the figure
+    ax.set_ylim(ax.get_ylim()[0] / 1.5, ax.get_ylim()[1] * 1.5)  # small changes must look small
     ax.yaxis.set_major_formatter("{x:,.0f}")
     ax.yaxis.set_minor_formatter("{x:,.0f}")
     ax.legend(fontsize=8)
     _tidy(ax)
-    save_figure(picture, file)
-    return file
+    return save_figure(figure, file)
 
 
 def _range_of(octave: int) -> str:
@@ -189,10 +176,13 @@ def _title(name: str) -> str:
     return _TITLES.get(name, name)
 
 
-def _figure(width: float, height: float) -> "Figure":
-    from matplotlib.figure import Figure  # no pyplot: no global state, no window system
-
-    return Figure(figsize=(width, height), layout="constrained")
+def _panels(tables: dict[str, np.ndarray], height: float, **options: Any) -> tuple["Figure", list["Axes"]]:
+    """Return a figure with one panel for each table, which has its title."""
+    figure = new_figure(2.4 * len(tables) + 0.6, height)
+    axes = list(figure.subplots(1, len(tables), squeeze=False, **options)[0])
+    for ax, name in zip(axes, tables, strict=True):
+        ax.set_title(_title(name), fontsize=10)
+    return figure, axes
 
 
 def _tidy(ax: "Axes") -> None:

@@ -1,58 +1,57 @@
-"""What can be measured on a position matrix without training anything.
+"""Measures of a position matrix that need no training.
 
-A position matrix holds a row for each position, (T, d). The functions ask how the likeness of two rows depends on how
-far apart their positions are, and along which directions and frequencies the rows vary.
+A position matrix has one row for each position, (T, d). The functions measure how the similarity of two rows depends
+on the distance of their positions, and along which directions and frequencies the rows vary.
 
-    likeness by distance    do near positions have rows that are alike, and does the distance alone decide how alike?
+    similarity by distance  are the rows of near positions similar, and does the distance alone determine how similar?
     three properties        translation invariance, monotonicity and symmetry of the inner products x_i · x_j
     spectrum                in how many directions the rows vary, and with which period along the positions
 
 The properties are those of Wang et al., "On Position Embeddings in BERT" (2021),
-https://openreview.net/forum?id=onxoVA9FxMw. The paper states them as equations that hold or do not, and measures them
-on the attention inside a model; the numbers here, which say how nearly they hold for a matrix alone, are our reading.
+https://openreview.net/forum?id=onxoVA9FxMw. The paper states them as equations, and measures them on the attention of
+a model. The degrees to which they hold for a matrix alone are defined here.
+
+Arguments: `rows` (T, d); `proximity` (T, T), the similarities of any two positions; `columns` (T, n), which vary along
+the positions.
 """
 
 import numpy as np
 
-NEAR = 16  # offsets up to which monotonicity is called local
+NEAR = 16  # largest offset of local monotonicity
 
 
 def cosine_similarity(rows: np.ndarray) -> np.ndarray:
-    """The cosine of the angle between each two rows: (T, T); 0 for a row of zeros."""
+    """Return the cosine of the angle between any two rows, (T, T); 0 for a row of zeros."""
     norms = np.linalg.norm(rows, axis=1, keepdims=True)
     directions = rows / np.where(norms > 0, norms, 1)
     return directions @ directions.T
 
 
 def by_distance(proximity: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and standard deviation of the proximity of positions that lie 1, 2, ... T - 1 apart: (T - 1,) each."""
+    """Return mean and standard deviation of the proximity at the distances 1, 2, ... T - 1, (T - 1,) each."""
     diagonals = [np.diagonal(proximity, offset) for offset in range(1, len(proximity))]
     return np.array([d.mean() for d in diagonals]), np.array([d.std() for d in diagonals])
 
 
 def distance_correlation(proximity: np.ndarray) -> float:
-    """Spearman's rank correlation of proximity with distance over all pairs; -1 where nearer is always more alike."""
+    """Return Spearman's rank correlation of proximity and distance over all pairs; -1 where nearer is more similar."""
+    from scipy.stats import spearmanr  # imported where it is used: it is slow to import
+
     first, second = np.triu_indices(len(proximity), 1)
-    return float(np.corrcoef(_ranks(proximity[first, second]), _ranks(second - first))[0, 1])
-
-
-def _ranks(values: np.ndarray) -> np.ndarray:
-    """Ranks from 1 on; equal values share the mean of theirs."""
-    _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
-    return (np.cumsum(counts) - (counts - 1) / 2)[place]
+    return float(spearmanr(proximity[first, second], second - first).statistic)
 
 
 def band_width(proximity: np.ndarray) -> float:
-    """How much pairs of the same distance differ in proximity: their standard deviation, averaged over all pairs."""
+    """Return the standard deviation of the proximity among pairs of the same distance, averaged over all pairs."""
     _, spread = by_distance(proximity)
     return float(np.average(spread, weights=np.arange(len(proximity) - 1, 0, -1)))
 
 
 def toeplitz_fit(proximity: np.ndarray) -> float:
-    """Share of the variance of the proximities that the distance alone explains: 1 for a Toeplitz matrix.
+    """Return the share of the variance of the proximities that the distance explains; 1 for a Toeplitz matrix.
 
-    The matrix nearest to it that is constant along each diagonal has the mean of the diagonal there. The main diagonal
-    is left out. Rows without any order reach 2 / T, because there are T - 1 means to fit.
+    The nearest matrix that is constant along each diagonal has the mean of the diagonal there. The main diagonal is
+    left out. For rows without order the value is about 2 / T, because T - 1 means are fitted.
     """
     mean, _ = by_distance(proximity)
     first, second = np.triu_indices(len(proximity), 1)
@@ -61,38 +60,38 @@ def toeplitz_fit(proximity: np.ndarray) -> float:
 
 
 def translation_invariance(proximity: np.ndarray) -> float:
-    """How nearly φ(x, x + m) is the same for all x: 1 less the variance along a diagonal over that of all pairs.
+    """Return how nearly φ(x, x + m) is the same for all x: 1 - (variance along a diagonal) / (variance of all pairs).
 
-    Every offset m with more than one pair counts alike. 1 where the property holds, about 0 for rows without order.
+    Every offset m with more than one pair has the same weight. The value is about 0 for rows without order.
     """
     along = [np.diagonal(proximity, offset).var(ddof=1) for offset in range(1, len(proximity) - 1)]
     return float(1 - np.mean(along) / proximity[np.triu_indices(len(proximity), 1)].var(ddof=1))
 
 
 def monotonicity(proximity: np.ndarray, reach: int | None = None) -> float:
-    """Share of the cases in which the nearer of two positions on the same side of a third is the more alike.
+    """Return how often the nearer of two positions on the same side of a third is the more similar one, a share.
 
-    1 where φ(x, x + m) falls with every step of m, 1/2 for rows without order.
+    The value is 1 where φ(x, x + m) falls with every step of m, and about 1/2 for rows without order.
 
     Args:
         proximity: (T, T).
-        reach: Only positions at most so far away, for local monotonicity; `None` for all.
+        reach: Largest offset, for local monotonicity; `None` for all.
     """
-    right = total = 0
+    right, total = 0, 0
     for x in range(len(proximity)):
         for side in (proximity[x, x + 1 :], proximity[x, :x][::-1]):  # by growing distance
             side = side[:reach]
-            right += np.count_nonzero(np.triu(side[:, None] > side, k=1))
+            right += int(np.count_nonzero(np.triu(side[:, None] > side, k=1)))
             total += len(side) * (len(side) - 1) // 2
     return right / total
 
 
 def symmetry(proximity: np.ndarray) -> float:
-    """How nearly the proximity to the position m ahead is that to the position m behind; 1 where it always is.
+    """Return how nearly the proximity to the position m ahead equals that to the position m behind.
 
-    φ(x, y) = φ(y, x) holds of every inner product. With translation invariance it comes to φ(x, x + m) = φ(x, x - m),
-    and this is measured: 1 less the mean square of their difference over twice the variance of all pairs. About 0 for
-    rows without order.
+    φ(x, y) = φ(y, x) holds for every inner product. Together with translation invariance it gives φ(x, x + m) =
+    φ(x, x - m). The value is 1 - (mean square of their difference) / (twice the variance of all pairs): 1 where the
+    equation holds, about 0 for rows without order.
     """
     differences = []
     for x in range(1, len(proximity) - 1):
@@ -103,19 +102,19 @@ def symmetry(proximity: np.ndarray) -> float:
 
 
 def principal_components(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Principal components of the rows about their mean.
+    """Return the principal components of the rows about their mean.
 
     Returns:
-        The rows' coordinates (T, r), the share of the variance of each component (r,), its direction (r, d).
+        The coordinates of the rows (T, r), the share of the variance of each component (r,), its direction (r, d).
     """
     u, s, directions = np.linalg.svd(rows - rows.mean(axis=0), full_matrices=False)
     return u * s, s**2 / np.sum(s**2), directions
 
 
 def effective_rank(rows: np.ndarray) -> float:
-    """Number of directions in which the rows vary, weighed by how much (Roy and Vetterli, 2007).
+    """Return the number of directions in which the rows vary, weighted by how much (Roy and Vetterli, 2007).
 
-    exp(-Σ p log p) with p the singular values about the mean over their sum: k for k equal ones.
+    It is exp(-Σ p log p), where p are the singular values about the mean divided by their sum: k for k equal ones.
     """
     s = np.linalg.svd(rows - rows.mean(axis=0), compute_uv=False)
     p = s[s > 0] / s.sum()
@@ -123,44 +122,44 @@ def effective_rank(rows: np.ndarray) -> float:
 
 
 def power_spectrum(columns: np.ndarray) -> np.ndarray:
-    """Share of the variance of each column at 1, 2, ... T // 2 cycles over the T positions: (T // 2, columns)."""
-    power = np.abs(np.fft.rfft(columns - columns.mean(axis=0), axis=0)[1:]) ** 2
-    if len(columns) % 2 == 0:
-        power[-1] /= 2  # every other frequency stands for itself and its mirror image
+    """Return the share of the variance of each column at 1, 2, ... T // 2 cycles over the positions, (T // 2, n)."""
+    from scipy.signal import periodogram
+
+    power = periodogram(columns, scaling="spectrum", axis=0)[1][1:]
     total = power.sum(axis=0)
     return power / np.where(total > 0, total, 1)
 
 
 def dominant_frequencies(columns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The strongest frequency of each column, in cycles over the positions, and its share of the variance."""
+    """Return the strongest frequency of each column, in cycles over the positions, and its share of the variance."""
     power = power_spectrum(columns)
     return power.argmax(axis=0) + 1, power.max(axis=0)
 
 
 def subspace_angle(rows: np.ndarray, others: np.ndarray, n_components: int = 10) -> float:
-    """Mean principal angle, in degrees, between the directions in which two sets of rows vary most.
+    """Return the mean principal angle, in degrees, between the directions in which two sets of rows vary most.
 
-    90 where the two share no direction, 0 where they vary in the same ones.
+    It is 90 where the two sets share no direction, 0 where they vary in the same ones.
 
     Args:
         rows: (T, d).
-        others: (V, d), V may be large.
-        n_components: Leading principal components of each that span its subspace.
+        others: (V, d); V may be large.
+        n_components: Leading principal components of each set, which span its subspace.
     """
+    from scipy.linalg import subspace_angles
+
     n = min(n_components, len(rows) - 1, rows.shape[1])
-    mine = principal_components(rows)[2][:n]  # (n, d)
     centred = others - others.mean(axis=0)
     theirs = np.linalg.eigh((centred.T @ centred).astype(np.float64))[1][:, -n:]  # (d, n)
-    cosines = np.linalg.svd(mine @ theirs, compute_uv=False)
-    return float(np.degrees(np.arccos(np.clip(cosines, 0, 1))).mean())
+    return float(np.degrees(subspace_angles(principal_components(rows)[2][:n].T, theirs)).mean())
 
 
 def measures(rows: np.ndarray, tokens: np.ndarray | None = None) -> dict[str, float]:
-    """All of it, by name.
+    """Return all measures by name.
 
     Args:
         rows: A position matrix, (T, d).
-        tokens: The token embeddings of the same model, (V, d); without them there is no angle to measure.
+        tokens: The token embeddings of the same model, (V, d); `None` leaves out `token_angle`.
     """
     cosine, inner = cosine_similarity(rows), rows @ rows.T
     scores, variance, _ = principal_components(rows)

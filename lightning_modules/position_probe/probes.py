@@ -1,14 +1,14 @@
-"""Probes: what can be read from two rows of a position matrix by a function that is learned from examples.
+"""Probes: functions learned from examples that predict targets from two rows of a position matrix.
 
-A probe sees the rows x_i and x_j of two positions and predicts four targets, each by a probe of its own:
+A probe reads the rows x_i and x_j of two positions and predicts one of four targets:
 
     linear      y = a · x_i + b · x_j + c
     bilinear    y = a · x_i + b · x_j + c + Σ_r (u_r · x_i) (v_r · x_j)          r = 1 ... width
     mlp         y = w · relu(A x_i + B x_j + c) + e                              width hidden units
 
-Many probes train at once, side by side in one stack of matrices: one for each table of rows, fold and target. They
-share nothing, and the gradient of the sum of their losses holds the gradient of each, so a stack learns exactly what
-they would learn one by one, at the cost of a few large products instead of hundreds of small ones.
+Many probes train at once, in one stack of matrices: one for each table of rows, fold and target. They share no
+parameter, so the gradient of the sum of their losses is the gradient of each. A stack learns exactly what its probes
+would learn one by one, at the cost of a few large products instead of hundreds of small ones.
 
 Papers: Alain and Bengio, "Understanding Intermediate Layers Using Linear Classifier Probes" (2016),
 https://arxiv.org/abs/1610.01644; Hewitt and Liang, "Designing and Interpreting Probes with Control Tasks" (2019),
@@ -21,11 +21,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 TARGETS = ("position", "order", "signed_distance", "distance")
-ORDER = TARGETS.index("order")  # the one that is a class: which of the two comes first
+ORDER = TARGETS.index("order")  # a class: whether the first of the two comes first
 
 
 def targets_of(first: Tensor, second: Tensor) -> Tensor:
-    """What there is to say of two positions i and j: i, whether i < j, j - i and |j - i|.
+    """Return the targets for two positions i and j: i, whether i < j, j - i and |j - i|.
 
     Args:
         first: Positions i, (...).
@@ -39,15 +39,16 @@ def targets_of(first: Tensor, second: Tensor) -> Tensor:
 
 
 def standardized(rows: Tensor, seen: Tensor) -> Tensor:
-    """Rows as a probe takes them: every component with mean 0 and variance 1 over the rows that the probe learns from.
+    """Return rows with mean 0 and variance 1 in each component over the rows that a probe trains on.
 
-    The whole is then scaled to a largest singular value of √n over these n rows. The loss of a linear probe so curves
-    alike in its steepest direction whatever the table, and one learning rate suits the table and all of its controls.
-    From zero, gradient descent finds the directions of large variance first, and those are where neighbours are alike.
+    All are then divided by one number, so that the largest singular value of these n rows is √n. The loss of a linear
+    probe then has the same curvature in its steepest direction for every table, and one learning rate suits a table and
+    all of its controls. Components keep their relative size: gradient descent from zero first finds the directions of
+    large variance, along which neighbouring rows are similar.
 
     Args:
         rows: A table of positions, (T, d).
-        seen: Which rows the probe learns from, (T,) bool.
+        seen: Which rows the probe trains on, (T,) bool.
 
     Returns:
         (T, d) float32.
@@ -60,12 +61,12 @@ def standardized(rows: Tensor, seen: Tensor) -> Tensor:
 
 
 class LinearProbes(nn.Module):
-    """y = a · x_i + b · x_j + c for a stack of G tables and K targets.
+    """Probes y = a · x_i + b · x_j + c for a stack of G tables and K targets.
 
     Args:
         n_tables: Number of tables G.
         n_embd: Components of a row, d.
-        n_targets: Probes a table, K.
+        n_targets: Targets, K.
     """
 
     def __init__(self, n_tables: int, n_embd: int, n_targets: int) -> None:
@@ -75,7 +76,7 @@ class LinearProbes(nn.Module):
         self.bias = nn.Parameter(torch.zeros(n_tables * n_targets))  # a vector, so that it does not decay
 
     def forward(self, rows: Tensor, first: Tensor, second: Tensor) -> Tensor:
-        """Predictions for B pairs of positions in each of the G tables.
+        """Return the predictions for B pairs of positions in each of the G tables.
 
         Args:
             rows: The tables, (G, T, d).
@@ -90,35 +91,31 @@ class LinearProbes(nn.Module):
 
 
 class BilinearProbes(LinearProbes):
-    """The linear probe and a bilinear form of low rank, Σ_r (u_r · x_i) (v_r · x_j).
+    """Linear probes plus a bilinear form of low rank, Σ_r (u_r · x_i) (v_r · x_j).
 
     Args:
-        n_tables: Number of tables G.
-        n_embd: Components of a row, d.
-        n_targets: Probes a table, K.
+        n_tables, n_embd, n_targets: See `LinearProbes`.
         width: Rank of the bilinear form, W.
     """
 
     def __init__(self, n_tables: int, n_embd: int, n_targets: int, width: int) -> None:
         super().__init__(n_tables, n_embd, n_targets)
-        std = (n_embd**2 * width) ** -0.25  # the form then has the variance of one product of unit projections
+        std = (n_embd**2 * width) ** -0.25  # the form has the variance of a product of two unit projections
         self.first_factor = nn.Parameter(torch.randn(n_tables, n_embd, n_targets * width) * std)
         self.second_factor = nn.Parameter(torch.randn(n_tables, n_embd, n_targets * width) * std)
 
     def forward(self, rows: Tensor, first: Tensor, second: Tensor) -> Tensor:
-        """Predictions (G, B, K); see `LinearProbes.forward`."""
+        """Return the predictions, (G, B, K); see `LinearProbes.forward`."""
         product = _of_pairs(rows, self.first_factor, first) * _of_pairs(rows, self.second_factor, second)
         linear = super().forward(rows, first, second)
         return linear + product.view(*linear.shape, -1).sum(dim=-1)  # (G, B, K, W) -> (G, B, K)
 
 
 class MLPProbes(nn.Module):
-    """y = w · relu(A x_i + B x_j + c) + e for a stack of G tables and K targets.
+    """Probes y = w · relu(A x_i + B x_j + c) + e for a stack of G tables and K targets.
 
     Args:
-        n_tables: Number of tables G.
-        n_embd: Components of a row, d.
-        n_targets: Probes a table, K.
+        n_tables, n_embd, n_targets: See `LinearProbes`.
         width: Hidden units a probe, W.
     """
 
@@ -131,7 +128,7 @@ class MLPProbes(nn.Module):
         self.bias = nn.Parameter(torch.zeros(n_tables * n_targets))
 
     def forward(self, rows: Tensor, first: Tensor, second: Tensor) -> Tensor:
-        """Predictions (G, B, K); see `LinearProbes.forward`."""
+        """Return the predictions, (G, B, K); see `LinearProbes.forward`."""
         n_tables, n_targets, width = self.readout.shape
         hidden = _of_pairs(rows, self.first, first) + _of_pairs(rows, self.second, second)
         hidden = F.relu(hidden + self.hidden_bias.view(n_tables, 1, -1))  # (G, B, K W)
@@ -141,13 +138,13 @@ class MLPProbes(nn.Module):
 
 
 def build_probes(kind: str, n_tables: int, n_embd: int, n_targets: int, width: int) -> nn.Module:
-    """A stack of probes of one kind.
+    """Return a stack of probes of one kind.
 
     Args:
         kind: `linear`, `bilinear` or `mlp`.
         n_tables: Number of tables.
         n_embd: Components of a row.
-        n_targets: Probes a table.
+        n_targets: Number of targets.
         width: Rank of the bilinear form, or hidden units of the mlp; the linear probe has none.
     """
     if kind == "linear":
@@ -156,5 +153,6 @@ def build_probes(kind: str, n_tables: int, n_embd: int, n_targets: int, width: i
 
 
 def _of_pairs(rows: Tensor, weight: Tensor, positions: Tensor) -> Tensor:
-    """x_i · w at these positions: (G, T, d) and (G, d, H) to (G, B, H). The product is taken once a position."""
+    """Return x_i · w at these positions, (G, B, H), for rows (G, T, d) and weights (G, d, H)."""
+    # Positions repeat in a batch, so the product is taken once for each position rather than for each pair.
     return (rows @ weight).index_select(1, positions)

@@ -1,4 +1,4 @@
-"""How much worse a language model gets when its text does not start at position 0."""
+"""The perplexity of a language model on text whose first token is not at position 0."""
 
 import math
 from pathlib import Path
@@ -6,48 +6,45 @@ from typing import TYPE_CHECKING
 
 import lightning as L
 import torch
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import Tensor
 
-from lightning_modules.common.files import write_text
+from lightning_modules.common.files import write_csv
+from lightning_modules.common.ranges import TwoOrMore
 from lightning_modules.metrics import next_token_loss
 from lightning_modules.position_probe.figures import draw_shifted_perplexity
+from lightning_modules.runtime.drawing import show_figures
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_WITH_NEXT_TOKENS = ("gpt2", "gpt_neo")
-_BATCH = 16  # windows at once
+_DECODERS = ("gpt2", "gpt_neo")  # types of models that predict the next token
+_BATCH = 16  # windows
 
 
 class ShiftedPerplexity(L.Callback):
-    """Measures the perplexity of the probed model on windows of text that start at other positions than 0.
+    """Evaluation of the probed model on windows of text that start at other positions than 0.
 
-    A model that used nothing but the distances between tokens would not notice (Sinha et al., "The Curious Case of
-    Absolute Position Embeddings", 2022, https://arxiv.org/abs/2210.12574). Beside it stands the same model with the
-    rows of its position matrix in random order: what it would lose if the rows' order meant nothing. The windows are
-    those of the data's `text`, a quarter of the positions long; without a text, or a model of the type gpt2 or gpt_neo,
-    nothing is done. Writes `shifted_perplexity.csv` and
-    `figures/shifted_perplexity.png` when the run starts.
+    A model that uses only the distances between tokens has the same perplexity everywhere (Sinha et al., "The Curious
+    Case of Absolute Position Embeddings", 2022, https://arxiv.org/abs/2210.12574). For comparison, the same model is
+    evaluated with the rows of its position matrix in random order. The windows are a quarter of the positions long.
+
+    The callback writes `shifted_perplexity.csv` and `figures/shifted_perplexity.png` when the run starts. It reads
+    `matrix`, `text_windows()` and `seed` of the data, and does nothing without a text or without a model of the type
+    gpt2 or gpt_neo.
 
     Args:
-        n_starts: Starting positions, evenly spread from 0 to the last at which a window fits; at least 2.
-
-    Raises:
-        MisconfigurationException: If there are fewer than 2.
+        n_starts: Starting positions, evenly spread from 0 to the last one at which a window fits.
     """
 
-    def __init__(self, n_starts: int = 9) -> None:
-        if n_starts < 2:
-            raise MisconfigurationException(f"ShiftedPerplexity: n_starts is {n_starts}; give at least 2")
+    def __init__(self, n_starts: TwoOrMore = 9) -> None:
         self.n_starts = n_starts
 
     @rank_zero_only
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Measures and draws, where the data has text, and a model that predicts the next token."""
+        """Evaluate the model at each start, and write and draw the perplexities."""
         data = pl_module.data
-        if data.matrix.model_type not in _WITH_NEXT_TOKENS or (windows := data.text_windows()) is None:  # (N, T)
+        if data.matrix.model_type not in _DECODERS or (windows := data.text_windows()) is None:  # (N, T)
             return
         from transformers import AutoModelForCausalLM
 
@@ -55,27 +52,24 @@ class ShiftedPerplexity(L.Callback):
         last = len(data.matrix.rows) - windows.size(1)
         starts = [round(last * k / (self.n_starts - 1)) for k in range(self.n_starts)]
         windows = windows.to(pl_module.device)
-        perplexities = [perplexity(model, windows, start) for start in starts]
+        learned = [perplexity(model, windows, start) for start in starts]
         shuffle_positions(model, seed=data.seed)
         shuffled = [perplexity(model, windows, start) for start in starts]
         if trainer.fast_dev_run:
             return
         folder = Path(trainer.default_root_dir)
-        lines = [f"{s},{p:.6g},{q:.6g}" for s, p, q in zip(starts, perplexities, shuffled, strict=True)]
         table = folder / "shifted_perplexity.csv"
-        write_text(table, "\n".join(["start,perplexity,perplexity_shuffled", *lines, ""]))
-        figure = draw_shifted_perplexity(table, folder / "figures" / "shifted_perplexity.png")
-        for logger in trainer.loggers:
-            if hasattr(logger, "log_image"):
-                logger.log_image("figures/shifted_perplexity", [str(figure)])
+        rows = [(start, f"{p:.6g}", f"{q:.6g}") for start, p, q in zip(starts, learned, shuffled, strict=True)]
+        write_csv(table, ["start", "perplexity", "perplexity_shuffled"], rows)
+        show_figures(trainer, [draw_shifted_perplexity(table, folder / "figures" / "shifted_perplexity.png")])
 
 
 @torch.inference_mode()
 def perplexity(model: "PreTrainedModel", windows: Tensor, start: int) -> float:
-    """Perplexity of windows whose first token is put at a position.
+    """Return the perplexity of windows whose first token is at a given position.
 
     Args:
-        model: Transformers' GPT-2 or GPT-Neo.
+        model: GPT-2 or GPT-Neo of transformers.
         windows: Token ids, (N, T).
         start: Position of the first token.
     """
@@ -89,11 +83,11 @@ def perplexity(model: "PreTrainedModel", windows: Tensor, start: int) -> float:
 
 @torch.no_grad()
 def shuffle_positions(model: "PreTrainedModel", seed: int) -> None:
-    """Puts the rows of a model's position matrix in random order.
+    """Put the rows of the position matrix of a model in random order.
 
     Args:
-        model: Transformers' GPT-2 or GPT-Neo.
-        seed: Of the order.
+        model: GPT-2 or GPT-Neo of transformers.
+        seed: Seed of the order.
     """
     rows = model.transformer.wpe.weight
     rows.copy_(rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).to(rows.device)])

@@ -1,0 +1,98 @@
+"""The experiments of Wang and Chen, "What Do Position Embeddings Learn?" (2020), https://arxiv.org/abs/2010.04903."""
+
+from collections.abc import Callable
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor
+
+from lightning_modules.base import GradientFreeModule
+from lightning_modules.common.ranges import PositiveFloat, TwoOrMore
+
+
+class WangChenModule(GradientFreeModule):
+    """The two experiments of section 3 of the paper with its settings, on a position matrix and its controls.
+
+    - Absolute position: a linear regression predicts the position of a row. Its predictions are rounded to whole
+      positions; the mean absolute error is over folds of the rows in random order.
+    - Order: a logistic regression predicts from the rows of a pair, concatenated, which comes first. The error rate is
+      over folds of random pairs. A batch holds the pairs of one repetition; the paper has 512.
+
+    Each training step is one repetition with other pairs and other folds. The regressions are fitted to the end within
+    the step, so a step leaves only its errors. Rows are not standardised. There is no validation and no test.
+
+    The module reads `cases`, `rows` and `labels` of the data; they are documented in `PositionProbeDataModule`.
+
+    Args:
+        n_folds: Folds of the cross-validation.
+        penalty: Strength of the L2 penalty of the logistic regression; the paper has 1, the default of scikit-learn.
+    """
+
+    # Lightning skips the validation of a module that does not override these hooks.
+    validation_step = L.LightningModule.validation_step
+    test_step = L.LightningModule.test_step
+
+    def __init__(self, n_folds: TwoOrMore = 5, penalty: PositiveFloat = 1.0) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+
+    def next_command(self, run: str) -> str:
+        """Return the command that probes GPT-2 with whole blocks of positions held out."""
+        return "llm-train fit -c experiments/position_probe/full.yaml"
+
+    def setup(self, stage: str) -> None:
+        """Register the sums of the errors over the repetitions, which are the state of this module."""
+        self.cases: list[str] = self.data.cases
+        self.register_buffer("sums", torch.zeros(len(self.cases), 2, dtype=torch.float64))
+        self.register_buffer("repetitions", torch.zeros((), dtype=torch.int64))
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """Log the means over the steps so far: `train/<case>/position_error`, in positions, and `order_error`, a share.
+
+        Raises:
+            MisconfigurationException: If there are too few positions or pairs for the folds.
+        """
+        from sklearn.linear_model import LinearRegression, LogisticRegression
+        from sklearn.metrics import zero_one_loss
+
+        data, (first, second) = self.data, batch["pairs"].cpu().T.numpy()
+        errors = []
+        for rows, labels in zip(data.rows.numpy(), data.labels.numpy(), strict=True):
+            shuffled = torch.randperm(len(rows)).numpy()
+            pairs = np.concatenate([rows[first], rows[second]], axis=1)  # (B, 2 d)
+            order = LogisticRegression(C=1 / self.hparams.penalty, max_iter=1000)
+            errors.append(
+                [
+                    self._mean_error(LinearRegression(), rows[shuffled], labels[shuffled], _rounded_error),
+                    self._mean_error(order, pairs, labels[second] > labels[first], zero_one_loss),
+                ]
+            )
+        self.sums += torch.tensor(errors, device=self.device)
+        self.repetitions += 1
+        means = (self.sums / self.repetitions).float()
+        for case, (position_error, order_error) in zip(self.cases, means, strict=True):
+            self.log(f"train/{case}/position_error", position_error, sync_dist=True)
+            self.log(f"train/{case}/order_error", order_error, sync_dist=True)
+        self.count_step()
+
+    def _mean_error(self, model: Any, x: np.ndarray, y: np.ndarray, error: Callable[..., float]) -> float:
+        """Return the mean over the folds of an error of (targets, predictions)."""
+        from sklearn.metrics import make_scorer  # imported where it is used: it is slow to import
+        from sklearn.model_selection import cross_val_score
+
+        n_folds = self.hparams.n_folds
+        try:
+            return cross_val_score(model, x, y, cv=n_folds, scoring=make_scorer(error), error_score="raise").mean()
+        except ValueError as problem:  # of scikit-learn: a fold that is empty or has only one class
+            raise MisconfigurationException(
+                f"model.n_folds is {n_folds}, too many for {len(x)} examples ({problem}): give fewer folds, or a "
+                "larger data.batch_size"
+            ) from problem
+
+
+def _rounded_error(positions: np.ndarray, predictions: np.ndarray) -> float:
+    """Return the mean absolute error of predictions that are rounded to whole positions."""
+    return np.abs(predictions.round() - positions).mean()
