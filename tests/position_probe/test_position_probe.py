@@ -1,25 +1,29 @@
-"""The probes, one by one and in their stacks; what they find on sinusoids, on chance, and in our own decoder."""
+"""The probes one by one and in stacks, their measures, and the results on sinusoids and on rows without order."""
 
 import csv
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import forks
 import numpy as np
 import pytest
 import torch
 import yaml
-from helpers import assert_same_weights, kill_when, text, with_settings
+from helpers import assert_same_weights, with_settings
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from shared_runs import own_world, run_command
 
-from lightning_modules.position_probe.module import PositionProbeModule, ProbeMeasures, WangChenModule
-from lightning_modules.position_probe.probes import (
-    ORDER,
-    TARGETS,
-    build_probes,
-    standardized,
-    targets_of,
-)
-from lightning_modules.position_probe.shifted_perplexity import ShiftedPerplexity, perplexity, shuffle_positions
+from datamodules.position_probe import PositionProbeDataModule
+from datamodules.position_probe.position_matrices import load_positions
+from lightning_modules.position_probe import PositionReport, ShiftedPerplexity, WangChenModule
+from lightning_modules.position_probe.measures import ProbeMeasures
+from lightning_modules.position_probe.probes import ORDER, TARGETS, build_probes, standardized, targets_of
+from lightning_modules.position_probe.shifted_perplexity import perplexity, shuffle_positions
 from lightning_modules.runtime.learning_curve import read_metric
+
+ROOT = Path(__file__).parents[2]
 
 G, T, D, K, W = 3, 7, 5, len(TARGETS), 2
 FIRST, SECOND = torch.tensor([0, 6, 3]), torch.tensor([4, 2, 3])
@@ -75,14 +79,14 @@ def test_targets_of_a_pair():
     assert targets_of(torch.tensor([3, 5]), torch.tensor([7, 1])).tolist() == [[3, 1, 4, 4], [5, 0, -4, 4]]
 
 
-def test_rows_are_standardized_by_those_that_the_probe_learns_from():
+def test_rows_are_standardized_by_those_that_the_probe_trains_on():
     rows = torch.randn(T, D) * torch.tensor([1.0, 50, 1e-3, 7, 0]) + 3
     seen = torch.tensor([True] * 5 + [False] * 2)
     x = standardized(rows, seen)
     assert x[seen].mean(dim=0) == pytest.approx(torch.zeros(D), abs=1e-5)
     deviation = x[seen].std(dim=0, correction=0)
     assert deviation[:4] == pytest.approx(deviation[0].expand(4), rel=1e-4)
-    assert (x[:, 4] == 0).all()  # a component that is the same everywhere
+    assert (x[:, 4] == 0).all()  # a constant component
     assert torch.linalg.matrix_norm(x[seen], 2).item() == pytest.approx(5**0.5, rel=1e-5)
     far = rows.clone()
     far[-1] = 1e3
@@ -142,8 +146,9 @@ def test_measures_by_hand_and_over_two_processes():
 # The command
 
 
-def write(tmp_path: Path, name: str = "probes", **settings: object) -> Path:
-    """A run of seconds on sinusoids; settings go over it by key path."""
+def write(folder: Path, name: str = "probes", **settings: object) -> Path:
+    """Write the YAML of a run of seconds on sinusoids; settings replace values by their key path."""
+    names = ("runtime.reproducible.ReproducibleSteps", "runtime.stop.GracefulStop", "runtime.checkpoint.RunCheckpoint")
     config = {
         "seed_everything": 1,
         "model": {
@@ -162,23 +167,28 @@ def write(tmp_path: Path, name: str = "probes", **settings: object) -> Path:
             "accelerator": "cpu",
             "max_steps": 80,
             "max_epochs": -1,
-            "val_check_interval": 80,
+            "val_check_interval": 40,
             "check_val_every_n_epoch": None,
-            "callbacks": [
-                {"class_path": f"lightning_modules.runtime.{callback}"}
-                for callback in (
-                    "reproducible.ReproducibleSteps",
-                    "stop.GracefulStop",
-                    "position_report.PositionReport",
-                    "shifted_positions.ShiftedPerplexity",
-                    "checkpoint.RunCheckpoint",
-                )
-            ],
+            "callbacks": [{"class_path": f"lightning_modules.{name}"} for name in names],
         },
     }
-    file = tmp_path / f"{name}.yaml"
+    file = folder / f"{name}.yaml"
     file.write_text(yaml.safe_dump(with_settings(config, settings), sort_keys=False))
     return file
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of a run with the reports; tests only read it."""
+    folder = tmp_path_factory.mktemp("run")
+    with own_world(folder):
+        config = write(folder)
+        reports = ["PositionReport", "ShiftedPerplexity"]
+        added = [{"class_path": f"lightning_modules.position_probe.{name}"} for name in reports]
+        callbacks = yaml.safe_load(config.read_text())["trainer"]["callbacks"]
+        done = run_command("fit", "-c", write(folder, trainer__callbacks=callbacks[:2] + added + callbacks[2:]))
+    assert done.code == 0, done.err
+    return folder / "runs/position_probe/probes"
 
 
 def last(run: Path, metric: str) -> float:
@@ -190,10 +200,7 @@ def table(file: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(opened))
 
 
-def test_position_and_order_are_found_in_sinusoids_and_not_in_gaussian_rows(llm_train, tmp_path):
-    done = llm_train("fit", "-c", write(tmp_path))
-    assert done.code == 0, done.err
-    run = Path("runs/position_probe/probes")
+def test_position_and_order_are_found_in_sinusoids_and_not_in_gaussian_rows(run):
     inside = "val/interpolation"
     assert last(run, f"{inside}/position_explained") > 0.95
     assert last(run, f"{inside}/order_accuracy") > 0.97
@@ -206,120 +213,96 @@ def test_position_and_order_are_found_in_sinusoids_and_not_in_gaussian_rows(llm_
     assert last(run, f"{inside}/order_selectivity") == pytest.approx(selectivity, abs=1e-5)
     assert last(run, "geometry/toeplitz_fit") == pytest.approx(1, abs=1e-4)
 
+
+def test_tables_agree_with_the_metrics(run):
     found = {(row["case"], row["side"], row["target"]): row for row in table(run / "probes.csv")}
     assert len(found) == 5 * 3 * 4  # sinusoids are no control of themselves
-    assert float(found["real", "interpolation", "order"]["selectivity"]) == pytest.approx(selectivity, abs=1e-4)
+    order = found["real", "interpolation", "order"]
+    selectivity = last(run, "val/interpolation/order_selectivity")
+    assert float(order["selectivity"]) == pytest.approx(selectivity, abs=1e-4)
     assert {row["case"] for row in table(run / "components.csv")} == {"real", "shuffled", "gaussian", "initialization"}
-    by_distance = [
-        row for row in table(run / "probes_by_distance.csv") if (row["case"], row["target"]) == ("real", "order")
-    ]
-    mistakes = sum(float(row["error"]) * int(row["pairs"]) for row in by_distance) / sum(
-        int(row["pairs"]) for row in by_distance
-    )
-    assert mistakes == pytest.approx(float(found["real", "interpolation", "order"]["error"]), abs=1e-4)
-    figures = ("similarity", "similarity_by_distance", "curve", "spectra", "probes_by_distance")
-    for name in figures:
+    rows = table(run / "probes_by_distance.csv")
+    by_distance = [row for row in rows if (row["case"], row["target"]) == ("real", "order")]
+    pairs = [int(row["pairs"]) for row in by_distance]
+    mistakes = np.average([float(row["error"]) for row in by_distance], weights=pairs)
+    assert mistakes == pytest.approx(float(order["error"]), abs=1e-4)
+    measured = {row["measure"]: row["real"] for row in table(run / "geometry.csv")}
+    assert float(measured["effective_rank"]) == pytest.approx(last(run, "geometry/effective_rank"), rel=1e-4)
+    with np.load(run / "positions.npz") as saved:
+        assert saved["real"] == pytest.approx(load_positions("sinusoids", 64, 32).rows, abs=1e-6)
+
+
+def test_figures_are_drawn(run):
+    for name in ("similarity", "similarity_by_distance", "curve", "spectra", "probes_by_distance"):
         assert (run / f"figures/{name}.png").stat().st_size > 10_000
     assert not (run / "shifted_perplexity.csv").exists()  # sinusoids have no model
 
 
-def test_the_positions_of_a_decoder_that_we_trained(llm_train, tiny, tmp_path):
-    settings = {"data__init_args__block_size": 32, "trainer__max_steps": 8}
-    assert llm_train("fit", "-c", tiny(**settings)).code == 0
-    source = {
-        "data__init_args__source": "runs/decoder_pretrain/tiny",
-        "data__init_args__n_positions": None,
-        "data__init_args__text": {"class_path": "datamodules.sources.ListText", "init_args": {"texts": [text(50)]}},
-        "trainer__max_steps": 2,
-        "trainer__val_check_interval": 2,
-    }
-    done = llm_train("fit", "-c", write(tmp_path, **source, model__init_args__probe="mlp"))
-    assert done.code == 0, done.err
-    run = Path("runs/position_probe/probes")
-    assert last(run, "geometry/token_angle") > 0
-    with np.load(run / "positions.npz") as saved:
-        assert saved["real"].shape == (32, 16)
-    starts = table(run / "shifted_perplexity.csv")
-    assert [int(row["start"]) for row in starts] == [0, 3, 6, 9, 12, 15, 18, 21, 24]  # windows of 8
-    assert (run / "figures/shifted_perplexity.png").stat().st_size > 5_000
-
-
-def test_killed_and_resumed_is_the_same_to_the_bit(llm_train, forked, tmp_path):
-    settings = {"model__init_args__probe": "bilinear", "trainer__max_steps": 20, "trainer__val_check_interval": 5}
-    settings |= {"data__init_args__n_positions": 24, "trainer__callbacks": write_callbacks("checkpoint.RunCheckpoint")}
-    assert llm_train("fit", "-c", write(tmp_path, "whole", **settings)).code == 0
-    cut = write(tmp_path, "cut", **settings)
-    checkpoint = Path("runs/position_probe/cut/checkpoints/last.ckpt")
-    assert forked("fit", "-c", cut, meanwhile=kill_when(checkpoint.is_file)) != 0
+def test_killed_and_resumed_is_the_same_to_the_bit(llm_train, forked, run, tmp_path):
+    cut = write(tmp_path)
+    checkpoint = Path("runs/position_probe/probes/checkpoints/last.ckpt")
+    assert forked("fit", "-c", cut, prepare=lambda: forks.die_after_step(40)) != 0
+    assert torch.load(checkpoint, weights_only=True)["global_step"] == 40
     resumed = llm_train("fit", "-c", cut, "--ckpt_path", "last")
     assert resumed.code == 0, resumed.err
-    assert_same_weights(Path("runs/position_probe/whole/checkpoints/last.ckpt"), checkpoint)
+    assert_same_weights(run / "checkpoints/last.ckpt", checkpoint)
 
 
-def write_callbacks(*names: str) -> list[dict[str, str]]:
-    names = ("reproducible.ReproducibleSteps", "stop.GracefulStop", *names)
-    return [{"class_path": f"lightning_modules.runtime.{name}"} for name in names]
+def test_a_missing_matrix_is_one_line_and_leaves_no_folder(llm_train, tmp_path):
+    failed = llm_train("fit", "-c", write(tmp_path, data__init_args__source="runs/decoder_pretrain/offline"))
+    errors = [line for line in failed.err.splitlines() if line.startswith("error: ")]
+    assert (failed.code, len(errors)) == (1, 1), failed.err
+    assert "offline.yaml` makes it" in errors[0]
+    assert "Traceback" not in failed.err
+    assert not Path("runs").exists()
 
 
-WANG_CHEN = Path(__file__).parents[2] / "experiments/position_probe/wang_chen.yaml"
-SMALL = ("--data.source", "sinusoids", "--data.n_positions", "100", "--data.n_embd", "32", "--trainer.max_steps", "2")
+def test_an_argument_out_of_range_is_refused_by_the_parser(llm_train, tmp_path):
+    refused = llm_train("fit", "-c", write(tmp_path, model__init_args__width=0))
+    assert refused.code == 2
+    assert "model.width" in refused.err
+    assert "0 does not conform to restriction v>0" in refused.err
 
 
-def test_wang_and_chens_way(llm_train):
-    done = llm_train("fit", "-c", WANG_CHEN, *SMALL)
+# Wang and Chen's experiments
+
+SMALL = ("--data.source=sinusoids", "--data.n_positions=60", "--data.n_embd=32", "--data.batch_size=256")
+
+
+def test_the_experiments_of_wang_and_chen(llm_train):
+    recipe = ROOT / "experiments/position_probe/wang_chen.yaml"
+    done = llm_train("fit", "-c", recipe, *SMALL, "--trainer.max_steps=2", "--trainer.limit_val_batches=1")
     assert done.code == 0, done.err
     run = Path("runs/position_probe/wang_chen")
     assert last(run, "train/real/position_error") < 1
     assert last(run, "train/real/order_error") < 0.12
-    assert last(run, "train/shuffled/position_error") > 15
+    assert last(run, "train/shuffled/position_error") > 9
     assert last(run, "train/shuffled/order_error") > 0.2  # the pairs share positions, so it is less than one half
     logged = read_metric(run / "metrics.csv", "train/gaussian/order_error")[1]
     assert logged[0] != logged[1]  # other pairs and folds
+    state = torch.load(run / "checkpoints/last.ckpt", weights_only=True)["state_dict"]
+    assert state["repetitions"] == 2
+    assert (state["sums"] / 2)[0, 1].item() == pytest.approx(last(run, "train/real/order_error"), abs=1e-5)
 
 
-def test_pairs_too_few_for_their_folds(llm_train):
-    failed = llm_train("fit", "-c", WANG_CHEN, *SMALL, "--data.batch_size", "4")
-    assert failed.code == 1
-    assert "error: model.n_folds is 5, too many for 4 examples" in failed.err
+def test_wang_chen_module_has_no_validation_and_no_test():
+    module = WangChenModule()
+    assert not is_overridden("validation_step", module)
+    assert not is_overridden("test_step", module)
+    assert "full.yaml" in module.next_command("runs/position_probe/wang_chen")
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"model__init_args__width": 0}, "model.width is 0"),
-        ({"data__init_args__n_positions": 19}, "too few for data.n_blocks 10"),
-        ({"data__init_args__source": "runs/decoder_pretrain/offline"}, "offline.yaml` makes it"),
-        ({"data__init_args__source": "rope"}, "rope, a llama model, has no table of absolute positions"),
-    ],
-)
-def test_a_mistake_is_one_line(llm_train, tmp_path, settings, message):
-    (tmp_path / "rope").mkdir()
-    (tmp_path / "rope/config.json").write_text('{"model_type": "llama"}')
-    run = llm_train("fit", "-c", write(tmp_path, **settings))
-    errors = [line for line in run.err.splitlines() if line.startswith("error: ")]
-    assert (run.code, len(errors)) == (1, 1), run.err
-    assert message in errors[0]
-    assert "Traceback" not in run.err
-    assert not Path("runs").exists()  # the matrix is read before a folder is made
-
-
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda: PositionProbeModule(width=0), "model.width is 0"),
-        (lambda: WangChenModule(n_folds=1), "give at least 2 folds"),
-        (lambda: WangChenModule(penalty=0), "a penalty above 0"),
-        (lambda: ShiftedPerplexity(n_starts=1), "n_starts is 1"),
-    ],
-)
-def test_settings_that_cannot_be(make, message):
-    with pytest.raises(MisconfigurationException, match=message):
-        make()
+def test_pairs_too_few_for_their_folds():
+    module = WangChenModule()
+    module.data = PositionProbeDataModule("sinusoids", n_positions=30, n_embd=4)
+    module.data.setup("fit")
+    module.setup("fit")
+    with pytest.raises(MisconfigurationException, match=r"model\.n_folds is 5, too many for 4 examples"):
+        module.training_step({"pairs": torch.tensor([[0, 1], [2, 1], [3, 4], [5, 9]])}, 0)
 
 
 def test_the_study_of_models_reads_no_text():
-    root = Path(__file__).parents[2] / "experiments/position_probe"
-    study = yaml.safe_load((root / "studies/models.yaml").read_text())
+    study = yaml.safe_load((ROOT / "experiments/position_probe/studies/models.yaml").read_text())
     assert "--data.text=null" in study["command"]  # or whole models would be downloaded
     assert {"openai-community/gpt2", "sinusoids"} <= set(study["parameters"]["data.source"]["values"])
 
@@ -327,22 +310,54 @@ def test_the_study_of_models_reads_no_text():
 # Shifted starts
 
 
-def test_perplexity_from_another_start_and_with_shuffled_positions():
+@pytest.fixture
+def decoder() -> Any:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(0)
-    config = GPT2Config(vocab_size=30, n_positions=20, n_embd=8, n_layer=1, n_head=2, attn_pdrop=0.0)
+    config = GPT2Config(vocab_size=30, n_positions=24, n_embd=8, n_layer=1, n_head=2, attn_pdrop=0.0)
     model = GPT2LMHeadModel(config).eval()
     torch.nn.init.normal_(model.transformer.wpe.weight)
+    return model
+
+
+def test_perplexity_from_another_start_and_with_shuffled_positions(decoder):
     windows = torch.randint(30, (20, 6))  # more than one batch
     with torch.no_grad():
-        logits = model(windows, position_ids=torch.arange(14, 20).expand(20, 6)).logits
+        logits = decoder(windows, position_ids=torch.arange(14, 20).expand(20, 6)).logits
     nats = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), windows[:, 1:].flatten())
-    assert perplexity(model, windows, start=14) == pytest.approx(nats.exp().item(), rel=1e-5)
-    assert perplexity(model, windows, start=0) != pytest.approx(nats.exp().item(), rel=1e-5)
+    assert perplexity(decoder, windows, start=14) == pytest.approx(nats.exp().item(), rel=1e-5)
+    assert perplexity(decoder, windows, start=0) != pytest.approx(nats.exp().item(), rel=1e-5)
 
-    before = model.transformer.wpe.weight.detach().clone()
-    shuffle_positions(model, seed=0)
-    after = model.transformer.wpe.weight.detach()
+    before = decoder.transformer.wpe.weight.detach().clone()
+    shuffle_positions(decoder, seed=0)
+    after = decoder.transformer.wpe.weight.detach()
     assert not torch.equal(before, after)
     assert sorted(map(tuple, before.tolist())) == sorted(map(tuple, after.tolist()))
+
+
+def test_the_reports_of_a_model_with_text(decoder, tmp_path):
+    decoder.save_pretrained(tmp_path / "model")
+    data = PositionProbeDataModule(str(tmp_path))
+    data.setup("fit")
+    windows = torch.randint(30, (5, 6))
+    data.text_windows = lambda: windows
+    trainer = SimpleNamespace(default_root_dir=tmp_path, fast_dev_run=False, loggers=[])
+    module = SimpleNamespace(data=data, device="cpu")
+    ShiftedPerplexity(n_starts=4).on_fit_start(trainer, module)
+    rows = table(tmp_path / "shifted_perplexity.csv")
+    assert [int(row["start"]) for row in rows] == [0, 6, 12, 18]
+    assert [float(row["perplexity"]) for row in rows] == pytest.approx(
+        [perplexity(decoder, windows, start) for start in (0, 6, 12, 18)], rel=1e-4
+    )
+    shuffle_positions(decoder, seed=data.seed)
+    assert float(rows[1]["perplexity_shuffled"]) == pytest.approx(perplexity(decoder, windows, 6), rel=1e-4)
+    assert (tmp_path / "figures/shifted_perplexity.png").stat().st_size > 5_000
+
+    trainer.fast_dev_run = True  # measures the matrix, which has a token angle, and writes nothing
+    (tmp_path / "shifted_perplexity.csv").unlink()
+    report = PositionReport()
+    for callback in (report, ShiftedPerplexity(n_starts=2)):
+        callback.on_fit_start(trainer, module)
+    assert 0 < report.measures["token_angle"] < 90
+    assert not {"shifted_perplexity.csv", "geometry.csv"} & {file.name for file in tmp_path.iterdir()}

@@ -1,4 +1,4 @@
-"""Position matrices from anywhere, their controls, and pairs of positions of which whole blocks are held out."""
+"""Position matrices from each kind of source, their controls, and pairs of positions with held-out blocks."""
 
 import json
 from pathlib import Path
@@ -24,7 +24,7 @@ NAMES = {
 
 
 def save_model(folder: Path, model_type: str = "gpt2", rows: torch.Tensor = ROWS, **config: object) -> str:
-    """A model's folder that has its two embedding tables and nothing else."""
+    """Write the folder of a model with its two embedding tables and a further tensor; return its path."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps({"model_type": model_type} | config))
     names = NAMES.get(model_type, ("a", "b"))
@@ -87,7 +87,7 @@ def test_an_array_and_its_first_positions(tmp_path):
     assert kept.tokens is None
 
 
-def test_controls_have_the_shape_and_what_they_keep_of_the_matrix():
+def test_controls_keep_the_shape_and_the_statistics_of_the_matrix():
     matrix = PositionMatrix(rows=ROWS.double().numpy() * np.arange(1, 9) + 7, initial_std=0.3)
     tables = controls(matrix, seed=0)
     assert set(tables) == {"shuffled", "gaussian", "sinusoids", "initialization"}
@@ -135,12 +135,12 @@ def text_file(path: Path) -> str:
         (lambda p: save_array(p / "a.npy", np.diag([1, 1, np.nan, 1])), {}, "row 2 of .* not finite"),
         (lambda p: save_array(p / "a.npy", np.eye(9)), {"n_positions": 10}, "n_positions is 10, but .* has 9"),
         (lambda p: "sinusoids", {}, "data.n_positions is needed for data.source sinusoids"),
-        (lambda p: damaged(p / "m", b"12345"), {}, "is no whole safetensors file"),
-        (lambda p: damaged(p / "m", b"\x04" + bytes(7) + b"[1]]"), {}, "is no whole safetensors file"),
+        (lambda p: damaged(p / "m", b"12345"), {}, "is damaged or no safetensors file"),
+        (lambda p: damaged(p / "m", b"\x04" + bytes(7) + b"[1]]"), {}, "is damaged or no safetensors file"),
         (lambda p: damaged(p / "m", b"\x02" + bytes(7) + b"{}"), {}, "has no tensor wpe.weight"),
     ],
 )
-def test_what_is_no_position_matrix_is_said_in_one_line(tmp_path, make, settings, message):
+def test_a_source_without_a_position_matrix_is_refused_in_one_line(tmp_path, make, settings, message):
     with pytest.raises(MisconfigurationException, match=message) as caught:
         load_positions(make(tmp_path), **settings)
     assert "\n" not in str(caught.value)
@@ -214,7 +214,7 @@ def test_tables_and_labels():
     assert not torch.equal(data(source="gaussian", seed=4).rows, module.rows)
 
 
-def test_of_very_many_pairs_a_sample_is_tested():
+def test_a_sample_of_very_many_pairs_is_tested():
     module = data(n_positions=700, batch_size=4096)
     assert len(module.val_pairs) == 2**16
     side = batches(module.val_dataloader())["side"]
@@ -226,19 +226,16 @@ def test_of_very_many_pairs_a_sample_is_tested():
     ("settings", "message"),
     [
         ({"n_positions": 19}, "has 19 positions, too few for data.n_blocks 10 .* at least 20"),
-        ({"n_positions": 0}, "data.n_positions is 0"),
-        ({"n_folds": 0}, "n_folds 0: there must be a fold"),
         ({"n_blocks": 5}, "data.n_blocks is 5 and data.n_folds 4"),
-        ({"batch_size": 0}, "data.batch_size is 0"),
     ],
 )
-def test_splits_that_cannot_be_are_said_in_one_line(settings, message):
+def test_impossible_splits_are_refused_in_one_line(settings, message):
     with pytest.raises(MisconfigurationException, match=message) as caught:
         data(**settings)
     assert "\n" not in str(caught.value)
 
 
-def test_a_text_shorter_than_a_window(tmp_path, monkeypatch):
+def test_text_windows(tmp_path, monkeypatch):
     module = data(source=save_model(tmp_path / "m"), n_positions=None, n_blocks=6, text=ListText(["ab"]))
     monkeypatch.setattr("datamodules.position_probe.data.load_tokenizer", lambda name: name)
     monkeypatch.setattr(
@@ -248,6 +245,6 @@ def test_a_text_shorter_than_a_window(tmp_path, monkeypatch):
     with pytest.raises(MisconfigurationException, match=r"data\.text has 2 tokens, fewer than the 6 of one window"):
         module.text_windows()
     module.text = ListText(["abcd", "efghijklmnop"])
-    assert module.text_windows().tolist() == [[*b"abcdef"], [*b"ghijkl"]]  # what is left is no window
+    assert module.text_windows().tolist() == [[*b"abcdef"], [*b"ghijkl"]]  # the rest is shorter than a window
     module.text = None
     assert module.text_windows() is None

@@ -1,14 +1,15 @@
-"""What is measured on a position matrix without training, against values worked out by hand."""
+"""The measures of a position matrix, compared with values computed by hand."""
 
 import numpy as np
 import pytest
-from scipy.stats import spearmanr
 
 from lightning_modules.position_probe import geometry
 
 T = 40
 ANGLES = np.pi * np.arange(T) / T
-HALF_CIRCLE = np.stack([np.cos(ANGLES), np.sin(ANGLES)], axis=1)  # nearer is more alike, and only distance counts
+HALF_CIRCLE = np.stack(
+    [np.cos(ANGLES), np.sin(ANGLES)], axis=1
+)  # similarity falls with distance, and depends on it alone
 GAUSSIAN = np.random.default_rng(0).standard_normal((T, 30))
 
 
@@ -26,7 +27,7 @@ def test_means_and_spreads_by_distance():
     assert geometry.band_width(proximity) == pytest.approx((2 * 1.0 + 1 * 0.0) / 3)
 
 
-def test_where_distance_decides_all_every_property_holds():
+def test_every_property_holds_where_similarity_depends_on_distance_alone():
     cosines = geometry.cosine_similarity(HALF_CIRCLE)
     assert geometry.distance_correlation(cosines) == pytest.approx(-1, abs=1e-3)  # equal ones differ by rounding
     assert geometry.band_width(cosines) == pytest.approx(0, abs=1e-12)
@@ -48,10 +49,10 @@ def test_rows_without_order_have_no_property():
     assert geometry.monotonicity(inner) == pytest.approx(0.5, abs=0.05)
 
 
-def test_the_correlation_is_spearmans():
-    proximity = np.round(GAUSSIAN @ GAUSSIAN.T)  # with ties
-    first, second = np.triu_indices(T, 1)
-    expected = spearmanr(proximity[first, second], second - first).statistic
+def test_the_correlation_is_of_ranks_with_ties():
+    proximity = np.array([[9.0, 1, 1, 0], [1, 9, 5, 0], [1, 5, 9, 2], [0, 0, 2, 9]])
+    # The ranks of the proximities 1 1 0 5 0 2, and of the distances 1 2 3 1 2 1:
+    expected = np.corrcoef([3.5, 3.5, 1.5, 6, 1.5, 5], [2, 4.5, 6, 2, 4.5, 2])[0, 1]
     assert geometry.distance_correlation(proximity) == pytest.approx(expected)
 
 
@@ -107,7 +108,7 @@ def test_a_wave_has_its_frequency(n):
     assert len(geometry.power_spectrum(random)) == n // 2
 
 
-def test_the_angle_between_what_two_sets_of_rows_vary_in():
+def test_the_angle_between_the_main_directions_of_two_sets_of_rows():
     rng = np.random.default_rng(0)
     rows, others = np.zeros((30, 8)), np.zeros((500, 8))
     rows[:, :2], others[:, 2:5] = rng.standard_normal((30, 2)), rng.standard_normal((500, 3))
