@@ -1,56 +1,70 @@
-"""`llm-train study`: what it takes for a sweep file, what it runs, and how it goes on after it was broken off."""
+"""`llm-train study`: the sweep files that it accepts, the runs that it starts, and how it resumes after a kill."""
 
+import fcntl
 import json
 import os
 import shlex
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import BinaryIO
 
+import forks
 import optuna
 import pytest
 import yaml
-from helpers import kill_when
 from optuna.storages.journal import JournalFileBackend, JournalStorage
 
 from experiments.errors import UserError
-from experiments.study import command as study
-from experiments.study.sweep_file import Parameter, arm_name, read_sweep_file
+from experiments.study import runs
+from experiments.study.distributions import Distribution
+from experiments.study.journal import Journal
+from experiments.study.names import arm_name
+from experiments.study.plan import Plan
+from experiments.study.sweep_file import read_sweep_file
 
 STUDY = Path("runs/toy/sweep")
 STUB = '''
-"""Stands for a run: leaves what one leaves, and does as it is told by flags."""
-import json, os, signal, sys, time
+"""Stands for a run: leaves the files of one, and does what the flag --act tells it."""
+import json, os, signal, sys
 from pathlib import Path
 
+signal.alarm(60)  # a stub that waits in vain ends
 given = dict(word.removeprefix("--").split("=", 1) for word in sys.argv[1:] if "=" in word)
 folder = Path(given["run.root"], given["run.topic"], given["run.study"], given["run.name"])
 (folder / "checkpoints").mkdir(parents=True, exist_ok="ckpt_path" in given)
 about = {"threads": os.environ.get("OMP_NUM_THREADS"), "pid": os.getpid()}
 (folder / "given.json").write_text(json.dumps(given | about))
 print("hello", flush=True)
+acts = float(given.get("lr", 1)) > 0.2 and "ckpt_path" not in given and not Path("go").exists()
+act = given.get("act") if acts else None
 
-def save(number, frame):
+def on_sigterm(number, frame):
+    if act == "stubborn":
+        os.kill(os.getppid(), signal.SIGINT)
+        return
     (folder / "checkpoints/last.ckpt").touch()
     sys.exit(128 + number)
 
-signal.signal(signal.SIGTERM, signal.SIG_IGN if given.get("stubborn") else save)
+signal.signal(signal.SIGTERM, on_sigterm)
 values = [float(given.get("lr", 1)) * rate for rate in (1, 0.5, 0.75)]
 with (folder / "metrics.csv").open("w") as metrics:
     print("step,val/loss", file=metrics)
     for step, value in enumerate(values, start=1):
         print(f"{step},{value}", file=metrics, flush=True)
-until = given.get("until") if float(given.get("lr", 1)) > 0.2 else None
-if until == "saved" and "ckpt_path" not in given:
+if act == "save_and_meet":
     (folder / "checkpoints/last.ckpt").touch()
-deadline = time.monotonic() + 30
-while until and "ckpt_path" not in given and time.monotonic() < deadline and not Path("go").exists():
-    if until.isdecimal() and len(list(folder.parent.glob("*/given.json"))) >= int(until):
-        break
-    time.sleep(0.01)
+if act in ("meet", "save_and_meet", "kill"):  # two runs wait for each other at a pipe
+    open("pipe", "wb" if act == "save_and_meet" or given.get("seed_everything") == "1" else "rb").close()
+if act == "kill":
+    os.kill(os.getppid(), signal.SIGKILL)
+if act in ("SIGINT", "SIGTERM", "SIGHUP", "stubborn"):
+    os.kill(os.getppid(), signal.SIGINT if act == "stubborn" else signal.Signals[act])
+while act not in (None, "meet", "SIGHUP"):
+    signal.pause()
 if given.get("end") == "fails":
     sys.exit("Traceback\\nerror: it was told to fail")
 (folder / "summary.json").write_text(json.dumps({"status": "finished"}))
@@ -60,7 +74,7 @@ GRID = {"lr": {"values": [0.3, 0.1]}, "seed_everything": {"values": [1, 2]}, "en
 
 @pytest.fixture
 def sweep(tmp_path: Path) -> Callable[..., Path]:
-    """Writes a sweep file whose runs are stubs; its keys go over those below, `None` takes one out."""
+    """Write a sweep file whose runs are stubs. Arguments replace the keys below; `None` removes one."""
     (tmp_path / "stub.py").write_text(STUB)
 
     def write(file_name: str = "sweep.yaml", **keys: object) -> Path:
@@ -78,7 +92,7 @@ def sweep(tmp_path: Path) -> Callable[..., Path]:
 
 
 def trials() -> list[optuna.trial.FrozenTrial]:
-    """What the journal says."""
+    """Return the trials in the journal."""
     storage = JournalStorage(JournalFileBackend(str(STUDY / "journal.log")))
     return optuna.load_study(study_name="study", storage=storage).trials
 
@@ -123,25 +137,29 @@ def test_all_keys_of_a_sweep_file_are_known(sweep):
             run_cap=3,
         )
     )
-    assert (read.name, read.method, read.metric, read.maximize) == ("a-study-of-rates", "bayes", "val/loss", True)
+    assert (read.study, read.method, read.metric.name, read.maximize) == ("a-study-of-rates", "bayes", "val/loss", True)
+    assert read.early_terminate.first == 3
 
 
 WRONG = {
     "unknown key": ({"metod": "grid"}, "line 22: metod: there is no such key (did you mean 'method'?)"),
     "no method": ({"method": None}, "sweep.yaml: method: is missing"),
-    "unknown method": ({"method": "gird"}, 'line 1: method: must be grid, random or bayes, got "gird" (did you mean'),
+    "unknown method": (
+        {"method": "gird"},
+        "line 1: method: must be 'grid', 'random' or 'bayes', got \"gird\" (did you mean 'grid'?)",
+    ),
     "custom method": ({"method": "custom"}, "method: custom runs on W&B's servers only"),
     "for Launch": ({"job": "j"}, "job: is for W&B's own servers"),
     "no parameters": ({"parameters": None}, "sweep.yaml: parameters: is missing"),
     "parameters empty": ({"parameters": {}}, "parameters: is empty: there is nothing to sweep"),
     "empty grid": ({"parameters": {"lr": {"values": []}}}, "line 7: parameters.lr.values: is empty"),
-    "no value": ({"parameters": {"lr": {}}}, "parameters.lr: must say `value:`, `values:`, or `min:` and `max:`"),
+    "no value": ({"parameters": {"lr": {}}}, "parameters.lr: must have `value:`, `values:`, or `min:` and `max:`"),
     "unknown key of a parameter": ({"parameters": {"lr": {"value_s": [1]}}}, "(did you mean 'values'?)"),
     "key too many": ({"parameters": {"lr": {"values": [1], "q": 2}}}, "parameters.lr.q: there is no such key"),
-    "bad name": ({"parameters": {"lr rate": {"value": 1}}}, "is no name of a parameter"),
+    "bad name": ({"parameters": {"lr rate": {"value": 1}}}, "line 6: parameters.lr rate: is not a name of a parameter"),
     "unknown distribution": (
         {"parameters": {"lr": {"distribution": "log_unifrm_values", "min": 1, "max": 2}}},
-        "line 7: parameters.lr.distribution: there is no \"log_unifrm_values\" (did you mean 'log_uniform_values'?)",
+        "line 7: parameters.lr.distribution: there is no 'log_unifrm_values' (did you mean 'log_uniform_values'?)",
     ),
     "withdrawn distribution": (
         {"parameters": {"lr": {"distribution": "log_uniform", "min": -3, "max": -1}}},
@@ -149,46 +167,100 @@ WRONG = {
     ),
     "text for a number": (
         {"method": "random", "parameters": {"lr": {"min": "1e-5", "max": 0.1, "distribution": "uniform"}}},
-        'lr.min: must be a number, got "1e-5" (YAML wants 1.0e-5)',
+        'lr.min: must be a valid number, got "1e-5" (YAML wants 1.0e-5)',
     ),
     "max missing": ({"parameters": {"lr": {"distribution": "int_uniform", "min": 1}}}, "int_uniform needs max:"),
-    "min above max": ({"parameters": {"lr": {"min": 2, "max": 1}}}, "parameters.lr: min 2 is not less than max 1"),
+    "min above max": ({"parameters": {"lr": {"min": 2, "max": 1}}}, "parameters.lr: min 2 must be less than max 1"),
     "logarithm of nothing": (
         {"method": "random", "parameters": {"lr": {"distribution": "log_uniform_values", "min": 0, "max": 1}}},
         "lr.min: must be greater than 0",
     ),
     "shares": ({"parameters": {"lr": {"values": [1, 2], "probabilities": [0.5, 0.6]}}}, "must add up to 1, got 1.1"),
-    "grid without end": ({"parameters": {"lr": {"min": 0.1, "max": 1.0}}}, "a grid cannot go through uniform"),
-    "goal": ({"metric": {"name": "a", "goal": "minimise"}}, "metric.goal: must be minimize or maximize"),
-    "metric without a name": ({"metric": {"goal": "minimize"}}, "line 2: metric: has no name:"),
+    "grid without end": (
+        {"parameters": {"lr": {"min": 0.1, "max": 1.0}}},
+        "line 6: parameters.lr: a grid cannot enumerate uniform",
+    ),
+    "goal": ({"metric": {"name": "a", "goal": "minimise"}}, "metric.goal: must be 'minimize' or 'maximize'"),
+    "metric without a name": ({"metric": {"goal": "minimize"}}, "line 2: metric.name: is missing"),
     "bayes without a metric": ({"method": "bayes", "metric": None}, "method: bayes needs a metric:"),
-    "run_cap": ({"run_cap": 0}, "run_cap: must be at least 1, got 0"),
+    "run_cap": ({"run_cap": 0}, "run_cap: must be greater than 0, got 0"),
     "hyperband": ({"early_terminate": {"type": "hyperband", "s": 2}}, "needs min_iter:, or max_iter: and s:"),
-    "stopping rule": ({"early_terminate": {"type": "median"}}, "early_terminate.type: must be hyperband"),
+    "stopping rule": ({"early_terminate": {"type": "median"}}, "early_terminate.type: must be 'hyperband', got"),
+    "section": ({"metric": "val/loss"}, "line 2: metric: must be a section with name, goal, target, impute"),
+    "parameter": ({"parameters": {"lr": 1}}, "line 6: parameters.lr: must be a section with distribution, value"),
+    "null": (
+        {"early_terminate": {"type": "hyperband", "min_iter": None}},
+        "min_iter: must be a valid integer, got null",
+    ),
+    "nested": (
+        {"parameters": {"a": {"parameters": {"b": {"valu": 1}}}}},
+        "line 9: parameters.a.parameters.b.valu: there",
+    ),
+    "rung": ({"early_terminate": {"type": "hyperband", "min_iter": 0}}, "min_iter: must be greater than 0, got 0"),
+    "eta": (
+        {"early_terminate": {"type": "hyperband", "min_iter": 1, "eta": 2.5}},
+        "eta: must be a multiple of 1, got 2.5",
+    ),
+    "rule without a metric": (
+        {"metric": None, "early_terminate": {"type": "hyperband", "min_iter": 1}},
+        "line 19: early_terminate: needs a metric:",
+    ),
+    "unit": (
+        {"method": "random", "parameters": {"lr": {"distribution": "q_normal", "q": 0}}},
+        "lr.q: must be greater than 0",
+    ),
+    "sigma": (
+        {"method": "random", "parameters": {"lr": {"distribution": "normal", "sigma": -1}}},
+        "lr.sigma: must be greater than or",
+    ),
+    "fraction": (
+        {"parameters": {"lr": {"distribution": "int_uniform", "min": 1, "max": 2.5}}},
+        "must be whole numbers, got 1 and 2.5",
+    ),
+    "a share too many": (
+        {"parameters": {"lr": {"values": [1], "probabilities": [0.5, 0.5]}}},
+        "there are 1 values and 2 prob",
+    ),
+    "share": (
+        {"parameters": {"lr": {"values": [1], "probabilities": [-1]}}},
+        "lr.probabilities.0: must be greater than or equal",
+    ),
+    "weights in a grid": (
+        {"parameters": {"lr": {"values": [1, 2], "probabilities": [0.5, 0.5]}}},
+        "a grid cannot enumerate categorical_w_probabilities",
+    ),
     "unknown macro": ({"command": ["x", "${arg}"]}, "line 18: command.1: there is no ${arg} (did you mean 'args'?)"),
     "no settings": ({"command": ["x"]}, "has no ${args}: the settings would not reach the runs"),
     "no program": ({"command": None}, "runs ${program}, and program: is missing"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(("keys", "message"), WRONG.values(), ids=WRONG.keys())
-def test_a_mistake_in_a_sweep_file_costs_one_line(llm_train, sweep, keys, message):
-    done = llm_train("study", sweep(**keys))
+def test_a_mistake_in_a_sweep_file_is_reported_with_its_place(sweep, keys, message):
+    path = sweep(**keys)
+    with pytest.raises(UserError) as caught:
+        read_sweep_file(path)
+    assert str(caught.value).startswith(str(path))
+    assert "\n" not in str(caught.value)
+    assert message in str(caught.value)
+
+
+def test_a_mistake_in_a_sweep_file_costs_one_line_and_leaves_no_folder(llm_train, sweep):
+    path = sweep(metod="grid")
+    done = llm_train("study", path)
     assert done.code == 1
-    (error,) = done.err.splitlines()
-    assert error.startswith(f"error: {sweep(**keys)}")
-    assert message in error
+    assert done.err == f"error: {path}, line 22: metod: there is no such key (did you mean 'method'?)\n"
     assert not Path("runs").exists()
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "is no sweep file"),
-        ("- grid\n", "is no sweep file"),
-        ("method: [grid\n", "sweep.yaml, line 2: is no YAML"),
+        ("", "is not a sweep file"),
+        ("- grid\n", "is not a sweep file"),
+        ("method: [grid\n", "sweep.yaml, line 2: is not YAML"),
         ("method: grid\nmethod: random\n", "sweep.yaml, line 2: 'method' is there twice, first in line 1"),
-        ("name: 2026-01-01\n", "holds something that a sweep cannot"),
+        ("name: 2026-01-01\n", "holds a value that a sweep cannot have"),
         (b"name: caf\xe9\n", "is not UTF-8 text (byte 9)"),
     ],
 )
@@ -245,7 +317,7 @@ def test_long_names_stay_short_and_apart():
     ],
 )
 def test_a_grid_goes_through_the_values_that_wandb_goes_through(sweep, spec, values):
-    assert read_sweep_file(sweep(parameters={"x": spec})).parameters[0].grid() == values
+    assert read_sweep_file(sweep(parameters={"x": spec})).distributions["x",].grid() == values
 
 
 @pytest.mark.parametrize(
@@ -263,7 +335,7 @@ def test_a_grid_goes_through_the_values_that_wandb_goes_through(sweep, spec, val
     ],
 )
 def test_a_draw_becomes_the_value_of_its_distribution(distribution, spec, drawn, value):
-    found = study._value(Parameter(("x",), distribution, spec), drawn)
+    found = Distribution(distribution=distribution, **spec).setting(drawn)
     assert found == value
     assert isinstance(found, int) == isinstance(spec.get("q"), int)
 
@@ -299,7 +371,8 @@ def test_a_grid_runs_in_the_files_order_and_a_failure_stops_no_other_run(llm_tra
 def test_jobs_run_side_by_side_and_share_the_cores(llm_train, sweep, monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(6))
-    done = llm_train("study", sweep(), "--jobs", "2", "--runs", "2", "--until=2")  # each waits for the other
+    os.mkfifo("pipe")
+    done = llm_train("study", sweep(), "--jobs", "2", "--runs", "2", "--act=meet")
     assert done.code == 0, done.err
     assert {given(arm)["threads"] for arm in ("lr=0.3,seed=1", "lr=0.3,seed=2")} == {"3"}
 
@@ -316,33 +389,41 @@ def test_random_draws_are_those_of_the_seed_however_often_a_study_is_broken_off(
     assert plan == llm_train("study", path, "--runs=4", "--dry_run").out.splitlines()
     assert plan != llm_train("study", path, "--runs=4", "--dry_run", "--seed=1").out.splitlines()
     assert not Path("runs").exists()
-    for runs in ("1", "4"):
-        assert llm_train("study", path, "--runs", runs).code == 0
+    for n_runs in ("1", "4"):
+        assert llm_train("study", path, "--runs", n_runs).code == 0
     settings = [trial.user_attrs["settings"] for trial in trials()]
     assert [f"--lr={setting['lr']}" for setting in settings] == [shlex.split(line)[4] for line in plan]
     assert all(1e-4 <= setting["lr"] <= 1 and setting["n"] in range(1, 10) for setting in settings)
 
 
-def test_bayes_learns_from_the_journal_and_stops_at_the_target(llm_train, sweep):
+def test_bayes_learns_from_the_results_and_stops_at_the_target(sweep):
     keys = RANDOM | {"method": "bayes", "run_cap": 60, "metric": {"name": "val/loss", "target": 6e-5}}
-    path = sweep(**keys)
-    assert llm_train("study", path, "--dry_run").out.count("\n") == 2  # the first run, and that the others depend on it
-    done = llm_train("study", path)
-    assert done.code == 0
-    values = [trial.value for trial in trials()]
+    journal = Journal(Plan(read_sweep_file(sweep(**keys)), STUDY, [], n_runs=60, jobs=1, seed=0), in_memory=True)
+    values = []
+    while attempt := journal.next():
+        values.append(attempt.settings["lr"] / 2)
+        journal.record(attempt, values[-1], error=None, stopped_early=False)
     assert min(values) == values[-1] <= 6e-5 < min(values[:-1])  # one draw in fifty would be
     assert 10 < len(values) < 40
-    assert "the target is reached" in done.err
+
+
+def test_a_study_ends_at_the_target_and_only_its_first_command_is_known_before(llm_train, sweep):
+    path = sweep(**RANDOM | {"method": "bayes", "run_cap": 3, "metric": {"name": "val/loss", "target": 1}})
+    first, note = llm_train("study", path, "--dry_run").out.splitlines()
+    assert ("stub.py" in first, note) == (True, "# the next ones depend on the results")
+    done = llm_train("study", path)
+    assert (done.code, len(trials())) == (0, 1)
+    assert "(1 of 3 runs done, 0 failed, the target is reached)" in done.err
 
 
 def test_a_run_that_is_not_among_the_best_at_a_rung_is_stopped_and_not_repeated(llm_train, sweep):
     rule = {"type": "hyperband", "min_iter": 2, "eta": 2}
     path = sweep(parameters={"lr": {"values": [0.1, 0.9]}}, early_terminate=rule)
-    done = llm_train("study", path, "--until=told")  # the second run would wait for half a minute
+    done = llm_train("study", path, "--act=wait")
     assert done.code == 0
     assert "[2/2] lr=0.9  val/loss 0.4500, stopped early" in done.err
     assert [trial.state.name for trial in trials()] == ["COMPLETE", "PRUNED"]
-    assert "2 runs, 2 of them done" in llm_train("study", path, "--until=told").err
+    assert "2 runs, 2 of them done" in llm_train("study", path, "--act=wait").err
     assert len(trials()) == 2
 
 
@@ -357,60 +438,58 @@ def test_a_sweep_needs_no_metric(llm_train, sweep):
     assert Path("runs/toy/other/lr=0.3,seed=1/metrics.csv").is_file()
 
 
-# Broken off
+# Interrupted
 
 
-def test_a_killed_study_is_taken_up_where_it_was(llm_train, forked, sweep):
-    command = ("study", sweep(parameters={"until": {"values": ["saved", "killed"]}}), "--jobs", "2")
-
-    def both_run() -> bool:
-        return (STUDY / "until=saved/checkpoints/last.ckpt").exists() and (STUDY / "until=killed/metrics.csv").exists()
-
-    assert forked(*command, meanwhile=kill_when(both_run)) == -signal.SIGKILL
+def test_a_killed_study_is_resumed(llm_train, forked, sweep):
+    saved, killed = "act=save_and_meet", "act=kill"
+    command = ("study", sweep(parameters={"act": {"values": ["save_and_meet", "kill"]}}), "--jobs", "2")
+    os.mkfifo("pipe")
+    assert forked(*command) == -signal.SIGKILL
     outlived = llm_train(*command)
-    assert (outlived.code, "is at work, or a run that has outlived it" in outlived.err) == (1, True)
-    for arm in ("until=saved", "until=killed"):
+    assert (outlived.code, "is running, or a run that has outlived it" in outlived.err) == (1, True)
+    for arm in (saved, killed):
         os.kill(given(arm)["pid"], signal.SIGKILL)
     with (STUDY / "journal.log").open("a") as journal:
+        fcntl.flock(journal, fcntl.LOCK_EX)  # as soon as both runs have ended
         journal.write('{"op_code":6,"wor')  # what a kill can leave
-    Path("go").touch()  # the second run starts anew, and would wait again
-    deadline = time.monotonic() + 10
-    while (done := llm_train(*command)).code == 1 and "at work" in done.err and time.monotonic() < deadline:
-        time.sleep(0.05)
+    Path("go").touch()  # the second run starts anew and must not wait again
+    done = llm_train(*command)
     assert done.code == 0, done.err
-    assert given("until=saved")["ckpt_path"] == "last"
-    assert "ckpt_path" not in given("until=killed")
+    assert given(saved)["ckpt_path"] == "last"
+    assert "ckpt_path" not in given(killed)
     assert [trial.state.name for trial in trials()] == ["FAIL", "FAIL", "COMPLETE", "COMPLETE"]
 
 
-@pytest.mark.parametrize(("signal_number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_lets_the_runs_save_and_the_same_command_goes_on(llm_train, forked, sweep, signal_number, code, capfd):
-    command = ("study", sweep(parameters={"lr": {"values": [0.1, 0.3]}, "until": {"value": "told"}}))
+# A process that is started in the background ignores SIGINT, and so do its children.
+listen_to_sigint = partial(signal.signal, signal.SIGINT, signal.default_int_handler)
 
-    def second_runs() -> bool:
-        return (STUDY / "lr=0.3/metrics.csv").exists()
 
-    assert forked(*command, meanwhile=kill_when(second_runs, signal_number)) == code
-    said = capfd.readouterr().err
-    assert "(1 of 2 runs done, 0 failed)" in said
-    assert f"resume  llm-train study {command[1]}\n" in said
+@pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
+def test_after_a_signal_the_runs_save_and_the_same_command_resumes_them(llm_train, forked, sweep, name, code, capfd):
+    command = ("study", sweep(parameters={"lr": {"values": [0.1, 0.3]}, "act": {"value": name}}))
+    assert forked(*command, prepare=listen_to_sigint) == code
+    printed = capfd.readouterr().err
+    assert "(1 of 2 runs done, 0 failed)" in printed
+    assert f"resume  llm-train study {command[1]}\n" in printed
     done = llm_train(*command)
     assert done.code == 0, done.err
     assert given("lr=0.3")["ckpt_path"] == "last"
     assert "[2/2] lr=0.3  val/loss 0.1500" in done.err
 
 
-def test_a_second_signal_ends_runs_that_do_not_leave(forked, sweep, capfd):
-    def interrupt_twice(process: int) -> None:
-        kill_when((STUDY / "lr=0.3,seed=1/metrics.csv").exists, signal.SIGINT)(process)
-        time.sleep(0.5)
-        os.kill(process, signal.SIGINT)
-
-    command = ("study", sweep(), "--runs=1", "--until=told", "--stubborn=yes")
-    assert forked(*command, meanwhile=interrupt_twice) == 130
-    assert "once more ends them at once" in capfd.readouterr().err
+def test_a_second_signal_kills_runs_that_do_not_exit(forked, sweep, capfd):
+    command = ("study", sweep(), "--runs=1", "--act=stubborn")
+    assert forked(*command, prepare=listen_to_sigint) == 130
+    assert "once more kills them" in capfd.readouterr().err
     with pytest.raises(ProcessLookupError):
         os.kill(given("lr=0.3,seed=1")["pid"], 0)
+
+
+def test_a_study_under_nohup_ignores_the_signal(forked, sweep, capfd):
+    command = ("study", sweep(parameters={"lr": {"values": [0.1, 0.3]}, "act": {"value": "SIGHUP"}}))
+    assert forked(*command, prepare=partial(signal.signal, signal.SIGHUP, signal.SIG_IGN)) == 0
+    assert "(2 of 2 runs done, 0 failed)" in capfd.readouterr().err
 
 
 def test_a_run_that_finished_unseen_is_not_repeated(llm_train, sweep):
@@ -428,10 +507,13 @@ def test_a_run_that_finished_unseen_is_not_repeated(llm_train, sweep):
 # What it refuses, and what it does without
 
 
-def test_a_study_starts_without_torch(sweep, tmp_path):
-    main = f"import sys; from experiments.__main__ import main; main(['study', {str(sweep())!r}, '--dry_run'])"
-    check = subprocess.run([sys.executable, "-c", f"{main}; print('torch' in sys.modules)"], capture_output=True)
-    assert check.stdout.decode().splitlines()[-1] == "False", check.stderr
+def test_a_study_runs_without_torch(sweep):
+    main = f"import sys; from experiments.__main__ import main; main(['study', {str(sweep())!r}, '--runs=1'])"
+    program = [sys.executable, "-c", f"{main}; print('torch' in sys.modules)"]
+    done = subprocess.run(program, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(forks.ROOT)})
+    assert (done.returncode, done.stdout) == (0, "False\n"), done.stderr
+    assert "[1/1] lr=0.3,seed=1  val/loss 0.1500" in done.stderr
+    assert "Warning" not in done.stderr
 
 
 def test_what_a_study_cannot_do_costs_one_line(llm_train, sweep, tmp_path):
@@ -440,14 +522,12 @@ def test_what_a_study_cannot_do_costs_one_line(llm_train, sweep, tmp_path):
         assert done.code
         return done.err.splitlines()[-1]
 
-    assert "method random has no end; add run_cap: to the file, or --runs N" in error(method="random")
+    assert "method random has no end; add run_cap: to the file, or use --runs N" in error(method="random")
     missing = ["${interpreter}", "-m", "experiments", "fit", "-c", "missing.yaml", "${args}"]
     assert "its command runs missing.yaml, and there is no such file" in error(command=missing)
     assert "add --run.topic=NAME to it" in error(command=["${interpreter}", "stub.py", "${args}"])
     assert "must be a whole number of at least 1, got 0" in error("--jobs", "0")
-    assert "no such option: --trainer.max_steps; what is for the runs is written --key=value" in error(
-        "--trainer.max_steps", "3"
-    )
+    assert "no such option: --trainer.max_steps; write --key=value for the runs" in error("--trainer.max_steps", "3")
     assert "no such option: --job=2 (did you mean --jobs?)" in error("--job=2")
     assert not Path("runs").exists()
     llm_train("study", sweep(), "--runs=1")
@@ -461,8 +541,27 @@ def test_what_a_study_cannot_do_costs_one_line(llm_train, sweep, tmp_path):
 # The real command
 
 
-def test_a_study_of_the_real_command_leaves_ordinary_runs(llm_train, tiny, sweep):
-    tiny(trainer__max_steps=8)
+class ForkedProcess:
+    """The process of a run as a copy of this one, which needs no imports.
+
+    Args:
+        words: The run's command, which starts with `env python -m experiments`.
+        environment: Not used.
+        output: File for what it prints.
+        lock: Not used: a copy holds it anyway.
+    """
+
+    def __init__(self, words: list[str], environment: dict[str, str], output: BinaryIO, lock: BinaryIO) -> None:
+        assert words[:4] == ["/usr/bin/env", sys.executable, "-m", "experiments"]
+        self.process = forks.start(*words[4:], output=Path(output.name))
+
+    def poll(self) -> int | None:
+        return self.process.exitcode
+
+
+def test_a_study_of_the_real_command_leaves_ordinary_runs(llm_train, tiny, sweep, monkeypatch):
+    monkeypatch.setattr(runs, "start_process", ForkedProcess)
+    tiny(trainer__max_steps=4, trainer__val_check_interval=4)
     command = ["${env}", "${interpreter}", "-m", "experiments", "fit", "-c", "tiny.yaml", "${args}"]
     parameters = {"optimizer": {"parameters": {"lr": {"values": [0.01, 0.02]}}}, "model.n_layer": {"value": 1}}
     done = llm_train("study", sweep("rates.yaml", command=command, parameters=parameters), "--runs=1")
@@ -474,5 +573,5 @@ def test_a_study_of_the_real_command_leaves_ordinary_runs(llm_train, tiny, sweep
     assert (config["optimizer"]["init_args"]["lr"], config["model"]["init_args"]["n_layer"]) == (0.01, 1)
     best = json.loads((folder / "summary.json").read_text())["best"]["value"]
     assert f"[1/1] lr=0.01  val/loss {best:.4f}" in done.err
-    again = llm_train("fit", "-c", folder / "config.yaml", "--ckpt_path", "last", "--trainer.max_steps", "12")
-    assert f"{folder} (finished at step 12" in again.err
+    again = llm_train("fit", "-c", folder / "config.yaml", "--ckpt_path", "last", "--trainer.max_steps", "8")
+    assert f"{folder} (finished at step 8" in again.err

@@ -1,0 +1,177 @@
+"""The journal of a study: which run comes next and how each has ended. Optuna draws, and writes the file."""
+
+import contextlib
+import fcntl
+import itertools
+import json
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+from experiments.errors import UserError
+from experiments.study.names import arm_name
+from experiments.study.plan import Plan
+
+if TYPE_CHECKING:  # optuna is slow to import
+    import optuna
+
+_FILE = "journal.log"
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One start of a run.
+
+    Args:
+        arm: Name of the run and of its folder.
+        settings: Its settings.
+        trial: Optuna's trial.
+    """
+
+    arm: str
+    settings: dict[str, Any]
+    trial: "optuna.Trial"
+
+
+class Journal:
+    """The trials of a study, one for each start of a run; the latest trial of an arm says how the arm has ended.
+
+    Args:
+        plan: The plan of the study.
+        in_memory: Whether to write no file.
+
+    Raises:
+        UserError: If the folder is that of a study with other settings.
+    """
+
+    def __init__(self, plan: Plan, in_memory: bool = False) -> None:
+        import optuna
+        from optuna.storages.journal import JournalFileBackend, JournalStorage
+
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        sweep, pruners = plan.sweep, optuna.pruners
+        self._plan, self._sweep = plan, sweep
+        self._distributions = {
+            ".".join(key): spec.for_optuna(sweep.method == "grid")
+            for key, spec in sweep.distributions.items()
+            if spec.is_swept
+        }
+        rule = sweep.early_terminate
+        self._optuna = optuna.create_study(
+            storage=None if in_memory else JournalStorage(JournalFileBackend(str(plan.folder / _FILE))),
+            study_name="study",
+            direction="maximize" if sweep.maximize else "minimize",
+            pruner=pruners.SuccessiveHalvingPruner(rule.first, int(rule.eta)) if rule else pruners.NopPruner(),
+            load_if_exists=True,
+        )
+        self.outcomes: dict[str, str] = {}  # by arm: name of a TrialState, or AGAIN before another attempt
+        self.reached_target = False
+        self._again: list[optuna.trial.FrozenTrial] = []
+        asked: dict[str, Any] = {key: sweep.content.get(key) for key in ("method", "parameters", "metric", "command")}
+        asked |= {"flags": plan.flags, "seed": None if sweep.method == "grid" else plan.seed}
+        if "asked" not in self._optuna.user_attrs:
+            self._optuna.set_user_attr("asked", asked)
+        begun = self._optuna.user_attrs["asked"]
+        if other := " and ".join(key for key in asked if asked[key] != begun[key]):
+            raise UserError(f"{plan.folder} was begun with other {other}: remove it, or give this study another --name")
+
+    def resume(self) -> None:
+        """Read how earlier runs have ended; those that were interrupted or failed come first when `next` is called."""
+        from optuna.trial import TrialState
+
+        while self._optuna.get_trials(states=(TrialState.WAITING,)):
+            self._optuna.ask(self._distributions)
+        for trial in self._optuna.get_trials(states=(TrialState.RUNNING,)):
+            self._optuna.tell(trial.number, state=TrialState.FAIL)
+        latest = {trial.user_attrs["arm"]: trial for trial in self._optuna.trials if "arm" in trial.user_attrs}
+        self._again = [trial for trial in latest.values() if trial.state == TrialState.FAIL]
+        self.outcomes = {arm: "AGAIN" if trial in self._again else trial.state.name for arm, trial in latest.items()}
+
+    def next(self) -> Attempt | None:
+        """Return the next start of a run, or `None` if there is none."""
+        if self._again:
+            earlier = self._again.pop(0)
+            attributes = {key: earlier.user_attrs[key] for key in ("arm", "settings")}
+            self._optuna.enqueue_trial(earlier.params, attributes)
+            attempt = Attempt(**attributes, trial=self._optuna.ask(self._distributions))
+        elif len(self.outcomes) < self._plan.n_runs and not self.reached_target:
+            attempt = self._draw(len(self.outcomes))
+        else:
+            return None
+        self.outcomes[attempt.arm] = "RUNNING"
+        return attempt
+
+    def _draw(self, i: int) -> Attempt:
+        """Draw the settings of run i."""
+        from optuna.samplers import RandomSampler, TPESampler
+
+        # From (seed, i) alone: an interrupted study draws what it would have drawn.
+        seed = random.Random(f"{self._plan.seed} {i}").getrandbits(32)
+        distributions = self._sweep.distributions
+        if self._sweep.method == "grid":
+            grid = itertools.product(*(spec.grid() or [] for spec in distributions.values() if spec.is_swept))
+            point = next(itertools.islice(grid, i, None))
+            self._optuna.enqueue_trial(dict(zip(self._distributions, map(json.dumps, point), strict=True)))
+        elif self._sweep.method == "random":
+            self._optuna.sampler = RandomSampler(seed)
+        else:
+            self._optuna.sampler = TPESampler(seed=seed, constant_liar=self._plan.jobs > 1)
+        trial = self._optuna.ask(self._distributions)
+        values = {".".join(key): spec.setting(trial.params.get(".".join(key))) for key, spec in distributions.items()}
+        arm = arm_name({name: values[name] for name in self._distributions})
+        if not arm or arm in self.outcomes or (self._plan.folder / arm).exists():
+            arm = f"{arm}{',' if arm else ''}run={i + 1}"
+        settings = self._sweep.settings(list(values.values()))
+        trial.set_user_attr("settings", settings)
+        trial.set_user_attr("arm", arm)
+        return Attempt(arm, settings, trial)
+
+    def record(self, attempt: Attempt, value: float | None, error: str | None, stopped_early: bool) -> None:
+        """Write down how a run has ended.
+
+        Args:
+            attempt: The run.
+            value: Its best value of the sweep's metric, if it has one.
+            error: Why it has failed; nothing if it has not.
+            stopped_early: Whether the pruner has stopped it.
+        """
+        from optuna.trial import TrialState
+
+        if error:
+            attempt.trial.set_user_attr("error", error)
+        state = TrialState.FAIL if error else TrialState.PRUNED if stopped_early else TrialState.COMPLETE
+        # Optuna wants a number of every complete trial; a sweep without a metric has none.
+        self._optuna.tell(attempt.trial, (value or 0.0) if state == TrialState.COMPLETE else None, state)
+        self.outcomes[attempt.arm] = state.name
+        target = self._sweep.metric.target if self._sweep.metric else None
+        if state == TrialState.COMPLETE and target is not None and value is not None:
+            self.reached_target |= value >= target if self._sweep.maximize else value <= target
+
+    def count(self, *outcomes: str) -> int:
+        """Return how many arms have one of these outcomes."""
+        return sum(outcome in outcomes for outcome in self.outcomes.values())
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[BinaryIO]:
+    """Lock a study's folder and yield the lock; repair the journal if the last line is incomplete after a kill.
+
+    Args:
+        folder: The study's folder.
+
+    Raises:
+        UserError: If another process has the lock.
+    """
+    journal = folder / _FILE
+    with journal.open("a+b") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"{folder}: the study is running, or a run that has outlived it; wait for it or end it"
+            ) from None
+        file.truncate(journal.read_bytes().rfind(b"\n") + 1)
+        journal.with_name(f"{_FILE}.lock").unlink(missing_ok=True)  # Optuna's
+        yield file

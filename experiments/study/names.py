@@ -1,0 +1,72 @@
+"""Names of studies and of their arms, fit for folders."""
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+_MAX_LENGTH = 100  # of an arm's name: folders take 255 bytes, tables in W&B much less
+
+
+def folder_name(text: str) -> str:
+    """Return the text with every character replaced that a folder, a shell or W&B would not accept."""
+    return re.sub(r"[^A-Za-z0-9._=,-]+", "-", text).strip(".-")
+
+
+def arm_name(settings: Mapping[str, Any]) -> str:
+    """Return a name for the run with these settings, such as `initialization=xavier,seed=2`.
+
+    Args:
+        settings: The settings that differ between the runs. Each key is shortened to its last part, or to as many
+            parts as tell it from the other keys.
+    """
+    flat = dict(_flatten(settings))
+    name = ",".join(f"{_short_key(key, flat)}={_short_value(value)}" for key, value in flat.items())
+    if len(name) > _MAX_LENGTH:
+        name = f"{name[: _MAX_LENGTH - 9]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+    return name
+
+
+def arm_of_agent() -> str | None:
+    """Return the arm's name if a `wandb agent` has started this process, and `None` otherwise."""
+    file = os.environ.get("WANDB_SWEEP_PARAM_PATH")
+    if file is None or "WANDB_SWEEP_ID" not in os.environ or not Path(file).is_file():
+        return None
+    given = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+    return arm_name({key: item["value"] for key, item in given.items() if key != "wandb_version"}) or None
+
+
+def _flatten(settings: Mapping[str, Any], *parents: str) -> Iterator[tuple[str, Any]]:
+    for key, value in settings.items():
+        if isinstance(value, Mapping) and value:
+            yield from _flatten(value, *parents, key)
+        else:
+            yield ".".join((*parents, key)), value
+
+
+def _short_key(key: str, keys: Collection[str]) -> str:
+    if key == "seed_everything":
+        return "seed"
+    parts = key.split(".")
+    endings = (".".join(parts[-n:]) for n in range(1, len(parts)))
+    unique = (end for end in endings if not any(other != key and f".{other}".endswith(f".{end}") for other in keys))
+    return next(unique, key)
+
+
+def _short_value(value: Any) -> str:
+    if isinstance(value, int):
+        return json.dumps(value)  # true, -1
+    if isinstance(value, float):
+        return min(repr(value), f"{value:.4g}", key=len).replace("e+", "e")
+    if not isinstance(value, str):
+        value = json.dumps(value, separators=(",", ":"))
+    if re.fullmatch(r"([A-Za-z_]\w*\.)+[A-Za-z_]\w*", value):  # a class
+        value = value.rsplit(".", 1)[-1]
+    elif value.endswith(".yaml"):
+        value = Path(value).stem
+    return re.sub(r"[,=-]+", "-", folder_name(value)) or "none"

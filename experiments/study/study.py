@@ -1,0 +1,140 @@
+"""A study at work: it starts runs, passes signals on to them, and prints how each ends."""
+
+import contextlib
+import signal
+import sys
+import time
+from collections.abc import Iterator
+
+from experiments.errors import UserError
+from experiments.study.journal import Journal, locked
+from experiments.study.plan import Plan
+from experiments.study.runs import Run, start_run
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+def first_commands(plan: Plan) -> Iterator[list[str]]:
+    """Yield the commands of the runs that do not depend on results.
+
+    Args:
+        plan: The plan of the study.
+    """
+    journal = Journal(plan, in_memory=True)
+    for _ in range(1 if plan.sweep.method == "bayes" else plan.n_runs):
+        if attempt := journal.next():
+            yield plan.command(attempt.arm, attempt.settings)
+
+
+class Study:
+    """The runs of one sweep file.
+
+    Args:
+        plan: Its plan.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.running: list[Run] = []
+        self.signals: list[int] = []  # received so far
+        self._n_passed_on = 0
+
+    def run(self) -> int:
+        """Start the runs that are left and wait for them.
+
+        Returns:
+            The exit code: 0 if no run has failed, 1 if one has, 128 + the signal's number after a signal.
+
+        Raises:
+            UserError: If the folder is that of a run or of another study, or if the study is already running.
+        """
+        folder = self.plan.folder
+        if (folder / "config.yaml").is_file():
+            raise UserError(f"{folder} is the folder of a run; give the study another --name")
+        (folder / "logs").mkdir(parents=True, exist_ok=True)
+        with locked(folder) as lock, self._listening():
+            self.journal = Journal(self.plan)
+            self.journal.resume()
+            done = f", {self._n_done} of them done" if self.journal.outcomes else ""
+            say(f"study   {folder}: {self._total} runs{done}; their output goes to {folder / 'logs'}")
+            while True:
+                while len(self.running) < self.plan.jobs and not self.signals and (new := self.journal.next()):
+                    self.running.append(start_run(self.plan, new, lock))
+                self._pass_signals_on()
+                if not self.running:
+                    break
+                for run in list(self.running):
+                    self._check(run)
+                time.sleep(0.05)
+        n_failed = self.journal.count("FAIL")
+        target = ", the target is reached" if self.journal.reached_target else ""
+        say(f"\nstudy   {folder} ({self._n_done} of {self._total} runs done, {n_failed} failed{target})")
+        return 128 + self.signals[0] if self.signals else int(n_failed > 0)
+
+    @property
+    def _n_done(self) -> int:
+        return self.journal.count("COMPLETE", "PRUNED")
+
+    @property
+    def _total(self) -> int:
+        return max(self.plan.n_runs, len(self.journal.outcomes))
+
+    def _check(self, run: Run) -> None:
+        """Stop a run that the pruner gives up, and record a run that has ended."""
+        code = run.exit_code()
+        sweep = self.plan.sweep
+        watched = sweep.early_terminate is not None and not run.stopped_early
+        if watched and run.should_stop(sweep.metric.name) and code is None:
+            run.stopped_early = True
+            run.signal()
+        if code is not None:
+            self.running.remove(run)
+            if not (self.signals and code):  # an interrupted run keeps its trial open, and is resumed later
+                self._record(run, code)
+
+    def _record(self, run: Run, code: int) -> None:
+        """Record how a run has ended, and print it."""
+        metric, value = run.result(self.plan.sweep)
+        error = None if run.stopped_early else run.error(code)
+        if not (error or run.stopped_early) and self.plan.sweep.metric and value is None:
+            error = f"it has logged no {metric}"
+        self.journal.record(run.attempt, value, error, run.stopped_early)
+
+        number = len(self.journal.outcomes) - self.journal.count("RUNNING", "AGAIN")
+        best = f"{metric} {value:.4f}" if value is not None else ""
+        how = f"failed: {error}" if error else f"{best}, stopped early" if run.stopped_early else best
+        took = _duration(time.monotonic() - run.began) if run.process else "finished before"
+        say(f"[{number:>{len(str(self._total))}}/{self._total}] {run.attempt.arm}  {how}  ({took})")
+
+    @contextlib.contextmanager
+    def _listening(self) -> Iterator[None]:
+        """Collect Ctrl-C, SIGTERM and SIGHUP, except for signals that are ignored, as by `nohup`."""
+        heard = [number for number in _SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+        before = {number: signal.signal(number, lambda number, _: self.signals.append(number)) for number in heard}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _pass_signals_on(self) -> None:
+        """Tell the runs to save and exit after the first signal, and kill them after the second."""
+        n_new, self._n_passed_on = len(self.signals) - self._n_passed_on, len(self.signals)
+        if not n_new:
+            return
+        is_first = n_new == len(self.signals)
+        if is_first:
+            say("stopping: the runs save and exit; once more kills them")
+        for run in self.running:
+            run.signal(kill=not is_first)
+
+
+def say(line: str) -> None:
+    """Print a line to standard error; `common.messages.say` works only where Lightning is imported."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
