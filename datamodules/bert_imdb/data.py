@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
-from jsonargparse.typing import restricted_number_type
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -18,13 +17,12 @@ from datamodules.bert_imdb.wordpiece import continues_word, learn_wordpieces
 from datamodules.cache import cache_root, cached_array, digest
 from datamodules.splits import Side
 from datamodules.tokenizers import WithTokenizer, encode, load_tokenizer, vocab_size
-from lightning_modules.common.ranges import NonNegativeInt, OpenUnitInterval, PositiveInt
+from lightning_modules.common.ranges import NonNegativeInt, OpenUnitInterval, PositiveInt, ThreeOrMore
 from lightning_modules.common.targets import IGNORED
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-RowLength = restricted_number_type("RowLength", int, (">=", 3))  # [CLS], a token of the text, [SEP]
 Truncation = Literal["head", "tail", "head_tail"]
 Batch = dict[str, Tensor]
 
@@ -214,7 +212,7 @@ class ReviewsDataModule(WithTokenizer, ExperimentDataModule):
         reviews: ReviewSource,
         tokenizer: str,
         batch_size: PositiveInt,
-        max_tokens: RowLength = 512,
+        max_tokens: ThreeOrMore = 512,
         group_by_length: bool = True,
         num_workers: NonNegativeInt = 0,
         seed: NonNegativeInt = 0,

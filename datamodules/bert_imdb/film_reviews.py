@@ -14,13 +14,9 @@ import random
 from collections.abc import Iterator
 from dataclasses import replace
 
-from jsonargparse.typing import restricted_number_type
-
 from datamodules.bert_imdb.reviews import Review, ReviewSource
 from datamodules.splits import Side
-from lightning_modules.common.ranges import NonNegativeInt
-
-AtLeastTwo = restricted_number_type("AtLeastTwo", int, (">=", 2))  # one review of each class
+from lightning_modules.common.ranges import NonNegativeInt, TwoOrMore
 
 NEGATED = 0.3  # fraction of the plain opinions; with one half, word counts would carry no information
 MIXED = 0.4  # fraction of the reviews that may have concessions
@@ -153,9 +149,9 @@ class FilmReviews(ReviewSource):
 
     def __init__(
         self,
-        n_train: AtLeastTwo = 4000,
-        n_val: AtLeastTwo = 500,
-        n_test: AtLeastTwo = 2000,
+        n_train: TwoOrMore = 4000,
+        n_val: TwoOrMore = 500,
+        n_test: TwoOrMore = 2000,
         n_unlabelled: NonNegativeInt = 0,
         seed: int = 0,
     ) -> None:

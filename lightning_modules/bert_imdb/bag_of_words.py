@@ -7,6 +7,7 @@ import lightning as L
 import numpy as np
 import torch
 
+from lightning_modules.base import ExperimentModule
 from lightning_modules.classification import ClassificationMeasures
 from lightning_modules.common.ranges import PositiveInt
 
@@ -28,25 +29,25 @@ class BagOfWords(L.Callback):
         self.ngrams = ngrams
         self._results: dict[str, dict[str, float]] = {}
 
-    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_fit_start(self, trainer: L.Trainer, pl_module: ExperimentModule) -> None:
         """Evaluate the bag of words on the validation split."""
         self._evaluate(trainer, pl_module, "val")
 
-    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: ExperimentModule) -> None:
         """Log the results on the validation split."""
         self._log(trainer, pl_module, "val")
 
-    def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_test_epoch_end(self, trainer: L.Trainer, pl_module: ExperimentModule) -> None:
         """Log the results on the test split."""
         self._log(trainer, pl_module, "test")
 
-    def _log(self, trainer: L.Trainer, pl_module: L.LightningModule, split: str) -> None:
+    def _log(self, trainer: L.Trainer, pl_module: ExperimentModule, split: str) -> None:
         if split not in self._results:
             self._evaluate(trainer, pl_module, split)
         results = self._results[split].items()
         pl_module.log_dict({f"{split}/bag_of_words/{name}": value for name, value in results}, sync_dist=True)
 
-    def _evaluate(self, trainer: L.Trainer, pl_module: Any, split: str) -> None:
+    def _evaluate(self, trainer: L.Trainer, pl_module: ExperimentModule, split: str) -> None:
         results = None
         if trainer.is_global_zero:
             train, held_out = pl_module.data.labelled("train"), pl_module.data.labelled(split)

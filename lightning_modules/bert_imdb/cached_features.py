@@ -25,26 +25,25 @@ class CachedFeatures(L.Callback):
     The module has `features(batch)`, and its encoder is `model.encoder`. The datamodule has `keep_features`.
     """
 
-    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Compute the features that are not in the cache, on one process of each machine.
 
         Raises:
             MisconfigurationException: If the encoder is trained, or its weights are sharded.
         """
         require_whole_weights(trainer, type(self).__name__)
-        module: Any = pl_module
-        encoder = module.model.encoder
+        encoder = pl_module.model.encoder
         if any(parameter.requires_grad for parameter in encoder.parameters()):
             raise MisconfigurationException(
                 "CachedFeatures: the encoder is trained, so its features change; freeze it with "
                 'lightning_modules.finetuning.freeze.Freeze, patterns: ["model.encoder.*"], or remove this callback'
             )
-        module.to(trainer.strategy.root_device)
-        key = [weights_digest(encoder), architecture_of(encoder), module.model.config.pooling, trainer.precision]
+        pl_module.to(trainer.strategy.root_device)
+        key = [weights_digest(encoder), architecture_of(encoder), pl_module.model.config.pooling, trainer.precision]
         for first in (True, False):  # the first process of a machine writes the file, the others read it
             if first == (trainer.local_rank == 0):
                 for split in ("train", "val"):
-                    module.data.keep_features(split, key, _features_of(trainer, module))
+                    pl_module.data.keep_features(split, key, _features_of(trainer, pl_module))
             trainer.strategy.barrier()
 
 

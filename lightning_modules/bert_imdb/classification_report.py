@@ -3,13 +3,12 @@
 import csv
 import math
 from pathlib import Path
-from typing import Any
 
 import lightning as L
 import numpy as np
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from lightning_modules.classification import BINS
+from lightning_modules.classification import BINS, ClassifierModule
 from lightning_modules.common.figures import new_figure, save_figure
 from lightning_modules.common.files import write_csv
 from lightning_modules.common.ranges import NonNegativeInt
@@ -37,20 +36,20 @@ class ClassificationReport(DrawsAtTheEnd):
         self.n_wrong = n_wrong
         self.best_loss = math.inf
 
-    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_validation_end(self, trainer: L.Trainer, pl_module: ClassifierModule) -> None:
         """Write both tables if the validation loss is the lowest so far."""
         loss = float(trainer.callback_metrics["val/loss"])
         if validates_a_fit(trainer) and loss < self.best_loss:
             self.best_loss = loss
             self._write(trainer, pl_module, "val")
 
-    def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_test_end(self, trainer: L.Trainer, pl_module: ClassifierModule) -> None:
         """Write both tables and draw the figures."""
         self._write(trainer, pl_module, "test")
         self.on_train_end(trainer, pl_module)
 
     @rank_zero_only
-    def _write(self, trainer: L.Trainer, pl_module: Any, split: str) -> None:
+    def _write(self, trainer: L.Trainer, pl_module: ClassifierModule, split: str) -> None:
         if trainer.fast_dev_run:
             return
         run, classes, reviews = Path(trainer.default_root_dir), pl_module.data.classes, pl_module.data.texts[split]

@@ -53,6 +53,9 @@ class BertImdbModule(ClassifierModule):
         architecture: dict[str, Any] | None = None,
     ) -> None:
         self.require_linked(vocab_size=vocab_size, block_size=block_size, classes=classes)
+        assert vocab_size is not None
+        assert block_size is not None
+        assert classes is not None
         super().__init__(len(classes))
         from lightning_modules.bert_imdb.encoder_classifier import EncoderClassifier, EncoderClassifierConfig
 

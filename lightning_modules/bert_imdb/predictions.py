@@ -7,6 +7,7 @@ from typing import Any
 import lightning as L
 import torch
 
+from lightning_modules.base import ExperimentModule
 from lightning_modules.common.files import write_csv
 
 
@@ -20,16 +21,16 @@ class PredictedLabels(L.Callback):
     def __init__(self) -> None:
         self._predictions: list[tuple[int, list[float]]] = []  # positions and probabilities
 
-    def on_predict_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, *_: Any) -> None:
+    def on_predict_batch_end(self, trainer: L.Trainer, pl_module: ExperimentModule, outputs: Any, *_: Any) -> None:
         """Keep the predictions of a batch."""
         self._predictions += zip(outputs["positions"].tolist(), outputs["probabilities"].tolist(), strict=True)
 
-    def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_predict_end(self, trainer: L.Trainer, pl_module: ExperimentModule) -> None:
         """Print and write the predictions of all processes, ordered by position."""
         predictions, self._predictions = _of_all_processes(trainer, self._predictions), []
         if not trainer.is_global_zero:
             return
-        data: Any = pl_module.data
+        data = pl_module.data
         width = max(map(len, data.classes))
         rows = []
         for position, probabilities in sorted(predictions):

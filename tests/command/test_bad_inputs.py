@@ -75,7 +75,7 @@ BAD = [
     ("fit gpt_neo_style", ["--data.tokenizer=byte", "--data.passages=1"], 1, ["data.passages is 1"]),
     ("fit gpt_neo_style", ["--data.books=[]"], 1, ["data.books is empty"]),
     ("fit bert_imdb", [], 1, ["llm-train fit -c experiments/bert_imdb/offline_pretrain.yaml"]),
-    ("fit bert_imdb", ["--model.dropout=1"], 1, ["runs/bert_imdb/offline_pretrain/tokenizer"]),
+    ("fit bert_imdb", ["--model.dropout=1"], 2, ["model.dropout", "1 does not conform to restriction v>=0 and v<1"]),
     ("fit bert_imdb/offline_pretrain", [REVIEWS, "--data.reviews.train=lost.csv"], 1, ["lost.csv", "does not exist"]),
     ("fit bert_imdb/offline_pretrain", [REVIEWS, "--data.reviews.train=review.csv"], 1, ["line 2", "no 'text'"]),
     ("fit gpt2_webglm_qa", ["--data.tokenizer=byte"], 1, ["-c experiments/decoder_pretrain/offline.yaml"]),
