@@ -1,4 +1,4 @@
-"""Fine-tuning to a book: where books come from, what is held out, what is measured, and any base there is."""
+"""Fine-tuning to a book: reading books, held-out passages, what a run measures and leaves, resuming."""
 
 import http.server
 import itertools
@@ -9,129 +9,108 @@ import signal
 import threading
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
+import forks
 import pytest
 import torch
 import torch.nn.functional as F
 import yaml
-from helpers import assert_same_weights, kill_when, text, weights, with_settings
+from helpers import assert_same_weights, text, weights, with_settings
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jsonargparse import ArgumentError, ArgumentParser
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from torch import nn
+from shared_runs import own_world, run_command
+from tiny_bases import CONTEXT, save_gpt_neo
 
+from datamodules.base import ExperimentDataModule
 from datamodules.gpt_neo_style.books import cut_into_passages, read_book, without_licence
 from datamodules.gpt_neo_style.data import GPTNeoStyleDataModule
 from datamodules.sources import ListText
-from lightning_modules.decoder_pretrain.module import PretrainModule
+from datamodules.splits import side_of
 from lightning_modules.finetuning.bases import load_pretrained
-from lightning_modules.finetuning.causal_lm import CachedHubModel
 from lightning_modules.gpt_neo_style.module import GPTNeoStyleModule
-from lightning_modules.gpt_neo_style.report import whole_lines
-from lightning_modules.gpt_neo_style.style import BookStyle
-from lightning_modules.models.generation import generate
+from lightning_modules.gpt_neo_style.report import StyleReport, whole_lines
+from lightning_modules.gpt_neo_style.style import common_shapes, layout_share
 from lightning_modules.runtime.checkpoint_io import AtomicCheckpointIO
 from lightning_modules.runtime.learning_curve import read_metric
 from lightning_modules.runtime.samples import side_by_side
 
-RUN = Path("runs/gpt_neo_style/tiny")
-CONTEXT = 32
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A GPT-Neo whose second layer sees four tokens back."""
-    from transformers import GPTNeoConfig, GPTNeoForCausalLM
-
-    torch.manual_seed(2)
-    config = GPTNeoConfig(
-        vocab_size=257,
-        max_position_embeddings=CONTEXT,
-        hidden_size=16,
-        num_layers=2,
-        num_heads=2,
-        attention_types=[[["global", "local"], 1]],
-        window_size=4,
-        resid_dropout=0.1,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
-    folder = tmp_path_factory.mktemp("base")
-    GPTNeoForCausalLM(config).save_pretrained(folder)
-    return folder
+STEPS = 12  # of a run, with a validation every 4
+TOPIC = "lightning_modules.gpt_neo_style."
 
 
 def verse(n_lines: int, seed: int = 0) -> str:
-    """A play, as far as one can see."""
+    """A text with the layout of a play."""
     n_words = iter(text(6 * n_lines, seed).split())
     return "\n\n".join(f"MOTH.\n{' '.join(next(n_words) for _ in range(6)).capitalize()}." for _ in range(n_lines))
 
 
-@pytest.fixture
-def style(tmp_path: Path, base: Path):
-    """Writes the YAML of a run that takes a second: 24 steps, a validation every 8; settings go over it by key path."""
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for the runs, with two books and a base."""
+    folder = tmp_path_factory.mktemp("world")
     for name, seed in (("play", 0), ("other", 1)):
-        (tmp_path / f"{name}.txt").write_text(
-            f"*** START OF THIS BOOK ***\n{verse(100, seed)}\n*** END OF THIS BOOK ***"
-        )
+        (folder / f"{name}.txt").write_text(f"*** START OF THIS BOOK ***\n{verse(100, seed)}\n*** END OF THIS BOOK ***")
+    save_gpt_neo(folder / "base")
+    return folder
 
-    def write(name: str = "tiny", **settings: object) -> Path:
-        callbacks = "lightning_modules.runtime."
-        config = {
-            "seed_everything": 5,
-            "model": {
-                "class_path": "lightning_modules.gpt_neo_style.GPTNeoStyleModule",
-                "init_args": {"base": str(base)},
-            },
-            "data": {
-                "class_path": "datamodules.gpt_neo_style.GPTNeoStyleDataModule",
-                "init_args": {
-                    "books": str(tmp_path / "play.txt"),
-                    "other_books": [str(tmp_path / "other.txt")],
-                    "base_source": {
-                        "class_path": "datamodules.sources.ListText",
-                        "init_args": {"texts": [text(60, 7)]},
-                    },
-                    "block_size": 16,
-                    "batch_size": 4,
-                },
-            },
-            "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 1e-2}},
-            "trainer": {
-                "accelerator": "cpu",
-                "max_steps": 24,
-                "max_epochs": -1,
-                "val_check_interval": 8,
-                "check_val_every_n_epoch": None,
-                "log_every_n_steps": 4,
-                "callbacks+": [
-                    {"class_path": f"{callbacks}before_training.LossBeforeTraining"},
-                    {
-                        "class_path": f"{callbacks}style_report.StyleSamples",
-                        "init_args": {"prompts": ["MOTH.\n", "The"], "samples_per_prompt": 2, "max_new_tokens": 24},
-                    },
-                    {"class_path": f"{callbacks}style_report.StyleReport"},
-                    {"class_path": f"{callbacks}export.ExportModel"},
-                ],
-            },
-        }
-        file = tmp_path / f"{name}.yaml"
-        file.write_text(yaml.safe_dump(with_settings(config, settings), sort_keys=False))
-        return file
 
-    return write
+def config(world: Path, name: str, **settings: object) -> Path:
+    """Write the YAML of a short run; settings replace parts of it by key path."""
+    runtime = "lightning_modules.runtime."
+    sampling = {"prompts": ["MOTH.\n", "The"], "samples_per_prompt": 2, "max_new_tokens": 24}
+    content = {
+        "seed_everything": 5,
+        "model": {"class_path": f"{TOPIC}GPTNeoStyleModule", "init_args": {"base": str(world / "base")}},
+        "data": {
+            "class_path": "datamodules.gpt_neo_style.GPTNeoStyleDataModule",
+            "init_args": {
+                "books": str(world / "play.txt"),
+                "other_books": [str(world / "other.txt")],
+                "base_source": {"class_path": "datamodules.sources.ListText", "init_args": {"texts": [text(60, 7)]}},
+                "block_size": 16,
+                "batch_size": 4,
+                "test_fraction": 0.1,
+            },
+        },
+        "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 2e-2}},
+        "trainer": {
+            "accelerator": "cpu",
+            "max_steps": STEPS,
+            "val_check_interval": 4,
+            "log_every_n_steps": 4,
+            "callbacks+": [
+                {"class_path": f"{runtime}before_training.LossBeforeTraining"},
+                {"class_path": f"{TOPIC}StyleSamples", "init_args": sampling},
+                {"class_path": f"{TOPIC}StyleReport"},
+                {"class_path": f"{runtime}export.ExportModel"},
+            ],
+        },
+    }
+    file = world / f"{name}.yaml"
+    file.write_text(yaml.safe_dump(with_settings(content, settings), sort_keys=False))
+    return file
+
+
+@pytest.fixture(scope="module")
+def whole(world: Path) -> SimpleNamespace:
+    """A run to the end: its folder, and what it printed."""
+    with own_world(world):
+        done = run_command("fit", "-c", config(world, "whole"))
+    assert done.code == 0, done.err
+    return SimpleNamespace(run=world / "runs/gpt_neo_style/whole", err=done.err)
 
 
 # --- books -----------------------------------------------------------------------------------------------------------
 
 BODY = "CHAPTER I\n\nIt was a dark\nand stormy night."
-
-
 OPEN, CLOSE = (f"*** {side} OF THE PROJECT GUTENBERG EBOOK EMMA ***" for side in ("START", "END"))
 
 
 @pytest.mark.parametrize(
-    "whole",
+    "file",
     [
         f"header\n{OPEN}\n\n{BODY}\n\n{CLOSE}\nlicence",
         f"header\n{OPEN}\n{BODY}\n{CLOSE}\nlicence".replace("*** ", "***")
@@ -145,22 +124,22 @@ OPEN, CLOSE = (f"*** {side} OF THE PROJECT GUTENBERG EBOOK EMMA ***" for side in
     ],
     ids=["today", "this", "two_lines_and_credits", "last_line", "nineties", "shipped", "torn_off"],
 )
-def test_header_and_licence_are_removed_whatever_their_form(whole, recwarn):
-    assert without_licence(whole) == BODY
-    assert not recwarn
+def test_header_and_licence_are_removed_in_all_their_forms(file, capsys):
+    assert without_licence(file) == BODY
+    assert not capsys.readouterr().err
 
 
-def test_byte_order_mark_and_carriage_returns_do_not_hide_the_markers(tmp_path, recwarn):
-    whole = f"\ufeff{OPEN}\n{BODY}\n{CLOSE}\nlicence"
-    (tmp_path / "emma.txt").write_bytes(whole.replace("\n", "\r\n").encode())
+def test_byte_order_mark_and_carriage_returns_do_not_hide_the_markers(tmp_path, capsys):
+    file = f"\ufeff{OPEN}\n{BODY}\n{CLOSE}\nlicence"
+    (tmp_path / "emma.txt").write_bytes(file.replace("\n", "\r\n").encode())
     assert read_book(str(tmp_path / "emma.txt")) == BODY
-    assert not recwarn
+    assert not capsys.readouterr().err
 
 
-def test_a_book_without_markers_is_used_whole_with_a_warning(tmp_path):
+def test_a_book_without_markers_is_used_whole_with_a_warning(tmp_path, capsys):
     (tmp_path / "plain.txt").write_text(f"\n{BODY}\n*** a row of stars ***\n")
-    with pytest.warns(UserWarning, match=r"plain.txt has no line .*START OF THE PROJECT.*used whole"):
-        assert read_book(str(tmp_path / "plain.txt")) == f"{BODY}\n*** a row of stars ***"
+    assert read_book(str(tmp_path / "plain.txt")) == f"{BODY}\n*** a row of stars ***"
+    assert re.search(r"plain.txt has no line .*START OF THE PROJECT.*used whole", capsys.readouterr().err)
 
 
 def test_a_number_is_a_book_of_project_gutenberg(tmp_path, monkeypatch):
@@ -171,11 +150,11 @@ def test_a_number_is_a_book_of_project_gutenberg(tmp_path, monkeypatch):
     assert asked == ["https://www.gutenberg.org/cache/epub/11/pg11.txt"] * 2
 
 
-def test_a_url_is_downloaded_and_one_that_cannot_be_reached_says_how_to_give_a_path(tmp_path, recwarn):
+def test_a_url_is_downloaded_and_an_error_advises_to_give_a_path(tmp_path):
     (tmp_path / "served.txt").write_text(f"*** START OF THE PROJECT GUTENBERG EBOOK X ***\n{BODY}")
     handler = partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path)
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         url = f"http://127.0.0.1:{server.server_port}/served.txt"
         assert read_book(url) == BODY
         server.shutdown()
@@ -197,23 +176,23 @@ def test_a_url_is_downloaded_and_one_that_cannot_be_reached_says_how_to_give_a_p
         (b"caf\xe9", "is not UTF-8: byte 3"),
     ],
 )  # fmt: skip
-def test_an_empty_or_tiny_book_is_one_line(tmp_path, content, message):
+def test_an_empty_or_tiny_book_is_refused_in_one_line(tmp_path, content, message):
     (tmp_path / "book.txt").write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(MisconfigurationException, match=message) as caught:
         datamodule(tmp_path, books=str(tmp_path / "book.txt"), block_size=32, val_fraction=0.5)
     assert "\n" not in str(caught.value)
 
 
-def test_a_name_that_is_no_book_lists_those_that_are_shipped():
+def test_an_unknown_name_lists_the_books_that_are_shipped():
     with pytest.raises(MisconfigurationException, match=r"no book emma: .*one of bell_of_orrow, mislaid_wednesday"):
         read_book("emma")
     with pytest.raises(MisconfigurationException, match=r"emma\.txt not found"):
         read_book("books/emma.txt")
 
 
-def test_the_shipped_books_are_long_enough_and_of_different_styles(recwarn):
+def test_the_shipped_books_are_long_enough_and_of_different_styles(capsys):
     play, tale = (read_book(name) for name in ("bell_of_orrow", "mislaid_wednesday"))
-    assert not recwarn
+    assert not capsys.readouterr().err
     for book in (play, tale):
         assert len(book.encode()) >= 30 * 1024
         assert "START OF" not in book
@@ -224,9 +203,10 @@ def test_the_shipped_books_are_long_enough_and_of_different_styles(recwarn):
         {name: [p.text for p in ps if p.side == side] for name, ps in parts.items()} for side in ("train", "val")
     )
     for name, other in (("play", "tale"), ("tale", "play")):
-        yardstick = BookStyle.of("\n".join(train[name]))
-        assert yardstick.measure(val[name])["layout"] > 0.8
-        assert yardstick.measure(val[other])["layout"] < 0.4
+        layout = common_shapes("\n".join(train[name]))
+        shares = {book: [layout_share(passage, layout) for passage in val[book]] for book in val}
+        assert sum(shares[name]) / len(shares[name]) > 0.8
+        assert sum(shares[other]) / len(shares[other]) < 0.4
 
 
 # --- passages --------------------------------------------------------------------------------------------------------
@@ -261,12 +241,12 @@ def datamodule(tmp_path: Path, **arguments: object) -> GPTNeoStyleDataModule:
 
 
 def read_back(batches: object) -> str:
-    """The text of which a loader's batches are the next tokens: bytes, and 256 between passages."""
+    """The text whose tokens are the targets of a loader's batches: bytes, and 256 between passages."""
     targets = torch.cat([batch["targets"].flatten() for batch in batches])
     return bytes(0 if token == 256 else token for token in targets.tolist() if token != -100).decode()
 
 
-def test_what_is_held_out_is_measured_whole_and_never_trained_on(tmp_path):
+def test_held_out_passages_are_evaluated_in_full_and_never_trained_on(tmp_path):
     data = datamodule(tmp_path, test_fraction=0.1, other_books=[str(tmp_path / "other.txt")])
     parts = data.book_passages
     assert {side: len(texts) for side, texts in parts.items()} == {"train": 5, "val": 3, "test": 2}
@@ -292,10 +272,9 @@ def test_several_books_are_trained_on_together(tmp_path):
     assert both.book_passages["train"][: len(one.book_passages["train"])] == one.book_passages["train"]
 
 
-def test_of_the_base_text_what_it_was_not_trained_on_is_measured(tmp_path):
+def test_the_held_out_documents_of_the_base_text_are_evaluated_on(tmp_path):
     documents = [text(40, seed) for seed in range(60)]
     data = datamodule(tmp_path, base_source=ListText(documents), base_val_fraction=0.2, base_windows=5)
-    from datamodules.splits import side_of
 
     held_out = [document for document in documents if side_of(document, 0.2, 0.0) == "val"]
     assert 0 < len(held_out) < 60
@@ -310,185 +289,143 @@ def test_of_the_base_text_what_it_was_not_trained_on_is_measured(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"passages": 1}, "data.passages is 1: it must be at least 2"),
-        ({"block_size": 0}, "data.block_size is 0"),
         ({"val_fraction": 0.6, "test_fraction": 0.4}, "leave something to train on"),
-        ({"base_val_fraction": 0.0}, r"data.base_val_fraction is 0.0: it must be in \(0, 1\]"),
         ({"books": []}, "data.books is empty"),
     ],
 )
-def test_impossible_arguments_are_one_line(arguments, message):
+def test_impossible_arguments_are_refused(arguments, message):
     with pytest.raises(MisconfigurationException, match=message):
         GPTNeoStyleDataModule(**{"books": 11, "block_size": 8, "batch_size": 1} | arguments)
 
 
-# --- bases -----------------------------------------------------------------------------------------------------------
+def test_a_test_without_test_passages_is_refused(tmp_path):
+    with pytest.raises(MisconfigurationException, match="there is no test text: set data.test_fraction above 0"):
+        datamodule(tmp_path).setup("test")
 
 
 @pytest.mark.parametrize(
-    ("name", "message"),
+    ("argument", "value", "restriction"),
     [
-        ("runs/decoder_pretrain/offline", "does not exist: .*`llm-train fit -c experiments/decoder_pretrain/offline"),
-        (".", "holds no config.json, nor a model/ that does"),
-        ("nobody/nothing", "nobody/nothing, which is no local folder, from the Hugging"),
-        ("broken", "model.base: AutoModelForCausalLM could not load broken"),
+        ("passages", 1, "v>=2"),
+        ("block_size", 0, "v>0"),
+        ("base_windows", 0, "v>0"),
+        ("base_val_fraction", 0.0, "v>0 and v<=1"),
     ],
 )
-def test_a_base_that_cannot_be_loaded_is_one_line(name, message):
-    Path("broken").mkdir()
-    Path("broken/config.json").write_text('{"model_type": "gpt_neon"}')
-    with pytest.raises(MisconfigurationException, match=message) as caught:
-        GPTNeoStyleModule(name, vocab_size=257, block_size=8)
-    assert "\n" not in str(caught.value)
-
-
-def test_a_base_whose_context_is_shorter_than_the_block_is_refused(llm_train, style):
-    done = llm_train("fit", "-c", style(data__init_args__block_size=33))
-    assert done.code == 1
-    assert re.search("data.block_size: 33 is longer than the context of .*, 32 tokens", done.err.splitlines()[-1])
-    assert not RUN.exists()
-
-
-def test_a_tokenizer_that_the_base_does_not_know_is_refused(base):
-    with pytest.raises(MisconfigurationException, match="it has 300 tokens, more than the 257"):
-        GPTNeoStyleModule(str(base), vocab_size=300, block_size=8)
-
-
-def test_a_run_of_decoder_pretrain_is_a_base():
-    decoder = PretrainModule(vocab_size=257, block_size=16, n_layer=2, n_head=2, n_embd=16).eval()
-    decoder.save_pretrained(Path("runs/decoder_pretrain/tiny/model"))
-    module = GPTNeoStyleModule("runs/decoder_pretrain/tiny", vocab_size=257, block_size=16).eval()
-    ids = torch.arange(16)[None]
-    torch.testing.assert_close(module(ids), decoder(ids), rtol=1e-4, atol=1e-5)
-    with pytest.raises(MisconfigurationException, match="17 is longer than the context of runs/decoder_pretrain/tiny"):
-        GPTNeoStyleModule("runs/decoder_pretrain/tiny", vocab_size=257, block_size=17)
-
-
-def test_any_model_is_in_training_mode_when_it_is_loaded(base):
-    module = GPTNeoStyleModule(str(base), 257, 8)
-    assert all(part.training for part in module.modules())  # Transformers gives it in evaluation mode
-
-
-def test_cached_generation_says_what_uncached_would_also_past_the_context(base):
-    model = load_pretrained(str(base)).eval()
-    for seed, (name, parameter) in enumerate(model.named_parameters()):  # where a token stands decides what follows
-        std = 2.0 if "wpe" in name else 0.4
-        nn.init.normal_(parameter, std=std, generator=torch.Generator().manual_seed(seed))
-    read = ids = torch.tensor([[3, 1, 4, 1, 5], [9, 2, 6, 5, 3]])
-    found = torch.stack(list(generate(CachedHubModel(model), ids, 60, temperature=0)), dim=1)
-    expected = []
-    with torch.no_grad():
-        for _ in range(60):
-            if read.size(1) > CONTEXT:  # the cache is full: the last half of the context is read anew
-                read = read[:, -CONTEXT // 2 :]
-            expected.append(model(read, use_cache=False).logits[:, -1].argmax(-1))
-            read = torch.cat([read, expected[-1][:, None]], dim=1)
-    assert found.tolist() == torch.stack(expected, dim=1).tolist()
-    assert len(set(found[0].tolist())) > 5
+def test_the_parser_refuses_numbers_out_of_range(argument, value, restriction):
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(ExperimentDataModule, "data")
+    arguments = {"books": 11, "block_size": 8, "batch_size": 1} | {argument: value}
+    data = {"class_path": "datamodules.gpt_neo_style.GPTNeoStyleDataModule", "init_args": arguments}
+    with pytest.raises(ArgumentError, match=f"(?s){argument}.*{value} does not conform to restriction {restriction}"):
+        parser.parse_object({"data": data})
 
 
 # --- runs ------------------------------------------------------------------------------------------------------------
 
 
-def test_a_run_measures_before_and_after_and_leaves_a_model_that_others_load(llm_train, style, base):
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+def test_a_run_evaluates_before_and_after_training(world, whole):
+    with own_world(world):
+        data = GPTNeoStyleDataModule(
+            **yaml.safe_load((whole.run / "config.yaml").read_text())["data"]["init_args"] | {"base_source": None}
+        )
+        data.prepare_data()
+        data.setup("fit")
 
-    done = llm_train("fit", "-c", style())
-    assert done.code == 0, done.err
-    data = GPTNeoStyleDataModule(
-        **yaml.safe_load((RUN / "config.yaml").read_text())["data"]["init_args"] | {"base_source": None}
-    )
-    data.prepare_data()
-    data.setup("fit")
-
-    def perplexity(model: nn.Module) -> float:
-        nats, tokens = 0.0, 0
+    def perplexity(folder: Path) -> float:
+        model, nats, tokens = load_pretrained(str(folder)).eval(), 0.0, 0
         for batch in data.val_dataloader()[0]:
             with torch.no_grad():
-                logits = model.eval()(batch["input_ids"]).logits
+                logits = model(batch["input_ids"]).logits
             nats += F.cross_entropy(logits.flatten(0, 1), batch["targets"].flatten(), reduction="sum").item()
             tokens += int((batch["targets"] >= 0).sum())
         return torch.tensor(nats / tokens).exp().item()
 
-    steps, values = read_metric(RUN / "metrics.csv", "val/perplexity")
-    exported = AutoModelForCausalLM.from_pretrained(RUN / "model")
-    assert steps == [0, 8, 16, 24]
-    assert values[0] == pytest.approx(perplexity(AutoModelForCausalLM.from_pretrained(base)), rel=1e-4)
-    assert min(values) == pytest.approx(perplexity(exported), rel=1e-4)
+    steps, values = read_metric(whole.run / "metrics.csv", "val/perplexity")
+    assert steps == [0, 4, 8, STEPS]
+    assert values[0] == pytest.approx(perplexity(world / "base"), rel=1e-4)
+    assert min(values) == pytest.approx(perplexity(whole.run / "model"), rel=1e-4)
     assert min(values) < 0.6 * values[0]
     for name in ("val/other/perplexity", "val/base/perplexity", "val/base/bits_per_byte"):
-        assert read_metric(RUN / "metrics.csv", name)[0] == steps
+        assert read_metric(whole.run / "metrics.csv", name)[0] == steps
 
-    best = AtomicCheckpointIO().load_checkpoint(RUN / "checkpoints/best.ckpt")
-    module = GPTNeoStyleModule(str(base), 257, 16).eval()
+    samples = (whole.run / "samples.md").read_text()
+    assert samples.startswith(f"## 'MOTH.\\n'\n\n```text\nstep 0, val/loss {torch.tensor(values[0]).log():.3f}")
+    assert f"step {STEPS}" in samples
+    assert samples.count("MOTH.") >= 4 + 1  # each column begins with the prompt
+    assert "stands in the training text: " in samples
+    table = (whole.run / "style.md").read_text()
+    assert f"| perplexity, held-out passages of the book | {values[0]:.1f} | {min(values):.1f} |" in table
+    assert (whole.run / "style.csv").read_text().count("\n") == 1 + 3 + 6
+    assert (whole.run / "figures/style.png").is_file()
+    assert "llm-train generate --run runs/gpt_neo_style/whole" in whole.err
+
+
+def test_a_run_leaves_a_model_that_others_load(world, whole):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    exported = AutoModelForCausalLM.from_pretrained(whole.run / "model")
+    best = AtomicCheckpointIO().load_checkpoint(whole.run / "checkpoints/best.ckpt")
+    module = GPTNeoStyleModule(str(world / "base"), 257, 16).eval()
     module.load_state_dict(best["state_dict"])
     ids = torch.randint(0, 257, (2, CONTEXT), generator=torch.Generator().manual_seed(1))
     assert exported.config.attention_layers == ["global", "local"]
     with torch.no_grad():
         assert torch.equal(exported.eval()(ids).logits, module(ids))
-    assert AutoTokenizer.from_pretrained(RUN / "model").encode("ab") == [97, 98]
-
-    samples = (RUN / "samples.md").read_text()
-    assert samples.startswith(f"## 'MOTH.\\n'\n\n```text\nstep 0, val/loss {torch.tensor(values[0]).log():.3f}")
-    assert "step 24" in samples
-    assert samples.count("MOTH.") >= 4 + 1  # what it continues stands in each column
-    assert "stands in the training text: " in samples
-    report = (RUN / "style.md").read_text()
-    assert f"| perplexity, held-out passages of the book | {values[0]:.1f} | {min(values):.1f} |" in report
-    assert (RUN / "style.csv").read_text().count("\n") == 1 + 3 + 6
-    assert (RUN / "figures/style.png").is_file()
-    assert f"llm-train generate --run {RUN}" in done.err
+    assert AutoTokenizer.from_pretrained(whole.run / "model").encode("ab") == [97, 98]
 
 
-def test_the_test_passages_are_measured_too_and_generate_needs_no_base(llm_train, style, base, tmp_path):
-    moved = shutil.copytree(base, tmp_path / "moved")
-    config = style(model__init_args__base=str(moved), data__init_args__test_fraction=0.1)
-    llm_train("fit", "-c", config, "--trainer.max_steps", "8")
-    tested = llm_train("test", "-c", RUN / "config.yaml", "--ckpt_path", "best")
+def test_the_test_passages_are_evaluated_too(world, whole):
+    with own_world(world):
+        tested = run_command("test", "-c", whole.run / "config.yaml", "--ckpt_path", "best")
     assert tested.code == 0, tested.err
-    measured = json.loads((RUN / "summary_test.json").read_text())["metrics"]
-    assert {"test/loss", "test/other/loss", "test/base/loss"} <= set(measured)
+    results = json.loads((whole.run / "summary_test.json").read_text())["metrics"]
+    assert {"test/loss", "test/other/loss", "test/base/loss"} <= set(results)
 
-    shutil.rmtree(moved)
-    written = llm_train("generate", "--run", RUN, "--prompt", "MOTH.\n", "--max_new_tokens", "40")
+
+def test_generation_from_a_run_needs_no_base(llm_train, world, whole):
+    (world / "base").rename(world / "elsewhere")
+    try:
+        written = llm_train("generate", "--run", whole.run, "--prompt", "MOTH.\n", "--max_new_tokens", "40")
+    finally:
+        (world / "elsewhere").rename(world / "base")
     assert written.code == 0, written.err
     assert written.out.startswith("MOTH.\n")
     assert len(written.out) > 20
 
 
-def test_a_killed_run_resumes_to_the_same_weights_metrics_and_samples(llm_train, forked, style):
-    config = style()
-    runs = RUN.parent
-    llm_train("fit", "-c", config, "--run.name", "whole")
-    metrics = runs / "killed/metrics.csv"
-    status = forked(
-        "fit", "-c", config, "--run.name", "killed",
-        meanwhile=kill_when(lambda: metrics.is_file() and len(metrics.read_text().splitlines()) > 4),
-    )  # fmt: skip
-    assert status == -signal.SIGKILL
-    resumed = llm_train("fit", "-c", config, "--run.name", "killed", "--ckpt_path", "last")
+def test_a_killed_run_resumes_to_the_same_weights_metrics_and_samples(world, whole):
+    command = ("fit", "-c", config(world, "killed"))
+    run = whole.run.with_name("killed")
+    with own_world(world):
+        process = forks.start(*command, prepare=lambda: forks.die_after_step(8))
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+        assert read_metric(run / "metrics.csv", "val/perplexity")[0][-1] < STEPS
+        resumed = run_command(*command, "--ckpt_path", "last")
     assert resumed.code == 0, resumed.err
-    assert_same_weights(runs / "whole/checkpoints/last.ckpt", runs / "killed/checkpoints/last.ckpt")
+    assert_same_weights(whole.run / "checkpoints/last.ckpt", run / "checkpoints/last.ckpt")
     for name in ("val/perplexity", "samples/layout", "book/layout", "train/grad_norm"):
-        assert read_metric(runs / "whole/metrics.csv", name) == read_metric(metrics, name)
-    assert (runs / "whole/samples.md").read_text() == (runs / "killed/samples.md").read_text()
+        assert read_metric(whole.run / "metrics.csv", name) == read_metric(run / "metrics.csv", name)
+    assert (whole.run / "samples.md").read_text() == (run / "samples.md").read_text()
 
 
 def test_the_gradient_norm_is_that_of_the_mean_over_accumulation_and_processes_before_clipping(
-    llm_train, forked, style, base, tmp_path
+    llm_train, forked, world, tmp_path
 ):
-    """Beside it, gradual unfreezing with two processes trains what it does with one."""
-    shutil.copytree(base, tmp_path / "calm")
-    config = json.loads((base / "config.json").read_text())
-    (tmp_path / "calm/config.json").write_text(json.dumps(config | {"resid_dropout": 0.0}))
+    """And gradual unfreezing on two processes trains what it trains on one."""
+    calm = shutil.copytree(world / "base", tmp_path / "calm")
+    architecture = json.loads((calm / "config.json").read_text())
+    (calm / "config.json").write_text(json.dumps(architecture | {"resid_dropout": 0.0}))
     stages = [{"epoch": 1, "layers": ":"}]
-    config = style(
-        model__init_args__base=str(tmp_path / "calm"),
-        data__init_args__batch_size=40,  # 4 batches, 2 steps an epoch
-        trainer={
+    file = config(
+        world,
+        "calm",
+        model__init_args__base=str(calm),
+        data__init_args={"books": str(world / "play.txt"), "block_size": 16, "batch_size": 40},
+        trainer={  # 4 batches, 2 steps an epoch
             "accelerator": "cpu",
-            "max_steps": 6,
-            "max_epochs": -1,
+            "max_steps": 4,
             "limit_val_batches": 0,
             "accumulate_grad_batches": 2,
             "gradient_clip_val": 0.05,
@@ -500,13 +437,13 @@ def test_the_gradient_norm_is_that_of_the_mean_over_accumulation_and_processes_b
         },
     )
     two_processes = ("--trainer.devices=2", "--trainer.strategy=ddp_fork_find_unused_parameters_true")
-    assert forked("fit", "-c", config, *two_processes, "--run.name", "two") == 0
-    assert llm_train("fit", "-c", config, "--run.name", "one").code == 0
+    assert forked("fit", "-c", file, *two_processes, "--run.name", "two") == 0
+    assert llm_train("fit", "-c", file, "--run.name", "one").code == 0
 
-    data = GPTNeoStyleDataModule(str(tmp_path / "play.txt"), block_size=16, batch_size=40, seed=5)
+    data = GPTNeoStyleDataModule(str(world / "play.txt"), block_size=16, batch_size=40, seed=5)
     data.prepare_data()
     data.setup("fit")
-    model = load_pretrained(str(tmp_path / "calm")).eval()
+    model = load_pretrained(str(calm)).eval()
     batches = iter(data.train_dataloader())
     losses = [
         F.cross_entropy(model(batch["input_ids"]).logits.flatten(0, 1), batch["targets"].flatten())
@@ -517,18 +454,46 @@ def test_the_gradient_norm_is_that_of_the_mean_over_accumulation_and_processes_b
     squares = [p.grad.double().square().sum() for name, p in model.named_parameters() if ".h." not in name]
     by_hand = torch.stack(squares).sum().sqrt().item()
 
-    runs = RUN.parent
+    runs = Path("runs/gpt_neo_style")
     for run in ("one", "two"):
         norms = read_metric(runs / run / "metrics.csv", "train/grad_norm")[1]
         assert norms[0] == pytest.approx(by_hand, rel=1e-5)
         assert norms[0] > 0.05
         clipped = read_metric(runs / run / "metrics.csv", "train/grad_norm_clipped")[1]
-        assert clipped == pytest.approx([0.05] * 6, rel=1e-3)
+        assert clipped == pytest.approx([0.05] * 4, rel=1e-3)
     one, two = (weights(runs / run / "checkpoints/last.ckpt") for run in ("one", "two"))
-    start_of = load_pretrained(str(tmp_path / "calm")).state_dict()
-    assert any(not torch.equal(one[f"model.{name}"], weight) for name, weight in start_of.items() if ".h." in name)
+    start = load_pretrained(str(calm)).state_dict()
+    assert any(not torch.equal(one[f"model.{name}"], weight) for name, weight in start.items() if ".h." in name)
     for name, weight in one.items():
         torch.testing.assert_close(two[name], weight, rtol=1e-3, atol=1e-4)
+
+
+# --- the report ------------------------------------------------------------------------------------------------------
+
+
+def test_the_report_compares_step_0_with_the_best_validation():
+    Path("metrics.csv").write_text(
+        "step,val/loss,val/perplexity,samples/layout,book/layout\n"
+        "0,6.0,1400.0,0.1,0.9\n4,3.0,20.5,0.5,\n8,4.0,55.0,0.6,\n"
+    )
+    assert StyleReport().draw(Path()) == [Path("figures/style.png")]
+    assert Path("figures/style.png").is_file()
+    assert Path("style.csv").read_text() == (
+        "measure,before,after,the book\n"
+        '"perplexity, held-out passages of the book",1400.0,20.5,\n'
+        "lines in the book's layout,0.1,0.5,0.9\n"
+    )
+    assert Path("style.md").read_text() == (
+        "| measure | before | after | the book |\n|---|---|---|---|\n"
+        "| perplexity, held-out passages of the book | 1,400.0 | 20.5 |  |\n"
+        "| lines in the book's layout | 0.100 | 0.500 | 0.900 |\n"
+    )
+
+
+def test_a_run_without_a_validation_after_training_has_no_report():
+    Path("metrics.csv").write_text("step,val/loss\n0,6.0\n")
+    StyleReport().on_train_end(SimpleNamespace(default_root_dir=".", loggers=[]), None)
+    assert not [path for path in Path().iterdir() if path.name != "metrics.csv"]
 
 
 # --- samples ---------------------------------------------------------------------------------------------------------
@@ -546,7 +511,7 @@ def test_samples_stand_side_by_side():
     assert lines[9] == "    word word word" + " " * 27 + "|"
 
 
-def test_lines_that_the_model_did_not_write_whole_are_not_measured():
+def test_lines_that_the_model_did_not_write_whole_are_left_out():
     assert whole_lines("rest of it\nA whole line.\nand one that", "The") == "A whole line."
     assert whole_lines("A first line.\nA whole line.\nand one that", "MOTH.\n") == "A first line.\nA whole line."
     assert whole_lines("a single line", "The") == "a single line"

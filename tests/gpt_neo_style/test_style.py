@@ -1,4 +1,4 @@
-"""The measures of style against values worked out by hand."""
+"""The metrics of style against values worked out by hand."""
 
 import math
 
@@ -17,7 +17,7 @@ from lightning_modules.gpt_neo_style.style import (
 )
 
 
-def test_words_are_lower_case_and_keep_what_is_inside_them():
+def test_words_are_lower_case_and_keep_apostrophes_and_hyphens():
     assert words("Don’t -- the well-known O'Hara, 3 _times_!") == ["don’t", "the", "well-known", "o'hara", "times"]
 
 
@@ -37,7 +37,7 @@ def test_distinct_n_counts_ngrams_in_windows_of_one_length():
         ("And never once been told that one has come", ("none", "capital", "letter", 2)),
         ('    "If you will," said the clock,', ("much", "quote", ",", 1)),
         ("I, who am I?", ("none", "capital", "?", 0)),
-        ("I", ("none", "capital", "letter", 0)),  # one letter does not shout
+        ("I", ("none", "capital", "letter", 0)),  # one letter alone does not count as capitals
         ("x" * 81, ("none", "small", "letter", 4)),
     ],
 )
@@ -62,7 +62,7 @@ def test_sentences_end_at_marks_and_blank_lines():
     assert sentence_length("3.14 is pi") == 2.0  # a point inside a number ends nothing
 
 
-def test_the_longest_copy_is_found_wherever_it_stands():
+def test_the_longest_copy_is_found_anywhere_in_the_source():
     source = words("Once upon a time there was a sea, and there was a bell.")
     assert longest_copy(words("So there was a bell upon a hill."), source) == ["there", "was", "a", "bell"]
     assert longest_copy(["nothing"], source) == []
@@ -70,9 +70,9 @@ def test_the_longest_copy_is_found_wherever_it_stands():
     assert longest_copy([], source) == []
 
 
-def test_a_book_measures_texts_beside_itself():
+def test_texts_are_compared_with_a_book():
     book = BookStyle.of("TIDE.\nI come and go again.\n" * 20)
-    found = book.measure(["TIDE.\nwe come and stay", "I go again."])
+    found = book.evaluate(["TIDE.\nwe come and stay", "I go again."])
     assert found["layout"] == pytest.approx((1 / 2 + 1) / 2)
     assert found["vocabulary_overlap"] == pytest.approx((3 / 5 + 1) / 2)
     assert found["sentence_length"] == pytest.approx(((1 + 4) / 2 + 3) / 2)

@@ -1,0 +1,114 @@
+"""Bases from anywhere: they are loaded ready for training, checked against the data, and generate with a cache."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from tiny_bases import CONTEXT, save_gpt_neo
+from torch import Tensor, nn
+
+from lightning_modules.decoder_pretrain.module import PretrainModule
+from lightning_modules.finetuning.bases import load_pretrained, scored_at, scores_of_share
+from lightning_modules.finetuning.causal_lm import CachedHubModel, FineTunedCausalLM
+from lightning_modules.models.generation import generate
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_gpt_neo(tmp_path_factory.mktemp("base"))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("runs/decoder_pretrain/offline", "does not exist: .*`llm-train fit -c experiments/decoder_pretrain/offline"),
+        (".", "holds no config.json, nor a model/ that does"),
+        ("nobody/nothing", "nobody/nothing, which is no local folder, from the Hugging"),
+        ("broken", "model.base: AutoModelForCausalLM could not load broken"),
+    ],
+)
+def test_a_base_that_cannot_be_loaded_is_refused_in_one_line(name, message):
+    Path("broken").mkdir()
+    Path("broken/config.json").write_text('{"model_type": "gpt_neon"}')
+    with pytest.raises(MisconfigurationException, match=message) as caught:
+        FineTunedCausalLM(name, vocab_size=257, block_size=8)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"vocab_size": 300, "block_size": 8}, "data.tokenizer: it has 300 tokens, more than the 257 of"),
+        (
+            {"vocab_size": 257, "block_size": CONTEXT + 1},
+            "data.block_size: 33 is longer than the context of .*, 32",
+        ),
+        ({"block_size": 8}, "model: vocab_size must be set"),
+    ],
+)
+def test_data_that_does_not_fit_the_base_is_refused(base, sizes, message):
+    with pytest.raises(MisconfigurationException, match=message):
+        FineTunedCausalLM(str(base), **sizes)
+
+
+def test_a_run_of_decoder_pretrain_is_a_base():
+    decoder = PretrainModule(vocab_size=257, block_size=16, n_layer=2, n_head=2, n_embd=16).eval()
+    decoder.save_pretrained(Path("runs/decoder_pretrain/tiny/model"))
+    module = FineTunedCausalLM("runs/decoder_pretrain/tiny", vocab_size=257, block_size=16).eval()
+    ids = torch.arange(16)[None]
+    torch.testing.assert_close(module.model(ids).logits, decoder(ids), rtol=1e-4, atol=1e-5)
+    with pytest.raises(MisconfigurationException, match="17 is longer than the context of runs/decoder_pretrain/tiny"):
+        FineTunedCausalLM("runs/decoder_pretrain/tiny", vocab_size=257, block_size=17)
+
+
+def test_a_loaded_model_is_in_training_mode(base):
+    module = FineTunedCausalLM(str(base), 257, 8)
+    assert all(part.training for part in module.modules())  # Transformers returns it in evaluation mode
+
+
+def test_weights_that_the_base_lacks_are_named(base, capsys):
+    model = load_pretrained(str(base), "AutoModelForSequenceClassification", num_labels=3)
+    assert capsys.readouterr().err == f"{base} has no score.weight: initialised at random\n"
+    assert model.score.weight.shape == (3, 16)
+    assert torch.equal(model.transformer.wte.weight, load_pretrained(str(base)).transformer.wte.weight)
+
+
+def test_a_share_without_rows_has_empty_scores():
+    def forward(ids: Tensor) -> Tensor:
+        assert len(ids), "most models of Transformers fail here"
+        return ids[..., None].float()
+
+    ids = torch.arange(6).view(2, 3)
+    assert torch.equal(scores_of_share(forward, ids, ids, 1, 1), forward(ids))
+    assert scores_of_share(forward, ids[:0], ids[:0], 1, 1).shape == (0, 1, 1)
+    assert scores_of_share(forward, ids[:0], ids[:0], 7).shape == (0, 7)
+
+
+def test_some_positions_are_scored_within_the_context_only(base):
+    model = load_pretrained(str(base)).eval()
+    ids = torch.arange(8).view(2, 4)
+    places = torch.tensor([[True, False, False, True], [False, True, False, False]])
+    with torch.no_grad():
+        everywhere = model(ids).logits
+        with scored_at(model, places):
+            assert torch.equal(model(ids).logits, everywhere[places])
+        assert torch.equal(model(ids).logits, everywhere)
+
+
+def test_cached_generation_equals_uncached_generation_also_past_the_context(base):
+    model = load_pretrained(str(base)).eval()
+    for seed, (name, parameter) in enumerate(model.named_parameters()):  # large positions, so that they matter
+        std = 2.0 if "wpe" in name else 0.4
+        nn.init.normal_(parameter, std=std, generator=torch.Generator().manual_seed(seed))
+    read = ids = torch.tensor([[3, 1, 4, 1, 5], [9, 2, 6, 5, 3]])
+    found = torch.stack(list(generate(CachedHubModel(model), ids, 60, temperature=0)), dim=1)
+    expected = []
+    with torch.no_grad():
+        for _ in range(60):
+            if read.size(1) > CONTEXT:  # the cache is full: the last half of the context is read again
+                read = read[:, -CONTEXT // 2 :]
+            expected.append(model(read, use_cache=False).logits[:, -1].argmax(-1))
+            read = torch.cat([read, expected[-1][:, None]], dim=1)
+    assert found.tolist() == torch.stack(expected, dim=1).tolist()
+    assert len(set(found[0].tolist())) > 5
