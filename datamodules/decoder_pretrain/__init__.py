@@ -1,4 +1,4 @@
-"""The decoder, pretrained from scratch."""
+"""Text for pretraining the decoder."""
 
 from datamodules.decoder_pretrain.data import PretrainDataModule
 

@@ -1,4 +1,4 @@
-"""Text for pretraining a decoder: any source, any tokenizer, windows of one block length."""
+"""Text for pretraining a decoder: any source, any tokenizer, windows of one length."""
 
 from functools import cached_property
 from pathlib import Path
@@ -13,59 +13,59 @@ from datamodules.sources import Source
 from datamodules.splits import require_fractions
 from datamodules.tokenizers import WithTokenizer, load_tokenizer, token_byte_lengths
 from datamodules.tokens import Split, TokenFile, TokenWindows, prepare_tokens, random_windows, sequential_windows
+from lightning_modules.common.ranges import NonNegativeInt, PositiveInt, Probability
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 
 class PretrainDataModule(WithTokenizer, ExperimentDataModule):
-    """Windows of a tokenised text, with the next token as each token's target.
+    """Windows of a tokenised text, in which the target of each token is the next one.
 
-    The text is tokenised once, into files that later runs, other processes and workers share (see `cache_dir`). A batch
-    is `{"input_ids": (B, T), "targets": (B, T), "target_bytes": ()}`: targets are shifted by one, -100 where there is
-    none; `target_bytes` counts the UTF-8 bytes that the targets stand for.
+    The text is tokenised once; other runs, processes and workers read the same files (see `cache_dir`). A batch is
+    `{"input_ids": (B, T), "targets": (B, T), "target_bytes": ()}`: `targets` is shifted by one token and is -100 after
+    the end of the text; `target_bytes` is the number of UTF-8 bytes of the targets.
+
+    Args:
+        source: The text.
+        block_size: Length of a window, in tokens (1 or more); the context that the model trains on.
+        batch_size: Number of windows in a batch, over all processes (1 or more).
+        tokenizer: `byte`; `character` (the characters of the source); a folder with a tokenizer.json, such as
+            `tokenizer/` in a run of the topic bpe; such a file; or a name on the hub.
+        windows: `random`: each window starts at a random token, and an epoch has as many windows as fit into the
+            training text. `sequential`: an epoch is the text cut into blocks, in shuffled order; the boundaries move
+            from epoch to epoch.
+        split: `tail` holds out the end of the text. `documents` holds out documents, drawn by a hash of their text, so
+            that copies share a split.
+        val_fraction: Part of the text to hold out for validation (0 to less than 1).
+        test_fraction: Part of the text to hold out for the test (0 to less than 1).
+        val_source: Text for validation, in place of a part of `source`.
+        test_source: Text for the test, in place of a part of `source`.
+        cache_dir: Folder for the tokenised text; `null` means `$LLM_TRAIN_CACHE` or `~/.cache/llm-train`.
+        num_workers: Number of processes that load batches; 0 loads them in the training process.
+        seed: Seed of the windows and their order (0 or more).
+
+    Raises:
+        MisconfigurationException: If the two fractions leave nothing to train on.
     """
 
     def __init__(
         self,
         source: Source,
-        block_size: int,
-        batch_size: int,
+        block_size: PositiveInt,
+        batch_size: PositiveInt,
         tokenizer: str = "byte",
         windows: Literal["random", "sequential"] = "random",
         split: Split = "tail",
-        val_fraction: float = 0.1,
-        test_fraction: float = 0.0,
+        val_fraction: Probability = 0.1,
+        test_fraction: Probability = 0.0,
         val_source: Source | None = None,
         test_source: Source | None = None,
         cache_dir: str | None = None,
-        num_workers: int = 0,
-        seed: int = 0,
+        num_workers: NonNegativeInt = 0,
+        seed: NonNegativeInt = 0,
     ) -> None:
-        """Choose the text and how it is cut.
-
-        Args:
-            source: where the text comes from.
-            block_size: tokens in a window, at least 1: the context that the model trains on.
-            batch_size: windows in a batch, over all processes, at least 1.
-            tokenizer: `byte`; `character` (those of the source); a folder with a tokenizer.json, such as `tokenizer/`
-                in a run of the topic bpe; such a file; or a name on the hub.
-            windows: `random`: an epoch is as many windows as the training text has blocks, each starting anywhere;
-                some text comes twice and some not at all. `sequential`: an epoch is the text cut into blocks, each
-                seen once, in shuffled order; the cuts move from epoch to epoch.
-            split: `tail`: validation is the last part of the text. `documents`: each document goes to one side, by a
-                hash of its text, so that copies stay together.
-            val_fraction: part of the text that is kept for validation, 0 to less than 1.
-            test_fraction: part of the text that is kept for the test, after validation, 0 to less than 1.
-            val_source: text for validation, all of it, in place of a part of `source`.
-            test_source: text for the test, all of it, in place of a part of `source`.
-            cache_dir: folder for the tokenised text; by default `$LLM_TRAIN_CACHE` or `~/.cache/llm-train`.
-            num_workers: processes that load ahead; 0 loads in the training process.
-            seed: of the windows and their order, 0 or greater.
-        """
         super().__init__(batch_size, num_workers, seed)
-        if block_size < 1:
-            raise MisconfigurationException(f"data.block_size is {block_size}: it must be at least 1")
         require_fractions(val_fraction, test_fraction)
         self.source = source
         self.block_size = block_size
@@ -81,46 +81,46 @@ class PretrainDataModule(WithTokenizer, ExperimentDataModule):
 
     @cached_property
     def tokenizer(self) -> "PreTrainedTokenizerFast":
-        """The tokenizer. `character` reads the source when it is first asked for."""
+        """The tokenizer, loaded at the first access; `character` reads the source for it."""
         return load_tokenizer(self.tokenizer_name, self.source, self.cache_dir)
 
     def prepare_data(self) -> None:
-        """Tokenise the text, on one process a machine."""
+        """Tokenise the text, in one process on each machine."""
         self._prepare()
 
     def setup(self, stage: str) -> None:
         """Map the token files into memory.
 
         Raises:
-            MisconfigurationException: a side that this stage needs has too little text.
+            MisconfigurationException: If a split that this stage needs has too little text.
         """
         self.files = self._prepare()
         n_train = self.files["train"].n_tokens
         if stage == "fit" and n_train <= self.block_size:
             raise MisconfigurationException(
-                f"the training text has {n_train} tokens, fewer than a block and the target after it: "
-                f"give more text, or less than data.block_size {self.block_size}"
+                f"the training text has {n_train} tokens, fewer than a block and the target after it "
+                f"(data.block_size {self.block_size}): give more text, or smaller blocks"
             )
         side = "test" if stage == "test" else "val"
-        asked_for = side in self.held_out or self.fractions[f"{side}_fraction"] > 0
-        if self.files[side].n_tokens < 2 and (asked_for or stage != "fit"):
+        is_held_out = side in self.held_out or self.fractions[f"{side}_fraction"] > 0
+        if self.files[side].n_tokens < 2 and (is_held_out or stage != "fit"):
             raise MisconfigurationException(
-                f"there is no {side} text: set data.{side}_fraction above 0 (more than it is, where the text is short) "
-                f"or give data.{side}_source"
+                f"there is no {side} text: set data.{side}_fraction above 0 (or, if the text is short, to a larger "
+                f"fraction), or give data.{side}_source"
             )
 
     def train_dataloader(self) -> DataLoader:
-        """Return the windows to train on."""
+        """Return the loader of the training windows."""
         choose = random_windows if self.windows == "random" else sequential_windows
         n, order = choose(self.files["train"].n_tokens, self.block_size, self.seed)
         return self.training_loader(self._windows("train"), n, order)
 
     def val_dataloader(self) -> DataLoader | list:
-        """Return the validation text, every token predicted once; nothing where no text was set aside."""
+        """Return the loader of the validation text, each token predicted once; an empty list if none is held out."""
         return self._covering("val")
 
     def test_dataloader(self) -> DataLoader | list:
-        """Return the test text, every token predicted once."""
+        """Return the loader of the test text, each token predicted once; an empty list if none is held out."""
         return self._covering("test")
 
     def _prepare(self) -> dict[str, TokenFile]:

@@ -40,7 +40,7 @@ class GPTNeoStyleModule(FineTunedCausalLM):
         """Update the metrics of the text that the batch is from."""
         ids = batch["input_ids"]
         scores = scores_of_share(self, ids, ids, 1, 1)
-        metrics[batch["text"]].update(scores, batch["targets"], batch["target_bytes"])
+        metrics[batch.get("text", "book")].update(scores, batch["targets"], batch["target_bytes"])
 
     def evaluation_results(self, metrics: MetricCollection, split: str) -> Mapping[str, Tensor]:
         """Return the results of each text that the data has: `loss`, `other/loss`, and so on."""
