@@ -21,8 +21,8 @@ class FineTunedCausalLM(ExperimentModule):
     """Base of the modules that fine-tune a causal language model of Transformers: loading, generation and export.
 
     Args:
-        base: Model to start from: a folder with `config.json` and weights, the folder of a run that has such a folder
-            `model/` (`runs/decoder_pretrain/offline`), or a name on the hub (`openai-community/gpt2`).
+        base: Model to start from: a folder with `config.json` and weights, the folder of a run with such a folder
+            `model/` in it, or a name on the hub (`openai-community/gpt2`).
         vocab_size: Number of tokens of the tokenizer; linked from the data.
         block_size: Length of a block, in tokens; linked from the data.
         architecture: Configuration of the model. A checkpoint holds it, so that the module can be built where the base

@@ -1,10 +1,9 @@
 """Time of a step and peak memory with the first half of a model frozen, compared with training all of it.
 
 Run `python tests/benchmarks/freeze_speed.py`: it takes about two minutes and prints a Markdown table. The first half is
-the embeddings and half of the layers, as in `experiments/gpt_neo_style/studies/freeze/first_half.yaml`. Both arms train
-on the same batches with the same clipping and fused AdamW, in short alternating rounds, so that other load on the
-machine affects both. Times are medians over the rounds. Peak memory is measured in a process of its own, as the
-increase over the memory before the model is built.
+the embeddings and half of the layers. Both arms train on the same batches with the same clipping and fused AdamW, in
+short alternating rounds, so that other load on the machine affects both. Times are medians over the rounds. Peak memory
+is measured in a process of its own, as the increase over the memory before the model is built.
 """
 
 import multiprocessing
@@ -18,8 +17,8 @@ import torch
 from torch import nn
 from transformers import GPT2Config
 
+from lightning_modules.finetuning.causal_lm import FineTunedCausalLM
 from lightning_modules.finetuning.freeze import Freeze
-from lightning_modules.gpt_neo_style.module import GPTNeoStyleModule
 from lightning_modules.metrics import next_token_loss
 
 N_THREADS = 2
@@ -38,7 +37,7 @@ def make_step(size: tuple[int, ...], frozen: bool) -> Callable[[], None]:
     shape = {"vocab_size": vocabulary, "n_positions": block, "n_embd": width, "n_layer": n_layer, "n_head": n_head}
     config = GPT2Config(**shape, bos_token_id=None, eos_token_id=None)
     torch.manual_seed(0)
-    module = GPTNeoStyleModule("", vocabulary, block, architecture=config.to_dict())
+    module = FineTunedCausalLM("", vocabulary, block, architecture=config.to_dict())
     if frozen:
         Freeze(embeddings=True, layers=":50%").setup(None, module, "fit")
     module.optimizer_factory = partial(torch.optim.AdamW, lr=1e-4, fused=True)
@@ -47,7 +46,8 @@ def make_step(size: tuple[int, ...], frozen: bool) -> Callable[[], None]:
     tokens = torch.randint(vocabulary, (batch, block + 1))
 
     def step() -> None:
-        next_token_loss(module(tokens[:, :-1]), tokens[:, 1:]).backward()
+        logits = module.model(tokens[:, :-1], use_cache=False).logits
+        next_token_loss(logits, tokens[:, 1:]).backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

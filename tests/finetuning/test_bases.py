@@ -8,7 +8,6 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from tiny_bases import CONTEXT, save_gpt_neo
 from torch import Tensor, nn
 
-from lightning_modules.decoder_pretrain.module import PretrainModule
 from lightning_modules.finetuning.bases import load_pretrained, scored_at, scores_of_share
 from lightning_modules.finetuning.causal_lm import CachedHubModel, FineTunedCausalLM
 from lightning_modules.models.generation import generate
@@ -22,7 +21,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("runs/decoder_pretrain/offline", "does not exist: .*`llm-train fit -c experiments/decoder_pretrain/offline"),
+        ("runs/topic/name", "does not exist: .*`llm-train fit -c experiments/topic/name.yaml` makes one"),
         (".", "holds no config.json, nor a model/ that does"),
         ("nobody/nothing", "nobody/nothing, which is no local folder, from the Hugging"),
         ("broken", "model.base: AutoModelForCausalLM could not load broken"),
@@ -50,16 +49,6 @@ def test_a_base_that_cannot_be_loaded_is_refused_in_one_line(name, message):
 def test_data_that_does_not_fit_the_base_is_refused(base, sizes, message):
     with pytest.raises(MisconfigurationException, match=message):
         FineTunedCausalLM(str(base), **sizes)
-
-
-def test_a_run_of_decoder_pretrain_is_a_base():
-    decoder = PretrainModule(vocab_size=257, block_size=16, n_layer=2, n_head=2, n_embd=16).eval()
-    decoder.save_pretrained(Path("runs/decoder_pretrain/tiny/model"))
-    module = FineTunedCausalLM("runs/decoder_pretrain/tiny", vocab_size=257, block_size=16).eval()
-    ids = torch.arange(16)[None]
-    torch.testing.assert_close(module.model(ids).logits, decoder(ids), rtol=1e-4, atol=1e-5)
-    with pytest.raises(MisconfigurationException, match="17 is longer than the context of runs/decoder_pretrain/tiny"):
-        FineTunedCausalLM("runs/decoder_pretrain/tiny", vocab_size=257, block_size=17)
 
 
 def test_a_loaded_model_is_in_training_mode(base):

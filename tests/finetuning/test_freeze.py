@@ -1,7 +1,6 @@
 """Frozen weights stay as they were, cost nothing, and a resumed run freezes what the uninterrupted run froze."""
 
 import copy
-import re
 import shutil
 import signal
 from pathlib import Path
@@ -12,7 +11,7 @@ import lightning as L
 import pytest
 import torch
 import yaml
-from helpers import assert_same_weights, text, weights, with_settings
+from helpers import RUNS, TINY, assert_same_weights, text, weights, with_settings
 from jsonargparse import ArgumentError, ArgumentParser
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -20,9 +19,7 @@ from shared_runs import own_world, run_command
 from torch import nn
 
 from experiments.class_paths import import_class
-from experiments.cli import DEFAULTS
 from lightning_modules.base import ExperimentModule
-from lightning_modules.decoder_pretrain.module import PretrainModule
 from lightning_modules.finetuning.adapters import adapted_layers, merged
 from lightning_modules.finetuning.freeze import Freeze, GradualUnfreezing, Stage, frozen_modules
 from lightning_modules.finetuning.lora import LoRA
@@ -32,12 +29,13 @@ from lightning_modules.runtime import private_names
 from lightning_modules.runtime.learning_curve import read_metric
 
 ROOM = "lightning_modules.finetuning."
+TinyModule = import_class(yaml.safe_load(TINY.read_text())["model"]["class_path"])
 SIZES = {"n_layer": 2, "n_head": 2, "n_embd": 16}
 
 
-def decoder(n_layer: int = 4, dropout: float = 0.0) -> PretrainModule:
+def decoder(n_layer: int = 4, dropout: float = 0.0) -> TinyModule:
     torch.manual_seed(0)
-    return PretrainModule(vocab_size=30, block_size=8, n_layer=n_layer, n_head=2, n_embd=8, dropout=dropout)
+    return TinyModule(vocab_size=30, block_size=8, n_layer=n_layer, n_head=2, n_embd=8, dropout=dropout)
 
 
 class Wrapped(ExperimentModule):
@@ -169,7 +167,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder for the runs, with the weights that all of them start from."""
     folder = tmp_path_factory.mktemp("world")
     torch.manual_seed(1)
-    PretrainModule(vocab_size=257, block_size=16, **SIZES).save_pretrained(folder / "start")
+    TinyModule(vocab_size=257, block_size=16, **SIZES).save_pretrained(folder / "start")
     return folder
 
 
@@ -177,33 +175,14 @@ def fit_arguments(
     world: Path, name: str, class_path: str, arguments: dict, **settings: object
 ) -> tuple[str | Path, ...]:
     """Write the YAML of a tiny run with a callback, 4 batches an epoch; return the arguments of the command."""
-    config = {
-        "seed_everything": 5,
-        "model": {
-            "class_path": "lightning_modules.decoder_pretrain.PretrainModule",
-            "init_args": {"pretrained": str(world / "start"), "dropout": 0.1},
-        },
-        "data": {
-            "class_path": "datamodules.decoder_pretrain.PretrainDataModule",
-            "init_args": {
-                "source": {"class_path": "datamodules.sources.ListText", "init_args": {"texts": [text(300)]}},
-                "block_size": 16,
-                "batch_size": 20,
-                "windows": "sequential",
-                "val_fraction": 0.05,
-            },
-        },
-        "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 1e-2, "weight_decay": 0.1}},
-        "trainer": {
-            "accelerator": "cpu",
-            "val_check_interval": 3,
-            "log_every_n_steps": 1,
-            "callbacks+": [
-                {"class_path": ROOM + class_path, "init_args": arguments},
-                {"class_path": "lightning_modules.runtime.export.ExportModel"},
-            ],
-        },
+    config = yaml.safe_load(TINY.read_text())
+    config["model"]["init_args"] = {"pretrained": str(world / "start"), "dropout": 0.1}
+    config["data"]["init_args"] |= {
+        "source": {"class_path": "datamodules.sources.ListText", "init_args": {"texts": [text(300)]}},
+        "batch_size": 20,
     }
+    config["trainer"] |= {"val_check_interval": 3, "log_every_n_steps": 1}
+    config["trainer"]["callbacks+"].append({"class_path": ROOM + class_path, "init_args": arguments})
     file = world / f"{name}.yaml"
     file.write_text(yaml.safe_dump(with_settings(config, settings)))
     return "fit", "-c", file
@@ -220,7 +199,7 @@ def whole_and_resumed(
         killed = forks.start(*command, "--run.name", f"{name}_killed", prepare=lambda: forks.die_after_step(killed_at))
         killed.join()
         assert killed.exitcode == -signal.SIGKILL
-        runs = world / "runs/decoder_pretrain"
+        runs = world / RUNS
         at_kill = shutil.copy(runs / f"{name}_killed/checkpoints/last.ckpt", world / f"{name}_at_kill.ckpt")
         resumed = run_command(*command, "--run.name", f"{name}_killed", "--ckpt_path", "last")
         assert resumed.code == 0, resumed.err
@@ -249,8 +228,8 @@ def start_weights(world: Path) -> dict[str, torch.Tensor]:
     return started(world).state_dict()
 
 
-def started(world: Path) -> PretrainModule:
-    return PretrainModule(vocab_size=257, block_size=16, pretrained=str(world / "start")).eval()
+def started(world: Path) -> TinyModule:
+    return TinyModule(vocab_size=257, block_size=16, pretrained=str(world / "start")).eval()
 
 
 def in_optimizer(checkpoint: Path) -> tuple[set[str], set[str]]:
@@ -269,20 +248,20 @@ def in_optimizer(checkpoint: Path) -> tuple[set[str], set[str]]:
 
 def test_frozen_weights_stay_bit_for_bit_and_leave_nothing_in_the_optimiser(world, monkeypatch):
     modes = []
-    step = PretrainModule.training_step
+    step = TinyModule.training_step
 
-    def watched(self: PretrainModule, *args: object) -> torch.Tensor:
+    def watched(self: TinyModule, *args: object) -> torch.Tensor:
         parts = (self.decoder.embedding_dropout, *self.decoder.blocks[0].modules(), *self.decoder.blocks[1].modules())
         modes.append([module.training for module in parts])
         loss = step(self, *args)
         self.train()  # as Lightning and users may do at any time
         return loss
 
-    monkeypatch.setattr(PretrainModule, "training_step", watched)
+    monkeypatch.setattr(TinyModule, "training_step", watched)
     command = fit_arguments(world, "frozen", "freeze.Freeze", {"embeddings": True, "layers": ":50%"})
     done = run_command(*command, "--trainer.max_steps", "4")
     assert done.code == 0, done.err
-    run = Path("runs/decoder_pretrain/frozen")
+    run = RUNS / "frozen"
     before, after = start_weights(world), weights(run / "checkpoints/last.ckpt")
     unmoved = {name for name in before if torch.equal(before[name], after[name])}
     is_frozen = {name for name in before if "embedding" in name or ".blocks.0." in name}
@@ -316,7 +295,7 @@ def test_frozen_modules_run_in_evaluation_mode_unless_they_keep_their_dropout(ke
     assert all(module.training for module in parts.blocks[1].modules())
 
 
-def saved_for_backward(model: PretrainModule) -> int:
+def saved_for_backward(model: TinyModule) -> int:
     """Bytes of activations that a forward pass keeps, without the weights."""
     own = {parameter.data_ptr() for parameter in model.parameters()}
     kept = {}
@@ -532,50 +511,3 @@ def test_adapters_are_merged_and_unmerged():
         torch.testing.assert_close(model(ids), with_adapters, rtol=1e-4, atol=1e-5)
     assert set(model.state_dict()) == names
     torch.testing.assert_close(model(ids), with_adapters, rtol=1e-4, atol=1e-5)
-
-
-# --- the study -------------------------------------------------------------------------------------------------------
-
-STUDIES = Path(__file__).parents[2] / "experiments/gpt_neo_style/studies"
-ARMS = {
-    "nothing": {"w", "h.0", "h.1", "h.2", "h.3", "ln_f"},
-    "embeddings": {"h.0", "h.1", "h.2", "h.3", "ln_f"},
-    "first_quarter": {"h.1", "h.2", "h.3", "ln_f"},
-    "first_half": {"h.2", "h.3", "ln_f"},
-    "first_three_quarters": {"h.3", "ln_f"},
-    "all_but_last_block": {"h.3"},
-    "lora": {"h.0", "h.1", "h.2", "h.3"},
-}
-
-
-@pytest.mark.parametrize("arm", ARMS)
-def test_the_arms_of_the_study_train_what_their_names_say(arm):
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    model = Wrapped(GPT2LMHeadModel(GPT2Config(vocab_size=30, n_positions=8, n_embd=8, n_layer=4, n_head=2)))
-    trainer = yaml.safe_load((STUDIES / f"freeze/{arm}.yaml").read_text())["trainer"]
-    for callback in trainer.get("callbacks+", []):
-        import_class(callback["class_path"])(**callback["init_args"]).setup(None, model, "fit")
-    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    assert {re.match(r"model\.transformer\.(w|h\.\d|ln_f)", name)[1] for name in trained} == ARMS[arm]
-    assert all(("lora_" in name) == (arm == "lora") for name in trained)
-
-
-def test_every_arm_is_in_the_study():
-    study = yaml.safe_load((STUDIES / "freeze_weights.yaml").read_text())
-    assert [Path(value).stem for value in study["parameters"]["config"]["values"]] == list(ARMS)
-
-
-def test_arms_add_their_callbacks_to_those_of_an_experiment(llm_train, tiny):
-    arms = [f"--config={STUDIES}/freeze/{arm}.yaml" for arm in ("gradual", "lora")]
-    parsed = llm_train("fit", "-c", tiny(), *arms, "--print_config")
-    assert parsed.code == 0, parsed.err
-    callbacks = yaml.safe_load(parsed.out)["trainer"]["callbacks"]
-    defaults = yaml.safe_load(DEFAULTS.read_text())["trainer"]["callbacks"]
-    assert [callback["class_path"] for callback in callbacks] == [
-        *(callback["class_path"] for callback in defaults),
-        "lightning_modules.runtime.export.ExportModel",
-        f"{ROOM}freeze.GradualUnfreezing",
-        f"{ROOM}lora.LoRA",
-    ]
-    assert [stage["epoch"] for stage in callbacks[-2]["init_args"]["stages"]] == [2, 4, 6]

@@ -29,6 +29,7 @@ from datamodules.gpt_neo_style.books import cut_into_passages, read_book, withou
 from datamodules.gpt_neo_style.data import GPTNeoStyleDataModule
 from datamodules.sources import ListText
 from datamodules.splits import side_of
+from lightning_modules.decoder_pretrain.module import PretrainModule
 from lightning_modules.finetuning.bases import load_pretrained
 from lightning_modules.gpt_neo_style.module import GPTNeoStyleModule
 from lightning_modules.gpt_neo_style.report import StyleReport, whole_lines
@@ -299,7 +300,7 @@ def test_impossible_arguments_are_refused(arguments, message):
 
 
 def test_a_test_without_test_passages_is_refused(tmp_path):
-    with pytest.raises(MisconfigurationException, match="there is no test text: set data.test_fraction above 0"):
+    with pytest.raises(MisconfigurationException, match=r"no test text: set data\.test_fraction above 0"):
         datamodule(tmp_path).setup("test")
 
 
@@ -466,6 +467,16 @@ def test_the_gradient_norm_is_that_of_the_mean_over_accumulation_and_processes_b
     assert any(not torch.equal(one[f"model.{name}"], weight) for name, weight in start.items() if ".h." in name)
     for name, weight in one.items():
         torch.testing.assert_close(two[name], weight, rtol=1e-3, atol=1e-4)
+
+
+def test_a_run_of_decoder_pretrain_is_a_base():
+    decoder = PretrainModule(vocab_size=257, block_size=16, n_layer=2, n_head=2, n_embd=16).eval()
+    decoder.save_pretrained(Path("runs/decoder_pretrain/tiny/model"))
+    module = GPTNeoStyleModule("runs/decoder_pretrain/tiny", vocab_size=257, block_size=16).eval()
+    ids = torch.arange(16)[None]
+    torch.testing.assert_close(module(ids), decoder(ids), rtol=1e-4, atol=1e-5)
+    with pytest.raises(MisconfigurationException, match="17 is longer than the context of runs/decoder_pretrain/tiny"):
+        GPTNeoStyleModule("runs/decoder_pretrain/tiny", vocab_size=257, block_size=17)
 
 
 # --- the report ------------------------------------------------------------------------------------------------------
