@@ -60,7 +60,8 @@ class BengioNLMModule(ExperimentModule):
         super().__init__()
         self.save_hyperparameters()
         self.require_linked(vocab_size=vocab_size, block_size=block_size)
-        assert vocab_size is not None and block_size is not None
+        assert vocab_size is not None
+        assert block_size is not None
         try:
             self.network = BengioNLM(vocab_size, block_size + 1, h, m, direct, dropout, hidden_dropout, word_dropout)
         except ValueError as error:

@@ -1,4 +1,4 @@
-"""The interpolated trigram and EM, against sums worked out by hand."""
+"""The interpolated trigram and EM, compared with sums computed by hand."""
 
 from itertools import pairwise
 
@@ -23,7 +23,7 @@ def test_relative_frequencies_by_hand():
     assert trigram.components(np.array([[2, 1]]), np.array([0]))[0, 2] == 1.0
 
 
-def test_a_history_never_seen_takes_the_next_shorter_one():
+def test_an_unknown_history_is_replaced_by_the_next_shorter_one():
     trigram = InterpolatedTrigram(TEXT, vocab_size=5)
     _, _, bigram, after_d_b = trigram.components(np.array([[1, 3]]), np.array([2]))[0]
     assert after_d_b == bigram == pytest.approx(2 / 3)
@@ -39,7 +39,7 @@ def test_every_component_and_the_mixture_sum_to_one(history):
     assert trigram.probabilities(histories, words).sum() == pytest.approx(1)
 
 
-def test_histories_are_grouped_by_the_order_of_their_frequency():
+def test_histories_are_grouped_by_the_order_of_magnitude_of_their_frequency():
     trigram = InterpolatedTrigram(TEXT, vocab_size=5)
     histories = np.array([[1, 0], [0, 2], [3, 1], [4, 4]])  # seen 3, 2, 1 and 0 times in 11 words
     expected = [np.ceil(-np.log((1 + c) / 11)) for c in (3, 2, 1, 0)]
@@ -98,6 +98,6 @@ def test_the_more_often_a_history_was_seen_the_more_its_trigram_weighs():
 @pytest.mark.parametrize(
     ("tokens", "vocab_size", "message"), [([0, 1], 2, "at least 3"), ([0, 1, 2], 2_200_000, "do not fit in 64 bits")]
 )
-def test_what_it_cannot_count_is_said(tokens, vocab_size, message):
+def test_texts_that_cannot_be_counted_are_refused(tokens, vocab_size, message):
     with pytest.raises(ValueError, match=message):
         InterpolatedTrigram(np.array(tokens), vocab_size)
