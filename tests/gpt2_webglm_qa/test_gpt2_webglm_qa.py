@@ -1,4 +1,4 @@
-"""Instruction tuning end to end: the loss packed and unpacked, answers, what a run leaves, and the chat."""
+"""Instruction tuning end to end: the loss of packed and unpacked rows, answers, the files of a run, and the chat."""
 
 import io
 import json
@@ -7,31 +7,38 @@ import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
+import forks
+import lightning as L
 import pytest
 import torch
 import torch.nn.functional as F
 import yaml
-from helpers import assert_same_weights, kill_when, weights, with_settings
+from helpers import assert_same_weights, weights, with_settings
+from jsonargparse import ArgumentError, ArgumentParser
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from shared_runs import own_world, run_command
 
 from datamodules.gpt2_webglm_qa.cited_answers import JSONLines
 from datamodules.gpt2_webglm_qa.data import GPT2WebGLMQADataModule
 from datamodules.tokenizers import byte_tokenizer
-from experiments.generate import chat
+from experiments.generate import chat, read_references
+from lightning_modules.decoder_pretrain.module import PretrainModule
+from lightning_modules.finetuning.freeze import Freeze
 from lightning_modules.gpt2_webglm_qa.answers import AnswerQuestions, as_markdown
 from lightning_modules.gpt2_webglm_qa.module import GPT2WebGLMQAModule, keeps_records_apart
-from lightning_modules.gpt2_webglm_qa.show_records import ShowRecords, as_ansi, as_html, spans
+from lightning_modules.gpt2_webglm_qa.show_records import as_ansi, as_html, spans
 from lightning_modules.runtime.learning_curve import read_metric
 
 RUN = Path("runs/gpt2_webglm_qa/tiny")
-CONTEXT = 192
+CONTEXT, N_ANSWER = 192, 8
 TEMPLATE = "{references}{question}\n{answer}"
 NAMES = ["Ann", "Bob", "Cem", "Dan", "Eve"]
 
 
 def architecture(model_type: str = "gpt2") -> dict:
-    """A tiny model of some kind, without dropout."""
+    """Return the configuration of a tiny model without dropout."""
     sizes = {"vocab_size": 257, "bos_token_id": 256, "eos_token_id": 256, "pad_token_id": 256}
     own = {
         "gpt2": {"n_positions": CONTEXT, "n_embd": 16, "n_layer": 2, "n_head": 2}
@@ -54,39 +61,36 @@ def module(model_type: str = "gpt2") -> GPT2WebGLMQAModule:
     return made
 
 
-@pytest.fixture
-def records(tmp_path: Path) -> Path:
-    """Questions whose answers stand in one of two references."""
+@pytest.fixture(scope="module")
+def records(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Questions whose answer is in one of two references."""
     rows = []
     for i in range(60):
         who, other = NAMES[i % 5], NAMES[(i + 1 + i // 5 % 4) % 5]
         cited, references = 1 + i % 2, [f"{who} did {i}.", f"{other} saw it."]
         answer = f"{who} did {i} [{cited}]." + " So." * (i % 4)
         rows.append({"question": f"Who did {i}?", "answer": answer, "references": references[:: -1 if i % 2 else 1]})
-    file = tmp_path / "records.jsonl"
+    file = tmp_path_factory.mktemp("records") / "records.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return file
 
 
-@pytest.fixture
-def base(tmp_path: Path) -> Path:
-    folder = tmp_path / "base"
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("base")
     module().save_pretrained(folder)
     return folder
 
 
-@pytest.fixture
-def qa(tmp_path: Path, base: Path, records: Path) -> Callable[..., Path]:
-    """Writes the YAML of a run of 24 steps; settings go over it by key path."""
+@pytest.fixture(scope="module")
+def qa(tmp_path_factory: pytest.TempPathFactory, base: Path, records: Path) -> Callable[..., Path]:
+    """Return a function that writes the YAML of a run of 12 steps; settings replace values by their key path."""
 
-    def write(name: str = "tiny", **settings: object) -> Path:
-        callbacks = "lightning_modules.runtime."
+    def write(**settings: object) -> Path:
+        topic, runtime = "lightning_modules.gpt2_webglm_qa.", "lightning_modules.runtime."
         config = {
             "seed_everything": 5,
-            "model": {
-                "class_path": "lightning_modules.gpt2_webglm_qa.GPT2WebGLMQAModule",
-                "init_args": {"base": str(base)},
-            },
+            "model": {"class_path": f"{topic}GPT2WebGLMQAModule", "init_args": {"base": str(base)}},
             "data": {
                 "class_path": "datamodules.gpt2_webglm_qa.GPT2WebGLMQADataModule",
                 "init_args": {
@@ -97,39 +101,49 @@ def qa(tmp_path: Path, base: Path, records: Path) -> Callable[..., Path]:
                     "tokenizer": "byte",
                     "template": TEMPLATE,
                     "block_size": CONTEXT,
-                    "max_answer_tokens": 24,
+                    "max_answer_tokens": N_ANSWER,
                     "batch_size": 4,
                 },
             },
-            "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 1e-2}},
+            "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 2e-2}},
             "trainer": {
                 "accelerator": "cpu",
-                "max_steps": 24,
+                "max_steps": 12,
                 "max_epochs": -1,
-                "val_check_interval": 8,
+                "val_check_interval": 4,
                 "check_val_every_n_epoch": None,
                 "log_every_n_steps": 4,
                 "callbacks+": [
-                    {"class_path": f"{callbacks}show_records.ShowRecords"},
+                    {"class_path": f"{topic}ShowRecords"},
                     {
-                        "class_path": f"{callbacks}answers.AnswerQuestions",
+                        "class_path": f"{topic}AnswerQuestions",
                         "init_args": {"n_questions": 6, "batch_size": 4, "lead_sentences": 1, "n_shown": 2},
                     },
-                    {"class_path": f"{callbacks}export.ExportModel"},
+                    {"class_path": f"{runtime}export.ExportModel"},
                 ],
             },
         }
-        file = tmp_path / f"{name}.yaml"
+        file = tmp_path_factory.mktemp("config") / "tiny.yaml"
         file.write_text(yaml.safe_dump(with_settings(config, settings), sort_keys=False))
         return file
 
     return write
 
 
+@pytest.fixture(scope="module")
+def fitted(tmp_path_factory: pytest.TempPathFactory, qa: Callable[..., Path]) -> SimpleNamespace:
+    """An uninterrupted run, made once: its folder, and what it printed to the terminal."""
+    folder = tmp_path_factory.mktemp("fitted")
+    with own_world(folder):
+        done = run_command("fit", "-c", qa())
+    assert done.code == 0, done.err
+    return SimpleNamespace(run=folder / RUN, err=done.err)
+
+
 def datamodule(records: Path, **options: object) -> GPT2WebGLMQADataModule:
-    options = {"block_size": CONTEXT, "batch_size": 4, "tokenizer": "byte", "max_answer_tokens": 24} | options
+    options = {"block_size": CONTEXT, "batch_size": 4, "tokenizer": "byte", "max_answer_tokens": N_ANSWER} | options
     options = {"template": TEMPLATE} | options
-    data = GPT2WebGLMQADataModule(JSONLines(str(records), val_fraction=0.2), **options)
+    data = GPT2WebGLMQADataModule(JSONLines(str(records), val_fraction=0.2, test_fraction=0.1), **options)
     data.setup("fit")
     return data
 
@@ -138,7 +152,7 @@ def datamodule(records: Path, **options: object) -> GPT2WebGLMQADataModule:
 
 
 def nats_of_answers(model: torch.nn.Module, examples: list) -> torch.Tensor:
-    """What each answer costs, by the plain model, one record at a time."""
+    """Return the cross entropy of each answer in nats, by the plain model, one record at a time."""
     costs = []
     for example in examples:
         ids = torch.tensor([*example.prompt_ids.tolist(), *example.answer_ids.tolist()])[None]
@@ -149,24 +163,38 @@ def nats_of_answers(model: torch.nn.Module, examples: list) -> torch.Tensor:
     return torch.stack(costs)
 
 
+def assert_costs_of_rows(tuned: GPT2WebGLMQAModule, rows: object) -> None:
+    """Compare the loss of each record in each row with its loss alone."""
+    expected = nats_of_answers(tuned.model, rows.examples)
+    with torch.no_grad():
+        for row in range(len(rows)):
+            batch = rows[torch.tensor([row])]
+            counted = batch["targets"] >= 0
+            nats = F.cross_entropy(tuned(batch), batch["targets"][counted], reduction="none")
+            lengths = [len(rows.examples[number].answer_ids) for number in rows.rows[row]]
+            found = torch.stack([part.sum() for part in nats.split(lengths)])
+            torch.testing.assert_close(found, expected[rows.rows[row]], rtol=1e-5, atol=1e-5)
+    given = tuned.answer_nats([e.prompt_ids for e in rows.examples], [e.answer_ids for e in rows.examples])
+    torch.testing.assert_close(given, expected, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("model_type", ["gpt2", "gpt_neo", "llama"])
-def test_a_packed_record_costs_what_it_costs_alone(records, model_type):
+def test_a_packed_record_has_the_loss_that_it_has_alone(records, model_type):
     tuned = module(model_type).eval()
     assert keeps_records_apart(tuned.model)
     packed = datamodule(records).rows["train"]
     assert len(packed) < len(packed.examples) / 1.5
-    expected = nats_of_answers(tuned.model, packed.examples)
-    with torch.no_grad():
-        for row in range(len(packed)):
-            batch = packed[torch.tensor([row])]
-            counted = batch["targets"] >= 0
-            nats = F.cross_entropy(tuned(batch), batch["targets"][counted], reduction="none")
-            lengths = [len(packed.examples[number].answer_ids) for number in packed.rows[row]]
-            found = torch.stack([part.sum() for part in nats.split(lengths)])
-            torch.testing.assert_close(found, expected[packed.rows[row]], rtol=1e-5, atol=1e-5)
-    examples = packed.examples
-    given = tuned.answer_nats([e.prompt_ids for e in examples], [e.answer_ids for e in examples])
-    torch.testing.assert_close(given, expected, rtol=1e-5, atol=1e-5)
+    assert_costs_of_rows(tuned, packed)
+
+
+def test_a_model_that_mixes_packed_records_is_refused_and_trains_without_packing(records):
+    tuned = module("bloom").eval()
+    tuned.data = SimpleNamespace(packing=True)
+    with pytest.raises(MisconfigurationException, match=r"data.packing: a BloomForCausalLM does not keep the records"):
+        tuned.setup("fit")
+    tuned.data = datamodule(records, packing=False)
+    tuned.setup("fit")
+    assert_costs_of_rows(tuned, tuned.data.rows["train"])
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.3])
@@ -194,15 +222,13 @@ def test_a_token_weighs_the_same_in_a_full_batch_and_in_an_empty_one(records):
     torch.testing.assert_close(torch.stack(parts).mean(), whole)
 
 
-def test_a_model_that_mixes_packed_records_is_refused(llm_train, qa, tmp_path):
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    AutoModelForCausalLM.from_config(AutoConfig.for_model(**architecture("bloom"))).save_pretrained(tmp_path / "bloom")
-    config = qa(model__init_args__base=str(tmp_path / "bloom"), trainer__max_steps=2)
-    refused = llm_train("fit", "-c", config)
-    assert refused.code == 1
-    assert "data.packing: a BloomForCausalLM does not keep the records of a row apart" in refused.err
-    assert llm_train("fit", "-c", config, "--data.packing", "false").code == 0
+def test_an_empty_share_of_a_batch_adds_nothing_to_the_metrics(records):
+    rows = datamodule(records).rows["val"]
+    tuned = module()
+    for positions in (torch.arange(len(rows)), torch.arange(0)):
+        tuned.evaluation_step(rows[positions], tuned.val_metrics)
+    expected = nats_of_answers(tuned.model, rows.examples).sum() / sum(len(e.answer_ids) for e in rows.examples)
+    torch.testing.assert_close(tuned.val_metrics.compute()["loss"], expected)
 
 
 # --- answers ---------------------------------------------------------------------------------------------------------
@@ -231,16 +257,12 @@ def test_answers_together_alone_without_a_cache_and_streamed_are_the_same(record
 # --- runs ------------------------------------------------------------------------------------------------------------
 
 
-def test_a_run_answers_before_and_after_and_leaves_a_model_that_others_load(llm_train, qa, base, records):
+def test_a_run_answers_before_and_after_training_and_exports_a_model(fitted, base, records):
     from transformers import AutoModelForCausalLM
 
-    done = llm_train("fit", "-c", qa())
-    assert done.code == 0, done.err
-    assert f"llm-train generate --run {RUN} --chat" in done.err
+    run = fitted.run
+    assert f"llm-train generate --run {RUN} --chat" in fitted.err
     data = datamodule(records)
-    data.source = JSONLines(str(records), val_fraction=0.2, test_fraction=0.1)
-    data.rows.clear()
-    data.setup("fit")
     examples = data.rows["val"].examples
     n_tokens = sum(len(example.answer_ids) for example in examples)
 
@@ -248,15 +270,15 @@ def test_a_run_answers_before_and_after_and_leaves_a_model_that_others_load(llm_
         costs = nats_of_answers(AutoModelForCausalLM.from_pretrained(folder).eval(), examples)
         return (costs.sum() / n_tokens).exp().item()
 
-    metrics = RUN / "metrics.csv"
+    metrics = run / "metrics.csv"
     steps, values = read_metric(metrics, "val/perplexity")
-    assert steps == [8, 16, 24]
-    assert min(values) == pytest.approx(perplexity(RUN / "model"), rel=1e-4)
+    assert steps == [4, 8, 12]
+    assert min(values) == pytest.approx(perplexity(run / "model"), rel=1e-4)
     assert read_metric(metrics, "val/untuned/perplexity") == ([0], [pytest.approx(perplexity(base), rel=1e-4)])
     assert min(values) < 0.2 * perplexity(base)
 
-    saved = json.loads((RUN / "answers.json").read_text())
-    assert saved["step"] == 24
+    saved = json.loads((run / "answers.json").read_text())
+    assert saved["step"] == 12
     assert len(saved["questions"]) == 6
     assert list(saved["measures"]) == ["tuned", "untuned", "lead", "best_reference"]
     for system, prefix in (("tuned", "val/"), ("lead", "val/lead/"), ("untuned", "val/untuned/")):
@@ -268,12 +290,12 @@ def test_a_run_answers_before_and_after_and_leaves_a_model_that_others_load(llm_
     nats = sum(row["answers"]["tuned"]["nats"] for row in saved["questions"])
     n = sum(row["answers"]["tuned"]["n_tokens"] for row in saved["questions"])
     assert saved["measures"]["tuned"]["gold_perplexity"][0] == pytest.approx(torch.tensor(nats / n).exp().item())
-    page = (RUN / "answers.md").read_text()
-    assert page.startswith("# Answers at step 24")
+    page = (run / "answers.md").read_text()
+    assert page.startswith("# Answers at step 12")
     assert page.count("\n## ") == 2
     assert "- its base, untuned: " in page
 
-    html = (RUN / "records.html").read_text()
+    html = (run / "records.html").read_text()
     assert html.count("<pre>") == 5
     assert '" title="weight 1">A</span>' in html or '" title="weight 1">B</span>' in html
     counts = data.counts["train"]
@@ -281,109 +303,123 @@ def test_a_run_answers_before_and_after_and_leaves_a_model_that_others_load(llm_
     assert read_metric(metrics, "data/train/fill")[1] == [pytest.approx(counts["fill"])]
 
 
-def test_a_saved_run_is_measured_again_beside_its_base(llm_train, qa):
-    config = qa()
-    llm_train("fit", "-c", config, "--trainer.max_steps", "8")
-    fitted = json.loads((RUN / "answers.json").read_text())
-    again = llm_train("validate", "-c", RUN / "config.yaml", "--ckpt_path", "best")
+def test_a_saved_run_is_evaluated_again_with_the_saved_answers_of_its_base(llm_train, fitted):
+    shutil.copytree(fitted.run, RUN)
+    fit = json.loads((RUN / "answers.json").read_text())
+    again = llm_train("validate", "-c", RUN / "config.yaml", "--ckpt_path", "last")
     assert again.code == 0, again.err
-    validated = json.loads((RUN / "answers_validate.json").read_text())
-    assert validated["measures"] == fitted["measures"]
+    assert json.loads((RUN / "answers_validate.json").read_text())["measures"] == fit["measures"]
     assert json.loads((RUN / "summary_validate.json").read_text())["metrics"]["val/untuned/rougeL"] == pytest.approx(
-        fitted["measures"]["untuned"]["rougeL"][0]
+        fit["measures"]["untuned"]["rougeL"][0]
     )
-    # Other references, so that what the base answered then is no answer to these questions.
-    llm_train("validate", "-c", RUN / "config.yaml", "--ckpt_path", "best", "--data.references", "none")
-    assert "untuned" not in json.loads((RUN / "answers_validate.json").read_text())["measures"]
     tested = llm_train("test", "-c", RUN / "config.yaml", "--ckpt_path", "best")
     assert tested.code == 0, tested.err
     assert (RUN / "answers_test.md").read_text().startswith("# Answers\n")
     metrics = json.loads((RUN / "summary_test.json").read_text())["metrics"]
     assert {"test/loss", "test/perplexity", "test/rougeL", "test/lead/rougeL"} <= set(metrics)
+    # The questions of the test split are others than those that the base answered.
+    assert "test/untuned/rougeL" not in metrics
 
 
-def test_a_killed_run_resumes_to_the_same_weights_and_answers(llm_train, forked, qa):
+def test_saved_answers_of_the_base_are_used_for_the_same_questions_only(fitted, records, tmp_path):
+    saved = json.loads((fitted.run / "answers.json").read_text())["questions"]
+    trainer = SimpleNamespace(sanity_checking=False, default_root_dir=fitted.run)
+    callback = AnswerQuestions()
+    callback._examples = datamodule(records).questions("val", 6)
+    remembered = callback._remembered(trainer)["untuned"]
+    assert [answer.text for answer in remembered] == [row["answers"]["untuned"]["text"] for row in saved]
+    callback._examples = datamodule(records, references="none").questions("val", 6)
+    assert callback._remembered(trainer) == {}
+    assert callback._remembered(SimpleNamespace(sanity_checking=False, default_root_dir=tmp_path)) == {}
+
+
+def test_a_killed_run_resumes_to_the_same_weights_and_answers(llm_train, forked, fitted, qa):
     config = qa()
-    runs = RUN.parent
-    llm_train("fit", "-c", config, "--run.name", "whole")
-    metrics = runs / "killed/metrics.csv"
-    status = forked(
-        "fit", "-c", config, "--run.name", "killed",
-        meanwhile=kill_when(lambda: metrics.is_file() and any(read_metric(metrics, "val/loss")[0])),
-    )  # fmt: skip
-    assert status == -signal.SIGKILL
-    resumed = llm_train("fit", "-c", config, "--run.name", "killed", "--ckpt_path", "last")
+    assert forked("fit", "-c", config, prepare=lambda: forks.die_after_step(4)) == -signal.SIGKILL
+    resumed = llm_train("fit", "-c", config, "--ckpt_path", "last")
     assert resumed.code == 0, resumed.err
-    assert_same_weights(runs / "whole/checkpoints/last.ckpt", runs / "killed/checkpoints/last.ckpt")
+    assert_same_weights(fitted.run / "checkpoints/last.ckpt", RUN / "checkpoints/last.ckpt")
     for name in ("val/perplexity", "val/rougeL", "val/untuned/perplexity", "train/grad_norm"):
-        assert read_metric(runs / "whole/metrics.csv", name) == read_metric(metrics, name)
-    assert (runs / "whole/answers.json").read_text() == (runs / "killed/answers.json").read_text()
+        assert read_metric(fitted.run / "metrics.csv", name) == read_metric(RUN / "metrics.csv", name)
+    assert (fitted.run / "answers.json").read_text() == (RUN / "answers.json").read_text()
 
 
-def test_adapters_and_freezing_work_as_in_the_other_fine_tunings(llm_train, qa, base, monkeypatch):
-    short = ("--trainer.max_steps", "2", "--trainer.limit_val_batches", "0", "--trainer.callbacks+")
-    freeze = ("lightning_modules.finetuning.freeze.Freeze", "--trainer.callbacks.embeddings", "true", "--run.name", "frozen")
-    done = llm_train("fit", "-c", qa(), *short, *freeze)
+def test_frozen_embeddings_are_those_of_the_base():
+    tuned = module()
+    Freeze(embeddings=True).setup(None, tuned, "fit")
+    frozen = {name for name, parameter in tuned.named_parameters() if not parameter.requires_grad}
+    assert frozen == {f"model.transformer.{name}.weight" for name in ("wte", "wpe")}  # lm_head shares those of wte
+
+
+def test_a_run_with_adapters_needs_no_base_to_chat(llm_train, qa, base, tmp_path, monkeypatch):
+    shutil.copytree(base, tmp_path / "base")
+    config = qa(model__init_args__base=str(tmp_path / "base"), trainer__max_steps=1, trainer__limit_val_batches=0)
+    done = llm_train("fit", "-c", config, "--trainer.callbacks+", "lightning_modules.finetuning.lora.LoRA")
     assert done.code == 0, done.err
-    before, after = module().state_dict(), weights(RUN.with_name("frozen") / "checkpoints/last.ckpt")
-    same = {name for name, weight in before.items() if torch.equal(weight, after[name])}
-    assert same == {f"model.{name}.weight" for name in ("transformer.wte", "transformer.wpe", "lm_head")}
-
-    done = llm_train("fit", "-c", qa(), *short, "lightning_modules.finetuning.lora.LoRA", "--run.name", "lora")
-    assert done.code == 0, done.err
-    shutil.rmtree(base)  # a checkpoint needs no base
+    shutil.rmtree(tmp_path / "base")
     monkeypatch.setattr("sys.stdin", io.StringIO("Ann did 7.\n\nWho did 7?\n"))
-    asked = llm_train("generate", "--run", RUN.with_name("lora"), "--chat")
+    asked = llm_train("generate", "--run", RUN, "--chat")
     assert asked.code == 0, asked.err
     assert "[1] Ann did 7." in asked.out
-    trained = {name for name in weights(RUN.with_name("lora") / "checkpoints/last.ckpt") if "lora_" in name}
+    trained = {name for name in weights(RUN / "checkpoints/last.ckpt") if "lora_" in name}
     assert len(trained) == 2 * 2 * 4  # two matrices for each of the four linear layers of each block
 
 
-def test_a_run_of_decoder_pretrain_is_a_base(llm_train, tiny, qa):
-    llm_train("fit", "-c", tiny(data__init_args__block_size=CONTEXT), "--trainer.max_steps", "8")
-    flags = ("--model.base", "runs/decoder_pretrain/tiny", "--trainer.max_steps", "8", "--data.prompt_loss_weight", "1")
-    done = llm_train("fit", "-c", qa(), *flags)
-    assert done.code == 0, done.err
-    assert read_metric(RUN / "metrics.csv", "val/perplexity")[1][-1] < 200
+def test_a_run_of_decoder_pretrain_is_a_base(records, tmp_path):
+    torch.manual_seed(3)
+    decoder = PretrainModule(vocab_size=257, block_size=CONTEXT, n_layer=2, n_head=2, n_embd=16, dropout=0.0)
+    decoder.save_pretrained(tmp_path / "model")
+    tuned = GPT2WebGLMQAModule(str(tmp_path), vocab_size=257, block_size=CONTEXT).eval()
+    ids = torch.arange(40)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(tuned.model(ids).logits, decoder.eval()(ids), rtol=1e-4, atol=1e-5)
+    assert_costs_of_rows(tuned, datamodule(records).rows["train"])
 
 
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (["--data.block_size", "193"], "data.block_size: 193 is longer than the context of .*, 192 tokens"),
-        (["--data.block_size", "16", "--data.max_answer_tokens", "8"], "there are no train records that can be used"),
-        (["--data.template", "{question} {answer}"], r"data.template '{question} {answer}' has {references} 0 times"),
-        (["--data.records.train", "bad.jsonl"], r"bad.jsonl, line 2: is no JSON object on one line"),
-        (["--data.records.train", "less.jsonl"], r"less.jsonl, line 1: the record has no field 'answer'"),
-        (["--data.records.train", "void.jsonl"], "there are no train records that can be used"),
-        (["--model.base", "runs/decoder_pretrain/offline"], "`llm-train fit -c experiments/decoder_pretrain/offline"),
-    ],
-)
-def test_a_mistake_is_one_line(llm_train, qa, flags, message):
-    row = {"question": "Who?", "answer": "", "references": []}
-    Path("bad.jsonl").write_text(json.dumps(row | {"answer": "Ann."}) + '\n{"question": \n')
-    Path("less.jsonl").write_text(json.dumps({"question": "Who?", "references": []}))
-    Path("void.jsonl").write_text(json.dumps(row))
-    done = llm_train("fit", "-c", qa(), *flags)
+def test_a_mistake_in_the_records_is_one_line(llm_train, qa):
+    Path("bad.jsonl").write_text('{"question": "Who?", "answer": "Ann.", "references": []}\n{"question": \n')
+    done = llm_train("fit", "-c", qa(), "--data.records.train", "bad.jsonl")
     assert done.code == 1
-    last = done.err.splitlines()[-1]
-    assert last.startswith("error: ")
-    assert re.search(message, last), done.err
+    assert re.match(r"error: .*bad.jsonl, line 2: is no JSON object on one line", done.err.splitlines()[-1]), done.err
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: AnswerQuestions(n_questions=0), "n_questions, batch_size and lead_sentences must be at least 1"),
-        (lambda: AnswerQuestions(n_shown=-1), "n_shown at least 0"),
-        (lambda: ShowRecords(n_records=0), "n_records is 0"),
-        (lambda: GPT2WebGLMQAModule("none"), "vocab_size and block_size are needed"),
+        (lambda base: GPT2WebGLMQAModule("none"), "model: vocab_size, block_size must be set"),
+        (
+            lambda base: GPT2WebGLMQAModule(str(base), vocab_size=257, block_size=CONTEXT + 1),
+            "data.block_size: 193 is longer than the context of .*, 192 tokens",
+        ),
+        (
+            lambda base: GPT2WebGLMQAModule("runs/decoder_pretrain/offline", vocab_size=257, block_size=CONTEXT),
+            "`llm-train fit -c experiments/decoder_pretrain/offline",
+        ),
+    ],
+    ids=["not linked", "too long", "no base"],
+)
+def test_a_base_that_does_not_fit(base, make, message):
+    with pytest.raises(MisconfigurationException, match=message):
+        make(base)
+
+
+@pytest.mark.parametrize(
+    ("callback", "arguments"),
+    [
+        ("AnswerQuestions", {"n_questions": 0}),
+        ("AnswerQuestions", {"batch_size": 0}),
+        ("AnswerQuestions", {"lead_sentences": 0}),
+        ("AnswerQuestions", {"n_shown": -1}),
+        ("ShowRecords", {"n_records": 0}),
     ],
 )
-def test_arguments_out_of_range(make, message):
-    with pytest.raises(MisconfigurationException, match=message):
-        make()
+def test_the_parser_refuses_numbers_out_of_range(callback, arguments):
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(L.Callback, "callback")
+    ((name, value),) = arguments.items()
+    given = {"class_path": f"lightning_modules.gpt2_webglm_qa.{callback}", "init_args": arguments}
+    with pytest.raises(ArgumentError, match=rf"(?s){name}.*{value} does not conform to restriction"):
+        parser.parse_object({"callback": given})
 
 
 # --- views -----------------------------------------------------------------------------------------------------------
@@ -432,18 +468,17 @@ def test_answers_as_a_table_and_what_was_said():
 
 
 @pytest.fixture
-def asked(llm_train, qa, monkeypatch) -> Callable:
-    """Answers to what is typed, by a run of the command."""
-    llm_train("fit", "-c", qa(), "--trainer.max_steps", "2", "--trainer.limit_val_batches", "0")
+def asked(llm_train, fitted, monkeypatch) -> Callable:
+    """Return a function that types lines into a chat with the shared run."""
 
     def ask(typed: str, *flags: object) -> object:
         monkeypatch.setattr("sys.stdin", io.StringIO(typed))
-        return llm_train("generate", "--run", RUN, "--chat", *flags)
+        return llm_train("generate", "--run", fitted.run, "--chat", *flags)
 
     return ask
 
 
-def test_the_chat_asks_as_the_run_was_trained(asked, llm_train, tmp_path):
+def test_the_chat_asks_as_the_run_was_trained(asked, llm_train, fitted, tmp_path):
     (tmp_path / "facts.txt").write_text("Ann did\n7.\n\n\nBob saw it.\n")
     from_file = asked("Who did 7?\nWho saw it?\n\n", "--references", tmp_path / "facts.txt")
     assert from_file.code == 0, from_file.err
@@ -452,29 +487,33 @@ def test_the_chat_asks_as_the_run_was_trained(asked, llm_train, tmp_path):
     pasted = asked("Ann did 7.\nBob saw it.\n\nWho did 7?\nWho saw it?\n")
     answers = re.findall(r"Question: (.*)\n", from_file.out)
     assert answers[:2] == re.findall(r"Question: (.*)\n", pasted.out)[:2]
-    # The prompt is that of the run's own template; greedy, so that the answer is that of `answer`.
+    # The prompt is that of the template of the run, and the answer is decoded greedily.
     plain = llm_train(
-        "generate", "--run", RUN, "--temperature", "0", "--max_new_tokens", "24",
+        "generate", "--run", fitted.run, "--temperature", "0", "--max_new_tokens", str(N_ANSWER),
         "--prompt", "[1] Ann did 7.\n[2] Bob saw it.\nWho did 7?",
     )  # fmt: skip
     continuation = plain.out.removeprefix("[1] Ann did 7.\n[2] Bob saw it.\nWho did 7?").strip()
     assert f"Question: {continuation}\n\nQuestion: " in from_file.out
 
 
-def test_the_chat_says_what_does_not_fit(asked, tmp_path):
+def test_the_chat_says_what_does_not_fit(asked):
     cut = asked(f"{'long ' * 50}\n\nWho did 7?\n{'Who ' * 60}?\n")
     assert "(read 1 of 1 references, the last one in part)" in cut.out
-    assert "(too long: with an answer of 24 tokens, a prompt may have 168)" in cut.out
+    assert f"(too long: with an answer of {N_ANSWER} tokens, a prompt may have {CONTEXT - N_ANSWER})" in cut.out
+
+
+def test_references_of_a_chat_that_cannot_be_read(asked, tmp_path):
     (tmp_path / "empty.txt").write_text(" \n")
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
     for file, message in (("empty", "is empty"), ("latin", "is not UTF-8"), ("nowhere", "No such file")):
-        wrong = asked("", "--references", tmp_path / f"{file}.txt")
-        assert (wrong.code, message in wrong.err) == (1, True)
+        with pytest.raises((MisconfigurationException, OSError), match=message):
+            read_references([tmp_path / f"{file}.txt"])
+    wrong = asked("", "--references", tmp_path / "empty.txt")
+    assert (wrong.code, "is empty" in wrong.err) == (1, True)
 
 
-def test_only_a_run_that_learned_to_answer_is_asked(llm_train, tiny):
-    llm_train("fit", "-c", tiny(), "--trainer.max_steps", "1", "--trainer.limit_val_batches", "0")
-    run = ("generate", "--run", "runs/decoder_pretrain/tiny")
+def test_only_a_run_that_learned_to_answer_is_asked(llm_train, whole):
+    run = ("generate", "--run", whole())
     assert "has not learned to answer (PretrainDataModule has no prompts)" in llm_train(*run, "--chat").err
     assert "--references are for --chat" in llm_train(*run, "--prompt", "a", "--references", "a.txt").err
     assert "--prompt is empty" in llm_train(*run, "--prompt", "").err

@@ -7,12 +7,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from jsonargparse import ArgumentError, ArgumentParser
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from datamodules.gpt2_webglm_qa.cited_answers import HubRecords, JSONLines, Record, RecordSource, arrange, citations
 from datamodules.gpt2_webglm_qa.data import GPT2WebGLMQADataModule
 from datamodules.gpt2_webglm_qa.packing import best_fit
 from datamodules.gpt2_webglm_qa.prompts import PromptEncoder
+from datamodules.gpt2_webglm_qa.python_questions import PythonQuestions
 from datamodules.tokenizers import byte_tokenizer
 
 END = 256  # of the byte tokenizer
@@ -76,7 +78,7 @@ ROW = {"question": "Who?", "answer": "Ann [1].", "references": ["Ann did."], "mo
     ("bad", "message"),
     [
         ('{"question": "Who?",', "line 3: is no JSON object on one line"),
-        ('["Who?"]', "line 3: a record is an object"),
+        ('["Who?"]', "line 3: a record must be an object"),
         ({"question": "Who?", "references": []}, "line 3: the record has no field 'answer', only 'question', 'ref"),
         (ROW | {"answer": None}, "line 3: 'answer' is NoneType, and must be text"),
         (ROW | {"references": "Ann did."}, "line 3: 'references' must be a list of texts"),
@@ -231,14 +233,14 @@ def test_references_are_cut_last_first_and_the_rest_stays_whole():
         assert len(example.record.references) == 3 - n_removed
 
 
-def test_what_is_too_long_without_any_reference_or_empty_is_left_out_and_said(capsys):
+def test_what_is_too_long_without_any_reference_or_empty_is_skipped_and_said(capsys):
     long = Record("Why " * 40 + "?", "So.", ("one",), "file, line 7")
     empty = Record("Who?", " ", ("one",), "file, line 8")
     data = module(SHORT, long, empty, Record("Why?", "So " * 60, (), "file, line 9"))
     assert len(data.rows["train"].examples) == 1
     said = capsys.readouterr().err.splitlines()
-    assert "train: left out file, line 7 and 1 more, whose question and answer are longer than 128 tokens" in said
-    assert "train: left out file, line 8, without a question or an answer" in said
+    assert "train: skipped file, line 7 and 1 more, whose question and answer are longer than 128 tokens" in said
+    assert "train: skipped file, line 8, without a question or an answer" in said
     assert data.counts["train"]["records_left_out"] == 3
     with pytest.raises(MisconfigurationException, match="there are no train records that can be used"):
         module(long)
@@ -250,13 +252,13 @@ NEVER = Record("Who?", "Ann [1]. Or Bob [2].", ("Ann did.",))
 @pytest.mark.parametrize(
     ("what", "answer"), [("keep", "Ann [1]. Or Bob [2]."), ("strip", "Ann [1]. Or Bob."), ("drop", None)]
 )
-def test_an_answer_that_cites_what_is_not_there_is_counted_and_kept_mended_or_left_out(what, answer, capsys):
+def test_an_answer_that_cites_what_is_not_there_is_counted_and_kept_stripped_or_skipped(what, answer, capsys):
     data = module(SHORT, NEVER, missing_citations=what)
     answers = [example.record.answer for example in data.rows["train"].examples]
     assert answers == ["Ann [1]."] + ([answer] if answer else [])
     assert data.counts["train"]["answers_citing_missing"] == 1
     assert data.counts["train"]["answers_citing_cut"] == 0
-    assert "that never was 1, that was cut 0" in capsys.readouterr().err
+    assert "that never existed 1, that was cut 0" in capsys.readouterr().err
 
     cut = PromptEncoder(byte_tokenizer(), block_size=60, missing_citations=what)
     examples = cut.examples([LONG])
@@ -281,15 +283,39 @@ def test_questions_leave_room_for_the_answer_that_is_to_come():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"block_size": 0}, "block_size is 0"),
-        ({"prompt_loss_weight": 1.5}, "prompt_loss_weight is 1.5"),
-        ({"max_record_tokens": 129}, "max_record_tokens is 129"),
-        ({"max_answer_tokens": 128}, "max_answer_tokens is 128"),
+        ({"max_record_tokens": 129}, "max_record_tokens is 129: it must be at most data.block_size 128"),
+        ({"max_answer_tokens": 128}, "max_answer_tokens is 128: it must be less than data.block_size 128"),
     ],
 )
-def test_arguments_out_of_range(options, message):
+def test_arguments_that_do_not_fit_the_block(options, message):
     with pytest.raises(MisconfigurationException, match=message):
         module(SHORT, **options)
+
+
+@pytest.mark.parametrize(
+    ("made", "arguments"),
+    [
+        (GPT2WebGLMQADataModule, {"block_size": 0}),
+        (GPT2WebGLMQADataModule, {"batch_size": 0}),
+        (GPT2WebGLMQADataModule, {"prompt_loss_weight": 1.5}),
+        (GPT2WebGLMQADataModule, {"max_record_tokens": 0}),
+        (GPT2WebGLMQADataModule, {"max_answer_tokens": 0}),
+        (GPT2WebGLMQADataModule, {"num_workers": -1}),
+        (GPT2WebGLMQADataModule, {"seed": -1}),
+        (HubRecords, {"max_records": 0}),
+        (JSONLines, {"val_fraction": 1.0}),
+        (JSONLines, {"test_fraction": -0.1}),
+        (PythonQuestions, {"n_references": 0}),
+        (PythonQuestions, {"val_fraction": 1.0}),
+        (PythonQuestions, {"test_fraction": -0.1}),
+        (PythonQuestions, {"max_modules": 0}),
+    ],
+)
+def test_the_parser_refuses_numbers_out_of_range(made, arguments):
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(made, "made")
+    with pytest.raises(ArgumentError, match="does not conform to restriction"):
+        parser.parse_object({"made": arguments})
 
 
 # --- packing ---------------------------------------------------------------------------------------------------------
