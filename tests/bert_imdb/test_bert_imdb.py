@@ -7,8 +7,8 @@ import re
 import shutil
 import signal
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import redirect_stderr, redirect_stdout
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr
 from io import StringIO
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,7 +21,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
-from helpers import assert_same_weights, with_settings
+from helpers import assert_same_weights
 from jsonargparse import ArgumentParser
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
@@ -48,25 +48,32 @@ ROOT = Path(__file__).parents[2]
 STUDIES = ROOT / "experiments/bert_imdb/studies"
 CLASSES = ["negative", "positive"]
 SIZES = {"vocab_size": 400, "block_size": 48, "classes": CLASSES}
+REPORT = {"class_path": "lightning_modules.bert_imdb.ClassificationReport"}
 CALLBACKS = [
-    {"class_path": f"lightning_modules.{name}"}
-    for name in (
-        "bert_imdb.BagOfWords",
-        "bert_imdb.ClassificationReport",
-        "bert_imdb.PredictedLabels",
-        "runtime.export.ExportModel",
-    )
+    {"class_path": "lightning_modules.bert_imdb.BagOfWords"},
+    REPORT,
+    {"class_path": "lightning_modules.bert_imdb.PredictedLabels"},
+    {"class_path": "lightning_modules.runtime.export.ExportModel"},
 ]
-EXPORT = CALLBACKS[-1]
-REVIEWS = {"class_path": "datamodules.bert_imdb.FilmReviews", "init_args": {"n_train": 48, "n_val": 20, "n_test": 20}}
 
 
-def write_config(name: str, model: dict, data: dict, callbacks: list[dict], **settings: object) -> Path:
-    """Write the YAML of a run of twelve steps in two epochs, with a validation every four steps."""
+def write_config(base: Path, callbacks: list[dict]) -> Path:
+    """Write the YAML of a classifier that is trained for twelve steps in two epochs, and validated every four steps."""
     config = {
         "seed_everything": 5,
-        "model": model,
-        "data": data,
+        "model": {"class_path": "lightning_modules.bert_imdb.BertImdbModule", "init_args": {"base": str(base)}},
+        "data": {
+            "class_path": "datamodules.bert_imdb.BertImdbDataModule",
+            "init_args": {
+                "reviews": {
+                    "class_path": "datamodules.bert_imdb.FilmReviews",
+                    "init_args": {"n_train": 48, "n_val": 20, "n_test": 20},
+                },
+                "tokenizer": str(base / "tokenizer"),
+                "max_tokens": 48,
+                "batch_size": 8,
+            },
+        },
         "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 1e-2}},
         "trainer": {
             "accelerator": "cpu",
@@ -76,65 +83,55 @@ def write_config(name: str, model: dict, data: dict, callbacks: list[dict], **se
             "callbacks+": callbacks,
         },
     }
-    file = Path(f"{name}.yaml").absolute()
-    file.write_text(yaml.safe_dump(with_settings(config, settings), sort_keys=False))
+    file = Path("classified.yaml").absolute()
+    file.write_text(yaml.safe_dump(config, sort_keys=False))
     return file
 
 
-@pytest.fixture(scope="module")
-def run_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., SimpleNamespace]:
-    """Return a function that runs a configuration in a folder that the tests of this file share."""
-    folder = tmp_path_factory.mktemp("shared")
-
-    def run(name: str, *args: Any, **settings: object) -> SimpleNamespace:
-        printed = StringIO()
-        with pytest.MonkeyPatch.context() as patch, redirect_stdout(printed), redirect_stderr(printed):
-            patch.chdir(folder)
-            patch.setenv("LLM_TRAIN_CACHE", str(folder / "cache"))
-            patch.setenv("WANDB_MODE", "disabled")
-            patch.setenv("HF_HUB_OFFLINE", "1")
-            patch.setattr(sys, "argv", ["llm-train"])
-            config = write_config(name, *args, **settings)
-            main(["fit", "-c", str(config)])
-        return SimpleNamespace(config=config, run=folder / "runs/bert_imdb" / name, printed=printed.getvalue())
-
-    return run
+def train(module: L.LightningModule, data: L.LightningDataModule, callbacks: Sequence[L.Callback], **settings: Any):
+    """Train for two epochs with the Trainer alone, without the command, and return the Trainer."""
+    L.seed_everything(7)
+    module.data = data
+    module.optimizer_factory = lambda groups: torch.optim.AdamW(groups, lr=1e-2)
+    settings = {"max_epochs": 2, "default_root_dir": Path.cwd(), "num_sanity_val_steps": 0} | settings
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    checkpoints = {"enable_checkpointing": any(isinstance(callback, RunCheckpoint) for callback in callbacks)}
+    trainer = L.Trainer(accelerator="cpu", callbacks=list(callbacks), **quiet, **checkpoints, **settings)
+    trainer.fit(module, datamodule=data)
+    return trainer
 
 
-@pytest.fixture(scope="module")
-def pretrained(run_once) -> SimpleNamespace:
-    """A BERT of two layers with dropout, pretrained on masked tokens."""
-    model = {
-        "class_path": "lightning_modules.bert_imdb.BertMaskedLMModule",
-        "init_args": {"n_layer": 2, "n_head": 2, "n_embd": 16},
-    }
-    data = {
-        "class_path": "datamodules.bert_imdb.MaskedReviewsDataModule",
-        "init_args": {
-            "reviews": REVIEWS | {"init_args": {"n_train": 16, "n_val": 8, "n_test": 4, "n_unlabelled": 16}},
-            "tokenizer": "wordpiece",
-            "wordpieces": 400,
-            "max_tokens": 48,
-            "batch_size": 8,
-        },
-    }
-    return run_once("pretrained", model, data, [EXPORT])
+@contextmanager
+def shared_folder(folder: Path) -> Iterator[Path]:
+    """Work in a folder that several tests look at, isolated as each test is."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setenv("LLM_TRAIN_CACHE", str(folder / "cache"))
+        patch.setenv("WANDB_MODE", "disabled")
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        patch.setattr(sys, "argv", ["llm-train"])
+        yield folder
 
 
 @pytest.fixture(scope="module")
-def classified(run_once, pretrained) -> SimpleNamespace:
-    """The pretrained encoder after training on labels."""
-    model = {"class_path": "lightning_modules.bert_imdb.BertImdbModule", "init_args": {"base": str(pretrained.run)}}
-    data = {
-        "class_path": "datamodules.bert_imdb.BertImdbDataModule",
-        "init_args": {
-            "reviews": REVIEWS,
-            "tokenizer": str(pretrained.run / "tokenizer"),
-            "max_tokens": 48,
-            "batch_size": 8,
-        },
-    }
-    return run_once("classified", model, data, CALLBACKS)
+def pretrained(tmp_path_factory) -> SimpleNamespace:
+    """A BERT of two layers with dropout, pretrained on masked tokens and exported."""
+    with shared_folder(tmp_path_factory.mktemp("pretrained")) as run:
+        reviews = FilmReviews(n_train=24, n_val=8, n_test=4, n_unlabelled=24)
+        data = MaskedReviewsDataModule(reviews, "wordpiece", 8, 48, wordpieces=400)
+        sizes = {"vocab_size": data.vocab_size, "block_size": data.block_size, "pad_token_id": data.pad_token_id}
+        module = BertMaskedLMModule(n_layer=2, n_head=2, n_embd=16, **sizes)
+        trainer = train(module, data, [RunCheckpoint(), ExportModel()], plugins=[AtomicCheckpointIO()])
+    return SimpleNamespace(run=run, loss=float(trainer.callback_metrics["val/loss"]))
+
+
+@pytest.fixture(scope="module")
+def classified(pretrained, tmp_path_factory) -> SimpleNamespace:
+    """A run of the command that trains the pretrained encoder on labels."""
+    printed = StringIO()
+    with shared_folder(tmp_path_factory.mktemp("classified")) as folder, redirect_stderr(printed):
+        main(["fit", "-c", str(write_config(pretrained.run, CALLBACKS))])
+    return SimpleNamespace(folder=folder, run=folder / "runs/bert_imdb/classified", printed=printed.getvalue())
 
 
 @pytest.fixture(scope="module")
@@ -163,29 +160,13 @@ def some_batch(base: Path, n: int = 6) -> dict[str, torch.Tensor]:
     return data.datasets["train"][torch.arange(n)]
 
 
-def train(module: L.LightningModule, data: L.LightningDataModule, callbacks: Sequence[L.Callback], **settings: Any):
-    """Train two epochs of three steps with the Trainer alone, without the command."""
-    L.seed_everything(7)
-    module.data = data
-    module.optimizer_factory = lambda groups: torch.optim.AdamW(groups, lr=1e-2)
-    settings = {"max_epochs": 2, "default_root_dir": Path.cwd(), "num_sanity_val_steps": 0} | settings
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
-    checkpoints = {"enable_checkpointing": any(isinstance(callback, RunCheckpoint) for callback in callbacks)}
-    trainer = L.Trainer(accelerator="cpu", callbacks=list(callbacks), **quiet, **checkpoints, **settings)
-    trainer.fit(module, datamodule=data)
-    return trainer
-
-
 # --- pretraining -----------------------------------------------------------------------------------------------------
 
 
 def test_pretraining_lowers_the_loss_and_is_exported(pretrained):
     from transformers import AutoModelForMaskedLM
 
-    _, losses = read_metric(pretrained.run / "metrics.csv", "val/loss")
-    assert losses[-1] < np.log(400) - 0.3
-    run = "runs/bert_imdb/pretrained"
-    assert f"--model.base {run} --data.tokenizer {run}/tokenizer" in pretrained.printed
+    assert pretrained.loss < np.log(400) - 0.3
     model = AutoModelForMaskedLM.from_pretrained(pretrained.run / "model")
     assert model.config.max_position_embeddings == 48
 
@@ -194,7 +175,9 @@ def test_pretraining_lowers_the_loss_and_is_exported(pretrained):
         assert torch.equal(further.model.state_dict()[name], weight)
     checkpoint = torch.load(pretrained.run / "checkpoints/last.ckpt", weights_only=True)
     assert checkpoint["module_class"] == "lightning_modules.bert_imdb.BertMaskedLMModule"
-    assert type(BertMaskedLMModule.of_checkpoint(checkpoint).model).__name__ == "BertForMaskedLM"
+    loaded = BertMaskedLMModule.of_checkpoint(checkpoint)
+    assert type(loaded.model).__name__ == "BertForMaskedLM"
+    assert loaded.next_command("RUN").endswith("--model.base RUN --data.tokenizer RUN/tokenizer")
 
 
 def test_the_loss_is_that_of_the_masked_tokens_and_halves_of_a_batch_make_up_the_whole(tmp_path):
@@ -273,21 +256,26 @@ def test_the_report_has_figures_and_the_mistakes(classified):
     assert all(row["label"] != row["predicted"] for row in wrong)
 
 
-def test_a_test_evaluates_the_model_and_the_bag_of_words(llm_train, classified, monkeypatch):
-    monkeypatch.chdir(classified.config.parent)
-    tested = llm_train("test", "-c", classified.run / "config.yaml", "--ckpt_path", "best")
-    assert tested.code == 0, tested.err
-    metrics = json.loads((classified.run / "summary_test.json").read_text())["metrics"]
-    assert {"test/accuracy", "test/calibration_error", "test/bag_of_words/accuracy"} <= metrics.keys()
-    _, labels, probabilities = read_predictions(classified.run / "predictions_test.csv")
-    assert metrics["test/accuracy"] == pytest.approx((probabilities.argmax(1) == labels).mean())
-    assert (classified.run / "figures/reliability_test.png").is_file()
+def test_a_test_evaluates_the_model_and_the_bag_of_words(classified, pretrained, tmp_path):
+    checkpoint = torch.load(classified.run / "checkpoints/best.ckpt", weights_only=True)
+    module, data = BertImdbModule.of_checkpoint(checkpoint), reviews_of(pretrained.run / "tokenizer")
+    module.data = data
+    callbacks = [BagOfWords(), ClassificationReport()]
+    trainer = L.Trainer(accelerator="cpu", callbacks=callbacks, logger=False, enable_progress_bar=False)
+    trainer.test(module, datamodule=data, verbose=False)
+    names = {"test/loss", "test/accuracy", "test/f1", "test/auroc", "test/calibration_error"}
+    assert trainer.callback_metrics.keys() == names | {name.replace("/", "/bag_of_words/") for name in names}
+    _, labels, probabilities = read_predictions(tmp_path / "predictions_test.csv")
+    accuracy = (probabilities.argmax(1) == labels).mean()
+    assert float(trainer.callback_metrics["test/accuracy"]) == pytest.approx(accuracy)
+    assert (tmp_path / "wrong_test.csv").is_file()
+    assert (tmp_path / "figures/reliability_test.png").is_file()
 
 
 def test_predict_and_the_exported_model_agree(llm_train, classified, tmp_path, monkeypatch):
     from transformers import pipeline
 
-    monkeypatch.chdir(classified.config.parent)
+    monkeypatch.chdir(classified.folder)
     texts = [review.text for review in FilmReviews(n_test=6).reviews("test")]
     (tmp_path / "new.csv").write_text("text\n" + "".join('"{}"\n'.format(t.replace('"', '""')) for t in texts))
     flags = ("--ckpt_path", "best", "--data.file", tmp_path / "new.csv")
@@ -303,17 +291,18 @@ def test_predict_and_the_exported_model_agree(llm_train, classified, tmp_path, m
         assert line.startswith(f"{row['label']}  {float(row['probability']):.4f}  ")
 
 
-def test_a_killed_run_resumes_to_the_same_weights_metrics_and_predictions(llm_train, classified):
+def test_a_killed_run_resumes_to_the_same_weights_metrics_and_predictions(llm_train, classified, pretrained):
     """Killed after step 8, in the middle of the second epoch."""
     killed = Path("runs/bert_imdb/classified")
+    config = write_config(pretrained.run, [REPORT])
 
     def prepare() -> None:
         os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a forked process has none of the tokenizer's threads
         forks.die_after_step(8)
 
-    process = forks.start("fit", "-c", classified.config, prepare=prepare)
+    process = forks.start("fit", "-c", config, prepare=prepare)
     assert forks.wait([process]) == [-signal.SIGKILL]
-    resumed = llm_train("fit", "-c", classified.config, "--ckpt_path", "last")
+    resumed = llm_train("fit", "-c", config, "--ckpt_path", "last")
     assert resumed.code == 0, resumed.err
     assert_same_weights(classified.run / "checkpoints/last.ckpt", killed / "checkpoints/last.ckpt")
     for name in ("val/loss", "val/auroc"):
@@ -425,7 +414,7 @@ def callbacks_of(arm: str) -> list[L.Callback]:
     return parser.instantiate(parser.parse_object({"callbacks": trainer["callbacks+"]})).callbacks
 
 
-def test_a_frozen_base_and_cached_features_train_the_same_head(base, tmp_path, monkeypatch):
+def test_a_frozen_base_and_cached_features_train_the_same_head(base, monkeypatch):
     """With dropout in the base and in the head: that of the base is inactive, that of the head draws the same."""
     computed = []
     features = BertImdbModule.features
@@ -438,19 +427,18 @@ def test_a_frozen_base_and_cached_features_train_the_same_head(base, tmp_path, m
     frozen, cached = (BertImdbModule(str(base), **SIZES).eval() for _ in range(2))
     cached.load_state_dict(frozen.state_dict())
     before = {name: weight.clone() for name, weight in frozen.state_dict().items()}
-    train(frozen.train(), reviews_of(base), [Freeze(patterns=["model.encoder.*"]), ClassificationReport()])
+    train(frozen.train(), reviews_of(base), [Freeze(patterns=["model.encoder.*"])])
     assert (len(computed), any(computed)) == (2 * (3 + 2), False)  # batches of two epochs and of their validations
-    predictions = read_predictions(tmp_path / "predictions_val.csv")[2]
     after = frozen.state_dict()
     changed = {name for name, weight in after.items() if not torch.equal(weight, before[name])}
     assert changed == {name for name in after if name.startswith("model.head.")}
 
     computed.clear()
-    train(cached.train(), reviews_of(base), [*callbacks_of("head_only"), ClassificationReport()])
+    train(cached.train(), reviews_of(base), callbacks_of("head_only"))
     assert (len(computed), any(computed)) == (3 + 2, False)
     for name, weight in cached.state_dict().items():
         torch.testing.assert_close(weight, after[name], rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(read_predictions(tmp_path / "predictions_val.csv")[2], predictions, atol=1e-5)
+    torch.testing.assert_close(cached.predictions, frozen.predictions, rtol=0, atol=1e-5)
 
     computed.clear()
     other_head = BertImdbModule(str(base), dropout=0.3, **SIZES)
@@ -543,7 +531,7 @@ def test_a_head_of_another_size_is_refused(pretrained, classified):
 
 
 def test_a_dropout_outside_its_range_is_refused_by_the_parser(llm_train, classified):
-    refused = llm_train("fit", "-c", classified.config, "--model.dropout", "1")
+    refused = llm_train("fit", "-c", classified.folder / "classified.yaml", "--model.dropout", "1")
     assert refused.code == 2
     assert "model.dropout" in refused.err
     assert "does not conform to restriction" in refused.err

@@ -3,7 +3,9 @@
 import gzip
 import json
 import re
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -166,7 +168,10 @@ def test_the_hub(monkeypatch):
     assert len(splits_of(HubReviews(val="test"))["train"]) == 160  # nothing is held out
 
 
-def test_a_hub_that_cannot_be_reached_is_one_line():
+def test_a_hub_that_cannot_be_reached_is_one_line(monkeypatch):
+    settings = SimpleNamespace(HF_HUB_OFFLINE=False)
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(config=settings, load_dataset=None))  # slow to import
+    monkeypatch.setattr("datamodules.hub_datasets.hub_answers", lambda: False)
     with pytest.raises(MisconfigurationException, match=r"stanfordnlp/imdb \(split train\) could not be read"):
         list(HubReviews().reviews("train"))
 
