@@ -182,7 +182,13 @@ def fit_arguments(
         "batch_size": 20,
     }
     config["trainer"] |= {"val_check_interval": 3, "log_every_n_steps": 1}
-    config["trainer"]["callbacks+"].append({"class_path": ROOM + class_path, "init_args": arguments})
+    del config["trainer"]["callbacks+"]
+    config["trainer"]["callbacks"] = [
+        {"class_path": "lightning_modules.runtime.reproducible.ReproducibleSteps"},
+        {"class_path": "lightning_modules.runtime.checkpoint.RunCheckpoint"},
+        {"class_path": ROOM + class_path, "init_args": arguments},
+        {"class_path": "lightning_modules.runtime.export.ExportModel"},
+    ]
     file = world / f"{name}.yaml"
     file.write_text(yaml.safe_dump(with_settings(config, settings)))
     return "fit", "-c", file
