@@ -1,4 +1,4 @@
-"""Arms of a comparison: the distinct combinations of the settings in which runs differ, seeds apart."""
+"""Arms of a comparison: runs with the same settings and different seeds."""
 
 import json
 import re
@@ -9,10 +9,11 @@ from typing import Any
 
 from experiments.comparison.runs import FINISHED, Run
 from experiments.errors import UserError
+from experiments.study.names import shortest_ending
 
 
 class _Absent:
-    """The value of a setting that a run does not have."""
+    """Type of the value of a setting that a run does not have."""
 
 
 ABSENT = _Absent()
@@ -21,13 +22,13 @@ _DOTTED = re.compile(r"[A-Za-z_]\w*(\.\w+){2,}")  # package.module.Class
 
 @dataclass(frozen=True)
 class Arm:
-    """Runs that differ in nothing but their seed.
+    """Runs with the same settings and different seeds.
 
     Args:
         values: The settings that tell the arm from the others, by their shortest names.
-        shown: The same as they are written in tables.
-        runs: Its runs that count.
-        left_out: Those that do not, as they have not finished or have not logged anything.
+        shown: The same settings as tables show them.
+        runs: The runs that count.
+        left_out: The runs that have not finished or have logged nothing.
     """
 
     values: dict[str, Any]
@@ -37,26 +38,23 @@ class Arm:
 
     @property
     def label(self) -> str:
-        """The arm in a legend: `n_head=4, dropout=0.1`."""
+        """Name of the arm: `n_head=4, dropout=0.1`."""
         return ", ".join(f"{name}={value}" for name, value in self.shown.items()) or "all runs"
 
 
 def arms_of(runs: Sequence[Run], count_unfinished: bool = False) -> list[Arm]:
-    """Groups runs by the settings in which they differ.
+    """Group runs by the settings in which they differ, in the order of the values.
 
     Args:
         runs: All runs of the comparison.
-        count_unfinished: Whether runs count that have not finished.
-
-    Returns:
-        The arms in the order of their settings' values, numbers by size.
+        count_unfinished: Whether to count runs that have not finished.
     """
 
     def counts(run: Run) -> bool:
         return bool(run.metrics) and (count_unfinished or run.status == FINISHED)
 
     keys = differing_settings(runs)
-    names = dict(zip(keys, short_names(keys), strict=True))
+    names = {key: shortest_ending(key, keys) for key in keys}
     shown = {key: show_values(run.settings.get(key, ABSENT) for run in runs) for key in keys}
     groups: dict[tuple[str, ...], list[Run]] = {}
     for run in runs:
@@ -74,12 +72,12 @@ def arms_of(runs: Sequence[Run], count_unfinished: bool = False) -> list[Arm]:
 
 
 def compared(arms: Sequence[Arm], baseline: Sequence[str]) -> list[tuple[Arm, Arm]]:
-    """Which arm is compared with which: each with the one that has the baseline's values and is like it otherwise.
+    """Return each arm with the one to compare it with: the arm with the baseline's values and the same other settings.
 
     Args:
         arms: All arms.
-        baseline: `SETTING=VALUE` of the arms to compare with, each setting by its short or its whole name; without
-            any, the second of two arms is compared with the first, and more than two are not compared.
+        baseline: `SETTING=VALUE` by the short or the whole name of the setting. Without any, the second of two arms is
+            compared with the first, and more arms are not compared.
 
     Raises:
         UserError: If the runs do not differ in such a setting, or none has these values.
@@ -98,20 +96,17 @@ def compared(arms: Sequence[Arm], baseline: Sequence[str]) -> list[tuple[Arm, Ar
     pairs = [(arm, other) for arm, other in others if other is not None and other is not arm]
     if not pairs:
         there = ", ".join(dict.fromkeys(f"{name}={arm.shown[name]}" for name in given for arm in arms))
-        raise UserError(f"--baseline {' '.join(baseline)}: no other run is to be compared with it; there is {there}")
+        raise UserError(f"--baseline {' '.join(baseline)}: there is no other run to compare; the values are {there}")
     return pairs
 
 
 def how_they_ended(runs: Iterable[Run]) -> str:
-    """Counts runs by the way they ended: `1 failed, 2 unfinished`."""
+    """Return how many runs ended in which way: `1 failed, 2 unfinished`."""
     return ", ".join(f"{count} {status}" for status, count in sorted(Counter(run.status for run in runs).items()))
 
 
 def differing_settings(runs: Sequence[Run]) -> list[str]:
-    """The settings in which runs differ, but for those that only follow from another.
-
-    Where the optimisers differ, each has arguments that the other lacks: they follow from the class.
-    """
+    """Return the settings in which runs differ, without those that follow from another, as arguments from a class."""
     keys = dict.fromkeys(key for run in runs for key in run.settings)
     columns = {key: [_identity(run.settings.get(key, ABSENT)) for run in runs] for key in keys}
     differing = [key for key, column in columns.items() if len(set(column)) > 1]
@@ -125,36 +120,28 @@ def differing_settings(runs: Sequence[Run]) -> list[str]:
     return [key for key in differing if not follows(key)]
 
 
-def short_names(keys: Sequence[str]) -> list[str]:
-    """The last components of each key, as many as tell it from the others: `lr`, or `optimizer.lr`."""
-    return [_shortest_ending(key, keys) for key in keys]
-
-
 def show_values(values: Iterable[Any]) -> dict[str, str]:
-    """How the values of a setting are written, by what tells them apart: as in YAML, classes without their package."""
+    """Return the values of a setting as in YAML, but classes without their package and numbers with few digits.
+
+    Args:
+        values: All values of the setting, from which each shown value differs.
+    """
     values = {_identity(value): value for value in values}
     texts = {value for value in values.values() if isinstance(value, str)}
     numbers = [value for value in values.values() if isinstance(value, float)]
-    apart = (n for n in range(4, 17) if len({f"{number:.{n}g}" for number in numbers}) == len(set(numbers)))
-    digits = next(apart, 17)
+    enough = (n for n in range(4, 17) if len({f"{number:.{n}g}" for number in numbers}) == len(set(numbers)))
+    digits = next(enough, 17)
     shown = {}
     for identity, value in values.items():
         if value is ABSENT:
             shown[identity] = "–"
         elif isinstance(value, str):
-            shown[identity] = _shortest_ending(value, texts) if _DOTTED.fullmatch(value) else value
+            shown[identity] = shortest_ending(value, texts) if _DOTTED.fullmatch(value) else value
         elif isinstance(value, float):
             shown[identity] = f"{value:.{digits}g}"
         else:
             shown[identity] = json.dumps(value)
     return shown
-
-
-def _shortest_ending(path: str, paths: Iterable[str]) -> str:
-    parts = path.split(".")
-    endings = (".".join(parts[-n:]) for n in range(1, len(parts) + 1))
-    alone = (ending for ending in endings if sum(f".{other}".endswith(f".{ending}") for other in paths) == 1)
-    return next(alone, path)
 
 
 def _identity(value: Any) -> str:

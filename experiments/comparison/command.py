@@ -1,4 +1,4 @@
-"""`llm-train compare`: in what runs differ, and what came of it."""
+"""`llm-train compare`: the settings in which runs differ, and their results."""
 
 import argparse
 import math
@@ -16,13 +16,14 @@ from experiments.comparison.runs import Run, UnreadableRunError, find_runs, read
 from experiments.comparison.statistics import estimate
 from experiments.comparison.tables import Table, as_markdown, as_text
 from experiments.errors import CommandParser, UserError
-from lightning_modules.common.files import atomic_file
+from lightning_modules.common.figures import save_figure
+from lightning_modules.common.files import csv_text, write_text
 
-_MOST_ROWS = 30  # of a table in the terminal
+_MAX_ROWS = 30  # of a table in the terminal
 
 
 def main(args: Sequence[str]) -> None:
-    """Prints how runs compare, and writes tables, figures, and a page with all of it.
+    """Print how runs compare, and write tables, figures and a page.
 
     Args:
         args: Command line, `compare` first.
@@ -42,8 +43,11 @@ def main(args: Sequence[str]) -> None:
     for name in (*options.maximize, *options.minimize):
         if name not in metrics:
             raise UserError(f"--maximize, --minimize: {name} is not compared; there is {', '.join(metrics)}")
-    modes = {metric: mode_of(metric, counting, options.maximize, options.minimize) for metric in metrics}
-    measures = [measure for metric in metrics for measure in measures_of(metric, modes[metric], counting)]
+    measures = [
+        measure
+        for metric in metrics
+        for measure in measures_of(metric, mode_of(metric, counting, options.maximize, options.minimize), counting)
+    ]
     ranking = _rank(arms, measures[0])
     results = tables.results(arms, measures)
     differences = tables.differences(compared(arms, options.baseline), measures)
@@ -53,37 +57,34 @@ def main(args: Sequence[str]) -> None:
     if differences.rows:
         print(as_text(differences))
     print("\n".join(notes))
-    files = _files(shlex.join(["llm-train", *args]), arms, measures, ranking, results, differences, notes)
-    for name, content in files.items():
-        with atomic_file(options.out / name) as file:
-            file.write(content)
-    if "curves.png" not in files:  # an earlier comparison's
-        (options.out / "curves.png").unlink(missing_ok=True)
+    files = _write(
+        options.out, shlex.join(["llm-train", *args]), arms, measures, ranking, [results, differences], notes
+    )
     print(f"\npage    {options.out / 'index.html'}\nfiles   {', '.join(sorted(files))}")
 
 
 def _parse(args: Sequence[str]) -> argparse.Namespace:
     parser = CommandParser(
         prog="llm-train compare",
-        description="Compare runs: a table of the settings that differ and of the metrics, means and 95 % intervals "
-        "over seeds, learning curves, and a page with all of it.",
+        description="Compare runs: a table of the settings that differ, means and 95 % intervals of the metrics over "
+        "seeds, learning curves, and a page with all of these.",
     )
     parser.add_argument("runs", nargs="*", type=Path, help="run folders, or folders that hold runs at any depth")
     parser.add_argument("--wandb", metavar="ENTITY/PROJECT[/GROUP]", help="read the runs from Weights & Biases instead")
     parser.add_argument(
         "--metrics", nargs="+", default=[], metavar="NAME",
-        help="metrics to compare (default: what the runs monitor, and other val/ and test/ metrics of all runs)",
+        help="metrics to compare (default: those that the runs monitor, and other val/ and test/ metrics of all runs)",
     )  # fmt: skip
     parser.add_argument(
         "--baseline", nargs="+", default=[], metavar="SETTING=VALUE",
         help="show differences from the runs with this value and the same other settings (of two arms: the first)",
     )  # fmt: skip
-    parser.add_argument("--maximize", nargs="+", default=[], metavar="NAME", help="metrics of which large is good")
-    parser.add_argument("--minimize", nargs="+", default=[], metavar="NAME", help="metrics of which small is good")
-    parser.add_argument("--unfinished", action="store_true", help="count failed, stopped and running runs, too")
+    parser.add_argument("--maximize", nargs="+", default=[], metavar="NAME", help="metrics whose large values are good")
+    parser.add_argument("--minimize", nargs="+", default=[], metavar="NAME", help="metrics whose small values are good")
     parser.add_argument(
-        "--out", type=Path, help="folder to write to (default: comparison/ in the folder that is given)"
+        "--unfinished", action="store_true", help="also count runs that failed, were stopped or still run"
     )
+    parser.add_argument("--out", type=Path, help="folder to write to (default: comparison/ in the given folder)")
     options = parser.parse_args(args[1:])
     if bool(options.runs) == bool(options.wandb):
         parser.error("give either run folders or --wandb")
@@ -93,7 +94,7 @@ def _parse(args: Sequence[str]) -> argparse.Namespace:
 
 
 def _read(options: argparse.Namespace) -> tuple[list[Run], int]:
-    """The runs that can be read, and how many cannot."""
+    """Return the runs that can be read, and the number of the others."""
     if options.wandb:
         return list(read_wandb(options.wandb)), 0
     folders, runs = find_runs(options.runs), []
@@ -120,21 +121,20 @@ def _warn(line: str) -> None:
 
 
 def _rank(arms: Sequence[Arm], measure: Measure) -> list[int]:
-    """The numbers of the arms, the best mean first; those without any last."""
+    """Return the numbers of the arms, the best mean first and those without a mean last."""
 
     def badness(arm: Arm) -> float:
-        values = [value for _, value in tables.values_of(arm, measure)]
-        mean = estimate(values).mean if values else math.nan
+        mean = estimate(measure.values(arm.runs)).mean
         return math.inf if math.isnan(mean) else -mean if measure.mode == "max" else mean
 
     return sorted(range(len(arms)), key=lambda number: badness(arms[number]))
 
 
 def _best_rows(results: Table, ranking: Sequence[int]) -> Table:
-    if len(ranking) <= _MOST_ROWS:
+    if len(ranking) <= _MAX_ROWS:
         return results
-    more = [f"… {len(ranking) - _MOST_ROWS} more arms", *[""] * (len(results.header) - 1)]
-    return Table(results.header, [*(results.rows[number] for number in ranking[:_MOST_ROWS]), more])
+    more = [f"… {len(ranking) - _MAX_ROWS} more arms", *[""] * (len(results.header) - 1)]
+    return Table(results.header, [*(results.rows[number] for number in ranking[:_MAX_ROWS]), more])
 
 
 def _notes(arms: Sequence[Arm], n_skipped: int, more_metrics: Sequence[str]) -> list[str]:
@@ -144,45 +144,51 @@ def _notes(arms: Sequence[Arm], n_skipped: int, more_metrics: Sequence[str]) -> 
         n_runs = sum(len(arm.runs) for arm in arms) + len(left_out)
         notes.append(f"Left out of the means: {len(left_out)} of {n_runs} runs ({how_they_ended(left_out)}).")
     if n_skipped:
-        notes.append(f"Skipped, as they cannot be read: {n_skipped}.")
-    repeating = [arm.label for arm in arms if len(set(map(tables.seed_of, arm.runs))) < len(arm.runs)]
+        notes.append(f"Skipped, since they cannot be read: {n_skipped}.")
+    repeating = [arm.label for arm in arms if len({run.seed for run in arm.runs}) < len(arm.runs)]
     if repeating:
         notes.append(
-            f"A seed is there more than once in {', '.join(repeating[:3])}{' …' if repeating[3:] else ''}: "
-            "such runs are no independent draws, and the interval is too narrow."
+            f"Several runs have the same seed in {', '.join(repeating[:3])}{' …' if repeating[3:] else ''}: "
+            "they are not independent, and the interval is too narrow."
         )
     if more_metrics:
-        notes.append(f"Not shown, but for --metrics: {', '.join(more_metrics)}.")
+        notes.append(f"Shown only by --metrics: {', '.join(more_metrics)}.")
     return notes
 
 
-def _files(
+def _write(
+    folder: Path,
     command: str,
     arms: Sequence[Arm],
     measures: Sequence[Measure],
     ranking: Sequence[int],
-    results: Table,
-    differences: Table,
+    shown: Sequence[Table],
     notes: Sequence[str],
-) -> dict[str, bytes]:
-    """What is written, by the names of the files."""
-    results_drawn = [measure for measure in measures if measure.kind != "last" or measure.mode is None]
-    curves = figures.curves_of([measure.metric for measure in results_drawn], arms)
+) -> list[str]:
+    """Write all files and return their names."""
+    drawn = [measure for measure in measures if measure.kind != "last" or measure.mode is None]
+    curves = figures.curves_of([measure.metric for measure in drawn], arms)
     runs = tables.runs_table(arms, measures)
-    images = {"summary.png": figures.png(figures.draw_summary(arms, results_drawn, ranking))}
-    sections: list[tuple[str, Table | bytes]] = [("Results", results)]
-    if differences.rows:
-        sections.append(("Differences", differences))
-    sections.append(("Each run, and means with their intervals", images["summary.png"]))
+    images = {"summary.png": figures.draw_summary(arms, drawn, ranking)}
     if curves:
-        images["curves.png"] = figures.png(figures.draw_curves(curves, arms, ranking))
-        sections.append(("Learning curves: means of the arms with their 95 % intervals", images["curves.png"]))
-    markdown = [as_markdown(table) for table in (results, differences) if table.rows]
+        images["curves.png"] = figures.draw_curves(curves, arms, ranking)
+    else:  # of an earlier comparison
+        (folder / "curves.png").unlink(missing_ok=True)
+    png = {name: save_figure(figure, folder / name).read_bytes() for name, figure in images.items()}
+    headings = {
+        "Results": shown[0],
+        "Differences": shown[1] if shown[1].rows else None,
+        "Each run, and means with their intervals": png["summary.png"],
+        "Learning curves: means of the arms with their 95 % intervals": png.get("curves.png"),
+    }
+    sections = [(heading, content) for heading, content in headings.items() if content is not None]
     texts = {
-        "table.md": "\n".join([*markdown, *notes, ""]),
+        "table.md": "\n".join([*(as_markdown(table) for table in shown if table.rows), *notes, ""]),
         "table.csv": tables.results_csv(arms, measures),
-        "runs.csv": tables.as_csv(runs),
+        "runs.csv": csv_text(*runs),
         "curves.csv": figures.curves_csv(curves, arms),
         "index.html": page(command, notes, sections, runs),
     }
-    return images | {name: text.encode() for name, text in texts.items()}
+    for name, text in texts.items():
+        write_text(folder / name, text)
+    return [*images, *texts]

@@ -1,7 +1,5 @@
-"""The figures of a comparison: learning curves, and what came of every run."""
+"""The figures of a comparison: learning curves, and the result of every run."""
 
-import csv
-import io
 import math
 from collections.abc import Sequence
 from functools import reduce
@@ -13,22 +11,23 @@ from experiments.comparison.arms import Arm, how_they_ended
 from experiments.comparison.measures import Measure
 from experiments.comparison.runs import Run
 from experiments.comparison.statistics import estimate, mean_and_half_width
-from experiments.comparison.tables import values_of
+from lightning_modules.common.figures import new_figure
+from lightning_modules.common.files import csv_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe and Ito's (2008), which the colour-blind tell apart, but for the yellow that is pale on white.
+# The colours of Okabe and Ito (2008), which colour-blind readers can distinguish, without the pale yellow.
 _COLORS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#000000")
 _MARKERS = "osD^vPX"
 _OTHERS = "#bbbbbb"
-_FEW_POINTS = 30  # up to here the points of a curve are marked
-_FEW_ARMS = 8  # up to here each has its band
-_MEAN_OF = 3  # runs; an interval over two is too wide to be drawn, so they are drawn themselves
-_MOST_POINTS = 300  # of a curve
-_MOST_ROWS = 30
-_LONGEST_LABEL = 54  # characters
+_MAX_MARKED_POINTS = 30  # a curve with more points has no markers
+_MAX_BANDS = 8  # with more arms, no interval is drawn
+_MEAN_OF = 3  # runs at least; the interval of two is too wide, so that both runs are drawn
+_MAX_POINTS = 300  # of a curve
+_MAX_ROWS = 30
+_MAX_LABEL = 54  # characters
 
 Look = dict[str, Any]  # colour, marker and style of a line
 
@@ -47,9 +46,9 @@ class Curve(NamedTuple):
 
 
 def curves_of(metrics: Sequence[str], arms: Sequence[Arm]) -> list[Curve]:
-    """Each arm's mean, and the runs that stand for themselves; no metric that was logged once a run.
+    """Return the mean of each arm at the steps that all its runs have logged, and the runs that are in no mean.
 
-    A mean is taken at the steps that all runs of the arm have logged.
+    Metrics that every run has logged only once are left out.
 
     Args:
         metrics: Their names.
@@ -66,7 +65,7 @@ def curves_of(metrics: Sequence[str], arms: Sequence[Arm]) -> list[Curve]:
 def _curves_of_arm(metric: str, number: int, arm: Arm) -> list[Curve]:
     runs = [run for run in arm.runs if metric in run.metrics]
     series = [run.metrics[metric] for run in runs]
-    shared = reduce(np.intersect1d, [steps for steps, _ in series]) if len(runs) >= _MEAN_OF else []
+    shared = reduce(np.intersect1d, [steps for steps, _ in series]) if len(runs) >= _MEAN_OF else np.array([])
     if len(shared):
         shared = shared[_thin(shared)]
         values = [logged[np.searchsorted(steps, shared)] for steps, logged in series]
@@ -83,30 +82,28 @@ def _single(metric: str, arm: int, run: Run, counts: bool) -> Curve:
 
 
 def _thin(steps: np.ndarray) -> np.ndarray:
-    """Which points are enough for a picture: all, or some that are spread evenly, with the first and the last."""
-    return np.linspace(0, len(steps) - 1, min(len(steps), _MOST_POINTS)).round().astype(int)
+    """Return the indices of the points to draw: all, or some at even distances, with the first and the last."""
+    return np.linspace(0, len(steps) - 1, min(len(steps), _MAX_POINTS)).round().astype(int)
 
 
 def curves_csv(curves: Sequence[Curve], arms: Sequence[Arm]) -> str:
-    """What is drawn, a row a point."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["metric", "arm", "run", "step", "value", "low", "high"])
+    """Return the points of the curves as CSV."""
+    rows: list[tuple[Any, ...]] = []
     for curve in curves:
         n = len(curve.steps)
         ends = [[""] * n if end is None else end.tolist() for end in (curve.low, curve.high)]
         names = [[curve.metric] * n, [arms[curve.arm].label] * n, [curve.run] * n]
-        writer.writerows(zip(*names, curve.steps.tolist(), curve.values.tolist(), *ends, strict=True))
-    return text.getvalue()
+        rows += zip(*names, curve.steps.tolist(), curve.values.tolist(), *ends, strict=True)
+    return csv_text(["metric", "arm", "run", "step", "value", "low", "high"], rows)
 
 
 def draw_curves(curves: Sequence[Curve], arms: Sequence[Arm], ranking: Sequence[int]) -> "Figure":
-    """Draws a panel a metric; of more arms than can be told apart, the best are coloured.
+    """Draw one panel for each metric. If there are more arms than colours, the best ones are coloured.
 
     Args:
-        curves: What to draw.
+        curves: The curves.
         arms: All arms.
-        ranking: Their numbers, the best first.
+        ranking: Numbers of the arms, the best first.
     """
     metrics = list(dict.fromkeys(curve.metric for curve in curves))
     looks = _looks(arms, ranking)
@@ -114,7 +111,7 @@ def draw_curves(curves: Sequence[Curve], arms: Sequence[Arm], ranking: Sequence[
     for axes, metric in zip(panels, metrics, strict=True):
         drawn = [curve for curve in curves if curve.metric == metric]
         for curve in drawn:
-            _draw_curve(axes, curve, looks.get(curve.arm), with_band=len(arms) <= _FEW_ARMS)
+            _draw_curve(axes, curve, looks.get(curve.arm), with_band=len(arms) <= _MAX_BANDS)
         _fit(axes, [curve.values for curve in drawn if curve.counts] or [curve.values for curve in drawn])
         axes.set_xlabel("optimiser step")
         axes.set_ylabel(metric)
@@ -135,14 +132,14 @@ def _draw_curve(axes: "Axes", curve: Curve, look: Look | None, with_band: bool) 
     if not curve.counts:
         axes.plot(curve.steps, curve.values, color=look["color"], linestyle=":", linewidth=1.3)
         return
-    marker = look["marker"] if len(curve.steps) <= _FEW_POINTS else None
+    marker = look["marker"] if len(curve.steps) <= _MAX_MARKED_POINTS else None
     axes.plot(curve.steps, curve.values, **look | {"marker": marker}, markersize=4, linewidth=1.3)
     if with_band and curve.low is not None:
         axes.fill_between(curve.steps, curve.low, curve.high, color=look["color"], alpha=0.18, linewidth=0)
 
 
 def _fit(axes: "Axes", values: Sequence[np.ndarray]) -> None:
-    """Fits the axis to the curves, not to their bands, which a few seeds can make very wide."""
+    """Fit the axis to the curves and not to their intervals, which can be very wide with few seeds."""
     finite = np.concatenate(values)
     finite = finite[np.isfinite(finite)]
     if not len(finite) or finite.min() == finite.max():
@@ -156,14 +153,14 @@ def _fit(axes: "Axes", values: Sequence[np.ndarray]) -> None:
 
 
 def draw_summary(arms: Sequence[Arm], measures: Sequence[Measure], ranking: Sequence[int]) -> "Figure":
-    """Draws every run's result, and each arm's mean with its interval.
+    """Draw the result of every run, and the mean of each arm with its interval.
 
-    They stand over a setting that is a number, if three or more of its values were tried and the other settings leave
-    few lines; else the arms stand below each other.
+    The horizontal axis is a setting, if it is a number with at least three values and the other settings leave few
+    lines. Otherwise each arm has a row.
 
     Args:
         arms: All arms.
-        measures: A panel each.
+        measures: The measures, one panel each.
         ranking: Numbers of the arms, the best first.
     """
     setting = _numeric_setting(arms)
@@ -176,16 +173,15 @@ def _draw_over(setting: str, arms: Sequence[Arm], measures: Sequence[Measure]) -
     picture, panels = _panels(len(measures))
     for axes, measure in zip(panels, measures, strict=True):
         for others, look in looks.items():
-            line = [arm for arm in arms if _without(arm, setting) == others and values_of(arm, measure)]
+            line = [(arm.values[setting], measure.values(arm.runs)) for arm in arms if _without(arm, setting) == others]
+            line = [(place, values) for place, values in line if values]
             if not line:
                 continue
-            values = [[value for _, value in values_of(arm, measure)] for arm in line]
-            places = [arm.values[setting] for arm in line]
-            found = [estimate(of_arm) for of_arm in values]
-            dots = [(place, value) for place, of_arm in zip(places, values, strict=True) for value in of_arm]
+            dots = [(place, value) for place, values in line for value in values]
             axes.plot(*zip(*dots, strict=True), ".", color=look["color"], alpha=0.5, markersize=6)
-            half_widths = [half_width or 0 for _, half_width, _ in found]
-            axes.errorbar(places, [mean for mean, *_ in found], half_widths, **look, markersize=5, capsize=3)
+            means, half_widths, _ = zip(*(estimate(values) for _, values in line), strict=True)
+            bars = [half_width or 0 for half_width in half_widths]
+            axes.errorbar([place for place, _ in line], means, bars, **look, markersize=5, capsize=3)
         if ticks[0] > 0 and ticks[-1] > 10 * ticks[0]:
             axes.set_xscale("log")
         if len(ticks) <= 8:
@@ -199,13 +195,13 @@ def _draw_over(setting: str, arms: Sequence[Arm], measures: Sequence[Measure]) -
 
 
 def _draw_rows(arms: Sequence[Arm], measures: Sequence[Measure], ranking: Sequence[int]) -> "Figure":
-    numbers = range(len(arms)) if len(arms) <= _MOST_ROWS else ranking[:_MOST_ROWS]
+    numbers = range(len(arms)) if len(arms) <= _MAX_ROWS else ranking[:_MAX_ROWS]
     looks = _looks(arms, ranking)
     picture, panels = _panels(len(measures), height=1.2 + 0.34 * len(numbers))
     for axes, measure in zip(panels, measures, strict=True):
         for row, number in enumerate(numbers):
             look = looks.get(number, {"color": "#777777", "marker": "o"})
-            if values := [value for _, value in values_of(arms[number], measure)]:
+            if values := measure.values(arms[number].runs):
                 mean, half_width, _ = estimate(values)
                 if len(values) > 1:
                     axes.plot(values, [row + 0.25] * len(values), ".", color=look["color"], alpha=0.6, markersize=5)
@@ -223,7 +219,7 @@ def _draw_rows(arms: Sequence[Arm], measures: Sequence[Measure], ranking: Sequen
 
 
 def _numeric_setting(arms: Sequence[Arm]) -> str | None:
-    """The setting to draw results over: the one with the most values."""
+    """Return the setting for the horizontal axis: the one with the most values."""
     n_values = {
         name: len({arm.values[name] for arm in arms})
         for name in arms[0].values
@@ -245,7 +241,7 @@ def _is_number(value: object) -> bool:
 
 
 def _all_looks() -> list[Look]:
-    """Every line that can be told from the others: solid ones with full markers, then dashed ones with empty ones."""
+    """Return all distinguishable lines: solid ones with full markers, then dashed ones with empty markers."""
     return [
         {"color": color, "marker": marker, "linestyle": style, "markerfacecolor": inside or color}
         for style, inside in (("-", None), ("--", "white"))
@@ -254,18 +250,16 @@ def _all_looks() -> list[Look]:
 
 
 def _looks(arms: Sequence[Arm], ranking: Sequence[int]) -> dict[int, Look]:
-    """The lines of the arms, or of the best ones where there are too many."""
+    """Return the lines of the arms, or of the best ones if there are too many."""
     looks = _all_looks()
     shown = range(len(arms)) if len(arms) <= len(looks) else sorted(ranking[: len(_COLORS)])
     return dict(zip(shown, looks, strict=False))
 
 
 def _panels(n: int, height: float = 4) -> "tuple[Figure, list[Axes]]":
-    from matplotlib.figure import Figure  # no pyplot: no global state, no window system
-
     n_columns = min(2, n)
     n_rows = math.ceil(n / n_columns)
-    picture = Figure(figsize=(3 + 4 * n_columns, height * n_rows), layout="constrained")
+    picture = new_figure(3 + 4 * n_columns, height * n_rows)
     panels = [picture.add_subplot(n_rows, n_columns, place) for place in range(1, n + 1)]
     for axes in panels:
         axes.grid(alpha=0.3)
@@ -275,24 +269,15 @@ def _panels(n: int, height: float = 4) -> "tuple[Figure, list[Axes]]":
 
 
 def _legend(picture: "Figure", looks: dict[str, Look]) -> None:
-    """A legend below the panels, in as many columns as fit."""
+    """Draw a legend below the panels, in as many columns as fit."""
     from matplotlib.lines import Line2D
 
     handles = [Line2D([], [], **look, markersize=4, label=_short(label)) for label, look in looks.items()]
-    inches = 0.8 + 0.085 * max(len(handle.get_label()) for handle in handles)
+    inches = 0.8 + 0.085 * max(len(_short(label)) for label in looks)
     n_columns = max(1, min(len(looks), int(picture.get_figwidth() / inches)))
     picture.set_figheight(picture.get_figheight() + 0.25 * math.ceil(len(looks) / n_columns))
     picture.legend(handles=handles, loc="outside lower center", ncols=n_columns, frameon=False)
 
 
 def _short(label: str) -> str:
-    return (
-        label if len(label) <= _LONGEST_LABEL else f"{label[: _LONGEST_LABEL // 2]} … {label[-_LONGEST_LABEL // 3 :]}"
-    )
-
-
-def png(picture: "Figure") -> bytes:
-    """The figure as a file's content."""
-    file = io.BytesIO()
-    picture.savefig(file, dpi=120, format="png", pil_kwargs={"compress_level": 1})  # little larger, and twice as fast
-    return file.getvalue()
+    return label if len(label) <= _MAX_LABEL else f"{label[: _MAX_LABEL // 2]} … {label[-_MAX_LABEL // 3 :]}"

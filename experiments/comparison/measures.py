@@ -1,8 +1,8 @@
-"""What is measured on a run: a metric's best value and its last one."""
+"""The numbers that are compared: of each metric the best value and the last one."""
 
 import difflib
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,7 +12,7 @@ from experiments.comparison.runs import Run
 from experiments.errors import UserError
 
 Mode = Literal["min", "max"]
-_MOST_METRICS = 4  # that a table shows without being asked
+_MOST_METRICS = 4  # of a table, unless the user asks for more
 _SMALL_IS_GOOD = "loss|perplexity|bits_per_byte|bits_per_token|error|nll|mse|rmse|mae|wer|cer"
 _LARGE_IS_GOOD = (
     "accuracy|acc|f1|precision|recall|auc|bleu|rouge|exact_match|score|reward|correlation|r2"
@@ -26,8 +26,8 @@ class Measure:
 
     Args:
         metric: Its metric.
-        kind: The `best` value, the `last` one, or both in one where no run tells them apart.
-        mode: Whether small or large values are good; `None` where nobody knows.
+        kind: The `best` value, the `last` one, or both if they are equal in every run.
+        mode: Whether small or large values are good; `None` if that is not known.
     """
 
     metric: str
@@ -40,7 +40,7 @@ class Measure:
         return f"{self.metric}, {self.kind}"
 
     def of(self, run: Run) -> float | None:
-        """The value, or nothing where the run has not logged the metric."""
+        """Return the value, or `None` if the run has not logged the metric."""
         if self.metric not in run.metrics:
             return None
         values = run.metrics[self.metric].values
@@ -48,16 +48,22 @@ class Measure:
             return float(values[-1])
         return float(np.nanmin(values) if self.mode == "min" else np.nanmax(values))
 
+    def by_seed(self, runs: Iterable[Run]) -> list[tuple[str, float]]:
+        """Return seed and value of each run that has logged the metric."""
+        return [(run.seed, value) for run in runs if (value := self.of(run)) is not None]
+
+    def values(self, runs: Iterable[Run]) -> list[float]:
+        """Return the value of each run that has logged the metric."""
+        return [value for _, value in self.by_seed(runs)]
+
 
 def choose_metrics(runs: Sequence[Run], asked: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The metrics to compare: those asked for, or what the runs monitor and other results that they have in common.
+    """Return the metrics to compare, and those that a table leaves out unless the user asks for them.
 
     Args:
         runs: The runs that count.
-        asked: Names that the user gives, if any.
-
-    Returns:
-        The metrics, and those that would have been next.
+        asked: Names that the user gives; without any, the metrics are those that the runs monitor and the other results
+            that all runs have.
 
     Raises:
         UserError: If no run has a metric that is asked for, or the runs have none in common.
@@ -87,33 +93,28 @@ def choose_metrics(runs: Sequence[Run], asked: Sequence[str]) -> tuple[list[str]
 
 
 def mode_of(metric: str, runs: Sequence[Run], maximize: Collection[str], minimize: Collection[str]) -> Mode | None:
-    """Whether small or large values of a metric are good: as the user says, else the runs, else its name.
+    """Return whether small or large values of a metric are good: by the user's word, the runs, or its name.
 
     Args:
-        metric: Its name.
+        metric: Name of the metric.
         runs: The runs that count.
-        maximize: Metrics of which the user says that large is good.
-        minimize: Metrics of which the user says that small is good.
+        maximize: Metrics of which the user says that large values are good.
+        minimize: Metrics of which the user says that small values are good.
     """
     if metric in maximize or metric in minimize:
         return "max" if metric in maximize else "min"
     for run in runs:
         if metric in run.modes:
             return run.modes[metric]
-    for words, mode in ((_SMALL_IS_GOOD, "min"), (_LARGE_IS_GOOD, "max")):
+    by_name: dict[Mode, str] = {"min": _SMALL_IS_GOOD, "max": _LARGE_IS_GOOD}
+    for mode, words in by_name.items():
         if re.search(rf"(?<![a-z])({words})(?![a-z])", metric):
             return mode
     return None
 
 
 def measures_of(metric: str, mode: Mode | None, runs: Sequence[Run]) -> list[Measure]:
-    """The measures of a metric: best and last, one for both where they are the same, the last alone without a mode.
-
-    Args:
-        metric: Its name.
-        mode: Whether small or large values are good.
-        runs: The runs that count.
-    """
+    """Return the measures of a metric: best and last, or one for both if they are equal, or the last without a mode."""
     best, last = Measure(metric, "best", mode), Measure(metric, "last", mode)
     if mode is None:
         return [last]

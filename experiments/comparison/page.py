@@ -1,4 +1,4 @@
-"""A comparison as one HTML file that needs nothing else: no network, no other files."""
+"""A comparison as one HTML file that needs neither the network nor other files."""
 
 import base64
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ img { max-width: 100%; height: auto }
 p, li, summary { color: #444 } code { background: #f3f3f3; padding: .1rem .3rem; overflow-wrap: anywhere }
 """
 
-# Numbers sort by size, `1,024 ± 3` by its first number; cells without a number come last.
+# Sorts numbers by size, `1,024 ± 3` by the mean, and cells without a number last.
 _SORT = """
 document.querySelectorAll('th').forEach(head => head.onclick = () => {
   const up = head.getAttribute('aria-sort') !== 'ascending';
@@ -39,13 +39,13 @@ document.querySelectorAll('th').forEach(head => head.onclick = () => {
 
 
 def page(command: str, notes: Sequence[str], sections: Sequence[tuple[str, Table | bytes]], runs: Table) -> str:
-    """Writes the page.
+    """Return the page.
 
     Args:
-        command: The command line that repeats it.
-        notes: How the first section is to be read.
+        command: The command line that repeats the comparison.
+        notes: Explanations of the first section.
         sections: Headings, each with a table or a PNG image.
-        runs: The table of all runs, folded away.
+        runs: The table of all runs, which the reader can unfold.
     """
     body = ""
     for heading, content in sections:

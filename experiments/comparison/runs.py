@@ -1,7 +1,6 @@
-"""Runs as `compare` reads them, from their folders or from Weights & Biases."""
+"""Runs, read from their folders or from Weights & Biases."""
 
 import csv
-import itertools
 import json
 import os
 import re
@@ -9,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import yaml
@@ -17,10 +16,9 @@ import yaml
 from experiments.errors import UserError
 
 FINISHED = "finished"
-UNFINISHED = "unfinished"  # there is no summary yet: it still runs, or was killed
-_MARKS = {"config.yaml", "environment.json", "metrics.csv"}  # one of them makes a folder a run's
-# What a run is called and where it reports is not what it is.
-_NO_SETTING = re.compile(r"(run|environment|trainer\.logger|trainer\.default_root_dir)(\.|$)")
+UNFINISHED = "unfinished"  # without a summary: the run is alive, or was killed
+_MARKS = {"config.yaml", "environment.json", "metrics.csv"}  # a folder with one of them is a run's
+_NO_SETTING = re.compile(r"(run|environment|trainer\.logger|trainer\.default_root_dir)(\.|$)")  # names and places
 _SEEDS = ("seed", "seed_everything")
 _MONITOR = re.compile(r"trainer\.callbacks\.\w*Checkpoint(\.\d+)?\.monitor")
 _YAML_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's is ten times as fast
@@ -28,7 +26,7 @@ _STEP = "trainer/global_step"  # optimiser steps done, in W&B's history
 
 
 class Series(NamedTuple):
-    """A metric's values, finite or not, in the order of the optimiser steps at which they were logged."""
+    """The values of a metric, finite or not, in the order of the optimiser steps at which they were logged."""
 
     steps: np.ndarray
     values: np.ndarray
@@ -36,16 +34,16 @@ class Series(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """One run, whatever it was read from.
+    """One run.
 
     Args:
-        name: Its folder, or its address at W&B.
-        status: `finished`, or how else it ended; `unfinished` where it did not.
-        error: What a failed run says about it.
+        name: Its folder, or its address in W&B.
+        status: `finished`, `unfinished`, or another end that its summary names.
+        error: Error of a failed run.
         settings: Its configuration without the seeds, by the keys of the command line.
-        seeds: The settings that one averages over.
+        seeds: Its seeds, by the same keys.
         modes: Metrics by which it keeps its best checkpoint, with `min` or `max`.
-        metrics: All it logged.
+        metrics: All that it logged.
     """
 
     name: str
@@ -53,16 +51,22 @@ class Run:
     error: str
     settings: dict[str, Any]
     seeds: dict[str, Any]
-    modes: dict[str, str]
+    modes: dict[str, Literal["min", "max"]]
     metrics: dict[str, Series]
+
+    @property
+    def seed(self) -> str:
+        """The seeds in one text, by which runs of different arms are paired."""
+        seeds = {key: value for key, value in self.seeds.items() if value is not None}
+        return str(next(iter(seeds.values()))) if len(seeds) == 1 else json.dumps(seeds, sort_keys=True)
 
 
 class UnreadableRunError(Exception):
-    """A run folder of which something is missing or damaged."""
+    """A run folder in which something is missing or damaged."""
 
 
 def find_runs(paths: Iterable[Path]) -> list[Path]:
-    """The run folders among these folders and below them, each once, by path.
+    """Return the run folders among these folders and below them, each once.
 
     Raises:
         UserError: If one of the folders does not exist, or none holds a run.
@@ -76,7 +80,7 @@ def find_runs(paths: Iterable[Path]) -> list[Path]:
             seen.add(os.path.realpath(folder))
             if is_run and is_new:
                 found.append(Path(folder))
-            # Not into a run: W&B keeps a config.yaml of its own there.
+            # Do not search runs: W&B keeps a config.yaml of its own in each.
             below[:] = [] if is_run or not is_new else sorted(name for name in below if not name.startswith("."))
     if not found:
         raise UserError(f"there are no runs in {', '.join(map(str, paths))}; a run folder holds a config.yaml")
@@ -84,10 +88,7 @@ def find_runs(paths: Iterable[Path]) -> list[Path]:
 
 
 def read_folder(folder: Path) -> Run:
-    """Reads what `run_record.py` and `MetricsCSV` have written.
-
-    Args:
-        folder: A run's folder.
+    """Read the folder of a run.
 
     Raises:
         UnreadableRunError: If something is missing or damaged, with the reason.
@@ -101,7 +102,7 @@ def read_folder(folder: Path) -> Run:
         metrics = _read_csv(folder / "metrics.csv")
         if summary["status"] == FINISHED and not metrics:
             raise ValueError("it has finished, and metrics.csv is missing or empty")
-        # `llm-train test` leaves its result beside the fit's.
+        # The result of `llm-train test` is in a file of its own.
         last_step = max((int(series.steps[-1]) for series in metrics.values()), default=0)
         for name, value in (_read_json(folder / "summary_test.json") or {}).get("metrics", {}).items():
             metrics[name] = Series(np.array([last_step]), np.array([float(value)]))
@@ -113,13 +114,13 @@ def read_folder(folder: Path) -> Run:
 
 
 def read_wandb(address: str) -> Iterator[Run]:
-    """Reads runs by W&B's public API: configuration, state and the whole history.
+    """Yield runs from W&B's public API, each with its whole history.
 
     Args:
         address: `ENTITY/PROJECT`, or `ENTITY/PROJECT/GROUP`.
 
     Raises:
-        UserError: If nobody is logged in, there is no such project, or it has no such runs.
+        UserError: If the user is not logged in, or the project does not exist or has no such runs.
     """
     import wandb
 
@@ -129,13 +130,13 @@ def read_wandb(address: str) -> Iterator[Run]:
     found = False
     try:
         for run in wandb.Api().runs(f"{entity}/{project}", filters={"group": group} if group else {}, lazy=False):
-            if run.job_type in (None, "", "fit"):  # the other subcommands are runs of their own there
+            if run.job_type in (None, "", "fit"):  # each subcommand is a run of its own in W&B
                 found = True
                 status = UNFINISHED if run.state == "running" else run.state
                 metrics = _read_history(run.scan_history())
                 yield _run(f"{entity}/{project}/{run.id} ({run.name})", status, None, run.config, metrics)
     except Exception as error:
-        # W&B's errors have no common base, and where there is no such project it is a ValueError.
+        # W&B's errors have no common base; that of an unknown project is a ValueError.
         if not isinstance(error, ValueError) and not type(error).__module__.startswith("wandb."):
             raise
         raise UserError(f"--wandb {address}: {error}") from error
@@ -144,12 +145,12 @@ def read_wandb(address: str) -> Iterator[Run]:
 
 
 def flatten(value: Any, key: str = "") -> dict[str, Any]:
-    """A configuration by the keys of the command line: `optimizer` (the class), `optimizer.lr`.
+    """Return a configuration by the keys of the command line: `optimizer` (the class), `optimizer.lr`.
 
     Args:
-        value: The configuration, or a part of it.
-        key: Where the part stands. The classes of a list stand under their names, `trainer.callbacks.RunCheckpoint`:
-            in another run they may have another place.
+        value: The configuration, or a part of it. Classes in a list get their names as keys, such as
+            `trainer.callbacks.RunCheckpoint`, since their places can differ between runs.
+        key: Key of the part.
     """
     if isinstance(value, list) and value and all(isinstance(item, dict) and "class_path" in item for item in value):
         classes: dict[str, Any] = {}
@@ -172,9 +173,9 @@ def flatten(value: Any, key: str = "") -> dict[str, Any]:
 
 def _run(name: str, status: str, error: str | None, config: Mapping[str, Any], metrics: Mapping[str, Series]) -> Run:
     settings = {key: value for key, value in flatten(dict(config)).items() if not _NO_SETTING.match(key)}
-    # A callback's seed chooses what it looks at: a setting like any other.
-    is_seed = [key.rsplit(".", 1)[-1] in _SEEDS and not key.startswith("trainer.") for key in settings]
-    seeds = {key: settings.pop(key) for key in list(itertools.compress(settings, is_seed))}
+    # A callback's seed is a setting like any other: it chooses the samples that the callback uses.
+    is_seed = [key for key in settings if key.rsplit(".", 1)[-1] in _SEEDS and not key.startswith("trainer.")]
+    seeds = {key: settings.pop(key) for key in is_seed}
     modes = {
         monitor: settings.get(f"{key.removesuffix('monitor')}mode", "min")
         for key, monitor in settings.items()
@@ -185,14 +186,14 @@ def _run(name: str, status: str, error: str | None, config: Mapping[str, Any], m
 
 def _read_csv(file: Path) -> dict[str, Series]:
     text = file.read_text(encoding="utf-8") if file.is_file() else ""
-    lines = text[: text.rfind("\n") + 1].split("\n")[:-1]  # what follows the last line break is half written
+    lines = text[: text.rfind("\n") + 1].split("\n")[:-1]  # the last line may be half written
     header = next(csv.reader(lines), ["step"])
     for line, row in enumerate(lines[1:], start=2):
         if row.count(",") != len(header) - 1:
             raise ValueError(f"{file.name}, line {line}: {row.count(',') + 1} values for {len(header)} columns")
     if header[0] != "step":
         raise ValueError(f"{file.name}: its first column is {header[0]!r} and not 'step'")
-    # Only the names of metrics can hold commas, so the numbers are split at once, which is four times as fast.
+    # Only names of metrics can hold commas, so that the numbers can be split at once, which is four times as fast.
     cells = ",".join(lines[1:]).split(",") if len(lines) > 1 else []
     steps = np.array([], dtype=int)
     metrics = {}
@@ -215,14 +216,14 @@ def _read_history(history: Iterable[Mapping[str, Any]]) -> dict[str, Series]:
         if row.get(_STEP) is None:
             continue
         for name, value in row.items():
-            number = float(value) if value in ("NaN", "Infinity", "-Infinity") else value  # JSON has no word for them
+            number = float(value) if value in ("NaN", "Infinity", "-Infinity") else value  # JSON cannot express them
             if isinstance(number, int | float) and not name.startswith("_") and name not in (_STEP, "epoch"):
                 metrics[name].append((int(row[_STEP]), float(number)))
     return {name: _series(*map(np.array, zip(*logged, strict=True))) for name, logged in metrics.items()}
 
 
 def _series(steps: np.ndarray, values: np.ndarray) -> Series:
-    """What is logged again, by a resumed run, takes the place of what it had logged before."""
+    """Return a series in which values that a resumed run logged again replace the earlier ones."""
     in_order, last = np.unique(steps[::-1], return_index=True)
     return Series(in_order, values[::-1][last])
 

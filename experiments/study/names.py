@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,8 @@ def arm_name(settings: Mapping[str, Any]) -> str:
             parts as tell it from the other keys.
     """
     flat = dict(_flatten(settings))
-    name = ",".join(f"{_short_key(key, flat)}={_short_value(value)}" for key, value in flat.items())
+    keys = {key: "seed" if key == "seed_everything" else shortest_ending(key, flat) for key in flat}
+    name = ",".join(f"{keys[key]}={_short_value(value)}" for key, value in flat.items())
     if len(name) > _MAX_LENGTH:
         name = f"{name[: _MAX_LENGTH - 9]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
     return name
@@ -49,13 +50,17 @@ def _flatten(settings: Mapping[str, Any], *parents: str) -> Iterator[tuple[str, 
             yield ".".join((*parents, key)), value
 
 
-def _short_key(key: str, keys: Collection[str]) -> str:
-    if key == "seed_everything":
-        return "seed"
-    parts = key.split(".")
-    endings = (".".join(parts[-n:]) for n in range(1, len(parts)))
-    unique = (end for end in endings if not any(other != key and f".{other}".endswith(f".{end}") for other in keys))
-    return next(unique, key)
+def shortest_ending(path: str, paths: Iterable[str]) -> str:
+    """Return the last parts of a dotted path, as few as tell it from the other paths: `lr`, or `optimizer.lr`.
+
+    Args:
+        path: The path.
+        paths: All paths.
+    """
+    parts = path.split(".")
+    endings = (".".join(parts[-n:]) for n in range(1, len(parts) + 1))
+    unique = (ending for ending in endings if sum(f".{other}".endswith(f".{ending}") for other in paths) == 1)
+    return next(unique, path)
 
 
 def _short_value(value: Any) -> str:

@@ -54,7 +54,9 @@ def explain(error: Any) -> tuple[tuple[str | int, ...], str]:
     Args:
         error: Item of `ValidationError.errors()`.
     """
-    key = tuple(part for part in error["loc"] if not re.fullmatch(r"\[key\]|<.*>", str(part)))  # parts that Pydantic adds
+    key = tuple(
+        part for part in error["loc"] if not re.fullmatch(r"\[key\]|<.*>", str(part))
+    )  # parts that Pydantic adds
     kind, value, hint = error["type"], error["input"], ""
     match kind:
         case "missing":

@@ -1,6 +1,7 @@
 """`llm-train compare` on runs whose means and intervals are known."""
 
 import base64
+import contextlib
 import csv
 import io
 import json
@@ -10,6 +11,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,75 +23,86 @@ from helpers import with_settings
 from matplotlib.axes import Axes
 from scipy import stats
 
-from experiments.comparison import figures, tables
-from experiments.comparison.arms import ABSENT, arms_of, differing_settings, short_names, show_values
-from experiments.comparison.measures import Measure, mode_of
-from experiments.comparison.runs import Run, Series, flatten
+from experiments.comparison import command, figures, tables
+from experiments.comparison.arms import ABSENT, arms_of, compared, differing_settings, show_values
+from experiments.comparison.measures import Measure, choose_metrics, measures_of, mode_of
+from experiments.comparison.runs import Run, Series, UnreadableRunError, find_runs, flatten, read_folder, read_wandb
 from experiments.comparison.statistics import difference, estimate, welch
+from experiments.errors import UserError
+from experiments.study.names import shortest_ending
+from lightning_modules.common.files import csv_text
 
 T_2 = 4.302652729911275  # Student's t, 0.975, two degrees of freedom
 
 WriteRun = Callable[..., Path]
 
 
+def write_run_in(
+    folder: Path,
+    name: str,
+    losses: Sequence[float] = (3.0, 2.0),
+    seed: int = 0,
+    status: str | None = "finished",
+    columns: Mapping[str, Sequence[float]] | None = None,
+    monitor: tuple[str, str] = ("val/loss", "min"),
+    **settings: object,
+) -> Path:
+    """Write a run folder: `val/loss` at steps 10, 20, …, and settings over a small configuration, by dotted key."""
+    checkpoint = "lightning_modules.runtime.checkpoint.RunCheckpoint"
+    config = {
+        "seed_everything": seed,
+        "trainer": {
+            "max_steps": 20,
+            "logger": [{"class_path": "lightning_modules.runtime.loggers.WandbRecorder", "init_args": {"group": name}}],
+            "callbacks": [{"class_path": checkpoint, "init_args": {"monitor": monitor[0], "mode": monitor[1]}}],
+        },
+        "model": {"class_path": "models.decoder.Decoder", "init_args": {"n_layer": 2, "dropout": 0.0}},
+        "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.1, "betas": [0.9, 0.99]}},
+        "run": {"name": name, "topic": "topic"},
+    }
+    run = folder / name
+    run.mkdir(parents=True)
+    (run / "config.yaml").write_text(yaml.safe_dump(with_settings(config, settings), sort_keys=False))
+    (run / "environment.json").write_text("[]")
+    columns = columns if columns is not None else {"val/loss": losses}
+    rows = ([10 * step, 0, *row] for step, row in enumerate(zip(*columns.values(), strict=True), start=1))
+    (run / "metrics.csv").write_text(csv_text(["step", "epoch", *columns], rows))
+    if status:
+        error = "ValueError: loss is nan" if status == "failed" else None
+        (run / "summary.json").write_text(json.dumps({"status": status, "error": error}))
+    return run
+
+
 @pytest.fixture
 def write_run(tmp_path: Path) -> WriteRun:
-    """Writes a run folder: `val/loss` at steps 10, 20, … and settings over a small configuration, by dotted key."""
+    """Write run folders in `runs`."""
+    return partial(write_run_in, tmp_path / "runs")
 
-    def write(
-        name: str,
-        losses: Sequence[float] = (3.0, 2.0),
-        seed: int = 0,
-        status: str | None = "finished",
-        columns: Mapping[str, Sequence[float]] | None = None,
-        monitor: tuple[str, str] = ("val/loss", "min"),
-        **settings: object,
-    ) -> Path:
-        config = {
-            "seed_everything": seed,
-            "trainer": {
-                "max_steps": 20,
-                "logger": [
-                    {"class_path": "lightning_modules.runtime.loggers.WandbRecorder", "init_args": {"group": name}}
-                ],
-                "callbacks": [
-                    {
-                        "class_path": "lightning_modules.runtime.checkpoint.RunCheckpoint",
-                        "init_args": {"monitor": monitor[0], "mode": monitor[1]},
-                    }
-                ],
-            },
-            "model": {"class_path": "models.decoder.Decoder", "init_args": {"n_layer": 2, "dropout": 0.0}},
-            "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.1, "betas": [0.9, 0.99]}},
-            "run": {"name": name, "topic": "topic"},
-        }
-        folder = tmp_path / "runs" / name
-        folder.mkdir(parents=True)
-        (folder / "config.yaml").write_text(yaml.safe_dump(with_settings(config, settings), sort_keys=False))
-        (folder / "environment.json").write_text("[]")
-        columns = columns if columns is not None else {"val/loss": losses}
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(["step", "epoch", *columns])
-        writer.writerows([10 * step, 0, *row] for step, row in enumerate(zip(*columns.values(), strict=True), start=1))
-        (folder / "metrics.csv").write_text(text.getvalue())
-        if status:
-            error = "ValueError: loss is nan" if status == "failed" else None
-            (folder / "summary.json").write_text(json.dumps({"status": status, "error": error}))
-        return folder
 
-    return write
+def write_two_arms(folder: Path) -> None:
+    """Write two depths with three seeds each; the deeper is better by 0.1, 0.2 and 0.3, and gets worse after that."""
+    for seed, loss in enumerate((2.0, 2.2, 2.4)):
+        write_run_in(folder, f"n_layer=2,seed={seed}", (3.0, loss), seed)
+        losses = (loss - 0.1 * (seed + 1), loss + 1)
+        write_run_in(folder, f"n_layer=4,seed={seed}", losses, seed, model__init_args__n_layer=4)
 
 
 @pytest.fixture
-def two_arms(write_run: WriteRun) -> Path:
-    """Two depths with three seeds each; the deeper is better by 0.1, 0.2 and 0.3, and ends worse than its best."""
-    for seed, loss in enumerate((2.0, 2.2, 2.4)):
-        write_run(f"n_layer=2,seed={seed}", (3.0, loss), seed)
-        write_run(
-            f"n_layer=4,seed={seed}", (loss - 0.1 * (seed + 1), loss + 1), seed, model__init_args__n_layer=4
-        )  # fmt: skip
+def two_arms() -> Path:
+    """Write the two arms in `runs`."""
+    write_two_arms(Path("runs"))
     return Path("runs")
+
+
+@pytest.fixture(scope="module")
+def comparison(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    """Compare the two arms once; give the folder and the output of the command."""
+    folder = tmp_path_factory.mktemp("comparison")
+    output, errors = io.StringIO(), io.StringIO()
+    with contextlib.chdir(folder), contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
+        write_two_arms(Path("runs"))
+        command.main(["compare", "runs", "--out", "a & b"])
+    return SimpleNamespace(folder=folder / "a & b", out=output.getvalue(), err=errors.getvalue())
 
 
 def read_csv(file: Path) -> list[dict[str, str]]:
@@ -155,7 +168,8 @@ def test_a_single_run_has_a_difference_and_no_interval():
     ],
 )
 def test_numbers_are_rounded_by_their_interval(values, shown):
-    assert tables.with_interval(estimate(values)) == shown
+    mean, half_width, _ = estimate(values)
+    assert tables.with_interval(mean, half_width) == shown
 
 
 # --- settings and arms ---
@@ -190,13 +204,12 @@ def test_what_follows_from_a_class_is_no_difference_of_its_own():
 
 
 def test_names_are_as_short_as_can_be_told_apart():
-    assert short_names(["optimizer.lr", "model.n_layer"]) == ["lr", "n_layer"]
-    assert short_names(["optimizer.lr", "lr_scheduler.lr", "optimizer"]) == [
-        "optimizer.lr",
-        "lr_scheduler.lr",
-        "optimizer",
-    ]
-    assert short_names(["optimizer", "model.optimizer"]) == ["optimizer", "model.optimizer"]
+    for names, short in (
+        (["optimizer.lr", "model.n_layer"], ["lr", "n_layer"]),
+        (["optimizer.lr", "lr_scheduler.lr", "optimizer"], ["optimizer.lr", "lr_scheduler.lr", "optimizer"]),
+        (["optimizer", "model.optimizer"], ["optimizer", "model.optimizer"]),
+    ):
+        assert [shortest_ending(name, names) for name in names] == short
     shown = show_values(["models.initialization.xavier", "models.initialization.kaiming", None, True, 3, ABSENT])
     assert list(shown.values()) == ["xavier", "kaiming", "null", "true", "3", "–"]
     assert list(show_values(["models.gpt2.init", "models.gpt_neo.init"]).values()) == ["gpt2.init", "gpt_neo.init"]
@@ -239,11 +252,10 @@ def test_the_best_value_is_by_the_mode_and_ignores_nan():
 # --- the command ---
 
 
-def test_two_arms_are_compared_by_seed(llm_train, two_arms):
-    done = llm_train("compare", two_arms)
-    assert (done.code, done.err) == (0, "")
+def test_two_arms_are_compared_by_seed(comparison):
+    assert comparison.err == ""
     half_width = T_2 * 0.1 / math.sqrt(3)
-    markdown = (two_arms / "comparison/table.md").read_text().splitlines()
+    markdown = (comparison.folder / "table.md").read_text().splitlines()
     assert markdown[:4] == [
         "| n_layer | n | val/loss, best | val/loss, last |",
         "| --- | --- | --- | --- |",
@@ -253,44 +265,44 @@ def test_two_arms_are_compared_by_seed(llm_train, two_arms):
     assert "| n_layer=4 | n_layer=2 | val/loss, best | -0.20 ± 0.25 | not clear | paired by 3 seeds |" in markdown
     assert "| n_layer=4 | n_layer=2 | val/loss, last | +1.000 ± 0 | worse | paired by 3 seeds |" in markdown
     assert half_width == pytest.approx(0.25, abs=0.005)
-    assert "n_layer  n  val/loss, best  val/loss, last\n" in done.out
-    assert "-0.20 ± 0.25" in done.out
+    assert "n_layer  n  val/loss, best  val/loss, last\n" in comparison.out
+    assert "-0.20 ± 0.25" in comparison.out
 
-    table = read_csv(two_arms / "comparison/table.csv")
+    table = read_csv(comparison.folder / "table.csv")
     assert float(table[1]["val/loss, best, low"]) == pytest.approx(2.0 - half_width)
-    runs = read_csv(two_arms / "comparison/runs.csv")
+    runs = read_csv(comparison.folder / "runs.csv")
     assert [row["seed"] for row in runs] == ["0", "1", "2"] * 2
     assert [float(row["val/loss, best"]) for row in runs[3:]] == pytest.approx([1.9, 2.0, 2.1])
     assert runs[0]["run"] == "runs/n_layer=2,seed=0"
 
 
-def test_curves_are_means_with_their_intervals(llm_train, two_arms):
-    llm_train("compare", two_arms)
-    points = read_csv(two_arms / "comparison/curves.csv")
+def test_curves_are_means_with_their_intervals(comparison):
+    points = read_csv(comparison.folder / "curves.csv")
     assert [(p["arm"], p["step"]) for p in points] == [(f"n_layer={n}", str(step)) for n in (2, 4) for step in (10, 20)]
     last = {key: float(points[1][key]) for key in ("value", "low", "high")}
     half_width = T_2 * 0.2 / math.sqrt(3)
     assert last == pytest.approx({"value": 2.2, "low": 2.2 - half_width, "high": 2.2 + half_width})
 
 
-def test_the_page_needs_nothing_else(llm_train, two_arms):
-    llm_train("compare", two_arms, "--out", "a & b")
-    page = Path("a & b/index.html").read_text()
+def test_the_page_needs_no_other_file(comparison):
+    page = (comparison.folder / "index.html").read_text()
     assert not re.search(r"(src|href)=\"(?!data:image/png;base64,)|https?://|@import|url\(", page)
     assert "llm-train compare runs --out &#x27;a &amp; b&#x27;" in page
     images = [base64.b64decode(image) for image in re.findall(r"base64,([^\"]+)", page)]
-    assert images == [Path("a & b", name).read_bytes() for name in ("summary.png", "curves.png")]
+    assert images == [(comparison.folder / name).read_bytes() for name in ("summary.png", "curves.png")]
     assert all(image.startswith(b"\x89PNG") for image in images)
     assert "<td>2.00 ± 0.25</td>" in page
     assert page.count("runs/n_layer=") == 6
 
 
-def test_what_has_not_finished_stays_out_of_the_means(llm_train, two_arms, write_run):
+def test_unfinished_and_damaged_runs_stay_out_of_the_means(llm_train, two_arms, write_run):
     write_run("n_layer=2,seed=3", (50.0, 50.0), 3, status=None)
     write_run("n_layer=2,seed=4", (60.0, 60.0), 4, status="stopped")
     write_run("n_layer=8,seed=0", (70.0, 70.0), 0, status="failed", model__init_args__n_layer=8)
+    empty_config(write_run("bad", seed=9))
     done = llm_train("compare", two_arms)
     assert done.err.splitlines() == [
+        "skipped runs/bad: config.yaml holds no settings",
         "left out runs/n_layer=2,seed=3: unfinished",
         "left out runs/n_layer=2,seed=4: stopped",
         "left out runs/n_layer=8,seed=0: failed (ValueError: loss is nan)",
@@ -299,11 +311,14 @@ def test_what_has_not_finished_stays_out_of_the_means(llm_train, two_arms, write
     assert "| 2 | 3 | 1 stopped, 1 unfinished | 2.20 ± 0.50 | 2.20 ± 0.50 |" in markdown
     assert "| 8 | 0 | 1 failed | – | – |" in markdown
     assert "Left out of the means: 3 of 9 runs (1 failed, 1 stopped, 1 unfinished)." in done.out
+    assert "Skipped, since they cannot be read: 1." in done.out
     drawn = {(point["arm"], point["run"]) for point in read_csv(two_arms / "comparison/curves.csv")}
     assert ("n_layer=8", "runs/n_layer=8,seed=0") in drawn  # but the figure shows how far it came
 
-    llm_train("compare", two_arms, "--unfinished")
-    assert "| 8 | 1 | 70.00 | 70.00 |" in (two_arms / "comparison/table.md").read_text()
+    remove_metrics(write_run("started", status=None))
+    done = llm_train("compare", two_arms, "--unfinished")
+    assert done.err.splitlines()[1:] == ["left out runs/started: unfinished, it has logged nothing"]
+    assert "| 8 | 1 |  | 70.00 | 70.00 |" in (two_arms / "comparison/table.md").read_text()
 
 
 def damage_config(run: Path) -> None:
@@ -361,141 +376,161 @@ def list_summary(run: Path) -> None:
         (list_summary, "list indices"),
     ],
 )
-def test_a_damaged_run_is_skipped_with_a_line_that_names_it(llm_train, two_arms, write_run, damage, reason):
-    damage(write_run("bad", seed=9))
-    done = llm_train("compare", two_arms)
-    assert done.code == 0
-    (line,) = done.err.splitlines()
-    assert line.startswith("skipped runs/bad: ")
-    assert reason in line
-    assert "| 2 | 3 |" in (two_arms / "comparison/table.md").read_text()
-    assert "Skipped, as they cannot be read: 1." in done.out
+def test_a_damaged_run_cannot_be_read(write_run, damage, reason):
+    run = write_run("bad", seed=9)
+    damage(run)
+    with pytest.raises(UnreadableRunError) as caught:
+        read_folder(run.relative_to(Path.cwd()))
+    assert reason in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
-def test_a_run_that_has_logged_nothing_never_counts(llm_train, two_arms, write_run):
-    remove_metrics(write_run("started", status=None))
-    done = llm_train("compare", two_arms, "--unfinished")
-    assert (done.code, done.err) == (0, "left out runs/started: unfinished, it has logged nothing\n")
-
-
-def test_a_half_written_last_line_is_not_read(llm_train, write_run):
+def test_a_half_written_last_line_is_not_read(write_run):
     run = write_run("killed", (3.0, 2.0), status=None)
     with (run / "metrics.csv").open("a") as file:
         file.write("30,0,1.")
-    llm_train("compare", "runs", "--unfinished")
-    assert [row["val/loss, best = last"] for row in read_csv(Path("runs/comparison/runs.csv"))] == ["2"]
+    assert [column.tolist() for column in read_folder(run).metrics["val/loss"]] == [[10, 20], [3.0, 2.0]]
 
 
-def test_of_rows_of_one_step_the_last_is_taken(llm_train, write_run):
-    for seed in range(3):
-        with (write_run(f"seed={seed}", (3.0, 2.0), seed) / "metrics.csv").open("a") as file:
-            file.write("20,0,1.0\n")
-    llm_train("compare", "runs")
-    assert [(row["step"], row["value"]) for row in read_csv(Path("runs/comparison/curves.csv"))] == [
-        ("10", "3.0"), ("20", "1.0"),
-    ]  # fmt: skip
+def test_of_rows_of_one_step_the_last_is_taken(write_run):
+    run = write_run("resumed", (3.0, 2.0))
+    with (run / "metrics.csv").open("a") as file:
+        file.write("20,0,1.0\n")
+    assert [column.tolist() for column in read_folder(run).metrics["val/loss"]] == [[10, 20], [3.0, 1.0]]
 
 
-def test_runs_are_found_at_any_depth_and_only_once(llm_train, write_run):
+def test_runs_are_found_at_any_depth_and_only_once(write_run):
     run = write_run("study/arm,seed=0")
     shutil.copytree(run, "runs/other/deep/run")
     (run / "wandb/files").mkdir(parents=True)
     (run / "wandb/files/config.yaml").write_text("not: a run")
     Path("runs/link").symlink_to(run.parent)
-    done = llm_train("compare", run, "runs", "runs/study", "--out", "out")
-    assert done.err == ""
-    assert len(read_csv(Path("out/runs.csv"))) == 2
-
-
-def test_runs_with_the_same_seed_are_told_of(llm_train, write_run):
-    write_run("one", seed=0)
-    write_run("two", seed=0)
-    assert "A seed is there more than once in all runs" in llm_train("compare", "runs").out
+    assert len(find_runs([run, Path("runs"), Path("runs/study")])) == 2
 
 
 def test_metrics_are_what_the_runs_monitor_and_what_they_have_in_common(llm_train, write_run):
     columns = {"train/loss": [1, 2], "val/size": [1, 2], "val/bad/far": [1, 2], "val/accuracy": [0.5, 0.4]}
     for name, more in (("one", {}), ("two", {"val/other": [1, 2]})):
         write_run(name, columns=columns | more, monitor=("val/accuracy", "max"))
-    llm_train("compare", "runs")
-    header = Path("runs/comparison/table.md").read_text().splitlines()[0]
-    assert header == "| n | val/accuracy, best | val/accuracy, last | val/size, last |"
-    llm_train("compare", "runs", "--metrics", "val/other", "train/loss", "--maximize", "val/other")
+    runs = [read_folder(Path("runs", name)) for name in ("one", "two")]
+    assert choose_metrics(runs, []) == (["val/accuracy", "val/size"], [])
+    done = llm_train("compare", "runs", "--metrics", "val/other", "train/loss", "--maximize", "val/other")
     first, _, row, *_ = Path("runs/comparison/table.md").read_text().splitlines()
     assert first == "| n | val/other, best = last | train/loss, best | train/loss, last |"
     assert row == "| 2 | 2.000 (n = 1) | 1.000 ± 0 | 2.000 ± 0 |"
+    assert "Several runs have the same seed in all runs" in done.out
 
 
-def test_the_result_of_a_test_is_compared_too(llm_train, write_run):
+def test_a_table_has_four_metrics_unless_more_are_asked_for(write_run):
+    run = read_folder(write_run("one", columns={f"val/{letter}": [1.0] for letter in "abcdef"}))
+    shown, more = choose_metrics([run], [])
+    assert (shown, more) == ([f"val/{letter}" for letter in "abcd"], ["val/e", "val/f"])
+    assert command._notes(arms_of([run]), 0, more)[-1] == "Shown only by --metrics: val/e, val/f."
+
+
+def test_the_measures_of_a_metric_are_its_best_and_its_last_value():
+    run = run_with(loss=10.0)  # after 9.0
+    assert [measure.kind for measure in measures_of("val/loss", "min", [run])] == ["best", "last"]
+    assert [measure.kind for measure in measures_of("val/loss", "max", [run])] == ["best = last"]
+    assert [measure.kind for measure in measures_of("val/loss", None, [run])] == ["last"]
+
+
+def test_the_terminal_shows_the_best_thirty_of_many_arms():
+    table = tables.Table(["width", "loss"], [[str(number), ""] for number in range(40)])
+    shown = command._best_rows(table, range(39, -1, -1))
+    assert shown.rows == [*([str(number), ""] for number in range(39, 9, -1)), ["… 10 more arms", ""]]
+
+
+def test_the_result_of_a_test_is_a_metric_without_a_curve(write_run):
+    runs = []
     for seed in (0, 1):
         run = write_run(f"seed={seed}", seed=seed)
         (run / "summary_test.json").write_text(json.dumps({"metrics": {"test/accuracy": 0.5 + seed}}))
-    llm_train("compare", "runs")
-    (row,) = read_csv(Path("runs/comparison/table.csv"))
-    assert float(row["test/accuracy, best = last, mean"]) == 1.0
-    assert {point["metric"] for point in read_csv(Path("runs/comparison/curves.csv"))} == {
-        "val/loss"
-    }  # it has no course
+        runs.append(read_folder(run))
+    assert [run.metrics["test/accuracy"].values.tolist() for run in runs] == [[0.5], [1.5]]
+    assert {curve.metric for curve in figures.curves_of(list(runs[0].metrics), arms_of(runs))} == {"val/loss"}
 
 
-def test_a_metric_without_a_course_leaves_no_old_figure(llm_train, write_run):
+def test_a_metric_without_a_curve_leaves_no_old_figure(llm_train, write_run):
     run = write_run("one")
-    llm_train("compare", "runs")
-    assert Path("runs/comparison/curves.png").is_file()
+    Path("runs/comparison").mkdir()
+    Path("runs/comparison/curves.png").touch()
     (run / "metrics.csv").write_text("step,epoch,val/loss\n10,0,1.0\n")
     llm_train("compare", "runs")
     assert not Path("runs/comparison/curves.png").exists()
 
 
-def test_arms_are_compared_with_a_baseline_under_the_same_other_settings(llm_train, write_run):
-    for width in (8, 16):
-        for scale in (True, False):
-            loss = width / 8 + (0.0 if scale else 0.5)
-            write_run(f"{width},{scale}", (9.0, loss), model__init_args__width=width, model__init_args__scale=scale)
-    llm_train("compare", "runs", "--baseline", "model.scale=true")  # the whole name of what the table calls `scale`
-    markdown = Path("runs/comparison/table.md").read_text()
-    for width in (8, 16):
-        row = f"| width={width}, scale=false | width={width}, scale=true | val/loss, best = last | +0.5000 |"
-        assert row in markdown
-    assert markdown.count("no interval: a single run in an arm") == 2
+def test_arms_are_compared_with_a_baseline_under_the_same_other_settings():
+    runs = [
+        run_with(loss=width / 8 + (0.0 if scale else 0.5), model__width=width, model__scale=scale)
+        for width in (8, 16)
+        for scale in (True, False)
+    ]
+    pairs = compared(arms_of(runs), ["model.scale=true"])  # the whole name of the setting `scale`
+    assert tables.differences(pairs, [Measure("val/loss", "last", "min")]).rows == [
+        [f"width={width}, scale=false", f"width={width}, scale=true", "val/loss, last", "+0.5000", "–",
+         "no interval: a single run in an arm"]
+        for width in (8, 16)
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    ("arguments", "says"),
+    ("baseline", "message"),
+    [
+        ("depth=2", "--baseline depth: the runs differ in n_layer"),
+        ("n_layer=7", "there is no other run to compare; the values are n_layer=2, n_layer=4"),
+    ],
+)
+def test_a_baseline_that_no_run_has(baseline, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        compared(arms_of([run_with(n_layer=2), run_with(n_layer=4)]), [baseline])
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ("val/lose", "--metrics val/lose: no run has logged it (did you mean 'val/loss'?)"),
+        ("x", "--metrics x: no run has logged it (there are val/loss)"),
+    ],
+)
+def test_a_metric_that_no_run_has(asked, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        choose_metrics([run_with()], [asked])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
     [
         (["missing"], "missing: there is no such folder"),
         (["empty"], "there are no runs in empty"),
-        (["runs", "--metrics", "val/lose"], "--metrics val/lose: no run has logged it (did you mean 'val/loss'?)"),
-        (["runs", "--metrics", "x"], "(there are val/loss)"),
-        (["runs", "--baseline", "depth=2"], "--baseline depth: the runs differ in n_layer"),
-        (["runs", "--baseline", "n_layer=7"], "there is n_layer=2, n_layer=4"),
         (["runs", "--maximize", "val/lose"], "val/lose is not compared; there is val/loss"),
         (["--wandb", "project"], "--wandb project: give ENTITY/PROJECT or ENTITY/PROJECT/GROUP"),
         (["runs", "--out", "file"], "file"),
     ],
 )
-def test_a_mistake_costs_one_line(llm_train, two_arms, arguments, says):
+def test_a_mistake_costs_one_line(llm_train, write_run, arguments, message):
+    write_run("one")
     Path("empty").mkdir()
     Path("file").touch()
     done = llm_train("compare", *arguments)
     assert done.code == 1
     (line,) = done.err.splitlines()
     assert line.startswith("error: ")
-    assert says in line
-    assert not (two_arms / "comparison").exists()
+    assert message in line
+    assert not Path("runs/comparison").exists()
 
 
-def test_runs_without_a_common_metric(llm_train, write_run):
-    write_run("one", columns={"val/loss": [1.0]})
-    write_run("two", columns={"val/bytes_per_token": [1.0]})
-    done = llm_train("compare", "runs")
-    assert (done.code, done.err) == (
-        1,
-        "error: these 2 runs have no metric in common: runs/one has val/loss, runs/two has val/bytes_per_token\n",
+def test_runs_without_a_common_metric(write_run):
+    one = read_folder(write_run("one", columns={"val/loss": [1.0]}))
+    two = read_folder(write_run("two", columns={"val/bytes_per_token": [1.0]}))
+    with pytest.raises(UserError) as caught:
+        choose_metrics([one, two], [])
+    assert str(caught.value) == (
+        f"these 2 runs have no metric in common: {one.name} has val/loss, {two.name} has val/bytes_per_token"
     )
-    shutil.rmtree("runs")
-    write_run("one", columns={"train/loss": [1.0]})
-    assert "choose with --metrics from train/loss" in llm_train("compare", "runs").err
+    only_training = read_folder(write_run("three", columns={"train/loss": [1.0]}))
+    with pytest.raises(UserError, match="choose with --metrics from train/loss"):
+        choose_metrics([only_training], [])
 
 
 def test_no_run_that_counts(llm_train, write_run):
@@ -513,8 +548,8 @@ def test_either_folders_or_wandb(llm_train):
     assert "give either run folders or --wandb" in llm_train("compare", "runs", "--wandb", "a/b").err
 
 
-def test_a_failure_leaves_the_earlier_comparison(llm_train, two_arms, monkeypatch):
-    llm_train("compare", two_arms)
+def test_a_failure_leaves_the_earlier_comparison(llm_train, two_arms, comparison, monkeypatch):
+    shutil.copytree(comparison.folder, two_arms / "comparison")
     before = {file.name: file.read_bytes() for file in (two_arms / "comparison").iterdir()}
 
     def full(*_: object) -> None:
@@ -599,35 +634,7 @@ def test_a_long_curve_is_thinned_and_keeps_its_ends():
     assert (len(curve.steps), curve.steps[0], curve.steps[-1], curve.values[-1]) == (300, 0, 4_999, 4_999.0)
 
 
-# --- real runs, W&B, start-up ---
-
-
-def test_runs_of_the_real_command(llm_train, tiny):
-    for seed in (1, 2):
-        for lr in (1e-2, 1e-3):
-            name = f"lr={lr},seed={seed}"
-            flags = (
-                "--run.name",
-                name,
-                "--run.root",
-                "runs",
-                "--optimizer.lr",
-                str(lr),
-                "--seed_everything",
-                str(seed),
-            )
-            assert llm_train("fit", "-c", tiny(), *flags, "--trainer.max_steps", "16").code == 0
-    folder = Path("runs/decoder_pretrain")
-    done = llm_train("compare", folder)
-    assert (done.code, done.err) == (0, "")
-    rows = read_csv(folder / "comparison/runs.csv")
-    assert [(row["lr"], row["seed"]) for row in rows] == [("0.001", "1"), ("0.001", "2"), ("0.01", "1"), ("0.01", "2")]
-    for row in rows:
-        best = json.loads((Path(row["run"]) / "summary.json").read_text())["best"]
-        column = next(name for name in row if name.startswith("val/loss, best"))
-        assert float(row[column]) == pytest.approx(best["value"], rel=1e-6)
-    assert "lr=0.01  lr=0.001" in done.out
-    assert "paired by 2 seeds" in done.out
+# --- W&B, start-up ---
 
 
 class FakeRun(SimpleNamespace):
@@ -683,19 +690,21 @@ def test_runs_are_read_from_wandb(llm_train, fake_wandb):
         wandb.errors.CommError("404"),
     ],
 )
-def test_what_wandb_refuses_is_one_line(llm_train, monkeypatch, error):
+def test_an_error_of_wandb_is_a_users_error(monkeypatch, error):
     class Api:
         def runs(self, *_, **__):
             raise error
 
     monkeypatch.setattr(wandb, "Api", Api)
-    done = llm_train("compare", "--wandb", "me/x")
-    assert (done.code, done.err) == (1, f"error: --wandb me/x: {error}\n")
+    with pytest.raises(UserError) as caught:
+        list(read_wandb("me/x"))
+    assert str(caught.value) == f"--wandb me/x: {error}"
 
 
-def test_wandb_without_runs(llm_train, monkeypatch):
+def test_wandb_without_runs(monkeypatch):
     monkeypatch.setattr(wandb, "Api", lambda: SimpleNamespace(runs=lambda *_, **__: []))
-    assert llm_train("compare", "--wandb", "me/x").err == "error: --wandb me/x: there are no training runs\n"
+    with pytest.raises(UserError, match="--wandb me/x: there are no training runs"):
+        list(read_wandb("me/x"))
 
 
 def test_the_command_starts_without_torch():

@@ -1,5 +1,6 @@
 """`llm-train study`: the sweep files that it accepts, the runs that it starts, and how it resumes after a kill."""
 
+import csv
 import fcntl
 import json
 import os
@@ -559,19 +560,30 @@ class ForkedProcess:
         return self.process.exitcode
 
 
-def test_a_study_of_the_real_command_leaves_ordinary_runs(llm_train, tiny, sweep, monkeypatch):
+def test_a_study_of_the_real_command_leaves_ordinary_runs_that_can_be_compared(llm_train, tiny, sweep, monkeypatch):
     monkeypatch.setattr(runs, "start_process", ForkedProcess)
-    tiny(trainer__max_steps=4, trainer__val_check_interval=4)
+    tiny(trainer__max_steps=4, trainer__val_check_interval=2)
     command = ["${env}", "${interpreter}", "-m", "experiments", "fit", "-c", "tiny.yaml", "${args}"]
     parameters = {"optimizer": {"parameters": {"lr": {"values": [0.01, 0.02]}}}, "model.n_layer": {"value": 1}}
-    done = llm_train("study", sweep("rates.yaml", command=command, parameters=parameters), "--runs=1")
-    folder = Path("runs/decoder_pretrain/rates/lr=0.01")
-    log = folder.parent / "logs/lr=0.01.log"
-    assert done.code == 0, (done.err, log.read_text())
-    config = yaml.safe_load((folder / "config.yaml").read_text())
+    done = llm_train("study", sweep("rates.yaml", command=command, parameters=parameters))
+    study = Path("runs/decoder_pretrain/rates")
+    assert done.code == 0, (done.err, (study / "logs/lr=0.01.log").read_text())
+    config = yaml.safe_load((study / "lr=0.01/config.yaml").read_text())
     assert config["run"] == {"name": "lr=0.01", "root": "runs", "topic": "decoder_pretrain", "study": "rates"}
     assert (config["optimizer"]["init_args"]["lr"], config["model"]["init_args"]["n_layer"]) == (0.01, 1)
-    best = json.loads((folder / "summary.json").read_text())["best"]["value"]
-    assert f"[1/1] lr=0.01  val/loss {best:.4f}" in done.err
-    again = llm_train("fit", "-c", folder / "config.yaml", "--ckpt_path", "last", "--trainer.max_steps", "8")
-    assert f"{folder} (finished at step 8" in again.err
+    best = {lr: json.loads((study / f"lr={lr}/summary.json").read_text())["best"]["value"] for lr in ("0.01", "0.02")}
+    for number, (lr, value) in enumerate(best.items(), start=1):
+        assert f"[{number}/2] lr={lr}  val/loss {value:.4f}" in done.err
+
+    compared = llm_train("compare", study)
+    assert (compared.code, compared.err) == (0, "")
+    assert "lr=0.02  lr=0.01" in compared.out
+    with (study / "comparison/runs.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["lr"], row["seed"]) for row in rows] == [("0.01", "5"), ("0.02", "5")]
+    for row in rows:
+        column = next(name for name in row if name.startswith("val/loss, best"))
+        assert float(row[column]) == pytest.approx(best[row["lr"]], rel=1e-6)
+
+    again = llm_train("fit", "-c", study / "lr=0.01/config.yaml", "--ckpt_path", "last", "--trainer.max_steps", "6")
+    assert f"{study / 'lr=0.01'} (finished at step 6" in again.err
