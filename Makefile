@@ -13,10 +13,8 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
-demo: $(READY)  ## Learn a tokenizer, pretrain a small decoder with it on Python's own text, and let it write
-	test -d runs/bpe/offline/tokenizer || $(BIN)/llm-train fit -c experiments/bpe/offline.yaml
-	$(BIN)/llm-train fit -c experiments/decoder_pretrain/offline.yaml
-	$(BIN)/llm-train generate --run runs/decoder_pretrain/offline --prompt "def __init__(self" --max_new_tokens 120
+demo: $(READY)  ## Run the commands of experiments/demo.yaml: a tokenizer, a decoder, a sample
+	sed -n 's/^- //p' experiments/demo.yaml | PATH="$(CURDIR)/$(BIN):$$PATH" bash -e
 
 test: $(READY)  ## The tests that need no network, no GPU and no account
 	$(BIN)/python -m pytest --numprocesses auto --dist worksteal

@@ -49,9 +49,8 @@ class MajorityDataModule(ExperimentDataModule):
 
     def examples(self, split: Split) -> "MajoritySequences":
         """Return all examples of a split, the same each time."""
-        return MajoritySequences(
-            self.n_examples[split], self.vocab_size, self.block_size, [self.seed, "train val test".split().index(split)]
-        )
+        seed = [self.seed, ("train", "val", "test").index(split)]
+        return MajoritySequences(self.n_examples[split], self.vocab_size, self.block_size, seed)
 
     def margins(self, split: Split) -> Tensor:
         """Return by how much the most frequent token of each sequence leads, (n,) int64."""

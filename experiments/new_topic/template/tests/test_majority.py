@@ -5,7 +5,6 @@ import json
 from pathlib import Path
 
 import torch
-
 from datamodules.majority import MajorityDataModule
 from datamodules.majority.data import counts_of, margins_of
 from lightning_modules.majority.network import MajorityNetwork
@@ -39,7 +38,7 @@ def test_the_order_of_the_tokens_does_not_matter():
 
 
 def test_a_run_learns_and_leaves_its_report(llm_train):
-    done = llm_train("fit", "-c", OFFLINE, "--trainer.max_steps", "200")
+    done = llm_train("fit", "-c", OFFLINE)
     assert done.code == 0, done.err
     run = Path("runs/majority/offline")
     metrics = json.loads((run / "summary.json").read_text())["metrics"]
