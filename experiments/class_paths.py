@@ -17,7 +17,7 @@ def import_class(class_path: str) -> type:
     """Return the class that a configuration names.
 
     Args:
-        class_path: Dotted path, such as `lightning_modules.bpe.BPEModule`.
+        class_path: Dotted path, such as `lightning_modules.TOPIC.MODULE`.
     """
     module, name = current(class_path).rsplit(".", 1)
     return getattr(importlib.import_module(module), name)

@@ -203,7 +203,7 @@ def _parse(args: Sequence[str]) -> argparse.Namespace:
         prog="llm-train generate",
         description="Continue a prompt with the model of a run, or ask it questions.",
     )
-    parser.add_argument("--run", type=Path, required=True, help="run folder, such as runs/decoder_pretrain/offline")
+    parser.add_argument("--run", type=Path, required=True, help="run folder, such as runs/TOPIC/NAME")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--prompt", help="text to continue")
     what.add_argument("--chat", action="store_true", help="ask questions, in the format that the run was trained on")

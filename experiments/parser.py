@@ -106,6 +106,9 @@ def _plain(reason: str) -> str:
     reason = re.sub(r"^Type .* expects a function or a callable class: ?", "", reason)
     reason = re.sub(r"\.? Got value: (Namespace|NestedArg)\(.*", "", reason)
     reason = re.sub(r"^Problem with given class_path '([\w.]+)':$", r"\1", reason)
+    reason = re.sub(r"^Not of type \w+: invalid literal for int\(\) .*: '(.*)'", r"expected int, got \1", reason)
+    reason = re.sub(r"^Not of type \w+: could not convert string to float: '(.*)'", r"expected float, got \1", reason)
+    reason = re.sub(r"^Not of type \w+: ", "", reason)
     reason = re.sub(r"Expected a <class '([\w.]+)'>", r"expected \1", reason)
     reason = re.sub(
         r"Expected a dot import path string: (.*)", r"\1 is no class path such as package.module.Class", reason

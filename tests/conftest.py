@@ -1,7 +1,7 @@
-"""The real command on tiny runs: no network, no account, nothing outside the test's own folder."""
+"""The real command on tiny runs: no network, no account, and no file outside the folder of the test."""
 
-import sys
-from collections.abc import Callable
+import hashlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,30 +9,27 @@ import forks
 import pytest
 import torch
 import yaml
-from helpers import text, with_settings
+from helpers import RUNS, TINY, text, with_settings
+from shared_runs import own_world, run_command
 
 from experiments.__main__ import main
 
-# One thread: tiny matrices gain nothing from more, and a process that never started OpenMP's can be forked.
+# One thread: tiny matrices gain nothing from more, and a process that has not started OpenMP's can be forked.
 torch.set_num_threads(1)
 
 Command = Callable[..., SimpleNamespace]
 
 
 @pytest.fixture(autouse=True)
-def _own_world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each test works in a folder of its own, with its own cache, and no W&B unless it asks for it."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("LLM_TRAIN_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("WANDB_MODE", "disabled")
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    monkeypatch.setattr(sys, "argv", ["llm-train"])
+def _own_world(tmp_path: Path) -> Iterator[None]:
+    """Give each test a working folder and a cache of its own, and disable W&B."""
+    with own_world(tmp_path):
+        yield
 
 
 @pytest.fixture
 def llm_train(capfd: pytest.CaptureFixture[str]) -> Command:
-    """Runs the command in this process; gives its exit code and what it printed."""
+    """Return a function that runs the command in this process, and returns its exit code and output."""
 
     def run(*args: str | Path) -> SimpleNamespace:
         capfd.readouterr()
@@ -49,7 +46,10 @@ def llm_train(capfd: pytest.CaptureFixture[str]) -> Command:
 
 @pytest.fixture
 def forked() -> Callable[..., int]:
-    """Runs the command in a copy of this process that can be killed; gives its exit code, negative for a signal."""
+    """Return a function that runs the command in a copy of this process, and returns its exit code.
+
+    The copy can be killed. The exit code is then the number of the signal with a minus sign.
+    """
 
     def run(
         *args: str | Path, prepare: Callable[[], None] = lambda: None, meanwhile: Callable[[int], None] = bool
@@ -64,46 +64,39 @@ def forked() -> Callable[..., int]:
 
 @pytest.fixture
 def tiny(tmp_path: Path) -> Callable[..., Path]:
-    """Writes the YAML of a run that takes a second: 24 steps, a validation every 8; settings go over it by key path."""
+    """Return a function that writes the YAML of a run of a second: 24 steps, a validation every 8.
+
+    Settings replace values by their key path, see `with_settings`.
+    """
     (tmp_path / "text.txt").write_text(text(2_000))
 
     def write(name: str = "tiny", **settings: object) -> Path:
-        config = {
-            "seed_everything": 5,
-            "model": {
-                "class_path": "lightning_modules.decoder_pretrain.PretrainModule",
-                "init_args": {"n_layer": 2, "n_head": 2, "n_embd": 16, "dropout": 0.1},
-            },
-            "data": {
-                "class_path": "datamodules.decoder_pretrain.PretrainDataModule",
-                "init_args": {
-                    "source": {
-                        "class_path": "datamodules.sources.TextFiles",
-                        "init_args": {"paths": str(tmp_path / "text.txt")},
-                    },
-                    "block_size": 16,
-                    "batch_size": 4,
-                    "windows": "sequential",
-                    "val_fraction": 0.05,
-                },
-            },
-            "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 1e-2, "weight_decay": 0.1}},
-            "lr_scheduler": {
-                "class_path": "lightning_modules.optim.schedules.Cosine",
-                "init_args": {"warmup": 4, "final": 0.1},
-            },
-            "trainer": {
-                "accelerator": "cpu",
-                "max_steps": 24,
-                "max_epochs": -1,
-                "val_check_interval": 8,
-                "check_val_every_n_epoch": None,
-                "log_every_n_steps": 4,
-                "callbacks+": [{"class_path": "lightning_modules.runtime.export.ExportModel"}],
-            },
-        }
+        config = yaml.safe_load(TINY.read_text())
+        config["data"]["init_args"]["source"]["init_args"]["paths"] = str(tmp_path / "text.txt")
         file = tmp_path / f"{name}.yaml"
         file.write_text(yaml.safe_dump(with_settings(config, settings), sort_keys=False))
         return file
 
     return write
+
+
+@pytest.fixture
+def whole(tiny: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Return a function that returns the folder of an uninterrupted run of the tiny YAML with some settings.
+
+    The run is made once in a test session; tests read it or copy it.
+    """
+
+    def make(**settings: object) -> Path:
+        digest = hashlib.sha256(repr(sorted(settings.items())).encode()).hexdigest()
+        folder = tmp_path_factory.getbasetemp() / "whole" / digest[:16]
+        run = folder / RUNS / "whole"
+        if not (run / "summary.json").is_file():
+            folder.mkdir(parents=True, exist_ok=True)
+            config = tiny("whole", **settings)
+            with own_world(folder):
+                done = run_command("fit", "-c", config)
+            assert done.code == 0, done.err
+        return run
+
+    return make

@@ -1,4 +1,4 @@
-"""The real command in copies of this process: they need no imports, and can be killed, alone or as ranks of a job."""
+"""The real command in copies of this process, which import nothing and can be killed, alone or as ranks of a job."""
 
 import multiprocessing
 import os
@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
@@ -21,17 +21,36 @@ _ON_CPU = ("--trainer.accelerator=cpu", "--trainer.devices=2")
 TWO_PROCESSES = ("-c", str(ROOT / "experiments/trainer/ddp.yaml"), *_ON_CPU)
 SHARDED = ("-c", str(ROOT / "experiments/trainer/fsdp.yaml"), *_ON_CPU, "--trainer.precision=32-true")
 
+Commands = Sequence[Sequence[str | Path]]
 
-def start(*args: str | Path, prepare: Callable[[], None] = bool, output: Path | None = None) -> multiprocessing.Process:
-    """Starts the command in a copy of this process; what it prints goes into a file if one is named."""
+
+def start(
+    *args: str | Path, prepare: Callable[[], None] = bool, output: Path | None = None, then: Commands = ()
+) -> multiprocessing.Process:
+    """Start the command in a copy of this process.
+
+    Args:
+        *args: Command line.
+        prepare: Called in the copy before the command.
+        output: File for what the copy prints.
+        then: Further command lines, which the copy runs after the first, also if the first was stopped.
+    """
 
     def child() -> None:
         # tqdm's lock is one semaphore for a process and its copies: a copy killed while it draws would keep it.
         tqdm.set_lock(threading.RLock())
+        # The copy handles signals as a process that a user starts, also where the tests run in the background.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         if output is not None:
             sys.stdout = sys.stderr = output.open("a", buffering=1)
         prepare()
-        main([str(arg) for arg in args])
+        for number, command in enumerate([args, *then]):
+            try:
+                main([str(arg) for arg in command])
+            except SystemExit:
+                if number == len(then):
+                    raise
 
     process = multiprocessing.get_context("fork").Process(target=child)
     process.start()
@@ -39,9 +58,17 @@ def start(*args: str | Path, prepare: Callable[[], None] = bool, output: Path | 
 
 
 def start_ranks(
-    n: int, *args: str | Path, prepare: Callable[[int], None] = bool, output: Path | None = None
+    n: int, *args: str | Path, prepare: Callable[[int], None] = bool, output: Path | None = None, then: Commands = ()
 ) -> list[multiprocessing.Process]:
-    """Starts the ranks of a job, each in the environment that torchrun gives it."""
+    """Start the ranks of a job, each in the environment that torchrun sets.
+
+    Args:
+        n: Number of ranks.
+        *args: Command line.
+        prepare: Called in each rank with its number before the command.
+        output: File for what the ranks print.
+        then: Further command lines for the same job.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -57,21 +84,21 @@ def start_ranks(
             "LOCAL_RANK": str(rank),
             "GROUP_RANK": "0",
         }
-        rank_zero_only.rank = rank  # which Lightning has looked up when it was imported
+        rank_zero_only.rank = rank  # Lightning has looked it up when it was imported
         prepare(rank)
 
-    return [start(*args, prepare=lambda rank=rank: become(rank), output=output) for rank in range(n)]
+    return [start(*args, prepare=lambda rank=rank: become(rank), output=output, then=then) for rank in range(n)]
 
 
 def start_anew(*args: str | Path) -> subprocess.Popen:
-    """Starts the command in a process that imports all anew: as ddp, by its command line, starts further ones."""
+    """Start the command in a process that imports everything, and that starts its further ranks by its command line."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "experiments", *map(str, args)]
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def wait(processes: list[multiprocessing.Process], seconds: float = 120) -> list[int]:
-    """The exit codes of processes, negative for a signal; one that does not end in time is killed."""
+    """Return the exit codes of processes, negative for a signal; kill a process that does not end in time."""
     for process in processes:
         process.join(seconds)
         if process.is_alive():
@@ -80,13 +107,41 @@ def wait(processes: list[multiprocessing.Process], seconds: float = 120) -> list
     return [process.exitcode for process in processes]
 
 
-def die_after_step(step: int) -> None:
-    """For `prepare`: the process kills itself when it has seen `last.ckpt` of that step written."""
+def after_checkpoint(step: int, do: Callable[[], None]) -> None:
+    """For `prepare`: do something when `last.ckpt` of a step has been written.
+
+    Args:
+        step: Optimiser steps done.
+        do: Called once, in each process.
+    """
     save = RunCheckpoint._save
 
-    def save_and_die(self: RunCheckpoint, trainer: object, name: str) -> None:
+    def save_and_do(self: RunCheckpoint, trainer: object, name: str) -> None:
         save(self, trainer, name)
         if name == "last" and trainer.global_step == step:
-            os.kill(os.getpid(), signal.SIGKILL)
+            do()
 
-    RunCheckpoint._save = save_and_die
+    RunCheckpoint._save = save_and_do
+
+
+def die_after_step(step: int) -> None:
+    """For `prepare`: the process kills itself when `last.ckpt` of a step has been written."""
+    after_checkpoint(step, lambda: os.kill(os.getpid(), signal.SIGKILL))
+
+
+def stop_after_step(step: int) -> None:
+    """For `prepare`: the command ends when `last.ckpt` of a step has been written; the process goes on."""
+    after_checkpoint(step, sys.exit)
+
+
+def signal_after_step(step: int, signal_number: int = signal.SIGKILL) -> None:
+    """For `prepare`: the process sends itself a signal after an optimiser step, before a validation or checkpoint."""
+    end, sent = RunCheckpoint.on_train_batch_end, []
+
+    def end_and_send(self: RunCheckpoint, trainer: object, *args: object) -> None:
+        end(self, trainer, *args)
+        if trainer.global_step == step and not sent:
+            sent.append(step)
+            os.kill(os.getpid(), signal_number)
+
+    RunCheckpoint.on_train_batch_end = end_and_send

@@ -1,4 +1,4 @@
-"""What several tests need: text, settings, signals, and comparisons of runs."""
+"""Helpers of several tests: text, settings, signals, and comparisons of runs."""
 
 import os
 import random
@@ -11,9 +11,13 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+TINY = next(Path(__file__).parent.glob("*/tiny.yaml"))  # the run of the fixture `tiny`, by the topic that it belongs to
+RUNS = Path("runs") / TINY.parent.name
+LAST, BEST = "checkpoints/last.ckpt", "checkpoints/best.ckpt"
+
 
 def kill_when(seen: Callable[[], bool], signal_number: int = signal.SIGKILL) -> Callable[[int], None]:
-    """For `forked(meanwhile=...)`: sends a signal as soon as something is seen."""
+    """Return a function for `forked(meanwhile=...)` that sends a signal as soon as a condition holds."""
 
     def watch(child: int) -> None:
         deadline = time.monotonic() + 120
@@ -25,14 +29,14 @@ def kill_when(seen: Callable[[], bool], signal_number: int = signal.SIGKILL) -> 
 
 
 def text(n_words: int, seed: int = 0) -> str:
-    """Sentences of made-up words that a model can learn something about."""
+    """Return sentences of random words from a small vocabulary."""
     draw = random.Random(seed)
     words = ["".join(draw.choices("aeioumnrst", k=draw.randint(2, 6))) for _ in range(50)]
     return " ".join(draw.choice(words) + ("." if draw.random() < 0.1 else "") for _ in range(n_words))
 
 
 def with_settings(config: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
-    """Puts settings over a configuration: `trainer__max_steps=8` is `max_steps` of its section `trainer`."""
+    """Replace values of a configuration: `trainer__max_steps=8` sets `max_steps` of the section `trainer`."""
     for path, value in settings.items():
         *parents, last = path.split("__")
         section = config
@@ -43,14 +47,14 @@ def with_settings(config: dict[str, Any], settings: dict[str, Any]) -> dict[str,
 
 
 def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """The weights in a checkpoint, or in a file of safetensors."""
+    """Return the weights of a checkpoint, or of a safetensors file."""
     if checkpoint.suffix == ".safetensors":
         return load_file(checkpoint)
     return torch.load(checkpoint, weights_only=True)["state_dict"]
 
 
 def assert_same_weights(one: Path, other: Path) -> None:
-    """Bit for bit."""
+    """Compare the weights of two files, bit for bit."""
     ours, theirs = weights(one), weights(other)
     assert ours.keys() == theirs.keys()
     different = [name for name in ours if not torch.equal(ours[name], theirs[name])]
@@ -58,7 +62,7 @@ def assert_same_weights(one: Path, other: Path) -> None:
 
 
 def assert_close_weights(one: Path, other: Path) -> None:
-    """To the rounding of sums that processes share; Adam, which divides by small roots, makes it grow a little."""
+    """Compare the weights of two files up to rounding: processes sum in another order, which Adam amplifies."""
     ours, theirs = weights(one), weights(other)
     assert ours.keys() == theirs.keys()
     for name, weight in theirs.items():
@@ -66,7 +70,7 @@ def assert_close_weights(one: Path, other: Path) -> None:
 
 
 def metrics_that_repeat(run: Path) -> list[list[str]]:
-    """The columns' names and the rows of a run's metrics, but for how fast it was."""
+    """Return the header and the rows of the metrics of a run, without those of its speed."""
     lines = [line.split(",") for line in (run / "metrics.csv").read_text().splitlines()]
     kept = [i for i, name in enumerate(lines[0]) if not name.startswith("perf/")]
     return [[line[i] for i in kept] for line in lines]

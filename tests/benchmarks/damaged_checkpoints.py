@@ -1,10 +1,11 @@
-"""What becomes of a checkpoint that was cut off, or had bytes flipped, at random places.
+"""Checkpoints of every offline experiment, cut off or with flipped bytes at random places.
 
-A run is killed half-way. Its last checkpoint is damaged, and the run is resumed twice from the same folder: by
-`--ckpt_path last`, which must refuse in one line, and by `--auto_resume`, which may take the earlier checkpoint. A
-resume that succeeds must end with the weights of the run that was not killed, bit for bit.
+A run of each is killed at half of its steps. Its last checkpoint is damaged, and the run is resumed twice from the same
+folder: by `--ckpt_path last`, which must refuse in one line, and by `--auto_resume`, which may take the earlier
+checkpoint. A resume that succeeds must end with the weights of the run that was not killed, bit for bit.
 """
 
+import itertools
 import os
 import random
 import shutil
@@ -17,25 +18,24 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import forks
+from shortened import offline_experiments, run_of, shortened
 
-CONFIG = Path(__file__).parents[2] / "experiments/attention_recall/offline.yaml"
-SHORT = ("--trainer.max_steps=30", "--trainer.val_check_interval=10", "--data.val_examples=32", "--model.n_embd=16")
-RUNS = Path("runs/attention_recall")
+SHORT = ("--trainer.max_steps=6", "--trainer.val_check_interval=2", "--trainer.check_val_every_n_epoch=null")
 PLACES = 100
 
 
-def fit(name: str, *flags: str, stop_after: int | None = None) -> tuple[int, str]:
-    """Exit code and last line of a fit; it is killed when its `last.ckpt` of that step has been written."""
+def fit(experiment: Path, name: str, *flags: str, stop_after: int | None = None) -> tuple[int, str]:
+    """Return the exit code and the output of a fit; it is killed when its `last.ckpt` of a step has been written."""
     output = Path(f"{name}.log")
     output.unlink(missing_ok=True)
     prepare = (lambda: forks.die_after_step(stop_after)) if stop_after else bool
-    command = ("fit", "-c", CONFIG, *SHORT, "--run.name", name, *flags)
+    command = ("fit", "-c", experiment, *shortened(experiment), *SHORT, "--run.name", name, *flags)
     code = forks.wait([forks.start(*command, prepare=prepare, output=output)])[0]
     return code, output.read_text()
 
 
 def damage(checkpoint: Path, draw: random.Random) -> str:
-    """Cuts a file off at a random byte, or flips up to eight bytes in a row; says which."""
+    """Cut a file off at a random byte, or flip up to eight bytes in a row; return which."""
     content = bytearray(checkpoint.read_bytes())
     place = draw.randrange(len(content))
     if draw.random() < 0.5:
@@ -49,20 +49,20 @@ def damage(checkpoint: Path, draw: random.Random) -> str:
     return how
 
 
-def weights(name: str) -> dict[str, torch.Tensor]:
-    """The last weights of a run."""
-    return torch.load(RUNS / name / "checkpoints/last.ckpt", weights_only=True)["state_dict"]
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    """Return the last weights of a run."""
+    return torch.load(run / "checkpoints/last.ckpt", weights_only=True)["state_dict"]
 
 
-def outcome(name: str, code: int, printed: str, right: dict[str, torch.Tensor]) -> str:
-    """What a user sees, and whether the model is the right one."""
+def outcome(run: Path, code: int, printed: str, right: dict[str, torch.Tensor]) -> str:
+    """Return what a user sees, and whether the model is the right one."""
     last_line = printed.strip().splitlines()[-1]
     if code == 1 and last_line.startswith("error: ") and "Traceback" not in printed:
         return "refused in one line"
     if code == 0:
-        same = all(torch.equal(tensor, right[key]) for key, tensor in weights(name).items())
+        same = all(torch.equal(tensor, right[key]) for key, tensor in weights(run).items())
         return ("resumed, same weights" if same else "A WRONG MODEL") + (
-            " (earlier checkpoint, which is said)" if "best.ckpt, step" in printed else ""
+            " (from the earlier checkpoint, with a line that says so)" if "best.ckpt, step" in printed else ""
         )
     return f"ENDED WITH {code}: {last_line}"
 
@@ -70,25 +70,29 @@ def outcome(name: str, code: int, printed: str, right: dict[str, torch.Tensor]) 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     os.environ |= {"WANDB_MODE": "disabled"}
+    sys.argv = ["llm-train"]
     draw = random.Random(0)
     counts: dict[str, Counter[str]] = {"--ckpt_path last": Counter(), "--auto_resume": Counter()}
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
-        fit("whole")
-        right = weights("whole")
-        fit("killed", stop_after=20)
-        (RUNS / "killed").rename("kept")
-        size = Path("kept/checkpoints/last.ckpt").stat().st_size
-        for _ in range(PLACES):
-            state = draw.getstate()
+        experiments, right = offline_experiments(), {}
+        for experiment in experiments:
+            run = run_of(experiment)
+            if fit(experiment, run.name)[0]:  # under the name by which others read it
+                sys.exit(f"{run} failed:\n{Path(f'{run.name}.log').read_text()[-3000:]}")
+            right[experiment] = weights(run)
+            fit(experiment, "killed", stop_after=4)
+            run.with_name("killed").rename(run.with_name("kept"))
+        for _, experiment in zip(range(PLACES), itertools.cycle(experiments), strict=False):
+            state, killed = draw.getstate(), run_of(experiment).with_name("killed")
             for flags in counts:
-                shutil.copytree("kept", RUNS / "killed")
+                shutil.copytree(killed.with_name("kept"), killed)
                 draw.setstate(state)
-                how = damage(RUNS / "killed/checkpoints/last.ckpt", draw)
-                code, printed = fit("killed", *flags.split())
-                counts[flags][f"{how} | {outcome('killed', code, printed, right)}"] += 1
-                shutil.rmtree(RUNS / "killed")
-    print(f"{PLACES} random places in a checkpoint of {size:,} bytes\n")
+                how = damage(killed / "checkpoints/last.ckpt", draw)
+                code, printed = fit(experiment, "killed", *flags.split())
+                counts[flags][f"{how} | {outcome(killed, code, printed, right[experiment])}"] += 1
+                shutil.rmtree(killed)
+    print(f"{PLACES} random places in the checkpoints of {len(experiments)} experiments\n")
     print("| resumed by | damage | outcome | times |\n|---|---|---|---|")
     for flags, found in counts.items():
         for how, times in sorted(found.items()):

@@ -1,10 +1,12 @@
-"""SIGKILL at 20 random moments across all topics, then `--auto_resume`: are the final weights those of a whole run?
+"""SIGKILL at 20 random moments across all offline experiments, then `--auto_resume`: are the final weights the same?
 
-Each run is a copy of this process, and strikes itself dead at a random moment of its training; some wait until a
-checkpoint is being written, or a validation is going on. What it was doing is told by the functions it was in.
+They are compared with those of a run that was not killed. Each run is a copy of this process, and kills itself at a
+random moment of its training; some wait for a moment in which a checkpoint is written, or a validation is going on.
+The functions that the main thread was in tell what the run was doing.
 """
 
 import itertools
+import json
 import os
 import random
 import shutil
@@ -16,12 +18,11 @@ import time
 from pathlib import Path
 
 import torch
-from two_processes import TOPICS
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import forks
+from shortened import offline_experiments, run_of, shortened
 
-ROOT = Path(__file__).parents[2]
 KILLS = 20
 SHORTER = ("--trainer.max_steps=20", "--trainer.val_check_interval=10", "--trainer.limit_val_batches=8")
 DOING = {
@@ -29,11 +30,11 @@ DOING = {
     "on_run_end": "ending a validation",
     "validation_step": "validating",
 }
-WAIT_FOR = ["", "", "", "writing a checkpoint", "validating"]  # in turn; nothing: whatever it is doing
+WAIT_FOR = ["", "", "", "writing a checkpoint", "validating"]  # in turn; an empty text: anything
 
 
 def doing() -> str:
-    """What the main thread is at."""
+    """Return what the main thread is doing."""
     frame = sys._current_frames()[threading.main_thread().ident]
     while frame is not None:
         if frame.f_code.co_name in DOING:
@@ -43,7 +44,7 @@ def doing() -> str:
 
 
 def strike(seconds: float, wait_for: str, note: Path) -> None:
-    """Kills this process some time after its training has begun."""
+    """Kill this process some time after its training has begun."""
     from lightning_modules.runtime.reproducible import ReproducibleSteps
 
     begin = ReproducibleSteps.on_train_start
@@ -62,16 +63,14 @@ def strike(seconds: float, wait_for: str, note: Path) -> None:
     ReproducibleSteps.on_train_start = begin_and_wait
 
 
-def fit(experiment: str, run: str, *flags: str, **how: object) -> int:
-    """The exit code of a run."""
-    output = Path(f"{run}.log")
-    flags = (*TOPICS[experiment], *(() if experiment.startswith("bpe") else SHORTER), *flags, "--run.name", run)
-    command = ("fit", "-c", ROOT / f"experiments/{experiment}.yaml", *flags)
-    return forks.wait([forks.start(*command, output=output, **how)], 600)[0]
+def fit(experiment: Path, run: str, *flags: str, **how: object) -> int:
+    """Train, and return the exit code."""
+    command = ("fit", "-c", experiment, *shortened(experiment), *SHORTER, *flags, "--run.name", run)
+    return forks.wait([forks.start(*command, output=Path(f"{run}.log"), **how)], 600)[0]
 
 
 def same(one: Path, two: Path) -> bool:
-    """Whether the last weights of two runs are the same to the bit, and their tokenizers where they make one."""
+    """Return whether the last weights of two runs are the same to the bit, and their tokenizers if they have one."""
     ours, theirs = (torch.load(run / "checkpoints/last.ckpt", weights_only=True)["state_dict"] for run in (one, two))
     merges = [(run / "merges.txt").read_bytes() for run in (one, two) if (run / "merges.txt").is_file()]
     return len(set(merges)) <= 1 and all(torch.equal(ours[name], theirs[name]) for name in ours)
@@ -84,19 +83,19 @@ if __name__ == "__main__":
     draw = random.Random(0)
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
-        seconds = {}
-        for experiment in TOPICS:  # whole runs, under the names by which others find them
-            fit(experiment, experiment.split("/")[1])
-            run = Path("runs") / experiment
-            lines = (run / "summary.json").read_text()
-            seconds[experiment] = float(lines.split('"seconds": ')[1].split(",")[0])
-        print("| topic | killed after | while | weights after the resume |\n|---|---|---|---|", flush=True)
+        experiments, seconds = offline_experiments(), {}
+        for experiment in experiments:  # whole runs, under the names by which others read them
+            run = run_of(experiment)
+            if fit(experiment, run.name):
+                sys.exit(f"{run} failed:\n{Path(f'{run.name}.log').read_text()[-3000:]}")
+            seconds[experiment] = json.loads((run / "summary.json").read_text())["seconds"]
+        print("| experiment | killed after | while | weights after the resume |\n|---|---|---|---|", flush=True)
         right, note = 0, Path("note.txt")
-        for number, experiment in zip(range(KILLS), itertools.cycle(TOPICS), strict=False):
-            name, whole = f"killed_{number}", Path("runs") / experiment
+        for number, experiment in zip(range(KILLS), itertools.cycle(experiments), strict=False):
+            name, whole = f"killed_{number}", run_of(experiment)
             after = draw.uniform(0, 0.7 * seconds[experiment])
             wait_for = WAIT_FOR[number % len(WAIT_FOR)]
-            # A run that was finished before it was struck is run again, and struck earlier.
+            # A run that was finished before the kill is run again, and killed earlier.
             while fit(experiment, name, prepare=lambda a=after, w=wait_for: strike(a, w, note)) != -signal.SIGKILL:
                 shutil.rmtree(whole.with_name(name))
                 after /= 2
@@ -104,5 +103,6 @@ if __name__ == "__main__":
             equal = again == 0 and same(whole, whole.with_name(name))
             right += equal
             verdict = "same" if equal else f"OTHER ({again})"
-            print(f"| `{experiment}` | {after:.1f} s | {note.read_text()} | {verdict} |", flush=True)
+            cells = (f"`{experiment.parent.name}/{experiment.stem}`", f"{after:.1f} s", note.read_text(), verdict)
+            print(f"| {' | '.join(cells)} |", flush=True)
     print(f"\n{right} of {KILLS} the same, bit for bit")

@@ -1,8 +1,8 @@
-"""Two machines, made on one as two network namespaces: torchrun joins them, one is killed and comes back.
+"""Two machines, simulated by two network namespaces: torchrun joins them, one is killed and starts again.
 
-Needs root and iproute2. Each machine has an address of its own and reaches the other through a pair of virtual network
-cards. The pretraining topic trains on both; when its third validation is over, all processes of the second machine
-are killed, and the machine is started again. The job must end with the steps and weights of one process.
+Needs root and iproute2. Each machine has its own address and reaches the other through a pair of virtual network
+cards. An offline experiment trains on both. After its third validation, all processes of the second machine are killed,
+and the machine is started again. The job must end with the steps and weights of one process.
 """
 
 import os
@@ -16,12 +16,14 @@ from pathlib import Path
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from helpers import RUNS
+
 ROOT = Path(__file__).parents[2]
 MACHINES = {"machine0": "10.77.0.1", "machine1": "10.77.0.2"}
 STEPS, EVERY = 200, 25
-RUNS = Path("runs/decoder_pretrain")
 FIT = [
-    "-m", "experiments", "fit", "-c", str(ROOT / "experiments/decoder_pretrain/offline.yaml"),
+    "-m", "experiments", "fit", "-c", str(ROOT / "experiments" / RUNS.name / "offline.yaml"),
     "--data.tokenizer=byte", "--data.source.kinds=[topics]", "--model.n_layer=2",
     f"--trainer.max_steps={STEPS}", f"--trainer.val_check_interval={EVERY}", "--trainer.limit_val_batches=8",
 ]  # fmt: skip
@@ -32,12 +34,12 @@ ON_BOTH = [
 
 
 def ip(*words: str) -> str:
-    """Runs `ip`."""
+    """Run `ip`, and return its output."""
     return subprocess.run(["ip", *words], check=True, capture_output=True, text=True).stdout
 
 
 def connect() -> None:
-    """Makes the two machines and the cable between them."""
+    """Create the two machines and the network between them."""
     for name in MACHINES:
         ip("netns", "add", name)
     ip("link", "add", "card0", "netns", "machine0", "type", "veth", "peer", "name", "card1", "netns", "machine1")
@@ -48,27 +50,27 @@ def connect() -> None:
 
 
 def start(name: str) -> subprocess.Popen:
-    """Starts torchrun on a machine."""
-    # torchrun knows the machine that the endpoint names by its host name, and these two share one.
+    """Start torchrun on a machine."""
+    # torchrun compares the host name of the endpoint with its own; these two machines share one.
     is_host = f"--rdzv_conf=is_host={int(name == 'machine0')}"
     rendezvous = ["--rdzv_backend=c10d", f"--rdzv_endpoint={MACHINES['machine0']}:29400", "--rdzv_id=job", is_host]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", "--max_restarts=3"]
     command = [*torchrun, *rendezvous, f"--local_addr={MACHINES[name]}", *FIT, *ON_BOTH]
     environment = os.environ | {"GLOO_SOCKET_IFNAME": name.replace("machine", "card")}
-    # Or the machines that stayed would not tell a new one where the first process is (torch 2.13).
+    # Without this, a new machine does not learn the address of rank 0 (torch 2.13).
     environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     with open(f"{name}.log", "a") as log:
         return subprocess.Popen(["ip", "netns", "exec", name, *command], env=environment, stdout=log, stderr=log)
 
 
 def kill_all(name: str) -> None:
-    """Ends every process of a machine at once."""
+    """Kill every process of a machine at once."""
     for pid in map(int, ip("netns", "pids", name).split()):
         os.kill(pid, signal.SIGKILL)
 
 
 def wait_for_step(step: int) -> None:
-    """Until a checkpoint of that step may be there: a validation has been written down."""
+    """Wait until the metrics of a validation at a step are written, after which its checkpoint is saved."""
     file = RUNS / "two/metrics.csv"
     deadline = time.monotonic() + 300
     while not (file.is_file() and f"\n{step}," in file.read_text()):
@@ -78,13 +80,13 @@ def wait_for_step(step: int) -> None:
 
 
 def last(run: str) -> dict:
-    """The last checkpoint of a run."""
+    """Return the last checkpoint of a run."""
     return torch.load(RUNS / run / "checkpoints/last.ckpt", weights_only=True)
 
 
 if __name__ == "__main__":
     if os.geteuid() != 0 or not shutil.which("ip"):
-        print("left out: network namespaces need root, and the command ip")
+        print("skipped: network namespaces need root, and the command ip")
         sys.exit()
     os.environ |= {"WANDB_MODE": "disabled", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     with tempfile.TemporaryDirectory() as folder:
@@ -105,7 +107,7 @@ if __name__ == "__main__":
                 kill_all(name)
                 ip("netns", "delete", name)
         seconds = time.monotonic() - killed
-        said = [line for line in Path("machine0.log").read_text().splitlines() if "going on from" in line]
+        said = [line for line in Path("machine0.log").read_text().splitlines() if "resuming from" in line]
         one, two = last("one"), last("two")
         gap = max((one["state_dict"][name] - two["state_dict"][name]).abs().max() for name in one["state_dict"])
     print("| what | figure |\n|---|---|")

@@ -1,11 +1,10 @@
-"""Two processes against one, same global batch, every topic: training losses, validations, tests and weights.
+"""Two processes against one, same global batch, every offline experiment: losses, validations, tests and weights.
 
     python tests/benchmarks/two_processes.py [EXPERIMENT ...]
 
-Two processes have a copy of the model each (DistributedDataParallel), and then its weights shared out (FSDP2). Both
-are killed at half-time and go on by `--auto_resume`. Each topic's offline experiment, shortened, without dropout (whose
-random numbers are a function of the process too). The last batch of a validation is incomplete, so that the processes'
-shares of it differ.
+Two processes have a copy of the model each (DistributedDataParallel), and then its shards (FSDP2). Both are killed at
+half of the steps and resumed by `--auto_resume`. Each experiment is shortened, and has no dropout, whose random numbers
+depend on the rank. `EXPERIMENT` is such as `TOPIC/offline`.
 """
 
 import csv
@@ -16,79 +15,80 @@ import tempfile
 from pathlib import Path
 
 import torch
+import yaml
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import forks
+from shortened import offline_experiments, run_of, shortened
 
-ROOT = Path(__file__).parents[2]
 HALF = 20
 SHORT = (
     f"--trainer.max_steps={2 * HALF}",
     f"--trainer.val_check_interval={HALF}",
     "--trainer.check_val_every_n_epoch=null",
+    "--trainer.limit_val_batches=8",
+    "--trainer.log_every_n_steps=5",
 )
-EVERY = ("--trainer.log_every_n_steps=5",)
 LAYOUTS = {"ddp": forks.TWO_PROCESSES, "fsdp": forks.SHARDED}
-TOPICS = {
-    "bpe/offline": ("--data.source.kinds=[topics]", "--model.vocabulary_size=2000", "--model.count_workers=0"),
-    "decoder_pretrain/offline": SHORT,
-    "attention_recall/offline": (*SHORT, "--data.val_examples=255"),
-    "position_probe/offline": SHORT,
-    "bengio_nlm/offline": (*SHORT, "--model.dropout=0", "--model.hidden_dropout=0", "--model.word_dropout=0"),
-    "gpt_neo_style/offline": SHORT,
-    "bert_imdb/offline_pretrain": (*SHORT, "--data.reviews.n_train=1201"),
-    "bert_imdb/offline": (*SHORT, "--data.reviews.n_train=1201", "--model.dropout=0"),
-    "gpt2_webglm_qa/offline": SHORT,
-}
+
+
+def name(experiment: Path) -> str:
+    """Return the topic and the stem of an experiment."""
+    return f"{experiment.parent.name}/{experiment.stem}"
+
+
+def flags_without_dropout(experiment: Path) -> tuple[str, ...]:
+    """Return flags that switch off the dropout of an experiment."""
+    arguments = yaml.safe_load(experiment.read_text())["model"].get("init_args", {})
+    return tuple(f"--model.{argument}=0" for argument in arguments if argument.endswith("dropout"))
 
 
 def ranks(layout: str, *command: str | Path, output: Path, dies: bool = False) -> list[int]:
-    """The exit codes of a command on one process or in a layout of two, which may die at half-time."""
+    """Return the exit codes of a command on one process or in a layout of two, which may die at half of the steps."""
     if not layout:
         return forks.wait([forks.start(*command, output=output)], 600)
     prepare = (lambda _: forks.die_after_step(HALF)) if dies else bool
     return forks.wait(forks.start_ranks(2, *command, *LAYOUTS[layout], prepare=prepare, output=output), 600)
 
 
-def fit(experiment: str, layout: str, *flags: str) -> Path:
-    """Trains, and tests where there is something to test on; returns the run's folder."""
-    topic, name = experiment.split("/")
-    # What other topics start from is the run of one process, under its own name.
-    name = f"{name}_{layout}" if layout else name
-    output, run = Path(f"{topic}_{name}.log"), Path("runs") / topic / name
-    command = ("fit", "-c", ROOT / f"experiments/{experiment}.yaml", *flags, "--run.name", name, "--auto_resume")
-    if layout and topic != "bpe":  # which counts words and takes no steps
-        killed = ranks(layout, *command, output=output, dies=True)
-        if -signal.SIGKILL not in killed:
-            sys.exit(f"{experiment} {layout} was not killed")
+def fit(experiment: Path, layout: str) -> Path:
+    """Train, test if there is a test split, and return the run folder."""
+    # Other experiments start from the run of one process, under its own name.
+    run = run_of(experiment)
+    run = run.with_name(f"{run.name}_{layout}") if layout else run
+    output = Path(f"{run.parent.name}_{run.name}.log")
+    flags = (*shortened(experiment), *flags_without_dropout(experiment), *SHORT)
+    command = ("fit", "-c", experiment, *flags, "--run.name", run.name, "--auto_resume")
+    if layout and -signal.SIGKILL not in ranks(layout, *command, output=output, dies=True):
+        sys.exit(f"{run} was not killed:\n{output.read_text()[-3000:]}")
     codes = ranks(layout, *command, output=output)
     if any(codes):
-        sys.exit(f"{experiment} {layout} ended with {codes}:\n{output.read_text()[-3000:]}")
+        sys.exit(f"{run} ended with {codes}:\n{output.read_text()[-3000:]}")
     tested = Path("test.log")
     if any(ranks(layout, "test", "-c", run / "config.yaml", "--ckpt_path=last", output=tested)):
         last = tested.read_text().strip().splitlines()[-1]
         if "error: " not in last:
             sys.exit(tested.read_text()[-3000:])
-        print(f"{experiment} {layout}: {last}", file=sys.stderr)
+        print(f"{run}: {last}", file=sys.stderr)
     return run
 
 
 def metrics(run: Path) -> dict[tuple[str, str], float]:
-    """The metrics of a run and of its test by name and step, but for those of speed."""
+    """Return the metrics of a run and of its test by name and step, without those of speed."""
     rows: list[dict[str, str]] = []
     for file in run.glob("metrics*.csv"):
         with file.open(newline="") as text:
             rows += csv.DictReader(text)
     return {
-        (name, row["step"]): float(value)
+        (column, row["step"]): float(value)
         for row in rows
-        for name, value in row.items()
-        if value and "/" in name and not name.startswith("perf/")
+        for column, value in row.items()
+        if value and "/" in column and not column.startswith("perf/")
     }
 
 
 def difference(one: dict[tuple[str, str], float], two: dict[tuple[str, str], float], kind: str) -> str:
-    """The largest relative difference among the metrics of a kind, and whose it is."""
+    """Return the largest relative difference among the metrics of a kind, and the metric that has it."""
     names = {key for key in one.keys() | two.keys() if key[0].startswith(kind)}
     if not names:
         return "none"
@@ -98,26 +98,26 @@ def difference(one: dict[tuple[str, str], float], two: dict[tuple[str, str], flo
 
 
 def gap_of_weights(one: Path, two: Path) -> str:
-    """The largest difference between the last weights of two runs; of a tokenizer, whether it is the same."""
+    """Return the largest difference between the last weights of two runs, or whether their tokenizers are the same."""
     if (one / "merges.txt").is_file():
         same = (one / "merges.txt").read_bytes() == (two / "merges.txt").read_bytes()
         return "the same merges" if same else "OTHER MERGES"
     ours, theirs = (torch.load(r / "checkpoints/last.ckpt", weights_only=True)["state_dict"] for r in (one, two))
-    return f"{max((ours[name].double() - theirs[name].double()).abs().max() for name in ours):.1e}"
+    return f"{max((ours[key].double() - theirs[key].double()).abs().max() for key in ours):.1e}"
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     os.environ |= {"WANDB_MODE": "disabled"}
-    wanted = sys.argv[1:] or list(TOPICS)
+    wanted = sys.argv[1:]
     sys.argv = ["llm-train"]
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
         print("| experiment | layout | losses of training | validation | test | weights |\n|---|---|---|---|---|---|")
-        for experiment in TOPICS:
-            one = fit(experiment, "", *TOPICS[experiment], *EVERY)
-            for layout in LAYOUTS if experiment in wanted else ():
-                two = fit(experiment, layout, *TOPICS[experiment], *EVERY)
+        for experiment in offline_experiments():
+            one = fit(experiment, "")
+            for layout in LAYOUTS if not wanted or name(experiment) in wanted else ():
+                two = fit(experiment, layout)
                 of_metrics = [difference(metrics(one), metrics(two), kind) for kind in ("train/loss", "val/", "test/")]
-                cells = (f"`{experiment}`", layout, *of_metrics, gap_of_weights(one, two))
+                cells = (f"`{name(experiment)}`", layout, *of_metrics, gap_of_weights(one, two))
                 print(f"| {' | '.join(cells)} |", flush=True)

@@ -1,7 +1,7 @@
 """Tokens per second of two processes against one, on the CPU, with one thread each, in turn.
 
-The decoder of `decoder_pretrain/offline.yaml` on bytes, with global batches of 32 and 128 windows, which the two share.
-Two runs of half as many windows that know nothing of each other show what the machine's two cores have to give.
+The offline pretraining on bytes, with global batches of 32 and 128 windows, which the two processes share. Two
+independent runs of half as many windows show how fast the two cores of the machine are together.
 """
 
 import csv
@@ -17,33 +17,34 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import forks
+from helpers import RUNS
 
 ROOT = Path(__file__).parents[2]
 ROUNDS = 4
 STEPS = {32: 40, 128: 15}  # by the windows of a global batch
-FIT = ("fit", "-c", ROOT / "experiments/decoder_pretrain/offline.yaml", "--data.tokenizer=byte")
+FIT = ("fit", "-c", ROOT / "experiments" / RUNS.name / "offline.yaml", "--data.tokenizer=byte")
 SHORT = ("--data.source.kinds=[topics]", "--trainer.limit_val_batches=0", "--trainer.log_every_n_steps=5")
 
 
 def tokens_per_second(run: str) -> float:
-    """The median of a run's measurements but for the first, which has the start in it."""
-    with (Path("runs/decoder_pretrain") / run / "metrics.csv").open(newline="") as file:
+    """Return the median of the measurements of a run without the first, which includes the start."""
+    with (RUNS / run / "metrics.csv").open(newline="") as file:
         return statistics.median([float(row["perf/tokens_per_second"]) for row in csv.DictReader(file)][1:])
 
 
 def command(run: str, windows: int, steps: int) -> Sequence[str | Path]:
-    """A run with so many windows a step."""
+    """Return the command of a run with a number of windows a step."""
     return (*FIT, *SHORT, f"--trainer.max_steps={steps}", f"--data.batch_size={windows}", "--run.name", run)
 
 
 def finish(processes: list[multiprocessing.Process]) -> None:
-    """Waits for the processes of a job."""
+    """Wait for the processes of a job."""
     if any(forks.wait(processes, 600)):
         sys.exit("a run failed")
 
 
 def measure(windows: int, number: int) -> tuple[float, float, float]:
-    """Tokens per second of one process, of two, and of two runs at once that are apart."""
+    """Return the tokens per second of one process, of two, and of two independent runs at once."""
     one, two, *apart = (f"{name}_{windows}_{number}" for name in ("one", "two", "apart_a", "apart_b"))
     log, steps = Path("log.txt"), STEPS[windows]
     finish([forks.start(*command(one, windows, steps), output=log)])

@@ -1,23 +1,26 @@
-"""Bad input of every topic and every command, through the real command: one line, the right exit code, no traceback.
-
-What is peculiar to a topic is tested more closely beside it; here is the promise that all keep.
-"""
+"""Bad input of every topic and every command, through the real command: one line, the right exit code, no traceback."""
 
 import json
+import os
 import pickle
+import shutil
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+import yaml
+from helpers import LAST, RUNS, TINY
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from datamodules.cache import cached_array
 from lightning_modules.finetuning.bases import load_pretrained
 
 ROOT = Path(__file__).parents[2]
-TEXTS = ("--data.source=datamodules.sources.ListText", "--data.source.texts=[one two three. four five six.]")
 FILES = {
     "empty.txt": b"",
+    "short.txt": b"too short",
     "latin1.txt": b"caf\xe9 " * 100,
     "broken.yaml": b"model: [\n",
     "list.yaml": b"- a\n- b\n",
@@ -29,82 +32,102 @@ FILES = {
     "nobody/config.json": b'{"model_type": "nobody"}',
     "tokenizer/tokenizer.json": b"{}",
     "sweep.yaml": b"method: gird\nparameters: {optimizer.lr: {values: [1]}}\n",
-    "runs/bpe/half/config.yaml": b"model: {class_path: lightning_modules.bpe.BPEModule}\n",
+    f"{RUNS}/half/config.yaml": yaml.safe_dump({"model": yaml.safe_load(TINY.read_text())["model"]}).encode(),
 }
-REVIEWS = "--data.reviews=datamodules.bert_imdb.ReviewFiles"
-# command, flags, exit code, parts of the line
-BAD = [
-    ("fti", [], 2, ["no such command: 'fti'", "did you mean 'fit'"]),
+HUB = ["--data.source=datamodules.sources.HubText", "--data.source.dataset=no/such"]
+# command, flags after `-c tiny.yaml` if the command is followed by `tiny`, exit code, parts of the line
+COMMANDS = [
+    ("fti", [], 2, ["no such command: 'fti' (did you mean 'fit'?)"]),
+    ("fit", [], 2, ["model"]),
     ("fit", ["-c", "lost.yaml"], 2, ["lost.yaml", "does not exist"]),
     ("fit", ["-c", "broken.yaml"], 2, ["broken.yaml: ", "line 2"]),
     ("fit", ["-c", "list.yaml"], 2, ["list.yaml"]),
-    ("fit attention_recall", ["-c", "unknown.yaml"], 2, ["unknown.yaml, line 1: ", "modle", "did you mean 'model'"]),
-    ("fit", [], 2, ["model"]),
-    ("fit attention_recall", ["--trainer.max_stepz=3"], 2, ["--trainer.max_stepz", "max_steps"]),
-    ("fit attention_recall", ["--trainer.max_steps=many"], 2, ["trainer.max_steps", "many"]),
-    ("fit attention_recall", ["--trainer.devices=0"], 1, ["devices", "0"]),
-    ("fit attention_recall", ["--trainer.accelerator=cuda"], 1, ["CUDA"]),
-    ("fit attention_recall", ["--trainer.strategy=dpd"], 1, ["strategy", "dpd"]),
-    ("fit attention_recall", ["--trainer.precision=8"], 2, ["trainer.precision"]),
-    ("fit attention_recall", ["--optimizer=torch.optim.AdamQ"], 2, ["AdamQ"]),
-    ("fit attention_recall", ["--lr_scheduler.warmup=-1"], 1, ["lr_scheduler: warmup"]),
-    ("fit attention_recall", ["--model.n_head=5"], 1, ["n_embd=64 is not divisible by n_head=5"]),
-    ("fit attention_recall", ["--data.n_pairs=[17]"], 1, ["17 pairs, more than the 16 of data.n_keys"]),
-    ("fit attention_recall", ["--data.batch_size=0"], 1, ["data.batch_size is 0"]),
-    ("fit attention_recall", ["--ckpt_path=last"], 1, ["no run runs/attention_recall/offline to continue"]),
-    ("fit attention_recall", ["--ckpt_path=lost.ckpt"], 1, ["lost.ckpt does not exist"]),
-    ("fit attention_recall", ["--ckpt_path=best", "--auto_resume"], 1, ["leave ckpt_path out"]),
-    ("fit attention_recall", ["--ckpt_path=empty.txt"], 1, ["empty.txt: the checkpoint is truncated"]),
-    ("fit attention_recall", ["--run.root=empty.txt"], 1, ["empty.txt"]),
-    ("predict attention_recall", [], 1, ["Give --ckpt_path best, last or a file"]),
-    ("fit bpe", ["--model.vocabulary_size=256"], 1, ["model.vocabulary_size is 256", "at least 257"]),
-    ("fit bpe", ["--model.pattern=(?:"], 1, ["model.pattern: the pattern does not compile"]),
-    ("fit bpe", ["--data.val_fraction=1"], 1, ["data.val_fraction 1.0", "leave something to train on"]),
-    ("fit bpe", ["--trainer.max_epochs=2", *TEXTS, "--data.val_fraction=0"], 1, ["trainer.max_epochs is 2: give 1"]),
-    ("fit decoder_pretrain", [], 1, ["runs/bpe/offline/tokenizer", "llm-train fit -c experiments/bpe/offline.yaml"]),
-    ("fit decoder_pretrain", ["--data.tokenizer=tokenizer"], 1, ["tokenizer/tokenizer.json could not be read"]),
-    ("fit decoder_pretrain", ["--data.tokenizer=byte", "--model.vocab_size=9"], 1, ["the YAML says 9", "257"]),
-    ("fit decoder_pretrain", ["--data.tokenizer=byte", *TEXTS], 1, ["fewer than a block"]),
-    ("fit position_probe", [], 1, ["llm-train fit -c experiments/decoder_pretrain/offline.yaml"]),
-    ("fit position_probe", ["--data.source=table.npy"], 1, ["could not be read as an array of numbers"]),
-    ("fit position_probe", ["--data.source=rope"], 1, ["has no table of absolute positions"]),
-    ("fit bengio_nlm", ["--model.h=0", "--model.direct=false", *TEXTS, "--data.rare=1"], 1, ["nothing connects"]),
-    ("fit bengio_nlm", [*TEXTS], 1, ["vocabulary"]),
-    ("fit gpt_neo_style", ["--data.tokenizer=byte"], 1, ["model.base: runs/decoder_pretrain/offline does not exist"]),
-    ("fit gpt_neo_style", ["--data.tokenizer=byte", "--model.base=nobody"], 1, ["AutoModelForCausalLM could not load"]),
-    ("fit gpt_neo_style", ["--data.tokenizer=byte", "--data.passages=1"], 1, ["data.passages is 1"]),
-    ("fit gpt_neo_style", ["--data.books=[]"], 1, ["data.books is empty"]),
-    ("fit bert_imdb", [], 1, ["llm-train fit -c experiments/bert_imdb/offline_pretrain.yaml"]),
-    ("fit bert_imdb", ["--model.dropout=1"], 2, ["model.dropout", "1 does not conform to restriction v>=0 and v<1"]),
-    ("fit bert_imdb/offline_pretrain", [REVIEWS, "--data.reviews.train=lost.csv"], 1, ["lost.csv", "does not exist"]),
-    ("fit bert_imdb/offline_pretrain", [REVIEWS, "--data.reviews.train=review.csv"], 1, ["line 2", "no 'text'"]),
-    ("fit gpt2_webglm_qa", ["--data.tokenizer=byte"], 1, ["-c experiments/decoder_pretrain/offline.yaml"]),
-    ("fit gpt2_webglm_qa", ["--data.tokenizer=byte", "--data.max_answer_tokens=128"], 1, ["max_answer_tokens is 128"]),
-    ("generate", ["--run=runs/bpe/lost", "--prompt=a"], 1, ["no config.yaml in it"]),
-    ("generate", ["--run=runs/bpe/half", "--prompt=a"], 1, ["last.ckpt: no such checkpoint"]),
-    ("generate", ["--run=runs/bpe/half", "--prompt="], 1, ["--prompt is empty"]),
+    ("fit tiny", ["-c", "unknown.yaml"], 2, ["unknown.yaml, line 1: ", "modle", "did you mean 'model'"]),
+    ("fit tiny", ["--trainer.max_epoch=3"], 2, ["unrecognized arguments: --trainer.max_epoch=3", "'trainer.max_epochs'"]),
+    ("fit tiny", ["--trainer.max_steps=many"], 2, ["trainer.max_steps", "many"]),
+    ("fit tiny", ["--trainer.devices=0"], 1, ["devices", "0"]),
+    ("fit tiny", ["--trainer.accelerator=cuda"], 1, ["CUDA"]),
+    ("fit tiny", ["--trainer.strategy=dpd"], 1, ["strategy", "dpd"]),
+    ("fit tiny", ["--trainer.precision=8"], 2, ["trainer.precision"]),
+    ("fit tiny", ["--trainer.default_root_dir=x"], 1, ["set run.root and run.name"]),
+    ("fit tiny", ["--model.n_layerz=3"], 2, ["Option 'n_layerz' is not accepted", "'n_layer'"]),
+    ("fit tiny", ["--model.n_layer=many"], 2, ["model.n_layer", "expected int, got many"]),
+    ("fit tiny", ["--model=lightning_modules.base.Pretrain"], 2, ["has no attribute 'Pretrain'"]),
+    ("fit tiny", ["--model.n_head=3"], 1, ["n_embd=16 is not divisible by n_head=3"]),
+    ("fit tiny", ["--model.vocab_size=100"], 1, ["model.vocab_size: the YAML says 100", "257"]),
+    ("fit tiny", ["--optimizer=torch.optim.AdamQ"], 2, ["AdamQ"]),
+    ("fit tiny", ["--lr_scheduler.warmup=-1"], 1, ["lr_scheduler: warmup"]),
+    ("fit tiny", ["--lr_scheduler.final=2"], 1, ["lr_scheduler: final must be between 0 and 1, got 2"]),
+    ("fit tiny", ["--data.source.paths=missing.txt"], 1, ["missing.txt", "not found"]),
+    ("fit tiny", ["--data.source.paths=empty.txt"], 1, ["empty.txt", "is empty"]),
+    ("fit tiny", ["--data.source.paths=latin1.txt"], 1, ["latin1.txt", "byte 3"]),
+    ("fit tiny", ["--data.source.paths=short.txt"], 1, ["fewer than a block", "block_size 16"]),
+    ("fit tiny", HUB, 1, ["no/such", "offline.yaml"]),
+    ("fit tiny", ["--ckpt_path=last"], 1, [f"no run {RUNS}/tiny to continue"]),
+    ("fit tiny", ["--run.name=half", "--ckpt_path=last"], 1, ["this run has saved no checkpoint"]),
+    ("fit tiny", ["--ckpt_path=lost.ckpt"], 1, ["lost.ckpt does not exist"]),
+    ("fit tiny", ["--ckpt_path=best", "--auto_resume"], 1, ["leave ckpt_path out"]),
+    ("fit tiny", ["--ckpt_path=empty.txt"], 1, ["empty.txt: the checkpoint is truncated"]),
+    ("fit tiny", ["--run.root=empty.txt"], 1, ["empty.txt"]),
+    ("predict tiny", [], 1, ["Give --ckpt_path best, last or a file"]),
+    ("generate", [f"--run={RUNS}/lost", "--prompt=a"], 1, ["no config.yaml in it"]),
+    ("generate", [f"--run={RUNS}/half", "--prompt=a"], 1, ["last.ckpt: no such checkpoint"]),
+    ("generate", [f"--run={RUNS}/half", "--prompt="], 1, ["--prompt is empty"]),
+    ("generate", [f"--run={RUNS}/half", "--prompt=a", "--references=empty.txt"], 1, ["--references are for --chat"]),
     ("study", ["sweep.yaml"], 1, ["sweep.yaml", "gird", "did you mean 'grid'"]),
     ("study", ["lost.yaml"], 1, ["lost.yaml"]),
     ("compare", ["runs/lost"], 1, ["runs/lost"]),
     ("schema", ["--fast"], 2, ["--fast"]),
     ("completion", ["fish"], 2, ["fish", "bash"]),
 ]
+# The same of the experiments of each topic, from its bad_inputs.yaml: experiment, flags, exit code, parts of the line
+TOPICS = [
+    (f"{file.parent.name}/{bad.get('experiment', 'offline')}", bad["flags"], bad.get("code", 1), bad["says"])
+    for file in sorted((ROOT / "tests").glob("*/bad_inputs.yaml"))
+    for bad in yaml.safe_load(file.read_text())
+]
 
 
-@pytest.mark.parametrize(("command", "flags", "code", "said"), BAD, ids=lambda value: str(value)[:60])
-def test_one_line_says_what_is_wrong(llm_train, tmp_path, command, flags, code, said):
+@pytest.fixture
+def files(tmp_path: Path) -> None:
+    """Write the files that the flags name."""
     for name, content in FILES.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(content)
-    command, *experiment = command.split()
-    if experiment:
-        topic, _, name = experiment[0].partition("/")
-        flags = ["-c", ROOT / f"experiments/{topic}/{name or 'offline'}.yaml", *flags]
-    done = llm_train(command, *flags)
+
+
+def assert_one_line(done, code: int, said: list[str]) -> None:
+    """Check that the last line says what is wrong, that no other line is an error, and that no run was trained."""
     errors = [line for line in done.err.splitlines() if line.startswith("error: ")]
     assert (done.code, errors, "Traceback" in done.err) == (code, done.err.splitlines()[-1:], False), done.err
     assert [part for part in said if part not in errors[0]] == [], errors[0]
-    assert not list(tmp_path.glob("runs/*/*/checkpoints"))
+    assert not list(Path().glob("runs/*/*/checkpoints"))
+
+
+@pytest.mark.parametrize(("command", "flags", "code", "said"), COMMANDS, ids=lambda value: str(value)[:60])
+def test_one_line_says_what_is_wrong_with_a_command(llm_train, files, tiny, command, flags, code, said):
+    command, *experiment = command.split()
+    assert_one_line(llm_train(command, *(["-c", tiny()] if experiment else []), *flags), code, said)
+
+
+@pytest.mark.parametrize(("experiment", "flags", "code", "said"), TOPICS, ids=lambda value: str(value)[:60])
+def test_one_line_says_what_is_wrong_with_an_experiment(llm_train, files, experiment, flags, code, said):
+    assert_one_line(llm_train("fit", "-c", ROOT / f"experiments/{experiment}.yaml", *flags), code, said)
+
+
+def test_a_mistake_in_a_file_is_found_by_its_line(llm_train, tiny):
+    config = tiny()
+    config.write_text(config.read_text().replace("n_embd: 16", "n_emdb: 16"))
+    line = next(n for n, row in enumerate(config.read_text().splitlines(), start=1) if "n_emdb" in row)
+    error = llm_train("fit", "-c", config).err
+    assert f"{config}, line {line}: " in error
+    assert "did you mean 'n_embd'?" in error
+
+
+def test_a_run_folder_is_removed_if_the_run_fails_before_it_writes(llm_train, tiny, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert llm_train("fit", "-c", tiny(), "--trainer.accelerator", "cuda").code == 1
+    assert not (RUNS / "tiny").exists()
 
 
 class Malicious:
@@ -149,6 +172,74 @@ def test_a_pickle_in_place_of_a_file_is_refused_and_not_run(llm_train, tiny, fla
     assert not Path("it_ran").exists()
 
 
+def damage(checkpoint: Path, how: str) -> str:
+    """Replace a good checkpoint by a bad one, and return a part of the error."""
+    if how == "truncated":
+        checkpoint.write_bytes(checkpoint.read_bytes()[:-1000])
+        return "truncated"
+    if how == "flipped":
+        content = bytearray(checkpoint.read_bytes())
+        middle = len(content) // 2
+        content[middle] ^= 0xFF
+        checkpoint.write_bytes(content)
+        return "damaged"
+    if how == "pickled code in a zip":
+        with zipfile.ZipFile(checkpoint) as whole:
+            parts = {name: whole.read(name) for name in whole.namelist()}
+        with zipfile.ZipFile(checkpoint, "w") as archive:
+            for name, part in parts.items():
+                archive.writestr(name, PICKLED if name.endswith("data.pkl") else part)
+        return "pickled code"
+    if how == "a bare pickle":
+        checkpoint.write_bytes(PICKLED)
+        return "not a checkpoint"
+    saved = torch.load(checkpoint, weights_only=True)
+    if how == "another topic":
+        saved["module_class"] = "lightning_modules.other.OtherModule"
+    else:
+        saved["state_dict"]["decoder.final_norm.weight"] = torch.ones(7)
+    torch.save(saved, checkpoint)
+    return "is of lightning_modules.other.OtherModule" if how == "another topic" else "does not fit the model"
+
+
+@pytest.mark.parametrize(
+    "how", ["truncated", "flipped", "pickled code in a zip", "a bare pickle", "another topic", "another size"]
+)
+def test_a_bad_checkpoint_is_refused_and_runs_nothing(llm_train, tiny, whole, how):
+    run = RUNS / "tiny"
+    shutil.copytree(whole(), run)
+    reason = damage(run / LAST, how)
+    commands = [("fit", "-c", tiny(), "--ckpt_path", "last", "--trainer.max_steps", "28")]
+    if how not in ("another topic", "another size"):
+        commands.append(("generate", "--run", run, "--prompt", "a", "--checkpoint", "last"))
+    for command in commands:
+        done = llm_train(*command)
+        assert done.code == 1
+        assert reason in done.err.splitlines()[-1]
+        assert not Path("it_ran").exists()
+
+
+def test_a_full_disk_keeps_the_earlier_checkpoint(llm_train, tiny, monkeypatch):
+    writes = []
+    sync = os.fsync
+
+    def full(descriptor: int) -> None:
+        writes.append(1)
+        if len(writes) > 2:  # the best and the last checkpoint of the first validation fit on the disk
+            raise OSError(28, "No space left on device")
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full)
+    done = llm_train("fit", "-c", tiny())
+    assert done.code == 1
+    error = done.err.strip().splitlines()[-1]
+    assert "No space left on device" in error
+    assert "the earlier one is whole" in error
+    last = RUNS / "tiny" / LAST
+    assert torch.load(last, weights_only=True)["global_step"] == 8
+    assert sorted(path.name for path in last.parent.iterdir()) == ["best.ckpt", "last.ckpt"]
+
+
 def test_a_pickle_in_place_of_a_pretrained_model_is_refused_and_not_run():
     Path("base").mkdir()
     Path("base/config.json").write_text('{"model_type": "gpt2", "n_layer": 1, "n_head": 1, "n_embd": 8}')
@@ -159,7 +250,7 @@ def test_a_pickle_in_place_of_a_pretrained_model_is_refused_and_not_run():
 
 
 @pytest.mark.parametrize("content", [PICKLED, b"", None])
-def test_a_cached_array_that_cannot_be_read_is_made_anew_and_not_unpickled(content):
+def test_a_cached_array_that_cannot_be_read_is_computed_again_and_not_unpickled(content):
     file = Path("cache/array.npy")
     file.parent.mkdir()
     if content is None:
@@ -167,5 +258,5 @@ def test_a_cached_array_that_cannot_be_read_is_made_anew_and_not_unpickled(conte
     else:
         file.write_bytes(content)
     assert cached_array(file, lambda: np.arange(3), mmap_mode="r").tolist() == [0, 1, 2]
-    assert cached_array(file, lambda: 1 / 0).tolist() == [0, 1, 2]  # it is there now
+    assert cached_array(file, lambda: 1 / 0).tolist() == [0, 1, 2]  # it is cached now
     assert not Path("it_ran").exists()

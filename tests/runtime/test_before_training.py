@@ -2,31 +2,33 @@
 
 import csv
 import math
-from pathlib import Path
 from types import SimpleNamespace
 
 import lightning as L
 import pytest
+from helpers import RUNS
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_modules.runtime.before_training import LossBeforeTraining
 from lightning_modules.runtime.learning_curve import read_metric
 
-RUN = Path("runs/decoder_pretrain/tiny")
+RUN = RUNS / "tiny"
 CALLBACK = {"class_path": "lightning_modules.runtime.before_training.LossBeforeTraining"}
 
 
-def test_the_curve_begins_with_the_loss_of_the_untrained_network_and_a_resumed_run_has_begun_already(llm_train, tiny):
+def test_the_curve_begins_with_the_loss_of_the_untrained_network_and_a_resumed_run_keeps_it(llm_train, tiny):
     still = tiny(**{"trainer__callbacks+": [CALLBACK]}, optimizer__init_args__lr=0.0)
     assert llm_train("fit", "-c", still).code == 0
     steps, losses = read_metric(RUN / "metrics.csv", "val/loss")
     assert steps == [0, 8, 16, 24]
-    assert losses == [losses[0]] * 4  # nothing was learned, so each is that of the untrained network, to the last bit
+    assert losses == [losses[0]] * 4  # nothing is learned at rate 0, so each is that of the untrained network
     assert losses[0] == pytest.approx(math.log(257), rel=0.01)
     with (RUN / "metrics.csv").open(newline="") as file:
         assert [row["step"] for row in csv.DictReader(file)] == ["0", "4", "8", "12", "16", "20", "24"]
 
-    assert llm_train("fit", "-c", still, "--ckpt_path", "last", "--trainer.max_steps", "32").code == 0
+    longer = llm_train("fit", "-c", still, "--ckpt_path", "last", "--trainer.max_steps", "32")
+    assert longer.code == 0
+    assert "finished at step 32" in longer.err
     assert read_metric(RUN / "metrics.csv", "val/loss")[0] == [0, 8, 16, 24, 32]
     assert read_metric(RUN / "metrics.csv", "init/loss") == ([0], [losses[0]])
     assert read_metric(RUN / "metrics.csv", "init/excess_loss") == ([0], [pytest.approx(losses[0] - math.log(257))])

@@ -1,16 +1,97 @@
-"""Each private name of Lightning that we touch, held: a new Lightning that moves one fails here first."""
+"""Each private name of other libraries that is used: a new version that drops or moves one fails here first."""
 
+import ast
 import inspect
+import re
+from argparse import ArgumentParser, _ActionsContainer
+from pathlib import Path
 
 import lightning as L
+import pytest
+import torch
+import wandb
+from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.demos.boring_classes import BoringModel, RandomDataset
+from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.loops.fit_loop import _FitLoop
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 from lightning.pytorch.trainer.connectors.logger_connector import logger_connector
+from torch import nn
+from torch.utils.data import DataLoader
+from torchmetrics import Metric
 
+from lightning_modules.metrics import CorpusLoss
 from lightning_modules.runtime import private_names
+from lightning_modules.runtime.stop import GracefulStop
+
+ROOT = Path(__file__).parents[2]
+# owner: the private names that it must have, as attributes or in its source
+HELD = {
+    _FitLoop: ["_combined_loader", "_data_fetcher", "_should_accumulate"],
+    _TrainingEpochLoop: ["_broadcast_sigterm_tensor"],
+    DDPStrategy: ["_ddp_kwargs"],
+    ModelParallelStrategy: ["_data_parallel_size"],
+    LightningCLI: ["_parse_ckpt_path", "_subcommand_parsers"],
+    _ActionsContainer: ["_actions"],
+    Metric: ["_apply"],
+    WandbLogger: ["_wandb_init", "_save_dir", "_id", "_experiment"],
+    wandb.Run: ["_log_artifact"],
+}
+
+
+@pytest.mark.parametrize(("owner", "names"), HELD.items(), ids=lambda value: getattr(value, "__name__", ""))
+def test_the_owner_has_the_names(owner, names):
+    source = inspect.getsource(owner)
+    assert [name for name in names if not re.search(rf"\bself\.{name}\b|\bdef {name}\b", source)] == []
+
+
+def private_attributes(file: Path) -> set[str]:
+    """Return the private names that a file reads, sets or defines, without those that it makes itself."""
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    used = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    used |= {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
+    return {name for name in used if re.match(r"_[a-z]", name)}
+
+
+def test_every_private_name_of_the_file_is_held_here():
+    file = ROOT / "lightning_modules/runtime/private_names.py"
+    held = {name for names in HELD.values() for name in names}
+    assert private_attributes(file) == held
+
+
+def test_no_other_file_uses_them():
+    held = {name for names in HELD.values() for name in names} - {"_id"}
+    found = []
+    for room in ("lightning_modules", "experiments", "datamodules"):
+        for file in (ROOT / room).rglob("*.py"):
+            if file.name != "private_names.py" and (used := private_attributes(file) & held):
+                found.append((str(file.relative_to(ROOT)), used))
+    assert found == []
+
+
+def test_no_other_file_uses_a_private_name_of_another_object():
+    """A private name follows `self` or `cls`, or is assigned or defined in the same file."""
+    public = ("_fields", "_replace", "_asdict", "_make")  # of named tuples
+    found = []
+    for room in ("lightning_modules", "experiments", "datamodules"):
+        for file in (ROOT / room).rglob("*.py"):
+            if file.name == "private_names.py":
+                continue
+            tree = ast.parse(file.read_text(encoding="utf-8"))
+            own = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
+            for node in ast.walk(tree):
+                if isinstance(node, ast.Attribute) and re.match(r"_[a-z]", node.attr) and node.attr not in own:
+                    if node.attr in public or (isinstance(node.value, ast.Name) and node.value.id in ("self", "cls")):
+                        continue
+                    assigned = f"self.{node.attr}" in file.read_text() or f"{node.attr}:" in file.read_text()
+                    if not assigned:
+                        found.append(f"{file.relative_to(ROOT)}, line {node.lineno}: {ast.unparse(node)}")
+    assert found == []
 
 
 class Watch(L.Callback):
-    """Notes what the functions say while a run goes on."""
+    """Records the results of the functions during a run."""
 
     def __init__(self) -> None:
         self.seen: list[tuple[int, int, bool]] = []
@@ -27,26 +108,115 @@ class Watch(L.Callback):
         self.loaders = len(private_names.train_dataloaders(trainer))
 
 
-def test_progress_and_accumulation_are_what_they_say():
-    watch = Watch()
+def fit(*callbacks: L.Callback, **arguments: object) -> L.Trainer:
     trainer = L.Trainer(
         accelerator="cpu",
-        max_epochs=2,
-        accumulate_grad_batches=2,
-        callbacks=[watch],
+        callbacks=list(callbacks),
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
+        **arguments,
     )
-    from lightning.pytorch.demos.boring_classes import BoringModel, RandomDataset
-    from torch.utils.data import DataLoader
-
     trainer.fit(BoringModel(), DataLoader(RandomDataset(32, 3)))
+    return trainer
+
+
+def test_progress_and_accumulation():
+    watch = Watch()
+    fit(watch, max_epochs=2, accumulate_grad_batches=2)
     assert watch.seen == [(1, 0, True), (2, 1, False), (3, 2, False), (1, 3, True), (2, 4, False), (3, 5, False)]
     assert watch.loaders == 1
 
 
-def test_the_names_that_are_replaced_or_called_exist():
-    assert callable(_TrainingEpochLoop._broadcast_sigterm_tensor)
-    assert "_batches_that_stepped" in inspect.getsource(logger_connector)  # the step that loggers are given
+def test_fetching_starts_again_from_the_dataloader():
+    batches = []
+
+    class Restart(L.Callback):
+        def on_train_start(self, trainer, pl_module):
+            private_names.train_dataloaders(trainer)[0].sampler.skip = None
+            private_names.restart_fetching(trainer)
+            private_names.restart_fetching(trainer)
+
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            batches.append(batch)
+
+    fit(Restart(), max_epochs=1)
+    assert len(batches) == 3
+
+
+class Broadcast(L.Callback):
+    """Calls what Lightning calls at each batch of several processes."""
+
+    def on_train_batch_start(self, trainer, *_):
+        trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor()
+
+
+@pytest.mark.parametrize(("callbacks", "broadcasts"), [([], 3), ([GracefulStop()], 0)], ids=["stock", "GracefulStop"])
+def test_a_run_with_graceful_stop_skips_the_broadcast_of_sigterm(monkeypatch, callbacks, broadcasts):
+    calls = []
+    monkeypatch.setattr(_TrainingEpochLoop, "_broadcast_sigterm_tensor", lambda self: calls.append(1))
+    fit(*callbacks, Broadcast(), max_epochs=1)
+    assert len(calls) == broadcasts
+
+
+def test_the_broadcast_of_sigterm_is_a_method_that_each_batch_calls_whatever_ran_before():
+    fit(GracefulStop(), max_epochs=1)  # skips it on its own trainer, and leaves Lightning's class as it is
+    defined = vars(_TrainingEpochLoop)["_broadcast_sigterm_tensor"]
+    assert "torch.distributed.broadcast(" in inspect.getsource(defined)
+    assert "self._broadcast_sigterm_tensor()" in inspect.getsource(_TrainingEpochLoop.advance)
+
+
+def test_strategies():
+    class Trainer:
+        def __init__(self, strategy: Strategy) -> None:
+            self.strategy = strategy
+
+    assert not private_names.takes_unused_parameters(Trainer(DDPStrategy()))
+    assert private_names.takes_unused_parameters(Trainer(DDPStrategy(find_unused_parameters=True)))
+    assert private_names.takes_unused_parameters(Trainer(ModelParallelStrategy()))
+    strategy = ModelParallelStrategy()
+    assert strategy._data_parallel_size == "auto"
+    private_names.set_data_parallel_size(strategy, 3)
+    assert strategy._data_parallel_size == 3
+
+
+def test_activations_are_computed_again_in_the_backward_pass():
+    calls = []
+    layer = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
+    layer[0].register_forward_hook(lambda *_: calls.append(1))
+    private_names.recompute_in_backward(layer)
+    layer(torch.ones(1, 2, requires_grad=True)).sum().backward()
+    assert len(calls) == 2
+
+
+def test_metrics_keep_their_dtypes_where_a_module_is_cast():
+    metric = CorpusLoss()
+    nn.ModuleList([metric]).to(torch.bfloat16)
+    assert metric.nats.dtype == torch.float64
+
+
+def test_names_of_options():
+    parser = ArgumentParser(add_help=False)
+    parser.add_argument("--width")
+    assert private_names.option_names(parser) == ["width"]
+
+
+def test_a_wandb_logger_is_set_up_after_it_is_built(tmp_path):
+    logger = private_names.OpenWandbLogger(project="p", mode="disabled")
+    assert (logger.settings["project"], logger.run) == ("p", None)
+    assert "anonymous" in logger.settings
+    logger.store_in(str(tmp_path))
+    logger.continue_run("abc")
+    assert (logger.save_dir, logger.version, logger.settings["id"]) == (str(tmp_path), "abc", "abc")
+    assert logger.experiment is logger.run
+    assert logger.run.id == "abc"
+    other = object()
+    logger.run = other
+    assert logger.experiment is other
+    expected = {"artifact_or_path", "aliases", "is_user_created", "use_after_commit"}
+    assert expected <= set(inspect.signature(wandb.Run._log_artifact).parameters)
+
+
+def test_loggers_are_given_the_number_of_the_step():
+    assert "_batches_that_stepped" in inspect.getsource(logger_connector)

@@ -1,19 +1,24 @@
 """The record of a run, in its folder and in the offline files of Weights & Biases."""
 
+import itertools
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 import wandb
 import yaml
+from helpers import BEST, RUNS
 
 from experiments.run_folder import RunFolder, claim, find, numbered, of_checkpoint
+from lightning_modules.metrics import CorpusLoss
 from lightning_modules.runtime.learning_curve import read_metric
 from lightning_modules.runtime.loggers import MetricsCSV, WandbRecorder
 
-RUN = Path("runs/decoder_pretrain/tiny")
+RUN, TOPIC = RUNS / "first", RUNS.name
 
 
 def test_runs_of_one_name_are_numbered_and_the_newest_is_found(tmp_path):
@@ -36,7 +41,7 @@ def test_a_checkpoint_belongs_to_the_run_that_it_lies_in(tmp_path):
     assert of_checkpoint(checkpoint) == RunFolder(tmp_path / "topic/name", "other", is_new=False, study="name")
 
 
-def test_the_arms_of_a_study_end_in_numbers_and_are_not_taken_for_one_another(tmp_path):
+def test_arms_of_a_study_whose_names_end_in_numbers_are_told_apart(tmp_path):
     for name in ("dropout=0", "dropout=0.2", "dropout=0", "dropout=0.2", "dropout=0+2"):
         claim(tmp_path, "topic", name, "study")
     arms = {"dropout=0", "dropout=0+2", "dropout=0+3", "dropout=0.2", "dropout=0.2+2"}
@@ -79,18 +84,22 @@ def test_a_later_metric_rewrites_the_header_and_a_resumed_run_drops_what_it_repe
     ]
 
 
+EXPORT = {"class_path": "lightning_modules.runtime.export.ExportModel"}
+
+
 @pytest.fixture
 def offline_wandb(monkeypatch, tmp_path):
-    """Weights & Biases as on a machine where nobody is logged in."""
+    """Set up Weights & Biases as on a machine where no user is logged in."""
     monkeypatch.delenv("WANDB_MODE")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.delenv("NETRC", raising=False)
     yield
-    wandb.teardown()  # it has read the environment, and kept it
+    wandb.teardown()  # it has cached the environment
 
 
 def read_back(folder: Path) -> dict[str, list[dict]]:
-    """The records of an offline run by kind, as W&B's own reader gives them."""
+    """Return the records of an offline run by kind, from W&B's own reader."""
+    wandb.teardown()  # its service may still be writing
     command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(folder)]
     lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
     records: dict[str, list[dict]] = {}
@@ -103,86 +112,108 @@ def summary(records: dict[str, list[dict]]) -> dict[str, object]:
     return {name: value for update in records["summary"] for name, value in update["update"].items()}
 
 
-SAMPLES = {
-    "class_path": "lightning_modules.runtime.samples.SampleText",
-    "init_args": {"prompts": ["a"], "max_new_tokens": 4},
-}
+def artifacts(records: dict[str, list[dict]]) -> dict[str, dict]:
+    return {artifact["name"]: artifact for artifact in records.get("artifact", [])}
 
 
-def test_the_offline_files_hold_the_run_and_a_resumed_run_is_the_same(llm_train, tiny, offline_wandb):
-    config = tiny(**{"trainer__callbacks+": [SAMPLES]})
-    done = llm_train("fit", "-c", config, "--trainer.max_steps", "16")
-    (first,) = RUN.glob("wandb/offline-run-*")
-    assert f"wandb   wandb sync {first}\n" in done.err
+def session(folder: Path) -> dict[str, list[dict]]:
+    """Return the records of the only session of a run."""
+    (found,) = folder.glob("wandb/offline-run-*")
+    return read_back(found)
 
-    records = read_back(first)
+
+@pytest.fixture
+def first(llm_train, tiny, offline_wandb, monkeypatch, tmp_path_factory) -> Path:
+    """Write the YAML of a run, and copy the run, whose validation loss is 1 at step 8 and 2 at step 16.
+
+    The run is made once in a test session.
+    """
+    samples = {
+        "class_path": "lightning_modules.runtime.samples.SampleText",
+        "init_args": {"prompts": ["a"], "max_new_tokens": 4},
+    }
+    loggers = [
+        {"class_path": "lightning_modules.runtime.loggers.MetricsCSV"},
+        {"class_path": "lightning_modules.runtime.loggers.WandbRecorder", "init_args": {"log_model": True}},
+    ]
+    config = tiny("first", **{"trainer__callbacks+": [EXPORT, samples], "trainer__logger": loggers})
+    made = tmp_path_factory.getbasetemp() / "offline_wandb"
+    if not made.exists():
+        losses = itertools.count(1)
+
+        def compute(self: CorpusLoss) -> dict[str, torch.Tensor]:
+            loss = torch.tensor(float(next(losses)))
+            return {"loss": loss, "bits_per_byte": loss / 2}
+
+        with monkeypatch.context() as patch:
+            patch.setattr(CorpusLoss, "compute", compute)
+            done = llm_train("fit", "-c", config, "--trainer.max_steps", "16")
+        assert done.code == 0, done.err
+        (RUN / "said.txt").write_text(done.err)
+        wandb.teardown()  # its service may still be writing
+        shutil.move(RUN, made)
+    shutil.copytree(made, RUN)
+    return config
+
+
+def test_the_offline_files_hold_the_run(first):
+    (folder,) = RUN.glob("wandb/offline-run-*")
+    assert f"wandb   wandb sync {folder}\n" in (RUN / "said.txt").read_text()
+    records = read_back(folder)
     run = records["run"][0]
-    assert (run["display_name"], run["run_group"], run["job_type"]) == ("tiny", "decoder_pretrain", "fit")
-    assert run["tags"] == ["decoder_pretrain"]
-    kept = records["config"][0]["update"]
+    assert (run["display_name"], run["run_group"], run["job_type"]) == ("first", TOPIC, "fit")
+    assert run["tags"] == [TOPIC]
+    logged = records["config"][0]["update"]
     saved = yaml.safe_load((RUN / "config.yaml").read_text())
-    assert kept["model"]["init_args"]["n_embd"] == 16
-    assert kept.keys() == saved.keys()
+    assert logged["model"]["init_args"]["n_embd"] == 16
+    assert logged.keys() == saved.keys()
     history = [item["item"] for item in records["history"]]
     losses = {item["trainer/global_step"]: item["train/loss"] for item in history if "train/loss" in item}
     assert losses == dict(zip(*read_metric(RUN / "metrics.csv", "train/loss"), strict=True))
-    assert summary(records)["best/step"] == 16
-    assert list(first.glob("files/media/images/figures/learning_curve*.png"))
-    assert list(first.glob("files/media/table/samples*.table.json"))
+    assert list(folder.glob("files/media/images/figures/learning_curve*.png"))
+    assert list(folder.glob("files/media/table/samples*.table.json"))
 
-    resumed = llm_train("fit", "-c", config, "--ckpt_path", "last")
+    # The best validation, which is the first, and not the last.
+    assert read_metric(RUN / "metrics.csv", "val/loss") == ([8, 16], [1.0, 2.0])
+    shown = summary(records)
+    assert (shown["val/loss"], shown["best/val/loss"], shown["best/step"]) == (1.0, 1.0, 8)
+    assert shown["val/bits_per_byte"] == 0.5
+
+    made = artifacts(records)
+    assert set(made) == {f"{kind}-{run['run_id']}" for kind in ("config", "tokenizer", "model")}
+    assert not any(artifact.get("use_after_commit") for artifact in made.values())
+
+
+def test_a_resumed_run_continues_the_same_wandb_run(llm_train, first):
+    resumed = llm_train("fit", "-c", first, "--ckpt_path", "last")
     assert "finished at step 24" in resumed.err
+    run_id = json.loads((RUN / "wandb/id.json").read_text())["id"]
     sessions = sorted(RUN.glob("wandb/offline-run-*"))
-    assert {read_back(folder)["run"][0]["run_id"] for folder in sessions} == {run["run_id"]}
+    assert [read_back(folder)["run"][0]["run_id"] for folder in sessions] == [run_id] * 2
     assert all(str(folder) in resumed.err for folder in sessions)
 
 
-def test_the_summary_holds_the_best_validation_and_not_the_last(llm_train, tiny, offline_wandb):
-    # A rate that undoes what was learned: the first validation is the best one.
-    rates = {"class_path": "lightning_modules.optim.schedules.Constant", "init_args": {}}
-    config = tiny(lr_scheduler=rates, optimizer__init_args__lr=3.0)
-    assert llm_train("fit", "-c", config).code == 0
-    steps, losses = read_metric(RUN / "metrics.csv", "val/loss")
-    best = losses.index(min(losses))
-    assert best < len(losses) - 1
-    (session,) = RUN.glob("wandb/offline-run-*")
-    shown = summary(read_back(session))
-    _, in_bits = read_metric(RUN / "metrics.csv", "val/bits_per_byte")
-    assert (shown["val/loss"], shown["best/val/loss"], shown["best/step"]) == (losses[best], losses[best], steps[best])
-    assert shown["val/bits_per_byte"] == in_bits[best]
-
-
-def artifacts(folder: Path) -> dict[str, dict]:
-    (session,) = folder.glob("wandb/offline-run-*")
-    return {artifact["name"]: artifact for artifact in read_back(session).get("artifact", [])}
-
-
-def test_runs_that_feed_each_other_are_joined_by_artifacts(llm_train, tiny, offline_wandb):
-    logger = {"class_path": "lightning_modules.runtime.loggers.WandbRecorder", "init_args": {"log_model": True}}
-    assert llm_train("fit", "-c", tiny("first", trainer__max_steps=8, trainer__logger=[logger])).code == 0
-    folder = RUN.with_name("first")
-    run_id = json.loads((folder / "wandb/id.json").read_text())["id"]
-    made = artifacts(folder)
-    assert set(made) == {f"config-{run_id}", f"tokenizer-{run_id}", f"model-{run_id}"}
-    assert not any(artifact.get("use_after_commit") for artifact in made.values())
-
-    second = tiny("second", trainer__max_steps=8, data__init_args__tokenizer=str(folder / "tokenizer"))
+def test_runs_that_read_files_of_other_runs_are_joined_by_artifacts(llm_train, tiny, first):
+    run_id = json.loads((RUN / "wandb/id.json").read_text())["id"]
+    made = artifacts(session(RUN))
+    second = tiny("second", trainer__max_steps=8, data__init_args__tokenizer=str(RUN / "tokenizer"))
     assert llm_train("fit", "-c", second).code == 0
-    taken = artifacts(RUN.with_name("second"))
+    taken = artifacts(session(RUNS / "second"))
     used = {name: artifact for name, artifact in taken.items() if artifact.get("use_after_commit")}
     assert used.keys() == {f"tokenizer-{run_id}"}
     assert used[f"tokenizer-{run_id}"]["digest"] == made[f"tokenizer-{run_id}"]["digest"]
-    assert not any(name.startswith("model") for name in taken)  # nobody asked
+    assert not any(name.startswith("model") for name in taken)  # log_model is false by default
 
-    branch = ("fit", "-c", second, "--run.name", "third", "--trainer.max_steps", "16", "--ckpt_path")
-    assert llm_train(*branch, RUN.with_name("second") / "checkpoints/best.ckpt").code == 0
-    other_id = json.loads((RUN.with_name("second") / "wandb/id.json").read_text())["id"]
-    taken = artifacts(RUN.with_name("third"))  # the checkpoint was not logged: what stands for the run is its config
+    branch = ("fit", "-c", second, "--run.name", "third", "--trainer.max_steps", "12", "--ckpt_path")
+    assert llm_train(*branch, RUNS / "second" / BEST).code == 0
+    other_id = json.loads((RUNS / "second/wandb/id.json").read_text())["id"]
+    # The checkpoint of the second run was not logged, so its configuration stands for the run.
+    taken = artifacts(session(RUNS / "third"))
     used = {name for name, artifact in taken.items() if artifact.get("use_after_commit")}
     assert used == {f"tokenizer-{run_id}", f"config-{other_id}"}
 
 
-def test_a_run_that_wandbs_agent_starts_is_named_for_its_settings_and_grouped_by_its_study(
+def test_a_run_of_wandbs_agent_is_named_after_its_settings_and_grouped_by_its_study(
     llm_train, tiny, offline_wandb, monkeypatch, tmp_path
 ):
     given = tmp_path / "config-abc.yaml"
@@ -192,15 +223,14 @@ def test_a_run_that_wandbs_agent_starts_is_named_for_its_settings_and_grouped_by
     monkeypatch.setenv("WANDB_RUN_ID", "abc")
     command = ("fit", "-c", tiny(trainer__max_steps=4), "--optimizer.lr=0.02", "--seed_everything=7")
     assert llm_train(*command, "--run.study=rates").code == 0
-    (session,) = RUN.with_name("rates").glob("lr=0.02,seed=7/wandb/offline-run-*")
-    run = read_back(session)["run"][0]
+    run = session(RUNS / "rates/lr=0.02,seed=7")["run"][0]
     assert (run["run_id"], run["run_group"], run["display_name"]) == ("abc", "rates", "lr=0.02,seed=7")
-    assert run["tags"] == ["decoder_pretrain", "rates"]
+    assert run["tags"] == [TOPIC, "rates"]
 
     monkeypatch.setenv("WANDB_MODE", "disabled")
     for study, folder in (("rates", "rates/lr=0.02,seed=7+2"), (None, "sweep1/lr=0.02,seed=7")):
         assert llm_train(*command, *([f"--run.study={study}"] if study else [])).code == 0
-        recorded = yaml.safe_load((RUN.parent / folder / "config.yaml").read_text())["run"]
+        recorded = yaml.safe_load((RUNS / folder / "config.yaml").read_text())["run"]
         assert recorded["study"] == (study or "sweep1")
 
 
@@ -214,9 +244,7 @@ def test_a_run_that_wandbs_agent_starts_is_named_for_its_settings_and_grouped_by
         ({"WANDB_BASE_URL": "https://wandb.example.org"}, "machine api.wandb.ai login user password key\n", "offline"),
     ],
 )
-def test_wandb_goes_online_only_where_somebody_is_logged_in(
-    monkeypatch, tmp_path, offline_wandb, environment, netrc, mode
-):
+def test_wandb_is_online_only_if_a_user_is_logged_in(monkeypatch, tmp_path, offline_wandb, environment, netrc, mode):
     (tmp_path / "home").mkdir()
     (tmp_path / "home/.netrc").write_text(netrc)
     (tmp_path / "home/.netrc").chmod(0o600)
@@ -224,4 +252,4 @@ def test_wandb_goes_online_only_where_somebody_is_logged_in(
         monkeypatch.setenv(name, value)
     logger = WandbRecorder()
     logger.attach(tmp_path, "topic", "name", "fit")
-    assert logger._wandb_init["mode"] == mode
+    assert logger.settings["mode"] == mode

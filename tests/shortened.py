@@ -1,0 +1,51 @@
+"""Offline experiments made small enough for tests and benchmarks, as tests/<topic>/conf.yaml says."""
+
+import re
+from pathlib import Path
+
+import yaml
+
+ROOT = Path(__file__).parents[1]
+
+
+def needs(path: Path) -> list[Path]:
+    """Return the experiments whose runs an experiment reads, from its lines `# Needs: llm-train fit -c FILE`."""
+    commands = re.findall(r"^# Needs: llm-train (fit -c .*)", path.read_text(), re.MULTILINE)
+    return [ROOT / command.split()[-1] for command in commands]
+
+
+def offline_experiments() -> list[Path]:
+    """Return all offline experiments, each after those that it needs."""
+    ordered: list[Path] = []
+
+    def add(path: Path) -> None:
+        for needed in needs(path):
+            add(needed)
+        if path not in ordered:
+            ordered.append(path)
+
+    for path in sorted((ROOT / "experiments").glob("*/offline*.yaml")):
+        add(path)
+    return ordered
+
+
+def shortened(path: Path, *sections: str) -> tuple[str, ...]:
+    """Write the overlays that make an experiment small, and return the flags that apply them.
+
+    Args:
+        path: YAML of the experiment.
+        *sections: Sections of conf.yaml to apply; by default `all`, and then the one with the name of the file.
+    """
+    conf = yaml.safe_load((ROOT / "tests" / path.parent.name / "conf.yaml").read_text())
+    flags: list[str] = []
+    for section in sections or ("all", path.stem):
+        if section in conf:
+            overlay = Path(f"{path.parent.name}.{section}.conf.yaml")
+            overlay.write_text(yaml.safe_dump(conf[section], sort_keys=False))
+            flags += ["-c", str(overlay)]
+    return tuple(flags)
+
+
+def run_of(path: Path) -> Path:
+    """Return the folder of the run that a YAML makes by default."""
+    return Path("runs") / path.parent.name / path.stem
