@@ -454,15 +454,17 @@ class MaskedReviewsDataModule(ReviewsDataModule):
             return learn_wordpieces([review.text for review in self.pretraining_reviews], self.wordpieces)
         return super().load_tokenizer()
 
-    def read(self, split: Side) -> MaskedReviews:
+    def read(self, split: Any) -> MaskedReviews:
         """Return the dataset of a split.
 
         Args:
             split: `train`, `val` or `test`.
 
         Raises:
-            MisconfigurationException: If there are no reviews, or the tokenizer cannot mask.
+            MisconfigurationException: If there are no reviews, the tokenizer cannot mask, or the split is `predict`.
         """
+        if split == "predict":
+            raise MisconfigurationException("predict: masked reviews have no classes; give a run of BertImdbModule")
         if self.tokenizer.mask_token_id is None:
             raise MisconfigurationException(f"data.tokenizer: {self.tokenizer_name} has no mask token")
         if self.whole_words and not continues_word(self.tokenizer).any():

@@ -1,9 +1,9 @@
-"""Reviews a second with batches of about equal length, against batches of any; and what cached features save.
+"""Training speed with batches of similar lengths against random batches, and with cached features against tokens.
 
     python tests/benchmarks/length_grouping.py
 
-Both train the same small BERT on the same reviews, in turn; then its head alone, on tokens and on features. Lengths are
-drawn as those of IMDB fall: the logarithm is about normal, with a median of 234 tokens, cut at 512.
+Random and grouped batches train the same small BERT on the same reviews, in turn. Then its head alone is trained on
+tokens and on features. The lengths are log-normal with the median of IMDB's reviews, truncated to the length of BERT.
 """
 
 import argparse
@@ -23,11 +23,11 @@ from lightning_modules.bert_imdb.module import BertImdbModule
 
 
 def main() -> None:
-    """Prints a line for each way, and the ratio."""
+    """Print the speed of each way, and their ratio."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--batches", type=int, default=20, help="batches a turn (default: 20)")
-    parser.add_argument("--turns", type=int, default=3, help="turns each (default: 3)")
-    parser.add_argument("--batch_size", type=int, default=16, help="reviews in a batch (default: 16)")
+    parser.add_argument("--batches", type=int, default=20, help="batches in a turn (default: %(default)s)")
+    parser.add_argument("--turns", type=int, default=3, help="turns of each way (default: %(default)s)")
+    parser.add_argument("--batch_size", type=int, default=16, help="reviews in a batch (default: %(default)s)")
     options = parser.parse_args()
 
     from transformers import BertConfig, BertModel
@@ -42,7 +42,7 @@ def main() -> None:
         module = BertImdbModule(folder, vocab_size=1000, block_size=512, classes=["negative", "positive"])
     optimizer = torch.optim.AdamW(module.parameters(), lr=1e-4)
 
-    def seconds(order: object, epoch: int, dataset: TokenizedReviews = reviews) -> float:
+    def seconds(order: object, epoch: int, dataset: TokenizedReviews) -> float:
         sampler = GlobalBatches(len(rows), order, options.batch_size)
         sampler.set_epoch(epoch)
         began = time.perf_counter()
@@ -53,30 +53,26 @@ def main() -> None:
             optimizer.step()
         return time.perf_counter() - began
 
-    def report(found: dict[str, list[float]], what: str) -> None:
+    def compare(ways: dict[str, tuple[object, TokenizedReviews]], what: str) -> None:
+        seconds_by_way: dict[str, list[float]] = {name: [] for name in ways}
+        for turn in range(options.turns):
+            for name, (order, dataset) in ways.items():
+                seconds_by_way[name].append(seconds(order, turn, dataset))
         n = options.batches * options.batch_size
-        for name, times in found.items():
+        for name, times in seconds_by_way.items():
             print(f"{name:8} {n / statistics.median(times):9.1f} reviews/s   {min(times):.3f} to {max(times):.3f} s")
-        ratios = [slow / fast for slow, fast in zip(*found.values(), strict=True)]
+        ratios = [slow / fast for slow, fast in zip(*seconds_by_way.values(), strict=True)]
         print(f"{what} {statistics.median(ratios):.2f} times as fast ({min(ratios):.2f} to {max(ratios):.2f})")
 
-    orders = {"random": shuffled(len(rows), 0), "grouped": grouped_by_length(lengths, options.batch_size, 0)}
-    for order in orders.values():
-        seconds(order, 0)
-    found = {name: [] for name in orders}
-    for turn in range(options.turns):
-        for name, order in orders.items():
-            found[name].append(seconds(order, turn))
-    report(found, "grouped batches are")
+    random, grouped = shuffled(len(rows), 0), grouped_by_length(lengths, options.batch_size, 0)
+    for order in (random, grouped):
+        seconds(order, 0, reviews)  # warm-up
+    compare({"random": (random, reviews), "grouped": (grouped, reviews)}, "grouped batches are")
 
     module.model.encoder.requires_grad_(False).eval()
     cached = copy.copy(reviews)
     cached.features = draw.normal(size=(len(rows), sizes["hidden_size"])).astype(np.float32)
-    found = {"tokens": [], "features": []}
-    for turn in range(options.turns):
-        for name, dataset in (("tokens", reviews), ("features", cached)):
-            found[name].append(seconds(orders["grouped"], turn, dataset))
-    report(found, "a frozen base's epochs on cached features are")
+    compare({"tokens": (grouped, reviews), "features": (grouped, cached)}, "training the head on cached features is")
 
 
 if __name__ == "__main__":

@@ -337,8 +337,9 @@ def test_a_tokenizer_that_does_not_fit_is_refused(tokenizer_folder, monkeypatch)
 def test_a_split_without_reviews_is_refused(tokenizer_folder, monkeypatch):
     data = MaskedReviewsDataModule(FilmReviews(), tokenizer_folder, 2)
     monkeypatch.setattr(data.source, "reviews", lambda split: iter(()))
-    with pytest.raises(MisconfigurationException, match="there are no test reviews"):
-        data.setup("test")
+    for stage, message in (("test", "there are no test reviews"), ("predict", "give a run of BertImdbModule")):
+        with pytest.raises(MisconfigurationException, match=message):
+            data.setup(stage)
 
 
 def test_batches_of_any_length_are_shuffled(tokenizer_folder):
