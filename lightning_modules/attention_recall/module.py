@@ -1,129 +1,111 @@
-"""Associative recall (notebooks 3.1 to 3.3): can a network find the value that stood beside a key?"""
+"""Associative recall (notebooks 3.1 to 3.3): does a network find the value that followed a key?"""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
-from torchmetrics import Metric
 
 from lightning_modules.attention_recall.network import AttentionNetwork, Part
 from lightning_modules.base import ExperimentModule, total_norm
+from lightning_modules.common.ranges import PositiveInt
 from lightning_modules.common.targets import IGNORED
-from lightning_modules.metrics import next_token_loss
+from lightning_modules.metrics import SplitMetric, next_token_loss
 from lightning_modules.models.attention import MultiHeadAttention, recorded_weights
+from lightning_modules.runtime.drawing import log_before_training
 
 Batch = dict[str, Tensor]
 
 
 class AttentionRecallModule(ExperimentModule):
-    """The network of `models/attention_network.py` on multi-query associative recall (Arora et al., 2023).
+    """The network of `network.py` on multi-query associative recall (Arora et al., 2023).
 
-    Before the first step it logs `init/attention_entropy`, `init/grad_norm` and `init/grad_norm_query_key`, the last
-    over the weights that make queries and keys, all of the first training batch.
+    Before the first step it logs `init/attention_entropy`, `init/grad_norm` and `init/grad_norm_query_key` of the first
+    training batch; the last is the norm over the weights that make queries and keys. Validation and test log `loss`,
+    `accuracy` (also by number of pairs and by distance) and `attention_entropy`.
 
     Args:
         vocab_size: Number of tokens; linked from the data.
         block_size: Length of a sequence, in tokens; linked from the data.
-        n_layer: Number of blocks, at least 1.
-        n_head: Attention heads a block; divides `n_embd`.
-        n_embd: Width of the residual stream.
+        n_layer: Number of blocks.
+        n_head: Number of attention heads of a block; divides `n_embd`.
+        n_embd: Width C of the residual stream.
         without: Parts to leave out, any of: `scale` (the division of dot products by the root of their length,
-            `n_embd / n_head`), `mask` (without it a position sees the future too), `positions` (the embedding that says
-            where a token stands), `residual` (without it a layer's result takes the place of what the layer read),
-            `norm`, `feed_forward`.
+            `n_embd / n_head`), `mask` (without it a position attends to the future, too), `positions` (the position
+            embedding), `residual` (without it the output of a layer replaces its input), `norm`, `feed_forward`.
 
     Raises:
-        MisconfigurationException: If the sizes do not fit each other.
+        MisconfigurationException: If the sizes do not fit each other, or the data did not link its values.
     """
 
     def __init__(
         self,
         vocab_size: int | None = None,
         block_size: int | None = None,
-        n_layer: int = 2,
-        n_head: int = 1,
-        n_embd: int = 64,
+        n_layer: PositiveInt = 2,
+        n_head: PositiveInt = 1,
+        n_embd: PositiveInt = 64,
         without: Sequence[Part] = (),
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
-        if vocab_size is None or block_size is None:
-            raise MisconfigurationException(
-                "model: vocab_size and block_size are needed; the data gives them, or you do"
-            )
+        self.require_linked(vocab_size=vocab_size, block_size=block_size)
+        vocab_size, block_size = vocab_size or 0, block_size or 0  # for mypy: they are set
         try:
             self.network = AttentionNetwork(vocab_size, block_size, n_layer, n_head, n_embd, without)
         except ValueError as error:
             raise MisconfigurationException(f"model: {error}") from error
-        self.val_measures = RecallMeasures(block_size, n_layer, n_head)
-        self.test_measures = RecallMeasures(block_size, n_layer, n_head)
-        self.last_validation: dict[str, Tensor] = {}  # what `RecallMeasures` found
+        self.track(RecallMetrics(block_size, n_layer, n_head))
+        self.last_validation: dict[str, Tensor] = {}  # what `RecallMetrics` computed
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        """Scores of every token as the answer: (B, T) to (B, T, V)."""
+        """Return the scores of every token as the answer: (B, T) to (B, T, V)."""
         return self.network(input_ids)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Measures the gradient of the first step."""
+        """Log the norm of the gradient before the first step."""
         if self.global_step == 0:
             layers = [layer for layer in self.network.modules() if isinstance(layer, MultiHeadAttention)]
             query_key = [layer.qkv.weight.grad.chunk(3)[part] for layer in layers for part in (0, 1)]
             everything = [parameter.grad for parameter in self.parameters() if parameter.grad is not None]
             norms = {"grad_norm": everything, "grad_norm_query_key": query_key}
-            self._log_before_training({name: total_norm(parts) for name, parts in norms.items()})
+            self._log_at_start({name: total_norm(parts) for name, parts in norms.items()})
 
-    def _log_before_training(self, measures: dict[str, Tensor]) -> None:
+    def _log_at_start(self, values: dict[str, Tensor]) -> None:
         reduce = self.trainer.strategy.reduce
-        metrics = {f"init/{name}": float(reduce(value, reduce_op="mean")) for name, value in measures.items()}
-        for logger in self.trainer.loggers:
-            logger.log_metrics(metrics, step=None)  # no step is done
+        means = {f"init/{name}": float(reduce(value, reduce_op="mean")) for name, value in values.items()}
+        log_before_training(self.trainer, means)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Mean loss of the answers; before the first step, a look at attention."""
+        """Return the mean loss of the answers; before the first step, log the entropy of attention."""
         if self.global_step == 0 and batch_idx == 0:
             with torch.no_grad(), recorded_weights(self.network) as weights:
                 self(batch["input_ids"])
-            self._log_before_training({"attention_entropy": attention_entropy(weights, batch["targets"]).mean()})
+            self._log_at_start({"attention_entropy": attention_entropy(weights, batch["targets"]).mean()})
         loss = next_token_loss(self(batch["input_ids"]), batch["targets"])
         self.log_train_loss(loss)
         return loss
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Adds the batch to the measures of the validation set."""
-        self._measure(self.val_measures, batch)
-
-    def on_validation_epoch_end(self) -> None:
-        """Logs `val/loss`, `val/accuracy` (also by number of pairs and distance), `val/attention_entropy`."""
-        self.last_validation = self._log_measures("val", self.val_measures)
-
-    def test_step(self, batch: Batch, batch_idx: int) -> None:
-        """Adds the batch to the measures of the test set."""
-        self._measure(self.test_measures, batch)
-
-    def on_test_epoch_end(self) -> None:
-        """Logs the same measures as a validation, under `test/`."""
-        self._log_measures("test", self.test_measures)
-
-    def _measure(self, measures: "RecallMeasures", batch: Batch) -> None:
+    def evaluation_step(self, batch: Batch, metrics: "RecallMetrics") -> None:
+        """Update the metrics with a batch."""
         with recorded_weights(self.network) as weights:
             logits = self(batch["input_ids"])
-        measures.update(logits, weights, **{name: batch[name] for name in ("targets", "distances", "n_pairs")})
+        metrics.update(logits, weights, **{name: batch[name] for name in ("targets", "distances", "n_pairs")})
 
-    def _log_measures(self, split: str, measures: "RecallMeasures") -> dict[str, Tensor]:
-        found = measures.compute()
-        measures.reset()
-        # The measures are already those of all ranks; sync_dist only tells Lightning that they are the same everywhere.
-        self.log_dict({f"{split}/{name}": value for name, value in by_name(found).items()}, sync_dist=True)
-        return found
+    def evaluation_results(self, metrics: "RecallMetrics", split: str) -> Mapping[str, Tensor]:
+        """Return the results by name; keep those of a validation for `AttentionReport`."""
+        found = metrics.compute()
+        if split == "val":
+            self.last_validation = found
+        return by_name(found)
 
 
 def attention_entropy(weights: list[Tensor], targets: Tensor) -> Tensor:
-    """How widely the queries that ask look around: -Σ w ln w, in nats, 0 at one position, ln n at n alike.
+    """Return the entropy of the attention at each query, -Σ w ln w in nats: 0 at one position, ln n at n alike.
 
     Args:
-        weights: Of each layer, (B, H, T, S).
-        targets: (B, T), `IGNORED` where nothing is asked.
+        weights: Attention weights of each layer, (B, H, T, S).
+        targets: Answers, (B, T); `IGNORED` where there is no query.
 
     Returns:
         (n_layer, H, N), for each of the N answers.
@@ -132,16 +114,14 @@ def attention_entropy(weights: list[Tensor], targets: Tensor) -> Tensor:
     return entropy.transpose(1, 2)[:, :, targets != IGNORED]
 
 
-class RecallMeasures(Metric):
-    """Loss, accuracy and attention over all answers seen, on all processes.
+class RecallMetrics(SplitMetric):
+    """Loss, accuracy and entropy of attention over all answers, on all processes.
 
     Args:
         block_size: Length of a sequence.
         n_layer: Number of attention layers.
-        n_head: Heads of each.
+        n_head: Number of heads of each.
     """
-
-    full_state_update = False
 
     def __init__(self, block_size: int, n_layer: int, n_head: int) -> None:
         super().__init__()
@@ -157,17 +137,17 @@ class RecallMeasures(Metric):
     def update(
         self, logits: Tensor, weights: list[Tensor], targets: Tensor, distances: Tensor, n_pairs: Tensor
     ) -> None:
-        """Adds a batch.
+        """Add a batch.
 
         Args:
             logits: Scores of the answers, (B, T, V).
             weights: Attention weights of each layer, (B, H, T, T).
-            targets: Answers, (B, T); `IGNORED` where nothing is asked.
-            distances: How far back the pair stands, (B, T).
+            targets: Answers, (B, T); `IGNORED` where there is no query.
+            distances: Number of positions between the key of the pair and its query, (B, T).
             n_pairs: Pairs in each sequence, (B,).
         """
         asked = targets != IGNORED
-        cells = (n_pairs[:, None] * targets.size(1) + distances)[asked]  # (N,), a cell of the tables for each answer
+        cells = (n_pairs[:, None] * targets.size(1) + distances)[asked]  # (N,), the cell of each answer in the tables
         correct = (logits.argmax(dim=-1) == targets)[asked]
         self.asked += cells.bincount(minlength=self.asked.numel()).view_as(self.asked)
         self.correct += cells[correct].bincount(minlength=self.correct.numel()).view_as(self.correct)
@@ -175,20 +155,23 @@ class RecallMeasures(Metric):
         self.entropy += attention_entropy(weights, targets).sum(dim=-1)
 
     def compute(self) -> dict[str, Tensor]:
-        """Loss () in nats an answer, entropy (n_layer, n_head) in nats; asked and correct, counts (pairs, distance)."""
+        """Return `loss` () in nats an answer, `entropy` (n_layer, n_head), and the counts `asked` and `correct`.
+
+        The counts are (pairs, distance).
+        """
         total = self.asked.sum()
         means = {"loss": self.nats / total, "entropy": self.entropy / total}
         return means | {"asked": self.asked, "correct": self.correct}
 
 
 def by_name(found: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The measures as metrics: `loss`, `accuracy`, `accuracy/pairs_4`, `accuracy/distance_08_15` and so on.
+    """Return the metrics by name: `loss`, `accuracy`, `accuracy/pairs_4`, `accuracy/distance_08_15` and so on.
 
     Args:
-        found: Result of `RecallMeasures`.
+        found: What `RecallMetrics` computed.
     """
     asked, correct = found["asked"], found["correct"]
-    entropy = torch.atleast_2d(found["entropy"])  # of one layer and head torchmetrics makes a scalar
+    entropy = torch.atleast_2d(found["entropy"])  # torchmetrics makes a scalar of one layer and head
     metrics = {"loss": found["loss"], "accuracy": correct.sum() / asked.sum()}
     for n_pairs in asked.sum(dim=1).nonzero().flatten().tolist():
         metrics[f"accuracy/pairs_{n_pairs}"] = correct[n_pairs].sum() / asked[n_pairs].sum()

@@ -1,16 +1,17 @@
-"""Attention and blocks from which any part can be left out (notebooks 3.1 to 3.3): what is each part for?
+"""A decoder from which any part can be left out (notebooks 3.1 to 3.3), to see what each part is for.
 
     x = E[token] + P[position]
     x = x + Attention(Norm(x))        n_layer
     x = x + FeedForward(Norm(x))      times
     logits = W Norm(x)
 
-With all its parts this is the decoder of `decoder.py`, but for an output matrix of its own. With n_layer = n_head = 1
-and no residual, norm and feed-forward network, it is one attention head between an embedding and an output.
+With all parts it is the decoder of `models/decoder.py`, except that its output matrix is not the embedding matrix. With
+n_layer = n_head = 1 and without residual, norm and feed-forward network, it is one attention head between an embedding
+and an output.
 
-The weights start so that the argument for 1/√d holds (see `attention.py`): every linear layer is N(0, 1 / fan_in) and
-every embedding N(0, 1), so normalised inputs make queries and keys of variance 1, and dot products of variance d. Under
-GPT-2's small weights the scores are near 0 at the start, whether they are scaled or not.
+The initial weights make the argument for 1/√d hold (see `models/attention.py`): every linear layer is N(0, 1 / fan_in)
+and every embedding N(0, 1), so normalised inputs make queries and keys of variance 1, and dot products of variance d.
+With the small initial weights of GPT-2 the scores are near 0, whether they are scaled or not.
 """
 
 from collections.abc import Collection
@@ -26,15 +27,15 @@ Part = Literal["scale", "mask", "positions", "residual", "norm", "feed_forward"]
 
 
 class PartialBlock(nn.Module):
-    """The block of `block.py`, whole or with parts left out.
+    """The block of `models/block.py`, whole or with parts left out.
 
     Args:
-        n_embd: Width C of the stream.
+        n_embd: Width C of the residual stream.
         n_head: Number of attention heads; divides n_embd.
-        without: Parts to leave out, of those that `AttentionNetwork` lists.
+        without: Parts to leave out, as in `AttentionNetwork`.
 
     Raises:
-        ValueError: n_head does not divide n_embd.
+        ValueError: If n_head does not divide n_embd.
     """
 
     def __init__(self, n_embd: int, n_head: int, without: Collection[Part] = ()) -> None:
@@ -49,7 +50,7 @@ class PartialBlock(nn.Module):
             self.feed_forward = FeedForward(n_embd)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """(B, T, C) -> (B, T, C); the mask is that of `MultiHeadAttention`."""
+        """Return the stream after the block: (B, T, C) to (B, T, C); the mask is that of `MultiHeadAttention`."""
         x = self._add(x, self.attention(self.attention_norm(x), mask))
         if self.feed_forward is not None:
             x = self._add(x, self.feed_forward(self.feed_forward_norm(x)))
@@ -60,20 +61,20 @@ class PartialBlock(nn.Module):
 
 
 class AttentionNetwork(nn.Module):
-    """Embeddings, a stack of blocks, and a score for every token at every position.
+    """Embeddings, a stack of blocks, and an output matrix that gives a score to every token at every position.
 
     Args:
         vocab_size: Number of tokens V.
         block_size: Longest sequence.
         n_layer: Number of blocks.
-        n_head: Attention heads a block; divides n_embd.
-        n_embd: Width C of embeddings and stream.
-        without: Parts to leave out: "scale", the division of dot products by √d; "mask", so that every position sees
-            the future too; "positions", the embedding that says where a token stands; "residual", so that a layer's
-            result takes the place of what it read; "norm"; "feed_forward".
+        n_head: Number of attention heads of a block; divides n_embd.
+        n_embd: Width C of the embeddings and the residual stream.
+        without: Parts to leave out: "scale", the division of dot products by √d; "mask", so that a position attends to
+            the future, too; "positions", the position embedding; "residual", so that the output of a layer replaces its
+            input; "norm"; "feed_forward".
 
     Raises:
-        ValueError: A size below 1, n_head does not divide n_embd, or there is no such part.
+        ValueError: If n_head does not divide n_embd, or a part does not exist.
     """
 
     def __init__(
@@ -86,9 +87,6 @@ class AttentionNetwork(nn.Module):
         without: Collection[Part] = (),
     ) -> None:
         super().__init__()
-        for name, size in (("n_layer", n_layer), ("n_head", n_head), ("n_embd", n_embd)):
-            if size < 1:
-                raise ValueError(f"{name}={size}: must be at least 1")
         if unknown := sorted(set(without) - set(get_args(Part))):
             raise ValueError(f"without={unknown}: there are {', '.join(get_args(Part))}")
         self.causal = "mask" not in without
@@ -101,7 +99,7 @@ class AttentionNetwork(nn.Module):
 
     @torch.no_grad()
     def initialize(self) -> None:
-        """Draws all weights anew: linear layers N(0, 1 / fan_in), biases 0, embeddings N(0, 1), norms 1."""
+        """Draw all weights: linear layers N(0, 1 / fan_in), biases 0, embeddings N(0, 1), norms 1."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=module.in_features**-0.5)
@@ -110,7 +108,7 @@ class AttentionNetwork(nn.Module):
                 module.reset_parameters()
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        """Scores every token at every position: (B, T) int64 -> (B, T, V)."""
+        """Return the scores of every token at every position: (B, T) int64 to (B, T, V)."""
         T = input_ids.size(1)  # noqa: N806
         x = self.token_embedding(input_ids)  # (B, T, C)
         if self.position_embedding is not None:
@@ -122,5 +120,5 @@ class AttentionNetwork(nn.Module):
 
 
 def layer_norm(n_embd: int, without: Collection[Part]) -> nn.Module:
-    """A layer norm over C features, or nothing in its place."""
+    """Return a layer norm over C features, or the identity if `norm` is left out."""
     return nn.Identity() if "norm" in without else nn.LayerNorm(n_embd, LAYER_NORM_EPSILON)

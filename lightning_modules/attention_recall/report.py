@@ -1,7 +1,6 @@
-"""What attention looks at and where it recalls, as files and figures of a run."""
+"""Files and figures of a run of associative recall: attention maps, and accuracy by distance."""
 
 import csv
-import io
 import json
 from pathlib import Path
 
@@ -11,26 +10,27 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import Tensor
 
-from lightning_modules.common.files import write_text
+from lightning_modules.common.files import write_csv, write_text
 from lightning_modules.common.targets import IGNORED
 from lightning_modules.models.attention import recorded_weights
-from lightning_modules.runtime.drawing import DrawsAtTheEnd, save_figure
+from lightning_modules.runtime.drawing import DrawsAtTheEnd, new_figure, save_figure
 from lightning_modules.runtime.stages import validates_a_fit
 
 
 class AttentionReport(DrawsAtTheEnd):
-    """Draws the attention maps of one sequence, and the accuracy by distance, of a run of associative recall.
+    """Writes the attention weights of one sequence and the accuracy by distance, and draws both.
 
-    - `attention.json`: the first sequence of the validation set, and the weights of every layer and head on it.
-    - `recall.csv`: how often was asked, and how often answered correctly, by number of pairs and distance.
+    - `attention.json`: the first sequence of the validation split, and the weights of every layer and head on it.
+    - `recall.csv`: number of queries and of correct answers, by number of pairs and distance.
     - `figures/attention_maps.png` and `figures/accuracy_by_distance.png`, drawn from these files.
 
-    The files are renewed by every validation; the figures are drawn when the training ends.
+    Every validation replaces the files; the figures are drawn when the training ends. Of `pl_module.data` it reads
+    `examples("val")` and `token_names`.
     """
 
     @rank_zero_only
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Writes the two files."""
+        """Write the two files."""
         if not validates_a_fit(trainer) or trainer.fast_dev_run:
             return
         run = Path(trainer.default_root_dir)
@@ -41,10 +41,10 @@ class AttentionReport(DrawsAtTheEnd):
         write_recall(run / "recall.csv", **{name: pl_module.last_validation[name] for name in ("asked", "correct")})
 
     def draw(self, run: Path) -> list[Path]:
-        """Draws both figures from the two files.
+        """Draw both figures, if there was a validation, and return their files.
 
         Args:
-            run: The run's folder.
+            run: Folder of the run.
         """
         if not (run / "attention.json").is_file():
             return []
@@ -55,19 +55,19 @@ class AttentionReport(DrawsAtTheEnd):
 
 
 def write_attention(file: Path, token_names: list[str], example: dict[str, Tensor], weights: list[Tensor]) -> None:
-    """Writes a sequence and the attention on it.
+    """Write a sequence and its attention weights.
 
     Args:
         file: JSON file to write.
         token_names: Name of each token.
         example: A batch of one sequence.
-        weights: Of each layer, (1, H, T, T).
+        weights: Attention weights of each layer, (1, H, T, T).
     """
     asks = example["targets"][0] != IGNORED
     places = asks.nonzero().flatten()
     content = {
         "tokens": [token_names[token] for token in example["input_ids"][0].tolist()],
-        # Where a value is asked for, and where it stands: one after its key.
+        # The position of each query, and that of its answer: one after the key.
         "answers": torch.stack([places, places - example["distances"][0, asks] + 1], dim=1).tolist(),
         "weights": [[[[round(w, 4) for w in row] for row in head] for head in layer[0].tolist()] for layer in weights],
     }
@@ -75,39 +75,37 @@ def write_attention(file: Path, token_names: list[str], example: dict[str, Tenso
 
 
 def write_recall(file: Path, asked: Tensor, correct: Tensor) -> None:
-    """Writes how often was asked and answered correctly.
+    """Write the number of queries and of correct answers.
 
     Args:
         file: CSV file to write.
-        asked: Counts by number of pairs and distance, (pairs, distance).
-        correct: As many of them were answered correctly.
+        asked: Number of queries, by number of pairs and distance, (pairs, distance).
+        correct: Number of correct answers, (pairs, distance).
     """
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["n_pairs", "distance", "asked", "correct"])
-    for n_pairs, distance in asked.nonzero().tolist():
-        writer.writerow([n_pairs, distance, int(asked[n_pairs, distance]), int(correct[n_pairs, distance])])
-    write_text(file, text.getvalue())
+    cells = asked.nonzero().tolist()
+    counts = zip(asked[asked > 0].tolist(), correct[asked > 0].tolist(), strict=True)
+    rows = [(*cell, *numbers) for cell, numbers in zip(cells, counts, strict=True)]
+    write_csv(file, ("n_pairs", "distance", "asked", "correct"), rows)
 
 
-def draw_attention(attention_json: Path, figure: Path) -> Path:
-    """Draws a map for every layer and head: what a position (row) looks at (column); circles where the answers stand.
+def draw_attention(attention_json: Path, file: Path) -> Path:
+    """Draw a map for every layer and head, and return the file.
+
+    A row is a position that attends, a column one that it attends to; circles mark the answers.
 
     Args:
-        attention_json: A run's `attention.json`.
-        figure: PNG file to write.
+        attention_json: The `attention.json` of a run.
+        file: PNG file to write.
     """
-    from matplotlib.figure import Figure  # no pyplot: no global state, no window system
-
     content = json.loads(attention_json.read_text(encoding="utf-8"))
     tokens, answers, weights = content["tokens"], content["answers"], content["weights"]
     rows, columns = zip(*answers, strict=True)
     T, n_layer, n_head = len(tokens), len(weights), len(weights[0])  # noqa: N806
-    side = min(max(2.2, 0.13 * T), 14 / n_head)  # inches; room for the tokens' names, unless there are many heads
+    side = min(max(2.2, 0.13 * T), 14 / n_head)  # inches; room for the names of the tokens, unless there are many heads
     cell = 72 * side / T  # points
     names = tokens if cell > 6 else []
-    picture = Figure(figsize=(side * n_head + 0.8, (side + 0.3) * n_layer), layout="constrained")
-    grid = picture.subplots(n_layer, squeeze=False, sharex=True)[:, 0]
+    figure = new_figure(side * n_head + 0.8, (side + 0.3) * n_layer)
+    grid = figure.subplots(n_layer, squeeze=False, sharex=True)[:, 0]
     for layer, axes in enumerate(grid):
         image = axes.imshow(np.hstack(weights[layer]), cmap="Blues", vmin=0, vmax=1)  # the heads side by side
         for head in range(n_head):
@@ -119,34 +117,28 @@ def draw_attention(attention_json: Path, figure: Path) -> Path:
         axes.set_xticks(range(n_head * len(names)), names * n_head, rotation=90)
         axes.set_yticks(range(len(names)), names)
         axes.tick_params(length=0, pad=1, labelsize=5)
-    picture.colorbar(image, ax=grid, label="attention weight", shrink=0.5, aspect=40)
-    save_figure(picture, figure)
-    return figure
+    figure.colorbar(image, ax=grid, label="attention weight", shrink=0.5, aspect=40)
+    return save_figure(figure, file)
 
 
-def draw_accuracy(recall_csv: Path, figure: Path) -> Path:
-    """Draws the accuracy against the distance, a line for each number of pairs, with what a guess among them has.
+def draw_accuracy(recall_csv: Path, file: Path) -> Path:
+    """Draw the accuracy by distance, a line for each number of pairs with a dotted line for a guess; return the file.
 
     Args:
-        recall_csv: A run's `recall.csv`.
-        figure: PNG file to write.
+        recall_csv: The `recall.csv` of a run.
+        file: PNG file to write.
     """
-    from matplotlib.figure import Figure
-
-    with recall_csv.open(newline="", encoding="utf-8") as file:
-        rows = [{name: int(value) for name, value in row.items()} for row in csv.DictReader(file)]
-    picture = Figure(figsize=(7, 4), layout="constrained")
-    axes = picture.add_subplot()
-    numbers = sorted({row["n_pairs"] for row in rows})
+    _, *rows = csv.reader(recall_csv.read_text(encoding="utf-8").splitlines())
+    counts = np.array(rows, dtype=np.int64)  # a row (pairs, distance, asked, correct)
+    figure = new_figure(7, 4)
+    axes = figure.add_subplot()
+    numbers = np.unique(counts[:, 0])
     for number, n_pairs in enumerate(numbers):
-        points = [(row["distance"], row["correct"] / row["asked"]) for row in rows if row["n_pairs"] == n_pairs]
-        color, size = f"C{number}", 3 * (len(numbers) - number)  # a line that lies on another hides none
-        axes.plot(*zip(*points, strict=True), "o-", color=color, markersize=size, label=f"{n_pairs} pairs")
+        _, distance, asked, correct = counts[counts[:, 0] == n_pairs].T
+        color, size = f"C{number}", 3 * (len(numbers) - number)  # smaller markers on top of larger ones
+        axes.plot(distance, correct / asked, "o-", color=color, markersize=size, label=f"{n_pairs} pairs")
         axes.axhline(1 / n_pairs, color=color, linewidth=1, linestyle=":", label=f"a guess among {n_pairs}")
-    axes.set_xlabel("distance between a key and its query, positions")
-    axes.set_ylabel("accuracy")
-    axes.set_ylim(0, 1.05)
+    axes.set(xlabel="distance between a key and its query, positions", ylabel="accuracy", ylim=(0, 1.05))
     axes.grid(alpha=0.3)
     axes.legend()
-    save_figure(picture, figure)
-    return figure
+    return save_figure(figure, file)
