@@ -47,6 +47,11 @@ def bpe_folder(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def bpe(bpe_folder):
+    return load_tokenizer(str(bpe_folder))
+
+
 def one_line_error(name, source=None):
     with pytest.raises(MisconfigurationException) as caught:
         load_tokenizer(name, source)
@@ -215,9 +220,8 @@ def test_truncation_and_templates_of_a_tokenizer_do_not_touch_the_text(bpe_folde
 
 @given(st.text(min_size=1))
 @settings(deadline=None, max_examples=100)
-def test_byte_lengths_of_the_tokens_add_up_to_the_text(bpe_folder, text):
-    tokenizer = load_tokenizer(str(bpe_folder))
-    assert token_byte_lengths(tokenizer)[encode(tokenizer, [text])[0]].sum() == len(text.encode())
+def test_byte_lengths_of_the_tokens_add_up_to_the_text(bpe, text):
+    assert token_byte_lengths(bpe)[encode(bpe, [text])[0]].sum() == len(text.encode())
 
 
 def test_byte_lengths_of_written_tokens():
@@ -233,10 +237,9 @@ lines = st.text(alphabet="ab1'.,é \t", min_size=1, max_size=10).filter(lambda l
 
 @given(st.lists(lines, min_size=1, max_size=30))
 @settings(deadline=None, max_examples=100)
-def test_pieces_have_the_tokens_of_the_whole(bpe_folder, lines):
-    tokenizer = load_tokenizer(str(bpe_folder))
+def test_pieces_have_the_tokens_of_the_whole(bpe, lines):
     text = "\n".join(lines)
     with mock.patch.object(sources, "PIECE_SIZE", 12):  # each piece has room for a line and its end
         pieces = [piece.text for piece in ListText([text]).pieces()]
     assert len(pieces) > 1 or len(text) <= 12
-    assert np.concatenate(encode(tokenizer, pieces)).tolist() == tokenizer(text)["input_ids"]
+    assert np.concatenate(encode(bpe, pieces)).tolist() == bpe(text)["input_ids"]

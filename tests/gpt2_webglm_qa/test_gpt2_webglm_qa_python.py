@@ -148,6 +148,22 @@ def test_modules_are_read_in_alphabetical_order_and_every_file_is_public():
     assert modules
 
 
+def test_files_that_cannot_be_parsed_are_skipped(tmp_path, monkeypatch):
+    (tmp_path / "bad.py").write_text("print 1\n")
+    (tmp_path / "good.py").write_text('"""Do good things today."""\n')
+    (tmp_path / "latin.py").write_bytes(b'"""Caf\xe9."""\n')
+    monkeypatch.setattr(python_questions.sysconfig, "get_path", lambda name: str(tmp_path))
+    assert [entry.name for entry in python_questions._library(None)] == ["good"]
+
+
+def test_a_damaged_file_of_records_is_named():
+    source = PythonQuestions()
+    source._file.parent.mkdir(parents=True)
+    source._file.write_text('{"side": "train"')
+    with pytest.raises(MisconfigurationException, match=r"records/.*jsonl is damaged .*: delete it"):
+        list(source.records("train"))
+
+
 def test_what_is_asked_about_a_function():
     assert {question: [(number, answer) for _, number, answer in cited] for question, cited in ask(FAKE)} == {
         "What does `m.f` do?": [(0, "Open a file.")],
