@@ -1,1 +1,1 @@
-"""The mathematics in plain torch or plain Python: no Lightning, no input or output."""
+"""Networks and algorithms in plain torch: no Lightning, no files, no processes."""

@@ -1,23 +1,23 @@
-r"""Attention: every position looks at the others and takes what it needs (notebooks 3.1 and 3.2).
+r"""Attention: each position computes a weighted mean of the values of all positions (notebooks 3.1 and 3.2).
 
-Each position asks a question (its query q), offers a label (its key k) and holds a content (its value v). How well a
-label answers a question is their dot product; softmax makes of these scores weights that sum to 1; the output is the
-weighted mean of the contents:
+Each position has a query q, a key k and a value v. The dot product of the query of one position and the key of another
+scores how relevant the second is to the first. Softmax turns the scores of a query into weights that sum to 1, and the
+output is the weighted mean of the values:
 
     Attention(Q, K, V) = softmax(Q Kᵀ / √d) V
 
-For random vectors of unit variance the dot product has variance d, their length; the division by √d brings it back to
-1, where softmax still has a gradient. Multi-head attention does this n_head times at once, each head in its own
-n_embd / n_head dimensions, and mixes the heads' outputs with one more matrix:
+The dot product of two random vectors of length d and unit variance has variance d. Division by √d brings the variance
+back to 1, where softmax still has a gradient. Multi-head attention computes n_head such means in parallel, each head in
+n_embd / n_head dimensions of its own, and mixes the outputs of the heads with one more matrix:
 
     MultiHead(x) = Concat(head_1, ..., head_h) W_O,    head_i = Attention(x W_Q,i, x W_K,i, x W_V,i)
 
-In a decoder a position may look at itself and at the past only (causal attention): that is what the mask is for.
+In a decoder, a position attends only to itself and to earlier positions (causal attention); a mask excludes the others.
 
 Paper: Vaswani et al., "Attention Is All You Need" (2017), sections 3.2.1 and 3.2.2. https://arxiv.org/abs/1706.03762
 
-Shapes: B batch, T positions that ask, S positions that are looked at (T and what a cache remembers), C = n_embd,
-H = n_head, D = C / H.
+Shapes: B batch size, T number of queries, S number of keys (T plus the positions in a cache), C = n_embd, H = n_head,
+D = C / H.
 """
 
 import math
@@ -31,15 +31,15 @@ from torch import Tensor, nn
 
 
 def causal_mask(n_query: int, n_key: int, device: torch.device | None = None) -> Tensor:
-    """Which keys each query may look at, where the queries are the last `n_query` of `n_key` positions.
+    """Return the mask of causal attention, in which the queries are the last `n_query` of `n_key` positions.
 
     Args:
         n_query: Number of queries T.
         n_key: Number of keys S, at least T.
-        device: Where to build it.
+        device: Device of the mask; `None` means the default device.
 
     Returns:
-        (T, S) bool, True where query t may look at key s: s <= t + (S - T).
+        (T, S) bool, true where query t attends to key s: s <= t + (S - T).
     """
     return torch.ones(n_query, n_key, dtype=torch.bool, device=device).tril(n_key - n_query)
 
@@ -52,34 +52,37 @@ def scaled_dot_product_attention(
     dropout_p: float = 0.0,
     scale: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Attention written out, one line a step of the formula.
+    """Compute attention with one line for each step of the formula.
 
     Args:
-        query: (..., T, D) what each position asks for.
-        key: (..., S, D) what each position offers.
-        value: (..., S, D) what each position holds.
-        mask: Bool, broadcastable to (..., T, S), True where the query may look at the key. None: everywhere. A query
-            needs at least one key: softmax over nothing is not a number.
-        dropout_p: Share of the weights set to zero, in [0, 1); the caller passes 0 outside training.
-        scale: Factor on the dot products; None: 1 / √D.
+        query: Queries, (..., T, D).
+        key: Keys, (..., S, D).
+        value: Values, (..., S, D).
+        mask: Bool, broadcastable to (..., T, S), true where the query attends to the key; `None` means everywhere. Each
+            query needs at least one key, because softmax over no scores is NaN.
+        dropout_p: Probability of dropping a weight, in [0, 1); pass 0 outside training.
+        scale: Factor on the dot products; `None` means 1 / √D.
 
     Returns:
-        The output (..., T, D), and the weights (..., T, S) before dropout, which sum to 1 over S.
+        The output, (..., T, D), and the weights before dropout, (..., T, S), which sum to 1 over S.
     """
     scale = 1 / math.sqrt(query.size(-1)) if scale is None else scale
     scores = query @ key.transpose(-2, -1) * scale  # (..., T, D) @ (..., D, S) -> (..., T, S)
     if mask is not None:
-        scores = scores.masked_fill(~mask, -math.inf)  # e^-inf = 0: no weight
+        scores = scores.masked_fill(~mask, -math.inf)  # e^-inf = 0
     weights = scores.softmax(dim=-1)  # (..., T, S)
     output = F.dropout(weights, dropout_p) @ value  # (..., T, S) @ (..., S, D) -> (..., T, D)
     return output, weights
 
 
 class KeyValueCache:
-    """The keys and values that one attention layer has computed so far, so that generation computes them only once.
+    """Keys and values of the positions that one attention layer has processed, so that each is computed only once.
 
-    The memory for the whole context is taken at the first update, with the batch size, type and device found there:
-    a step then writes its own rows and copies nothing. For inference: gradients do not reach across updates.
+    The first update allocates memory for the whole context, with the batch size, dtype and device of its arguments.
+    Later updates write only their own positions. The cache is for inference: gradients do not flow across updates.
+
+    Args:
+        max_length: Number of positions to allocate memory for.
     """
 
     def __init__(self, max_length: int) -> None:
@@ -89,9 +92,9 @@ class KeyValueCache:
         self._values: Tensor | None = None
 
     def update(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Append keys and values (B, H, T, D); return all those remembered, (B, H, S, D), as views."""
+        """Append keys and values, (B, H, T, D), and return those of all positions, (B, H, S, D), as views."""
         start, self.length = self.length, self.length + key.size(2)
-        if self._keys is None:
+        if self._keys is None or self._values is None:
             B, H, _, D = key.shape  # noqa: N806
             self._keys = key.new_empty(B, H, self.max_length, D)
             self._values = value.new_empty(B, H, self.max_length, D)
@@ -100,7 +103,7 @@ class KeyValueCache:
         return self._keys[:, :, : self.length], self._values[:, :, : self.length]
 
     def clear(self) -> None:
-        """Forget everything; the memory is kept for the next update."""
+        """Remove all positions, and keep the memory for the next update."""
         self.length = 0
 
 
@@ -109,15 +112,15 @@ class MultiHeadAttention(nn.Module):
 
     Args:
         n_embd: Width C of the input and the output.
-        n_head: Number of heads H; divides n_embd.
-        dropout: Share of attention weights dropped in training, in [0, 1).
-        bias: Whether the two projections add a bias.
-        implementation: "fused" leaves the formula to torch's kernels (flash attention where the device has it), which
-            never store the (T, S) weights; "explicit" runs `scaled_dot_product_attention` above. Both compute the same.
-        scale: Factor on the dot products; None: 1 / √D.
+        n_head: Number of heads H; divides `n_embd`.
+        dropout: Probability of dropping an attention weight in training, in [0, 1).
+        bias: Whether the linear layers have biases.
+        implementation: `fused` calls torch's kernels (flash attention if the device has it), which never store the
+            (T, S) weights; `explicit` calls `scaled_dot_product_attention` above. Both compute the same function.
+        scale: Factor on the dot products; `None` means 1 / √D.
 
     Raises:
-        ValueError: n_head does not divide n_embd, or the implementation is not one of the two.
+        ValueError: If `n_head` does not divide `n_embd`, or the implementation is unknown.
     """
 
     def __init__(
@@ -143,13 +146,13 @@ class MultiHeadAttention(nn.Module):
         self.projection = nn.Linear(n_embd, n_embd, bias=bias)  # W_O
 
     def forward(self, x: Tensor, mask: Tensor | None = None, cache: KeyValueCache | None = None) -> Tensor:
-        """Attend from every position of x to itself and to the past.
+        """Attend from each position of x to itself and to earlier positions.
 
         Args:
             x: (B, T, C).
-            mask: Bool, broadcastable to (B, H, T, S), True where a query may look at a key. It takes the place of the
-                causal mask, so it must hold it. None: causal.
-            cache: Keys and values of the S - T positions before x; x's own are added to it.
+            mask: Bool, broadcastable to (B, H, T, S), true where a query attends to a key. It replaces the causal mask,
+                so a mask for a decoder must be causal too. `None` means causal.
+            cache: Keys and values of the S - T positions before x; those of x are appended.
 
         Returns:
             (B, T, C).
@@ -161,27 +164,28 @@ class MultiHeadAttention(nn.Module):
             output = self._attend_fused(query, key, value, mask)  # (B, H, T, D)
         else:
             output, _ = self._attend_explicit(query, key, value, mask)
-        return self.projection(output.transpose(1, 2).reshape(x.shape))  # (B, T, C), the heads side by side again
+        return self.projection(output.transpose(1, 2).reshape(x.shape))  # heads concatenated: (B, T, C)
 
     def weights(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """The weights with which `forward` mixes the values of x, without a cache; to be looked at.
+        """Return the attention weights that `forward` uses without a cache, for inspection.
 
         Args:
             x: (B, T, C).
             mask: As in `forward`.
 
         Returns:
-            (B, H, T, T), before dropout; each row sums to 1.
+            (B, H, T, T), before dropout; the weights of each query sum to 1.
         """
         return self._attend_explicit(*self._heads(x), mask)[1]
 
     def _heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The queries, keys and values of all heads: the heads become a batch dimension."""
+        """Return the queries, keys and values of all heads; the heads become a batch dimension."""
         B, T, C = x.shape  # noqa: N806
         # (B, T, 3C) -> three of (B, T, C) -> three of (B, H, T, D)
-        return tuple(
+        query, key, value = (
             part.view(B, T, self.n_head, self.head_dim).transpose(1, 2) for part in self.qkv(x).split(C, dim=-1)
         )
+        return query, key, value
 
     def _attend_explicit(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         if mask is None:
@@ -190,8 +194,8 @@ class MultiHeadAttention(nn.Module):
 
     def _attend_fused(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         T, S = query.size(2), key.size(2)  # noqa: N806
-        # The flash kernels know causality by a flag, but count both queries and keys from 0, which is right only while
-        # T = S. After that, one new position may look at everything, and several need the mask written out.
+        # The flash kernels know causality by a flag, but count both queries and keys from 0, which is right only if
+        # T = S. If T < S, a single query attends to all keys, and several queries need an explicit mask.
         if mask is None and 1 < T < S:
             mask = causal_mask(T, S, query.device)
         is_causal = mask is None and T == S
@@ -204,12 +208,12 @@ class MultiHeadAttention(nn.Module):
 
 @contextmanager
 def recorded_weights(model: nn.Module) -> Iterator[list[Tensor]]:
-    """Collects the weights of every attention layer that runs inside the `with`: (B, H, T, T) each, in that order.
+    """Collect the weights of each attention layer that runs within the context, (B, H, T, T), in order of execution.
 
-    They are computed beside the model, which runs as fast as ever when nobody looks.
+    Hooks compute the weights in addition to the forward pass, so the model is not slower outside of the context.
 
     Args:
-        model: Any network with `MultiHeadAttention` in it, to be run without a cache.
+        model: Any network with `MultiHeadAttention` layers, run without a cache.
     """
     recorded: list[Tensor] = []
 

@@ -1,4 +1,4 @@
-"""The pre-norm block: attention moves information between positions, the network thinks at each one (notebook 3.3).
+"""The pre-norm block: attention mixes positions, a feed-forward network transforms each position (notebook 3.3).
 
     x = x + Dropout(Attention(LayerNorm(x)))
     x = x + Dropout(FeedForward(LayerNorm(x)))
@@ -6,9 +6,9 @@
     FeedForward(x) = W_2 GELU(W_1 x + b_1) + b_2,    W_1: C -> 4C,  W_2: 4C -> C
     LayerNorm(x) = (x - mean(x)) / √(var(x) + ε) · γ + β,    over the C features of each position
 
-Each half reads a normalised copy of x and adds its result: x itself, the residual stream, runs through the network
-without being normalised, so the gradient reaches the first block as it left the last. The normalisation stands before
-each half, not after the sum as in the first transformer: such networks train without a long warm-up.
+Each half reads a normalised copy of x and adds its result to x. The sum itself, the residual stream, is not normalised
+between blocks, so the gradient of the last block reaches the first one unchanged. The original transformer normalises
+after each sum; a network that normalises before each half trains without a long warm-up.
 
 Papers: Vaswani et al., "Attention Is All You Need" (2017), section 3.3; Radford et al., "Language Models are
 Unsupervised Multitask Learners" (GPT-2, 2019), section 2.3; Xiong et al., "On Layer Normalization in the Transformer
@@ -30,31 +30,31 @@ class FeedForward(nn.Module):
     """Two linear layers with a GELU between them, the same at every position.
 
     Args:
-        n_embd: Width C of the input and the output; four times as much inside.
-        bias: Whether the layers add a bias.
+        n_embd: Width C of the input and the output; the hidden layer is four times as wide.
+        bias: Whether the linear layers have biases.
     """
 
     def __init__(self, n_embd: int, bias: bool = True) -> None:
         super().__init__()
         self.expansion = nn.Linear(n_embd, 4 * n_embd, bias=bias)
-        self.activation = nn.GELU(approximate="tanh")  # GPT-2 has the tanh formula, so its weights need it
+        self.activation = nn.GELU(approximate="tanh")  # the approximation that GPT-2 was trained with
         self.projection = nn.Linear(4 * n_embd, n_embd, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, T, C) -> (B, T, 4C) -> (B, T, C)."""
+        """Transform each position: (B, T, C) -> (B, T, 4C) -> (B, T, C)."""
         return self.projection(self.activation(self.expansion(x)))
 
 
 class Block(nn.Module):
-    """Attention and feed-forward network, each normalised before and added to the residual stream.
+    """Attention and a feed-forward network, each preceded by a layer norm and added to the residual stream.
 
     Args:
         n_embd: Width C of the residual stream.
-        n_head: Number of attention heads; divides n_embd.
-        attention_dropout: Share of attention weights dropped in training, in [0, 1).
-        residual_dropout: Share of what each half adds that is dropped in training, in [0, 1).
-        bias: Whether linear layers and layer norms have a bias.
-        attention: Implementation of attention, "fused" or "explicit".
+        n_head: Number of attention heads; divides `n_embd`.
+        attention_dropout: Probability of dropping an attention weight in training, in [0, 1).
+        residual_dropout: Probability of dropping a value that a half adds to the stream in training, in [0, 1).
+        bias: Whether linear layers and layer norms have biases.
+        attention: Implementation of attention, `fused` or `explicit`.
     """
 
     def __init__(
@@ -74,6 +74,6 @@ class Block(nn.Module):
         self.residual_dropout = nn.Dropout(residual_dropout)
 
     def forward(self, x: Tensor, mask: Tensor | None = None, cache: KeyValueCache | None = None) -> Tensor:
-        """(B, T, C) -> (B, T, C); mask and cache are those of `MultiHeadAttention`."""
+        """Apply the block: (B, T, C) -> (B, T, C); for mask and cache see `MultiHeadAttention.forward`."""
         x = x + self.residual_dropout(self.attention(self.attention_norm(x), mask, cache))
         return x + self.residual_dropout(self.feed_forward(self.feed_forward_norm(x)))

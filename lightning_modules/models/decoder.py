@@ -1,16 +1,17 @@
-"""The decoder: token and position embeddings, a stack of blocks, and a score for every next token (notebook 3.4).
+"""The decoder: token and position embeddings, a stack of blocks, and scores of the next token (notebook 3.4).
 
     x_0 = Dropout(E[token] + P[position])          E: V x C,  P: block_size x C
     x_l = Block_l(x_{l-1})                         l = 1 ... n_layer
     logits = LayerNorm(x_{n_layer}) Eᵀ             softmax(logits[t]) predicts token t + 1
 
-The same matrix E reads tokens in and scores them at the end (tied embeddings): tokens used alike get rows alike in
-both places, and a small model saves a good part of its parameters.
+The matrix E both embeds the input tokens and scores the output tokens (tied embeddings). Tokens of similar use need
+similar rows in both places, and a small model saves a large part of its parameters.
 
 Papers: Radford et al., "Language Models are Unsupervised Multitask Learners" (GPT-2, 2019); Press and Wolf, "Using the
 Output Embedding to Improve Language Models" (2017), https://arxiv.org/abs/1608.05859.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -24,22 +25,23 @@ from lightning_modules.models.block import LAYER_NORM_EPSILON, Block
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    """The shape of a decoder.
+    """Sizes and options of a decoder.
 
     Args:
         vocab_size: Number of tokens V.
-        block_size: Context length: the most positions that the decoder can look at.
+        block_size: Context length: the largest number of positions in a sequence.
         n_layer: Number of blocks.
-        n_head: Attention heads a block; divides n_embd.
-        n_embd: Width C of embeddings and residual stream.
-        embedding_dropout: Share of the embeddings' sum dropped in training, in [0, 1).
-        attention_dropout: Share of attention weights dropped in training, in [0, 1).
-        residual_dropout: Share of what each half of a block adds dropped in training, in [0, 1).
-        bias: Whether linear layers and layer norms have a bias.
-        attention: "fused" for torch's kernels, "explicit" for the formula written out; they compute the same.
+        n_head: Number of attention heads in a block; divides `n_embd`.
+        n_embd: Width C of the embeddings and the residual stream.
+        embedding_dropout: Probability of dropping a value of the summed embeddings in training, in [0, 1).
+        attention_dropout: Probability of dropping an attention weight in training, in [0, 1).
+        residual_dropout: Probability of dropping a value that half a block adds to the stream in training, in [0, 1).
+        bias: Whether linear layers and layer norms have biases.
+        attention: `fused` (torch's kernels) or `explicit` (each step of the formula); both compute the same function.
 
     Raises:
-        ValueError: A size below 1, n_embd not divisible by n_head, a dropout outside [0, 1), an unknown attention.
+        ValueError: If a size is below 1, `n_head` does not divide `n_embd`, a dropout is outside [0, 1), or the
+            attention is unknown.
     """
 
     vocab_size: int
@@ -67,12 +69,12 @@ class DecoderConfig:
 
 
 class Decoder(nn.Module):
-    """GPT-2's decoder.
+    """The decoder of GPT-2.
 
-    Its weights are torch's defaults until a function of `initialization` or a checkpoint gives it better ones.
+    The layers initialise their weights by torch's defaults. Apply a function of `initialization` or load a checkpoint.
 
     Args:
-        config: Its shape.
+        config: Sizes and options.
     """
 
     def __init__(self, config: DecoderConfig) -> None:
@@ -102,23 +104,23 @@ class Decoder(nn.Module):
         cache: list[KeyValueCache] | None = None,
         last_only: bool = False,
     ) -> Tensor:
-        """Score every token of the vocabulary as the next one, at every position.
+        """Return the scores of the next token at each position.
 
         Args:
-            input_ids: (B, T) int64. With a cache, only the tokens that it has not seen.
-            attention_mask: (B, S) with 0 at padding, over the cached positions and the T new ones. The logits at
-                padding mean nothing. None: no padding (nor is a mask needed for padding on the right, since real
-                tokens never look there).
-            position_ids: (B, T) int64, in [0, block_size). None: counted from the start of the row, which for padding
-                on the left is not what a trained model expects.
-            cache: From `new_cache`; grows by T positions.
-            last_only: Score the last position alone, as generation needs.
+            input_ids: Token ids, (B, T) int64; with a cache, only the tokens that follow the cached ones.
+            attention_mask: (B, S), 0 at padding and 1 elsewhere, for the cached positions and the T new ones. Logits at
+                padding are meaningless. `None` means no padding. Padding on the right needs no mask, because no token
+                attends to later positions.
+            position_ids: (B, T) int64, in [0, block_size). `None` counts from the start of the row; with padding on the
+                left, pass positions that count from the first token.
+            cache: Result of `new_cache`; the T positions are appended.
+            last_only: Whether to score only the last position, as generation needs.
 
         Returns:
-            logits (B, T, V), or (B, 1, V) where last_only.
+            Logits, (B, T, V), or (B, 1, V) if `last_only`.
 
         Raises:
-            ValueError: The sequence, cached part included, is longer than the context.
+            ValueError: If the sequence with its cached part is longer than the context.
         """
         T = input_ids.size(1)  # noqa: N806
         past = cache[0].length if cache else 0
@@ -132,28 +134,33 @@ class Decoder(nn.Module):
 
         x = self.token_embedding(input_ids) + self.position_embedding(position_ids)  # (B, T, C)
         x = self.embedding_dropout(x)
-        for block, layer_cache in zip(self.blocks, cache or [None] * len(self.blocks), strict=True):
+        caches: Sequence[KeyValueCache | None] = cache or [None] * len(self.blocks)
+        for block, layer_cache in zip(self.blocks, caches, strict=True):
             x = block(x, mask, layer_cache)
         if last_only:
             x = x[:, -1:]
         return F.linear(self.final_norm(x), self.token_embedding.weight)  # (B, T, C) @ (C, V)
 
     def new_cache(self) -> list[KeyValueCache]:
-        """An empty cache for each block; it takes memory when it is first written to."""
+        """Return an empty cache for each block; the first update of a cache allocates its memory."""
         return [KeyValueCache(self.config.block_size) for _ in self.blocks]
 
     def num_parameters(self, embedding: bool = True) -> int:
-        """Number of weights, with or without the token and position embeddings; tied weights count once."""
+        """Return the number of weights; tied weights count once.
+
+        Args:
+            embedding: Whether to count the token and position embeddings.
+        """
         tables = 0 if embedding else self.token_embedding.weight.numel() + self.position_embedding.weight.numel()
         return sum(parameter.numel() for parameter in self.parameters()) - tables
 
     def flops_per_token(self) -> int:
-        """Floating-point operations that training needs for one token of a full context, forward and backward.
+        """Return the floating-point operations of a forward and backward pass for one token of a full context.
 
-        6 N + 12 L C T (Chowdhery et al., "PaLM", 2022, appendix B, https://arxiv.org/abs/2204.02311): a weight costs a
-        multiplication and an addition forward and twice as many backward; the second term is Q Kᵀ and its product with
-        V, causal or not. N holds the token embedding, which is the output matrix too, and not the positions, which
-        are only looked up.
+        The formula is 6 N + 12 L C T (Chowdhery et al., "PaLM", 2022, appendix B, https://arxiv.org/abs/2204.02311).
+        Each weight costs a multiplication and an addition in the forward pass, and twice as many in the backward pass.
+        The second term is Q Kᵀ and the product of the weights with V, without a saving for causality. N includes the
+        token embedding, which is the output matrix too, but not the position embedding, which is only looked up.
         """
         config = self.config
         n_multiplied = self.num_parameters() - self.position_embedding.weight.numel()
@@ -161,9 +168,9 @@ class Decoder(nn.Module):
 
 
 def _padding_and_causal_mask(attention_mask: Tensor, n_query: int) -> Tensor:
-    """(B, S) of 0 and 1, the last `n_query` of which ask -> (B, 1, T, S) bool, the same for every head."""
+    """Return the mask of causal attention without padding, (B, 1, T, S), from a padding mask (B, S) of 0 and 1."""
     n_key = attention_mask.size(1)
     causal = causal_mask(n_query, n_key, attention_mask.device)  # (T, S)
-    # Padding looks at itself: nobody reads what it finds, but a row without a single key would be softmax of nothing.
+    # Padding attends to itself. No token reads the result, but softmax over a row without any key would be NaN.
     itself = causal.triu(n_key - n_query)
     return (causal & attention_mask.bool()[:, None, None, :]) | itself

@@ -1,10 +1,11 @@
-"""Generation: draw the next token, append it, repeat.
+"""Generation: draw the next token, append it, and repeat.
 
     p = softmax(logits / temperature)
 
-Temperature sharpens (below 1) or flattens (above 1) the distribution; at 0 the most probable token is taken (greedy).
-top_k keeps the k most probable tokens, top_p the fewest of the most probable ones that hold a mass of at least p; what
-is left is scaled to sum to 1. Both cut off the long tail, where each token is improbable but one of them comes often.
+A temperature below 1 sharpens the distribution, one above 1 flattens it, and 0 takes the most probable token (greedy).
+top_k keeps the k most probable tokens. top_p keeps the smallest set of the most probable tokens whose probabilities sum
+to at least p. The kept probabilities are rescaled to sum to 1. Both remove the tail of the distribution: each of its
+tokens is improbable, but together they would be drawn often.
 
 Papers: Fan et al., "Hierarchical Neural Story Generation" (top-k, 2018), https://arxiv.org/abs/1805.04833; Holtzman et
 al., "The Curious Case of Neural Text Degeneration" (top-p, 2020), https://arxiv.org/abs/1904.09751.
@@ -20,10 +21,10 @@ from torch import Tensor
 
 
 class CachedModel(Protocol):
-    """What generation needs of a model; `models.decoder.Decoder` has it.
+    """Interface of a model that `generate` accepts, such as `models.decoder.Decoder`.
 
     Attributes:
-        config: Has the `vocab_size` and the `block_size` of the model.
+        config: Object with the `vocab_size` and the `block_size` of the model.
         training: Whether the model is in training mode.
     """
 
@@ -31,34 +32,34 @@ class CachedModel(Protocol):
     training: bool
 
     def new_cache(self) -> list[Any]:
-        """An empty cache, in parts that have a `length` and can `clear()`."""
+        """Return an empty cache: a list of objects with a `length` and a method `clear()`."""
 
     def __call__(self, input_ids: Tensor, *, cache: list[Any], last_only: bool) -> Tensor:
-        """Scores of the token after the last: (B, T) that the cache has not seen, to (B, 1, V)."""
+        """Return the scores of the next token, (B, 1, V), after tokens (B, T) that follow the cached ones."""
 
 
 def next_token_distribution(
     logits: Tensor, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None
 ) -> Tensor:
-    """The probabilities from which the next token is drawn.
+    """Return the probabilities from which the next token is drawn.
 
     Args:
-        logits: (B, V).
-        temperature: Finite, at least 0; 0 puts everything on the most probable token.
-        top_k: Keep the k most probable tokens, at least 1; None: all.
-        top_p: Keep the fewest most probable tokens that hold this mass, in (0, 1]; applied after top_k. None: all.
+        logits: Scores of the next token, (B, V).
+        temperature: Divisor of the logits, finite and at least 0; 0 gives probability 1 to the most probable token.
+        top_k: Number of the most probable tokens to keep, at least 1; `None` keeps all.
+        top_p: Total probability of the most probable tokens to keep, in (0, 1], after `top_k`; `None` keeps all.
 
     Returns:
-        (B, V) float32, each row sums to 1.
+        (B, V) float32; each row sums to 1.
 
     Raises:
-        ValueError: An argument outside its range.
+        ValueError: If an argument is out of range.
     """
     _check_sampling(temperature, top_k, top_p)
     if temperature == 0:
         return F.one_hot(logits.argmax(dim=-1), logits.size(-1)).float()
     logits = logits.float()
-    logits = logits - logits.amax(dim=-1, keepdim=True)  # no overflow however small the temperature
+    logits = logits - logits.amax(dim=-1, keepdim=True)  # so that division by a small temperature cannot overflow
     probabilities = (logits / temperature).softmax(dim=-1)
     if top_k is None and top_p is None:
         return probabilities
@@ -67,10 +68,10 @@ def next_token_distribution(
         probabilities[:, top_k:] = 0
         probabilities /= probabilities.sum(dim=-1, keepdim=True)
     if top_p is not None and top_p < 1:
-        mass_before = probabilities.cumsum(dim=-1) - probabilities  # of all the more probable tokens
+        mass_before = probabilities.cumsum(dim=-1) - probabilities  # total probability of more probable tokens
         probabilities[mass_before >= top_p] = 0
         probabilities /= probabilities.sum(dim=-1, keepdim=True)
-    return torch.zeros_like(probabilities).scatter_(-1, order, probabilities)  # back in the vocabulary's order
+    return torch.zeros_like(probabilities).scatter_(-1, order, probabilities)  # in the order of the vocabulary
 
 
 def sample_next(
@@ -80,7 +81,7 @@ def sample_next(
     top_p: float | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Draw one token a row from `next_token_distribution`: logits (B, V) -> tokens (B,)."""
+    """Draw a token for each row from `next_token_distribution`: logits (B, V) -> tokens (B,)."""
     probabilities = next_token_distribution(logits, temperature, top_k, top_p)
     return torch.multinomial(probabilities, num_samples=1, generator=generator).squeeze(-1)
 
@@ -95,28 +96,29 @@ def generate(
     generator: torch.Generator | None = None,
     stop_token: int | None = None,
 ) -> Iterator[Tensor]:
-    """Continue each row of `input_ids`, one token at a time, as they come.
+    """Continue each row of `input_ids`, and yield the new tokens one step at a time.
 
-    The keys and values of what has been read are cached, so each step reads one token. Positions are absolute (the
-    embedding of position 7 is baked into what is cached for it), so a full cache cannot slide along: the decoder then
-    forgets it, reads the last half of the context again from position 0, and goes on.
+    The keys and values of earlier tokens are cached, so each step reads a single token. Positions are absolute: the
+    embedding of its position is part of each cached key. A full cache can therefore not be shifted; it is cleared, and
+    the last half of the context is read again from position 0.
 
     Args:
         decoder: A model with a cache, in evaluation mode.
-        input_ids: (B, T) int64, T at least 1, no padding, on the decoder's device. Where T is more than the context,
-            its end is read.
-        max_new_tokens: How many tokens at most, at least 0.
-        temperature: Finite, at least 0; 0 is greedy.
-        top_k: Keep the k most probable tokens, at least 1; None: all.
-        top_p: Keep the fewest most probable tokens that hold this mass, in (0, 1]; None: all.
-        generator: Source of the random numbers, on the decoder's device; None: torch's global one.
-        stop_token: Ends a row, which then repeats it; when all rows have ended, so does the iteration.
+        input_ids: Token ids, (B, T) int64, T at least 1, without padding, on the device of the decoder. If T is larger
+            than the context, only the end is read.
+        max_new_tokens: Largest number of tokens to generate, at least 0.
+        temperature: Divisor of the logits, finite and at least 0; 0 is greedy.
+        top_k: Number of the most probable tokens to keep, at least 1; `None` keeps all.
+        top_p: Total probability of the most probable tokens to keep, in (0, 1]; `None` keeps all.
+        generator: Generator of random numbers on the device of the decoder; `None` means torch's global one.
+        stop_token: Token that ends a row. The row then repeats it, and the iteration stops when all rows have ended.
 
     Returns:
-        An iterator over the new tokens, (B,) int64 a step; the stop token is among them.
+        An iterator over the new tokens of each step, (B,) int64, stop tokens included.
 
     Raises:
-        ValueError: An argument outside its range, or a decoder in training mode; at the call, not at the first token.
+        ValueError: If an argument is out of range, or the decoder is in training mode; raised by the call itself, not
+            by the first step.
     """
     _check_sampling(temperature, top_k, top_p)
     if input_ids.dim() != 2 or input_ids.size(1) < 1:
@@ -126,12 +128,12 @@ def generate(
     if stop_token is not None and not 0 <= stop_token < decoder.config.vocab_size:
         raise ValueError(f"stop_token={stop_token}: must be in [0, vocab_size={decoder.config.vocab_size})")
     if decoder.training:
-        raise ValueError("the decoder is in training mode, where dropout spoils its text: call decoder.eval() first")
+        raise ValueError("the decoder is in training mode, in which dropout is active: call decoder.eval() first")
     return _generate(decoder, input_ids, max_new_tokens, temperature, top_k, top_p, generator, stop_token)
 
 
-# As a decorator no_grad covers a generator's own steps only, so the caller's code between two tokens keeps its mode.
-# inference_mode would hand out tensors that the caller could not train on.
+# As a decorator, no_grad covers only the steps of the generator; the caller's code between two tokens keeps its mode.
+# inference_mode would yield tensors that cannot be used in training.
 @torch.no_grad()
 def _generate(
     decoder: CachedModel,

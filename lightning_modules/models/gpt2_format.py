@@ -1,9 +1,9 @@
-"""Our decoder's weights under the names of Hugging Face's GPT-2, and back: pure tensors, no file and no library.
+"""Conversion of our decoder's weights to the names of Hugging Face's GPT-2 and back; tensors only, no files.
 
-The two differ in names and in one layout: GPT-2's linear layers are "Conv1D", y = x W with W (in, out), where torch's
-nn.Linear computes x Wᵀ with W (out, in). So these four matrices of a block are transposed.
+The two formats differ in names and in one layout: the linear layers of GPT-2 are "Conv1D", y = x W with W (in, out),
+while torch's nn.Linear computes x Wᵀ with W (out, in). Four matrices of each block are therefore transposed.
 
-    theirs                           ours
+    GPT-2                            our decoder
     transformer.wte                  token_embedding       (and lm_head, the same matrix)
     transformer.wpe                  position_embedding
     transformer.h.N.ln_1             blocks.N.attention_norm
@@ -37,16 +37,16 @@ _OURS_TO_GPT2 = {
     "feed_forward.projection": "mlp.c_proj",
     "final_norm": "ln_f",
 }
-_CAUSAL_MASK_BUFFER = re.compile(r"h\.\d+\.attn\.(masked_)?bias")  # old checkpoints hold the mask itself
+_CAUSAL_MASK_BUFFER = re.compile(r"h\.\d+\.attn\.(masked_)?bias")  # old checkpoints contain the causal mask
 
 
 def gpt2_config(config: DecoderConfig) -> dict[str, Any]:
-    """The fields of a `config.json` from which transformers builds the same decoder.
+    """Return the fields of a `config.json` from which Transformers builds the same decoder.
 
-    The special tokens are None, for they are the tokenizer's to say.
+    The special tokens are `None`: the tokenizer defines them.
 
     Args:
-        config: Our decoder's shape. GPT-2 always has biases: without them ours are exported as zeros.
+        config: Configuration of our decoder. GPT-2 always has biases; a decoder without is exported with zeros.
     """
     return {
         "architectures": ["GPT2LMHeadModel"],
@@ -72,13 +72,13 @@ def gpt2_config(config: DecoderConfig) -> dict[str, Any]:
 
 
 def decoder_config_from_gpt2(gpt2: Mapping[str, Any]) -> DecoderConfig:
-    """The decoder's shape from the fields of a GPT-2 `config.json`; a missing field has GPT-2's default.
+    """Return the configuration of our decoder for a GPT-2; missing fields have the default of GPT-2.
 
     Args:
-        gpt2: The parsed file.
+        gpt2: Parsed `config.json`.
 
     Raises:
-        ValueError: A field asks for what our decoder does not have.
+        ValueError: If a field has a value that our decoder does not implement.
     """
     n_embd = gpt2.get("n_embd", 768)
     implemented = {
@@ -108,17 +108,17 @@ def decoder_config_from_gpt2(gpt2: Mapping[str, Any]) -> DecoderConfig:
 
 
 def to_gpt2_state_dict(decoder: Decoder) -> dict[str, Tensor]:
-    """The decoder's weights as `GPT2LMHeadModel.load_state_dict` wants them.
+    """Return the weights of a decoder for `GPT2LMHeadModel.load_state_dict`.
 
     Args:
-        decoder: Its weights are not copied where names alone differ.
+        decoder: Our decoder. Weights that are not transposed share its memory.
     """
     ours = decoder.state_dict()
     state = {}
     for name in _parameter_shapes(replace(decoder.config, bias=True)):
         if name in ours:
             tensor = ours[name].t().contiguous() if _is_transposed(name) else ours[name]
-        else:  # a decoder without biases
+        else:  # our decoder has no biases
             weight = ours[name.removesuffix("bias") + "weight"]
             tensor = weight.new_zeros(len(weight))  # (out,)
         state[f"transformer.{_gpt2_name(name)}"] = tensor
@@ -127,18 +127,17 @@ def to_gpt2_state_dict(decoder: Decoder) -> dict[str, Tensor]:
 
 
 def from_gpt2_state_dict(state: Mapping[str, Tensor], config: DecoderConfig) -> dict[str, Tensor]:
-    """GPT-2's weights as `Decoder(config).load_state_dict` wants them.
+    """Return the weights of a GPT-2 for `Decoder(config).load_state_dict`.
 
-    Takes the names with or without `transformer.`, with or without the output matrix and old checkpoints' mask
-    buffers.
+    The prefix `transformer.`, the output matrix and the mask buffers of old checkpoints may be present or absent.
 
     Args:
-        state: GPT-2's weights; they are not changed.
-        config: The decoder to fill. Its block_size may be smaller than the checkpoint's: the first positions are kept.
-            Its bias may be False where all the checkpoint's biases are zero.
+        state: Weights of GPT-2; they are not changed.
+        config: Configuration of our decoder. If its `block_size` is smaller than that of the checkpoint, the first
+            positions are kept. Its `bias` may be false if all biases of the checkpoint are zero.
 
     Raises:
-        ValueError: A weight is missing, unknown, of another shape, or the output matrix is not tied to the embedding.
+        ValueError: If a weight is missing, unknown or of another shape, or the output matrix is not the embedding.
     """
     theirs = {name.removeprefix("transformer."): tensor for name, tensor in state.items()}
     theirs = {name: tensor for name, tensor in theirs.items() if not _CAUSAL_MASK_BUFFER.fullmatch(name)}
@@ -172,11 +171,15 @@ def _parameter_shapes(config: DecoderConfig) -> dict[str, torch.Size]:
 
 
 def _gpt2_name(name: str) -> str:
-    """blocks.3.attention.qkv.weight -> h.3.attn.c_attn.weight."""
-    prefix, module, parameter = re.fullmatch(r"(blocks\.\d+\.)?(.+)\.(weight|bias)", name).groups(default="")
-    return f"{prefix.replace('blocks', 'h')}{_OURS_TO_GPT2[module]}.{parameter}"
+    """Return `h.3.attn.c_attn.weight` for `blocks.3.attention.qkv.weight`."""
+    module, parameter = name.rsplit(".", 1)
+    prefix = ""
+    if module.startswith("blocks."):
+        _, number, module = module.split(".", 2)
+        prefix = f"h.{number}."
+    return f"{prefix}{_OURS_TO_GPT2[module]}.{parameter}"
 
 
 def _is_transposed(name: str) -> bool:
-    """Whether a name is that of a linear layer's matrix: ours (out, in), theirs (in, out)."""
+    """Return whether the weight is the matrix of a linear layer: ours (out, in), GPT-2's (in, out)."""
     return name.endswith((".qkv.weight", ".projection.weight", ".expansion.weight"))

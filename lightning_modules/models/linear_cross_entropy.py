@@ -1,10 +1,10 @@
-"""The softmax cross entropy of a linear layer over a large vocabulary, where nearly all the time of the model goes.
+"""The softmax cross entropy of a linear layer over a large vocabulary, for models that spend most of their time in it.
 
-`F.linear` and `F.cross_entropy` pass over the scores (B, V) about ten times, in float32. Here there are four passes:
-one product for all terms of the layer, the softmax, and the two products of its gradient, p - one_hot(target), which
-is written over the softmax. Under autocast all four are in its low precision, whose matrix units are several times as
-fast, and sums are in float32 still. Two further gains are in the memory: rows have a round number of columns, and the
-large tensors are kept from step to step, since memory that is fresh from the system costs a page fault every 4 KiB.
+`F.linear` and `F.cross_entropy` pass over the scores (B, V) about ten times, in float32. This implementation makes four
+passes: one product for all terms of the layer, the softmax, and the two products of its gradient, p - one_hot(target),
+which overwrites the softmax. Under autocast all four run in low precision, whose matrix units are several times as
+fast, with sums in float32. Two further savings are in memory: rows are padded to a round number of columns, and the
+large tensors are reused from step to step, because new memory from the system costs a page fault for every 4 KiB.
 """
 
 from typing import Any
@@ -15,24 +15,21 @@ from torch.autograd.function import once_differentiable
 
 Terms = list[tuple[Tensor, Tensor]]  # inputs (B, k) and weights (V, k); the scores are the sum of inputs @ weights.T
 
-_ROUND = 32  # columns: with other numbers the matrix units run at half their speed and less
+_ROUND = 32  # columns; with other numbers of columns, matrix units run at less than half their speed
 
 
 class LinearCrossEntropy:
-    """Mean cross entropy of the scores `sum of inputs @ weights.T`; it keeps the memory that it works in."""
+    """Mean cross entropy of the scores `sum of inputs @ weights.T`; it reuses its memory from call to call."""
 
     def __init__(self) -> None:
         self._kept: dict[str, Tensor] = {}
 
     def __call__(self, terms: Terms, targets: Tensor) -> Tensor:
-        """The loss.
+        """Return the mean loss in nats, a scalar; it can be differentiated once, before the next call.
 
         Args:
-            terms: The parts of the layer.
-            targets: The right classes, (B,).
-
-        Returns:
-            A scalar, in nats; it can be differentiated once, before the next call.
+            terms: Pairs of inputs (B, k) and weights (V, k), whose products are summed to the scores (B, V).
+            targets: True classes, (B,) int64.
         """
         device = targets.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else terms[0][1].dtype
@@ -45,14 +42,14 @@ class LinearCrossEntropy:
         return {"_kept": {}}
 
     def empty(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-        """A tensor with room for anything: the one of that name again, where it fits."""
+        """Return a tensor to write to: the one of that name from an earlier call, if it fits."""
         kept = self._kept.get(name)
         if kept is None or kept.shape != shape or kept.dtype != dtype or kept.device != device:
             kept = self._kept[name] = torch.zeros(shape, dtype=dtype, device=device)
         return kept
 
     def side_by_side(self, name: str, parts: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
-        """The columns of several tensors, and columns of zeros up to a round number."""
+        """Return the columns of several tensors in one, followed by columns of zeros up to a round number."""
         width = sum(part.shape[1] for part in parts)
         shape = (len(parts[0]), -(-width // _ROUND) * _ROUND)
         joined = self.empty(name, shape, dtype, parts[0].device)
@@ -82,7 +79,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         scale = gradient / len(ctx.targets)
-        error = ctx.softmax  # (B, V), soon p - one_hot(target), the gradient by the scores of the losses' sum
+        error = ctx.softmax  # (B, V); becomes p - one_hot(target), the gradient of the summed loss by the scores
         error[torch.arange(len(error), device=error.device), ctx.targets] -= 1
         by_inputs = (error @ ctx.weights) * scale  # (B, K)
         by_weights = error.T @ (ctx.inputs * scale).to(error.dtype)  # (V, K)

@@ -1,7 +1,7 @@
 """Parameter groups, learning-rate schedules, and the types of `optimizer:` and `lr_scheduler:` in YAML.
 
-YAML names an optimiser and a schedule, and gives all of their arguments but the first ones: the parameter groups, which
-the module decides, and the length of the run, which the trainer knows. What YAML declares is therefore a factory.
+YAML names an optimiser and a schedule with all arguments except two: the parameter groups, which come from the module,
+and the number of steps, which comes from the trainer. The parser therefore turns each section into a factory.
 """
 
 from collections.abc import Callable, Iterable
@@ -12,7 +12,7 @@ from lightning_modules.optim.groups import weight_decay_groups
 from lightning_modules.optim.schedules import StepSchedule
 
 OptimizerFactory = Callable[[Iterable], Optimizer]
-# Only our own schedules: those of torch take other second arguments (OneCycleLR would read the total as its max_lr).
+# Only our own schedules: those of torch have other second arguments (OneCycleLR would take the total as its max_lr).
 ScheduleFactory = Callable[[Optimizer, int], StepSchedule]
 
 __all__ = ["OptimizerFactory", "ScheduleFactory", "StepSchedule", "weight_decay_groups"]

@@ -1,4 +1,4 @@
-"""Which parameters decay: matrices do, vectors do not; and which learn slower than others."""
+"""Parameter groups: weight decay for matrices but not for vectors, and learning rates of their own."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,20 +7,19 @@ from torch import nn
 
 
 def weight_decay_groups(module: nn.Module, lr_shares: Mapping[str, float] | None = None) -> list[dict[str, Any]]:
-    """Splits the trainable parameters of a module into those that decay and those that do not.
+    """Split the trainable parameters of a module into groups with and without weight decay.
 
-    Weight decay is a prior on the matrices that multiply activations. Biases and the gains of normalisation layers,
-    all of them vectors, are left alone, as in GPT-3 and most work since. A parameter that is used twice (tied
-    embeddings) is listed once.
+    Weight decay is a prior on the matrices that multiply activations. Biases and the gains of norms, which are vectors,
+    do not decay, as in GPT-3 and most later work. A parameter that is used twice (tied embeddings) is listed once.
 
     Args:
-        module: Any module; frozen parameters (`requires_grad=False`) are left out.
-        lr_shares: Share of the optimiser's learning rate, by the name of the parameter; 1 for those not there.
+        module: Any module; frozen parameters (`requires_grad=False`) are skipped.
+        lr_shares: Learning rates by parameter name, as shares of the optimiser's learning rate; 1 for other parameters.
 
     Returns:
-        At most two optimiser groups of named parameters for each share, the largest first. The first of the two has no
-        `weight_decay` key, so that the value given in YAML applies to it; the second sets it to zero. A share other
-        than 1 stands in the group as `lr_share`.
+        Up to two optimiser groups of named parameters for each share, in descending order of the share. The first has
+        no `weight_decay` key, so that the value of the YAML applies to it; the second sets it to zero. A share other
+        than 1 is stored in the group as `lr_share`.
     """
     lr_shares = lr_shares or {}
     groups: dict[tuple[float, bool], list[tuple[str, nn.Parameter]]] = {}

@@ -1,4 +1,4 @@
-"""Attention: by hand, causal, and the same whichever implementation computes it."""
+"""Attention: worked examples, causality, and equality of both implementations."""
 
 import math
 
@@ -17,7 +17,7 @@ from lightning_modules.models.block import Block
 
 
 def both_implementations(n_embd=12, n_head=3, **kwargs):
-    """A fused and an explicit layer with the same weights."""
+    """Return a fused and an explicit layer with the same weights."""
     torch.manual_seed(0)
     fused = MultiHeadAttention(n_embd, n_head, **kwargs)
     explicit = MultiHeadAttention(n_embd, n_head, implementation="explicit", **kwargs)
@@ -53,7 +53,7 @@ def test_dropout_scales_what_it_keeps():
     torch.manual_seed(0)
     query, key = torch.zeros(1, 1, 4), torch.zeros(1, 1000, 4)
     output, weights = scaled_dot_product_attention(query, key, torch.eye(1000)[None], dropout_p=0.25)
-    torch.testing.assert_close(weights, torch.full((1, 1, 1000), 0.001))  # returned as they were before dropout
+    torch.testing.assert_close(weights, torch.full((1, 1, 1000), 0.001))  # returned without dropout
     kept = output[output > 0]
     assert 700 < len(kept) < 800
     torch.testing.assert_close(kept, torch.full_like(kept, 0.001 / 0.75))
@@ -133,7 +133,7 @@ class TestBothImplementations:
         assert cache.length == 6
 
     def test_heads_are_separate(self, implementation):
-        # Without W_O's mixing, the first head's output depends on the first third of q, k and v alone.
+        # Without the mixing of W_O, the output of a head depends only on its own part of q, k and v.
         attention = self.attention(implementation)
         with torch.no_grad():
             attention.projection.weight.copy_(torch.eye(12))
@@ -197,7 +197,7 @@ def test_recorded_weights_are_those_of_every_layer_that_ran():
     assert output.requires_grad
     assert not weights[0].requires_grad
     torch.testing.assert_close(model(x), output)
-    assert len(weights) == 2  # nothing listens any more
+    assert len(weights) == 2  # the hooks are removed
 
 
 def test_cache_reuses_its_memory():

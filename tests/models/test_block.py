@@ -24,7 +24,7 @@ def test_feed_forward_by_hand():
     torch.testing.assert_close(network(torch.ones(1, 1, 1)).item(), expected, rtol=1e-6, atol=0)
 
 
-def test_each_position_on_its_own():
+def test_the_feed_forward_network_treats_each_position_separately():
     torch.manual_seed(0)
     network = FeedForward(8)
     x = torch.randn(2, 5, 8)
@@ -41,10 +41,10 @@ def test_residual_and_pre_norm():
     for projection in (block.attention.projection, block.feed_forward.projection):
         nn.init.zeros_(projection.weight)
         nn.init.zeros_(projection.bias)
-    assert torch.equal(block(x), x)  # what adds nothing leaves the stream as it was
+    assert torch.equal(block(x), x)  # both halves add 0 to the stream
 
 
-def test_residual_dropout_hits_both_halves_in_training_only():
+def test_residual_dropout_applies_to_both_halves_in_training_only():
     torch.manual_seed(0)
     block = Block(64, 2, residual_dropout=0.5)
     x = torch.zeros(1, 16, 64)

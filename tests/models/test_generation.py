@@ -1,4 +1,4 @@
-"""Sampling keeps exactly the right tokens; cached generation says what uncached would."""
+"""Sampling keeps exactly the right tokens; generation with a cache gives the tokens of generation without one."""
 
 import dataclasses
 
@@ -31,7 +31,7 @@ def generated(*args, **kwargs):
 
 
 def kept(logits, **kwargs):
-    """The tokens that can be drawn, a set for each row."""
+    """Return the tokens that can be drawn, a set for each row."""
     return [set(row.nonzero().flatten().tolist()) for row in next_token_distribution(logits, **kwargs)]
 
 
@@ -73,7 +73,7 @@ class TestDistribution:
 
     def test_what_is_left_sums_to_one(self):
         torch.testing.assert_close(next_token_distribution(LOGITS, top_k=2), torch.tensor([[0, 2 / 3, 0, 1 / 3, 0]]))
-        # top_p counts within what top_k left: 2/3 of the mass is the first token's
+        # top_p applies to the rescaled probabilities: that of the first token is 2/3.
         assert kept(LOGITS, top_k=2, top_p=0.6) == [{1}]
         assert kept(LOGITS, top_k=2, top_p=0.7) == [{1, 3}]
 
@@ -123,7 +123,7 @@ class TestSampleNext:
 
 @torch.no_grad()
 def greedy_without_cache(decoder, context, max_new_tokens):
-    """What `generate` promises, with every step read from scratch."""
+    """Return the tokens that `generate` should give, computed without a cache."""
     block_size = decoder.config.block_size
     context, tokens = context[:, -block_size:], []
     for _ in range(max_new_tokens):
@@ -140,8 +140,8 @@ class TestGenerate:
     def test_greedy_with_cache_equals_without(self, attention, prompt_length):
         decoder = tiny_decoder(attention=attention)
         ids = random_ids(3, prompt_length)
-        # 50 tokens run over the context of 16 several times
-        assert torch.equal(generated(decoder, ids, 50, temperature=0), greedy_without_cache(decoder, ids, 50))
+        # 30 tokens fill the context of 16 several times: each time, 8 of them are read again.
+        assert torch.equal(generated(decoder, ids, 30, temperature=0), greedy_without_cache(decoder, ids, 30))
 
     @pytest.mark.parametrize("block_size", [1, 2, 3])
     def test_smallest_contexts(self, block_size):
@@ -161,7 +161,7 @@ class TestGenerate:
         lengths = []
         decoder.register_forward_pre_hook(lambda module, args: lengths.append(args[0].size(1)))
         generated(decoder, random_ids(1, 5), 14, temperature=0)
-        assert lengths == [5] + [1] * 11 + [8] + [1]  # 16 positions full: the last 8 again, and on
+        assert lengths == [5] + [1] * 11 + [8] + [1]  # after 16 positions, the last 8 are read again
 
     def test_generator_decides(self):
         decoder = tiny_decoder()
@@ -183,15 +183,15 @@ class TestGenerate:
 
     def test_stop_token_ends_each_row(self):
         decoder = tiny_decoder()
-        ids = random_ids(4, 3)
+        ids, n_tokens = random_ids(4, 3), 80
 
         def run(stop_token):
             generator = torch.Generator().manual_seed(3)
-            return generated(decoder, ids, 200, temperature=1.5, generator=generator, stop_token=stop_token)
+            return generated(decoder, ids, n_tokens, temperature=1.5, generator=generator, stop_token=stop_token)
 
         free, stopped, stop = run(None), run(7), 7
         ends = [row.tolist().index(stop) for row in free]
-        assert len(set(ends)) > 1  # so that some rows wait for others
+        assert len(set(ends)) > 1  # some rows end before others
         assert stopped.size(1) == max(ends) + 1
         for row, free_row, end in zip(stopped.tolist(), free.tolist(), ends, strict=True):
             assert row[: end + 1] == free_row[: end + 1]

@@ -1,4 +1,4 @@
-"""Our decoder is GPT-2: the same logits as transformers' for the same weights, both ways, through a file too."""
+"""Our decoder gives the logits of Transformers' GPT-2 for the same weights, in both directions and through a file."""
 
 import dataclasses
 
@@ -25,7 +25,7 @@ TINY = CONFIGS[0]
 
 
 def random_decoder(config=TINY):
-    """A decoder none of whose weights, norms and biases included, has a value that another could have too."""
+    """Return a decoder whose weights, norms and biases included, all have different values."""
     torch.manual_seed(0)
     decoder = Decoder(config).eval()
     initialization.gpt2(decoder)
@@ -47,7 +47,7 @@ def random_ids(config, B=3, T=12):  # noqa: N803
 
 def assert_same_logits(ours, theirs):
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
-    assert ours.std() > 0.1  # or their agreement would say nothing
+    assert ours.std() > 0.1  # constant logits would agree too
 
 
 @pytest.fixture(params=CONFIGS, ids=lambda config: f"{config.n_layer}-{config.n_head}-{config.n_embd}")
@@ -120,7 +120,7 @@ def test_same_gradients():
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: f"{config.n_layer}-{config.n_head}-{config.n_embd}")
-def test_there_and_back(config):
+def test_converting_to_gpt2_and_back_changes_nothing(config):
     decoder = random_decoder(config)
     state = from_gpt2_state_dict(to_gpt2_state_dict(decoder), config)
     assert list(state) == list(decoder.state_dict())
@@ -137,7 +137,7 @@ def test_through_a_folder(tmp_path):
     ids = random_ids(ours.config)
     with torch.inference_mode():
         assert_same_logits(ours(ids), theirs(ids).logits)
-    # and what their file holds comes back
+    # The weights in the file are converted back.
     config = decoder_config_from_gpt2(theirs.config.to_dict())
     assert config == ours.config
     again = Decoder(config)
