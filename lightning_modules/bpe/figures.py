@@ -1,35 +1,37 @@
-"""Figures of a tokenizer, drawn from the files that its run left, so that they can be drawn again."""
+"""Figures of a tokenizer, drawn from the files of its run, so that they can be drawn again."""
 
 import csv
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
+import numpy as np
+
+from lightning_modules.common.figures import new_figure, save_figure
+
+if TYPE_CHECKING:  # matplotlib is imported where it is used: it is slow to import
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 _BLUE, _ORANGE = "tab:blue", "tab:orange"
-_PASTELS = ("#cfe3f7", "#fde2bf", "#d3efcf", "#f6d0d9", "#e3d8f3")  # of neighbours, no two are the same
-_COLUMNS = 84  # characters in a line of the drawn sample
+_PASTELS = ("#cfe3f7", "#fde2bf", "#d3efcf", "#f6d0d9", "#e3d8f3")  # of tokens, in turn
+_COLUMNS = 84  # characters in a line of the sample
 
 
-def draw_compression(compression_csv: Path, figure: Path) -> Path:
-    """Draws bytes per token of the held-out text against the size of the vocabulary.
+def draw_compression(compression_csv: Path, file: Path) -> Path:
+    """Draw bytes per token of the held-out text against the size of the vocabulary, and return the file.
 
     Args:
-        compression_csv: A run's `compression.csv`.
-        figure: PNG file to write.
+        compression_csv: The `compression.csv` of a run.
+        file: PNG file to write.
     """
-    with compression_csv.open(newline="", encoding="utf-8") as file:
-        rows = [
-            (row["tokenizer"], int(row["vocabulary_size"]), float(row["bytes_per_token"]))
-            for row in csv.DictReader(file)
-        ]
+    with compression_csv.open(newline="", encoding="utf-8") as table:
+        _, *cells = csv.reader(table)
+    rows = [(name, int(size), float(value)) for name, size, value in cells]
     ours = [(size, value) for name, size, value in rows if name == rows[0][0]]
     others = [row for row in rows if row[0] != rows[0][0]]
 
-    picture, axes = _axes()
+    figure, axes = _axes()
     axes.plot(*zip(*ours, strict=True), color=_BLUE, marker="o", markersize=4, label=rows[0][0])
     for name, size, value in others:
         axes.plot(size, value, color=_ORANGE, marker="D", markersize=6, linestyle="none", label=name)
@@ -41,60 +43,56 @@ def draw_compression(compression_csv: Path, figure: Path) -> Path:
     axes.minorticks_off()
     axes.set_xlim(left=min(sizes) / 1.6)  # room for the first label
     axes.set_ylim(0, 1.15 * max(value for _, _, value in rows))
-    axes.set_xlabel("tokens in the vocabulary")
-    axes.set_ylabel("bytes per token, held-out text")
+    axes.set(xlabel="tokens in the vocabulary", ylabel="bytes per token, held-out text")
     if others:
         axes.legend(loc="lower right")
-    return _save(picture, figure)
+    return save_figure(figure, file)
 
 
-def draw_token_lengths(vocabulary_txt: Path, figure: Path) -> Path:
-    """Draws how long tokens are: each once, as the vocabulary lists them, and as often as the text has them.
+def draw_token_lengths(vocabulary_txt: Path, file: Path) -> Path:
+    """Draw the distribution of the lengths of tokens, in the vocabulary and in the text, and return the file.
 
     Args:
-        vocabulary_txt: A run's `vocabulary.txt`.
-        figure: PNG file to write.
+        vocabulary_txt: The `vocabulary.txt` of a run.
+        file: PNG file to write.
     """
     lines = vocabulary_txt.read_text(encoding="utf-8").split("\n")[1:-1]
-    tokens = [(int(length), int(count)) for _, count, length, *_ in (line.split(maxsplit=3) for line in lines)]
+    tokens = np.array([line.split(maxsplit=3)[1:3] for line in lines], dtype=np.int64)  # (V, 2)
+    counts, lengths = tokens[tokens[:, 1] > 0].T  # a special token stands for no text
     longest = 16
-    listed, used = [0] * (longest + 1), [0] * (longest + 1)
-    for length, count in tokens:
-        if length:  # special tokens stand for no text
-            listed[min(length, longest)] += 1
-            used[min(length, longest)] += count
+    lengths = lengths.clip(max=longest)
 
-    picture, axes = _axes()
-    for shares, side, color, label in (
-        (listed, -1, _BLUE, "of the vocabulary"),
-        (used, 1, _ORANGE, "of the text's tokens"),
+    figure, axes = _axes()
+    for weights, side, color, label in (
+        (np.ones_like(counts), -1, _BLUE, "of the vocabulary"),
+        (counts, 1, _ORANGE, "of the text's tokens"),
     ):
-        heights = [100 * share / max(1, sum(shares)) for share in shares[1:]]
-        axes.bar([length + 0.2 * side for length in range(1, longest + 1)], heights, 0.4, color=color, label=label)
+        shares = np.bincount(lengths, weights, minlength=longest + 1)[1:] / max(1, weights.sum())
+        axes.bar(np.arange(1, longest + 1) + 0.2 * side, 100 * shares, 0.4, color=color, label=label)
     axes.set_xticks(range(1, longest + 1), [*map(str, range(1, longest)), f"≥{longest}"])
     axes.tick_params(axis="x", length=0)
-    axes.set_xlabel("length of a token, bytes")
-    axes.set_ylabel("share, %")
+    axes.set(xlabel="length of a token, bytes", ylabel="share, %")
     axes.grid(visible=False, axis="x")
     axes.legend()
-    return _save(picture, figure)
+    return save_figure(figure, file)
 
 
-def draw_tokenization(samples: Mapping[str, Sequence[tuple[int, bytes]]], figure: Path) -> Path:
-    """Draws a text with a coloured box around each token; bytes that are no whole character are grey, in hexadecimal.
+def draw_tokenization(samples: Mapping[str, Sequence[tuple[int, bytes]]], file: Path) -> Path:
+    """Draw a text with a coloured box around each token, and return the file.
+
+    Bytes that are not a whole character are grey and in hexadecimal.
 
     Args:
         samples: Tokens of the text (id, bytes), by the name of the tokenizer.
-        figure: PNG file to write.
+        file: PNG file to write.
     """
-    from matplotlib.figure import Figure
-
     layouts = {name: _lay_out([token for _, token in tokens]) for name, tokens in samples.items()}
-    heights = [2 + max(row for row, *_ in boxes) + 1 for boxes in layouts.values()]  # a heading and a line's room
+    heights = [2 + max(row for row, *_ in boxes) + 1 for boxes in layouts.values()]  # a heading and an empty line
     font_size = 10
-    cell_width, cell_height = 0.602 * font_size / 72, 1.75 * font_size / 72  # inches; the width is the font's own
-    picture = Figure(figsize=((_COLUMNS + 2) * cell_width, (sum(heights) + 0.5) * cell_height))
-    axes = picture.add_axes((0, 0, 1, 1))
+    cell_width, cell_height = 0.602 * font_size / 72, 1.75 * font_size / 72  # inches; the width is that of the font
+    figure = new_figure((_COLUMNS + 2) * cell_width, (sum(heights) + 0.5) * cell_height)
+    figure.set_layout_engine("none")  # the axes fill the figure, so that a cell is as wide as a character
+    axes = figure.add_axes((0, 0, 1, 1))
     axes.set(xlim=(-1, _COLUMNS + 1), ylim=(sum(heights), -0.5))
     axes.axis("off")
     top = 0
@@ -107,21 +105,21 @@ def draw_tokenization(samples: Mapping[str, Sequence[tuple[int, bytes]]], figure
         )  # fmt: skip
         _draw_boxes(axes, boxes, top + 1, font_size)
         top += height
-    return _save(picture, figure)
+    return save_figure(figure, file)
 
 
-Cells = list[tuple[str, bool]]  # what stands in each cell of a line, and whether it is part of the text
+Cells = list[tuple[str, bool]]  # the character in each cell of a line, and whether it is part of the text
 Box = tuple[int, int, Cells, int]  # row, column, cells, number of the token
 
 
 def _cells(token: bytes) -> list[Cells]:
-    """The token's characters, one a cell, on as many lines as it reaches into; half a character as its bytes."""
+    """Return the characters of a token, one a cell, by line; a part of a character as its bytes."""
     lines: list[Cells] = [[]]
     for character in token.decode("utf-8", "surrogateescape"):
         if character == "\n":
             lines[-1].append(("↵", False))
             lines.append([])
-        elif "\udc80" <= character <= "\udcff":  # a byte that is no character by itself
+        elif "\udc80" <= character <= "\udcff":  # a byte that is a part of a character
             lines[-1] += [(digit, False) for digit in f"{ord(character) - 0xDC00:02x}"]
         else:
             lines[-1].append((character, True))
@@ -129,7 +127,7 @@ def _cells(token: bytes) -> list[Cells]:
 
 
 def _lay_out(tokens: Sequence[bytes]) -> list[Box]:
-    """Places tokens on lines; a token with a line end in it has a box on each of its lines."""
+    """Place tokens on lines; a token that contains a line end has a box on each of its lines."""
     boxes: list[Box] = []
     row = column = 0
     for number, token in enumerate(tokens):
@@ -151,27 +149,17 @@ def _draw_boxes(axes: "Axes", boxes: Sequence[Box], top: float, font_size: float
             boxstyle="round,pad=0,rounding_size=0.2", facecolor=_PASTELS[number % len(_PASTELS)], edgecolor="none",
         )  # fmt: skip
         axes.add_patch(box)
-        for place, (character, is_text) in enumerate(cells):  # one by one, so that each stands in its cell
+        for offset, (character, is_text) in enumerate(cells):  # one by one, so that each is centred in its cell
             axes.text(
-                column + place + 0.5, top + row + 0.52, character, color="#222222" if is_text else "#999999",
+                column + offset + 0.5, top + row + 0.52, character, color="#222222" if is_text else "#999999",
                 fontsize=font_size, family="monospace", ha="center", va="center_baseline",
             )  # fmt: skip
 
 
 def _axes() -> "tuple[Figure, Axes]":
-    from matplotlib.figure import Figure  # no pyplot: no global state, no window system
-
-    picture = Figure(figsize=(7, 4), layout="constrained")
-    axes = picture.add_subplot()
+    figure = new_figure(7, 4)
+    axes = figure.add_subplot()
     axes.grid(alpha=0.3)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    return picture, axes
-
-
-def _save(picture: "Figure", figure: Path) -> Path:
-    figure.parent.mkdir(parents=True, exist_ok=True)
-    temporary = figure.with_suffix(".tmp.png")
-    picture.savefig(temporary, dpi=120)
-    temporary.replace(figure)
-    return figure
+    return figure, axes

@@ -1,13 +1,9 @@
 """Byte-pair encoding as an experiment: a training step counts words, and merges are learned from the counts."""
 
-import json
-import multiprocessing.pool
 import os
-import signal
-from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,98 +11,94 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from torch import Tensor, nn
-from torchmetrics import Metric
+from torch import Tensor
 from tqdm import tqdm
 
-from lightning_modules.base import ExperimentModule
-from lightning_modules.bpe import byte_pair_encoding as bpe
+from lightning_modules.base import GradientFreeModule
+from lightning_modules.bpe.learner import learn_merges
+from lightning_modules.bpe.metrics import TokenizerMetrics
+from lightning_modules.bpe.rust_tokenizers import load_reference, rust_tokenizer
+from lightning_modules.bpe.textbook import GPT2_PATTERN, GPT4_PATTERN, Merge, vocabulary, word_finder
+from lightning_modules.bpe.tokenizer import to_tokenizer_json
+from lightning_modules.bpe.word_counter import WordCounter
 from lightning_modules.common.messages import say
+from lightning_modules.common.ranges import NonNegativeInt, PositiveInt
 from lightning_modules.runtime.stages import validates_a_fit
 
-if TYPE_CHECKING:  # imported where used: the command starts sooner
+if TYPE_CHECKING:  # imported where it is used: it is slow to import
     from tokenizers import Tokenizer
 
-# Set, it keeps the Rust library from warning of the fork whenever a loader or a pool starts its processes.
+# If this is set, the library does not warn of the fork whenever a loader or a counter starts its processes.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
-PATTERNS = {"gpt2": bpe.GPT2_PATTERN, "gpt4": bpe.GPT4_PATTERN}
+PATTERNS = {"gpt2": GPT2_PATTERN, "gpt4": GPT4_PATTERN}
 
 
-class BPEModule(ExperimentModule):
-    """A byte-level tokenizer (Radford et al., 2019), learned as in `models/byte_pair_encoding.py`.
+class BPEModule(GradientFreeModule):
+    """A byte-level tokenizer (Radford et al., 2019), learned as `textbook.py` and `learner.py` describe.
 
-    A training step adds the words of a batch to those counted so far; it has no loss and no gradient. The merges are
-    learned, from all counts of all processes, when something needs them: a validation, or the end of the training.
-    Before that the vocabulary is the bytes alone.
+    A training step adds the words of a batch, a list of texts, to the words counted so far. The merges are learned from
+    the counts of all processes, before a validation and at the end of the training. Before that the vocabulary consists
+    of the special tokens and the bytes.
+
+    A validation and a test log `bytes_per_token` and the other metrics of `TokenizerMetrics`, and those of the
+    reference as `reference/...`.
 
     Args:
-        vocabulary_size: Tokens to have in the end, bytes and special tokens included: at least 256 + special tokens.
-        pattern: How text is cut into words, which no token crosses: `gpt2`, `gpt4`, or a regular expression of the
-            `regex` module without capturing groups, whose matches joined give back the text.
-        special_tokens: Tokens that stand for themselves and take the first ids. The first of them ends a text.
-        model_max_length: Context of the models that the tokenizer is for, in tokens; written beside it.
-        reference: A tokenizer to measure beside ours: a folder with `tokenizer.json` or with GPT-2's `vocab.json` and
+        vocabulary_size: Tokens of the vocabulary, bytes and special tokens included: at least 256 + special tokens.
+        pattern: How text is split into words, whose borders no token crosses: `gpt2`, `gpt4`, or a regular expression
+            of the `regex` module without capturing groups, whose matches joined give back the text.
+        special_tokens: Tokens that stand for themselves and get the first ids. The first of them ends a text.
+        model_max_length: Context of the models that the tokenizer is for, in tokens; written to its folder.
+        reference: A tokenizer to compare with: a folder with `tokenizer.json` or with GPT-2's `vocab.json` and
             `merges.txt`, a `tokenizer.json`, or a name on the Hugging Face hub. `null` for none.
-        count_workers: Processes that count words beside this one; 0 counts here.
+        count_workers: Processes that count words in addition to this one; 0 counts in this one.
 
     Raises:
-        MisconfigurationException: If one of these cannot be, or the reference is not there.
+        MisconfigurationException: If an argument is wrong, or the reference cannot be loaded.
     """
 
     def __init__(
         self,
-        vocabulary_size: int = 8192,
+        vocabulary_size: PositiveInt = 8192,
         pattern: str = "gpt2",
         special_tokens: tuple[str, ...] = ("<|endoftext|>",),
-        model_max_length: int = 1024,
+        model_max_length: PositiveInt = 1024,
         reference: str | None = None,
-        count_workers: int = 0,
+        count_workers: NonNegativeInt = 0,
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
-        self.automatic_optimization = False
-        # Lightning counts steps by its optimiser, and saves, logs and resumes by that count. So there is one, over
-        # a parameter that nothing depends on.
-        self.unused = nn.Parameter(torch.zeros(1))
         self.pattern = PATTERNS.get(pattern, pattern)
         self.special_tokens = tuple(special_tokens)
+        self.merges: list[Merge] = []
         self._check_arguments()
         self.counter = WordCounter(self.pattern, self.special_tokens, count_workers)
-        self.merges: list[bpe.Merge] = []
         self.compression: list[tuple[int, float]] = []  # vocabulary size, bytes per token of the last validation
         self.reference = load_reference(reference) if reference else None
-        self.reference_name = reference and reference.rstrip("/").rsplit("/")[-1]
+        self.reference_name = (reference or "").rstrip("/").rsplit("/")[-1]
         self._words_learned_from = 0
 
     def _check_arguments(self) -> None:
-        named = self.hparams
-        if named.model_max_length < 1:
-            raise MisconfigurationException(f"model.model_max_length is {named.model_max_length}: give at least 1")
-        if named.count_workers < 0:
-            raise MisconfigurationException(f"model.count_workers is {named.count_workers}: give 0 or more")
-        least = 256 + len(self.special_tokens)
-        if named.vocabulary_size < least:
+        if self.hparams.vocabulary_size < self.least_size:
             raise MisconfigurationException(
-                f"model.vocabulary_size is {named.vocabulary_size}: 256 bytes and {len(self.special_tokens)} special "
-                f"tokens need at least {least}"
+                f"model.vocabulary_size is {self.hparams.vocabulary_size}: 256 bytes and {len(self.special_tokens)} "
+                f"special tokens need at least {self.least_size}"
             )
-        with _one_line_about("model.special_tokens"):
-            bpe.vocabulary(special_tokens=self.special_tokens)
-        with _one_line_about("model.pattern"):
-            bpe.count_words([], self.pattern)
-        with _one_line_about("model.pattern: the tokenizers library", Exception):  # it raises nothing narrower
+        with _error_in("model.special_tokens"):
+            vocabulary(special_tokens=self.special_tokens)
+        with _error_in("model.pattern"):
+            word_finder(self.pattern)
+        with _error_in("model.pattern: the tokenizers library", Exception):  # it raises nothing narrower
             self.rust_tokenizer([])
 
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        """The optimiser that only counts steps; the YAML's `optimizer:` has nothing to do here."""
-        return torch.optim.SGD([self.unused], lr=0.0)
+    # --- training -----------------------------------------------------------------------------------------------------
 
     def on_fit_start(self) -> None:
-        """Refuses to count a corpus more than once.
+        """Check that the corpus is read once.
 
         Raises:
-            MisconfigurationException: If the run is to have another number of epochs than one.
+            MisconfigurationException: If `trainer.max_epochs` is not 1.
         """
         if self.trainer.max_epochs != 1:
             raise MisconfigurationException(
@@ -115,20 +107,20 @@ class BPEModule(ExperimentModule):
             )
 
     def training_step(self, texts: list[str], batch_idx: int) -> None:
-        """Counts the words of this process's share of a batch."""
-        with _one_line_about("model.pattern"):
+        """Count the words of this process's share of a batch."""
+        with _error_in("model.pattern"):
             self.counter.add(texts)
         if self.logging_is_due:
             self.log("train/bytes_seen", float(self.counter.n_bytes), sync_dist=True, reduce_fx="sum")
-        self.optimizers().step()
+        self.count_step()
 
     def on_train_epoch_end(self) -> None:
-        """Learns, unless a validation after the last batch has done so."""
+        """Learn the merges, unless a validation after the last batch did."""
         self.learn()
         self.counter.close()
 
     def learn(self) -> None:
-        """Learns the merges from what all processes have counted; the first process does, and tells the others.
+        """Learn the merges from the counts of all processes, on the first process, which sends them to the others.
 
         Raises:
             MisconfigurationException: If there were no words.
@@ -136,108 +128,97 @@ class BPEModule(ExperimentModule):
         self._gather_counts()
         if self.global_rank == 0 and self.counter.words.total() != self._words_learned_from:
             self._words_learned_from = self.counter.words.total()
-            wanted = self.hparams.vocabulary_size - 256 - len(self.special_tokens)
-            with tqdm(desc="learning merges", total=wanted, unit="merge", disable=None) as bar, _one_line_about("data"):
-                self.merges = bpe.learn_merges(
-                    self.counter.words,
-                    self.hparams.vocabulary_size,
-                    self.special_tokens,
-                    progress=lambda learned: bar.update(learned - bar.n),
+            size = self.hparams.vocabulary_size
+            wanted = size - self.least_size
+            with tqdm(desc="learning merges", total=wanted, unit="merge", disable=None) as bar, _error_in("data"):
+                self.merges = learn_merges(
+                    self.counter.words, size, self.special_tokens, progress=lambda learned: bar.update(learned - bar.n)
                 )
-            if self.vocabulary_size < self.hparams.vocabulary_size:
+            if self.vocabulary_size < size:
                 say(
                     f"the corpus ran out of pairs: learned {len(self.merges)} of {wanted} merges, so the vocabulary "
-                    f"has {self.vocabulary_size} tokens, not {self.hparams.vocabulary_size}; give more text"
+                    f"has {self.vocabulary_size} tokens, not {size}; give more text"
                 )
         self.merges = self.trainer.strategy.broadcast(self.merges)
 
     def _gather_counts(self) -> None:
-        """Moves all counts to the first process, which has the sum then, and keeps it."""
-        with _one_line_about("model.pattern"):
+        """Move the counts of all processes to the first one, which keeps their sum."""
+        with _error_in("model.pattern"):
             self.counter.wait()
         if self.trainer.world_size == 1:
             return
         mine = (self.counter.words, self.counter.n_bytes)
-        gathered = [None] * self.trainer.world_size if self.global_rank == 0 else None
-        torch.distributed.gather_object(mine, gathered)
+        gathered: list[Any] = [None] * self.trainer.world_size if self.global_rank == 0 else []
+        torch.distributed.gather_object(mine, gathered or None)
         self.counter.words, self.counter.n_bytes = Counter(), 0
-        for words, n_bytes in gathered or ():
+        for words, n_bytes in gathered:
             self.counter.words.update(words)
             self.counter.n_bytes += n_bytes
 
+    # --- evaluation ---------------------------------------------------------------------------------------------------
+
     def on_validation_start(self) -> None:
-        """Learns from what has been counted, and measures vocabularies of all sizes up to the one asked for."""
+        """Choose the tokenizers to evaluate: in a fit that of each smaller vocabulary, too, after learning."""
+        sizes: list[int] = []
         if validates_a_fit(self.trainer):
             self.learn()
-        self._start_measuring(sizes=self.smaller_sizes() if validates_a_fit(self.trainer) else [])
-
-    def validation_step(self, texts: list[str], batch_idx: int) -> None:
-        """Adds this process's share of a batch to the measures of the validation text."""
-        self._measure(texts)
-
-    def on_validation_epoch_end(self) -> None:
-        """Logs `val/bytes_per_token`, `val/tokens_per_word`, `val/vocabulary_use`, `val/single_byte_tokens`."""
-        by_size = {size: measures.compute()["bytes_per_token"] for size, (_, measures) in self._by_size.items()}
-        ours = self._log_measures("val")
-        if validates_a_fit(self.trainer):
-            by_size[self.vocabulary_size] = ours["bytes_per_token"]
-            self.compression = [(size, float(value)) for size, value in by_size.items()]
+            sizes = self.smaller_sizes()
+        self.val_metrics = self._metrics(sizes)
 
     def on_test_start(self) -> None:
-        """Measures the tokenizer of the checkpoint."""
-        self._start_measuring(sizes=[])
+        """Choose the tokenizers to evaluate."""
+        self.test_metrics = self._metrics()
 
-    def test_step(self, texts: list[str], batch_idx: int) -> None:
-        """Adds this process's share of a batch to the measures of the test text."""
-        self._measure(texts)
+    def _metrics(self, sizes: Iterable[int] = ()) -> TokenizerMetrics:
+        tokenizers = {str(size): self.rust_tokenizer(self.merges[: size - self.least_size]) for size in sizes}
+        tokenizers[""] = self.rust_tokenizer(self.merges)
+        if self.reference is not None:
+            tokenizers["reference/"] = self.reference
+        return TokenizerMetrics(tokenizers, self.pattern).to(self.device)
 
-    def on_test_epoch_end(self) -> None:
-        """Logs the same measures as a validation, under `test/`."""
-        self._log_measures("test")
+    def evaluation_step(self, texts: list[str], metrics: TokenizerMetrics) -> None:
+        """Update the metrics with this process's share of a batch."""
+        metrics.update(texts)
+
+    def evaluation_results(self, metrics: TokenizerMetrics, split: str) -> Mapping[str, Tensor]:
+        """Return the results of the tokenizer and of the reference; keep the compression of the smaller ones."""
+        results = metrics.compute()
+        by_size = {int(name): results.pop(name) for name in list(results) if name.isdecimal()}
+        if validates_a_fit(self.trainer):
+            by_size[self.vocabulary_size] = results[""]
+            self.compression = [(size, float(result["bytes_per_token"])) for size, result in by_size.items()]
+        return {prefix + name: value for prefix, result in results.items() for name, value in result.items()}
 
     def smaller_sizes(self) -> list[int]:
-        """The bytes with the special tokens alone, then the powers of two that lie below the vocabulary's size."""
-        least, most = 256 + len(self.special_tokens), self.vocabulary_size
-        powers = (2**power for power in range(most.bit_length()))
-        return [size for size in (least, *(power for power in powers if power > least)) if size < most]
+        """Return the size without merges, then the powers of two between it and the size of the vocabulary."""
+        powers = (2**power for power in range(self.vocabulary_size.bit_length()))
+        sizes = (self.least_size, *(power for power in powers if power > self.least_size))
+        return [size for size in sizes if size < self.vocabulary_size]
 
-    def _start_measuring(self, sizes: list[int]) -> None:
-        least = 256 + len(self.special_tokens)
-        self._by_size = {size: self._measured(self.rust_tokenizer(self.merges[: size - least])) for size in sizes}
-        self._by_name = {"": self._measured(self.rust_tokenizer(self.merges))}
-        if self.reference is not None:
-            self._by_name["reference/"] = self._measured(self.reference)
+    # --- the tokenizer ------------------------------------------------------------------------------------------------
 
-    def _measured(self, tokenizer: "Tokenizer") -> "tuple[Tokenizer, TokenizerMeasures]":
-        return tokenizer, TokenizerMeasures(_single_bytes(tokenizer)).to(self.device)
-
-    def _measure(self, texts: list[str]) -> None:
-        n_bytes = sum(len(text.encode()) for text in texts)
-        n_words = bpe.count_words(texts, self.pattern).total()
-        for tokenizer, measures in (*self._by_size.values(), *self._by_name.values()):
-            ids = [i for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False) for i in encoding.ids]
-            measures.update(torch.tensor(ids, dtype=torch.int64, device=self.device), n_bytes, n_words)
-
-    def _log_measures(self, split: str) -> dict[str, Tensor]:
-        results = {name: measures.compute() for name, (_, measures) in self._by_name.items()}
-        for name, result in results.items():
-            # These are of all ranks already; sync_dist only tells Lightning that they are the same everywhere.
-            self.log_dict({f"{split}/{name}{measure}": value for measure, value in result.items()}, sync_dist=True)
-        return results[""]
+    @property
+    def least_size(self) -> int:
+        """Size of the vocabulary without merges."""
+        return 256 + len(self.special_tokens)
 
     @property
     def vocabulary_size(self) -> int:
-        """Tokens that there are: special tokens, bytes, and what the merges make."""
-        return len(bpe.vocabulary(self.merges, self.special_tokens))
+        """Number of special tokens, bytes and results of the merges learned so far."""
+        return len(vocabulary(self.merges, self.special_tokens))
 
-    def rust_tokenizer(self, merges: Sequence[bpe.Merge]) -> "Tokenizer":
-        """The tokenizer of some merges, as the `tokenizers` library runs it."""
-        return rust_tokenizer(bpe.to_tokenizer_json(merges, self.special_tokens, self.pattern))
+    def rust_tokenizer(self, merges: Sequence[Merge]) -> "Tokenizer":
+        """Return the tokenizer of some merges, run by the `tokenizers` library.
+
+        Args:
+            merges: The merges, in order.
+        """
+        return rust_tokenizer(to_tokenizer_json(merges, self.special_tokens, self.pattern))
 
     def token_counts(self) -> np.ndarray:
-        """How often each token occurs in the text that was counted: (V,), on the first process."""
-        content = bpe.to_tokenizer_json(self.merges, self.special_tokens, self.pattern)
-        content["pre_tokenizer"] = content["pre_tokenizer"]["pretokenizers"][1]  # these are words: not to be cut again
+        """Return how often each token occurs in the text that was counted, (V,) int64; on the first process."""
+        content = to_tokenizer_json(self.merges, self.special_tokens, self.pattern)
+        content["pre_tokenizer"] = content["pre_tokenizer"]["pretokenizers"][1]  # the words are not split again
         tokenizer = rust_tokenizer(content)
         total = np.zeros(self.vocabulary_size, np.int64)
         words = list(self.counter.words.items())
@@ -250,12 +231,12 @@ class BPEModule(ExperimentModule):
         return total
 
     def save_pretrained(self, folder: Path) -> None:
-        """Writes the tokenizer as `AutoTokenizer.from_pretrained` loads it.
+        """Write the tokenizer for `AutoTokenizer.from_pretrained`.
 
-        The first special token begins a text, ends it and stands for the unknown, as GPT-2's only one does.
+        The first special token begins a text, ends it and stands for the unknown, as the only one of GPT-2 does.
 
         Args:
-            folder: Folder to make.
+            folder: Folder to create.
         """
         from transformers import PreTrainedTokenizerFast
 
@@ -265,11 +246,13 @@ class BPEModule(ExperimentModule):
         ).save_pretrained(folder)
 
     def next_command(self, run: str) -> str:
-        """Pretrain on the tokenizer."""
+        """Return the command that pretrains a decoder with the tokenizer."""
         return f"llm-train fit -c experiments/decoder_pretrain/offline.yaml --data.tokenizer {run}/tokenizer"
 
+    # --- checkpoints --------------------------------------------------------------------------------------------------
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds the counts of all processes, and the merges, as plain tensors."""
+        """Add the counts of all processes and the merges, as tensors."""
         super().on_save_checkpoint(checkpoint)
         self._gather_counts()
         checkpoint["byte_pair_encoding"] = {
@@ -283,12 +266,11 @@ class BPEModule(ExperimentModule):
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Takes up the counts, on the first process, and the merges.
+        """Restore the merges, and the counts on the first process.
 
         Raises:
-            MisconfigurationException: If the checkpoint's words were found in another way than this run's.
+            MisconfigurationException: If the checkpoint has another pattern or other special tokens than this run.
         """
-        checkpoint["state_dict"]["unused"] = torch.zeros(1)  # older checkpoints have it without a dimension
         super().on_load_checkpoint(checkpoint)
         saved = checkpoint["byte_pair_encoding"]
         for name in ("pattern", "special_tokens"):
@@ -304,157 +286,9 @@ class BPEModule(ExperimentModule):
             self.counter.n_bytes = saved["n_bytes"]
 
 
-class WordCounter:
-    """Counts the words of texts, in processes of its own if asked to.
-
-    Attributes:
-        words: How often each word occurs in the texts added; complete after `wait()`.
-        n_bytes: UTF-8 bytes of the texts added.
-    """
-
-    def __init__(self, pattern: str, special_tokens: Sequence[str], workers: int) -> None:
-        self.words: Counter[bytes] = Counter()
-        self.n_bytes = 0
-        self._count = partial(bpe.count_words, pattern=pattern, special_tokens=special_tokens)
-        self._workers = workers
-        self._pool: multiprocessing.pool.Pool | None = None
-        self._pending: deque[multiprocessing.pool.AsyncResult] = deque()
-
-    def add(self, texts: list[str]) -> None:
-        """Counts some texts, now or soon."""
-        self.n_bytes += sum(len(text.encode()) for text in texts)
-        if self._workers == 0:
-            self.words.update(self._count(texts))
-            return
-        if self._pool is None:
-            self._pool = multiprocessing.Pool(self._workers, initializer=_leave_signals_to_the_parent)
-        self._pending.append(self._pool.apply_async(self._count, (texts,)))
-        self.wait(for_all_but=self._workers + 1)  # enough to keep all busy, and no queue that holds the corpus
-
-    def wait(self, for_all_but: int = 0) -> None:
-        """Waits for the counts of all texts but the last few."""
-        while len(self._pending) > for_all_but:
-            self.words.update(self._pending.popleft().get())
-
-    def close(self) -> None:
-        """Ends the processes: they leave by themselves unless something is left to count."""
-        if self._pool is not None:
-            if self._pending:
-                self._pool.terminate()
-            else:  # one that has just begun may not heed a signal yet
-                self._pool.close()
-            self._pool.join()
-            self._pool = None
-
-
-def _leave_signals_to_the_parent() -> None:
-    """Ctrl-C goes to all processes of a terminal, but what to do is for the parent to say, who ends us by SIGTERM."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-
-class TokenizerMeasures(Metric):
-    """How well a tokenizer does on all text seen, on all processes.
-
-    - `bytes_per_token`: the compression; a byte alone has 1.
-    - `tokens_per_word`: into how many tokens a word falls (its fertility); words are those of our pattern.
-    - `vocabulary_use`: share of the vocabulary that occurs at all.
-    - `single_byte_tokens`: share of the tokens that are single bytes, for which nothing was learned.
-
-    Args:
-        is_single_byte: Which tokens are, (V,) bool.
-    """
-
-    full_state_update = False
-
-    def __init__(self, is_single_byte: Tensor) -> None:
-        super().__init__()
-        self.register_buffer("is_single_byte", is_single_byte)
-        for name, shape in (("occurrences", is_single_byte.shape), ("bytes", ()), ("words", ())):
-            self.add_state(name, torch.zeros(shape, dtype=torch.int64), dist_reduce_fx="sum")
-
-    def update(self, ids: Tensor, n_bytes: int, n_words: int) -> None:
-        """Adds a text.
-
-        Args:
-            ids: Its tokens, (N,).
-            n_bytes: Its length in UTF-8.
-            n_words: Its words.
-        """
-        self.occurrences += torch.bincount(ids, minlength=len(self.occurrences))
-        self.bytes += n_bytes
-        self.words += n_words
-
-    def compute(self) -> dict[str, Tensor]:
-        """The measures by name."""
-        tokens = self.occurrences.sum()
-        return {
-            "bytes_per_token": self.bytes / tokens,
-            "tokens_per_word": tokens / self.words,
-            "vocabulary_use": (self.occurrences > 0).float().mean(),
-            "single_byte_tokens": self.occurrences[self.is_single_byte].sum() / tokens,
-        }
-
-
-def load_reference(name: str) -> "Tokenizer":
-    """Loads a tokenizer to compare with.
-
-    Args:
-        name: See `BPEModule`.
-
-    Raises:
-        MisconfigurationException: If there is none, or its files are incomplete.
-    """
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    path = Path(name).expanduser()
-    file = path / "tokenizer.json" if path.is_dir() else path
-    gpt2_files = [path / "vocab.json", path / "merges.txt"]
-    try:
-        if file.is_file():
-            tokenizer = Tokenizer.from_file(str(file))
-        elif all(part.is_file() for part in gpt2_files):
-            tokenizer = Tokenizer(models.BPE.from_file(*map(str, gpt2_files)))
-            tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        elif path.is_dir():
-            raise OSError("the folder holds neither tokenizer.json nor vocab.json and merges.txt")
-        else:
-            from transformers import AutoTokenizer
-
-            tokenizer = AutoTokenizer.from_pretrained(name).backend_tokenizer
-    except Exception as error:  # the two libraries raise nothing narrower
-        raise MisconfigurationException(
-            f"model.reference: {name!r} could not be loaded ({str(error).splitlines()[0]}); give a folder with "
-            "tokenizer.json, or with GPT-2's vocab.json and merges.txt, or null"
-        ) from error
-    return _for_text_alone(tokenizer)
-
-
-def rust_tokenizer(content: dict[str, object]) -> "Tokenizer":
-    """Builds the `tokenizers` library's tokenizer from the content of a `tokenizer.json`."""
-    from tokenizers import Tokenizer
-
-    return _for_text_alone(Tokenizer.from_str(json.dumps(content)))
-
-
-def _for_text_alone(tokenizer: "Tokenizer") -> "Tokenizer":
-    tokenizer.encode_special_tokens = True  # "<|endoftext|>" in a text is text
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    return tokenizer
-
-
-def _single_bytes(tokenizer: "Tokenizer") -> Tensor:
-    """Which tokens are single bytes, as byte-level vocabularies spell them: (V,) bool."""
-    ids = tokenizer.get_vocab()
-    single = torch.zeros(max(ids.values()) + 1, dtype=torch.bool)
-    single[[i for token, i in ids.items() if len(token) == 1]] = True
-    return single
-
-
 @contextmanager
-def _one_line_about(what: str, kind: type[Exception] = ValueError) -> Iterator[None]:
-    """Turns an error of the mathematics into a user's mistake that says where it was made."""
+def _error_in(what: str, kind: type[Exception] = ValueError) -> Iterator[None]:
+    """Turn an error of plain Python into a user's mistake that says where it was made."""
     try:
         yield
     except kind as error:
@@ -462,7 +296,7 @@ def _one_line_about(what: str, kind: type[Exception] = ValueError) -> Iterator[N
 
 
 def _pack(strings: Iterable[bytes]) -> dict[str, Tensor]:
-    """Strings as two tensors, the bytes of all and the length of each: what a checkpoint may hold."""
+    """Return byte strings as two tensors, which a checkpoint may hold: all bytes, and the length of each string."""
     strings = list(strings)
     return {
         "bytes": torch.from_numpy(np.frombuffer(b"".join(strings), np.uint8).copy()),
@@ -471,7 +305,7 @@ def _pack(strings: Iterable[bytes]) -> dict[str, Tensor]:
 
 
 def _unpack(packed: dict[str, Tensor]) -> list[bytes]:
-    """The strings that `_pack` was given."""
+    """Return the strings that `_pack` was given."""
     joined = packed["bytes"].numpy().tobytes()
     ends = accumulate(packed["lengths"].tolist(), initial=0)
     return [joined[start:end] for start, end in pairwise(ends)]

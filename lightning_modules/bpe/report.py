@@ -1,22 +1,22 @@
-"""What a run of byte-pair encoding leaves: a tokenizer for other programs, and files and figures for people."""
+"""Files and figures of a run of byte-pair encoding."""
 
-import csv
-import io
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import lightning as L
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from lightning_modules.bpe import figures as tokenizer_figures
-from lightning_modules.bpe.byte_pair_encoding import Merge, spell, unspell, vocabulary
-from lightning_modules.common.files import replace_folder, write_text
+from lightning_modules.bpe.figures import draw_compression, draw_token_lengths, draw_tokenization
+from lightning_modules.bpe.module import BPEModule
+from lightning_modules.bpe.textbook import Merge, spell, unspell, vocabulary
+from lightning_modules.common.files import replace_folder, write_csv, write_text
+from lightning_modules.runtime.drawing import show_figures, show_table
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # imported where it is used: it is slow to import
     from tokenizers import Tokenizer
 
-# Prose, names, numbers and code: what a tokenizer knows well, and what it takes apart.
+# Prose, names, numbers and code: some of it makes few tokens, some many.
 SAMPLE = '''\
 It isn't the longest words that cost the most tokens, but the rarest:
 "information" may be one, Ångström and Übermut are several.
@@ -31,13 +31,13 @@ def mean(values: list[float]) -> float:
 
 
 class TokenizerReport(L.Callback):
-    """Writes what was learned into the run folder when the training ends.
+    """Writes the tokenizer, tables and figures into the run folder when the training ends.
 
-    - `tokenizer/`: what `AutoTokenizer.from_pretrained` loads, and other topics take as `data.tokenizer`.
+    - `tokenizer/`: a folder for `AutoTokenizer.from_pretrained`, and for `data.tokenizer` of other topics.
     - `merges.txt`: the merges in order, in GPT-2's format.
-    - `vocabulary.txt`: every token with its count in the text that was learned from, and what it was made of.
+    - `vocabulary.txt`: every token with its count in the text that was learned from, and the parts it was merged from.
     - `compression.csv`: bytes per token of the held-out text against the size of the vocabulary.
-    - `figures/`: `compression.png`, `token_lengths.png` and `tokenization.png`, drawn from these files.
+    - `figures/`: `compression.png`, `token_lengths.png` and `tokenization.png`.
 
     Args:
         sample: Text whose tokens are drawn; `null` takes a few lines of prose, names, numbers and code.
@@ -47,46 +47,47 @@ class TokenizerReport(L.Callback):
         self.sample = sample or SAMPLE
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Writes and draws, and shows the figures to the loggers that take pictures."""
-        # Learned already, but in a run that was resumed from just after its last batch: Lightning holds such an epoch
-        # for finished, without its validation and its end.
-        pl_module.learn()
+        """Write the files, draw the figures and show them to the loggers."""
+        module = cast(BPEModule, pl_module)
+        # The merges are learned already, except in a run that was resumed after its last batch: Lightning takes such an
+        # epoch for finished, and skips its validation and its end.
+        module.learn()
         if not trainer.fast_dev_run:
-            self._write(trainer, pl_module)
+            self._write(trainer, module)
 
     @rank_zero_only
-    def _write(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def _write(self, trainer: L.Trainer, module: BPEModule) -> None:
         folder = Path(trainer.default_root_dir)
         figures = folder / "figures"
-        replace_folder(folder / "tokenizer", pl_module.save_pretrained)
-        write_merges(folder / "merges.txt", pl_module.merges)
-        write_vocabulary(
-            folder / "vocabulary.txt", pl_module.merges, pl_module.special_tokens, pl_module.token_counts().tolist()
-        )
-        drawn = [tokenizer_figures.draw_token_lengths(folder / "vocabulary.txt", figures / "token_lengths.png")]
-        if pl_module.compression:  # there was a validation
-            rows = [("this run", size, value) for size, value in pl_module.compression]
-            if pl_module.reference is not None:
+        replace_folder(folder / "tokenizer", module.save_pretrained)
+        write_merges(folder / "merges.txt", module.merges)
+        table = folder / "vocabulary.txt"
+        write_vocabulary(table, module.merges, module.special_tokens, module.token_counts().tolist())
+        files = [draw_token_lengths(table, figures / "token_lengths.png")]
+        tokenizers = {"this run": module.rust_tokenizer(module.merges)}
+        rows = [("this run", size, value) for size, value in module.compression]
+        if module.reference is not None:
+            tokenizers[module.reference_name] = module.reference
+            if rows:
                 value = float(trainer.callback_metrics["val/reference/bytes_per_token"])
-                rows.append((pl_module.reference_name, pl_module.reference.get_vocab_size(), value))
+                rows.append((module.reference_name, module.reference.get_vocab_size(), value))
+        if rows:  # there was a validation
             write_compression(folder / "compression.csv", rows)
-            drawn.append(tokenizer_figures.draw_compression(folder / "compression.csv", figures / "compression.png"))
-        tokenizers = {"this run": pl_module.rust_tokenizer(pl_module.merges)}
-        if pl_module.reference is not None:
-            tokenizers[pl_module.reference_name] = pl_module.reference
-        pieces = {name: tokens_of(tokenizer, self.sample) for name, tokenizer in tokenizers.items()}
-        drawn.append(tokenizer_figures.draw_tokenization(pieces, figures / "tokenization.png"))
-        for logger in trainer.loggers:
-            if hasattr(logger, "log_image"):
-                for figure in drawn:
-                    logger.log_image(f"figures/{figure.stem}", [str(figure)])
-            if hasattr(logger, "log_table"):
-                rows = [[name, i, readable(token)] for name, tokens in pieces.items() for i, token in tokens]
-                logger.log_table("tokenization", columns=["tokenizer", "id", "token"], data=rows)
+            files.append(draw_compression(folder / "compression.csv", figures / "compression.png"))
+        samples = {name: tokens_of(tokenizer, self.sample) for name, tokenizer in tokenizers.items()}
+        files.append(draw_tokenization(samples, figures / "tokenization.png"))
+        show_figures(trainer, files)
+        cells = [(name, i, readable(token)) for name, tokens in samples.items() for i, token in tokens]
+        show_table(trainer, "tokenization", ("tokenizer", "id", "token"), cells)
 
 
 def tokens_of(tokenizer: "Tokenizer", text: str) -> list[tuple[int, bytes]]:
-    """The tokens of a text: their ids and the bytes they stand for."""
+    """Return the ids of the tokens of a text, and the bytes that they stand for.
+
+    Args:
+        tokenizer: The tokenizer.
+        text: The text.
+    """
     encoding = tokenizer.encode(text, add_special_tokens=False)
     return list(zip(encoding.ids, map(_bytes_of, encoding.tokens), strict=True))
 
@@ -99,7 +100,11 @@ def _bytes_of(token: str) -> bytes:
 
 
 def readable(token: bytes) -> str:
-    """The token as Python writes it: text where it is text, bytes where it is part of a character."""
+    """Return a token as Python code: a string, or bytes if it ends inside a character.
+
+    Args:
+        token: Bytes of the token.
+    """
     try:
         return repr(token.decode())
     except UnicodeDecodeError:
@@ -107,7 +112,7 @@ def readable(token: bytes) -> str:
 
 
 def write_merges(file: Path, merges: Iterable[Merge]) -> None:
-    """Writes the merges in order, a line each, as GPT-2's `merges.txt`.
+    """Write the merges in order, one a line, in the format of GPT-2's `merges.txt`.
 
     Args:
         file: File to write.
@@ -117,12 +122,12 @@ def write_merges(file: Path, merges: Iterable[Merge]) -> None:
 
 
 def write_vocabulary(file: Path, merges: Sequence[Merge], special_tokens: Sequence[str], counts: Sequence[int]) -> None:
-    """Writes a table of all tokens in the order of their ids.
+    """Write a table of all tokens in the order of their ids.
 
     Args:
         file: File to write.
         merges: The merges.
-        special_tokens: They come first.
+        special_tokens: Special tokens, which have the first ids.
         counts: Occurrences of each token, by its id.
     """
     made_of = {spell(left + right): (left, right) for left, right in merges}
@@ -140,17 +145,14 @@ def write_vocabulary(file: Path, merges: Sequence[Merge], special_tokens: Sequen
 
 
 def write_compression(file: Path, rows: Iterable[tuple[str, int, float]]) -> None:
-    """Writes bytes per token against the size of the vocabulary.
+    """Write bytes per token against the size of the vocabulary.
 
     Args:
         file: CSV file to write.
         rows: Name of the tokenizer, size of its vocabulary, bytes per token.
     """
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["tokenizer", "vocabulary_size", "bytes_per_token"])
-    writer.writerows((name, size, f"{value:.4f}") for name, size, value in rows)
-    write_text(file, text.getvalue())
+    columns = ("tokenizer", "vocabulary_size", "bytes_per_token")
+    write_csv(file, columns, ((name, size, f"{value:.4f}") for name, size, value in rows))
 
 
 def _lines(lines: Iterable[str]) -> str:

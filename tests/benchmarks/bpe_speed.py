@@ -1,7 +1,7 @@
-"""Time and memory of learning byte-pair merges, beside Hugging Face's `tokenizers`; prints Markdown tables.
+"""Time and memory of learning byte-pair merges, compared with Hugging Face's `tokenizers`; prints Markdown tables.
 
-Run as `python tests/benchmarks/bpe_speed.py [--gigabyte]`, best on an idle machine: a few minutes, and some more with
-generated text of a gigabyte.
+Run `python tests/benchmarks/bpe_speed.py [--gigabyte]` on an idle machine. It takes a few minutes, and some more with a
+gigabyte of generated text.
 """
 
 import argparse
@@ -14,20 +14,24 @@ import sys
 import sysconfig
 import tempfile
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 
-from lightning_modules.bpe import byte_pair_encoding as bpe
+from lightning_modules.bpe.learner import _Corpus, learn_merges
+from lightning_modules.bpe.textbook import GPT2_PATTERN, spell, vocabulary
+from lightning_modules.bpe.word_counter import WordCounter
 
 VOCAB_SIZE = 32_768
 CORES = 2
 DOCUMENT_WORDS = 1_000
+BATCH_CHARACTERS = 1 << 22  # text that a process gets at a time
 
 
 def library_texts() -> list[str]:
-    """Return the text of the standard library's modules, tests included."""
+    """Return the source of the standard library's modules, tests included."""
     root = Path(sysconfig.get_paths()["stdlib"])
     paths = sorted(path for path in root.rglob("*.py") if "site-packages" not in path.parts)
     texts = []
@@ -39,14 +43,31 @@ def library_texts() -> list[str]:
     return texts
 
 
+def count_words(texts: Iterable[str]) -> Counter[bytes]:
+    """Return how often each word occurs, counted by as many processes as there are cores."""
+    counter = WordCounter(GPT2_PATTERN, workers=CORES)
+    batch: list[str] = []
+    size = 0
+    for text in texts:
+        batch.append(text)
+        size += len(text)
+        if size >= BATCH_CHARACTERS:
+            counter.add(batch)
+            batch, size = [], 0
+    counter.add(batch)
+    counter.wait()
+    counter.close()
+    return counter.words
+
+
 def time_ours(texts: list[str]) -> tuple[dict[str, float], list[list[str]]]:
     """Return the wall time of each stage, in seconds, and the merges, spelled."""
     start = time.perf_counter()
-    word_counts = bpe.count_words(texts, workers=CORES)
+    word_counts = count_words(texts)
     counted = time.perf_counter()
-    merges = bpe.learn_merges(word_counts, VOCAB_SIZE)
+    merges = learn_merges(word_counts, VOCAB_SIZE)
     learned = time.perf_counter()
-    bpe._Corpus(word_counts, bpe.vocabulary())  # once more alone, to tell preparing from merging
+    _Corpus(word_counts, vocabulary())  # a second time, to measure it without the merging
     preparing = time.perf_counter() - learned
     stages = {
         "counting": counted - start,
@@ -54,7 +75,7 @@ def time_ours(texts: list[str]) -> tuple[dict[str, float], list[list[str]]]:
         "merging": learned - counted - preparing,
         "total": learned - start,
     }
-    return stages, [[bpe.spell(left), bpe.spell(right)] for left, right in merges]
+    return stages, [[spell(left), spell(right)] for left, right in merges]
 
 
 def time_tokenizers(texts: list[str]) -> tuple[float, list[list[str]]]:
@@ -76,7 +97,7 @@ def time_tokenizers(texts: list[str]) -> tuple[float, list[list[str]]]:
 
 
 def compare_on_library(rounds: int) -> None:
-    """Time both in turn on the standard library's text and print the table."""
+    """Time both in turn on the source of the standard library, and print the table."""
     texts = library_texts()
     size = sum(len(text.encode()) for text in texts) / 1e6
     print(f"## Python library text, {size:.1f} MB, {VOCAB_SIZE:,} tokens, {CORES} cores, {rounds} rounds in turn\n")
@@ -96,12 +117,12 @@ def compare_on_library(rounds: int) -> None:
 
 
 def print_row(name: str, values: list[float]) -> None:
-    """Print a table row of a series' median and spread."""
+    """Print a table row: the median and the range of some values."""
     print(f"| {name} | {statistics.median(values):.2f} | {min(values):.2f} | {max(values):.2f} |")
 
 
 def write_generated_text(path: Path, megabytes: int) -> None:
-    """Write documents, one a line, of made-up words whose frequencies fall as one over their rank."""
+    """Write documents, one a line, of random words whose frequencies are proportional to one over their rank."""
     generator = np.random.default_rng(0)
     lengths = generator.integers(2, 12, size=500_000)
     letters = generator.choice(list("etaoinshrdlucmfwypvbgk"), size=lengths.sum())
@@ -117,17 +138,17 @@ def write_generated_text(path: Path, megabytes: int) -> None:
 
 
 def read_lines(path: Path) -> Iterator[str]:
-    """Stream the documents of a file."""
+    """Yield the documents of a file."""
     with path.open(encoding="utf-8") as file:
         yield from file
 
 
 def measure_file(path: Path) -> None:
-    """Learn from one file in this fresh process and print its row; memory is this process's plus its workers' peaks."""
+    """Learn from one file in this new process, and print its row, with the sum of the peaks of all processes."""
     start = time.perf_counter()
-    word_counts = bpe.count_words(read_lines(path), workers=CORES)
+    word_counts = count_words(read_lines(path))
     counted = time.perf_counter()
-    bpe.learn_merges(word_counts, VOCAB_SIZE)
+    learn_merges(word_counts, VOCAB_SIZE)
     learned = time.perf_counter()
     words = sum(word_counts.values())
     peak = (
@@ -142,7 +163,7 @@ def measure_file(path: Path) -> None:
 
 
 def scale_on_generated_text(sizes: list[int]) -> None:
-    """Print time and peak memory for growing text, each size in a fresh process."""
+    """Print time and peak memory for texts of growing size, each in a new process."""
     print(f"## Generated text, {VOCAB_SIZE:,} tokens, {CORES} cores\n")
     print("| MB | million words | distinct | counting s | learning s | s per million words | peak MiB |")
     print("|---|---|---|---|---|---|---|", flush=True)

@@ -1,13 +1,14 @@
-"""Byte-pair encoding through the real command: what it learns, measures, leaves, resumes, and refuses."""
+"""Byte-pair encoding through the real command: what a run learns, evaluates and leaves, and how it resumes."""
 
 import csv
 import json
 import os
+import shutil
 import signal
+import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Iterator
 from functools import cache
-from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,96 +16,122 @@ import forks
 import pytest
 import torch
 import yaml
-from helpers import kill_when, text
+from helpers import text, with_settings
+from jsonargparse import ArgumentError, ArgumentParser
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from torch.utils.data import DataLoader
 
-from datamodules.bpe.data import BatchStream, BPEDataModule, Side
-from datamodules.sources import ListText, Piece, Source
-from lightning_modules.bpe.byte_pair_encoding import (
-    GPT2_PATTERN,
-    ByteLevelBPE,
-    count_words,
-    learn_merges,
-    learn_merges_textbook,
-    spell,
-    vocabulary,
-)
-from lightning_modules.bpe.module import BPEModule, TokenizerMeasures, WordCounter, load_reference
+from datamodules.bpe.data import BPEDataModule, SplitText
+from datamodules.decoder_pretrain import PretrainDataModule
+from datamodules.sources import ListText
+from experiments.__main__ import main
+from lightning_modules.bpe import report
+from lightning_modules.bpe.learner import learn_merges
+from lightning_modules.bpe.module import BPEModule
 from lightning_modules.bpe.report import TokenizerReport, readable, write_merges
+from lightning_modules.bpe.rust_tokenizers import load_reference
+from lightning_modules.bpe.textbook import Merge, count_words, learn_merges_textbook, spell, vocabulary
+from lightning_modules.bpe.tokenizer import ByteLevelBPE
 from lightning_modules.runtime.checkpoint_io import AtomicCheckpointIO
 
 ROOT = Path(__file__).parents[2]
 RUNS = Path("runs/bpe")
 LAST = "checkpoints/last.ckpt"
 END = "<|endoftext|>"
-DOCUMENTS = [text(30, seed) for seed in range(100)]
-SIDES = {side: list(Side(ListText(DOCUMENTS), side, 0.2, 0.1)) for side in ("train", "val", "test")}
+SIZE = 400
+DOCUMENTS = [text(30, seed) for seed in range(51)]
+SPLITS = {split: list(SplitText(ListText(DOCUMENTS), split, 0.2, 0.1)) for split in ("train", "val", "test")}
+
+
+def write_config(folder: Path, **settings: object) -> Path:
+    """Write offline.yaml with a small corpus: twelve steps, a validation after every six; settings go over it."""
+    config = yaml.safe_load((ROOT / "experiments/bpe/offline.yaml").read_text())
+    config["model"]["init_args"] |= {"vocabulary_size": SIZE, "count_workers": 0}
+    source = {"class_path": "datamodules.sources.ListText", "init_args": {"texts": DOCUMENTS}}
+    # On two processes, the shares of a batch are one document and two.
+    config["data"]["init_args"] = {"source": source, "batch_size": 3, "val_fraction": 0.2, "test_fraction": 0.1}
+    config["trainer"] |= {"log_every_n_steps": 5, "val_check_interval": 6}
+    *_, sample, checkpoint = config["trainer"]["callbacks"]
+    sample["init_args"] = {"sample": "A short sample:\n    drawn soon."}
+    checkpoint["init_args"]["every_n_train_steps"] = 1
+    file = folder / "tiny.yaml"
+    file.write_text(yaml.safe_dump(with_settings(config, settings), sort_keys=False))
+    return file
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _no_threads() -> Iterator[None]:
+    """Let the tokenizers run without threads: a copy of this process would wait for those that it does not have."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TOKENIZERS_PARALLELISM", "false")
+        yield
 
 
 @pytest.fixture
-def tiny_bpe(tmp_path: Path) -> Callable[..., Path]:
-    """Writes offline.yaml with a corpus of a hundred short documents; settings go over it by key path."""
+def config(tmp_path: Path) -> Path:
+    return write_config(tmp_path)
 
-    def write(**settings: object) -> Path:
-        config = yaml.safe_load((ROOT / "experiments/bpe/offline.yaml").read_text())
-        config["model"]["init_args"] |= {"vocabulary_size": 600, "pattern": "gpt2", "count_workers": 0}
-        source = {"class_path": "datamodules.sources.ListText", "init_args": {"texts": DOCUMENTS}}
-        config["data"]["init_args"] = {"source": source, "batch_size": 4, "val_fraction": 0.2, "test_fraction": 0.1}
-        config["trainer"]["log_every_n_steps"] = 5
-        *_, report, checkpoint = config["trainer"]["callbacks"]
-        report["init_args"] = {"sample": "A short sample:\n    drawn soon."}
-        checkpoint["init_args"]["every_n_train_steps"] = 1
-        for path, value in settings.items():
-            section, key = path.split("__")
-            (config[section] if section == "trainer" else config[section]["init_args"])[key] = value
-        file = tmp_path / "tiny.yaml"
-        file.write_text(yaml.safe_dump(config, sort_keys=False))
-        return file
 
-    return write
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run that was not interrupted, to read only."""
+    folder = tmp_path_factory.mktemp("whole")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setenv("WANDB_MODE", "disabled")
+        patch.setattr(sys, "argv", ["llm-train"])
+        main(["fit", "-c", str(write_config(folder))])
+    return folder / RUNS / "tiny"
+
+
+@pytest.fixture
+def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Skip the drawing, which takes longer than a run; the run `whole` draws."""
+    for name in ("draw_compression", "draw_token_lengths", "draw_tokenization"):
+        monkeypatch.setattr(report, name, lambda data, file: file)
+    monkeypatch.setattr(report, "show_figures", lambda trainer, files: None)
 
 
 @cache
-def expected_merges(n_documents: int | None = None) -> list[tuple[bytes, bytes]]:
-    """What the first training documents teach, by the textbook."""
-    return learn_merges_textbook(count_words(SIDES["train"][:n_documents]), 600, [END])
+def expected_merges(n_documents: int | None = None) -> list[Merge]:
+    """Return what the first training documents teach."""
+    return learn_merges(count_words(SPLITS["train"][:n_documents]), SIZE, [END])
 
 
-def merges_of(run: str) -> list[str]:
-    return (RUNS / run / "merges.txt").read_text().splitlines()[1:]
+def merges_of(run: Path) -> list[str]:
+    return (run / "merges.txt").read_text().splitlines()[1:]
 
 
-def rows(run: str) -> int:
-    """Rows that a run's metrics have so far."""
-    file = RUNS / run / "metrics.csv"
-    return len(file.read_text().splitlines()) if file.is_file() else 0
-
-
-def spelled(merges: list[tuple[bytes, bytes]]) -> list[str]:
+def spelled(merges: list[Merge]) -> list[str]:
     return [f"{spell(left)} {spell(right)}" for left, right in merges]
 
 
-def metrics(run: str, name: str = "summary.json") -> dict[str, float]:
-    return json.loads((RUNS / run / name).read_text())["metrics"]
+def metrics(run: Path, name: str = "summary.json") -> dict[str, float]:
+    return json.loads((run / name).read_text())["metrics"]
+
+
+def compression_of(n_documents: int | None, split: str) -> float:
+    """Return bytes per token of a split (the text is ASCII) after learning from the first training documents."""
+    tokenizer = ByteLevelBPE(expected_merges(n_documents), [END])
+    return len("".join(SPLITS[split])) / sum(len(tokenizer.encode(document)) for document in SPLITS[split])
+
+
+def assert_same_files(one: Path, other: Path, *more: str) -> None:
+    for file in ("merges.txt", "vocabulary.txt", "compression.csv", "tokenizer/tokenizer.json", *more):
+        assert (one / file).read_text() == (other / file).read_text()
 
 
 # --- what a run learns and leaves ------------------------------------------------------------------------------------
 
 
-def test_a_run_learns_the_merges_of_its_training_documents_and_leaves_what_it_promises(llm_train, tiny_bpe):
+def test_a_run_learns_the_merges_of_its_training_documents_and_leaves_what_it_promises(whole):
     from transformers import AutoTokenizer
 
-    done = llm_train("fit", "-c", tiny_bpe())
-    assert done.code == 0, done.err
-    run = RUNS / "tiny"
-    assert f"llm-train fit -c experiments/decoder_pretrain/offline.yaml --data.tokenizer {run}/tokenizer" in done.err
-    merges = expected_merges()
-    assert merges_of("tiny") == spelled(merges)
+    merges = learn_merges_textbook(count_words(SPLITS["train"]), SIZE, [END])
+    assert merges_of(whole) == spelled(merges)
 
-    tokenizer = AutoTokenizer.from_pretrained(run / "tokenizer")
+    tokenizer = AutoTokenizer.from_pretrained(whole / "tokenizer")
     assert tokenizer.is_fast
-    assert len(tokenizer) == 600
+    assert len(tokenizer) == SIZE
     assert (tokenizer.eos_token, tokenizer.bos_token, tokenizer.unk_token) == (END, END, END)
     assert tokenizer.model_max_length == 1024
     ours = ByteLevelBPE(merges, [END])
@@ -112,103 +139,100 @@ def test_a_run_learns_the_merges_of_its_training_documents_and_leaves_what_it_pr
     assert tokenizer(strange)["input_ids"] == ours.encode(strange)
     assert tokenizer.decode(ours.encode(strange)) == strange
 
-    held_out = "".join(SIDES["val"])
-    ids = [i for document in SIDES["val"] for i in ours.encode(document)]
+    held_out = "".join(SPLITS["val"])
+    ids = [i for document in SPLITS["val"] for i in ours.encode(document)]
     expected = {
         "bytes_per_token": len(held_out) / len(ids),  # the text is ASCII
-        "tokens_per_word": len(ids) / count_words(SIDES["val"]).total(),
-        "vocabulary_use": len(set(ids)) / 600,
+        "tokens_per_word": len(ids) / count_words(SPLITS["val"]).total(),
+        "vocabulary_use": len(set(ids)) / SIZE,
         "single_byte_tokens": sum(1 <= i <= 256 for i in ids) / len(ids),
     }
-    logged = metrics("tiny")
+    logged = metrics(whole)
     assert {name: logged[f"val/{name}"] for name in expected} == pytest.approx(expected)
-    assert logged["train/bytes_seen"] <= len("".join(SIDES["train"]))
+    assert logged["train/bytes_seen"] == len("".join(SPLITS["train"][:30]))  # as of the last step logged
+    with (whole / "metrics.csv").open() as file:
+        values = {int(row["step"]): row["val/bytes_per_token"] for row in csv.DictReader(file)}
+    # A validation on the way learns from what was counted so far.
+    assert float(values[6]) == pytest.approx(compression_of(18, "val"))
 
-    with (run / "compression.csv").open() as file:
+    with (whole / "compression.csv").open() as file:
         rows = [(int(row["vocabulary_size"]), float(row["bytes_per_token"])) for row in csv.DictReader(file)]
-    by_512 = ByteLevelBPE(merges[: 512 - 257], [END])
-    tokens_by_512 = sum(len(by_512.encode(document)) for document in SIDES["val"])
-    assert rows == [
-        (257, 1.0),
-        (512, pytest.approx(len(held_out) / tokens_by_512, abs=1e-4)),
-        (600, pytest.approx(expected["bytes_per_token"], abs=1e-4)),
-    ]
+    assert rows == [(257, 1.0), (SIZE, pytest.approx(expected["bytes_per_token"], abs=1e-4))]
 
-    counted = Counter(i for document in SIDES["train"] for i in ours.encode(document))
-    lines = (run / "vocabulary.txt").read_text().splitlines()[1:]
-    assert [int(line.split()[0]) for line in lines] == list(range(600))
+    counted = Counter(i for document in SPLITS["train"] for i in ours.encode(document))
+    lines = (whole / "vocabulary.txt").read_text().splitlines()[1:]
+    assert [int(line.split()[0]) for line in lines] == list(range(SIZE))
     assert {int(i): int(count) for i, count, *_ in map(str.split, lines) if int(count)} == counted
     assert lines[0].split()[2:] == ["0", END, "special", "token"]
     left, right = merges[0]
     assert lines[257].split(maxsplit=2)[2] == f"2  {readable(left + right):<28} {readable(left)} + {readable(right)}"
 
     for figure in ("compression", "token_lengths", "tokenization"):
-        assert (run / f"figures/{figure}.png").read_bytes().startswith(b"\x89PNG")
-    assert (run / "checkpoints/best.ckpt").is_file()
-    assert not [path for path in run.rglob("*") if path.name.startswith(".") or "tmp" in path.name]
+        assert (whole / f"figures/{figure}.png").read_bytes().startswith(b"\x89PNG")
+    assert (whole / "checkpoints/best.ckpt").is_file()
+    assert not [path for path in whole.rglob("*") if path.name.startswith(".") or "tmp" in path.name]
 
 
-def test_the_tokenizer_is_what_the_decoder_takes(llm_train, tiny_bpe, tiny):
-    llm_train("fit", "-c", tiny_bpe())
-    done = llm_train("fit", "-c", tiny(trainer__max_steps=8), "--data.tokenizer", RUNS / "tiny/tokenizer")
-    assert done.code == 0, done.err
-    embedding = torch.load("runs/decoder_pretrain/tiny/" + LAST, weights_only=True)["state_dict"]
-    assert embedding["decoder.token_embedding.weight"].shape[0] == 600
+def test_the_tokenizer_is_what_the_decoder_takes(whole):
+    source = ListText(DOCUMENTS)
+    data = PretrainDataModule(source, block_size=16, batch_size=4, tokenizer=str(whole / "tokenizer"), val_fraction=0.2)
+    assert data.vocab_size == SIZE
+    command = BPEModule().next_command(str(whole))
+    assert command == f"llm-train fit -c experiments/decoder_pretrain/offline.yaml --data.tokenizer {whole}/tokenizer"
 
 
-def test_the_saved_configuration_repeats_the_run(llm_train, tiny_bpe):
-    llm_train("fit", "-c", tiny_bpe())
-    assert llm_train("fit", "-c", RUNS / "tiny/config.yaml").code == 0
-    assert merges_of("tiny.2") == merges_of("tiny")
-
-
-def test_a_trial_run_leaves_nothing(llm_train, tiny_bpe):
-    assert llm_train("fit", "-c", tiny_bpe(), "--trainer.fast_dev_run", "true").code == 0
+def test_a_trial_run_leaves_nothing(llm_train, config):
+    assert llm_train("fit", "-c", config, "--trainer.fast_dev_run", "true").code == 0
     assert not (RUNS / "tiny").exists()
 
 
-def test_a_reference_is_measured_beside_ours(llm_train, tiny_bpe):
-    llm_train("fit", "-c", tiny_bpe(), "--run.name", "first")
-    reference = RUNS / "first/tokenizer"
-    done = llm_train("fit", "-c", tiny_bpe(model__vocabulary_size=300), "--model.reference", reference)
+def test_a_smaller_vocabulary_is_measured_beside_a_reference_and_at_each_power_of_two(
+    llm_train, tmp_path, whole, monkeypatch
+):
+    drawn = []
+    monkeypatch.setattr(report, "draw_tokenization", lambda samples, file: drawn.append(samples) or file)
+    monkeypatch.setattr(report, "show_figures", lambda trainer, files: None)
+    config = write_config(tmp_path, model__init_args__vocabulary_size=300, model__init_args__special_tokens=[])
+    done = llm_train("fit", "-c", config, "--model.reference", whole / "tokenizer")
     assert done.code == 0, done.err
-    first, beside = metrics("first"), metrics("tiny")
+    first, beside = metrics(whole), metrics(RUNS / "tiny")
     for name in ("bytes_per_token", "tokens_per_word", "vocabulary_use", "single_byte_tokens"):
         assert beside[f"val/reference/{name}"] == pytest.approx(first[f"val/{name}"])
     assert beside["val/bytes_per_token"] < first["val/bytes_per_token"]
-    assert f"tokenizer,600,{first['val/bytes_per_token']:.4f}" in (RUNS / "tiny/compression.csv").read_text()
+    assert (RUNS / "tiny/compression.csv").read_text().splitlines()[1:] == [
+        "this run,256,1.0000",
+        f"this run,300,{beside['val/bytes_per_token']:.4f}",
+        f"tokenizer,{SIZE},{first['val/bytes_per_token']:.4f}",
+    ]
+    assert [list(samples) for samples in drawn] == [["this run", "tokenizer"]]
+    assert (RUNS / "tiny/figures/compression.png").is_file()
 
 
-def test_a_reference_may_be_a_folder_a_file_or_the_two_files_of_gpt2(tmp_path):
-    module = BPEModule(300)
-    module.counter.add(DOCUMENTS)
-    module.merges = learn_merges(module.counter.words, 300, [END])
-    module.save_pretrained(tmp_path / "folder")
+def test_a_reference_may_be_a_folder_a_file_or_the_two_files_of_gpt2(whole, tmp_path):
+    merges = expected_merges()
     (tmp_path / "two").mkdir()
-    (tmp_path / "two/vocab.json").write_text(json.dumps(vocabulary(module.merges, [END])))
-    write_merges(tmp_path / "two/merges.txt", module.merges)
+    (tmp_path / "two/vocab.json").write_text(json.dumps(vocabulary(merges, [END])))
+    write_merges(tmp_path / "two/merges.txt", merges)
     strange = f"don't ümläut {END} 12345  \n {DOCUMENTS[0]}"
-    expected = ByteLevelBPE(module.merges, []).encode(strange)  # what looks like a special token is text
-    for reference in ("folder", "folder/tokenizer.json", "two"):
-        encoding = load_reference(str(tmp_path / reference)).encode(strange, add_special_tokens=False)
+    expected = ByteLevelBPE(merges, []).encode(strange)  # the text of a special token is ordinary text here
+    for reference in (whole / "tokenizer", whole / "tokenizer/tokenizer.json", tmp_path / "two"):
+        encoding = load_reference(str(reference)).encode(strange, add_special_tokens=False)
         assert [i - 1 for i in encoding.ids] == expected  # one special token takes the first id
 
 
-def test_a_checkpoint_is_measured_on_the_validation_and_the_test_documents(llm_train, tiny_bpe):
-    llm_train("fit", "-c", tiny_bpe())
+def test_a_checkpoint_is_evaluated_on_the_validation_and_the_test_split(llm_train, whole):
+    shutil.copytree(whole, RUNS / "tiny")
     config = RUNS / "tiny/config.yaml"
     assert llm_train("validate", "-c", config, "--ckpt_path", "best").code == 0
-    fitted = {name: value for name, value in metrics("tiny").items() if name.startswith("val/")}
-    assert metrics("tiny", "summary_validate.json") == pytest.approx(fitted)
+    fitted = {name: value for name, value in metrics(whole).items() if name.startswith("val/")}
+    assert metrics(RUNS / "tiny", "summary_validate.json") == pytest.approx(fitted)
     tested = llm_train("test", "-c", config, "--ckpt_path", "last")
     assert tested.code == 0, tested.err
-    ours = ByteLevelBPE(expected_merges(), [END])
-    tokens = sum(len(ours.encode(document)) for document in SIDES["test"])
-    compression = metrics("tiny", "summary_test.json")["test/bytes_per_token"]
-    assert compression == pytest.approx(len("".join(SIDES["test"])) / tokens)
+    compression = metrics(RUNS / "tiny", "summary_test.json")["test/bytes_per_token"]
+    assert compression == pytest.approx(compression_of(None, "test"))
 
 
-def test_loggers_that_take_pictures_and_tables_get_them(tmp_path):
+def test_loggers_that_take_images_and_tables_get_them(tmp_path):
     shown, tables = [], {}
     logger = SimpleNamespace(
         log_image=lambda key, images: shown.append((key, Path(images[0]).is_file())),
@@ -227,229 +251,167 @@ def test_loggers_that_take_pictures_and_tables_get_them(tmp_path):
     assert [row[1] for row in rows][:3] == [257, 221, 258]
 
 
-# --- interrupted, shortened, spread over processes -------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "settings", [{}, {"data__num_workers": 2}, {"model__count_workers": 2}], ids=["plain", "readers", "counters"]
-)
-def test_a_killed_run_resumes_to_the_same_tokenizer(llm_train, forked, tiny_bpe, settings):
-    config = tiny_bpe(data__batch_size=1, **settings)  # some seventy steps
-    saved = RUNS / "tiny" / LAST
-    status = forked("fit", "-c", config, meanwhile=kill_when(lambda: rows("tiny") >= 4 and saved.is_file()))
-    assert status == -signal.SIGKILL
-    assert 0 < AtomicCheckpointIO().load_checkpoint(saved)["global_step"] < len(SIDES["train"])
-    resumed = llm_train("fit", "-c", config, "--ckpt_path", "last")
-    assert resumed.code == 0, resumed.err
-    assert merges_of("tiny") == spelled(expected_merges())
-    whole = BPEModule(600)
-    whole.counter.add(SIDES["train"])
-    whole.merges = expected_merges()
-    lines = (RUNS / "tiny/vocabulary.txt").read_text().splitlines()[1:]
-    assert [int(line.split()[1]) for line in lines] == whole.token_counts().tolist()
-    assert metrics("tiny")["train/bytes_seen"] == len("".join(SIDES["train"][:65]))  # as of the last step logged
-
-
-def test_an_older_checkpoint_is_measured_again(llm_train, tiny_bpe):
-    llm_train("fit", "-c", tiny_bpe())
-    checkpoints = AtomicCheckpointIO()
-    older = checkpoints.load_checkpoint(RUNS / "tiny" / LAST)
-    older["state_dict"]["unused"] = torch.zeros(())
-    checkpoints.save_checkpoint(older, RUNS / "tiny" / LAST)
-    measured = llm_train("validate", "-c", RUNS / "tiny/config.yaml", "--ckpt_path", "last")
-    assert measured.code == 0, measured.err
-
-
-def test_a_run_killed_while_it_learned_resumes_to_the_same_tokenizer(llm_train, forked, tiny_bpe):
-    def die_in_learning() -> None:
-        BPEModule.learn = lambda self: os.kill(os.getpid(), signal.SIGKILL)
-
-    assert forked("fit", "-c", tiny_bpe(), prepare=die_in_learning) == -signal.SIGKILL
-    resumed = llm_train("fit", "-c", tiny_bpe(), "--ckpt_path", "last")
-    assert resumed.code == 0, resumed.err
-    assert merges_of("tiny") == spelled(expected_merges())
-
-
-def test_a_signal_saves_and_the_run_goes_on_from_there(llm_train, forked, tiny_bpe):
-    config = tiny_bpe(data__batch_size=1, model__count_workers=1)
-    status = forked("fit", "-c", config, meanwhile=kill_when((RUNS / "tiny" / LAST).is_file, signal.SIGTERM))
-    assert status == 143
-    assert llm_train("fit", "-c", config, "--ckpt_path", "last").code == 0
-    assert merges_of("tiny") == spelled(expected_merges())
-
-
-def test_an_unfinished_epoch_teaches_what_was_counted_and_can_be_finished(llm_train, tiny_bpe):
-    config = tiny_bpe()
-    assert llm_train("fit", "-c", config, "--trainer.max_steps", "5").code == 0
-    assert merges_of("tiny") == spelled(expected_merges(20))
-    assert llm_train("fit", "-c", config, "--ckpt_path", "last").code == 0
-    assert merges_of("tiny") == spelled(expected_merges())
-
-
-def test_validations_in_between_measure_what_was_learned_so_far(llm_train, tiny_bpe):
-    done = llm_train("fit", "-c", tiny_bpe(trainer__val_check_interval=6))
-    assert done.code == 0, done.err
-    with (RUNS / "tiny/metrics.csv").open() as file:
-        values = {int(row["step"]): row["val/bytes_per_token"] for row in csv.DictReader(file)}
-    early = ByteLevelBPE(expected_merges(24), [END])
-    tokens = sum(len(early.encode(document)) for document in SIDES["val"])
-    assert float(values[6]) == pytest.approx(len("".join(SIDES["val"])) / tokens)
-    assert merges_of("tiny") == spelled(expected_merges())
-
-
-def test_two_processes_learn_and_measure_what_one_does_and_one_goes_on_where_they_stopped(llm_train, tiny_bpe):
-    config = tiny_bpe(data__batch_size=3, trainer__val_check_interval=6)  # shares of one and two documents
-    # Anew: a copy of a process whose tokenizers have started threads would wait for those.
-    flags = ("-c", config, *forks.TWO_PROCESSES, "--run.name", "two", "--trainer.max_steps", "10")
-    two = forks.start_anew("fit", *flags)
-    assert llm_train("fit", "-c", config, "--run.name", "one").code == 0
-    output = two.communicate(timeout=200)[0]
-    assert two.returncode == 0, output
-    assert merges_of("two") == spelled(expected_merges(30))
-    assert llm_train("fit", "-c", config, "--run.name", "two", "--ckpt_path", "last").code == 0
-    for file in ("merges.txt", "vocabulary.txt", "compression.csv", "tokenizer/tokenizer.json", "metrics.csv"):
-        assert (RUNS / "two" / file).read_text() == (RUNS / "one" / file).read_text()
-
-
-def test_a_corpus_with_too_few_pairs_gives_a_smaller_tokenizer_and_says_so(llm_train, tiny_bpe):
+@pytest.mark.usefixtures("no_figures")
+def test_a_corpus_with_too_few_pairs_gives_a_smaller_tokenizer_and_a_message(llm_train, tmp_path):
     from transformers import AutoTokenizer
 
-    possible = len(learn_merges(count_words(SIDES["train"]), 100_000, [END]))
-    with pytest.warns(UserWarning, match=f"ran out of pairs: learned {possible} of 99743 merges"):
-        assert llm_train("fit", "-c", tiny_bpe(model__vocabulary_size=100_000)).code == 0
+    possible = len(learn_merges(count_words(SPLITS["train"]), 100_000, [END]))
+    done = llm_train("fit", "-c", write_config(tmp_path, model__init_args__vocabulary_size=100_000))
+    assert done.code == 0, done.err
+    assert f"ran out of pairs: learned {possible} of 99743 merges" in done.err
+    assert f"has {257 + possible} tokens, not 100000; give more text" in done.err
     tokenizer = AutoTokenizer.from_pretrained(RUNS / "tiny/tokenizer")
     assert len(tokenizer) == 257 + possible
     assert tokenizer.decode(tokenizer(DOCUMENTS[0])["input_ids"]) == DOCUMENTS[0]
+    with (RUNS / "tiny/compression.csv").open() as file:
+        rows = {int(row["vocabulary_size"]): float(row["bytes_per_token"]) for row in csv.DictReader(file)}
+    assert list(rows) == [257, 512, 1024, 257 + possible]  # the bytes, powers of two, all
+    by_512 = ByteLevelBPE(learn_merges(count_words(SPLITS["train"]), 512, [END]), [END])
+    tokens = sum(len(by_512.encode(document)) for document in SPLITS["val"])
+    assert rows[512] == pytest.approx(len("".join(SPLITS["val"])) / tokens, abs=1e-4)
+
+
+# --- interrupted, shortened, on several processes --------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("no_figures")
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"data__init_args__num_workers": 2, "model__init_args__count_workers": 2}],
+    ids=["one process", "readers and counters"],
+)
+def test_a_killed_run_resumes_to_the_same_tokenizer(llm_train, forked, tmp_path, whole, settings):
+    config = write_config(tmp_path, **settings)
+    assert forked("fit", "-c", config, prepare=lambda: forks.die_after_step(4)) == -signal.SIGKILL
+    assert AtomicCheckpointIO().load_checkpoint(RUNS / "tiny" / LAST)["global_step"] == 4
+    resumed = llm_train("fit", "-c", config, "--ckpt_path", "last")
+    assert resumed.code == 0, resumed.err
+    assert_same_files(RUNS / "tiny", whole, "metrics.csv")
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_a_run_killed_while_it_learned_resumes_to_the_same_tokenizer(llm_train, forked, config, whole):
+    def die_in_the_last_learning() -> None:
+        learn = BPEModule.learn
+
+        def learn_or_die(self: BPEModule) -> None:
+            if self.global_step == 12:
+                os.kill(os.getpid(), signal.SIGKILL)
+            learn(self)
+
+        BPEModule.learn = learn_or_die
+
+    assert forked("fit", "-c", config, prepare=die_in_the_last_learning) == -signal.SIGKILL
+    resumed = llm_train("fit", "-c", config, "--ckpt_path", "last")
+    assert resumed.code == 0, resumed.err
+    assert merges_of(RUNS / "tiny") == merges_of(whole)
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_a_signal_saves_and_the_run_resumes_from_there(llm_train, forked, tmp_path, whole):
+    def terminate_at_step_4() -> None:
+        step = BPEModule.training_step
+
+        def step_and_terminate(self: BPEModule, texts: list[str], batch_idx: int) -> None:
+            step(self, texts, batch_idx)
+            if self.global_step == 4:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        BPEModule.training_step = step_and_terminate
+
+    config = write_config(tmp_path, model__init_args__count_workers=1)
+    assert forked("fit", "-c", config, prepare=terminate_at_step_4) == 143
+    assert AtomicCheckpointIO().load_checkpoint(RUNS / "tiny" / LAST)["global_step"] == 4
+    assert llm_train("fit", "-c", config, "--ckpt_path", "last").code == 0
+    assert merges_of(RUNS / "tiny") == merges_of(whole)
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_an_unfinished_epoch_teaches_what_was_counted_and_can_be_finished_from_the_saved_configuration(
+    llm_train, config, whole
+):
+    assert llm_train("fit", "-c", config, "--trainer.max_steps", "5").code == 0
+    assert merges_of(RUNS / "tiny") == spelled(expected_merges(15))
+    saved = ("-c", whole / "config.yaml", "--run.name", "tiny")
+    assert llm_train("fit", *saved, "--ckpt_path", "last").code == 0
+    assert_same_files(RUNS / "tiny", whole)
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_two_processes_learn_and_evaluate_what_one_does_and_one_resumes_where_they_stopped(
+    llm_train, config, whole, tmp_path
+):
+    flags = ("-c", config, *forks.TWO_PROCESSES, "--run.name", "two", "--trainer.max_steps", "8")
+    output = tmp_path / "output.txt"
+    ranks = forks.start_ranks(2, "fit", *flags, output=output)
+    assert forks.wait(ranks) == [0, 0], output.read_text()
+    assert merges_of(RUNS / "two") == spelled(expected_merges(24))
+    assert llm_train("fit", "-c", config, "--run.name", "two", "--ckpt_path", "last").code == 0
+    assert_same_files(RUNS / "two", whole, "metrics.csv")
+
+
+def test_an_older_checkpoint_loads(whole):
+    older = AtomicCheckpointIO().load_checkpoint(whole / LAST)
+    older["state_dict"]["unused"] = torch.zeros(())
+    module = BPEModule.of_checkpoint(older)
+    assert module.merges == expected_merges()
+    assert module.counter.words == count_words(SPLITS["train"], special_tokens=[END])
 
 
 # --- mistakes --------------------------------------------------------------------------------------------------------
 
-ALL_ONE_SIDE = {"class_path": "datamodules.sources.ListText", "init_args": {"texts": SIDES["train"][:1]}}
-EMPTY = {"class_path": "datamodules.sources.ListText", "init_args": {"texts": []}}
-WRONG = {
-    "empty corpus": ({"data__source": EMPTY}, "data.source: the corpus is empty"),
-    "nothing held out": ({"data__source": ALL_ONE_SIDE}, "there is no val text"),
-    "fractions": ({"data__val_fraction": 0.9}, "must be 0 or more, and leave something to train on"),
-    "small vocabulary": ({"model__vocabulary_size": 256}, "model.vocabulary_size is 256", "at least 257"),
-    "bad pattern": ({"model__pattern": "(?:"}, "model.pattern: the pattern does not compile"),
-    "capturing pattern": ({"model__pattern": r"(\s)|\S+"}, "model.pattern: the pattern has a group that captures"),
-    "lossy pattern": ({"model__pattern": r"\S+"}, "model.pattern: the pattern loses text"),
-    "lossy pattern in processes": ({"model__pattern": r"\S+", "model__count_workers": 1}, "the pattern loses text"),
-    "pattern of another dialect": ({"model__pattern": r"(?r)[\s\S]"}, "model.pattern: the tokenizers library"),
-    "special token twice": (
-        {"model__special_tokens": [END, END]},
-        "model.special_tokens: special token",
-        "given twice",
-    ),
-    "no such reference": ({"model__reference": "./lost"}, "model.reference: './lost' could not be loaded"),
-    "incomplete reference": ({"model__reference": "."}, "neither tokenizer.json nor vocab.json and merges.txt"),
-    "two epochs": ({"trainer__max_epochs": 2}, "trainer.max_epochs is 2", "give 1"),
-    "context": ({"model__model_max_length": 0}, "model.model_max_length is 0"),
-    "counters": ({"model__count_workers": -1}, "model.count_workers is -1"),
-}
 
-
-@pytest.mark.parametrize(("settings", "said"), [(v[0], v[1:]) for v in WRONG.values()], ids=WRONG.keys())
-def test_a_mistake_costs_one_line(llm_train, tiny_bpe, settings, said):
-    done = llm_train("fit", "-c", tiny_bpe(**settings))
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_pattern_that_loses_text_is_refused_when_it_meets_that_text(llm_train, config, workers):
+    flags = (r"--model.pattern=\S+", f"--model.count_workers={workers}")
+    done = llm_train("fit", "-c", config, *flags)
     assert done.code == 1
-    error = done.err.strip().splitlines()[-1]
-    assert error.startswith("error: ")
-    assert all(part in error for part in said), error
+    assert done.err.splitlines()[-1].startswith("error: model.pattern: the pattern loses text")
     assert "Traceback" not in done.err
 
 
-def test_a_checkpoint_that_counted_other_words_is_refused(llm_train, tiny_bpe):
-    llm_train("fit", "-c", tiny_bpe(), "--trainer.max_steps", "5")
-    for flag, value in (("pattern", "gpt4"), ("special_tokens", '["<|end|>"]')):
-        done = llm_train("fit", "-c", tiny_bpe(), "--ckpt_path", "last", f"--model.{flag}", value)
-        assert done.code == 1
-        assert f"the checkpoint was made with model.{flag}" in done.err.splitlines()[-1]
+def test_a_second_epoch_is_refused():
+    module = BPEModule()
+    module._trainer = SimpleNamespace(max_epochs=2)
+    with pytest.raises(MisconfigurationException, match=r"trainer\.max_epochs is 2: give 1"):
+        module.on_fit_start()
 
 
-def test_a_test_without_documents_is_one_line():
-    data = BPEDataModule(ListText(DOCUMENTS))
-    with pytest.raises(MisconfigurationException, match=r"no test text.*data\.test_fraction higher"):
-        data.setup("test")
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"vocabulary_size": 256}, r"model\.vocabulary_size is 256.*at least 257"),
+        ({"pattern": "(?:"}, r"model\.pattern: the pattern does not compile"),
+        ({"pattern": r"(\s)|\S+"}, r"model\.pattern: the pattern has a group that captures"),
+        ({"pattern": r"(?r)[\s\S]"}, r"model\.pattern: the tokenizers library"),
+        ({"special_tokens": (END, END)}, r"model\.special_tokens: special token.*given twice"),
+        ({"reference": "./lost"}, r"model\.reference: '\./lost' could not be loaded"),
+        ({"reference": "."}, r"neither tokenizer\.json nor vocab\.json and merges\.txt"),
+    ],
+)
+def test_a_wrong_argument_costs_one_line(arguments, message):
+    with pytest.raises(MisconfigurationException, match=message) as caught:
+        BPEModule(**arguments)
+    assert "\n" not in str(caught.value)
 
 
-# --- the parts -------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    "flag", ["model.vocabulary_size=0", "model.model_max_length=0", "model.count_workers=-1", "data.batch_size=0"]
+)
+def test_a_number_out_of_range_is_refused_by_the_parser(flag):
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(BPEDataModule, "data")
+    parser.add_class_arguments(BPEModule, "model")
+    with pytest.raises(ArgumentError, match=flag.split("=")[0]) as refused:
+        parser.parse_args([f"--{flag}"])
+    assert "does not conform to restriction" in str(refused.value)
 
 
-class Pieces(Source):
-    """Documents of two pieces."""
-
-    def pieces(self):
-        for number in range(40):
-            yield Piece(f"begin {number}", False)
-            yield Piece(f"end {number}", True)
-
-    def fingerprint(self):
-        return ""
-
-
-def test_sides_split_whole_documents_and_lose_none():
-    sides = [list(Side(Pieces(), name, 0.3, 0.2)) for name in ("train", "val", "test")]
-    assert all(sides)
-    for side in sides:
-        assert [text.replace("begin", "end") for text in side[::2]] == side[1::2]
-    assert sorted(chain(*sides)) == sorted(text for text, _ in Pieces().pieces())
-
-
-@pytest.mark.parametrize("num_workers", [0, 2])
-@pytest.mark.parametrize("skip", [0, 4])
-def test_shares_of_all_processes_make_up_the_global_batches_in_order(num_workers, skip):
-    shares = []
-    for rank in range(3):
-        stream = BatchStream(Side(Pieces()), batch_size=7, rank=rank, world_size=3)
-        stream.skip = skip
-        shares.append(list(DataLoader(stream, batch_size=None, num_workers=num_workers)))
-    assert len({len(share) for share in shares}) == 1
-    joined = [list(chain(*parts)) for parts in zip(*shares, strict=True)]
-    pieces = [text for text, _ in Pieces().pieces()]
-    assert joined == [pieces[start : start + 7] for start in range(7 * skip, len(pieces), 7)]
-
-
-class Handlers(Source):
-    """What this process does on Ctrl-C."""
-
-    def pieces(self):
-        yield Piece(repr(signal.getsignal(signal.SIGINT)), True)
-
-    def fingerprint(self):
-        return ""
-
-
-def test_workers_leave_ctrl_c_to_the_training_process():
-    loader = BPEDataModule(Handlers(), val_fraction=0.0, num_workers=1).train_dataloader()
-    assert list(loader) == [["<Handlers.SIG_IGN: 1>"]]
-
-
-def test_skipping_is_for_one_iteration():
-    stream = BatchStream(Side(Pieces()), batch_size=10)
-    stream.skip = 5
-    assert [len(list(stream)) for _ in range(2)] == [3, 8]
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_counter_counts_all_texts_once_it_has_waited(workers):
-    counter = WordCounter(GPT2_PATTERN, [END], workers)
-    for document in DOCUMENTS:
-        counter.add([document, "é"])
-    counter.wait()
-    counter.close()
-    assert counter.words == count_words([*DOCUMENTS, *["é"] * len(DOCUMENTS)])
-    assert counter.n_bytes == len("".join(DOCUMENTS)) + 2 * len(DOCUMENTS)
-
-
-def test_measures_of_a_text_worked_by_hand():
-    measures = TokenizerMeasures(torch.tensor([False, True, True, False]))
-    measures.update(torch.tensor([1, 3, 3]), n_bytes=7, n_words=2)
-    measures.update(torch.tensor([3]), n_bytes=3, n_words=1)
-    measures.update(torch.tensor([], dtype=torch.int64), n_bytes=0, n_words=0)
-    assert {name: value.item() for name, value in measures.compute().items()} == pytest.approx(
-        {"bytes_per_token": 2.5, "tokens_per_word": 4 / 3, "vocabulary_use": 0.5, "single_byte_tokens": 0.25}
-    )
+def test_a_checkpoint_that_counted_other_words_is_refused(whole):
+    checkpoint = AtomicCheckpointIO().load_checkpoint(whole / LAST)
+    for name, value in (("pattern", "gpt4"), ("special_tokens", ["<|end|>"])):
+        with pytest.raises(MisconfigurationException, match=f"the checkpoint was made with model.{name}"):
+            BPEModule(**{"vocabulary_size": SIZE, name: value}).on_load_checkpoint(checkpoint)
 
 
 def test_the_study_is_a_sweep_over_the_offline_experiment():

@@ -7,6 +7,7 @@ import string
 import sysconfig
 import unicodedata
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -15,8 +16,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 
-from lightning_modules.bpe import byte_pair_encoding as bpe
-from lightning_modules.bpe.byte_pair_encoding import GPT2_PATTERN, GPT4_PATTERN, ByteLevelBPE
+from lightning_modules.bpe.learner import learn_merges
+from lightning_modules.bpe.textbook import (
+    GPT2_PATTERN,
+    GPT4_PATTERN,
+    SINGLE_BYTES,
+    Merge,
+    count_words,
+    learn_merges_textbook,
+    spell,
+    unspell,
+    vocabulary,
+    word_finder,
+)
+from lightning_modules.bpe.tokenizer import ByteLevelBPE, to_tokenizer_json
 
 PATTERNS = pytest.mark.parametrize("pattern", [GPT2_PATTERN, GPT4_PATTERN], ids=["gpt2", "gpt4"])
 
@@ -49,7 +62,7 @@ def train_with_tokenizers(
     )
     tokenizer.train_from_iterator(texts, trainer)
     model = json.loads(tokenizer.to_str())["model"]
-    return [(bpe.unspell(left), bpe.unspell(right)) for left, right in model["merges"]], model["vocab"]
+    return [(unspell(left), unspell(right)) for left, right in model["merges"]], model["vocab"]
 
 
 def generated_texts(seed: int, characters: str | list[str], n_texts: int = 40, length: int = 400) -> list[str]:
@@ -63,6 +76,12 @@ def library_texts(n_texts: int) -> list[str]:
     return [path.read_text(encoding="utf-8") for path in sorted(root.glob("*.py"))[:n_texts]]
 
 
+def train(
+    texts: list[str], vocab_size: int, pattern: str = GPT2_PATTERN, special_tokens: Sequence[str] = ()
+) -> list[Merge]:
+    return learn_merges(count_words(texts, pattern, special_tokens), vocab_size, special_tokens)
+
+
 # ---- the learner ----
 
 
@@ -72,13 +91,13 @@ def test_golden_case_by_hand() -> None:
     # "e" < "n" < "w": e w comes first and breaks n e and w est; then ew est and n ew, the smaller left id being n's.
     counts = {b"low": 5, b"lower": 2, b"newest": 6, b"widest": 3}
     expected = [(b"e", b"s"), (b"es", b"t"), (b"l", b"o"), (b"lo", b"w"), (b"e", b"w"), (b"n", b"ew"), (b"new", b"est")]
-    assert bpe.learn_merges_textbook(counts, 256 + 7) == expected
-    assert bpe.learn_merges(counts, 256 + 7) == expected
+    assert learn_merges_textbook(counts, 256 + 7) == expected
+    assert learn_merges(counts, 256 + 7) == expected
 
 
 def test_run_of_one_symbol_is_joined_from_its_left() -> None:
     # aaaaa: a a counts 4, gives aa aa a; then aa a and aa aa count 1 each, and a's id is the smaller.
-    assert bpe.learn_merges({b"aaaaa": 1}, 259) == [(b"a", b"a"), (b"aa", b"a"), (b"aa", b"aaa")]
+    assert learn_merges({b"aaaaa": 1}, 259) == [(b"a", b"a"), (b"aa", b"a"), (b"aa", b"aaa")]
 
 
 @given(
@@ -90,7 +109,7 @@ def test_run_of_one_symbol_is_joined_from_its_left() -> None:
 @settings(max_examples=300, deadline=None)
 def test_fast_equals_textbook(words: dict[str, int], vocab_size: int) -> None:
     counts = {word.encode(): count for word, count in words.items()}
-    assert bpe.learn_merges(counts, vocab_size) == bpe.learn_merges_textbook(counts, vocab_size)
+    assert learn_merges(counts, vocab_size) == learn_merges_textbook(counts, vocab_size)
 
 
 @given(
@@ -102,8 +121,8 @@ def test_fast_equals_textbook_where_a_merge_spells_a_special_token(
     words: dict[str, int], special_tokens: list[str]
 ) -> None:
     counts = {word.encode(): count for word, count in words.items()}
-    merges = bpe.learn_merges_textbook(counts, 290, special_tokens)
-    assert bpe.learn_merges(counts, 290, special_tokens) == merges
+    merges = learn_merges_textbook(counts, 290, special_tokens)
+    assert learn_merges(counts, 290, special_tokens) == merges
 
 
 def test_fast_equals_textbook_over_many_recounts() -> None:
@@ -111,7 +130,7 @@ def test_fast_equals_textbook_over_many_recounts() -> None:
     rng = random.Random(3)
     words = {"".join(rng.choices("abcdefgh", k=rng.randrange(1, 12))).encode() for _ in range(300)}
     counts = {word: int(10 ** rng.uniform(0, 6)) for word in sorted(words)}
-    assert bpe.learn_merges(counts, 700) == bpe.learn_merges_textbook(counts, 700)
+    assert learn_merges(counts, 700) == learn_merges_textbook(counts, 700)
 
 
 @PATTERNS
@@ -123,23 +142,23 @@ def test_same_merges_and_ids_as_tokenizers(
     texts = generated_texts(1, characters)
     merges, ids = train_with_tokenizers(texts, 700, pattern, special_tokens)
     # The library counts a special token's text as ordinary text; ours leaves it out, so it is not told here.
-    ours = bpe.learn_merges(bpe.count_words(texts, pattern), 700, special_tokens)
+    ours = learn_merges(count_words(texts, pattern), 700, special_tokens)
     assert ours == merges
-    assert bpe.vocabulary(ours, special_tokens) == ids
+    assert vocabulary(ours, special_tokens) == ids
 
 
 @PATTERNS
 def test_same_merges_as_tokenizers_on_source_code(pattern: str) -> None:
     texts = library_texts(30)
     merges, ids = train_with_tokenizers(texts, 2000, pattern, ["<|endoftext|>"])
-    ours = bpe.train_bpe(texts, 2000, pattern, ["<|endoftext|>"])
+    ours = train(texts, 2000, pattern, ["<|endoftext|>"])
     assert ours == merges
-    assert len(bpe.vocabulary(ours, ["<|endoftext|>"])) == len(ids) == 2000
+    assert len(vocabulary(ours, ["<|endoftext|>"])) == len(ids) == 2000
 
 
 def test_progress_ends_at_the_number_of_merges() -> None:
     seen: list[int] = []
-    merges = bpe.learn_merges(bpe.count_words(library_texts(3)), 600, progress=seen.append)
+    merges = learn_merges(count_words(library_texts(3)), 600, progress=seen.append)
     assert seen == sorted(seen)
     assert seen[-1] == len(merges) == 600 - 256
 
@@ -151,29 +170,27 @@ def test_words_of_each_pattern() -> None:
     text = "He'll say\n\n  x = 12345!\nWE'LL go"
     gpt2 = ["He", "'ll", " say", "\n\n ", " x", " =", " 12345", "!", "\n", "WE", "'", "LL", " go"]
     gpt4 = ["He", "'ll", " say", "\n\n", " ", " x", " =", " ", "123", "45", "!\n", "WE", "'LL", " go"]
-    assert bpe.count_words([text], GPT2_PATTERN) == Counter(word.encode() for word in gpt2)
-    assert bpe.count_words([text], GPT4_PATTERN) == Counter(word.encode() for word in gpt4)
+    assert count_words([text], GPT2_PATTERN) == Counter(word.encode() for word in gpt2)
+    assert count_words([text], GPT4_PATTERN) == Counter(word.encode() for word in gpt4)
 
 
 @PATTERNS
 @given(text=st.text(st.characters(max_codepoint=127), max_size=60) | st.text("aZ0' \t\r\n\x0b\x1c!.'sS", max_size=60))
 @settings(max_examples=300, deadline=None)
 def test_ascii_twin_finds_the_same_words(pattern: str, text: str) -> None:
-    assert bpe._word_finder(pattern)(text) == regex.findall(pattern, text)
+    assert word_finder(pattern)(text) == regex.findall(pattern, text)
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_counts_of_parts_add_up(workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bpe, "_BATCH_CHARACTERS", 10_000)  # many batches, more than workers
+def test_counts_of_parts_add_up() -> None:
     texts = library_texts(12)
-    whole = bpe.count_words(iter(texts), workers=workers)
-    assert whole == bpe.count_words(texts[:5]) + bpe.count_words(texts[5:])
+    whole = count_words(iter(texts))
+    assert whole == count_words(texts[:5]) + count_words(texts[5:])
     assert whole == Counter(word.encode() for text in texts for word in regex.findall(GPT2_PATTERN, text))
 
 
 def test_special_tokens_are_not_counted() -> None:
     # The longer token wins where two begin at the same place.
-    assert bpe.count_words(["a<s>b<s>>c"], special_tokens=["<s>", "<s>>"]) == {b"a": 1, b"b": 1, b"c": 1}
+    assert count_words(["a<s>b<s>>c"], special_tokens=["<s>", "<s>>"]) == {b"a": 1, b"b": 1, b"c": 1}
 
 
 # ---- encoding and decoding ----
@@ -183,13 +200,13 @@ SPECIAL_TOKENS = ["<|endoftext|>", "<|pad|>"]
 
 
 @pytest.fixture(scope="module")
-def merges() -> list[bpe.Merge]:
+def merges() -> list[Merge]:
     texts = [*library_texts(20), *generated_texts(5, KNOWN_CHARACTERS, 10)]
-    return bpe.train_bpe(texts, 1200, special_tokens=SPECIAL_TOKENS)
+    return train(texts, 1200, special_tokens=SPECIAL_TOKENS)
 
 
 @pytest.fixture(scope="module")
-def tokenizers(merges: list[bpe.Merge]) -> dict[str, ByteLevelBPE]:
+def tokenizers(merges: list[Merge]) -> dict[str, ByteLevelBPE]:
     return {pattern: ByteLevelBPE(merges, SPECIAL_TOKENS, pattern) for pattern in (GPT2_PATTERN, GPT4_PATTERN)}
 
 
@@ -202,16 +219,16 @@ def test_round_trip_of_any_bytes(tokenizers: dict[str, ByteLevelBPE], pattern: s
 
 def test_escaped_bytes_count_as_the_bytes_they_are() -> None:
     escaped = b"\xc3".decode("utf-8", "surrogateescape") + b"\xa9".decode("utf-8", "surrogateescape")
-    assert bpe.count_words(["é", escaped]) == {"é".encode(): 2}
+    assert count_words(["é", escaped]) == {"é".encode(): 2}
 
 
 @PATTERNS
 def test_ids_equal_the_exported_tokenizer(
-    merges: list[bpe.Merge], tokenizers: dict[str, ByteLevelBPE], pattern: str, tmp_path: Path
+    merges: list[Merge], tokenizers: dict[str, ByteLevelBPE], pattern: str, tmp_path: Path
 ) -> None:
     from transformers import AutoTokenizer
 
-    content = bpe.to_tokenizer_json(merges, SPECIAL_TOKENS, pattern)
+    content = to_tokenizer_json(merges, SPECIAL_TOKENS, pattern)
     (tmp_path / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
     exported = AutoTokenizer.from_pretrained(tmp_path)
     ours = tokenizers[pattern]
@@ -229,7 +246,7 @@ def test_ids_equal_the_exported_tokenizer(
 
 
 def test_gpt2_files() -> None:
-    ids = bpe.vocabulary([(b"h", b"e"), (b"l", b"l"), (b" ", b"he")])
+    ids = vocabulary([(b"h", b"e"), (b"l", b"l"), (b" ", b"he")])
     ids["<|endoftext|>"] = len(ids)  # where GPT-2 has it: at the end
     lines = ["#version: 0.2\n", "h e\n", "l l\n", "Ġ he\n", "\n"]
     tokenizer = ByteLevelBPE.from_gpt2_files(ids, lines)
@@ -239,9 +256,9 @@ def test_gpt2_files() -> None:
 
 
 def test_spelling_is_gpt2s() -> None:
-    assert set(map(bpe.spell, bpe._SINGLE_BYTES)) == set(pre_tokenizers.ByteLevel.alphabet())
-    assert bpe.spell(b" the\n") == "ĠtheĊ"
-    assert bpe.unspell("ĠtheĊ") == b" the\n"
+    assert set(map(spell, SINGLE_BYTES)) == set(pre_tokenizers.ByteLevel.alphabet())
+    assert spell(b" the\n") == "ĠtheĊ"
+    assert unspell("ĠtheĊ") == b" the\n"
 
 
 # ---- what a user can get wrong ----
@@ -254,7 +271,6 @@ def test_spelling_is_gpt2s() -> None:
         ({"texts": ["ab"], "vocab_size": 300, "pattern": r"(?:a"}, "does not compile"),
         ({"texts": ["ab"], "vocab_size": 300, "pattern": r"(a)|b"}, "group that captures"),
         ({"texts": ["ab", "c d"], "vocab_size": 300, "pattern": r"\w+"}, "loses text"),
-        ({"texts": ["ab", "c d"], "vocab_size": 300, "pattern": r"\w+", "workers": 2}, "loses text"),
         ({"texts": ["ab"], "vocab_size": 300, "special_tokens": ["<s>", "<s>"]}, "'<s>' is given twice"),
         ({"texts": ["ab"], "vocab_size": 300, "special_tokens": ["é"]}, "'é' is empty or one character"),
         ({"texts": ["ab"], "vocab_size": 300, "special_tokens": [""]}, "'' is empty or one character"),
@@ -264,15 +280,15 @@ def test_spelling_is_gpt2s() -> None:
 )
 def test_mistakes_cost_one_line(arguments: dict, message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)) as caught:
-        bpe.train_bpe(**arguments)
+        train(**arguments)
     assert "\n" not in str(caught.value)
 
 
 def test_too_few_pairs_stop_early() -> None:
-    merges = bpe.train_bpe(["abc abc"], 1000)
-    assert merges == bpe.learn_merges_textbook(bpe.count_words(["abc abc"]), 1000)
-    assert len(bpe.vocabulary(merges)) == 256 + 3  # ab, abc, " abc"
-    assert bpe.train_bpe(["a b"], 256) == bpe.train_bpe(["a"], 1000) == []
+    merges = train(["abc abc"], 1000)
+    assert merges == learn_merges_textbook(count_words(["abc abc"]), 1000)
+    assert len(vocabulary(merges)) == 256 + 3  # ab, abc, " abc"
+    assert train(["a b"], 256) == train(["a"], 1000) == []
 
 
 def test_mistakes_of_the_encoder() -> None:
@@ -284,6 +300,6 @@ def test_mistakes_of_the_encoder() -> None:
     with pytest.raises(ValueError, match="spells a learned token that stands for other bytes"):
         ByteLevelBPE([(b" ", b"a")], ["Ġa"])
     with pytest.raises(ValueError, match="line 2: 'a b c' is not two tokens"):
-        ByteLevelBPE.from_gpt2_files(bpe.vocabulary(), ["#version: 0.2", "a b c"])
+        ByteLevelBPE.from_gpt2_files(vocabulary(), ["#version: 0.2", "a b c"])
     with pytest.raises(ValueError, match="lacks 1 tokens of the merges, such as 'ab'"):
-        ByteLevelBPE.from_gpt2_files(bpe.vocabulary(), ["a b"])
+        ByteLevelBPE.from_gpt2_files(vocabulary(), ["a b"])

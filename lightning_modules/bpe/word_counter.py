@@ -1,0 +1,136 @@
+"""Counting words in processes beside the one that reads the texts."""
+
+import multiprocessing
+import signal
+from collections import Counter, deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from multiprocessing.connection import Connection
+
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from lightning_modules.bpe.textbook import count_words
+
+
+class WordCounter:
+    """Counts the words of texts, in this process or in others.
+
+    A process leaves when `close` is called, when this process ends, and when it is killed.
+
+    Args:
+        pattern: How text is split into words, as in `count_words`.
+        special_tokens: Texts that stand for themselves, as in `count_words`.
+        workers: Processes that count; 0 counts in this one. If the platform starts processes by `spawn`, a script needs
+            its `if __name__ == "__main__"`.
+
+    Attributes:
+        words: How often each word occurs in the texts that were added; complete after `wait()`.
+        n_bytes: Number of UTF-8 bytes of the texts that were added.
+    """
+
+    def __init__(self, pattern: str, special_tokens: Sequence[str] = (), workers: int = 0) -> None:
+        self.words: Counter[bytes] = Counter()
+        self.n_bytes = 0
+        self._arguments = (pattern, special_tokens)
+        self._workers = workers
+        self._processes: list[multiprocessing.Process] = []
+        self._idle: list[Connection] = []
+        self._busy: deque[Connection] = deque()  # in the order in which they were given texts
+
+    def add(self, texts: list[str]) -> None:
+        """Count the words of some texts, or give them to a process that counts them.
+
+        Args:
+            texts: Documents, or parts of documents that end where a word ends.
+
+        Raises:
+            ValueError: As `count_words`, for these texts or earlier ones.
+            MisconfigurationException: If a process was killed.
+        """
+        self.n_bytes += sum(len(text.encode()) for text in texts)
+        if self._workers == 0:
+            self.words.update(count_words(texts, *self._arguments))
+            return
+        counts: Counter[bytes] = Counter()
+        if not self._idle and len(self._processes) < self._workers:
+            self._idle.append(self._start())
+        if not self._idle:
+            counts = self._receive()
+        connection = self._idle.pop()
+        with _processes_that_live():
+            # One batch at a time: two processes that both write to a full pipe would wait forever.
+            connection.send(texts)
+        self._busy.append(connection)
+        self.words.update(counts)  # while the process counts already
+
+    def wait(self) -> None:
+        """Wait until all texts are counted.
+
+        Raises:
+            ValueError: As `count_words`.
+            MisconfigurationException: If a process was killed.
+        """
+        while self._busy:
+            self.words.update(self._receive())
+
+    def close(self) -> None:
+        """End the processes; what they have not yet counted is lost."""
+        for process in self._processes:
+            process.terminate()
+        for process in self._processes:
+            process.join()
+        self._processes, self._idle, self._busy = [], [], deque()
+
+    def _start(self) -> Connection:
+        ours, theirs = multiprocessing.Pipe()
+        process = multiprocessing.Process(target=_count, args=(ours, theirs, *self._arguments), daemon=True)
+        # A new process has the handlers of this one until it sets its own, and would lose a signal that comes before.
+        blocked_before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+        try:
+            process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, blocked_before)
+        theirs.close()  # so that reading ends when the process does
+        self._processes.append(process)
+        return ours
+
+    def _receive(self) -> Counter[bytes]:
+        connection = self._busy.popleft()
+        with _processes_that_live():
+            counts = connection.recv()
+        self._idle.append(connection)
+        if isinstance(counts, Exception):
+            raise counts
+        return counts
+
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+@contextmanager
+def _processes_that_live() -> Iterator[None]:
+    try:
+        yield
+    except (EOFError, ConnectionError) as error:
+        raise MisconfigurationException(
+            "a process that counts words was killed, possibly for lack of memory; set model.count_workers lower"
+        ) from error
+
+
+def _count(parents: Connection, connection: Connection, pattern: str, special_tokens: Sequence[str]) -> None:
+    """Count the words of each batch of texts that arrives, until the other end is closed."""
+    parents.close()  # a copy, which would keep the pipe open when the parent is killed
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all processes of a terminal; the parent ends this one
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+    while True:
+        try:
+            texts = connection.recv()
+        except (EOFError, ConnectionError):
+            return
+        try:
+            connection.send(count_words(texts, pattern, special_tokens))
+        except ValueError as error:
+            connection.send(error)
+        except ConnectionError:
+            return

@@ -1,0 +1,194 @@
+"""The parts of a run of byte-pair encoding: its data, the counting of words, and the metrics."""
+
+import os
+import select
+import signal
+from itertools import chain
+
+import pytest
+from helpers import text
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch.utils.data import DataLoader
+
+from datamodules.bpe.data import BatchStream, BPEDataModule, SplitText
+from datamodules.sources import ListText, Piece, Source
+from lightning_modules.bpe.metrics import TokenizerMetrics
+from lightning_modules.bpe.rust_tokenizers import rust_tokenizer
+from lightning_modules.bpe.textbook import GPT2_PATTERN, count_words
+from lightning_modules.bpe.tokenizer import to_tokenizer_json
+from lightning_modules.bpe.word_counter import WordCounter
+
+END = "<|endoftext|>"
+DOCUMENTS = [text(30, seed) for seed in range(20)]
+
+
+class Pieces(Source):
+    """Forty documents of two pieces."""
+
+    def pieces(self):
+        for number in range(40):
+            yield Piece(f"begin {number}", False)
+            yield Piece(f"end {number}", True)
+
+    def fingerprint(self):
+        return ""
+
+
+# --- the data --------------------------------------------------------------------------------------------------------
+
+
+def test_splits_hold_whole_documents_and_lose_none():
+    splits = [list(SplitText(Pieces(), name, 0.3, 0.2)) for name in ("train", "val", "test")]
+    assert all(splits)
+    for split in splits:
+        assert [piece.replace("begin", "end") for piece in split[::2]] == split[1::2]
+    assert sorted(chain(*splits)) == sorted(piece for piece, _ in Pieces().pieces())
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("skip", [0, 4])
+def test_shares_of_all_processes_make_up_the_global_batches_in_order(num_workers, skip):
+    shares = []
+    for rank in range(3):
+        stream = BatchStream(SplitText(Pieces()), batch_size=7, rank=rank, world_size=3)
+        stream.skip = skip
+        shares.append(list(DataLoader(stream, batch_size=None, num_workers=num_workers)))
+    assert len({len(share) for share in shares}) == 1
+    joined = [list(chain(*parts)) for parts in zip(*shares, strict=True)]
+    pieces = [piece for piece, _ in Pieces().pieces()]
+    assert joined == [pieces[start : start + 7] for start in range(7 * skip, len(pieces), 7)]
+
+
+class Handlers(Source):
+    """What a process does on Ctrl-C."""
+
+    def pieces(self):
+        yield Piece(repr(signal.getsignal(signal.SIGINT)), True)
+
+    def fingerprint(self):
+        return ""
+
+
+def test_workers_of_a_loader_ignore_interrupts():
+    loader = BPEDataModule(Handlers(), val_fraction=0.0, num_workers=1).train_dataloader()
+    assert list(loader) == [["<Handlers.SIG_IGN: 1>"]]
+
+
+def test_skipping_is_for_one_iteration():
+    stream = BatchStream(SplitText(Pieces()), batch_size=10)
+    stream.skip = 5
+    assert [len(list(stream)) for _ in range(2)] == [3, 8]
+
+
+def test_validation_and_test_may_have_sources_of_their_own():
+    own = {"val_source": ListText(["val"]), "test_source": ListText(["test"])}
+    data = BPEDataModule(ListText(DOCUMENTS), batch_size=100, val_fraction=0.5, **own)
+    loaders = (data.train_dataloader(), data.val_dataloader(), data.test_dataloader())
+    assert [next(iter(loader)) for loader in loaders] == [DOCUMENTS, ["val"], ["test"]]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "stage", "message"),
+    [
+        ({"source": ListText([])}, "fit", r"data\.source: the corpus is empty"),
+        ({"source": ListText(DOCUMENTS[:1]), "val_fraction": 1e-9}, "fit", "there is no val text"),
+        ({"source": ListText(DOCUMENTS)}, "test", r"no test text.*data\.test_fraction higher"),
+    ],
+)
+def test_a_split_without_text_costs_one_line(arguments, stage, message):
+    with pytest.raises(MisconfigurationException, match=message) as caught:
+        BPEDataModule(**arguments).setup(stage)
+    assert "\n" not in str(caught.value)
+
+
+def test_fractions_leave_something_to_train_on():
+    with pytest.raises(MisconfigurationException, match="leave something to train on"):
+        BPEDataModule(ListText(DOCUMENTS), val_fraction=0.9, test_fraction=0.1)
+
+
+# --- the counting of words -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_counter_counts_all_texts_once_it_has_waited(workers):
+    counter = WordCounter(GPT2_PATTERN, [END], workers)
+    for document in DOCUMENTS:
+        counter.add([document, "é"])
+    counter.wait()
+    counter.add(["after the wait"])
+    counter.wait()
+    counter.close()
+    assert counter.words == count_words([*DOCUMENTS, *["é"] * len(DOCUMENTS), "after the wait"])
+    assert counter.n_bytes == len("".join(DOCUMENTS)) + 2 * len(DOCUMENTS) + len("after the wait")
+
+
+def test_a_counter_raises_the_error_of_its_process_and_counts_on():
+    counter = WordCounter(r"\w+", workers=1)
+    counter.add(["loses space"])
+    with pytest.raises(ValueError, match="loses text"):
+        counter.add(["more"])
+    counter.add(["more"])
+    counter.wait()
+    counter.close()
+    assert counter.words == {b"more": 1}
+
+
+def test_a_killed_process_is_reported_and_does_not_hang():
+    counter = WordCounter(GPT2_PATTERN, workers=2)
+    counter.add(["a"])
+    counter.wait()
+    os.kill(counter._processes[0].pid, signal.SIGKILL)
+    counter._processes[0].join()
+    with pytest.raises(MisconfigurationException, match=r"was killed.*set model\.count_workers lower"):
+        counter.add(["b"])
+    counter.close()
+
+
+def test_processes_end_at_close_even_if_their_parent_ignores_signals_and_they_have_just_begun():
+    before = signal.signal(signal.SIGTERM, lambda number, frame: None)
+    try:
+        counter = WordCounter(GPT2_PATTERN, workers=2)
+        counter.add(["a"])
+        counter.add(["b"])
+        processes = counter._processes
+        counter.close()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert [process.is_alive() for process in processes] == [False, False]
+
+
+def test_processes_leave_when_their_parent_is_killed():
+    reading, writing = os.pipe()  # reading ends when no process has the other end any more
+    child = os.fork()
+    if child == 0:
+        counter = WordCounter(GPT2_PATTERN, workers=3)
+        for document in DOCUMENTS[:5]:
+            counter.add([document])
+        os.kill(os.getpid(), signal.SIGKILL)
+    os.close(writing)
+    os.waitpid(child, 0)
+    ended, *_ = select.select([reading], [], [], 60)
+    assert ended
+    assert os.read(reading, 1) == b""
+    os.close(reading)
+
+
+# --- the metrics -----------------------------------------------------------------------------------------------------
+
+
+def test_metrics_of_a_text_by_hand():
+    merged = rust_tokenizer(to_tokenizer_json([(b"a", b"b"), (b"ab", b"ab")]))
+    single = rust_tokenizer(to_tokenizer_json([]))
+    metrics = TokenizerMetrics({"merged": merged, "single": single}, GPT2_PATTERN)
+    metrics.update(["ababc", "ab"])  # abab c ab, two words
+    metrics.update(["é"])  # two bytes
+    metrics.update([])
+    found = {name: {k: v.item() for k, v in result.items()} for name, result in metrics.compute().items()}
+    assert found == {
+        "merged": pytest.approx(
+            {"bytes_per_token": 9 / 5, "tokens_per_word": 5 / 3, "vocabulary_use": 5 / 258, "single_byte_tokens": 3 / 5}
+        ),
+        "single": pytest.approx(
+            {"bytes_per_token": 1, "tokens_per_word": 3, "vocabulary_use": 5 / 256, "single_byte_tokens": 1}
+        ),
+    }
