@@ -6,33 +6,18 @@ import itertools
 import json
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from experiments.errors import UserError
 from experiments.study.names import arm_name
 from experiments.study.plan import Plan
+from experiments.study.runs import Run
 
 if TYPE_CHECKING:  # optuna is slow to import
-    import optuna
+    pass
 
 _FILE = "journal.log"
-
-
-@dataclass(frozen=True)
-class Attempt:
-    """One start of a run.
-
-    Args:
-        arm: Name of the run and of its folder.
-        settings: Its settings.
-        trial: Optuna's trial.
-    """
-
-    arm: str
-    settings: dict[str, Any]
-    trial: "optuna.Trial"
 
 
 class Journal:
@@ -89,21 +74,21 @@ class Journal:
         self._again = [trial for trial in latest.values() if trial.state == TrialState.FAIL]
         self.outcomes = {arm: "AGAIN" if trial in self._again else trial.state.name for arm, trial in latest.items()}
 
-    def next(self) -> Attempt | None:
-        """Return the next start of a run, or `None` if there is none."""
+    def next(self) -> Run | None:
+        """Return the next run to start or to resume, or `None` if there is none."""
         if self._again:
             earlier = self._again.pop(0)
             attributes = {key: earlier.user_attrs[key] for key in ("arm", "settings")}
             self._optuna.enqueue_trial(earlier.params, attributes)
-            attempt = Attempt(**attributes, trial=self._optuna.ask(self._distributions))
+            run = Run(self._plan, **attributes, trial=self._optuna.ask(self._distributions))
         elif len(self.outcomes) < self._plan.n_runs and not self.reached_target:
-            attempt = self._draw(len(self.outcomes))
+            run = self._draw(len(self.outcomes))
         else:
             return None
-        self.outcomes[attempt.arm] = "RUNNING"
-        return attempt
+        self.outcomes[run.arm] = "RUNNING"
+        return run
 
-    def _draw(self, i: int) -> Attempt:
+    def _draw(self, i: int) -> Run:
         """Draw the settings of run i."""
         from optuna.samplers import RandomSampler, TPESampler
 
@@ -126,25 +111,18 @@ class Journal:
         settings = self._sweep.settings(list(values.values()))
         trial.set_user_attr("settings", settings)
         trial.set_user_attr("arm", arm)
-        return Attempt(arm, settings, trial)
+        return Run(self._plan, arm, settings, trial)
 
-    def record(self, attempt: Attempt, value: float | None, error: str | None, stopped_early: bool) -> None:
-        """Write down how a run has ended.
-
-        Args:
-            attempt: The run.
-            value: Its best value of the sweep's metric, if it has one.
-            error: Why it has failed; nothing if it has not.
-            stopped_early: Whether the pruner has stopped it.
-        """
+    def record(self, run: Run, value: float | None, error: str | None) -> None:
+        """Write down how a run has ended: its best value of the metric, and why it failed, if it did."""
         from optuna.trial import TrialState
 
         if error:
-            attempt.trial.set_user_attr("error", error)
-        state = TrialState.FAIL if error else TrialState.PRUNED if stopped_early else TrialState.COMPLETE
+            run.trial.set_user_attr("error", error)
+        state = TrialState.FAIL if error else TrialState.PRUNED if run.stopped_early else TrialState.COMPLETE
         # Optuna wants a number of every complete trial; a sweep without a metric has none.
-        self._optuna.tell(attempt.trial, (value or 0.0) if state == TrialState.COMPLETE else None, state)
-        self.outcomes[attempt.arm] = state.name
+        self._optuna.tell(run.trial, (value or 0.0) if state == TrialState.COMPLETE else None, state)
+        self.outcomes[run.arm] = state.name
         target = self._sweep.metric.target if self._sweep.metric else None
         if state == TrialState.COMPLETE and target is not None and value is not None:
             self.reached_target |= value >= target if self._sweep.maximize else value <= target
@@ -157,9 +135,6 @@ class Journal:
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[BinaryIO]:
     """Lock a study's folder and yield the lock; repair the journal if the last line is incomplete after a kill.
-
-    Args:
-        folder: The study's folder.
 
     Raises:
         UserError: If another process has the lock.

@@ -35,12 +35,7 @@ class Plan:
     seed: int
 
     def command(self, arm: str, settings: Mapping[str, Any]) -> list[str]:
-        """Return the command of a run.
-
-        Args:
-            arm: Name of the run.
-            settings: Its settings.
-        """
+        """Return the command of a run."""
         root, topic = self.folder.parent.parent, self.folder.parent.name
         place = {"root": root, "topic": topic, "study": self.folder.name, "name": arm}
         words = self.sweep.words(settings, self.folder / "logs" / f"{arm}.json")
@@ -49,10 +44,6 @@ class Plan:
 
 def number_of_runs(sweep: Sweep, at_most: int | None) -> int:
     """Return how many runs a study has.
-
-    Args:
-        sweep: The sweep.
-        at_most: The user's limit, if there is one.
 
     Raises:
         UserError: If neither the file nor the user limits a search that has no end.
@@ -67,11 +58,6 @@ def number_of_runs(sweep: Sweep, at_most: int | None) -> int:
 
 def study_folder(sweep: Sweep, flags: Sequence[str], name: str | None) -> Path:
     """Return the folder of a study, in the folder of the topic that its command trains.
-
-    Args:
-        sweep: The sweep.
-        flags: Flags of every run.
-        name: The study's name; by default that of the sweep.
 
     Raises:
         UserError: If the command does not tell the topic.

@@ -9,21 +9,17 @@ from collections.abc import Iterator
 from experiments.errors import UserError
 from experiments.study.journal import Journal, locked
 from experiments.study.plan import Plan
-from experiments.study.runs import Run, start_run
+from experiments.study.runs import Run
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def first_commands(plan: Plan) -> Iterator[list[str]]:
-    """Yield the commands of the runs that do not depend on results.
-
-    Args:
-        plan: The plan of the study.
-    """
+    """Yield the commands of the runs that do not depend on results."""
     journal = Journal(plan, in_memory=True)
     for _ in range(1 if plan.sweep.method == "bayes" else plan.n_runs):
-        if attempt := journal.next():
-            yield plan.command(attempt.arm, attempt.settings)
+        if run := journal.next():
+            yield plan.command(run.arm, run.settings)
 
 
 class Study:
@@ -59,7 +55,8 @@ class Study:
             say(f"study   {folder}: {self._total} runs{done}; their output goes to {folder / 'logs'}")
             while True:
                 while len(self.running) < self.plan.jobs and not self.signals and (new := self.journal.next()):
-                    self.running.append(start_run(self.plan, new, lock))
+                    new.start(lock)
+                    self.running.append(new)
                 self._pass_signals_on()
                 if not self.running:
                     break
@@ -82,11 +79,10 @@ class Study:
     def _check(self, run: Run) -> None:
         """Stop a run that the pruner gives up, and record a run that has ended."""
         code = run.exit_code()
-        sweep = self.plan.sweep
-        watched = sweep.early_terminate is not None and not run.stopped_early
-        if watched and run.should_stop(sweep.metric.name) and code is None:
+        watched = self.plan.sweep.early_terminate and not run.stopped_early
+        if watched and run.should_stop(self.plan.sweep.metric.name) and code is None:
             run.stopped_early = True
-            run.signal()
+            run.stop()
         if code is not None:
             self.running.remove(run)
             if not (self.signals and code):  # an interrupted run keeps its trial open, and is resumed later
@@ -94,17 +90,17 @@ class Study:
 
     def _record(self, run: Run, code: int) -> None:
         """Record how a run has ended, and print it."""
-        metric, value = run.result(self.plan.sweep)
+        metric, value = run.result()
         error = None if run.stopped_early else run.error(code)
         if not (error or run.stopped_early) and self.plan.sweep.metric and value is None:
             error = f"it has logged no {metric}"
-        self.journal.record(run.attempt, value, error, run.stopped_early)
+        self.journal.record(run, value, error)
 
         number = len(self.journal.outcomes) - self.journal.count("RUNNING", "AGAIN")
         best = f"{metric} {value:.4f}" if value is not None else ""
         how = f"failed: {error}" if error else f"{best}, stopped early" if run.stopped_early else best
         took = _duration(time.monotonic() - run.began) if run.process else "finished before"
-        say(f"[{number:>{len(str(self._total))}}/{self._total}] {run.attempt.arm}  {how}  ({took})")
+        say(f"[{number:>{len(str(self._total))}}/{self._total}] {run.arm}  {how}  ({took})")
 
     @contextlib.contextmanager
     def _listening(self) -> Iterator[None]:
@@ -126,7 +122,7 @@ class Study:
         if is_first:
             say("stopping: the runs save and exit; once more kills them")
         for run in self.running:
-            run.signal(kill=not is_first)
+            run.stop(kill=not is_first)
 
 
 def say(line: str) -> None:

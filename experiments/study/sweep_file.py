@@ -91,7 +91,7 @@ class Sweep(Section):
     metric: Metric = ABSENT
     run_cap: PositiveInt = ABSENT
     early_terminate: Hyperband = ABSENT
-    command: list[Any] = Field(["${env}", "${interpreter}", "${program}", "${args}"], min_length=1)
+    command: list[Any] = Field(["${env}", "${interpreter}", "${program}", "${args}"])
     program: str = ABSENT
     project: str = ABSENT
     entity: str = ABSENT
@@ -161,11 +161,7 @@ class Sweep(Section):
         return dict(_flatten(self.parameters))
 
     def settings(self, values: Sequence[Any]) -> dict[str, Any]:
-        """Return the settings of one run, nested as in the file.
-
-        Args:
-            values: One value for each parameter.
-        """
+        """Return the settings of one run, nested as in the file, from one value for each parameter."""
         settings: dict[str, Any] = {}
         for (*parents, last), value in zip(self.distributions, values, strict=True):
             section = settings
@@ -175,12 +171,7 @@ class Sweep(Section):
         return settings
 
     def words(self, settings: Mapping[str, Any], json_file: Path) -> list[str]:
-        """Return the command of the run with these settings, word for word that of `wandb agent`.
-
-        Args:
-            settings: The run's settings.
-            json_file: The file for `${args_json_file}`.
-        """
+        """Return the command of the run with these settings, word for word that of `wandb agent`."""
         meaning = _macros(settings, json_file, self.program)
         words: list[str] = []
         for word in map(str, self.command):
