@@ -1,9 +1,9 @@
-"""Training speed of Bengio's network, MLP1 on a vocabulary of Brown's size, against plain PyTorch modules, on this CPU.
+"""Training speed of Bengio's network compared with plain PyTorch modules: MLP1, a vocabulary of Brown's size, this CPU.
 
-Run `python tests/benchmarks/bengio_speed.py`: it takes about two minutes and prints a Markdown table. Both have the
-same weights, the same words and fused AdamW. The plain one is `nn.Embedding`, `nn.Linear` and `F.cross_entropy` in
-float32, and once more under bfloat16 autocast; ours is `BengioNLM.loss`, as `BengioNLMModule` calls it, in the same two
-precisions. They take turns, step by step, so that whatever else the machine does hits all; the figures are medians.
+Run `python tests/benchmarks/bengio_speed.py`: it takes about two minutes and prints a Markdown table. Both networks have
+the same weights, the same words and fused AdamW. The plain one is `nn.Embedding`, `nn.Linear` and `F.cross_entropy`;
+ours is `BengioNLM.loss`, as `BengioNLMModule` calls it. Both run in float32 and under bfloat16 autocast. They take turns
+after each step, so that other work on the machine slows down all alike; the figures are medians.
 """
 
 import statistics
@@ -23,7 +23,7 @@ ROUNDS = 40
 
 
 class Plain(nn.Module):
-    """The same network as one would write it at first."""
+    """The same network of standard PyTorch modules."""
 
     def __init__(self, ours: BengioNLM) -> None:
         super().__init__()
@@ -40,13 +40,13 @@ class Plain(nn.Module):
                 mine.copy_(theirs)
 
     def loss(self, context: Tensor, targets: Tensor) -> Tensor:
-        """Mean cross entropy."""
+        """Return the mean cross entropy of targets (B,) for contexts (B, n - 1)."""
         x = torch.cat([self.embedding(context[:, k]) for k in range(N - 1)], dim=1)
         return F.cross_entropy(self.output(torch.tanh(self.hidden(x))) + self.direct(x), targets)
 
 
 def make_step(model: nn.Module, context: Tensor, targets: Tensor, low: bool) -> Callable[[], float]:
-    """One optimiser step, as a function without arguments that gives its loss."""
+    """Return a function that makes an optimiser step and returns its loss."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
 
     def step() -> float:
@@ -61,7 +61,7 @@ def make_step(model: nn.Module, context: Tensor, targets: Tensor, low: bool) -> 
 
 
 def main() -> None:
-    """Measures and prints."""
+    """Measure the networks and print the table."""
     torch.set_num_threads(N_THREADS)
     torch.manual_seed(0)
     context = torch.randint(VOCAB_SIZE, (BATCH_SIZE, N - 1))
@@ -77,7 +77,7 @@ def main() -> None:
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     names = list(steps)
     for turn in range(ROUNDS):
-        for name in names[turn % len(names) :] + names[: turn % len(names)]:  # who goes first changes too
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:  # the first one changes too
             start = time.perf_counter()
             steps[name]()
             seconds[name].append(time.perf_counter() - start)
