@@ -1,8 +1,8 @@
-"""Training speed of our decoder against Hugging Face's GPT2LMHeadModel (sdpa) of the same size, on this CPU.
+"""Training speed of our decoder and of Hugging Face's GPT2LMHeadModel (sdpa) of the same size, on this CPU.
 
-Run `python tests/benchmarks/decoder_speed.py`: it takes about 80 seconds and prints a Markdown table. Both train in
-the same bare loop (forward, cross entropy, backward, clipping, fused AdamW) with the same weights and data, in short
-rounds that alternate, so that whatever else the machine does hits both; the figures are medians over the rounds.
+Run `python tests/benchmarks/decoder_speed.py`, which prints a Markdown table. Both models train in the same bare loop
+(forward pass, cross entropy, backward pass, clipping, fused AdamW) with the same weights and data. Short rounds
+alternate, so that other load on the machine affects both; the figures are medians over the rounds.
 """
 
 import statistics
@@ -19,7 +19,7 @@ from lightning_modules.models.decoder import Decoder, DecoderConfig
 from lightning_modules.models.gpt2_format import gpt2_config, to_gpt2_state_dict
 
 N_THREADS = 2
-SECONDS_PER_ROUND = 0.5  # of one model, or one step where that takes longer
+SECONDS_PER_ROUND = 0.5  # of one model; at least one step
 SECONDS_PER_SIZE = 40.0
 
 SIZES = {  # name: configuration, batch size
@@ -29,7 +29,7 @@ SIZES = {  # name: configuration, batch size
 
 
 def make_step(model: nn.Module, logits: Callable[[Tensor], Tensor], tokens: Tensor) -> Callable[[], None]:
-    """One optimiser step of `model`, as a function without arguments."""
+    """Return a function that makes one optimiser step of `model`."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
     inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].flatten()
 
@@ -44,7 +44,7 @@ def make_step(model: nn.Module, logits: Callable[[Tensor], Tensor], tokens: Tens
 
 
 def seconds(step: Callable[[], None], n_steps: int) -> float:
-    """Seconds a step, over `n_steps` of them."""
+    """Return the mean seconds of `n_steps` steps."""
     start = time.perf_counter()
     for _ in range(n_steps):
         step()
@@ -52,7 +52,7 @@ def seconds(step: Callable[[], None], n_steps: int) -> float:
 
 
 def compare(config: DecoderConfig, batch_size: int) -> tuple[float, float, float]:
-    """Tokens per second of ours and of Hugging Face's, and the median of the rounds' ratios."""
+    """Return our tokens per second, those of Hugging Face, and the median ratio over the rounds."""
     torch.manual_seed(0)
     ours = Decoder(config)
     initialization.gpt2(ours)
@@ -69,7 +69,7 @@ def compare(config: DecoderConfig, batch_size: int) -> tuple[float, float, float
     n_steps = max(1, round(SECONDS_PER_ROUND / seconds(steps[0], 2)))
     rounds = []
     while time.perf_counter() < end or len(rounds) < 2:
-        order = (0, 1) if len(rounds) % 2 == 0 else (1, 0)  # who goes first changes too
+        order = (0, 1) if len(rounds) % 2 == 0 else (1, 0)  # the first model of a round alternates too
         measured = {which: seconds(steps[which], n_steps) for which in order}
         rounds.append((measured[0], measured[1]))
     n_tokens = batch_size * config.block_size
@@ -78,7 +78,7 @@ def compare(config: DecoderConfig, batch_size: int) -> tuple[float, float, float
 
 
 def main() -> None:
-    """Print the table."""
+    """Measure each size, and print the table."""
     torch.set_num_threads(N_THREADS)
     print(f"torch {torch.__version__}, {N_THREADS} threads\n")
     print("| size | ours, tokens/s | GPT2LMHeadModel, tokens/s | ratio |")

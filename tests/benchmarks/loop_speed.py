@@ -1,7 +1,8 @@
-"""What the framework costs: steps per second of `llm-train fit` against a bare PyTorch loop, in turn, in one process.
+"""The cost of the framework: steps per second of `llm-train fit` and of a bare PyTorch loop, in turn in one process.
 
-Both train the decoder of `char_shakespeare_cpu.yaml` on the same windows of the same generated text, with the same
-fused AdamW, schedule and gradient clipping. `fit` has the default loggers (W&B offline) and callbacks.
+Run `python tests/benchmarks/loop_speed.py`, which prints a Markdown table. Both train the decoder of
+`char_shakespeare_cpu.yaml` on random windows of the same generated text, with the same fused AdamW, schedule and
+gradient clipping. `fit` has the default callbacks and loggers (W&B offline).
 """
 
 import contextlib
@@ -30,14 +31,14 @@ BATCH, BLOCK = 12, 64
 
 
 def write_text(path: Path) -> None:
-    """A million characters of 65 kinds."""
+    """Write a million random characters of 65 kinds."""
     draw = random.Random(0)
     letters = "".join(map(chr, range(32, 32 + 65)))
     path.write_text("".join(draw.choices(letters, k=1_000_000)))
 
 
 def bare_steps_per_second(path: Path) -> float:
-    """The loop that one would write without a framework."""
+    """Return the steps per second of a training loop without a framework."""
     text = path.read_text()
     ids = {character: i for i, character in enumerate(sorted(set(text)))}
     tokens = torch.tensor([ids[character] for character in text])
@@ -65,12 +66,12 @@ def bare_steps_per_second(path: Path) -> float:
 
 
 class Stopwatch(L.Callback):
-    """Times the steps after the first ones, as the bare loop does."""
+    """Callback that times the steps after the warm-up, as the bare loop does."""
 
     seconds = 0.0
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: object) -> None:
-        """Starts the watch."""
+        """Start the clock after the warm-up, and stop it after the last step."""
         if trainer.global_step == WARMUP:
             Stopwatch.began = time.perf_counter()
         elif trainer.global_step == STEPS:
@@ -78,7 +79,7 @@ class Stopwatch(L.Callback):
 
 
 def fit_steps_per_second(path: Path) -> float:
-    """The real command."""
+    """Return the steps per second of the command."""
     flags = ["--data.source.paths", str(path), "--trainer.max_steps", str(STEPS), "--trainer.limit_val_batches", "0"]
     flags += ["--trainer.callbacks+", f"{__name__}.Stopwatch"]
     with contextlib.redirect_stderr(io.StringIO()):

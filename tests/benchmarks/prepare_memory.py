@@ -1,7 +1,8 @@
-"""How fast a text of a gigabyte is prepared, and in how much memory: prints a Markdown table.
+"""Time and peak memory of tokenising a large text into the cache.
 
-Run as `python tests/benchmarks/prepare_memory.py [--gigabytes 1]`. The text, made of the lines of this Python's own
-source in random order, is one single file; it needs three times its size on the disk, and is deleted in the end.
+Run `python tests/benchmarks/prepare_memory.py [--gigabytes 1]`, which prints a Markdown table. The text is one file with
+lines of the Python source of this machine in random order. The benchmark needs three times its size on the disk, and
+deletes all files at the end.
 """
 
 import argparse
@@ -15,7 +16,7 @@ from pathlib import Path
 
 
 def peak_mib() -> float:
-    """Return the peak of this process's resident memory (Linux)."""
+    """Return the peak resident memory of this process in MiB (Linux only)."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) / 1024
@@ -34,7 +35,7 @@ def write_text(path: Path, size: int) -> None:
 
 
 def write_tokenizer(path: Path) -> None:
-    """Train a small byte-level BPE tokenizer on the same kind of text."""
+    """Train a small byte-level BPE tokenizer on text of the same kind."""
     from tokenizers import ByteLevelBPETokenizer
 
     from datamodules.sources import PythonText
@@ -45,7 +46,7 @@ def write_tokenizer(path: Path) -> None:
 
 
 def prepare(text: Path, tokenizer: str, cache: Path) -> None:
-    """Prepare the text as a training run would, and print the figures as JSON."""
+    """Tokenise the text as a training run does, and print the figures as JSON."""
     from datamodules.decoder_pretrain.data import PretrainDataModule
     from datamodules.sources import TextFiles
 
@@ -61,7 +62,7 @@ def prepare(text: Path, tokenizer: str, cache: Path) -> None:
 
 
 def main() -> None:
-    """Measure each tokenizer in a process of its own."""
+    """Measure each tokenizer in its own process, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--gigabytes", type=float, default=1.0)
     parser.add_argument("--step", nargs="+", help=argparse.SUPPRESS)
