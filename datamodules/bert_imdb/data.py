@@ -133,7 +133,7 @@ class TokenizedReviews(Dataset):
 class MaskedReviews(TokenizedReviews):
     """Reviews with masked tokens, for masked-language-model training (Devlin et al., 2019, section 3.1).
 
-    Of the tokens that are chosen as targets, 80 % are replaced by `[MASK]`, 10 % by a random token, and 10 % stay.
+    Of the tokens that are chosen as targets, most are replaced by `[MASK]`, some by a random token, and some stay.
     Position `p` of an epoch of `n` reviews is `epoch * n + p`. The targets of a review depend on this number and the
     seed only, not on the batch or the process.
 
@@ -284,14 +284,11 @@ class ReviewsDataModule(WithTokenizer, ExperimentDataModule):
 
     def val_dataloader(self) -> DataLoader:
         """Return the loader of the validation split, the shortest rows first."""
-        return self._shortest_first("val")
+        return self.evaluation_loader(self.datasets["val"], self.datasets["val"].by_length)
 
     def test_dataloader(self) -> DataLoader:
         """Return the loader of the test split, the shortest rows first."""
-        return self._shortest_first("test")
-
-    def _shortest_first(self, split: Side) -> DataLoader:
-        return self.evaluation_loader(self.datasets[split], self.datasets[split].by_length)
+        return self.evaluation_loader(self.datasets["test"], self.datasets["test"].by_length)
 
     @cached_property
     def _frame(self) -> tuple[np.ndarray, np.ndarray]:

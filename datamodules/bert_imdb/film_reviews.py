@@ -180,7 +180,7 @@ class FilmReviews(ReviewSource):
 
 
 def films_of(split: Side) -> list[str]:
-    """Return the films of a split: 70 % are in training, 10 % in validation, 20 % in the test."""
+    """Return the films of a split; no film is in two splits."""
     places = {"train": range(7), "val": range(7, 8), "test": range(8, 10)}[split]
     n = len(_TITLE_NOUNS)  # all splits have the words of the titles, in other pairs
     return [title for i, title in enumerate(_TITLES) if (i // n + i % n) % 10 in places]

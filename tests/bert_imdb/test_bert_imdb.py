@@ -6,10 +6,7 @@ import os
 import re
 import shutil
 import signal
-import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr
-from io import StringIO
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,11 +21,11 @@ import yaml
 from helpers import assert_same_weights
 from jsonargparse import ArgumentParser
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from shared_runs import own_world, run_command
 
 from datamodules.bert_imdb.data import BertImdbDataModule, MaskedReviewsDataModule
 from datamodules.bert_imdb.film_reviews import FilmReviews
 from datamodules.bert_imdb.reviews import ReviewFiles
-from experiments.__main__ import main
 from lightning_modules.bert_imdb.bag_of_words import BagOfWords
 from lightning_modules.bert_imdb.cached_features import CachedFeatures, weights_digest
 from lightning_modules.bert_imdb.classification_report import ClassificationReport, read_predictions
@@ -101,22 +98,11 @@ def train(module: L.LightningModule, data: L.LightningDataModule, callbacks: Seq
     return trainer
 
 
-@contextmanager
-def shared_folder(folder: Path) -> Iterator[Path]:
-    """Work in a folder that several tests look at, isolated as each test is."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        patch.setenv("LLM_TRAIN_CACHE", str(folder / "cache"))
-        patch.setenv("WANDB_MODE", "disabled")
-        patch.setenv("HF_HUB_OFFLINE", "1")
-        patch.setattr(sys, "argv", ["llm-train"])
-        yield folder
-
-
 @pytest.fixture(scope="module")
 def pretrained(tmp_path_factory) -> SimpleNamespace:
     """A BERT of two layers with dropout, pretrained on masked tokens and exported."""
-    with shared_folder(tmp_path_factory.mktemp("pretrained")) as run:
+    run = tmp_path_factory.mktemp("pretrained")
+    with own_world(run):
         reviews = FilmReviews(n_train=24, n_val=8, n_test=4, n_unlabelled=24)
         data = MaskedReviewsDataModule(reviews, "wordpiece", 8, 48, wordpieces=400)
         sizes = {"vocab_size": data.vocab_size, "block_size": data.block_size, "pad_token_id": data.pad_token_id}
@@ -128,10 +114,11 @@ def pretrained(tmp_path_factory) -> SimpleNamespace:
 @pytest.fixture(scope="module")
 def classified(pretrained, tmp_path_factory) -> SimpleNamespace:
     """A run of the command that trains the pretrained encoder on labels."""
-    printed = StringIO()
-    with shared_folder(tmp_path_factory.mktemp("classified")) as folder, redirect_stderr(printed):
-        main(["fit", "-c", str(write_config(pretrained.run, CALLBACKS))])
-    return SimpleNamespace(folder=folder, run=folder / "runs/bert_imdb/classified", printed=printed.getvalue())
+    folder = tmp_path_factory.mktemp("classified")
+    with own_world(folder):
+        done = run_command("fit", "-c", write_config(pretrained.run, CALLBACKS))
+    assert done.code == 0, done.err
+    return SimpleNamespace(folder=folder, run=folder / "runs/bert_imdb/classified", printed=done.err)
 
 
 @pytest.fixture(scope="module")
@@ -528,10 +515,3 @@ def test_a_head_of_another_size_is_refused(pretrained, classified):
     ):
         with pytest.raises(MisconfigurationException, match=message):
             BertImdbModule(str(pretrained.run), **SIZES | changes).on_load_checkpoint(checkpoint)
-
-
-def test_a_dropout_outside_its_range_is_refused_by_the_parser(llm_train, classified):
-    refused = llm_train("fit", "-c", classified.folder / "classified.yaml", "--model.dropout", "1")
-    assert refused.code == 2
-    assert "model.dropout" in refused.err
-    assert "does not conform to restriction" in refused.err
