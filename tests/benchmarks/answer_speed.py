@@ -1,6 +1,6 @@
-"""What the cache of keys and values is worth: tokens per second of batched answers with it and without, in turn.
+"""Measure the cache of keys and values: tokens per second of batched answers with and without it, alternating.
 
-A model of the size of GPT-2 small, its weights drawn at random, answers eight prompts with 128 tokens each.
+A model of the size of GPT-2 small with random weights answers eight prompts with 128 tokens each.
 
     python tests/benchmarks/answer_speed.py
 """
@@ -16,12 +16,12 @@ VOCAB_SIZE, BATCH_SIZE, LONGEST_PROMPT, NEW_TOKENS, ROUNDS = 50257, 8, 64, 128, 
 
 
 def main() -> None:
-    """Prints a table."""
+    """Print a table."""
     torch.manual_seed(0)
     module = GPT2WebGLMQAModule("none", VOCAB_SIZE, 1024, {"model_type": "gpt2", "vocab_size": VOCAB_SIZE})
     lengths = torch.linspace(LONGEST_PROMPT // 2, LONGEST_PROMPT, BATCH_SIZE).int().tolist()
     prompts = [torch.randint(VOCAB_SIZE, (length,)).numpy() for length in lengths]
-    module.answer(prompts, 2, end=VOCAB_SIZE - 1)  # warms up
+    module.answer(prompts, 2, end=VOCAB_SIZE - 1)  # warm-up
 
     answers, speeds = {}, {"cached": [], "uncached": []}
     for _ in range(ROUNDS):

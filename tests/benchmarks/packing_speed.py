@@ -1,11 +1,11 @@
-"""Packing against padding: records per second of training steps, taken in turn, and the loss of each record both ways.
+"""Compare packing with padding: records per second of alternating training steps, and the loss of each record.
 
-A model of the size of GPT-2 small, its weights drawn at random, trains on rows of 1,024 places.
+A model of the size of GPT-2 small with random weights trains on rows of 1,024 positions.
 
     python tests/benchmarks/packing_speed.py
     python tests/benchmarks/packing_speed.py RECORDS.jsonl --tokenizer FOLDER
 
-Without a file, the records are generated, and their bytes are the tokens.
+Without a file, the records are random words, and the tokens are their bytes.
 """
 
 import argparse
@@ -26,10 +26,14 @@ BLOCK_SIZE, BATCH_SIZE, ROUNDS, COMPARED_ROWS = 1024, 2, 4, 8
 
 
 class Generated(RecordSource):
-    """Records of made-up words, as unequal in length as real ones."""
+    """Records of random words with lengths that vary as those of real records."""
 
     def records(self, side: str) -> Iterator[Record]:
-        """Yields 200, all of them to train on."""
+        """Yield 200 training records.
+
+        Args:
+            side: The split.
+        """
         draw = random.Random(0)
 
         def text(n_words: float) -> str:
@@ -43,7 +47,7 @@ class Generated(RecordSource):
 
 
 def rows_of(source: RecordSource, tokenizer: str, max_record_tokens: int, packing: bool) -> tuple[Rows, dict]:
-    """The training rows, and what was counted."""
+    """Return the training rows, and the counts with the size of the vocabulary."""
     data = GPT2WebGLMQADataModule(
         source, BLOCK_SIZE, BATCH_SIZE, tokenizer, max_record_tokens=max_record_tokens, packing=packing
     )
@@ -52,7 +56,7 @@ def rows_of(source: RecordSource, tokenizer: str, max_record_tokens: int, packin
 
 
 def losses(module: GPT2WebGLMQAModule, rows: Rows, numbers: list[int]) -> dict[int, float]:
-    """The loss of each record in some rows, in nats a token."""
+    """Return the loss of each record in some rows, in nats a token."""
     found = {}
     with torch.no_grad():
         for number in numbers:
@@ -68,7 +72,7 @@ def losses(module: GPT2WebGLMQAModule, rows: Rows, numbers: list[int]) -> dict[i
 def step(
     module: GPT2WebGLMQAModule, optimizer: torch.optim.Optimizer, rows: Rows, numbers: torch.Tensor, way: str
 ) -> float:
-    """Trains on some rows; gives the seconds that a record took."""
+    """Train on some rows, and return the seconds for each record."""
     started = time.perf_counter()
     batch = rows[numbers]
     members = [rows.examples[i] for number in numbers.tolist() for i in rows.rows[number]]
@@ -82,7 +86,7 @@ def step(
 
 
 def measure(source: RecordSource, tokenizer: str, max_record_tokens: int) -> str:
-    """A row of the table."""
+    """Return a row of the table."""
     packed, packed_counts = rows_of(source, tokenizer, max_record_tokens, packing=True)
     padded, padded_counts = rows_of(source, tokenizer, max_record_tokens, packing=False)
     torch.manual_seed(0)
@@ -90,7 +94,7 @@ def measure(source: RecordSource, tokenizer: str, max_record_tokens: int) -> str
     architecture = {"model_type": "gpt2", "vocab_size": vocab_size, "bos_token_id": 0, "eos_token_id": 0}
     architecture |= dict.fromkeys(("embd_pdrop", "resid_pdrop", "attn_pdrop"), 0.0)
     module = GPT2WebGLMQAModule("none", vocab_size, BLOCK_SIZE, architecture)
-    module.log_train_loss = lambda *_: None  # there is no trainer to log to
+    module.log_train_loss = lambda *_: None  # there is no trainer
     optimizer = torch.optim.AdamW(module.parameters(), lr=1e-4, fused=True)
 
     draw = torch.Generator().manual_seed(1)
@@ -100,7 +104,9 @@ def measure(source: RecordSource, tokenizer: str, max_record_tokens: int) -> str
         for way, rows in ways.items():
             numbers = torch.randperm(len(rows), generator=draw)[:BATCH_SIZE]
             seconds[way].append(step(module, optimizer, rows, numbers, way))
-    speed = {way: 1 / statistics.mean(measured[1:]) for way, measured in seconds.items()}  # the first one warms up
+    speed = {
+        way: 1 / statistics.mean(measured[1:]) for way, measured in seconds.items()
+    }  # without the first, a warm-up
     together = losses(module, packed, list(range(min(COMPARED_ROWS, len(packed)))))
     alone = losses(module, padded, sorted(together))  # without packing, the row of a record has its number
     worst = max(abs(together[i] - alone[i]) / alone[i] for i in together)
@@ -118,7 +124,7 @@ def measure(source: RecordSource, tokenizer: str, max_record_tokens: int) -> str
 
 
 def main() -> None:
-    """Prints a table for records of up to half a row, and of up to a whole one."""
+    """Print a table for records of up to half a row, and of up to a whole row."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("records", nargs="?", type=Path, help="JSON lines (default: generated)")
     parser.add_argument("--tokenizer", default="byte", help="folder or name of a tokenizer (default: byte)")
