@@ -175,7 +175,7 @@ class WarmupStableDecay(StepSchedule):
         return self.final + (1.0 - self.final) * (1.0 - math.sqrt(decayed))
 
 
-class OneCycle(StepSchedule):
+class OneCycle(Cosine):
     """Rises along half a cosine and decays along another: the 1cycle policy of Smith and Topin (2018).
 
     Args:
@@ -195,16 +195,11 @@ class OneCycle(StepSchedule):
         final: ClosedUnitInterval = 4e-6,
     ) -> None:
         self.initial = initial
-        self.final = final
-        super().__init__(optimizer, total_steps, warmup)
+        super().__init__(optimizer, total_steps, warmup, final)
 
     def warm(self, progress: float, step: float) -> float:
         """Rise from `initial` to 1."""
         return self.initial + (1.0 - self.initial) * 0.5 * (1.0 - math.cos(math.pi * progress))
-
-    def after_warmup(self, progress: float) -> float:
-        """Decay from 1 to `final`."""
-        return self.final + (1.0 - self.final) * 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
 class ReduceOnPlateau(StepSchedule):
