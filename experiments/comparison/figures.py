@@ -88,13 +88,19 @@ def _thin(steps: np.ndarray) -> np.ndarray:
 
 def curves_csv(curves: Sequence[Curve], arms: Sequence[Arm]) -> str:
     """Return the points of the curves as CSV."""
-    rows: list[tuple[Any, ...]] = []
-    for curve in curves:
-        n = len(curve.steps)
-        ends = [[""] * n if end is None else end.tolist() for end in (curve.low, curve.high)]
-        names = [[curve.metric] * n, [arms[curve.arm].label] * n, [curve.run] * n]
-        rows += zip(*names, curve.steps.tolist(), curve.values.tolist(), *ends, strict=True)
-    return csv_text(["metric", "arm", "run", "step", "value", "low", "high"], rows)
+    return csv_text(
+        ["metric", "arm", "run", "step", "value", "low", "high"],
+        (
+            (curve.metric, arms[curve.arm].label, curve.run, *point)
+            for curve in curves
+            for point in zip(*(column.tolist() for column in _columns(curve)), strict=True)
+        ),
+    )
+
+
+def _columns(curve: Curve) -> list[np.ndarray]:
+    empty = np.full(len(curve.steps), "")
+    return [curve.steps, curve.values, *(empty if end is None else end for end in (curve.low, curve.high))]
 
 
 def draw_curves(curves: Sequence[Curve], arms: Sequence[Arm], ranking: Sequence[int]) -> "Figure":

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import itertools
 import os
 import shutil
 import uuid
@@ -58,7 +59,7 @@ def csv_text(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
         rows: One sequence of cells a line.
     """
     text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows([columns, *rows])
+    csv.writer(text, lineterminator="\n").writerows(itertools.chain([columns], rows))
     return text.getvalue()
 
 
