@@ -44,9 +44,6 @@ def leave_interrupts_to_the_parent(worker: int) -> None:
     """Ignore Ctrl-C in a loader's worker, so that the training process can stop the run and save it.
 
     A terminal sends Ctrl-C to all its processes, and a worker that ends early makes the run fail.
-
-    Args:
-        worker: Number of the worker.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 

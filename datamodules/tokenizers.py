@@ -149,9 +149,6 @@ def token_byte_lengths(tokenizer: "PreTrainedTokenizerFast") -> np.ndarray:
 
     Bits per byte divides by their sum. The numbers are exact for byte-level and character tokenizers. WordPiece and
     SentencePiece do not keep all spaces of a text; for these it is the length of the token.
-
-    Args:
-        tokenizer: Tokenizer.
     """
     from tokenizers import decoders
 

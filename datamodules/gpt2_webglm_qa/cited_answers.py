@@ -123,11 +123,7 @@ class RecordSource(ABC):
 
     @abstractmethod
     def records(self, side: Side) -> Iterator[Record]:
-        """Yield the records of a split, always in the same order.
-
-        Args:
-            side: The split.
-        """
+        """Yield the records of a split, always in the same order."""
 
     def prepare(self) -> None:  # noqa: B027 - most have nothing to prepare
         """Download or make the records, on one process of each machine."""
@@ -165,9 +161,6 @@ class HubRecords(RecordSource):
 
     def records(self, side: Side) -> Iterator[Record]:
         """Yield the records of a split.
-
-        Args:
-            side: The split.
 
         Raises:
             MisconfigurationException: If the dataset cannot be reached, or a row is not a record.
@@ -211,9 +204,6 @@ class JSONLines(RecordSource):
 
     def records(self, side: Side) -> Iterator[Record]:
         """Yield the records of a split.
-
-        Args:
-            side: The split.
 
         Raises:
             MisconfigurationException: If a file is missing, or one of its lines is not a record.

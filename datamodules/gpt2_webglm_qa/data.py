@@ -132,9 +132,6 @@ class GPT2WebGLMQADataModule(WithTokenizer, ExperimentDataModule):
     def setup(self, stage: str) -> None:
         """Read, tokenize and pack the records, and print what was cut.
 
-        Args:
-            stage: `fit`, `validate`, `test` or `predict`.
-
         Raises:
             MisconfigurationException: If a split that the stage needs has no records.
         """
@@ -254,11 +251,7 @@ class Rows(Dataset):
         return len(self.rows)
 
     def weights_of(self, example: Example) -> np.ndarray:
-        """Return the weight in the loss of each token of a record except the first, (T - 1,) float32.
-
-        Args:
-            example: The record.
-        """
+        """Return the weight in the loss of each token of a record except the first, (T - 1,) float32."""
         n_prompt, n_answer = len(example.prompt_ids) - 1, len(example.answer_ids)
         return np.repeat(np.float32([self.prompt_loss_weight, 1.0]), [n_prompt, n_answer])
 

@@ -113,9 +113,6 @@ class PythonQuestions(RecordSource):
     def records(self, side: Side) -> Iterator[Record]:
         """Yield the records about the modules of a split.
 
-        Args:
-            side: The split.
-
         Raises:
             MisconfigurationException: If there are no records, or the cache cannot be written or read.
         """
@@ -206,11 +203,7 @@ class PythonQuestions(RecordSource):
 
 
 def ask(entry: Entry) -> Iterator[tuple[str, list[Cited]]]:
-    """Yield the questions about an object that its documentation answers, each with the source of its answer.
-
-    Args:
-        entry: The documentation of the object.
-    """
+    """Yield the questions about an object that its documentation answers, each with the source of its answer."""
     name, parameters = f"`{entry.name}`", entry.parameters
     for number, sentence in enumerate(entry.sentences):
         question = None
@@ -239,11 +232,7 @@ def ask(entry: Entry) -> Iterator[tuple[str, list[Cited]]]:
 
 
 def ask_about_two(group: list[Entry]) -> Iterator[tuple[str, list[Cited]]]:
-    """Yield questions about two neighbouring functions; their answers cite two passages.
-
-    Args:
-        group: The objects of a module, in order.
-    """
+    """Yield questions about two neighbouring functions; their answers cite two passages."""
     functions = [entry for entry in group if entry.kind == "function" and entry.sentences]
     for one, other in zip(functions[::4], functions[1::4], strict=False):
         question = f"What do `{one.name}` and `{other.name}` do?"
@@ -278,11 +267,7 @@ def entries(max_modules: int | None = None) -> Iterator[Entry]:
 
 
 def sentences(docstring: str) -> list[str]:
-    """Return the sentences of a docstring up to its first list, example or table.
-
-    Args:
-        docstring: The docstring, without indentation.
-    """
+    """Return the sentences of a docstring up to its first list, example or table."""
     found: list[str] = []
     for paragraph in re.split(r"\n\s*\n", docstring.strip()):
         lines = paragraph.split("\n")

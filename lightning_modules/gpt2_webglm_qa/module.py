@@ -27,9 +27,6 @@ class GPT2WebGLMQAModule(FineTunedCausalLM):
     def setup(self, stage: str) -> None:
         """Check that the model keeps packed records apart.
 
-        Args:
-            stage: `fit`, `validate`, `test` or `predict`.
-
         Raises:
             MisconfigurationException: If a record of a row would attend to another.
         """
@@ -127,11 +124,7 @@ class GPT2WebGLMQAModule(FineTunedCausalLM):
         return torch.zeros(len(rows), device=self.device).index_add(0, counted.nonzero()[:, 0], nats)
 
     def next_command(self, run: str) -> str:
-        """Return the command that starts a chat with the model of a run.
-
-        Args:
-            run: Folder of the run.
-        """
+        """Return the command that starts a chat with the model of a run."""
         return f"llm-train generate --run {run} --chat"
 
 

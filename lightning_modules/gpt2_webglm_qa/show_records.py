@@ -68,11 +68,7 @@ def spans(tokenizer: Any, rows: Any, example: Any) -> Spans:
 
 
 def as_ansi(record: Spans) -> str:
-    """Return a record for a terminal, with weight 1 on green and smaller weights on yellow.
-
-    Args:
-        record: Its tokens.
-    """
+    """Return a record for a terminal, with weight 1 on green and smaller weights on yellow."""
     colors = {0.0: "", 1.0: "\x1b[30;42m"}
     return "".join(
         f"{color}{text}\x1b[0m" if (color := colors.get(weight, "\x1b[30;43m")) else text for text, weight in record

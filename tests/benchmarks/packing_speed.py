@@ -106,7 +106,7 @@ def measure(source: RecordSource, tokenizer: str, max_record_tokens: int) -> str
             seconds[way].append(step(module, optimizer, rows, numbers, way))
     speed = {
         way: 1 / statistics.mean(measured[1:]) for way, measured in seconds.items()
-    }  # without the first, a warm-up
+    }  # the first is a warm-up
     together = losses(module, packed, list(range(min(COMPARED_ROWS, len(packed)))))
     alone = losses(module, padded, sorted(together))  # without packing, the row of a record has its number
     worst = max(abs(together[i] - alone[i]) / alone[i] for i in together)
