@@ -165,6 +165,11 @@ def test_each_word_is_in_one_split_and_predicted_once_except_the_first(cut):
     assert sorted(seen["test"]) == list(range(90, 100))
 
 
+def test_the_fingerprint_of_a_url_is_that_of_its_address():
+    assert BrownCorpus("https://a.org/b.zip").fingerprint() == BrownCorpus("https://a.org/b.zip").fingerprint()
+    assert BrownCorpus("https://a.org/b.zip").fingerprint() != BrownCorpus("https://a.org/c.zip").fingerprint()
+
+
 def tagged_zip(folder: Path) -> Path:
     """Write a zip file of two texts with the layout of NLTK; return its path."""
     file = folder / "brown.zip"
@@ -202,11 +207,14 @@ def test_a_missing_brown_corpus_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr("fsspec.open", refuse)
     (tmp_path / "broken.zip").write_text("nothing")
     (tmp_path / "empty").mkdir()
+    (tmp_path / "latin").mkdir()
+    (tmp_path / "latin/ca01").write_bytes("café\n".encode("latin-1"))
     for corpus, message in [
         (BrownCorpus(), r"could not be downloaded.*--data.source.path.*offline\.yaml"),
         (BrownCorpus(str(tmp_path / "nowhere")), "does not exist: give the folder"),
         (BrownCorpus(str(tmp_path / "broken.zip")), "no zip file"),
         (BrownCorpus(str(tmp_path / "empty")), "holds no text"),
+        (BrownCorpus(str(tmp_path / "latin")), "ca01 in .* is not UTF-8"),
     ]:
         with pytest.raises(MisconfigurationException, match=message) as caught:
             list(corpus.documents())

@@ -248,5 +248,7 @@ def test_text_windows(tmp_path, monkeypatch):
         module.text_windows()
     module.text = ListText(["abcd", "efghijklmnop"])
     assert module.text_windows().tolist() == [[*b"abcdef"], [*b"ghijkl"]]  # the rest is shorter than a window
+    module.text = ListText(["a" * 500, "not read: the windows are full"])
+    assert module.text_windows().tolist() == [[*b"aaaaaa"]] * 64
     module.text = None
     assert module.text_windows() is None
