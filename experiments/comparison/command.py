@@ -98,7 +98,7 @@ def _read(options: argparse.Namespace) -> tuple[list[Run], int]:
     if options.wandb:
         return list(read_wandb(options.wandb)), 0
     folders, runs = find_runs(options.runs), []
-    with ProcessPoolExecutor() as readers:  # reading is most of the work where runs are many
+    with ProcessPoolExecutor() as readers:  # reading takes most of the time if there are many runs
         for folder, found in zip(folders, readers.map(_try_to_read, folders, chunksize=8), strict=True):
             if isinstance(found, Run):
                 runs.append(found)

@@ -137,7 +137,7 @@ def test_runs_of_the_same_seed_are_paired():
     ("ours", "theirs"),
     [
         ([("0", 2.0), ("1", 3.1), ("2", 4.0)], [("3", 1.0), ("4", 1.2)]),
-        ([("0", 2.0), ("0", 3.1), ("1", 4.0)], [("0", 1.0), ("1", 1.2)]),  # which of the two is seed 0's partner?
+        ([("0", 2.0), ("0", 3.1), ("1", 4.0)], [("0", 1.0), ("1", 1.2)]),  # seed 0 is not unique
     ],
 )
 def test_runs_that_cannot_be_paired_have_welchs_interval(ours, theirs):
@@ -147,6 +147,15 @@ def test_runs_that_cannot_be_paired_have_welchs_interval(ours, theirs):
     assert (found.mean - found.half_width, found.mean + found.half_width) == pytest.approx((low, high))
     assert "not paired" in found.how
     assert "3 and 2 runs" in found.how
+
+
+def test_welchs_interval_by_its_formula():
+    ours, theirs = [2.0, 3.1, 4.0], [1.0, 1.2]
+    errors = [np.var(values, ddof=1) / len(values) for values in (ours, theirs)]  # squares of the standard errors
+    freedom = sum(errors) ** 2 / (errors[0] ** 2 / 2 + errors[1] ** 2 / 1)
+    found = welch(ours, theirs)
+    assert found.mean == pytest.approx(9.1 / 3 - 1.1)
+    assert found.half_width == pytest.approx(stats.t.ppf(0.975, freedom) * math.sqrt(sum(errors)))
 
 
 def test_a_single_run_has_a_difference_and_no_interval():
@@ -175,7 +184,7 @@ def test_numbers_are_rounded_by_their_interval(values, shown):
 # --- settings and arms ---
 
 
-def test_a_configuration_is_flat_by_the_keys_of_the_command_line():
+def test_a_configuration_is_flattened_to_the_keys_of_the_command_line():
     nested = {
         "optimizer": {"class_path": "torch.optim.SGD", "init_args": {"lr": 1, "betas": [1, 2]}},
         "trainer": {"callbacks": [{"class_path": "a.b.C"}, {"class_path": "a.b.D", "init_args": {"x": None}}]},
@@ -194,7 +203,7 @@ def run_with(seed: int = 0, loss: float = 1.0, **settings: object) -> Run:
     return Run(f"run{seed}", "finished", "", settings, {"seed_everything": seed}, {}, metrics)
 
 
-def test_what_follows_from_a_class_is_no_difference_of_its_own():
+def test_arguments_that_follow_from_a_class_are_not_a_difference():
     adam = {"optimizer": "torch.optim.Adam", "optimizer__lr": 1, "optimizer__betas": 1, "same": 1}
     sgd = {"optimizer": "torch.optim.SGD", "optimizer__lr": 1, "optimizer__momentum": 0.9, "same": 1}
     assert differing_settings([run_with(**adam), run_with(**sgd)]) == ["optimizer"]
@@ -203,7 +212,7 @@ def test_what_follows_from_a_class_is_no_difference_of_its_own():
     assert arms_of(runs)[0].shown == {"optimizer": "Adam", "momentum": "–"}
 
 
-def test_names_are_as_short_as_can_be_told_apart():
+def test_names_are_as_short_as_they_can_be_without_clashing():
     for names, short in (
         (["optimizer.lr", "model.n_layer"], ["lr", "n_layer"]),
         (["optimizer.lr", "lr_scheduler.lr", "optimizer"], ["optimizer.lr", "lr_scheduler.lr", "optimizer"]),
@@ -223,7 +232,7 @@ def test_a_whole_number_is_one_setting_however_it_is_written():
     assert len(arms_of([run_with(flag=1), run_with(1, flag=True)])) == 2
 
 
-def test_arms_stand_in_the_order_of_their_values():
+def test_arms_are_in_the_order_of_their_values():
     arms = arms_of([run_with(width=value) for value in (1024, 8, 256, None)])
     assert [arm.label for arm in arms] == ["width=null", "width=8", "width=256", "width=1024"]
     assert [arm.label for arm in arms_of([run_with(0), run_with(1)])] == ["all runs"]
@@ -236,7 +245,7 @@ def test_arms_stand_in_the_order_of_their_values():
         ("val/f1", "max"), ("val/attention_entropy", None), ("train/lossless", None), ("val/mine", "max"),
     ],
 )  # fmt: skip
-def test_a_metric_says_which_value_is_best(metric, mode):
+def test_the_name_of_a_metric_tells_which_value_is_best(metric, mode):
     assert mode_of(metric, [run_with()], maximize=["val/mine"], minimize=[]) == mode
     assert mode_of(metric, [run_with()], maximize=[], minimize=[metric]) == "min"
 
@@ -568,7 +577,7 @@ def points_of(axes: Axes) -> list[list[tuple[float, float]]]:
     return [list(map(tuple, line.get_xydata())) for line in axes.get_lines() if line.get_linestyle() != "None"]
 
 
-def test_results_stand_over_a_setting_that_is_a_number():
+def test_results_are_drawn_over_a_setting_that_is_a_number():
     runs = [
         run_with(seed, loss=width * (1 + scale) + seed, width=width, scale=scale)
         for width in (1, 10, 100)
@@ -584,7 +593,7 @@ def test_results_stand_over_a_setting_that_is_a_number():
     assert [text.get_text() for text in legend.get_texts()] == ["scale=false", "scale=true"]
 
 
-def test_other_arms_stand_below_each_other():
+def test_other_arms_are_drawn_in_rows():
     runs = [run_with(0, loss=loss, init=name) for name, loss in (("xavier", 2.0), ("gpt2", 1.0))]
     picture = figures.draw_summary(arms_of(runs), [Measure("val/loss", "last", "min")], [0, 1])
     (axes,) = picture.axes
@@ -592,7 +601,7 @@ def test_other_arms_stand_below_each_other():
     assert axes.get_xlabel() == "val/loss, last"
 
 
-def test_numbers_that_change_together_make_no_line():
+def test_no_line_is_drawn_over_settings_that_change_together():
     arms = arms_of([run_with(width=width, depth=width) for width in (1, 2, 3)])
     assert figures._numeric_setting(arms) is None
     assert figures._numeric_setting(arms_of([run_with(width=width) for width in (1, 2, 3)])) == "width"

@@ -119,11 +119,11 @@ ACCEPTED = {
 
 
 @pytest.mark.parametrize("spec", ACCEPTED.values(), ids=ACCEPTED.keys())
-def test_what_wandb_takes_for_a_parameter_is_taken(sweep, spec):
+def test_a_parameter_that_wandb_accepts_is_accepted(sweep, spec):
     assert read_sweep_file(sweep(method="random", run_cap=1, parameters={"optimizer": spec})).parameters
 
 
-def test_all_keys_of_a_sweep_file_are_known(sweep):
+def test_all_keys_of_a_sweep_file_are_accepted(sweep):
     read = read_sweep_file(
         sweep(
             name="a study: of rates",
@@ -265,7 +265,7 @@ def test_a_mistake_in_a_sweep_file_costs_one_line_and_leaves_no_folder(llm_train
         (b"name: caf\xe9\n", "is not UTF-8 text (byte 9)"),
     ],
 )
-def test_a_file_that_is_none_costs_one_line(tmp_path, text, message):
+def test_a_file_that_is_not_a_sweep_is_reported_in_one_line(tmp_path, text, message):
     path = tmp_path / "sweep.yaml"
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(UserError) as caught:
@@ -299,11 +299,11 @@ def test_the_command_of_a_run_is_word_for_word_that_of_wandbs_agent(sweep, monke
         ({"a": None, "b": True, "c": -1, "d": [1, 2], "e": 1e20}, "a=null,b=true,c=-1,d=1-2,e=1e20"),
     ],
 )
-def test_an_arm_is_named_for_its_settings(settings, name):
+def test_the_name_of_an_arm_lists_its_settings(settings, name):
     assert arm_name(settings) == name
 
 
-def test_long_names_stay_short_and_apart():
+def test_long_names_are_shortened_and_stay_different():
     names = {arm_name({f"model.setting_{i}": "x" * 20 for i in range(9)} | {"last": last}) for last in range(3)}
     assert len(names) == 3
     assert all(len(name) == 100 for name in names)
@@ -317,7 +317,7 @@ def test_long_names_stay_short_and_apart():
         ({"values": ["a", 1, "a"]}, ["a", 1]),
     ],
 )
-def test_a_grid_goes_through_the_values_that_wandb_goes_through(sweep, spec, values):
+def test_a_grid_has_the_values_of_wandbs_grid(sweep, spec, values):
     assert read_sweep_file(sweep(parameters={"x": spec})).distributions["x",].grid() == values
 
 
@@ -344,7 +344,7 @@ def test_a_draw_becomes_the_value_of_its_distribution(distribution, spec, drawn,
 # The runs
 
 
-def test_a_grid_runs_in_the_files_order_and_a_failure_stops_no_other_run(llm_train, sweep):
+def test_a_grid_runs_in_the_order_of_the_file_and_a_failure_stops_no_other_run(llm_train, sweep):
     path = sweep(parameters=GRID | {"end": {"values": ["well", "fails"]}, "seed_everything": {"value": 1}})
     done = llm_train("study", path, "--extra=1")
     assert done.code == 1
@@ -369,7 +369,7 @@ def test_a_grid_runs_in_the_files_order_and_a_failure_stops_no_other_run(llm_tra
     assert [line[:5] for line in again.err.splitlines() if line.startswith("[")] == ["[3/4]", "[4/4]"]
 
 
-def test_jobs_run_side_by_side_and_share_the_cores(llm_train, sweep, monkeypatch):
+def test_jobs_run_at_the_same_time_and_share_the_cores(llm_train, sweep, monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(6))
     os.mkfifo("pipe")
@@ -384,7 +384,7 @@ RANDOM = {
 }
 
 
-def test_random_draws_are_those_of_the_seed_however_often_a_study_is_broken_off(llm_train, sweep):
+def test_random_draws_depend_on_the_seed_and_not_on_interruptions(llm_train, sweep):
     path = sweep(**RANDOM)
     plan = llm_train("study", path, "--runs=4", "--dry_run").out.splitlines()
     assert plan == llm_train("study", path, "--runs=4", "--dry_run").out.splitlines()
@@ -505,7 +505,7 @@ def test_a_run_that_finished_unseen_is_not_repeated(llm_train, sweep):
     assert not (STUDY / "lr=0.3,seed=1/given.json").exists()
 
 
-# What it refuses, and what it does without
+# Errors, and what is not imported
 
 
 def test_a_study_runs_without_torch(sweep):
