@@ -107,25 +107,25 @@ def wait(processes: list[multiprocessing.Process], seconds: float = 120) -> list
     return [process.exitcode for process in processes]
 
 
-def after_checkpoint(step: int, do: Callable[[], None]) -> None:
+def after_checkpoint(step: int | None, do: Callable[[], None]) -> None:
     """For `prepare`: do something when `last.ckpt` of a step has been written.
 
     Args:
-        step: Optimiser steps done.
+        step: Optimiser steps done; `None` for the first checkpoint.
         do: Called once, in each process.
     """
     save = RunCheckpoint._save
 
     def save_and_do(self: RunCheckpoint, trainer: object, name: str) -> None:
         save(self, trainer, name)
-        if name == "last" and trainer.global_step == step:
+        if name == "last" and step in (None, trainer.global_step):
             do()
 
     RunCheckpoint._save = save_and_do
 
 
-def die_after_step(step: int) -> None:
-    """For `prepare`: the process kills itself when `last.ckpt` of a step has been written."""
+def die_after_step(step: int | None) -> None:
+    """For `prepare`: the process kills itself when `last.ckpt` of a step, or the first one, has been written."""
     after_checkpoint(step, lambda: os.kill(os.getpid(), signal.SIGKILL))
 
 

@@ -46,6 +46,23 @@ def shortened(path: Path, *sections: str) -> tuple[str, ...]:
     return tuple(flags)
 
 
+def length(path: Path, steps: int, every: int) -> tuple[str, ...]:
+    """Return flags that set the length of an experiment.
+
+    Args:
+        path: YAML of the experiment; one that is a single pass over its data ends with its data, if that is earlier.
+        steps: Optimiser steps.
+        every: Optimiser steps between two validations.
+    """
+    single_pass = yaml.safe_load(path.read_text())["trainer"].get("max_epochs") == 1
+    return (
+        f"--trainer.max_steps={steps}",
+        f"--trainer.val_check_interval={every}",
+        "--trainer.check_val_every_n_epoch=null",
+        *(() if single_pass else ("--trainer.max_epochs=-1",)),
+    )
+
+
 def run_of(path: Path) -> Path:
     """Return the folder of the run that a YAML makes by default."""
     return Path("runs") / path.parent.name / path.stem

@@ -18,9 +18,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import forks
-from shortened import offline_experiments, run_of, shortened
+from shortened import length, offline_experiments, run_of, shortened
 
-SHORT = ("--trainer.max_steps=6", "--trainer.val_check_interval=2", "--trainer.check_val_every_n_epoch=null")
+STEPS, EVERY = 6, 2  # optimiser steps of a run, and between two validations
 PLACES = 100
 
 
@@ -29,7 +29,16 @@ def fit(experiment: Path, name: str, *flags: str, stop_after: int | None = None)
     output = Path(f"{name}.log")
     output.unlink(missing_ok=True)
     prepare = (lambda: forks.die_after_step(stop_after)) if stop_after else bool
-    command = ("fit", "-c", experiment, *shortened(experiment), *SHORT, "--run.name", name, *flags)
+    command = (
+        "fit",
+        "-c",
+        experiment,
+        *shortened(experiment),
+        *length(experiment, STEPS, EVERY),
+        "--run.name",
+        name,
+        *flags,
+    )
     code = forks.wait([forks.start(*command, prepare=prepare, output=output)])[0]
     return code, output.read_text()
 
@@ -81,7 +90,7 @@ if __name__ == "__main__":
             if fit(experiment, run.name)[0]:  # under the name by which others read it
                 sys.exit(f"{run} failed:\n{Path(f'{run.name}.log').read_text()[-3000:]}")
             right[experiment] = weights(run)
-            fit(experiment, "killed", stop_after=4)
+            fit(experiment, "killed", stop_after=2 * EVERY)
             run.with_name("killed").rename(run.with_name("kept"))
         for _, experiment in zip(range(PLACES), itertools.cycle(experiments), strict=False):
             state, killed = draw.getstate(), run_of(experiment).with_name("killed")

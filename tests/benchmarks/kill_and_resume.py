@@ -21,10 +21,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import forks
-from shortened import offline_experiments, run_of, shortened
+from shortened import length, offline_experiments, run_of, shortened
 
 KILLS = 20
-SHORTER = ("--trainer.max_steps=20", "--trainer.val_check_interval=10", "--trainer.limit_val_batches=8")
+STEPS, EVERY = 20, 5  # optimiser steps of a run, and between two validations
 DOING = {
     "save_checkpoint": "writing a checkpoint",
     "on_run_end": "ending a validation",
@@ -65,7 +65,16 @@ def strike(seconds: float, wait_for: str, note: Path) -> None:
 
 def fit(experiment: Path, run: str, *flags: str, **how: object) -> int:
     """Train, and return the exit code."""
-    command = ("fit", "-c", experiment, *shortened(experiment), *SHORTER, *flags, "--run.name", run)
+    command = (
+        "fit",
+        "-c",
+        experiment,
+        *shortened(experiment),
+        *length(experiment, STEPS, EVERY),
+        *flags,
+        "--run.name",
+        run,
+    )
     return forks.wait([forks.start(*command, output=Path(f"{run}.log"), **how)], 600)[0]
 
 

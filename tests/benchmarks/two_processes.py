@@ -3,7 +3,7 @@
     python tests/benchmarks/two_processes.py [EXPERIMENT ...]
 
 Two processes have a copy of the model each (DistributedDataParallel), and then its shards (FSDP2). Both are killed at
-half of the steps and resumed by `--auto_resume`. Each experiment is shortened, and has no dropout, whose random numbers
+the first checkpoint and resumed by `--auto_resume`. Each experiment is shortened, and has no dropout, whose random numbers
 depend on the rank. `EXPERIMENT` is such as `TOPIC/offline`.
 """
 
@@ -19,16 +19,10 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import forks
-from shortened import offline_experiments, run_of, shortened
+from shortened import length, offline_experiments, run_of, shortened
 
-HALF = 20
-SHORT = (
-    f"--trainer.max_steps={2 * HALF}",
-    f"--trainer.val_check_interval={HALF}",
-    "--trainer.check_val_every_n_epoch=null",
-    "--trainer.limit_val_batches=8",
-    "--trainer.log_every_n_steps=5",
-)
+STEPS, EVERY = 40, 20  # optimiser steps of a run, and between two validations
+FLAGS = ("--trainer.limit_val_batches=8", "--trainer.log_every_n_steps=5")
 LAYOUTS = {"ddp": forks.TWO_PROCESSES, "fsdp": forks.SHARDED}
 
 
@@ -44,10 +38,10 @@ def flags_without_dropout(experiment: Path) -> tuple[str, ...]:
 
 
 def ranks(layout: str, *command: str | Path, output: Path, dies: bool = False) -> list[int]:
-    """Return the exit codes of a command on one process or in a layout of two, which may die at half of the steps."""
+    """Return the exit codes of a command on one process or in a layout of two, which may die at a checkpoint."""
     if not layout:
         return forks.wait([forks.start(*command, output=output)], 600)
-    prepare = (lambda _: forks.die_after_step(HALF)) if dies else bool
+    prepare = (lambda _: forks.die_after_step(None)) if dies else bool
     return forks.wait(forks.start_ranks(2, *command, *LAYOUTS[layout], prepare=prepare, output=output), 600)
 
 
@@ -57,7 +51,7 @@ def fit(experiment: Path, layout: str) -> Path:
     run = run_of(experiment)
     run = run.with_name(f"{run.name}_{layout}") if layout else run
     output = Path(f"{run.parent.name}_{run.name}.log")
-    flags = (*shortened(experiment), *flags_without_dropout(experiment), *SHORT)
+    flags = (*shortened(experiment), *flags_without_dropout(experiment), *length(experiment, STEPS, EVERY), *FLAGS)
     command = ("fit", "-c", experiment, *flags, "--run.name", run.name, "--auto_resume")
     if layout and -signal.SIGKILL not in ranks(layout, *command, output=output, dies=True):
         sys.exit(f"{run} was not killed:\n{output.read_text()[-3000:]}")

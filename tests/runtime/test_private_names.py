@@ -211,6 +211,7 @@ def test_a_wandb_logger_is_set_up_after_it_is_built(tmp_path):
     assert (logger.save_dir, logger.version, logger.settings["id"]) == (str(tmp_path), "abc", "abc")
     assert logger.experiment is logger.run
     assert logger.run.id == "abc"
+    logger.run.finish()  # or the next logger of this process would use the run
     other = object()
     logger.run = other
     assert logger.experiment is other
