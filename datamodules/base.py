@@ -105,16 +105,10 @@ class ExperimentDataModule(LightningDataModule):
         batch_size: Examples in a global batch, over all processes, at least 1.
         num_workers: Processes that load ahead; 0 loads in the training process. The batches are the same.
         seed: Seed of the order of the training data, 0 or greater.
-
-    Raises:
-        MisconfigurationException: If an argument is out of range.
     """
 
     def __init__(self, batch_size: PositiveInt, num_workers: NonNegativeInt = 0, seed: NonNegativeInt = 0) -> None:
         super().__init__()
-        for name, value, least in (("batch_size", batch_size, 1), ("num_workers", num_workers, 0), ("seed", seed, 0)):
-            if value < least:
-                raise MisconfigurationException(f"data.{name} is {value}: it must be at least {least}")
         self.batch_size = batch_size
         self.num_workers = num_workers
         self.seed = seed

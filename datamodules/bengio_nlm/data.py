@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from datamodules.base import ExperimentDataModule, shuffled
 from datamodules.cache import digest
 from datamodules.sources import Piece, Source, cut, download, is_url, stat_of
-from lightning_modules.common.ranges import NonNegativeInt, PositiveFloat, ThreeOrMore
+from lightning_modules.common.ranges import NonNegativeInt, PositiveFloat, PositiveInt, ThreeOrMore
 
 RARE = "<rare>"  # the word that replaces all rare ones; its id is 0
 PARAGRAPH = "<p>"  # the word at the end of a paragraph
@@ -197,7 +197,7 @@ class BengioNLMDataModule(ExperimentDataModule):
     def __init__(
         self,
         source: Source,
-        batch_size: int,
+        batch_size: PositiveInt,
         n: ThreeOrMore = 5,
         tokens: Literal["spaces", "words"] = "spaces",
         lowercase: bool = False,
@@ -206,8 +206,8 @@ class BengioNLMDataModule(ExperimentDataModule):
         rare: NonNegativeInt = 3,
         train: PositiveFloat = 0.8,
         val: PositiveFloat = 0.1,
-        num_workers: int = 0,
-        seed: int = 0,
+        num_workers: NonNegativeInt = 0,
+        seed: NonNegativeInt = 0,
     ) -> None:
         super().__init__(batch_size, num_workers, seed)
         if train < 1 and val < 1 and train + val > 1:

@@ -17,7 +17,7 @@ from datamodules.sources import ListText, Source
 from datamodules.splits import SIDES, require_fractions
 from datamodules.tokenizers import WithTokenizer, load_tokenizer, token_byte_lengths
 from datamodules.tokens import TokenFile, TokenWindows, prepare_tokens, sequential_windows
-from lightning_modules.common.ranges import PositiveInt, PositiveShare, TwoOrMore
+from lightning_modules.common.ranges import NonNegativeInt, PositiveInt, PositiveShare, TwoOrMore
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -70,8 +70,8 @@ class GPTNeoStyleDataModule(WithTokenizer, ExperimentDataModule):
         val_fraction: float = 0.15,
         test_fraction: float = 0.0,
         cache_dir: str | None = None,
-        num_workers: int = 0,
-        seed: int = 0,
+        num_workers: NonNegativeInt = 0,
+        seed: NonNegativeInt = 0,
     ) -> None:
         super().__init__(batch_size, num_workers, seed)
         self.val_fraction, self.test_fraction = require_fractions(val_fraction, test_fraction)

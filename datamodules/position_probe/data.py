@@ -10,7 +10,7 @@ from datamodules.base import ExperimentDataModule
 from datamodules.position_probe.position_matrices import controls, load_positions
 from datamodules.sources import Source
 from datamodules.tokenizers import encode, load_tokenizer
-from lightning_modules.common.ranges import PositiveInt
+from lightning_modules.common.ranges import NonNegativeInt, PositiveInt
 
 # The side of a pair, for each fold. A pair of one held-out position and one seen position is not counted.
 NOT_COUNTED, SEEN, INTERPOLATION, EXTRAPOLATION = -1, 0, 1, 2
@@ -65,9 +65,9 @@ class PositionProbeDataModule(ExperimentDataModule):
         n_blocks: PositiveInt = 10,
         n_folds: PositiveInt = 4,
         text: Source | None = None,
-        batch_size: int = 512,
-        num_workers: int = 0,
-        seed: int = 0,
+        batch_size: PositiveInt = 512,
+        num_workers: NonNegativeInt = 0,
+        seed: NonNegativeInt = 0,
     ) -> None:
         super().__init__(batch_size, num_workers, seed)
         if n_blocks < n_folds + 2:

@@ -1,13 +1,19 @@
+import importlib
+import inspect
+import pkgutil
 from itertools import chain
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from jsonargparse import ArgumentError, ArgumentParser
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.utils.data import Dataset
 
+import datamodules
 from datamodules.base import ExperimentDataModule, GlobalBatches, shuffled
+from lightning_modules.common.ranges import NonNegativeInt, PositiveInt
 
 
 class Squares(Dataset):
@@ -169,7 +175,23 @@ def test_too_few_examples_for_a_batch():
 @pytest.mark.parametrize(
     "wrong", [{"batch_size": 0}, {"batch_size": 1, "num_workers": -1}, {"batch_size": 1, "seed": -1}]
 )
-def test_numbers_out_of_range(wrong):
+def test_the_parser_refuses_numbers_out_of_range(wrong):
     name, value = list(wrong.items())[-1]
-    with pytest.raises(MisconfigurationException, match=f"data.{name} is {value}: it must be at least"):
-        ExperimentDataModule(**wrong)
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(ExperimentDataModule, "data")
+    with pytest.raises(ArgumentError, match=rf"(?s){name}.*{value} does not conform to restriction"):
+        parser.parse_object({"data": wrong})
+
+
+@pytest.mark.parametrize(
+    "topic", [module.name for module in pkgutil.iter_modules(datamodules.__path__) if module.ispkg]
+)
+def test_the_datamodules_of_all_topics_have_the_same_ranges(topic):
+    package = importlib.import_module(f"datamodules.{topic}")
+    signatures = [inspect.signature(vars(package)[name]) for name in package.__all__ if name.endswith("DataModule")]
+    assert any("batch_size" in signature.parameters for signature in signatures)
+    for signature in signatures:
+        types = {name: parameter.annotation for name, parameter in signature.parameters.items()}
+        assert types.get("batch_size", PositiveInt) is PositiveInt
+        assert types.get("num_workers", NonNegativeInt) is NonNegativeInt
+        assert types.get("seed", NonNegativeInt) is NonNegativeInt
