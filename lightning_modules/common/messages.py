@@ -5,21 +5,10 @@ import sys
 from lightning_utilities.core.rank_zero import rank_zero_only
 
 
-@rank_zero_only
 def say(line: str) -> None:
-    """Print a line to the standard error of the process with rank 0.
+    """Print a line to standard error, on rank 0 only.
 
-    Args:
-        line: What to print.
+    Without Lightning, which sets the rank when it is imported, there is one process.
     """
-    print(line, file=sys.stderr)
-
-
-def first_line(error: BaseException) -> str:
-    """Return the class of an exception and the first line of its message, if it has one.
-
-    Args:
-        error: The exception.
-    """
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+    if getattr(rank_zero_only, "rank", 0) == 0:
+        print(line, file=sys.stderr)
