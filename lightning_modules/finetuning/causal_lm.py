@@ -41,7 +41,8 @@ class FineTunedCausalLM(ExperimentModule):
     ) -> None:
         super().__init__()
         self.require_linked(vocab_size=vocab_size, block_size=block_size)
-        assert vocab_size is not None and block_size is not None
+        assert vocab_size is not None  # for mypy
+        assert block_size is not None
         self.model = load_pretrained(base, architecture=architecture)
         check_fit(self.model, base, vocab_size, block_size)
         self.save_hyperparameters()

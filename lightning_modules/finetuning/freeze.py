@@ -206,7 +206,7 @@ class GradualUnfreezing(FreezingCallback):
         if not private_names.takes_unused_parameters(trainer):
             raise MisconfigurationException(
                 "GradualUnfreezing: set trainer.strategy to ddp_find_unused_parameters_true, or the processes would "
-                "wait for the gradients of what is frozen"
+                "wait for the gradients of frozen parameters"
             )
         for part in reversed(self.stages):  # so that the earliest stage has the last word
             for name, parameter in self.select(part, pl_module).items():
