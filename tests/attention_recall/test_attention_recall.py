@@ -4,7 +4,6 @@ import csv
 import json
 import math
 import signal
-import sys
 from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +14,9 @@ import pytest
 import torch
 import yaml
 from helpers import assert_same_weights
+from jsonargparse import ArgumentError, ArgumentParser
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from shared_runs import own_world, run_command
 from torch import nn
 
 from datamodules.attention_recall.data import (
@@ -25,7 +26,6 @@ from datamodules.attention_recall.data import (
     AttentionRecallDataModule,
     random_bits,
 )
-from experiments.__main__ import main
 from lightning_modules.attention_recall.module import AttentionRecallModule, RecallMetrics, attention_entropy, by_name
 from lightning_modules.attention_recall.network import AttentionNetwork, PartialBlock
 from lightning_modules.attention_recall.report import AttentionReport, draw_attention, write_attention
@@ -393,11 +393,9 @@ def tiny(tmp_path):
 def whole(tmp_path_factory):
     """The folder of a run that was not interrupted, to read only."""
     folder = tmp_path_factory.mktemp("whole")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        patch.setenv("WANDB_MODE", "disabled")
-        patch.setattr(sys, "argv", ["llm-train"])
-        main(["fit", "-c", str(write_config(folder))])
+    with own_world(folder):
+        done = run_command("fit", "-c", write_config(folder))
+    assert done.code == 0, done.err
     return folder / RUNS / "tiny"
 
 
@@ -472,8 +470,10 @@ def test_parts_are_left_out_by_a_flag(llm_train, tiny):
 @pytest.mark.parametrize(
     "flag", ["data.n_queries=0", "data.val_examples=0", "data.n_pairs=[0,2]", "model.n_layer=0", "model.n_head=0"]
 )
-def test_a_number_out_of_range_is_refused_by_the_parser(llm_train, tiny, flag):
-    refused = llm_train("fit", "-c", tiny, f"--{flag}")
-    assert refused.code == 2
-    assert flag.split("=")[0] in refused.err
-    assert "does not conform to restriction v>0" in refused.err
+def test_a_number_out_of_range_is_refused_by_the_parser(flag):
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(AttentionRecallDataModule, "data")
+    parser.add_class_arguments(AttentionRecallModule, "model")
+    with pytest.raises(ArgumentError, match=flag.split("=")[0]) as refused:
+        parser.parse_args([f"--{flag}"])
+    assert "does not conform to restriction v>0" in str(refused.value)

@@ -5,7 +5,6 @@ import json
 import os
 import shutil
 import signal
-import sys
 from collections import Counter
 from collections.abc import Iterator
 from functools import cache
@@ -19,15 +18,16 @@ import yaml
 from helpers import text, with_settings
 from jsonargparse import ArgumentError, ArgumentParser
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from shared_runs import own_world, run_command
+from tokenizers import Tokenizer, models
 
 from datamodules.bpe.data import BPEDataModule, SplitText
 from datamodules.decoder_pretrain import PretrainDataModule
 from datamodules.sources import ListText
-from experiments.__main__ import main
 from lightning_modules.bpe import report
 from lightning_modules.bpe.learner import learn_merges
 from lightning_modules.bpe.module import BPEModule
-from lightning_modules.bpe.report import TokenizerReport, readable, write_merges
+from lightning_modules.bpe.report import TokenizerReport, readable, tokens_of, write_merges
 from lightning_modules.bpe.rust_tokenizers import load_reference
 from lightning_modules.bpe.textbook import Merge, count_words, learn_merges_textbook, spell, vocabulary
 from lightning_modules.bpe.tokenizer import ByteLevelBPE
@@ -75,11 +75,9 @@ def config(tmp_path: Path) -> Path:
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run that was not interrupted, to read only."""
     folder = tmp_path_factory.mktemp("whole")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        patch.setenv("WANDB_MODE", "disabled")
-        patch.setattr(sys, "argv", ["llm-train"])
-        main(["fit", "-c", str(write_config(folder))])
+    with own_world(folder):
+        done = run_command("fit", "-c", write_config(folder))
+    assert done.code == 0, done.err
     return folder / RUNS / "tiny"
 
 
@@ -232,6 +230,11 @@ def test_a_checkpoint_is_evaluated_on_the_validation_and_the_test_split(llm_trai
     assert compression == pytest.approx(compression_of(None, "test"))
 
 
+def test_tokens_of_a_vocabulary_that_is_not_byte_level_are_their_text():
+    tokenizer = Tokenizer(models.WordLevel({"日本": 7}, unk_token="日本"))
+    assert tokens_of(tokenizer, "日本") == [(7, "日本".encode())]
+
+
 def test_loggers_that_take_images_and_tables_get_them(tmp_path):
     shown, tables = [], {}
     logger = SimpleNamespace(
@@ -275,13 +278,8 @@ def test_a_corpus_with_too_few_pairs_gives_a_smaller_tokenizer_and_a_message(llm
 
 
 @pytest.mark.usefixtures("no_figures")
-@pytest.mark.parametrize(
-    "settings",
-    [{}, {"data__init_args__num_workers": 2, "model__init_args__count_workers": 2}],
-    ids=["one process", "readers and counters"],
-)
-def test_a_killed_run_resumes_to_the_same_tokenizer(llm_train, forked, tmp_path, whole, settings):
-    config = write_config(tmp_path, **settings)
+def test_a_killed_run_with_readers_and_counters_resumes_to_the_same_tokenizer(llm_train, forked, tmp_path, whole):
+    config = write_config(tmp_path, data__init_args__num_workers=2, model__init_args__count_workers=2)
     assert forked("fit", "-c", config, prepare=lambda: forks.die_after_step(4)) == -signal.SIGKILL
     assert AtomicCheckpointIO().load_checkpoint(RUNS / "tiny" / LAST)["global_step"] == 4
     resumed = llm_train("fit", "-c", config, "--ckpt_path", "last")
@@ -309,19 +307,10 @@ def test_a_run_killed_while_it_learned_resumes_to_the_same_tokenizer(llm_train, 
 
 @pytest.mark.usefixtures("no_figures")
 def test_a_signal_saves_and_the_run_resumes_from_there(llm_train, forked, tmp_path, whole):
-    def terminate_at_step_4() -> None:
-        step = BPEModule.training_step
-
-        def step_and_terminate(self: BPEModule, texts: list[str], batch_idx: int) -> None:
-            step(self, texts, batch_idx)
-            if self.global_step == 4:
-                os.kill(os.getpid(), signal.SIGTERM)
-
-        BPEModule.training_step = step_and_terminate
-
     config = write_config(tmp_path, model__init_args__count_workers=1)
-    assert forked("fit", "-c", config, prepare=terminate_at_step_4) == 143
-    assert AtomicCheckpointIO().load_checkpoint(RUNS / "tiny" / LAST)["global_step"] == 4
+    assert forked("fit", "-c", config, prepare=lambda: forks.signal_after_step(4, signal.SIGTERM)) == 143
+    # The signal comes after the callback that stops a run has looked for one, so a step follows.
+    assert AtomicCheckpointIO().load_checkpoint(RUNS / "tiny" / LAST)["global_step"] == 5
     assert llm_train("fit", "-c", config, "--ckpt_path", "last").code == 0
     assert merges_of(RUNS / "tiny") == merges_of(whole)
 
@@ -350,6 +339,20 @@ def test_two_processes_learn_and_evaluate_what_one_does_and_one_resumes_where_th
     assert_same_files(RUNS / "two", whole, "metrics.csv")
 
 
+def test_the_first_process_keeps_the_sum_of_all_counts(monkeypatch):
+    def gather(mine: tuple[Counter, int], gathered: list | None) -> None:
+        if gathered is not None:
+            gathered[:] = [mine, (Counter({b"a": 2, b"c": 1}), 5)]
+
+    monkeypatch.setattr(torch.distributed, "gather_object", gather)
+    for rank, expected in ((0, ({b"a": 3, b" b": 1, b"c": 1}, 8)), (1, ({}, 0))):
+        module = BPEModule()
+        module._trainer = SimpleNamespace(world_size=2, global_rank=rank)
+        module.counter.add(["a b"])
+        module._gather_counts()
+        assert (module.counter.words, module.counter.n_bytes) == expected
+
+
 def test_an_older_checkpoint_loads(whole):
     older = AtomicCheckpointIO().load_checkpoint(whole / LAST)
     older["state_dict"]["unused"] = torch.zeros(())
@@ -361,13 +364,18 @@ def test_an_older_checkpoint_loads(whole):
 # --- mistakes --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_a_pattern_that_loses_text_is_refused_when_it_meets_that_text(llm_train, config, workers):
-    flags = (r"--model.pattern=\S+", f"--model.count_workers={workers}")
-    done = llm_train("fit", "-c", config, *flags)
-    assert done.code == 1
-    assert done.err.splitlines()[-1].startswith("error: model.pattern: the pattern loses text")
-    assert "Traceback" not in done.err
+def test_a_pattern_that_loses_text_is_refused_when_it_meets_that_text():
+    module = BPEModule(pattern=r"\S+")
+    with pytest.raises(MisconfigurationException, match=r"^model\.pattern: the pattern loses text"):
+        module.training_step(["two words"], 0)
+
+
+def test_a_pattern_that_loses_text_in_a_counting_process_is_refused_by_the_end():
+    module = BPEModule(pattern=r"\S+", count_workers=1)
+    module.counter.add(["two words"])
+    with pytest.raises(MisconfigurationException, match=r"^model\.pattern: the pattern loses text"):
+        module.learn()
+    module.counter.close()
 
 
 def test_a_second_epoch_is_refused():

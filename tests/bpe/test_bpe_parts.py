@@ -1,9 +1,11 @@
 """The parts of a run of byte-pair encoding: its data, the counting of words, and the metrics."""
 
+import multiprocessing
 import os
 import select
 import signal
 from itertools import chain
+from types import SimpleNamespace
 
 import pytest
 from helpers import text
@@ -16,7 +18,7 @@ from lightning_modules.bpe.metrics import TokenizerMetrics
 from lightning_modules.bpe.rust_tokenizers import rust_tokenizer
 from lightning_modules.bpe.textbook import GPT2_PATTERN, count_words
 from lightning_modules.bpe.tokenizer import to_tokenizer_json
-from lightning_modules.bpe.word_counter import WordCounter
+from lightning_modules.bpe.word_counter import WordCounter, _count
 
 END = "<|endoftext|>"
 DOCUMENTS = [text(30, seed) for seed in range(20)]
@@ -131,6 +133,32 @@ def test_a_counter_raises_the_error_of_its_process_and_counts_on():
     counter.wait()
     counter.close()
     assert counter.words == {b"more": 1}
+
+
+def test_a_counting_process_answers_until_its_pipe_is_closed(monkeypatch):
+    received = [["a b"], ["c"]]
+    sent = []
+
+    def receive() -> list[str]:
+        if not received:
+            raise EOFError
+        return received.pop(0)
+
+    monkeypatch.setattr(signal, "signal", lambda number, handler: None)
+    monkeypatch.setattr(signal, "pthread_sigmask", lambda how, numbers: None)
+    _count(SimpleNamespace(close=bool), SimpleNamespace(recv=receive, send=sent.append), r"\w+", [])
+    error, counts = sent
+    assert isinstance(error, ValueError)
+    assert counts == {b"c": 1}
+
+
+def test_a_counting_process_ends_if_nobody_reads_its_answer(monkeypatch):
+    monkeypatch.setattr(signal, "signal", lambda number, handler: None)
+    monkeypatch.setattr(signal, "pthread_sigmask", lambda how, numbers: None)
+    ours, theirs = multiprocessing.Pipe()
+    ours.send(["a"])
+    ours.close()
+    _count(SimpleNamespace(close=bool), theirs, GPT2_PATTERN, [])
 
 
 def test_a_killed_process_is_reported_and_does_not_hang():
