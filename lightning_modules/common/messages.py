@@ -12,3 +12,13 @@ def say(line: str) -> None:
     """
     if getattr(rank_zero_only, "rank", 0) == 0:
         print(line, file=sys.stderr)
+
+
+def first_line(error: BaseException) -> str:
+    """Return the class of an exception and the first line of its message, if it has one.
+
+    Args:
+        error: The exception.
+    """
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
