@@ -142,14 +142,7 @@ class Likelihoods(SplitMetric):
             self.add_state(name, [], dist_reduce_fx="cat")
 
     def update(self, network: Tensor, trigram: Tensor, unigram: Tensor, group: Tensor) -> None:
-        """Add a batch.
-
-        Args:
-            network: Log-probabilities by the network, (B,).
-            trigram: Log-probabilities by the trigram, (B,).
-            unigram: Log-probabilities by the unigram, (B,).
-            group: Groups of the histories, (B,) int64.
-        """
+        """Add a batch: log-probabilities by each model, and groups as int64, (B,) each."""
         for name, column in zip(self.columns, (network.double(), trigram, unigram, group), strict=True):
             getattr(self, name).append(column)
 

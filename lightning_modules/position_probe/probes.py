@@ -142,9 +142,7 @@ def build_probes(kind: str, n_tables: int, n_embd: int, n_targets: int, width: i
 
     Args:
         kind: `linear`, `bilinear` or `mlp`.
-        n_tables: Number of tables.
-        n_embd: Components of a row.
-        n_targets: Number of targets.
+        n_tables, n_embd, n_targets: See `LinearProbes`.
         width: Rank of the bilinear form, or hidden units of the mlp; the linear probe has none.
     """
     if kind == "linear":
