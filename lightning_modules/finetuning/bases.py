@@ -21,9 +21,6 @@ if TYPE_CHECKING:  # imported where used: transformers is slow to import
 Batch = TypeVar("Batch")
 
 
-# --- files ------------------------------------------------------------------------------------------------------------
-
-
 def load_pretrained(
     base: str, auto_class: str = "AutoModelForCausalLM", architecture: dict[str, Any] | None = None, **changes: Any
 ) -> "PreTrainedModel":
@@ -113,9 +110,6 @@ def _local_folder(base: str) -> Path | None:
     return None
 
 
-# --- configuration ----------------------------------------------------------------------------------------------------
-
-
 def architecture_of(model: "PreTrainedModel") -> dict[str, Any]:
     """Return the configuration of a model in plain types; `load_pretrained` builds the same model from it.
 
@@ -147,9 +141,6 @@ def check_fit(model: "PreTrainedModel", base: str, vocab_size: int, block_size: 
         raise MisconfigurationException(
             f"data.block_size: {block_size} is longer than the context of {base}, {context} tokens"
         )
-
-
-# --- scores -----------------------------------------------------------------------------------------------------------
 
 
 def scores_of_share(forward: Callable[[Batch], Tensor], batch: Batch, rows: Tensor, *shape: int) -> Tensor:
