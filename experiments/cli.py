@@ -265,7 +265,7 @@ def main(args: Sequence[str]) -> None:
         warnings.filterwarnings("ignore", message)
     cli = ExperimentCLI.__new__(ExperimentCLI)  # LightningCLI runs in its constructor, which may raise
     try:
-        cli.__init__(args)
+        cli.__init__(args)  # type: ignore[misc]
     except RuntimeError as error:
         if _LOST_PEER.search(str(error)):
             raise MisconfigurationException(

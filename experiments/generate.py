@@ -47,7 +47,7 @@ def load_run(run: Path, checkpoint: str, device: torch.device) -> ExperimentModu
     Raises:
         MisconfigurationException: If the folder holds no run, or no complete checkpoint.
     """
-    module_class = import_class(read_config(run)["model"]["class_path"])
+    module_class: Any = import_class(read_config(run)["model"]["class_path"])
     path = run / CHECKPOINTS / f"{checkpoint}.ckpt"
     if checkpoint == "best" and not path.is_file():
         path = path.with_name("last.ckpt")
@@ -57,7 +57,7 @@ def load_run(run: Path, checkpoint: str, device: torch.device) -> ExperimentModu
     return module_class.of_checkpoint(loaded).to(device).eval()
 
 
-def decode_stream(tokenizer: object, tokens: Iterable[int]) -> Iterator[str]:
+def decode_stream(tokenizer: Any, tokens: Iterable[int]) -> Iterator[str]:
     """Yield text as it is generated; the tokens of a character are held back until the character is complete.
 
     Args:

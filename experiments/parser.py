@@ -68,7 +68,7 @@ class ExperimentParser(LightningArgumentParser):
             super().error(message, ex)
         options = option_names(getattr(ex, "subcommand_parser", None) or self)
         sys.stderr.write(f"error: {one_line(message, options, self.command_line)}\n")
-        self.exit(2)
+        raise SystemExit(2)
 
 
 def one_line(message: str, options: Sequence[str], command_line: Sequence[str]) -> str:

@@ -20,7 +20,7 @@ import yaml
 from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from experiments.run_folder import CONFIG
+from experiments.run_folder import CONFIG, RunFolder
 from lightning_modules.common.files import write_text
 from lightning_modules.common.messages import say
 from lightning_modules.runtime.checkpoint import RunCheckpoint
@@ -52,7 +52,7 @@ class RunRecord(SaveConfigCallback):
 
     def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Write the configuration and the environment at the start of a run; called on rank 0 only."""
-        run = self.cli.run
+        run = self._run
         whole = yaml.safe_load(self.parser.dump(self.config, skip_none=False))
         config = {key: value for key, value in whole.items() if key not in _NOT_RECORDED}
         config["run"] |= {"name": run.name, "topic": run.topic, "study": run.study}
@@ -75,9 +75,14 @@ class RunRecord(SaveConfigCallback):
                 logger.use_files(_texts({**config, "ckpt_path": whole.get("ckpt_path")}))
 
     @property
+    def _run(self) -> RunFolder:
+        assert self.cli.run is not None  # set before the trainer is built
+        return self.cli.run
+
+    @property
     def _summary_file(self) -> Path:
         command = self.cli.subcommand
-        return self.cli.run.path / ("summary.json" if command == "fit" else f"summary_{command}.json")
+        return self._run.path / ("summary.json" if command == "fit" else f"summary_{command}.json")
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Drop the metrics of steps that a resumed run makes again."""
@@ -129,7 +134,9 @@ class RunRecord(SaveConfigCallback):
         sync_command = None
         for logger in trainer.loggers:
             if isinstance(logger, WandbRecorder):
-                if best is not None:  # W&B's tables show the summary, which has the last values by default
+                if (
+                    best is not None and checkpoint is not None
+                ):  # W&B's tables show the summary, which has the last values by default
                     score = {best["metric"]: best["value"], f"best/{best['metric']}": best["value"]}
                     with logger.tolerated():
                         logger.experiment.summary.update(checkpoint.best_metrics | score | {"best/step": best["step"]})
@@ -141,7 +148,7 @@ class RunRecord(SaveConfigCallback):
             self._say(pl_module, summary, sync_command)
 
     def _say(self, pl_module: L.LightningModule, summary: dict[str, Any], sync_command: str | None) -> None:
-        folder, is_fit = self.cli.run.path, self.cli.subcommand == "fit"
+        folder, is_fit = self._run.path, self.cli.subcommand == "fit"
         where = f" at step {summary['step']}" if is_fit else ""
         lines = [("run", f"{folder} ({summary['status']}{where}, {summary['seconds']:.0f} s)")]
         if summary["best"]:
@@ -150,12 +157,12 @@ class RunRecord(SaveConfigCallback):
             lines += [("result", f"{name} {value:.4f}") for name, value in sorted(summary["metrics"].items())]
         if sync_command:
             lines.append(("wandb", sync_command))
-        if is_fit and (summary["status"] == "finished" or self.cli.run.checkpoint("last").is_file()):
+        if is_fit and (summary["status"] == "finished" or self._run.checkpoint("last").is_file()):
             lines.append(("next", self._next_command(pl_module, summary["status"])))
         say("\n" + "\n".join(f"{what:<8}{text}" for what, text in lines))
 
     def _next_command(self, pl_module: L.LightningModule, status: str) -> str:
-        folder = shlex.quote(str(self.cli.run.path))
+        folder = shlex.quote(str(self._run.path))
         if status != "finished":
             return f"llm-train fit -c {folder}/{CONFIG} --ckpt_path last"
         return pl_module.next_command(folder)

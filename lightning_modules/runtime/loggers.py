@@ -139,6 +139,7 @@ class MetricsCSV(Logger):
             raise OSError(error.errno, reason, str(self._path)) from error
 
     def _add(self, rows: list[dict[str, Any]]) -> None:
+        assert self._path is not None
         new = dict.fromkeys(name for row in rows for name in row if name not in self._columns)
         if not new:
             with self._path.open("a", newline="") as file:
@@ -152,6 +153,7 @@ class MetricsCSV(Logger):
         self._rewrite(earlier + rows)
 
     def _rewrite(self, rows: list[dict[str, Any]]) -> None:
+        assert self._path is not None
         text = io.StringIO()
         writer = csv.DictWriter(text, self._columns)
         writer.writeheader()
@@ -255,7 +257,7 @@ class WandbRecorder(OpenWandbLogger):
     def log_artifacts(self) -> None:
         """Log the files of the run that other runs may start from."""
         with self.tolerated():
-            if self.experiment.disabled:
+            if self.experiment.disabled or self._folder is None:
                 return
             wanted = [kind for kind in _ARTIFACTS if kind != "model" or self.log_model]
             kinds = [kind for kind in wanted if (self._folder / _ARTIFACTS[kind]).exists()]
@@ -270,7 +272,7 @@ class WandbRecorder(OpenWandbLogger):
             paths: Paths; other texts are ignored.
         """
         with self.tolerated():
-            if self.experiment.disabled:
+            if self.experiment.disabled or self._folder is None:
                 return
             used = set()
             for path in map(Path, paths):
@@ -341,7 +343,7 @@ def _mode() -> str:
         return mode
     host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
     try:
-        logged_in = "WANDB_API_KEY" in os.environ or netrc.netrc().authenticators(host) is not None
+        logged_in = "WANDB_API_KEY" in os.environ or netrc.netrc().authenticators(host or "") is not None
     except (OSError, netrc.NetrcParseError):  # there is no such file, or one that wandb could not read either
         logged_in = False
     return "online" if logged_in else "offline"

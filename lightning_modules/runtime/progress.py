@@ -48,17 +48,17 @@ class RunProgress(ProgressBar):
 
     def _open(self, description: str, total: float | None, initial: int = 0) -> None:
         terminal = sys.stderr.isatty()
-        known = total is not None and total != float("inf")  # a stream has no length
+        length = None if total is None or total == float("inf") else int(total)  # a stream has no length
         self._seconds = self.refresh_seconds if terminal else 10 * self.refresh_seconds
         self._drawn = time.monotonic()
         self._bar = tqdm(
             desc=description,
-            total=int(total) if known else None,
+            total=length,
             initial=initial,
             disable=not self._enabled,
             dynamic_ncols=terminal,
             ncols=None if terminal else 110,
-            bar_format=_KNOWN_LENGTH if known else _UNKNOWN_LENGTH,
+            bar_format=_UNKNOWN_LENGTH if length is None else _KNOWN_LENGTH,
             mininterval=float("inf"),  # `_show` draws: reading the clock at every step costs time
             delay=0 if terminal else float("inf"),  # in a file, no empty first line
         )

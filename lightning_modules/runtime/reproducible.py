@@ -43,7 +43,7 @@ class ReproducibleSteps(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: object, batch_idx: int
     ) -> None:
         """Seed the random numbers of the batch."""
-        batch_seed = self.seed * _SEED_STRIDE + private_names.batches_done(trainer)
+        batch_seed = (self.seed or 0) * _SEED_STRIDE + private_names.batches_done(trainer)
         seed = batch_seed * _BATCH_STRIDE + trainer.global_rank
         # torch.manual_seed does the same for every device, but takes a millisecond to record its caller.
         torch.default_generator.manual_seed(seed)

@@ -3,8 +3,8 @@
     python tests/benchmarks/two_processes.py [EXPERIMENT ...]
 
 Two processes have a copy of the model each (DistributedDataParallel), and then its shards (FSDP2). Both are killed at
-the first checkpoint and resumed by `--auto_resume`. Each experiment is shortened, and has no dropout, whose random numbers
-depend on the rank. `EXPERIMENT` is such as `TOPIC/offline`.
+the first checkpoint and resumed by `--auto_resume`. Each experiment is shortened, and has no dropout, whose random
+numbers depend on the rank. `EXPERIMENT` is such as `TOPIC/offline`.
 """
 
 import csv
