@@ -1,0 +1,48 @@
+"""What a resumed run restores from its checkpoint: the best validation so far, and the rows of the metrics."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from lightning_modules.runtime.checkpoint import RunCheckpoint
+from lightning_modules.runtime.loggers import MetricsCSV
+
+
+def files_written(callback: RunCheckpoint, step: int, loss: float) -> list[str]:
+    """The checkpoints that are written after a validation of a step with a loss."""
+    written: list[str] = []
+    trainer = SimpleNamespace(
+        callback_metrics={"val/loss": loss},
+        default_root_dir="",
+        fast_dev_run=False,
+        global_step=step,
+        sanity_checking=False,
+        save_checkpoint=lambda file: written.append(file.stem),
+        state=SimpleNamespace(fn="fit"),
+    )
+    callback.on_validation_end(trainer, None)
+    return written
+
+
+@pytest.mark.parametrize(("mode", "best", "worse", "better"), [("min", 1.0, 1.5, 0.5), ("max", 1.0, 0.5, 1.5)])
+def test_a_resumed_run_keeps_its_best_checkpoint_until_a_better_validation(mode, best, worse, better):
+    first, resumed = (RunCheckpoint("val/loss", mode) for _ in range(2))
+    assert files_written(first, 4, best) == ["best", "last"]
+    resumed.load_state_dict(first.state_dict())
+    assert files_written(resumed, 8, worse) == ["last"]
+    assert (resumed.best_score, resumed.best_step, resumed.best_metrics) == (best, 4, {"val/loss": best})
+    assert files_written(resumed, 12, better) == ["best", "last"]
+    assert (resumed.best_score, resumed.best_step, resumed.best_metrics) == (better, 12, {"val/loss": better})
+
+
+def test_a_resumed_run_drops_the_rows_of_later_steps(tmp_path):
+    first, resumed = MetricsCSV(), MetricsCSV()
+    for logger in (first, resumed):
+        logger.attach(tmp_path, "topic", "name", "fit")
+    for step in (4, 8, 12):
+        first.log_metrics({"train/loss": float(step)}, step=step - 1)
+    first.flush()
+    resumed.attach(tmp_path, "topic", "name", "fit")
+    resumed.go_on_from(8, [])
+    resumed.flush()
+    assert (tmp_path / "metrics.csv").read_text().splitlines() == ["step,epoch,train/loss", "4,0,4.0", "8,0,8.0"]
