@@ -1,10 +1,6 @@
-"""Helpers of several tests: text, settings, signals, and comparisons of runs."""
+"""Helpers of several tests: text, settings, and comparisons of runs."""
 
-import os
 import random
-import signal
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +10,6 @@ from safetensors.torch import load_file
 TINY = next(Path(__file__).parent.glob("*/tiny.yaml"))  # the run of the fixture `tiny`, by the topic that it belongs to
 RUNS = Path("runs") / TINY.parent.name
 LAST, BEST = "checkpoints/last.ckpt", "checkpoints/best.ckpt"
-
-
-def kill_when(seen: Callable[[], bool], signal_number: int = signal.SIGKILL) -> Callable[[int], None]:
-    """Return a function for `forked(meanwhile=...)` that sends a signal as soon as a condition holds."""
-
-    def watch(child: int) -> None:
-        deadline = time.monotonic() + 120
-        while not seen() and time.monotonic() < deadline:
-            time.sleep(0.002)
-        os.kill(child, signal_number)
-
-    return watch
 
 
 def text(n_words: int, seed: int = 0) -> str:
