@@ -1,4 +1,4 @@
-"""The random numbers of a batch depend on the seed, the number of the batch in the run and the rank, on nothing else."""
+"""The random numbers of a batch depend only on the seed, the number of the batch in the run, and the rank."""
 
 import itertools
 from types import SimpleNamespace
