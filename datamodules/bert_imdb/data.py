@@ -35,11 +35,6 @@ def grouped_by_length(lengths: Sequence[int], batch_size: int, seed: int) -> Ord
 
     The reviews are shuffled, sorted by length within pools of `POOL` batches, and the batches are shuffled. So a batch
     needs little padding, and nearly any two reviews can share a batch.
-
-    Args:
-        lengths: Number of tokens of each review, (n,).
-        batch_size: Number of reviews in a batch.
-        seed: Seed of the shuffling.
     """
     lengths = np.asarray(lengths)
 
@@ -61,11 +56,6 @@ def truncate(ids: np.ndarray, n: int, how: Truncation) -> np.ndarray:
 
     `head` keeps the first tokens, `tail` the last ones, `head_tail` a quarter from the beginning and the rest from the
     end, as in the paper.
-
-    Args:
-        ids: Token ids, (T,).
-        n: Number of tokens to keep, at least 1.
-        how: Which tokens to keep.
     """
     if len(ids) <= n:
         return ids
@@ -83,12 +73,9 @@ class TokenizedReviews(Dataset):
         rows: Token ids of each review with special tokens, (T,) each.
         labels: Class of each review, or -1 if it is unknown.
         pad_token_id: Token that pads a row.
-
-    Attributes:
-        features: Features of each review from a frozen encoder, (n, F) float32, or `None`.
     """
 
-    features: np.ndarray | None = None
+    features: np.ndarray | None = None  # of each review, by a frozen encoder, (n, F) float32
 
     def __init__(self, rows: Sequence[np.ndarray], labels: Sequence[int], pad_token_id: int) -> None:
         self.lengths = np.array([len(row) for row in rows], dtype=np.int64)
@@ -254,21 +241,13 @@ class ReviewsDataModule(WithTokenizer, ExperimentDataModule):
         self.source.prepare()
 
     def setup(self, stage: str) -> None:
-        """Read and tokenise the splits of a stage.
-
-        Raises:
-            MisconfigurationException: If a split cannot be used.
-        """
+        """Read and tokenise the splits of a stage."""
         for split in _SPLITS[stage]:
             if split not in self.datasets:
                 self.datasets[split] = self.read(split)
 
     def read(self, split: Any) -> TokenizedReviews:
-        """Return the dataset of a split.
-
-        Args:
-            split: `train`, `val`, `test` or `predict`.
-        """
+        """Return the dataset of a split: `train`, `val`, `test` or `predict`."""
         raise NotImplementedError
 
     def training_order(self) -> Order:
@@ -290,21 +269,22 @@ class ReviewsDataModule(WithTokenizer, ExperimentDataModule):
         """Return the loader of the test split, the shortest rows first."""
         return self.evaluation_loader(self.datasets["test"], self.datasets["test"].by_length)
 
-    @cached_property
-    def _frame(self) -> tuple[np.ndarray, np.ndarray]:
-        """The tokens that the tokenizer adds before and after a text, `[CLS]` and `[SEP]`."""
+    def rows_of(
+        self, reviews: list[Review], parts_of: Callable[[np.ndarray, int], list[np.ndarray]]
+    ) -> list[np.ndarray]:
+        """Return the token ids of each part of each review, (T,), between `[CLS]` and `[SEP]` as in BERT.
+
+        Args:
+            reviews: Reviews to tokenise.
+            parts_of: Maps the ids of a review, and a length, to parts that are at most so long.
+        """
         plain = encode(self.tokenizer, ["a"])[0].tolist()
-        framed = self.tokenizer("a")["input_ids"]
+        framed = self.tokenizer("a")["input_ids"]  # with the tokens that the tokenizer adds before and after a text
         begin = next(i for i in range(len(framed)) if framed[i : i + len(plain)] == plain)
-        return np.array(framed[:begin], np.int32), np.array(framed[begin + len(plain) :], np.int32)
-
-    def _framed(self, ids: np.ndarray) -> np.ndarray:
-        before, after = self._frame
-        return np.concatenate([before, ids.astype(np.int32), after])
-
-    @property
-    def _room(self) -> int:
-        return self.max_tokens - sum(map(len, self._frame))
+        before, after = np.array(framed[:begin], np.int32), np.array(framed[begin + len(plain) :], np.int32)
+        n = self.max_tokens - len(before) - len(after)
+        ids = encode(self.tokenizer, [review.text for review in reviews])
+        return [np.concatenate([before, part, after]) for row in ids for part in parts_of(row, n)]
 
 
 class BertImdbDataModule(ReviewsDataModule):
@@ -318,9 +298,6 @@ class BertImdbDataModule(ReviewsDataModule):
         file: File of reviews to classify, for `predict`: JSON lines or a table (`.csv`) with the field `text`; labels
             are ignored.
         **kwargs: Arguments of `ReviewsDataModule`.
-
-    Attributes:
-        texts: Reviews of each split, by position in the dataset.
     """
 
     def __init__(
@@ -335,7 +312,7 @@ class BertImdbDataModule(ReviewsDataModule):
         self.truncation = truncation
         self.text = text
         self.file = file
-        self.texts: dict[str, list[Review]] = {}
+        self.texts: dict[str, list[Review]] = {}  # reviews of each split, by position in the dataset
 
     @property
     def classes(self) -> list[str]:
@@ -344,9 +321,6 @@ class BertImdbDataModule(ReviewsDataModule):
 
     def labelled(self, split: Side) -> list[Review]:
         """Return the reviews of a split.
-
-        Args:
-            split: `train`, `val` or `test`.
 
         Raises:
             MisconfigurationException: If there are none, or those of one class only.
@@ -366,23 +340,16 @@ class BertImdbDataModule(ReviewsDataModule):
         return reviews
 
     def read(self, split: Any) -> TokenizedReviews:
-        """Return the dataset of a split.
-
-        Args:
-            split: `train`, `val`, `test`, or `predict` for the reviews to classify.
-        """
+        """Return the dataset of a split; `predict` has the reviews to classify."""
         self.texts[split] = reviews = self._to_predict() if split == "predict" else self.labelled(split)
-        ids = encode(self.tokenizer, [review.text for review in reviews])
-        rows = [self._framed(truncate(row, self._room, self.truncation)) for row in ids]
-        return TokenizedReviews(
-            rows, [-1 if r.label is None else r.label for r in reviews], self.tokenizer.pad_token_id
-        )
+        rows = self.rows_of(reviews, lambda ids, n: [truncate(ids, n, self.truncation)])
+        labels = [-1 if review.label is None else review.label for review in reviews]
+        return TokenizedReviews(rows, labels, self.tokenizer.pad_token_id)
 
     def keep_features(self, split: Side, model: Any, features_of: Callable[[Batch], Tensor]) -> None:
         """Replace the tokens in the batches of a split by features, computed once and kept in the cache.
 
         Args:
-            split: `train`, `val` or `test`.
             model: Identity of the encoder, any value that JSON can represent.
             features_of: Returns the features of a batch, (B, F).
         """
@@ -454,9 +421,6 @@ class MaskedReviewsDataModule(ReviewsDataModule):
     def read(self, split: Any) -> MaskedReviews:
         """Return the dataset of a split.
 
-        Args:
-            split: `train`, `val` or `test`.
-
         Raises:
             MisconfigurationException: If there are no reviews, the tokenizer cannot mask, or the split is `predict`.
         """
@@ -471,8 +435,7 @@ class MaskedReviewsDataModule(ReviewsDataModule):
         reviews = self.pretraining_reviews if split == "train" else list(self.source.reviews(split))
         if not reviews:
             raise MisconfigurationException(f"data.reviews: there are no {split} reviews")
-        ids = encode(self.tokenizer, [review.text for review in reviews])
-        rows = [self._framed(part) for row in ids for part in _parts(row, self._room)]
+        rows = self.rows_of(reviews, _parts)
         return MaskedReviews(rows, self.tokenizer, self.mask_fraction, self.whole_words, self.seed)
 
     def training_order(self) -> Order:

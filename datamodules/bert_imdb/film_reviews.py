@@ -7,12 +7,16 @@ Each opinion is for the film or against it, and no single word decides:
 - a concession is outweighed by an opposite opinion: "although the pace is deft, the script bored me";
 - two words may change places: "its faults outweigh its strengths".
 
-All opinions of a review agree with its label, except concessions, which have the opposite sign.
+All opinions of a review agree with its label, except concessions, which have the opposite sign. The words and the
+sentences stand in `film_reviews.yaml`.
 """
 
 import random
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
+
+import yaml
 
 from datamodules.bert_imdb.reviews import Review, ReviewSource
 from datamodules.splits import Side
@@ -20,117 +24,7 @@ from lightning_modules.common.ranges import NonNegativeInt, TwoOrMore
 
 NEGATED = 0.3  # fraction of the plain opinions; with one half, word counts would carry no information
 MIXED = 0.4  # fraction of the reviews that may have concessions
-
-
-def _listed(words: str) -> list[str]:
-    return words.split(", ")
-
-
-# Adjectives for a part of the film: [against, for].
-_ADJECTIVES = (
-    _listed(
-        "dull, clumsy, lazy, hollow, stale, shallow, tired, muddled, wooden, flat, careless, tedious, crude, "
-        "lifeless, sloppy, pompous, dreary, bland, forgettable, stiff"
-    ),
-    _listed(
-        "gripping, warm, inventive, sharp, graceful, honest, lively, subtle, moving, assured, witty, tender, "
-        "fresh, convincing, elegant, polished, memorable, vivid, deft, rich"
-    ),
-)
-# Verbs, in the past tense and after "did not": [against, for].
-_VERBS = (
-    [("bored", "bore"), ("annoyed", "annoy"), ("wearied", "weary"), ("irritated", "irritate"), ("lost", "lose")],
-    [("charmed", "charm"), ("moved", "move"), ("delighted", "delight"), ("thrilled", "thrill"), ("amused", "amuse")],
-)
-# Words against and for the film, and a sentence of both: their order decides.
-_PAIRS = (
-    ("bad", "good", "it is a {0} film with a {1} poster"),
-    ("badly", "well", "it begins {1} and ends {0}"),
-    ("sorry", "glad", "it left me more {0} than {1}"),
-    ("faults", "strengths", "its {0} outweigh its {1}"),
-    ("hated", "loved", "the friend beside me {1} it, and I {0} it"),
-    ("wasted", "well spent", "the ticket seemed {1} and was {0}"),
-    ("leave early", "see it twice", "I would {0} rather than {1}"),
-    ("boredom", "delight", "I went in expecting {1} and found {0}"),
-)
-_PARTS = _listed(
-    "the acting, the script, the score, the camera work, the ending, the dialogue, the editing, the pace, "
-    "the opening, the second half, the leading man, the heroine, the villain, the love story, the "
-    "lighting, the humour"
-)
-_SAYS = (
-    "{part} is {word}",
-    "{part} is {degree} {word}",
-    "I found {part} {word}",
-    "{part} turns out to be {word}",
-    "{part} stays {word} to the last",
-    "anybody would call {part} {word}",
-)
-_DENIES = (
-    "{part} is not {word}",
-    "{part} is far from {word}",
-    "{part} is anything but {word}",
-    "I never found {part} {word}",
-    "{part} is hardly ever {word}",
-    "nobody would call {part} {word}",
-)
-_DISOWNS = (
-    "do not believe those who say that {claim}",
-    "it is simply untrue that {claim}",
-    "I cannot agree that {claim}",
-)
-_DEGREES = _listed("very, rather, quite, thoroughly, truly, remarkably")
-# Sentences of an opinion that decides and a concession.
-_CONTRASTS = (
-    "{conceded}, but {decides}",
-    "although {conceded}, {decides}",
-    "{decides}, even if {conceded}",
-    "it may be that {conceded}, and still {decides}",
-    "what counts is that {decides}, not that {conceded}",
-    "{decides}, which weighs more than that {conceded}",
-)
-_LINKS = ("", "", "", "And ", "Then again, ", "As far as I can tell, ", "To my mind, ", "All in all, ")
-_OPENINGS = (
-    'I saw "{title}" on {day}, with {company}.',
-    '"{title}" is the {count} film by {name}.',
-    'A word about "{title}".',
-    "{name} made this one in {place}.",
-    'Somebody gave me "{title}" for my birthday.',
-    "We had two hours to spend, and this was on.",
-)
-_STORIES = (
-    "It is the story of {who} who {does} in {place}.",
-    "{name} plays {who}, and {who2} {does}.",
-    "In {place}, {who} {does}, and everything follows from that.",
-    "The first scene shows {place}, where {who} {does}.",
-)
-_DAYS = _listed("Monday, Tuesday, a rainy Sunday, my day off, a flight, New Year's Eve")
-_COMPANY = _listed("my sister, two colleagues, an old friend, nobody else in the room, my father, the children")
-_COUNTS = _listed("first, second, third, fourth, latest")
-_PLACES = _listed(
-    "a town by the sea, Lisbon, a village in the hills, a hotel out of season, the far north, a school "
-    "for sailors, a city without trains, an empty theatre, a valley under snow, the suburbs"
-)
-_PEOPLE = _listed(
-    "a lighthouse keeper, a retired judge, a young baker, a pair of twins, a piano tuner, a night nurse, "
-    "a cartographer, a travelling salesman, a lost tourist, a beekeeper, a stage magician, a widow"
-)
-_DEEDS = _listed(
-    "inherits a house, loses a letter, waits for a ship, follows a stranger, opens a shop, learns to "
-    "swim, hides a painting, writes to the king, misses the last bus, buys a horse, keeps a secret, finds "
-    "a map"
-)
-_FIRST_NAMES = _listed("Ines, Otto, Maren, Silvio, Greta, Pavel, Nadia, Hugo, Ilse, Tomas")
-_LAST_NAMES = _listed("Halloran, Brandt, Okafor, Lindqvist, Marchetti, Duval, Petrov, Asante, Whitlock, Soares")
-_TITLE_ADJECTIVES = _listed(
-    "Silent, Blue, Second, Crooked, Paper, Northern, Hidden, Seventh, Golden, Distant, Narrow, Borrowed, "
-    "Winter, Open, Iron"
-)
-_TITLE_NOUNS = _listed(
-    "Harbour, Orchard, Staircase, Window, Compass, Garden, Platform, Lantern, Border, Bridge, Kitchen, "
-    "Island, Violin, Mirror, Station, Meadow, Signal, Ferry, Balcony, Almanac"
-)
-_TITLES = [f"The {adjective} {noun}" for adjective in _TITLE_ADJECTIVES for noun in _TITLE_NOUNS]
+WORDS = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
 
 
 class FilmReviews(ReviewSource):
@@ -182,25 +76,20 @@ class FilmReviews(ReviewSource):
 def films_of(split: Side) -> list[str]:
     """Return the films of a split; no film is in two splits."""
     places = {"train": range(7), "val": range(7, 8), "test": range(8, 10)}[split]
-    n = len(_TITLE_NOUNS)  # all splits have the words of the titles, in other pairs
-    return [title for i, title in enumerate(_TITLES) if (i // n + i % n) % 10 in places]
+    adjectives, nouns = enumerate(WORDS["title_adjectives"]), list(enumerate(WORDS["title_nouns"]))
+    # All splits have the words of the titles, in other pairs.
+    return [f"The {adjective} {noun}" for i, adjective in adjectives for j, noun in nouns if (i + j) % 10 in places]
 
 
 def write_review(draw: random.Random, label: int, film: str) -> str:
-    """Return a generated review.
-
-    Args:
-        draw: Source of random choices.
-        label: 1 for the film, 0 against it.
-        film: Title of the film.
-    """
+    """Return a review of a film, for it (label 1) or against it (0)."""
     mixed = draw.random() < MIXED
     sentences = [_opening(draw, film)]
     if draw.random() < 0.3:
         sentences.append(_story(draw))
     for _ in range(draw.randint(2, 4)):
         said = _contrast(draw, label) if mixed and draw.random() < 0.7 else _opinion(draw, label)
-        link = draw.choice(_LINKS)
+        link = draw.choice(WORDS["links"])
         sentences.append(f"{link}{said}." if link else f"{said[0].upper()}{said[1:]}.")
     if len(sentences) > 3:  # a second paragraph, as in reviews from the web
         sentences[2] += "<br /><br />"
@@ -208,47 +97,42 @@ def write_review(draw: random.Random, label: int, film: str) -> str:
 
 
 def _opinion(draw: random.Random, label: int) -> str:
-    """Return an opinion for the film (1) or against it (0)."""
     if draw.random() < 0.25:
-        *words, pattern = draw.choice(_PAIRS)
+        *words, pattern = draw.choice(WORDS["pairs"])
         return pattern.format(words[label], words[1 - label])
     if draw.random() < 0.15:
-        return draw.choice(_DISOWNS).format(claim=_plain_opinion(draw, 1 - label))
+        return draw.choice(WORDS["disowns"]).format(claim=_plain_opinion(draw, 1 - label))
     return _plain_opinion(draw, label)
 
 
 def _plain_opinion(draw: random.Random, label: int) -> str:
     negated = draw.random() < NEGATED
     word_label = 1 - label if negated else label
-    part = draw.choice(_PARTS)
+    part = draw.choice(WORDS["parts"])
     if draw.random() < 0.2:
-        did, do = draw.choice(_VERBS[word_label])
+        did, do = draw.choice(WORDS["verbs"][word_label])
         return f"{part} did not {do} me" if negated else f"{part} {did} me"
-    pattern = draw.choice(_DENIES if negated else _SAYS)
-    return pattern.format(part=part, word=draw.choice(_ADJECTIVES[word_label]), degree=draw.choice(_DEGREES))
+    pattern, adjectives = draw.choice(WORDS["denies" if negated else "says"]), WORDS["adjectives"][word_label]
+    return pattern.format(part=part, word=draw.choice(adjectives), degree=draw.choice(WORDS["degrees"]))
 
 
 def _contrast(draw: random.Random, label: int) -> str:
-    return draw.choice(_CONTRASTS).format(decides=_opinion(draw, label), conceded=_opinion(draw, 1 - label))
+    return draw.choice(WORDS["contrasts"]).format(decides=_opinion(draw, label), conceded=_opinion(draw, 1 - label))
 
 
 def _name(draw: random.Random) -> str:
-    return f"{draw.choice(_FIRST_NAMES)} {draw.choice(_LAST_NAMES)}"
+    return f"{draw.choice(WORDS['first_names'])} {draw.choice(WORDS['last_names'])}"
 
 
 def _opening(draw: random.Random, film: str) -> str:
-    return draw.choice(_OPENINGS).format(
-        title=film,
-        name=_name(draw),
-        day=draw.choice(_DAYS),
-        company=draw.choice(_COMPANY),
-        count=draw.choice(_COUNTS),
-        place=draw.choice(_PLACES),
+    pattern, name = draw.choice(WORDS["openings"]), _name(draw)
+    return pattern.format(
+        title=film, name=name, **{field: draw.choice(WORDS[field]) for field in ("day", "company", "count", "place")}
     )
 
 
 def _story(draw: random.Random) -> str:
-    who, other = draw.sample(_PEOPLE, 2)
-    return draw.choice(_STORIES).format(
-        who=who, who2=other, does=draw.choice(_DEEDS), place=draw.choice(_PLACES), name=_name(draw)
-    )
+    who, who2 = draw.sample(WORDS["people"], 2)
+    pattern = draw.choice(WORDS["stories"])
+    does, place = (draw.choice(WORDS[field]) for field in ("does", "place"))
+    return pattern.format(who=who, who2=who2, does=does, place=place, name=_name(draw))

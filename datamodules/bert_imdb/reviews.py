@@ -24,14 +24,7 @@ _BREAKS = re.compile(r"(?:\s*<br\s*/?>\s*)+", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class Review:
-    """A review.
-
-    Args:
-        text: Text of the review; line breaks of HTML are removed.
-        label: Index of its class, or `None` if it has no label.
-        film: Film that it is about, if known.
-        place: Where it was read, for messages.
-    """
+    """A review: its text without line breaks of HTML, its class or `None`, its film if known, and where it was read."""
 
     text: str
     label: int | None
@@ -68,18 +61,39 @@ class ReviewSource(ABC):
         """Download the reviews; called on one process of each machine."""
 
 
+class PartedSource(ReviewSource):
+    """Base of sources in parts, such as files. A split that has no part is held out of the part `train`.
+
+    A hash of the film, or of the text if the film is unknown, decides: all reviews of a film are in one split.
+    """
+
+    parts: dict[str, Any]  # arguments of `read`, by split; `unlabelled` too, if there are reviews without labels
+    fractions: tuple[float, float]  # of `train`, held out for validation and test
+
+    @abstractmethod
+    def read(self, part: Any, classes: Sequence[str] | None) -> Iterator[Review]:
+        """Yield the reviews of a part; `classes` is `None` to ignore the labels."""
+
+    def reviews(self, split: Side) -> Iterator[Review]:
+        """Yield the reviews of a split."""
+        whole = split != "train" and split in self.parts
+        for review in self.read(self.parts[split if whole else "train"], self.classes):
+            if whole or side_of(review.film or review.text, *self.fractions) == split:
+                yield review
+
+    def unlabelled(self) -> Iterator[Review]:
+        """Yield the reviews without labels."""
+        if "unlabelled" in self.parts:
+            yield from self.read(self.parts["unlabelled"], None)
+
+
 def parse_review(
     row: Any, place: str, classes: Sequence[str] | None, text: str = "text", label: str = "label", film: str = "film"
 ) -> Review:
-    """Return the review in a row of a data set.
+    """Return the review in a row, a dictionary of fields that was read at `place`.
 
-    Args:
-        row: Dictionary of the fields; other fields are ignored.
-        place: Where the row was read, for messages.
-        classes: Names of the classes; `None` to ignore the label.
-        text: Name of the field with the text.
-        label: Name of the field with the label: the index of a class, or its name.
-        film: Name of the field with the film, which may be missing.
+    `text`, `label` and `film` are the names of its fields; the film may be missing. The label is the name of a class or
+    its index; it is ignored if `classes` is `None`.
 
     Raises:
         MisconfigurationException: If the text or the label is missing, the text is empty, or the label is not a class.
@@ -114,10 +128,7 @@ def _label(given: Any, place: str, classes: Sequence[str]) -> int:
 def read_reviews(path: Path, classes: Sequence[str] | None = CLASSES, **fields: str) -> Iterator[Review]:
     """Yield the reviews of a file: a table (`.csv`) or JSON lines, optionally compressed (`.gz`).
 
-    Args:
-        path: File in UTF-8. The first line of a table has the names of its columns.
-        classes: Names of the classes; `None` to ignore the labels.
-        **fields: Names of the fields, see `parse_review`.
+    The file is in UTF-8; the first line of a table names its columns. For the other arguments see `parse_review`.
 
     Raises:
         MisconfigurationException: If the file is missing, or a line is not a review (with its number).
@@ -139,9 +150,8 @@ def _json_rows(file: IO[str], path: Path) -> Iterator[tuple[int, Any]]:
             try:
                 yield number, json.loads(line)
             except ValueError as error:
-                raise MisconfigurationException(
-                    f"{path}, line {number}: is no JSON object on one line ({error})"
-                ) from error
+                place = f"{path}, line {number}"
+                raise MisconfigurationException(f"{place}: is no JSON object on one line ({error})") from error
 
 
 def _table_rows(file: IO[str], path: Path) -> Iterator[tuple[int, dict[str, str]]]:
@@ -159,7 +169,7 @@ def _table_rows(file: IO[str], path: Path) -> Iterator[tuple[int, dict[str, str]
         begins = reader.line_num + 1
 
 
-class ReviewFiles(ReviewSource):
+class ReviewFiles(PartedSource):
     """Files of JSON lines (`.jsonl`) or tables (`.csv`), optionally compressed (`.gz`).
 
     Args:
@@ -167,8 +177,7 @@ class ReviewFiles(ReviewSource):
         val: File, or files, to validate on; `null` holds out a part of `train`.
         test: File, or files, to test on; `null` holds out a part of `train`.
         unlabelled_file: File of reviews without labels, to pretrain on; `null` for none.
-        val_fraction: Fraction of `train` that is held out for validation, in [0, 1). A hash of the film, or of the text
-            if the film is unknown, decides: all reviews of a film are in one split.
+        val_fraction: Fraction of `train` that is held out for validation, in [0, 1); no film is in two splits.
         test_fraction: Fraction of `train` that is held out for the test, in [0, 1).
         text_field: Name of the field, or column, with the text.
         label_field: Name of the field with the label: the index of a class, or its name.
@@ -192,34 +201,21 @@ class ReviewFiles(ReviewSource):
         film_field: str = "film",
         classes: list[str] | tuple[str, ...] = CLASSES,
     ) -> None:
-        given = {"train": train, "val": val, "test": test}
-        self.files = {split: [files] if isinstance(files, str) else files for split, files in given.items() if files}
-        self.unlabelled_file = unlabelled_file
+        given = {"train": train, "val": val, "test": test, "unlabelled": unlabelled_file}
+        self.parts = {name: [files] if isinstance(files, str) else files for name, files in given.items() if files}
         self.fractions = require_fractions(0.0 if val else val_fraction, 0.0 if test else test_fraction, "data.reviews")
         self.fields = {"text": text_field, "label": label_field, "film": film_field}
         if len(set(classes)) < 2 or len(set(classes)) != len(classes):
             raise MisconfigurationException(f"data.reviews: classes must be two or more names, got {list(classes)}")
         self.classes = list(classes)
 
-    def reviews(self, split: Side) -> Iterator[Review]:
-        """Yield the reviews of a split.
-
-        Raises:
-            MisconfigurationException: If a file is missing, or a line is not a review (with its number).
-        """
-        whole_file = split != "train" and split in self.files
-        for file in self.files.get(split) or self.files["train"]:
-            for review in read_reviews(Path(file).expanduser(), self.classes, **self.fields):
-                if whole_file or side_of(review.film or review.text, *self.fractions) == split:
-                    yield review
-
-    def unlabelled(self) -> Iterator[Review]:
-        """Yield the reviews without labels."""
-        if self.unlabelled_file:
-            yield from read_reviews(Path(self.unlabelled_file).expanduser(), None, **self.fields)
+    def read(self, part: list[str], classes: Sequence[str] | None) -> Iterator[Review]:
+        """Yield the reviews of some files."""
+        for file in part:
+            yield from read_reviews(Path(file).expanduser(), classes, **self.fields)
 
 
-class AclImdb(ReviewSource):
+class AclImdb(PartedSource):
     """The folder `aclImdb` of the original data set (Maas et al., 2011, https://ai.stanford.edu/~amaas/data/sentiment).
 
     Args:
@@ -229,39 +225,35 @@ class AclImdb(ReviewSource):
 
     def __init__(self, folder: str, val_fraction: Probability = 0.1) -> None:
         self.folder = Path(folder).expanduser()
-        self.val_fraction = val_fraction
+        self.parts = {
+            "train": ("train", "neg", "pos"),
+            "test": ("test", "neg", "pos"),
+            "unlabelled": ("train", "unsup"),
+        }
+        self.fractions = val_fraction, 0.0
 
-    def reviews(self, split: Side) -> Iterator[Review]:
-        """Yield the reviews of a split, each class ordered by the numbers of its files.
+    def read(self, part: tuple[str, ...], classes: Sequence[str] | None) -> Iterator[Review]:
+        """Yield the reviews of some folders, each ordered by the numbers of its files.
 
         Raises:
-            MisconfigurationException: If the folder is incomplete, or a review is empty.
+            MisconfigurationException: If a folder is missing, or a review is empty.
         """
-        part = "test" if split == "test" else "train"
-        for label, name in enumerate(("neg", "pos")):
-            for review in self._read(part, name, label):
-                if split == "test" or side_of(review.film or review.text, self.val_fraction, 0.0) == split:
-                    yield review
-
-    def unlabelled(self) -> Iterator[Review]:
-        """Yield the reviews of `train/unsup`, which have no labels."""
-        return self._read("train", "unsup", None)
-
-    def _read(self, part: str, name: str, label: int | None) -> Iterator[Review]:
-        folder = self.folder / part / name
-        if not folder.is_dir():
-            raise MisconfigurationException(
-                f"{folder} does not exist: give the folder aclImdb, unpacked from aclImdb_v1.tar.gz"
-            )
-        urls = self.folder / part / f"urls_{name}.txt"  # line i is the film of review i
-        films = urls.read_text().split() if urls.is_file() else []
-        files = sorted(folder.glob("*_*.txt"), key=lambda file: int(file.stem.split("_")[0]))
-        for file, film in zip_longest(files, films[: len(files)]):
-            row = {"text": file.read_text(encoding="utf-8"), "label": label, "film": film}
-            yield parse_review(row, str(file), None if label is None else CLASSES)
+        parent, *names = part
+        for label, name in enumerate(names):
+            folder = self.folder / parent / name
+            if not folder.is_dir():
+                raise MisconfigurationException(
+                    f"{folder} does not exist: give the folder aclImdb, unpacked from aclImdb_v1.tar.gz"
+                )
+            urls = folder.with_name(f"urls_{name}.txt")  # line i is the film of review i
+            films = urls.read_text().split() if urls.is_file() else []
+            files = sorted(folder.glob("*_*.txt"), key=lambda file: int(file.stem.split("_")[0]))
+            for file, film in zip_longest(files, films[: len(files)]):
+                row = {"text": file.read_text(encoding="utf-8"), "label": label, "film": film}
+                yield parse_review(row, str(file), classes)
 
 
-class HubReviews(ReviewSource):
+class HubReviews(PartedSource):
     """A Hugging Face dataset with the fields `text` and `label`.
 
     Args:
@@ -270,8 +262,8 @@ class HubReviews(ReviewSource):
         val: Name of the split to validate on; `null` holds out a part of the training split.
         test: Name of the split to test on.
         unlabelled_split: Name of a split to pretrain on, whose labels are ignored; `null` for none.
-        val_fraction: Fraction of the training split that is held out for validation, in [0, 1). A hash of the text
-            decides: the hub's copy of IMDB does not name the films.
+        val_fraction: Fraction of the training split that is held out for validation, in [0, 1). The hub's copy of IMDB
+            does not name the films, so the splits may share films, but no text.
         classes: Names of the classes.
         revision: Branch, tag or commit of the dataset.
     """
@@ -288,36 +280,20 @@ class HubReviews(ReviewSource):
         revision: str | None = None,
     ) -> None:
         self.dataset = dataset
-        self.names = {"train": train, "val": val or train, "test": test}
-        self.holds_out_val = val is None
-        self.unlabelled_split = unlabelled_split
-        self.val_fraction = val_fraction
+        names = {"train": train, "val": val, "test": test, "unlabelled": unlabelled_split}
+        self.parts = {split: name for split, name in names.items() if name}
+        self.fractions = 0.0 if val else val_fraction, 0.0
         self.classes = list(classes)
         self.revision = revision
 
     def prepare(self) -> None:
         """Download the dataset."""
-        self._load(self.names["train"])
+        self._load(self.parts["train"])
 
-    def reviews(self, split: Side) -> Iterator[Review]:
-        """Yield the reviews of a split.
-
-        Raises:
-            MisconfigurationException: If the dataset cannot be reached, or a row is not a review.
-        """
-        whole_split = split == "test" or not self.holds_out_val
-        for review in self._read(self.names[split], self.classes):
-            if whole_split or side_of(review.text, self.val_fraction, 0.0) == split:
-                yield review
-
-    def unlabelled(self) -> Iterator[Review]:
-        """Yield the reviews without labels."""
-        if self.unlabelled_split:
-            yield from self._read(self.unlabelled_split, None)
-
-    def _read(self, split: str, classes: Sequence[str] | None) -> Iterator[Review]:
-        for number, row in enumerate(self._load(split)):
-            yield parse_review(row, f"dataset {self.dataset}, {split}, row {number}", classes)
+    def read(self, part: str, classes: Sequence[str] | None) -> Iterator[Review]:
+        """Yield the reviews of a split of the dataset."""
+        for number, row in enumerate(self._load(part)):
+            yield parse_review(row, f"dataset {self.dataset}, {part}, row {number}", classes)
 
     def _load(self, split: str) -> Any:
         advice = "datamodules.bert_imdb.ReviewFiles and experiments/bert_imdb/offline.yaml need no network"

@@ -58,23 +58,15 @@ class BagOfWords(L.Callback):
 def evaluate_bag_of_words(
     train: Sequence[Any], held_out: Sequence[Any], n_classes: int, ngrams: int
 ) -> dict[str, float]:
-    """Return the results of a logistic regression on word counts; see `ClassificationMeasures` for their names.
-
-    Args:
-        train: Reviews to fit it on, with `text` and `label`.
-        held_out: Reviews to evaluate it on.
-        n_classes: Number of classes K.
-        ngrams: Largest number of consecutive words that are counted together.
-    """
+    """Return the results of a logistic regression on word counts; see `ClassificationMeasures` for their names."""
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
 
-    counts = TfidfVectorizer(ngram_range=(1, ngrams))
-    model = LogisticRegression(max_iter=1000).fit(
-        counts.fit_transform([review.text for review in train]), [review.label for review in train]
-    )
+    model = make_pipeline(TfidfVectorizer(ngram_range=(1, ngrams)), LogisticRegression(max_iter=1000))
+    model.fit([review.text for review in train], [review.label for review in train])
     scores = np.full((len(held_out), n_classes), -np.inf)  # (n, K); training reviews may lack a class
-    scores[:, model.classes_] = model.predict_log_proba(counts.transform([review.text for review in held_out]))
+    scores[:, model.classes_] = model.predict_log_proba([review.text for review in held_out])
     metrics = ClassificationMeasures(n_classes, sync_on_compute=False)  # the other processes have no data
     labels = torch.tensor([review.label for review in held_out])
     metrics.update(torch.from_numpy(scores), labels, torch.arange(len(labels)))

@@ -58,11 +58,7 @@ def _features_of(trainer: L.Trainer, module: Any) -> Callable[[dict[str, Tensor]
 
 
 def weights_digest(model: nn.Module) -> str:
-    """Return a hash of the weights of a model and their names.
-
-    Args:
-        model: Any module.
-    """
+    """Return a hash of the weights of a model and their names."""
     digest = hashlib.sha256()
     for name, tensor in model.state_dict().items():
         digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())

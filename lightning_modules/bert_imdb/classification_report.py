@@ -88,23 +88,13 @@ class ClassificationReport(DrawsAtTheEnd):
 
 
 def most_confidently_wrong(probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Return the indices of the examples that are classified wrongly, in order of decreasing confidence.
-
-    Args:
-        probabilities: Probabilities of the classes, (n, K).
-        labels: Correct classes, (n,).
-    """
+    """Return the indices of the wrongly classified examples, the most confident first: (n, K) and (n,) to (wrong,)."""
     wrong = np.flatnonzero(probabilities.argmax(1) != labels)
     return wrong[np.argsort(-probabilities[wrong].max(1), kind="stable")]
 
 
 def reliability(labels: np.ndarray, probabilities: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return the number of examples, the mean confidence and the accuracy in each bin of confidence, each (bins,).
-
-    Args:
-        labels: Correct classes, (n,).
-        probabilities: Probabilities of the classes, (n, K).
-    """
+    """Return the number of examples, the mean confidence and the accuracy in each bin of confidence, each (bins,)."""
     confidence, is_right = probabilities.max(1), probabilities.argmax(1) == labels
     bins = np.clip(np.ceil(confidence * BINS).astype(int) - 1, 0, BINS - 1)
     counts = np.bincount(bins, minlength=BINS)
@@ -113,17 +103,11 @@ def reliability(labels: np.ndarray, probabilities: np.ndarray) -> tuple[np.ndarr
 
 
 def read_predictions(predictions: Path) -> tuple[list[str], np.ndarray, np.ndarray]:
-    """Return the names of the classes, the labels (n,) and the probabilities (n, K) of a table of predictions.
-
-    Args:
-        predictions: File `predictions_*.csv` that `ClassificationReport` wrote.
-    """
+    """Return the names of the classes, the labels (n,) and the probabilities (n, K) of a file `predictions_*.csv`."""
     with predictions.open(newline="") as file:
-        reader = csv.reader(file)
-        _, _, *classes = next(reader)
-        rows = [(classes.index(label), list(map(float, probabilities))) for _, label, *probabilities in reader]
-    labels, probabilities = zip(*rows, strict=True)
-    return classes, np.array(labels), np.array(probabilities)
+        (_, _, *classes), *rows = csv.reader(file)
+    labels = np.array([classes.index(label) for _, label, *_ in rows])
+    return classes, labels, np.array([row[2:] for row in rows], dtype=float)
 
 
 def _draw_confusion(classes: list[str], labels: np.ndarray, probabilities: np.ndarray, file: Path) -> Path:

@@ -112,11 +112,7 @@ class BertMaskedLMModule(ExperimentModule):
         )
 
     def save_pretrained(self, folder: Path) -> None:
-        """Write the model in the format of Transformers; `AutoModel` loads its encoder.
-
-        Args:
-            folder: Folder to create.
-        """
+        """Write the model in the format of Transformers; `AutoModel` loads its encoder."""
         save_pretrained(self.model, folder)
 
 

@@ -91,9 +91,6 @@ class BertImdbModule(ClassifierModule):
 
         BERT with its own head becomes a `BertForSequenceClassification`. Transformers has no such class for other
         encoders, poolings and heads: those are saved with their code, and load with `trust_remote_code=True`.
-
-        Args:
-            folder: Folder to create.
         """
         config = self.model.config
         if (self.model.encoder.config.model_type, config.pooling, config.head) == ("bert", "cls", "mlp"):

@@ -66,7 +66,7 @@ def test_the_label_depends_on_the_order_of_the_words_more_than_on_the_words():
 
 
 def test_every_pair_is_two_opposite_sentences_of_the_same_words():
-    for against, in_favour, pattern in film_reviews._PAIRS:
+    for against, in_favour, pattern in film_reviews.WORDS["pairs"]:
         one, other = pattern.format(against, in_favour), pattern.format(in_favour, against)
         assert sorted(re.findall(r"\w+", one)) == sorted(re.findall(r"\w+", other))
         assert one != other
