@@ -11,30 +11,18 @@ from experiments.comparison.runs import FINISHED, Run
 from experiments.errors import UserError
 from experiments.study.names import shortest_ending
 
-
-class _Absent:
-    """Type of the value of a setting that a run does not have."""
-
-
-ABSENT = _Absent()
+ABSENT = object()  # value of a setting that a run does not have
 _DOTTED = re.compile(r"[A-Za-z_]\w*(\.\w+){2,}")  # package.module.Class
 
 
 @dataclass(frozen=True)
 class Arm:
-    """Runs with the same settings and different seeds.
+    """Runs with the same settings and different seeds."""
 
-    Args:
-        values: The settings that tell the arm from the others, by their shortest names.
-        shown: The same settings as tables show them.
-        runs: The runs that count.
-        left_out: The runs that have not finished or have logged nothing.
-    """
-
-    values: dict[str, Any]
-    shown: dict[str, str]
-    runs: list[Run]
-    left_out: list[Run]
+    values: dict[str, Any]  # settings that tell the arm from the others, by their shortest names
+    shown: dict[str, str]  # the same settings as tables show them
+    runs: list[Run]  # that count
+    left_out: list[Run]  # that have not finished or have logged nothing
 
     @property
     def label(self) -> str:
@@ -43,12 +31,7 @@ class Arm:
 
 
 def arms_of(runs: Sequence[Run], count_unfinished: bool = False) -> list[Arm]:
-    """Group runs by the settings in which they differ, in the order of the values.
-
-    Args:
-        runs: All runs of the comparison.
-        count_unfinished: Whether to count runs that have not finished.
-    """
+    """Group runs by the settings in which they differ, in the order of the values."""
 
     def counts(run: Run) -> bool:
         return bool(run.metrics) and (count_unfinished or run.status == FINISHED)
@@ -78,9 +61,6 @@ def compared(arms: Sequence[Arm], baseline: Sequence[str]) -> list[tuple[Arm, Ar
         arms: All arms.
         baseline: `SETTING=VALUE` by the short or the whole name of the setting. Without any, the second of two arms is
             compared with the first, and more arms are not compared.
-
-    Raises:
-        UserError: If the runs do not differ in such a setting, or none has these values.
     """
     if not baseline:
         return [(arms[1], arms[0])] if len(arms) == 2 else []
@@ -121,27 +101,21 @@ def differing_settings(runs: Sequence[Run]) -> list[str]:
 
 
 def show_values(values: Iterable[Any]) -> dict[str, str]:
-    """Return the values of a setting as in YAML, but classes without their package and numbers with few digits.
-
-    Args:
-        values: All values of the setting, from which each shown value differs.
-    """
+    """Return the values of a setting as in YAML, but with short names of classes, and numbers with few digits."""
     values = {_identity(value): value for value in values}
     texts = {value for value in values.values() if isinstance(value, str)}
     numbers = [value for value in values.values() if isinstance(value, float)]
     enough = (n for n in range(4, 17) if len({f"{number:.{n}g}" for number in numbers}) == len(set(numbers)))
     digits = next(enough, 17)
-    shown = {}
-    for identity, value in values.items():
+
+    def show(value: Any) -> str:
         if value is ABSENT:
-            shown[identity] = "–"
-        elif isinstance(value, str):
-            shown[identity] = shortest_ending(value, texts) if _DOTTED.fullmatch(value) else value
-        elif isinstance(value, float):
-            shown[identity] = f"{value:.{digits}g}"
-        else:
-            shown[identity] = json.dumps(value)
-    return shown
+            return "–"
+        if isinstance(value, str):
+            return shortest_ending(value, texts) if _DOTTED.fullmatch(value) else value
+        return f"{value:.{digits}g}" if isinstance(value, float) else json.dumps(value)
+
+    return {identity: show(value) for identity, value in values.items()}
 
 
 def _identity(value: Any) -> str:

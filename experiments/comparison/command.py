@@ -3,7 +3,6 @@
 import argparse
 import math
 import shlex
-import sys
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -12,22 +11,19 @@ from experiments.comparison import figures, tables
 from experiments.comparison.arms import Arm, arms_of, compared, how_they_ended
 from experiments.comparison.measures import Measure, choose_metrics, measures_of, mode_of
 from experiments.comparison.page import page
-from experiments.comparison.runs import Run, UnreadableRunError, find_runs, read_folder, read_wandb
+from experiments.comparison.runs import Run, find_runs, read_folder, read_wandb
 from experiments.comparison.statistics import estimate
 from experiments.comparison.tables import Table, as_markdown, as_text
 from experiments.errors import CommandParser, UserError
 from lightning_modules.common.figures import save_figure
 from lightning_modules.common.files import csv_text, write_text
+from lightning_modules.common.messages import say
 
 _MAX_ROWS = 30  # of a table in the terminal
 
 
 def main(args: Sequence[str]) -> None:
-    """Print how runs compare, and write tables, figures and a page.
-
-    Args:
-        args: Command line, `compare` first.
-    """
+    """Print how runs compare, and write tables, figures and a page."""
     options = _parse(args)
     runs, n_skipped = _read(options)
     arms = arms_of(runs, options.unfinished)
@@ -35,7 +31,7 @@ def main(args: Sequence[str]) -> None:
     left_out = [run for arm in arms for run in arm.left_out]
     for run in left_out:
         nothing = "" if run.metrics else ", it has logged nothing"
-        _warn(f"left out {run.name}: {run.status}{run.error and f' ({run.error})'}{nothing}")
+        say(f"left out {run.name}: {run.status}{run.error and f' ({run.error})'}{nothing}")
     if not counting:
         raise UserError(f"none of these runs has finished ({how_they_ended(left_out)}); --unfinished counts them all")
 
@@ -103,21 +99,17 @@ def _read(options: argparse.Namespace) -> tuple[list[Run], int]:
             if isinstance(found, Run):
                 runs.append(found)
             else:
-                _warn(f"skipped {folder}: {found}")
+                say(f"skipped {folder}: {found}")
     if not runs:
         raise UserError(f"none of the {len(folders)} runs in {', '.join(map(str, options.runs))} can be read")
     return runs, len(folders) - len(runs)
 
 
-def _try_to_read(folder: Path) -> Run | UnreadableRunError:
+def _try_to_read(folder: Path) -> Run | UserError:
     try:
         return read_folder(folder)
-    except UnreadableRunError as error:
+    except UserError as error:
         return error
-
-
-def _warn(line: str) -> None:
-    print(line, file=sys.stderr)
 
 
 def _rank(arms: Sequence[Arm], measure: Measure) -> list[int]:

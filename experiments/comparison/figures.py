@@ -3,13 +3,13 @@
 import math
 from collections.abc import Sequence
 from functools import reduce
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from experiments.comparison.arms import Arm, how_they_ended
 from experiments.comparison.measures import Measure
-from experiments.comparison.runs import Run
 from experiments.comparison.statistics import estimate, mean_and_half_width
 from lightning_modules.common.figures import new_figure
 from lightning_modules.common.files import csv_text
@@ -41,18 +41,14 @@ class Curve(NamedTuple):
     counts: bool
     steps: np.ndarray
     values: np.ndarray
-    low: np.ndarray | None = None
-    high: np.ndarray | None = None
+    low: Sequence[float] = ()
+    high: Sequence[float] = ()
 
 
 def curves_of(metrics: Sequence[str], arms: Sequence[Arm]) -> list[Curve]:
     """Return the mean of each arm at the steps that all its runs have logged, and the runs that are in no mean.
 
     Metrics that every run has logged only once are left out.
-
-    Args:
-        metrics: Their names.
-        arms: All arms.
     """
     curves = []
     for metric in metrics:
@@ -63,22 +59,20 @@ def curves_of(metrics: Sequence[str], arms: Sequence[Arm]) -> list[Curve]:
 
 
 def _curves_of_arm(metric: str, number: int, arm: Arm) -> list[Curve]:
-    runs = [run for run in arm.runs if metric in run.metrics]
-    series = [run.metrics[metric] for run in runs]
-    shared = reduce(np.intersect1d, [steps for steps, _ in series]) if len(runs) >= _MEAN_OF else np.array([])
+    series = [run.metrics[metric] for run in arm.runs if metric in run.metrics]
+    shared = reduce(np.intersect1d, [steps for steps, _ in series]) if len(series) >= _MEAN_OF else np.array([])
+    curves = []
     if len(shared):
         shared = shared[_thin(shared)]
         values = [logged[np.searchsorted(steps, shared)] for steps, logged in series]
         mean, half_width = mean_and_half_width(np.stack(values))
-        curves = [Curve(metric, number, "", True, shared, mean, mean - half_width, mean + half_width)]
-    else:
-        curves = [_single(metric, number, run, counts=True) for run in runs]
-    return curves + [_single(metric, number, run, counts=False) for run in arm.left_out if metric in run.metrics]
-
-
-def _single(metric: str, arm: int, run: Run, counts: bool) -> Curve:
-    steps, values = run.metrics[metric]
-    return Curve(metric, arm, run.name, counts, steps[_thin(steps)], values[_thin(steps)])
+        curves.append(Curve(metric, number, "", True, shared, mean, mean - half_width, mean + half_width))
+    for run in arm.left_out if curves else [*arm.runs, *arm.left_out]:
+        if metric in run.metrics:
+            steps, values = run.metrics[metric]
+            drawn = _thin(steps)
+            curves.append(Curve(metric, number, run.name, run in arm.runs, steps[drawn], values[drawn]))
+    return curves
 
 
 def _thin(steps: np.ndarray) -> np.ndarray:
@@ -88,37 +82,34 @@ def _thin(steps: np.ndarray) -> np.ndarray:
 
 def curves_csv(curves: Sequence[Curve], arms: Sequence[Arm]) -> str:
     """Return the points of the curves as CSV."""
-    return csv_text(
-        ["metric", "arm", "run", "step", "value", "low", "high"],
-        (
-            (curve.metric, arms[curve.arm].label, curve.run, *point)
-            for curve in curves
-            for point in zip(*(column.tolist() for column in _columns(curve)), strict=True)
-        ),
+    rows = (
+        (curve.metric, arms[curve.arm].label, curve.run, *point)
+        for curve in curves
+        for point in zip_longest(curve.steps, curve.values, curve.low, curve.high, fillvalue="")
     )
-
-
-def _columns(curve: Curve) -> list[np.ndarray]:
-    empty = np.full(len(curve.steps), "")
-    return [curve.steps, curve.values, *(empty if end is None else end for end in (curve.low, curve.high))]
+    return csv_text(["metric", "arm", "run", "step", "value", "low", "high"], rows)
 
 
 def draw_curves(curves: Sequence[Curve], arms: Sequence[Arm], ranking: Sequence[int]) -> "Figure":
-    """Draw one panel for each metric. If there are more arms than colours, the best ones are coloured.
-
-    Args:
-        curves: The curves.
-        arms: All arms.
-        ranking: Numbers of the arms, the best first.
-    """
+    """Draw one panel for each metric. If there are more arms than colours, the best ones are coloured."""
     metrics = list(dict.fromkeys(curve.metric for curve in curves))
     looks = _looks(arms, ranking)
     picture, panels = _panels(len(metrics))
     for axes, metric in zip(panels, metrics, strict=True):
         drawn = [curve for curve in curves if curve.metric == metric]
+        counting = [curve for curve in drawn if curve.counts]
+        for curve in counting or drawn:
+            _draw_curve(axes, curve, looks.get(curve.arm))
+        low, high = axes.dataLim.intervaly
+        if low > 0 and high > 30 * low:
+            axes.set_yscale("log")
+        axes.set_ylim(axes.get_ylim())  # intervals of few seeds are very wide, and unfinished runs can be far off
         for curve in drawn:
-            _draw_curve(axes, curve, looks.get(curve.arm), with_band=len(arms) <= _MAX_BANDS)
-        _fit(axes, [curve.values for curve in drawn if curve.counts] or [curve.values for curve in drawn])
+            if not curve.counts and counting:
+                _draw_curve(axes, curve, looks.get(curve.arm))
+            if len(curve.low) and len(arms) <= _MAX_BANDS:
+                color = looks[curve.arm]["color"]
+                axes.fill_between(curve.steps, curve.low, curve.high, color=color, alpha=0.18, linewidth=0)
         axes.set_xlabel("optimiser step")
         axes.set_ylabel(metric)
     entries = {arms[number].label: look for number, look in looks.items()}
@@ -130,32 +121,14 @@ def draw_curves(curves: Sequence[Curve], arms: Sequence[Arm], ranking: Sequence[
     return picture
 
 
-def _draw_curve(axes: "Axes", curve: Curve, look: Look | None, with_band: bool) -> None:
-    if look is None:  # one of many
-        if curve.counts:
-            axes.plot(curve.steps, curve.values, color=_OTHERS, linewidth=0.6, zorder=1)
-        return
-    if not curve.counts:
+def _draw_curve(axes: "Axes", curve: Curve, look: Look | None) -> None:
+    if look and curve.counts:
+        marker = look["marker"] if len(curve.steps) <= _MAX_MARKED_POINTS else None
+        axes.plot(curve.steps, curve.values, **look | {"marker": marker}, markersize=4, linewidth=1.3)
+    elif look:
         axes.plot(curve.steps, curve.values, color=look["color"], linestyle=":", linewidth=1.3)
-        return
-    marker = look["marker"] if len(curve.steps) <= _MAX_MARKED_POINTS else None
-    axes.plot(curve.steps, curve.values, **look | {"marker": marker}, markersize=4, linewidth=1.3)
-    if with_band and curve.low is not None:
-        axes.fill_between(curve.steps, curve.low, curve.high, color=look["color"], alpha=0.18, linewidth=0)
-
-
-def _fit(axes: "Axes", values: Sequence[np.ndarray]) -> None:
-    """Fit the axis to the curves and not to their intervals, which can be very wide with few seeds."""
-    finite = np.concatenate(values)
-    finite = finite[np.isfinite(finite)]
-    if not len(finite) or finite.min() == finite.max():
-        return
-    low, high = float(finite.min()), float(finite.max())
-    if low > 0 and high / low > 30:
-        axes.set_yscale("log")
-        axes.set_ylim(low / (high / low) ** 0.05, high * (high / low) ** 0.05)
-    else:
-        axes.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
+    elif curve.counts:  # one of many
+        axes.plot(curve.steps, curve.values, color=_OTHERS, linewidth=0.6, zorder=1)
 
 
 def draw_summary(arms: Sequence[Arm], measures: Sequence[Measure], ranking: Sequence[int]) -> "Figure":
@@ -163,11 +136,6 @@ def draw_summary(arms: Sequence[Arm], measures: Sequence[Measure], ranking: Sequ
 
     The horizontal axis is a setting, if it is a number with at least three values and the other settings leave few
     lines. Otherwise each arm has a row.
-
-    Args:
-        arms: All arms.
-        measures: The measures, one panel each.
-        ranking: Numbers of the arms, the best first.
     """
     setting = _numeric_setting(arms)
     return _draw_rows(arms, measures, ranking) if setting is None else _draw_over(setting, arms, measures)
@@ -181,13 +149,13 @@ def _draw_over(setting: str, arms: Sequence[Arm], measures: Sequence[Measure]) -
         for others, look in looks.items():
             line = [(arm.values[setting], measure.values(arm.runs)) for arm in arms if _without(arm, setting) == others]
             line = [(place, values) for place, values in line if values]
-            if not line:
-                continue
-            dots = [(place, value) for place, values in line for value in values]
-            axes.plot(*zip(*dots, strict=True), ".", color=look["color"], alpha=0.5, markersize=6)
-            means, half_widths, _ = zip(*(estimate(values) for _, values in line), strict=True)
-            bars = [half_width or 0 for half_width in half_widths]
-            axes.errorbar([place for place, _ in line], means, bars, **look, markersize=5, capsize=3)
+            for place, values in line:
+                axes.plot([place] * len(values), values, ".", color=look["color"], alpha=0.5, markersize=6)
+            found = [estimate(values) for _, values in line]
+            bars = [each.half_width or 0 for each in found]
+            axes.errorbar(
+                [place for place, _ in line], [each.mean for each in found], bars, **look, markersize=5, capsize=3
+            )
         if ticks[0] > 0 and ticks[-1] > 10 * ticks[0]:
             axes.set_xscale("log")
         if len(ticks) <= 8:

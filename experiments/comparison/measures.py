@@ -22,17 +22,11 @@ _LARGE_IS_GOOD = (
 
 @dataclass(frozen=True)
 class Measure:
-    """One number a run.
-
-    Args:
-        metric: Its metric.
-        kind: The `best` value, the `last` one, or both if they are equal in every run.
-        mode: Whether small or large values are good; `None` if that is not known.
-    """
+    """One number a run: the best or the last value of a metric, or both if they are equal in every run."""
 
     metric: str
     kind: Literal["best", "last", "best = last"]
-    mode: Mode | None
+    mode: Mode | None  # whether small or large values are good, if that is known
 
     @property
     def label(self) -> str:
@@ -60,13 +54,7 @@ class Measure:
 def choose_metrics(runs: Sequence[Run], asked: Sequence[str]) -> tuple[list[str], list[str]]:
     """Return the metrics to compare, and those that a table leaves out unless the user asks for them.
 
-    Args:
-        runs: The runs that count.
-        asked: Names that the user gives; without any, the metrics are those that the runs monitor and the other results
-            that all runs have.
-
-    Raises:
-        UserError: If no run has a metric that is asked for, or the runs have none in common.
+    Unless the user asks for some, they are those that the runs monitor and the other results that all runs have.
     """
     there = list(dict.fromkeys(name for run in runs for name in run.metrics))
     for name in asked:
@@ -93,24 +81,15 @@ def choose_metrics(runs: Sequence[Run], asked: Sequence[str]) -> tuple[list[str]
 
 
 def mode_of(metric: str, runs: Sequence[Run], maximize: Collection[str], minimize: Collection[str]) -> Mode | None:
-    """Return whether small or large values of a metric are good: by the user's word, the runs, or its name.
-
-    Args:
-        metric: Name of the metric.
-        runs: The runs that count.
-        maximize: Metrics of which the user says that large values are good.
-        minimize: Metrics of which the user says that small values are good.
-    """
+    """Return whether small or large values of a metric are good: by the user's word, the runs, or its name."""
     if metric in maximize or metric in minimize:
         return "max" if metric in maximize else "min"
     for run in runs:
         if metric in run.modes:
             return run.modes[metric]
     by_name: dict[Mode, str] = {"min": _SMALL_IS_GOOD, "max": _LARGE_IS_GOOD}
-    for mode, words in by_name.items():
-        if re.search(rf"(?<![a-z])({words})(?![a-z])", metric):
-            return mode
-    return None
+    found = (mode for mode, words in by_name.items() if re.search(rf"(?<![a-z])({words})(?![a-z])", metric))
+    return next(found, None)
 
 
 def measures_of(metric: str, mode: Mode | None, runs: Sequence[Run]) -> list[Measure]:

@@ -39,14 +39,7 @@ document.querySelectorAll('th').forEach(head => head.onclick = () => {
 
 
 def page(command: str, notes: Sequence[str], sections: Sequence[tuple[str, Table | bytes]], runs: Table) -> str:
-    """Return the page.
-
-    Args:
-        command: The command line that repeats the comparison.
-        notes: Explanations of the first section.
-        sections: Headings, each with a table or a PNG image.
-        runs: The table of all runs, which the reader can unfold.
-    """
+    """Return the page: sections with a table or a PNG image, notes on the first, and the runs to unfold."""
     body = ""
     for heading, content in sections:
         shown = _table(content) if isinstance(content, Table) else _image(content, heading)

@@ -34,24 +34,14 @@ class Series(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """One run.
+    """One run."""
 
-    Args:
-        name: Its folder, or its address in W&B.
-        status: `finished`, `unfinished`, or another end that its summary names.
-        error: Error of a failed run.
-        settings: Its configuration without the seeds, by the keys of the command line.
-        seeds: Its seeds, by the same keys.
-        modes: Metrics by which it keeps its best checkpoint, with `min` or `max`.
-        metrics: All that it logged.
-    """
-
-    name: str
-    status: str
-    error: str
-    settings: dict[str, Any]
+    name: str  # its folder, or its address in W&B
+    status: str  # FINISHED, UNFINISHED, or another end that its summary names
+    error: str  # of a failed run
+    settings: dict[str, Any]  # without the seeds, by the keys of the command line
     seeds: dict[str, Any]
-    modes: dict[str, Literal["min", "max"]]
+    modes: dict[str, Literal["min", "max"]]  # of the metrics by which it keeps its best checkpoint
     metrics: dict[str, Series]
 
     @property
@@ -61,16 +51,8 @@ class Run:
         return str(next(iter(seeds.values()))) if len(seeds) == 1 else json.dumps(seeds, sort_keys=True)
 
 
-class UnreadableRunError(Exception):
-    """A run folder in which something is missing or damaged."""
-
-
 def find_runs(paths: Iterable[Path]) -> list[Path]:
-    """Return the run folders among these folders and below them, each once.
-
-    Raises:
-        UserError: If one of the folders does not exist, or none holds a run.
-    """
+    """Return the run folders among these folders and below them, each once."""
     paths, found, seen = list(paths), [], set()
     for path in paths:
         if not path.is_dir():
@@ -88,40 +70,29 @@ def find_runs(paths: Iterable[Path]) -> list[Path]:
 
 
 def read_folder(folder: Path) -> Run:
-    """Read the folder of a run.
-
-    Raises:
-        UnreadableRunError: If something is missing or damaged, with the reason.
-    """
+    """Read the folder of a run; raise a `UserError` if something is missing or damaged."""
     try:
         with (folder / "config.yaml").open(encoding="utf-8") as file:
             config = yaml.load(file, _YAML_LOADER)
         if not isinstance(config, dict):
             raise ValueError("config.yaml holds no settings")
-        summary = _read_json(folder / "summary.json") or {"status": UNFINISHED}
+        summary = _read_json(folder / "summary.json", {"status": UNFINISHED})
         metrics = _read_csv(folder / "metrics.csv")
         if summary["status"] == FINISHED and not metrics:
             raise ValueError("it has finished, and metrics.csv is missing or empty")
         # The result of `llm-train test` is in a file of its own.
         last_step = max((int(series.steps[-1]) for series in metrics.values()), default=0)
-        for name, value in (_read_json(folder / "summary_test.json") or {}).get("metrics", {}).items():
+        for name, value in _read_json(folder / "summary_test.json", {}).get("metrics", {}).items():
             metrics[name] = Series(np.array([last_step]), np.array([float(value)]))
         return _run(str(folder), str(summary["status"]), summary.get("error"), config, metrics)
     except FileNotFoundError as error:
-        raise UnreadableRunError(f"{Path(error.filename).name} is missing") from error
+        raise UserError(f"{Path(error.filename).name} is missing") from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError, csv.Error, yaml.YAMLError) as error:
-        raise UnreadableRunError(" ".join(str(error).split()) or type(error).__name__) from error
+        raise UserError(" ".join(str(error).split()) or type(error).__name__) from error
 
 
 def read_wandb(address: str) -> Iterator[Run]:
-    """Yield runs from W&B's public API, each with its whole history.
-
-    Args:
-        address: `ENTITY/PROJECT`, or `ENTITY/PROJECT/GROUP`.
-
-    Raises:
-        UserError: If the user is not logged in, or the project does not exist or has no such runs.
-    """
+    """Yield the runs of `ENTITY/PROJECT` or `ENTITY/PROJECT/GROUP`, each with its whole history, from W&B's API."""
     import wandb
 
     entity, project, group, *_ = [*address.split("/", 2), "", ""]
@@ -145,12 +116,9 @@ def read_wandb(address: str) -> Iterator[Run]:
 
 
 def flatten(value: Any, key: str = "") -> dict[str, Any]:
-    """Return a configuration by the keys of the command line: `optimizer` (the class), `optimizer.lr`.
+    """Return a configuration, or the part with a key, by the keys of the command line: `optimizer`, `optimizer.lr`.
 
-    Args:
-        value: The configuration, or a part of it. Classes in a list get their names as keys, such as
-            `trainer.callbacks.RunCheckpoint`, since their places can differ between runs.
-        key: Key of the part.
+    Classes in a list get their names as keys, `trainer.callbacks.RunCheckpoint`: places can differ between runs.
     """
     if isinstance(value, list) and value and all(isinstance(item, dict) and "class_path" in item for item in value):
         classes: dict[str, Any] = {}
@@ -164,10 +132,10 @@ def flatten(value: Any, key: str = "") -> dict[str, Any]:
     for name, inner in value.items():
         if name == "class_path":
             flat[key] = inner
-        elif name in ("init_args", "dict_kwargs"):
-            flat |= flatten(inner, key) if inner else {}
-        else:
-            flat |= flatten(inner, f"{key}.{name}" if key else name)
+        elif name not in ("init_args", "dict_kwargs"):
+            flat |= flatten(inner, f"{key}.{name}".removeprefix("."))
+        elif inner:
+            flat |= flatten(inner, key)
     return flat
 
 
@@ -228,10 +196,8 @@ def _series(steps: np.ndarray, values: np.ndarray) -> Series:
     return Series(in_order, values[::-1][last])
 
 
-def _read_json(file: Path) -> Any:
-    if not file.is_file():
-        return None
+def _read_json(file: Path, default: dict[str, Any]) -> dict[str, Any]:
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else default
     except ValueError as error:
         raise ValueError(f"{file.name}: {error}") from error

@@ -41,11 +41,7 @@ def estimate(values: Sequence[float]) -> Estimate:
 
 
 def mean_and_half_width(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the means over runs and half the widths of their intervals, which are NaN for one run.
-
-    Args:
-        values: One row a run, (n, S).
-    """
+    """Return the means over n runs, (n, S) to (S,), and half the widths of their intervals, NaN for one run."""
     n = len(values)
     with np.errstate(invalid="ignore"):  # infinite losses have no spread
         mean = values.mean(axis=0)
@@ -60,10 +56,6 @@ def difference(values: Sequence[tuple[str, float]], baseline: Sequence[tuple[str
 
     Runs with the same seed share what the seed decides (the first weights, the order of the data), so the interval of
     their differences is often narrower. With fewer than two such pairs, the interval is Welch's.
-
-    Args:
-        values: Seed and value of each run of the arm.
-        baseline: Those of the baseline.
     """
     ours, theirs = dict(values), dict(baseline)
     shared = [seed for seed in ours if seed in theirs]

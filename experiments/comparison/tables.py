@@ -61,27 +61,17 @@ def verdict(found: Difference, measure: Measure) -> str:
 def with_interval(mean: float, half_width: float | None, sign: str = "") -> str:
     """Return a mean to the second digit of its interval, `1.783 ± 0.012`, or to its own fourth digit without one.
 
-    Args:
-        mean: The mean.
-        half_width: Half the width of the interval, if there is one.
-        sign: `+` to show the sign of positive means.
+    The sign `+` shows the sign of positive means too.
     """
     if half_width is None or not math.isfinite(half_width):
-        return rounded(mean, 4, mean, sign)
+        return _rounded(mean, 4, mean, sign)
     if half_width <= 1e-6 * abs(mean):  # runs that agree to the last digit of float32
-        return f"{rounded(mean, 4, mean, sign)} ± 0"
-    return f"{rounded(mean, 2, half_width, sign)} ± {rounded(half_width, 2, half_width)}"
+        return f"{_rounded(mean, 4, mean, sign)} ± 0"
+    return f"{_rounded(mean, 2, half_width, sign)} ± {_rounded(half_width, 2, half_width)}"
 
 
-def rounded(value: float, digits: int, like: float, sign: str = "") -> str:
-    """Return a number with as many decimals as another number needs to show its significant digits.
-
-    Args:
-        value: The number.
-        digits: Significant digits of the other number.
-        like: The other number.
-        sign: `+` to show the sign of positive numbers.
-    """
+def _rounded(value: float, digits: int, like: float, sign: str = "") -> str:
+    """Return a number with as many decimals as another one needs to show this many significant digits."""
     if not math.isfinite(value) or not math.isfinite(like) or like == 0:
         return f"{value:{sign}.{digits}g}"
     decimals = digits - 1 - math.floor(math.log10(abs(like)))

@@ -9,28 +9,29 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from experiments.errors import CommandParser
+from experiments.study.journal import Journal
 from experiments.study.plan import Plan, number_of_runs, study_folder
-from experiments.study.study import Study, first_commands, say
+from experiments.study.study import Study
 from experiments.study.sweep_file import read_sweep_file
+from lightning_modules.common.messages import say
 
 _OWN_FLAGS = ("--jobs", "--runs", "--name", "--seed", "--dry_run")
 _PASSED_ON = re.compile(r"--[\w.]+\+?=.*", re.DOTALL)
 
 
 def main(args: Sequence[str]) -> None:
-    """Start the runs of a sweep file, resume those that were interrupted, and print how each ends.
-
-    Args:
-        args: Command line, `study` first.
-    """
+    """Start the runs of a sweep file, resume those that were interrupted, and print how each ends."""
     options, flags = _parse(args)
     sweep = read_sweep_file(options.file)
     n_runs = number_of_runs(sweep, options.runs)
     plan = Plan(sweep, study_folder(sweep, flags, options.name), flags, n_runs, options.jobs, options.seed)
     if options.dry_run:
-        for words in first_commands(plan):
-            print(shlex.join(words))
-        if sweep.method == "bayes":
+        is_bayes = sweep.method == "bayes"
+        journal = Journal(plan, in_memory=True)
+        for _ in range(1 if is_bayes else n_runs):
+            if run := journal.next():
+                print(shlex.join(plan.command(run.arm, run.settings)))
+        if is_bayes:
             print("# the next ones depend on the results")
         return
     study = Study(plan)

@@ -4,19 +4,28 @@ https://docs.wandb.ai/models/sweeps/sweep-config-keys#distribution-options-for-r
 """
 
 import bisect
+import difflib
 import itertools
 import json
 import math
 import statistics
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Annotated, Any, Self
 
-from pydantic import Field, model_validator
-
-from experiments.study.sections import ABSENT, Number, Section, SectionError, did_you_mean
+from pydantic import BaseModel, ConfigDict, Field, WrapValidator, model_validator
 
 if TYPE_CHECKING:  # optuna is slow to import
     from optuna.distributions import BaseDistribution
 
+ABSENT: Any = None  # of a key that may be left out, but not set to null
+
+
+def _as_written(number: Any, validate: Callable[[Any], float]) -> Any:
+    validate(number)
+    return number  # 1 stays a whole number
+
+
+Number = Annotated[float, WrapValidator(_as_written)]
 PositiveNumber = Annotated[Number, Field(gt=0)]
 
 _KEYS: dict[str, tuple[str, ...]] = {
@@ -29,6 +38,26 @@ _KEYS: dict[str, tuple[str, ...]] = {
 }
 for _name in ("uniform", "log_uniform_values", "normal", "log_normal", "beta"):  # rounded to multiples of q
     _KEYS[f"q_{_name}"] = (*_KEYS[_name], "q")
+
+
+class Section(BaseModel):
+    """A section of a sweep file: it has no keys but its fields, and values are not converted."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+class SectionError(ValueError):
+    """An error at a key of a section, or in the section as a whole."""
+
+    def __init__(self, message: str, *key: str | int) -> None:
+        super().__init__(message)
+        self.key = key
+
+
+def did_you_mean(word: Any, candidates: Iterable[str]) -> str:
+    """Return a hint at the candidate that is most like the word, or nothing if none is."""
+    close = difflib.get_close_matches(str(word), candidates, n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
 
 
 class Distribution(Section):
@@ -67,10 +96,8 @@ class Distribution(Section):
     def _check(self) -> Self:
         name, given = self.name, self.model_fields_set
         if name not in _KEYS:
-            renamed = f"{name}_values"  # W&B has withdrawn distributions whose ends were exponents
-            raise SectionError(
-                f"there is no {name!r}{did_you_mean(name, [renamed] if renamed in _KEYS else _KEYS)}", "distribution"
-            )
+            renamed = _KEYS.keys() & {f"{name}_values"}  # W&B has withdrawn distributions whose ends were exponents
+            raise SectionError(f"there is no {name!r}{did_you_mean(name, renamed or _KEYS)}", "distribution")
         for key in given - {"distribution", *_KEYS[name]}:
             raise SectionError(f"there is no such key for {name}", key)
         for key in _KEYS[name]:
@@ -104,11 +131,7 @@ class Distribution(Section):
         return None
 
     def for_optuna(self, in_grid: bool) -> "BaseDistribution":
-        """Return what Optuna draws from: choices as JSON, ranges, and quantiles of what Optuna does not have.
-
-        Args:
-            in_grid: Whether to draw one of the values of the grid.
-        """
+        """Return what Optuna draws from: choices as JSON, ranges, and quantiles of what Optuna does not have."""
         from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
         choices = self.grid() if in_grid else self.values if self.name == "categorical" else None
@@ -121,11 +144,7 @@ class Distribution(Section):
         return FloatDistribution(1e-9, 1 - 1e-9)
 
     def setting(self, drawn: Any) -> Any:
-        """Return the value that a draw stands for.
-
-        Args:
-            drawn: What Optuna has drawn; anything if the parameter is not swept.
-        """
+        """Return the value that a draw of Optuna stands for."""
         if not self.is_swept:
             return self.value if self.name == "constant" else self.values[0]
         if isinstance(drawn, str):

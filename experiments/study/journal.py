@@ -7,33 +7,23 @@ import json
 import random
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import Any, BinaryIO
 
 from experiments.errors import UserError
 from experiments.study.names import arm_name
 from experiments.study.plan import Plan
 from experiments.study.runs import Run
 
-if TYPE_CHECKING:  # optuna is slow to import
-    pass
-
 _FILE = "journal.log"
 
 
 class Journal:
-    """The trials of a study, one for each start of a run; the latest trial of an arm says how the arm has ended.
-
-    Args:
-        plan: The plan of the study.
-        in_memory: Whether to write no file.
-
-    Raises:
-        UserError: If the folder is that of a study with other settings.
-    """
+    """The trials of a study, one for each start of a run; the latest trial of an arm says how the arm has ended."""
 
     def __init__(self, plan: Plan, in_memory: bool = False) -> None:
         import optuna
         from optuna.storages.journal import JournalFileBackend, JournalStorage
+        from optuna.trial import TrialState
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         sweep, pruners = plan.sweep, optuna.pruners
@@ -51,27 +41,23 @@ class Journal:
             pruner=pruners.SuccessiveHalvingPruner(rule.first, int(rule.eta)) if rule else pruners.NopPruner(),
             load_if_exists=True,
         )
-        self.outcomes: dict[str, str] = {}  # by arm: name of a TrialState, or AGAIN before another attempt
         self.reached_target = False
-        self._again: list[optuna.trial.FrozenTrial] = []
-        asked: dict[str, Any] = {key: sweep.content.get(key) for key in ("method", "parameters", "metric", "command")}
+        content = sweep.model_dump(exclude_unset=True, warnings=False)  # they cannot tell Nested from Distribution
+        asked: dict[str, Any] = {key: content.get(key) for key in ("method", "parameters", "metric", "command")}
         asked |= {"flags": plan.flags, "seed": None if sweep.method == "grid" else plan.seed}
         if "asked" not in self._optuna.user_attrs:
             self._optuna.set_user_attr("asked", asked)
         begun = self._optuna.user_attrs["asked"]
         if other := " and ".join(key for key in asked if asked[key] != begun[key]):
             raise UserError(f"{plan.folder} was begun with other {other}: remove it, or give this study another --name")
-
-    def resume(self) -> None:
-        """Read how earlier runs have ended; those that were interrupted or failed come first when `next` is called."""
-        from optuna.trial import TrialState
-
         while self._optuna.get_trials(states=(TrialState.WAITING,)):
             self._optuna.ask(self._distributions)
         for trial in self._optuna.get_trials(states=(TrialState.RUNNING,)):
             self._optuna.tell(trial.number, state=TrialState.FAIL)
         latest = {trial.user_attrs["arm"]: trial for trial in self._optuna.trials if "arm" in trial.user_attrs}
+        # Runs that were interrupted or failed are the first that `next` returns.
         self._again = [trial for trial in latest.values() if trial.state == TrialState.FAIL]
+        # By arm: name of a TrialState, or AGAIN before another attempt.
         self.outcomes = {arm: "AGAIN" if trial in self._again else trial.state.name for arm, trial in latest.items()}
 
     def next(self) -> Run | None:
@@ -134,19 +120,14 @@ class Journal:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[BinaryIO]:
-    """Lock a study's folder and yield the lock; repair the journal if the last line is incomplete after a kill.
-
-    Raises:
-        UserError: If another process has the lock.
-    """
+    """Lock a study's folder and yield the lock; repair the journal if the last line is incomplete after a kill."""
     journal = folder / _FILE
     with journal.open("a+b") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(
-                f"{folder}: the study is running, or a run that has outlived it; wait for it or end it"
-            ) from None
+            message = f"{folder}: the study is running, or a run that has outlived it; wait for it or end it"
+            raise UserError(message) from None
         file.truncate(journal.read_bytes().rfind(b"\n") + 1)
         journal.with_name(f"{_FILE}.lock").unlink(missing_ok=True)  # Optuna's
         yield file

@@ -19,12 +19,7 @@ def folder_name(text: str) -> str:
 
 
 def arm_name(settings: Mapping[str, Any]) -> str:
-    """Return a name for the run with these settings, such as `initialization=xavier,seed=2`.
-
-    Args:
-        settings: The settings that differ between the runs. Each key is shortened to its last part, or to as many
-            parts as tell it from the other keys.
-    """
+    """Return a name for the run with these settings, such as `initialization=xavier,seed=2`."""
     flat = dict(_flatten(settings))
     keys = {key: "seed" if key == "seed_everything" else shortest_ending(key, flat) for key in flat}
     name = ",".join(f"{keys[key]}={_short_value(value)}" for key, value in flat.items())
@@ -51,12 +46,7 @@ def _flatten(settings: Mapping[str, Any], *parents: str) -> Iterator[tuple[str, 
 
 
 def shortest_ending(path: str, paths: Iterable[str]) -> str:
-    """Return the last parts of a dotted path, as few as tell it from the other paths: `lr`, or `optimizer.lr`.
-
-    Args:
-        path: The path.
-        paths: All paths.
-    """
+    """Return the last parts of a dotted path, as few as tell it from the other paths: `lr`, or `optimizer.lr`."""
     parts = path.split(".")
     endings = (".".join(parts[-n:]) for n in range(1, len(parts) + 1))
     unique = (ending for ending in endings if sum(f".{other}".endswith(f".{ending}") for other in paths) == 1)

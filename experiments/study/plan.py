@@ -16,23 +16,14 @@ from experiments.study.sweep_file import Sweep
 
 @dataclass(frozen=True)
 class Plan:
-    """What the user asks for.
-
-    Args:
-        sweep: The sweep.
-        folder: The study's folder.
-        flags: Flags of every run.
-        n_runs: How many runs the study has.
-        jobs: How many runs there are at a time.
-        seed: Seed of the draws.
-    """
+    """What the user asks for."""
 
     sweep: Sweep
     folder: Path
-    flags: list[str]
+    flags: list[str]  # of every run
     n_runs: int
-    jobs: int
-    seed: int
+    jobs: int  # runs at a time
+    seed: int  # of the draws
 
     def command(self, arm: str, settings: Mapping[str, Any]) -> list[str]:
         """Return the command of a run."""
@@ -43,11 +34,7 @@ class Plan:
 
 
 def number_of_runs(sweep: Sweep, at_most: int | None) -> int:
-    """Return how many runs a study has.
-
-    Raises:
-        UserError: If neither the file nor the user limits a search that has no end.
-    """
+    """Return how many runs a study has. A search without end must be limited by the file or the user."""
     limits = [limit for limit in (at_most, sweep.run_cap) if limit is not None]
     if sweep.method == "grid":
         limits.append(math.prod(len(spec.grid() or ()) for spec in sweep.distributions.values()))
@@ -57,11 +44,7 @@ def number_of_runs(sweep: Sweep, at_most: int | None) -> int:
 
 
 def study_folder(sweep: Sweep, flags: Sequence[str], name: str | None) -> Path:
-    """Return the folder of a study, in the folder of the topic that its command trains.
-
-    Raises:
-        UserError: If the command does not tell the topic.
-    """
+    """Return the folder of a study, in the folder of the topic that its command trains."""
     place: dict[str, str] = {"root": "runs"}
     words = [*sweep.words({}, Path()), *flags]
     pairs = list(itertools.pairwise(words)) + [word.split("=", 1) for word in words if "=" in word]
@@ -76,7 +59,7 @@ def study_folder(sweep: Sweep, flags: Sequence[str], name: str | None) -> Path:
     place |= {flag.removeprefix("--run."): value for flag, value in pairs if flag in ("--run.root", "--run.topic")}
     if "topic" not in place:
         raise UserError(f"{sweep.path}: its command has no `-c FILE` with a model; add --run.topic=NAME to it")
-    return Path(place["root"]) / place["topic"] / (folder_name(name) if name else sweep.study)
+    return Path(place["root"]) / place["topic"] / folder_name(name or sweep.name or sweep.path.stem)
 
 
 def _config(sweep: Sweep, file: Path) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 import contextlib
 import signal
-import sys
 import time
 from collections.abc import Iterator
 
@@ -10,24 +9,13 @@ from experiments.errors import UserError
 from experiments.study.journal import Journal, locked
 from experiments.study.plan import Plan
 from experiments.study.runs import Run
+from lightning_modules.common.messages import say
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
-def first_commands(plan: Plan) -> Iterator[list[str]]:
-    """Yield the commands of the runs that do not depend on results."""
-    journal = Journal(plan, in_memory=True)
-    for _ in range(1 if plan.sweep.method == "bayes" else plan.n_runs):
-        if run := journal.next():
-            yield plan.command(run.arm, run.settings)
-
-
 class Study:
-    """The runs of one sweep file.
-
-    Args:
-        plan: Its plan.
-    """
+    """The runs of one sweep file."""
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
@@ -36,21 +24,13 @@ class Study:
         self._n_passed_on = 0
 
     def run(self) -> int:
-        """Start the runs that are left and wait for them.
-
-        Returns:
-            The exit code: 0 if no run has failed, 1 if one has, 128 + the signal's number after a signal.
-
-        Raises:
-            UserError: If the folder is that of a run or of another study, or if the study is already running.
-        """
+        """Start the runs that are left, and return the exit code: 1 if one fails, 128 + the number of a signal."""
         folder = self.plan.folder
         if (folder / "config.yaml").is_file():
             raise UserError(f"{folder} is the folder of a run; give the study another --name")
         (folder / "logs").mkdir(parents=True, exist_ok=True)
         with locked(folder) as lock, self._listening():
             self.journal = Journal(self.plan)
-            self.journal.resume()
             done = f", {self._n_done} of them done" if self.journal.outcomes else ""
             say(f"study   {folder}: {self._total} runs{done}; their output goes to {folder / 'logs'}")
             while True:
@@ -80,7 +60,7 @@ class Study:
         """Stop a run that the pruner gives up, and record a run that has ended."""
         code = run.exit_code()
         watched = self.plan.sweep.early_terminate and not run.stopped_early
-        if watched and run.should_stop(self.plan.sweep.metric.name) and code is None:
+        if watched and run.should_stop() and code is None:
             run.stopped_early = True
             run.stop()
         if code is not None:
@@ -115,19 +95,13 @@ class Study:
 
     def _pass_signals_on(self) -> None:
         """Tell the runs to save and exit after the first signal, and kill them after the second."""
-        n_new, self._n_passed_on = len(self.signals) - self._n_passed_on, len(self.signals)
-        if not n_new:
+        n_before, self._n_passed_on = self._n_passed_on, len(self.signals)
+        if n_before == len(self.signals):
             return
-        is_first = n_new == len(self.signals)
-        if is_first:
+        if not n_before:
             say("stopping: the runs save and exit; once more kills them")
         for run in self.running:
-            run.stop(kill=not is_first)
-
-
-def say(line: str) -> None:
-    """Print a line to standard error; `common.messages.say` works only where Lightning is imported."""
-    print(line, file=sys.stderr, flush=True)
+            run.stop(kill=n_before > 0)
 
 
 def _duration(seconds: float) -> str:

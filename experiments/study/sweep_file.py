@@ -7,6 +7,7 @@ import json
 import os
 import re
 import sys
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -15,9 +16,7 @@ import yaml
 from pydantic import Discriminator, Field, PositiveInt, PrivateAttr, Tag, ValidationError, model_validator
 
 from experiments.errors import UserError
-from experiments.study.distributions import Distribution
-from experiments.study.names import folder_name
-from experiments.study.sections import ABSENT, Number, Section, SectionError, did_you_mean, explain
+from experiments.study.distributions import ABSENT, Distribution, Number, Section, SectionError, did_you_mean
 
 Key = tuple[str | int, ...]
 _FOR_LAUNCH = ("job", "image_uri", "scheduler", "metrics")
@@ -57,12 +56,6 @@ class Hyperband(Section):
         return self.min_iter or max(1, int(self.max_iter / int(self.eta) ** self.s))
 
 
-class Controller(Section):
-    """Where W&B searches; without effect on this machine."""
-
-    type: Literal["local", "cloud"]
-
-
 class Nested(Section):
     """Parameters under a common key."""
 
@@ -97,18 +90,8 @@ class Sweep(Section):
     entity: str = ABSENT
     kind: Literal["sweep"] = ABSENT
     apiVersion: str = ABSENT  # noqa: N815
-    controller: Controller = ABSENT
+    controller: dict[Literal["type"], Literal["local", "cloud"]] = ABSENT  # without effect on this machine
     _path: Path = PrivateAttr()
-    _content: dict[str, Any] = PrivateAttr()
-
-    @model_validator(mode="before")
-    @classmethod
-    def _check_servers(cls, content: dict[str, Any]) -> dict[str, Any]:
-        for key in content.keys() & set(_FOR_LAUNCH):
-            raise SectionError("is for W&B's own servers and cannot run on this machine; remove it", key)
-        if content.get("method") == "custom":
-            raise SectionError("custom runs on W&B's servers only; use grid, random or bayes", "method")
-        return content
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -118,10 +101,8 @@ class Sweep(Section):
             raise SectionError("needs a metric: to tell good runs from bad ones", "early_terminate")
         for key, distribution in self.distributions.items():
             if self.method == "grid" and distribution.grid() is None:
-                place = [part for name in key for part in ("parameters", name)]
-                raise SectionError(
-                    f"a grid cannot enumerate {distribution.name}; give values, or another method", *place
-                )
+                message = f"a grid cannot enumerate {distribution.name}; give values, or another method"
+                raise SectionError(message, *(part for name in key for part in ("parameters", name)))
         known, macros = _macros({}, Path(), ""), []
         for i, word in enumerate(map(str, self.command)):
             macro = _MACRO.fullmatch(word)
@@ -139,16 +120,6 @@ class Sweep(Section):
     def path(self) -> Path:
         """The file."""
         return self._path
-
-    @property
-    def content(self) -> dict[str, Any]:
-        """The content of the file as YAML gives it."""
-        return self._content
-
-    @property
-    def study(self) -> str:
-        """Name of the study's folder: `name:`, or the name of the file."""
-        return folder_name(self.name or self.path.stem)
 
     @property
     def maximize(self) -> bool:
@@ -211,15 +182,7 @@ def _flatten(
 
 
 def read_sweep_file(path: str | Path) -> Sweep:
-    """Read a sweep file.
-
-    Args:
-        path: The file.
-
-    Raises:
-        UserError: If `wandb sweep` or `llm-train study` cannot run the file as it is.
-        OSError: If the file cannot be read.
-    """
+    """Read a sweep file; raise a `UserError` if `wandb sweep` or `llm-train study` cannot run it as it is."""
     path = Path(path)
     lines: dict[Key, int] = {}
     try:
@@ -239,14 +202,46 @@ def read_sweep_file(path: str | Path) -> Sweep:
         place = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise UserError(f"{path}{place}: is not YAML: {error.problem}") from error
     except ValidationError as found:
-        key, message = explain(found.errors()[0])
+        errors = sorted(found.errors(), key=lambda error: error["type"] != "extra_forbidden")  # misspelt, then missing
+        key, message = _explain(errors[0])
         place = next((f", line {lines[key[:n]]}" for n in range(len(key), 0, -1) if key[:n] in lines), "")
         where = [f"{path}{place}", ".".join(map(str, key)), message]
         raise UserError(": ".join(filter(None, where))) from found
     except (yaml.YAMLError, TypeError, ValueError) as error:
         raise UserError(f"{path}: holds a value that a sweep cannot have: {error}") from error
-    sweep._path, sweep._content = path, content
+    sweep._path = path
     return sweep
+
+
+def _explain(error: Any) -> tuple[Key, str]:
+    """Return the key of an error that Pydantic has found, and what is wrong."""
+    key = tuple(part for part in error["loc"] if not re.fullmatch(r"\[key\]|<.*>", str(part)))  # without Pydantic's own
+    kind, value, hint = error["type"], error["input"], ""
+    match kind:
+        case "missing":
+            return key, "is missing"
+        case "extra_forbidden" if key[0] in _FOR_LAUNCH:
+            return key, "is for W&B's own servers and cannot run on this machine; remove it"
+        case "extra_forbidden":
+            known = {name for section in Section.__subclasses__() for name in section.model_fields}
+            return key, f"there is no such key{did_you_mean(key[-1], sorted(known))}"
+        case "model_type":
+            return key, f"must be a section, got {json.dumps(value)}"
+        case "value_error":
+            return (*key, *error["ctx"]["error"].key), str(error["ctx"]["error"])
+        case "too_short":
+            return key, "is empty: there is nothing to sweep"
+        case "string_pattern_mismatch":
+            return key, "is not a name of a parameter: use letters, digits and _ . - only"
+        case "literal_error" if value == "custom":
+            hint = " (custom runs on W&B's servers only)"
+        case "literal_error":
+            hint = did_you_mean(value, re.findall(r"'([^']+)'", error["ctx"]["expected"]))
+        case "float_type" | "int_type":  # YAML 1.1 reads 1e-3 as text
+            if found := re.fullmatch(r"([+-]?\d+)e([+-]?)(\d+)", str(value).lower()):
+                hint = f" (YAML wants {found[1]}.0e{found[2] or '+'}{found[3]})"
+    shown = textwrap.shorten(json.dumps(value), 60, placeholder="...")
+    return key, f"{error['msg'].replace('Input should be', 'must be')}, got {shown}{hint}"
 
 
 def _lines(node: yaml.Node, *key: str | int) -> Iterator[tuple[Key, int]]:

@@ -26,7 +26,7 @@ from scipy import stats
 from experiments.comparison import command, figures, tables
 from experiments.comparison.arms import ABSENT, arms_of, compared, differing_settings, show_values
 from experiments.comparison.measures import Measure, choose_metrics, measures_of, mode_of
-from experiments.comparison.runs import Run, Series, UnreadableRunError, find_runs, flatten, read_folder, read_wandb
+from experiments.comparison.runs import Run, Series, find_runs, flatten, read_folder, read_wandb
 from experiments.comparison.statistics import difference, estimate, welch
 from experiments.errors import UserError
 from experiments.study.names import shortest_ending
@@ -388,7 +388,7 @@ def list_summary(run: Path) -> None:
 def test_a_damaged_run_cannot_be_read(write_run, damage, reason):
     run = write_run("bad", seed=9)
     damage(run)
-    with pytest.raises(UnreadableRunError) as caught:
+    with pytest.raises(UserError) as caught:
         read_folder(run.relative_to(Path.cwd()))
     assert reason in str(caught.value)
     assert "\n" not in str(caught.value)

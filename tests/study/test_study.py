@@ -24,7 +24,7 @@ from experiments.study import runs
 from experiments.study.distributions import Distribution
 from experiments.study.journal import Journal
 from experiments.study.names import arm_name
-from experiments.study.plan import Plan
+from experiments.study.plan import Plan, study_folder
 from experiments.study.sweep_file import read_sweep_file
 
 STUDY = Path("runs/toy/sweep")
@@ -138,7 +138,8 @@ def test_all_keys_of_a_sweep_file_are_accepted(sweep):
             run_cap=3,
         )
     )
-    assert (read.study, read.method, read.metric.name, read.maximize) == ("a-study-of-rates", "bayes", "val/loss", True)
+    assert (read.method, read.metric.name, read.maximize) == ("bayes", "val/loss", True)
+    assert study_folder(read, [], None) == Path("runs/toy/a-study-of-rates")
     assert read.early_terminate.first == 3
 
 
@@ -149,7 +150,7 @@ WRONG = {
         {"method": "gird"},
         "line 1: method: must be 'grid', 'random' or 'bayes', got \"gird\" (did you mean 'grid'?)",
     ),
-    "custom method": ({"method": "custom"}, "method: custom runs on W&B's servers only"),
+    "custom method": ({"method": "custom"}, 'got "custom" (custom runs on W&B\'s servers only)'),
     "for Launch": ({"job": "j"}, "job: is for W&B's own servers"),
     "no parameters": ({"parameters": None}, "sweep.yaml: parameters: is missing"),
     "parameters empty": ({"parameters": {}}, "parameters: is empty: there is nothing to sweep"),
@@ -187,8 +188,8 @@ WRONG = {
     "run_cap": ({"run_cap": 0}, "run_cap: must be greater than 0, got 0"),
     "hyperband": ({"early_terminate": {"type": "hyperband", "s": 2}}, "needs min_iter:, or max_iter: and s:"),
     "stopping rule": ({"early_terminate": {"type": "median"}}, "early_terminate.type: must be 'hyperband', got"),
-    "section": ({"metric": "val/loss"}, "line 2: metric: must be a section with name, goal, target, impute"),
-    "parameter": ({"parameters": {"lr": 1}}, "line 6: parameters.lr: must be a section with distribution, value"),
+    "section": ({"metric": "val/loss"}, 'line 2: metric: must be a section, got "val/loss"'),
+    "parameter": ({"parameters": {"lr": 1}}, "line 6: parameters.lr: must be a section, got 1"),
     "null": (
         {"early_terminate": {"type": "hyperband", "min_iter": None}},
         "min_iter: must be a valid integer, got null",
@@ -547,21 +548,20 @@ class ForkedProcess:
 
     Args:
         words: The run's command, which starts with `env python -m experiments`.
-        environment: Not used.
-        output: File for what it prints.
-        lock: Not used: a copy holds it anyway.
+        stdout: File for what it prints.
+        **_: Not used: a copy holds the lock anyway.
     """
 
-    def __init__(self, words: list[str], environment: dict[str, str], output: BinaryIO, lock: BinaryIO) -> None:
+    def __init__(self, words: list[str], *, stdout: BinaryIO, **_: object) -> None:
         assert words[:4] == ["/usr/bin/env", sys.executable, "-m", "experiments"]
-        self.process = forks.start(*words[4:], output=Path(output.name))
+        self.process = forks.start(*words[4:], output=Path(stdout.name))
 
     def poll(self) -> int | None:
         return self.process.exitcode
 
 
 def test_a_study_of_the_real_command_leaves_ordinary_runs_that_can_be_compared(llm_train, tiny, sweep, monkeypatch):
-    monkeypatch.setattr(runs, "start_process", ForkedProcess)
+    monkeypatch.setattr(runs, "Popen", ForkedProcess)
     tiny(trainer__max_steps=4, trainer__val_check_interval=2)
     command = ["${env}", "${interpreter}", "-m", "experiments", "fit", "-c", "tiny.yaml", "${args}"]
     parameters = {"optimizer": {"parameters": {"lr": {"values": [0.01, 0.02]}}}, "model.n_layer": {"value": 1}}
