@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,11 +18,18 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from datamodules.base import Order
-from datamodules.cache import digest
+from datamodules.base import ExperimentDataModule, Order
+from datamodules.cache import cache_root, digest
 from datamodules.sources import Piece, Source
-from datamodules.splits import SIDES, Side, side_of
-from datamodules.tokenizers import encode, tokenizer_fingerprint, vocab_size
+from datamodules.splits import SIDES, Side, require_fractions, side_of
+from datamodules.tokenizers import (
+    WithTokenizer,
+    encode,
+    load_tokenizer,
+    token_byte_lengths,
+    tokenizer_fingerprint,
+    vocab_size,
+)
 from lightning_modules.common.messages import say
 from lightning_modules.common.targets import IGNORED
 
@@ -38,13 +45,7 @@ _BATCH_PIECES = 2**10
 
 @dataclass(frozen=True)
 class TokenFile:
-    """A file of token ids.
-
-    Attributes:
-        path: The file.
-        dtype: NumPy type of a token id.
-        n_tokens: Number of tokens.
-    """
+    """A file of token ids, with the NumPy type of an id and their number."""
 
     path: Path
     dtype: str
@@ -66,24 +67,20 @@ def prepare_tokens(
     """Return the token files of the splits train, val and test. They are written the first time.
 
     The folder of the files appears only when all of them are complete. If two processes prepare the same text, the
-    files of the first are kept.
+    files of the first are kept. If the tokenizer has an end-of-text token, that token separates documents.
 
     Args:
-        source: The text.
-        tokenizer: Tokenizer; if it has an end-of-text token, that token separates documents.
         cache_dir: Folder for the files. Their subfolder depends on the source, the tokenizer and the split.
         split: `tail` holds out the last tokens, those of the test after those of the validation; `documents` holds out
             documents, drawn by a hash of their beginning.
         val_fraction: Part of the tokens (`tail`) or of the documents (`documents`) that is held out for validation.
-        test_fraction: Part that is held out for the test.
 
     Raises:
         MisconfigurationException: If the text cannot be read or tokenized, or the files cannot be written.
     """
     parts = [_FORMAT, source.fingerprint(), tokenizer_fingerprint(tokenizer), split, val_fraction, test_fraction]
     folder = cache_dir / "tokens" / digest(parts)
-    files = _read(folder)
-    if files is not None:
+    if (files := _read(folder)) is not None:
         return files
     if folder.exists():
         say(f"the prepared text in {folder} is damaged: preparing it again")
@@ -92,7 +89,7 @@ def prepare_tokens(
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix="unfinished-", ignore_cleanup_errors=True) as parent:
             fresh = Path(parent, "fresh")
             fresh.mkdir()
-            _write(fresh, source, tokenizer, split, val_fraction, test_fraction)
+            _write(fresh, source, tokenizer, split, (val_fraction, test_fraction))
             _publish(fresh, folder, scrap=Path(parent, "damaged"))
     except OSError as error:
         raise MisconfigurationException(
@@ -107,18 +104,14 @@ def prepare_tokens(
 
 
 def _read(folder: Path) -> dict[str, TokenFile] | None:
-    """Return the token files in a folder, or `None` if one is missing or has another size than it was written with."""
+    """Return the token files in a folder, or `None` if one is missing or damaged."""
     try:
         meta = json.loads((folder / "meta.json").read_text())
-        files: dict[str, TokenFile] = {
-            side: TokenFile(folder / f"{side}.bin", meta["dtype"], meta["tokens"][side]) for side in SIDES
-        }
-        whole = all(
-            file.path.stat().st_size == file.n_tokens * np.dtype(file.dtype).itemsize for file in files.values()
-        )
+        files = {side: TokenFile(folder / f"{side}.bin", meta["dtype"], meta["tokens"][side]) for side in SIDES}
+        sizes = {side: file.n_tokens * np.dtype(file.dtype).itemsize for side, file in files.items()}
+        return dict(files) if all(files[side].path.stat().st_size == sizes[side] for side in SIDES) else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    return files if whole else None
 
 
 def _publish(fresh: Path, folder: Path, scrap: Path) -> None:
@@ -134,15 +127,9 @@ def _publish(fresh: Path, folder: Path, scrap: Path) -> None:
 
 
 def _write(
-    folder: Path,
-    source: Source,
-    tokenizer: "PreTrainedTokenizerFast",
-    split: Split,
-    val_fraction: float,
-    test_fraction: float,
+    folder: Path, source: Source, tokenizer: "PreTrainedTokenizerFast", split: Split, fractions: tuple[float, float]
 ) -> None:
-    size = vocab_size(tokenizer)
-    dtype = np.dtype(np.uint16 if size <= 2**16 else np.uint32)
+    dtype = np.dtype(np.uint16 if vocab_size(tokenizer) <= 2**16 else np.uint32)
     separator = tokenizer.eos_token_id
     tokens: dict[str, int] = dict.fromkeys(SIDES, 0)
     with ExitStack() as stack:
@@ -166,14 +153,14 @@ def _write(
             for (text, ends_document), ids in zip(batch, encoded, strict=True):
                 if starts_document:
                     if split == "documents":
-                        side = side_of(text, val_fraction, test_fraction)
+                        side = side_of(text, *fractions)
                     if separator is not None and tokens[side]:
                         append(side, np.array([separator]))
                 append(side, ids)
                 starts_document = ends_document
                 bar.update(len(text))
         if split == "tail":
-            n = tokens["train"]
+            n, (val_fraction, test_fraction) = tokens["train"], fractions
             move_tail("test", int(n * (1 - test_fraction)))
             move_tail("val", int(n * (1 - val_fraction - test_fraction)))
     (folder / "meta.json").write_text(json.dumps({"dtype": dtype.name, "tokens": tokens}))
@@ -193,20 +180,11 @@ def _batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
 
 
 def random_windows(n_tokens: int, block_size: int, seed: int) -> tuple[int, Order]:
-    """Return the number of windows in an epoch, and their order: starts are drawn with replacement in each epoch.
-
-    Args:
-        n_tokens: Number of tokens in the file.
-        block_size: Number of tokens in a window.
-        seed: Seed of the order.
-    """
+    """Return the number of windows in an epoch, and their order: starts are drawn with replacement in each epoch."""
     n = n_tokens // block_size
-
-    def order(epoch: int) -> Tensor:
-        # After the last start there is room for a window and the target of its last token.
-        return torch.from_numpy(np.random.default_rng([seed, epoch]).integers(n_tokens - block_size, size=n))
-
-    return n, order
+    # After the last start there is room for a window and the target of its last token.
+    last = n_tokens - block_size
+    return n, lambda epoch: torch.from_numpy(np.random.default_rng([seed, epoch]).integers(last, size=n))
 
 
 def sequential_windows(n_tokens: int, block_size: int, seed: int) -> tuple[int, Order]:
@@ -214,11 +192,6 @@ def sequential_windows(n_tokens: int, block_size: int, seed: int) -> tuple[int, 
 
     The first window starts at an offset that is drawn for each epoch, so that the boundaries move. An epoch skips less
     than two windows of text, at the beginning and the end.
-
-    Args:
-        n_tokens: Number of tokens in the file.
-        block_size: Number of tokens in a window.
-        seed: Seed of the order and the offsets.
     """
     n = max(1, n_tokens // block_size - 1)  # one less than would fit, to leave room for the offset
     spare = n_tokens - 1 - n * block_size
@@ -235,14 +208,17 @@ class TokenWindows(Dataset):
     """Windows of a token file, indexed by the positions of their first tokens. After the end of the file is padding.
 
     Args:
-        file: The tokens.
         block_size: Number of tokens in a window.
         byte_lengths: Number of UTF-8 bytes of each token, (vocab,).
         pad_token_id: Input after the end of the file; its target is ignored.
+        **labels: Entries that each batch has too, such as the name of the text.
     """
 
-    def __init__(self, file: TokenFile, block_size: int, byte_lengths: np.ndarray, pad_token_id: int = 0) -> None:
+    def __init__(
+        self, file: TokenFile, block_size: int, byte_lengths: np.ndarray, pad_token_id: int = 0, **labels: str
+    ) -> None:
         self.file, self.block_size, self.byte_lengths, self.pad_token_id = file, block_size, byte_lengths, pad_token_id
+        self.labels = labels
 
     @cached_property
     def tokens(self) -> np.ndarray:
@@ -257,11 +233,8 @@ class TokenWindows(Dataset):
         """Return the starts of windows that predict each token except the first exactly once, (n,) int64."""
         return torch.arange(0, self.file.n_tokens - 1, self.block_size)
 
-    def __getitem__(self, starts: Tensor) -> dict[str, Tensor]:
-        """Return the windows that start at these tokens.
-
-        Args:
-            starts: Positions of the first tokens, (B,) int64.
+    def __getitem__(self, starts: Tensor) -> dict[str, Any]:
+        """Return the windows that start at these positions, (B,) int64.
 
         Returns:
             `input_ids` and `targets`, (B, T) int64, and `target_bytes`, the number of UTF-8 bytes of the targets, ().
@@ -275,4 +248,67 @@ class TokenWindows(Dataset):
             "input_ids": torch.from_numpy(np.ascontiguousarray(inputs)),
             "targets": torch.from_numpy(np.ascontiguousarray(targets)),
             "target_bytes": torch.tensor(int((self.byte_lengths[tokens] * ~beyond)[:, 1:].sum())),
+            **self.labels,
         }
+
+
+class TokenDataModule(WithTokenizer, ExperimentDataModule):
+    """Base of the datamodules whose batches are windows of token files."""
+
+    source: Source | None = None  # has the characters of the tokenizer `character`
+
+    def __init__(
+        self,
+        block_size: int,
+        batch_size: int,
+        tokenizer: str,
+        val_fraction: float,
+        test_fraction: float,
+        cache_dir: str | None,
+        num_workers: int,
+        seed: int,
+    ) -> None:
+        super().__init__(batch_size, num_workers, seed)
+        self.val_fraction, self.test_fraction = require_fractions(val_fraction, test_fraction)
+        self.block_size = block_size
+        self.tokenizer_name = tokenizer
+        self.cache_dir = Path(cache_dir).expanduser() if cache_dir else cache_root()
+
+    @cached_property
+    def tokenizer(self) -> "PreTrainedTokenizerFast":
+        """The tokenizer, loaded at the first access; `character` reads the source for it."""
+        return load_tokenizer(self.tokenizer_name, self.source, self.cache_dir)
+
+    def tokenize(
+        self, source: Source, split: Split = "tail", val_fraction: float = 0.0, test_fraction: float = 0.0
+    ) -> dict[str, TokenFile]:
+        """Return the token files of a text; see `prepare_tokens`."""
+        return prepare_tokens(source, self.tokenizer, self.cache_dir, split, val_fraction, test_fraction)
+
+    def windows_of(self, file: TokenFile, **labels: str) -> TokenWindows:
+        """Return the windows of a token file; each batch has the labels too."""
+        byte_lengths = token_byte_lengths(self.tokenizer)
+        return TokenWindows(file, self.block_size, byte_lengths, self.tokenizer.pad_token_id or 0, **labels)
+
+    def require_text(self, files: dict[str, TokenFile], stage: str, own_source: Collection[str] | None = None) -> None:
+        """Check that the splits that a stage needs have enough text.
+
+        Args:
+            own_source: Splits that have a source of their own; `None` where no split can have one.
+
+        Raises:
+            MisconfigurationException: If one has too little text.
+        """
+        n_train = files["train"].n_tokens
+        if stage == "fit" and n_train <= self.block_size:
+            raise MisconfigurationException(
+                f"the training text has {n_train} tokens, fewer than a block and the target after it "
+                f"(data.block_size {self.block_size}): give more text, or smaller blocks"
+            )
+        side = "test" if stage == "test" else "val"
+        is_held_out = getattr(self, f"{side}_fraction") > 0 or side in (own_source or ())
+        if files[side].n_tokens < 2 and (is_held_out or stage != "fit"):
+            raise MisconfigurationException(
+                f"there is no {side} text: set data.{side}_fraction above 0 (or, if the text is short, to a larger "
+                "fraction)" + (f", or give data.{side}_source" if own_source is not None else "")
+            )

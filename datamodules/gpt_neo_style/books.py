@@ -39,19 +39,17 @@ def read_book(name: int | str) -> str:
     Raises:
         MisconfigurationException: If there is no such book, or it is not UTF-8 text, or its text is empty.
     """
-    shipped = SHIPPED / f"{name}.txt"
-    if str(name).isdecimal():
-        path = GUTENBERG.format(number=name)
-    elif re.fullmatch(r"\w+", str(name)) and shipped.is_file():
-        path = str(shipped)
-    elif re.fullmatch(r"\w+", str(name)) and not Path(str(name)).is_file():
-        known = ", ".join(sorted(file.stem for file in SHIPPED.glob("*.txt")))
+    path = str(name)
+    shipped = {file.stem: str(file) for file in sorted(SHIPPED.glob("*.txt"))}
+    if path.isdecimal():
+        path = GUTENBERG.format(number=path)
+    elif path in shipped:
+        path = shipped[path]
+    elif re.fullmatch(r"\w+", path) and not Path(path).is_file():
         raise MisconfigurationException(
             f"there is no book {name}: give a number of Project Gutenberg, a URL, the path of a text file, or one of "
-            f"{known}"
+            f"{', '.join(shipped)}"
         )
-    else:
-        path = str(name)
     text = without_licence("".join(TextFiles(path).documents()), path)
     if not text:
         raise MisconfigurationException(f"book {name} is empty: there is no text between its header and its end")
@@ -59,12 +57,7 @@ def read_book(name: int | str) -> str:
 
 
 def without_licence(text: str, name: str = "") -> str:
-    """Return the text between the markers of Project Gutenberg, or the whole text and a warning if it has none.
-
-    Args:
-        text: Content of the file, with newlines as line ends.
-        name: Name of the book, for the warning.
-    """
+    """Return the text between the markers of Project Gutenberg, or the whole text, with a warning, if it has none."""
     start = _START.search(text)
     if start is None:
         say(
@@ -72,9 +65,8 @@ def without_licence(text: str, name: str = "") -> str:
             "header and licence"
         )
         return text.strip()
-    body = text[start.end() :]
-    end = _END.search(body)
-    body = body[: end.start()] if end else body
+    end = _END.search(text, start.end())
+    body = text[start.end() : end.start() if end else None]
     if credits := _CREDITS.match(body):
         body = body[credits.end() :]
     return _LAST_LINE.sub("", body).strip()
@@ -87,11 +79,9 @@ def cut_into_passages(text: str, n: int, val_fraction: float, test_fraction: flo
     text, each character once. Neighbours in the same split are joined.
 
     Args:
-        text: The book.
         n: Number of passages before neighbours are joined.
         val_fraction: Part of the passages for validation; at least one passage unless it is 0.
         test_fraction: Part of the passages for the test; at least one passage unless it is 0.
-        name: Name of the book, for the error.
 
     Raises:
         MisconfigurationException: If the book has too few lines.

@@ -10,8 +10,6 @@ from lightning_modules.finetuning.bases import scores_of_share
 from lightning_modules.finetuning.causal_lm import FineTunedCausalLM
 from lightning_modules.metrics import CorpusLoss, next_token_loss
 
-Batch = dict[str, Any]
-
 
 class GPTNeoStyleModule(FineTunedCausalLM):
     """Any causal language model of Transformers, fine-tuned on the next token of books.
@@ -30,13 +28,13 @@ class GPTNeoStyleModule(FineTunedCausalLM):
         """Return the scores of the next token: (B, T) to (B, T, V)."""
         return self.model(input_ids, use_cache=False).logits
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Return the mean loss of the targets of a batch."""
         loss = next_token_loss(self(batch["input_ids"]), batch["targets"])
         self.log_train_loss(loss)
         return loss
 
-    def evaluation_step(self, batch: Batch, metrics: MetricCollection) -> None:
+    def evaluation_step(self, batch: dict[str, Any], metrics: MetricCollection) -> None:
         """Update the metrics of the text that the batch is from."""
         ids = batch["input_ids"]
         scores = scores_of_share(self, ids, ids, 1, 1)

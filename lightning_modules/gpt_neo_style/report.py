@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
@@ -43,29 +44,13 @@ class StyleSamples(SampleText):
     The data has `book_passages`: the passages of the books by split.
 
     Args:
-        prompts: Texts to continue.
         samples_per_prompt: Continuations of each prompt to evaluate, at least 1; the first is shown.
         max_new_tokens: Length of a continuation, in tokens (at least 1).
-        temperature: Divides the logits; 0 always takes the likeliest token.
-        top_k: Draw from this many likeliest tokens only; `null` for all.
-        top_p: Draw from the fewest tokens that have this much probability together (0 to 1); `null` for all.
-        seed: Seed of the draws.
-
-    Raises:
-        MisconfigurationException: If there is no prompt.
+        **kwargs: Arguments of `SampleText`: `prompts`, `temperature`, `top_k`, `top_p` and `seed`.
     """
 
-    def __init__(
-        self,
-        prompts: list[str],
-        samples_per_prompt: PositiveInt = 4,
-        max_new_tokens: PositiveInt = 120,
-        temperature: float = 0.8,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        seed: int = 0,
-    ) -> None:
-        super().__init__(prompts, max_new_tokens, temperature, top_k, top_p, seed)
+    def __init__(self, samples_per_prompt: PositiveInt = 4, max_new_tokens: PositiveInt = 120, **kwargs: Any) -> None:
+        super().__init__(max_new_tokens=max_new_tokens, **kwargs)
         self.samples_per_prompt = samples_per_prompt
         self.copied: list[str] = []
         self._book: BookStyle | None = None
@@ -80,7 +65,7 @@ class StyleSamples(SampleText):
 
     def _book_style(self, pl_module: L.LightningModule) -> BookStyle:
         if self._book is None:
-            self._book = BookStyle.of("\n".join(pl_module.data.book_passages["train"]))
+            self._book = BookStyle("\n".join(pl_module.data.book_passages["train"]))
         return self._book
 
     def draw(self, trainer: L.Trainer, pl_module: L.LightningModule) -> list[str]:
@@ -102,12 +87,7 @@ class StyleSamples(SampleText):
 
 
 def whole_lines(continuation: str, prompt: str) -> str:
-    """Return a continuation without the line that the prompt began and the last line, if that leaves any line.
-
-    Args:
-        continuation: Text that follows the prompt; it may end within a line.
-        prompt: The prompt.
-    """
+    """Return a continuation without the line that the prompt began and the last line, if that leaves any line."""
     lines = continuation.split("\n")
     begun = 0 if prompt.endswith("\n") else 1
     return "\n".join(lines[begun:-1]) if any(line.strip() for line in lines[begun:-1]) else continuation
@@ -128,11 +108,7 @@ class StyleReport(DrawsAtTheEnd):
             show_table(trainer, "style", COLUMNS, rows)
 
     def draw(self, run: Path) -> list[Path]:
-        """Write the tables, draw the perplexities of the three texts, and return the file of the figure.
-
-        Args:
-            run: Folder of the run.
-        """
+        """Write the tables, draw the perplexities of the three texts, and return the file of the figure."""
         rows = report(run / "metrics.csv")
         if not rows:
             return []
@@ -142,11 +118,7 @@ class StyleReport(DrawsAtTheEnd):
 
 
 def report(metrics_csv: Path) -> list[Row]:
-    """Return the rows of the report: label, value before training, value after it, and value of the book itself.
-
-    Args:
-        metrics_csv: `metrics.csv` of a run.
-    """
+    """Return the rows of the report: label, value before training, value after it, and value of the book itself."""
     metric = cache(lambda name: dict(zip(*read_metric(metrics_csv, name), strict=True)))  # value by step
     trained = {step: loss for step, loss in metric("val/loss").items() if step}
     if not trained:
@@ -162,11 +134,7 @@ def report(metrics_csv: Path) -> list[Row]:
 
 
 def as_markdown(rows: Sequence[Row]) -> str:
-    """Return the report as a Markdown table.
-
-    Args:
-        rows: Result of `report`.
-    """
+    """Return the report as a Markdown table."""
     lines = [f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
     lines += [f"| {label} | {' | '.join(map(_shown, values))} |" for label, *values in rows]
     return "\n".join([*lines, ""])
@@ -179,12 +147,7 @@ def _shown(value: float | None) -> str:
 
 
 def draw_perplexities(metrics_csv: Path, file: Path) -> Path:
-    """Draw the perplexities of the three texts by step, which show learning and forgetting, and return the file.
-
-    Args:
-        metrics_csv: `metrics.csv` of a run.
-        file: PNG file to write.
-    """
+    """Draw the perplexities of the three texts by step, which show learning and forgetting, and return the file."""
     from matplotlib.ticker import LogLocator, NullLocator
 
     figure = new_figure(7, 4)

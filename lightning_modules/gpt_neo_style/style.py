@@ -3,7 +3,6 @@
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from difflib import SequenceMatcher
 
 Shape = tuple[str, str, str, int]
@@ -15,11 +14,7 @@ _COMMON = 0.005  # share of a book's lines that a shape needs to be part of the 
 
 
 def words(text: str) -> list[str]:
-    """Return the words of a text in lower case, without punctuation and numbers.
-
-    Args:
-        text: Any text.
-    """
+    """Return the words of a text in lower case, without punctuation and numbers."""
     return _WORD.findall(text.lower())
 
 
@@ -30,29 +25,18 @@ def distinct_n(tokens: Sequence[str], n: int, window: int = 50) -> float:
     type-token ratio of Covington and McFall, 2010).
 
     Args:
-        tokens: Words of a text.
-        n: Words in an n-gram, at least 1.
-        window: Words in a window, at least `n`; a shorter text is one window.
-
-    Returns:
-        The share, 0 to 1; NaN for a text of fewer than `n` words.
+        window: Words in a window, at least `n`; a shorter text is one window. A text of fewer than `n` words has NaN.
     """
-    starts = range(0, max(1, len(tokens) - window + 1), window)
     shares = []
-    for start in starts:
+    for start in range(0, max(1, len(tokens) - window + 1), window):
         part = tokens[start : start + window]
-        grams = [tuple(part[i : i + n]) for i in range(len(part) - n + 1)]
-        if grams:
+        if grams := [tuple(part[i : i + n]) for i in range(len(part) - n + 1)]:
             shares.append(len(set(grams)) / len(grams))
     return _mean(shares)
 
 
 def line_shape(line: str) -> Shape:
-    """Return the shape of a line: classes of its indentation, first character, last character and length.
-
-    Args:
-        line: A line that is not blank.
-    """
+    """Return the shape of a line: classes of its indentation, first character, last character and length."""
     text = line.strip()
     indentation = len(line) - len(line.lstrip())
     indent = "none" if not indentation else "little" if indentation <= 2 else "much"
@@ -68,85 +52,42 @@ def line_shape(line: str) -> Shape:
 
 
 def common_shapes(text: str) -> set[Shape]:
-    """Return the layout of a book: the shapes that many of its lines have.
-
-    Args:
-        text: The book.
-    """
+    """Return the layout of a book: the shapes that many of its lines have."""
     counts = Counter(map(line_shape, _lines(text)))
     return {shape for shape, count in counts.items() if count >= _COMMON * counts.total()}
 
 
 def layout_share(text: str, shapes: set[Shape]) -> float:
-    """Return the share of lines that have one of some shapes, 0 to 1; NaN if all lines are blank.
-
-    Args:
-        text: Any text.
-        shapes: Such as those of `common_shapes`.
-    """
+    """Return the share of the lines of a text that have one of the shapes, 0 to 1; NaN if all lines are blank."""
     return _mean([line_shape(line) in shapes for line in _lines(text)])
 
 
 def vocabulary_overlap(tokens: Iterable[str], known: set[str]) -> float:
-    """Return the share of the distinct words of a text that are known, 0 to 1; NaN without words.
-
-    Args:
-        tokens: Words of the text.
-        known: Known words.
-    """
+    """Return the share of the distinct words of a text that are known, 0 to 1; NaN without words."""
     return _mean([word in known for word in set(tokens)])
 
 
 def sentence_length(text: str) -> float:
-    """Return the mean number of words in a sentence, NaN without words. A blank line ends a sentence too.
-
-    Args:
-        text: Any text.
-    """
+    """Return the mean number of words in a sentence, NaN without words. A blank line ends a sentence too."""
     return _mean([n for sentence in _SENTENCE_END.split(text) if (n := len(words(sentence)))])
 
 
 def longest_copy(tokens: Sequence[str], source: Sequence[str]) -> list[str]:
-    """Return the longest sequence of words that two texts share, the first of several.
-
-    Args:
-        tokens: Words of a text.
-        source: Words of the text that may have been copied from.
-    """
+    """Return the longest sequence of words that two texts share, the first of several."""
     match = SequenceMatcher(None, tokens, source, autojunk=False).find_longest_match()
     return list(tokens[match.a : match.a + match.size])
 
 
-@dataclass(frozen=True)
 class BookStyle:
-    """The style of a book, with which other texts are compared.
+    """The style of a book, with which other texts are compared."""
 
-    Args:
-        shapes: Shapes of its lines.
-        vocabulary: Its distinct words.
-        tokens: All its words in order.
-    """
-
-    shapes: set[Shape]
-    vocabulary: set[str]
-    tokens: list[str]
-
-    @classmethod
-    def of(cls, text: str) -> "BookStyle":
-        """Return the style of a book.
-
-        Args:
-            text: The book.
-        """
-        tokens = words(text)
-        return cls(common_shapes(text), set(tokens), tokens)
+    def __init__(self, text: str) -> None:
+        self.shapes = common_shapes(text)
+        self.tokens = words(text)
+        self.vocabulary = set(self.tokens)
 
     def evaluate(self, texts: Sequence[str]) -> dict[str, float]:
-        """Return the metrics of some texts by name: means over the texts, and the length of the longest copy of all.
-
-        Args:
-            texts: The texts. A text for which a metric is NaN is left out of its mean.
-        """
+        """Return the metrics of texts by name: means over the texts without NaN, and the length of the longest copy."""
         tokens = [words(text) for text in texts]
         metrics = {
             "distinct_1": [distinct_n(one, 1) for one in tokens],
@@ -159,11 +100,7 @@ class BookStyle:
         return means | {"longest_copy": float(len(self.longest_copy(texts)))}
 
     def longest_copy(self, texts: Sequence[str]) -> list[str]:
-        """Return the longest sequence of words that any of some texts shares with the book.
-
-        Args:
-            texts: The texts.
-        """
+        """Return the longest sequence of words that one of the texts shares with the book."""
         return max((longest_copy(words(text), self.tokens) for text in texts), key=len, default=[])
 
 

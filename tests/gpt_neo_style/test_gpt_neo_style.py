@@ -173,7 +173,7 @@ def test_a_url_is_downloaded_and_an_error_advises_to_give_a_path(tmp_path):
         ("", "is empty: give a file that holds text"),
         ("*** START OF THIS BOOK ***\none\ntwo", "is too short: its 2 lines .* cannot be cut into 20 passages"),
         ("*** START OF THIS BOOK ***\n" + "\n" * 30 + "a\n" * 12, "book .* is too short"),
-        ("*** START OF THIS BOOK ***\n" + "a\n" * 21, "there are 3. tokens to train on, fewer than a block"),
+        ("*** START OF THIS BOOK ***\n" + "a\n" * 21, "the training text has 3. tokens, fewer than a block"),
         (b"caf\xe9", "is not UTF-8: byte 3"),
     ],
 )  # fmt: skip

@@ -71,7 +71,7 @@ def test_the_longest_copy_is_found_anywhere_in_the_source():
 
 
 def test_texts_are_compared_with_a_book():
-    book = BookStyle.of("TIDE.\nI come and go again.\n" * 20)
+    book = BookStyle("TIDE.\nI come and go again.\n" * 20)
     found = book.evaluate(["TIDE.\nwe come and stay", "I go again."])
     assert found["layout"] == pytest.approx((1 / 2 + 1) / 2)
     assert found["vocabulary_overlap"] == pytest.approx((3 / 5 + 1) / 2)
