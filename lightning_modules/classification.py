@@ -5,7 +5,7 @@ from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor
-from torchmetrics import functional
+from torchmetrics.functional.classification import multiclass_auroc, multiclass_calibration_error, multiclass_f1_score
 from torchmetrics.utilities import dim_zero_cat
 
 from lightning_modules.base import ExperimentModule
@@ -38,13 +38,7 @@ class ClassificationMeasures(SplitMetric):
             self.add_state(name, [], dist_reduce_fx="cat")
 
     def update(self, logits: Tensor, labels: Tensor, positions: Tensor) -> None:
-        """Add a batch.
-
-        Args:
-            logits: Scores of the classes, (B, K).
-            labels: Correct classes, (B,) int64.
-            positions: Positions of the examples in the split, (B,) int64.
-        """
+        """Add a batch: scores (B, K), labels (B,) and positions in the split (B,)."""
         self.logits.append(logits.float())
         self.labels.append(labels)
         self.positions.append(positions)
@@ -62,11 +56,9 @@ class ClassificationMeasures(SplitMetric):
         return {
             "loss": F.cross_entropy(logits, labels),
             "accuracy": (probabilities.argmax(1) == labels).float().mean(),
-            "f1": functional.classification.multiclass_f1_score(probabilities, labels, **options),
-            "auroc": functional.classification.multiclass_auroc(probabilities, labels, **options),
-            "calibration_error": functional.classification.multiclass_calibration_error(
-                probabilities, labels, n_bins=BINS, **options
-            ),
+            "f1": multiclass_f1_score(probabilities, labels, **options),
+            "auroc": multiclass_auroc(probabilities, labels, **options),
+            "calibration_error": multiclass_calibration_error(probabilities, labels, n_bins=BINS, **options),
         }
 
     def predictions(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -84,20 +76,16 @@ class ClassifierModule(ExperimentModule):
     """Base of modules that assign one of K classes to each example.
 
     A subclass builds its network and implements `forward(batch)`, which returns scores of the classes, (B, K). This
-    class trains them with cross entropy, and logs `loss`, `accuracy`, `f1`, `auroc` and `calibration_error` of the
-    validation and test splits, see `ClassificationMeasures`.
+    class trains them with cross entropy, and logs the results of `ClassificationMeasures`.
 
     A batch is a dictionary. This class reads two of its entries: `labels`, the correct classes, (B,) int64; and
     `positions`, the positions of the examples in their split, (B,) int64. The others are for `forward`.
 
     Args:
         n_classes: Number of classes K, at least 2.
-
-    Attributes:
-        predictions: Probabilities (n, K), labels (n,) and positions (n,) of the latest evaluation, on the CPU, ordered
-            by position; for callbacks.
     """
 
+    # Of the latest evaluation, for callbacks: probabilities (n, K), labels (n,) and positions (n,), by position.
     predictions: tuple[Tensor, ...]
 
     def __init__(self, n_classes: int) -> None:

@@ -79,8 +79,8 @@ class TokenizedReviews(Dataset):
 
     def __init__(self, rows: Sequence[np.ndarray], labels: Sequence[int], pad_token_id: int) -> None:
         self.lengths = np.array([len(row) for row in rows], dtype=np.int64)
-        self.ends = np.cumsum(self.lengths)
         self.ids = np.concatenate([np.empty(0, np.int32), *rows]).astype(np.int32)
+        self.rows = np.split(self.ids, np.cumsum(self.lengths)[:-1])  # token ids of each review, (T,)
         self.labels = torch.tensor(labels, dtype=torch.int64)
         self.pad_token_id = pad_token_id
 
@@ -91,10 +91,6 @@ class TokenizedReviews(Dataset):
     def by_length(self) -> Tensor:
         """The positions of the reviews, the shortest first, (n,)."""
         return torch.from_numpy(np.argsort(self.lengths, kind="stable"))
-
-    def row(self, i: int) -> np.ndarray:
-        """Return the token ids of a review, (T,)."""
-        return self.ids[self.ends[i] - self.lengths[i] : self.ends[i]]
 
     def fingerprint(self) -> str:
         """Return a hash of all token ids, which depend on the texts, the tokenizer and the truncation."""
@@ -112,7 +108,7 @@ class TokenizedReviews(Dataset):
         lengths = self.lengths[positions.numpy()]  # (B,)
         input_ids = np.full((len(positions), lengths.max(initial=0)), self.pad_token_id, dtype=np.int64)
         for b, i in enumerate(positions.tolist()):
-            input_ids[b, : lengths[b]] = self.row(i)
+            input_ids[b, : lengths[b]] = self.rows[i]
         mask = np.arange(input_ids.shape[1]) < lengths[:, None]  # (B, T)
         return {"input_ids": torch.from_numpy(input_ids), "attention_mask": torch.from_numpy(mask.astype(np.int64))}
 
@@ -129,10 +125,8 @@ class MaskedReviews(TokenizedReviews):
 
     Args:
         rows: Token ids of each review with special tokens, (T,) each.
-        tokenizer: Tokenizer of the rows.
         fraction: Fraction of the tokens, or of the words, that are chosen.
         whole_words: Whether all tokens of a word are chosen together.
-        seed: Seed of the choice.
     """
 
     def __init__(
@@ -331,10 +325,9 @@ class BertImdbDataModule(ReviewsDataModule):
         present = {review.label for review in reviews}
         if len(present) < 2:
             missing = ", ".join(name for label, name in enumerate(self.classes) if label not in present)
-            where = f" ({reviews[0].place}, and the other {len(reviews) - 1:,})" if len(reviews) > 1 else ""
             raise MisconfigurationException(
-                f"data.reviews: the {split} reviews need two classes, and there is no {missing} one{where}; give both, "
-                f"or a larger part for {split}"
+                f"data.reviews: the {split} reviews need two classes, and there is no {missing} one; give both, or a "
+                f"larger part for {split}"
             )
         self.texts[split] = reviews
         return reviews
@@ -368,12 +361,12 @@ class BertImdbDataModule(ReviewsDataModule):
         return self.evaluation_loader(dataset, torch.arange(len(dataset)))
 
     def _to_predict(self) -> list[Review]:
-        if self.text is not None and self.file is None:
-            return [parse_review({"text": self.text}, "data.text", None)]
-        if self.file is None or self.text is not None:
+        if (self.text is None) == (self.file is None):
             raise MisconfigurationException(
                 'predict: give either --data.text "a review" or --data.file FILE, of JSON lines or a table (.csv)'
             )
+        if self.file is None:
+            return [parse_review({"text": self.text}, "data.text", None)]
         reviews = list(read_reviews(Path(self.file).expanduser(), None))
         if not reviews:
             raise MisconfigurationException(f"data.file: {self.file} holds no review")

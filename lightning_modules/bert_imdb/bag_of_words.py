@@ -29,10 +29,6 @@ class BagOfWords(L.Callback):
         self.ngrams = ngrams
         self._results: dict[str, dict[str, float]] = {}
 
-    def on_fit_start(self, trainer: L.Trainer, pl_module: ExperimentModule) -> None:
-        """Evaluate the bag of words on the validation split."""
-        self._evaluate(trainer, pl_module, "val")
-
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: ExperimentModule) -> None:
         """Log the results on the validation split."""
         self._log(trainer, pl_module, "val")
@@ -43,16 +39,13 @@ class BagOfWords(L.Callback):
 
     def _log(self, trainer: L.Trainer, pl_module: ExperimentModule, split: str) -> None:
         if split not in self._results:
-            self._evaluate(trainer, pl_module, split)
-        results = self._results[split].items()
-        pl_module.log_dict({f"{split}/bag_of_words/{name}": value for name, value in results}, sync_dist=True)
-
-    def _evaluate(self, trainer: L.Trainer, pl_module: ExperimentModule, split: str) -> None:
-        results = None
-        if trainer.is_global_zero:
-            train, held_out = pl_module.data.labelled("train"), pl_module.data.labelled(split)
-            results = evaluate_bag_of_words(train, held_out, len(pl_module.data.classes), self.ngrams)
-        self._results[split] = trainer.strategy.broadcast(results)
+            data, results = pl_module.data, None
+            if trainer.is_global_zero:
+                train, held_out = data.labelled("train"), data.labelled(split)
+                results = evaluate_bag_of_words(train, held_out, len(data.classes), self.ngrams)
+            self._results[split] = trainer.strategy.broadcast(results)
+        results = {f"{split}/bag_of_words/{name}": value for name, value in self._results[split].items()}
+        pl_module.log_dict(results, sync_dist=True)
 
 
 def evaluate_bag_of_words(

@@ -3,6 +3,7 @@
 import csv
 import math
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import lightning as L
 import numpy as np
@@ -14,6 +15,9 @@ from lightning_modules.common.files import write_csv
 from lightning_modules.common.ranges import NonNegativeInt
 from lightning_modules.runtime.drawing import DrawsAtTheEnd, show_table
 from lightning_modules.runtime.stages import validates_a_fit
+
+if TYPE_CHECKING:  # matplotlib is imported where it is used: it is slow to import
+    from matplotlib.figure import Figure
 
 _MISTAKE = ("place", "label", "predicted", "probability", "text")
 
@@ -71,11 +75,11 @@ class ClassificationReport(DrawsAtTheEnd):
         """Draw both figures of each split that has predictions, and return their files."""
         figures = []
         for split in ("val", "test"):
-            predictions = run / f"predictions_{split}.csv"
-            if predictions.is_file():
-                classes, labels, probabilities = read_predictions(predictions)
-                for name, draw in (("confusion", _draw_confusion), ("reliability", _draw_reliability)):
-                    figures.append(draw(classes, labels, probabilities, run / "figures" / f"{name}_{split}.png"))
+            file = run / f"predictions_{split}.csv"
+            if file.is_file():
+                predictions = read_predictions(file)
+                for name, figure_of in (("confusion", _confusion_figure), ("reliability", _reliability_figure)):
+                    figures.append(save_figure(figure_of(*predictions), run / "figures" / f"{name}_{split}.png"))
         return figures
 
     def state_dict(self) -> dict[str, float]:
@@ -110,7 +114,7 @@ def read_predictions(predictions: Path) -> tuple[list[str], np.ndarray, np.ndarr
     return classes, labels, np.array([row[2:] for row in rows], dtype=float)
 
 
-def _draw_confusion(classes: list[str], labels: np.ndarray, probabilities: np.ndarray, file: Path) -> Path:
+def _confusion_figure(classes: list[str], labels: np.ndarray, probabilities: np.ndarray) -> "Figure":
     counts = np.zeros((len(classes), len(classes)), dtype=int)
     np.add.at(counts, (labels, probabilities.argmax(1)), 1)
     figure = new_figure(1.6 + len(classes), 1.2 + len(classes))
@@ -121,10 +125,10 @@ def _draw_confusion(classes: list[str], labels: np.ndarray, probabilities: np.nd
     axes.set_xticks(range(len(classes)), classes)
     axes.set_yticks(range(len(classes)), classes)
     axes.set(xlabel="predicted", ylabel="label")
-    return save_figure(figure, file)
+    return figure
 
 
-def _draw_reliability(classes: list[str], labels: np.ndarray, probabilities: np.ndarray, file: Path) -> Path:
+def _reliability_figure(classes: list[str], labels: np.ndarray, probabilities: np.ndarray) -> "Figure":
     counts, confidence, accuracy = reliability(labels, probabilities)
     figure = new_figure(5, 4.5)
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
@@ -135,4 +139,4 @@ def _draw_reliability(classes: list[str], labels: np.ndarray, probabilities: np.
     above.legend()
     below.bar(centres, counts, width=0.9 / BINS, color="tab:gray")
     below.set(xlabel="probability of the predicted class", ylabel="examples", xlim=(1 / len(classes), 1))
-    return save_figure(figure, file)
+    return figure

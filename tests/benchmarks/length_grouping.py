@@ -6,7 +6,6 @@ Random and grouped batches train the same small BERT on the same reviews, in tur
 tokens and on features. The lengths are log-normal with the median of IMDB's reviews, truncated to the length of BERT.
 """
 
-import argparse
 import copy
 import statistics
 import tempfile
@@ -21,15 +20,13 @@ from datamodules.base import GlobalBatches, shuffled
 from datamodules.bert_imdb.data import TokenizedReviews, grouped_by_length
 from lightning_modules.bert_imdb.module import BertImdbModule
 
+BATCHES = 20  # in a turn
+TURNS = 3  # of each way
+BATCH_SIZE = 16
+
 
 def main() -> None:
     """Print the speed of each way, and their ratio."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--batches", type=int, default=20, help="batches in a turn (default: %(default)s)")
-    parser.add_argument("--turns", type=int, default=3, help="turns of each way (default: %(default)s)")
-    parser.add_argument("--batch_size", type=int, default=16, help="reviews in a batch (default: %(default)s)")
-    options = parser.parse_args()
-
     from transformers import BertConfig, BertModel
 
     draw = np.random.default_rng(0)
@@ -43,10 +40,10 @@ def main() -> None:
     optimizer = torch.optim.AdamW(module.parameters(), lr=1e-4)
 
     def seconds(order: object, epoch: int, dataset: TokenizedReviews) -> float:
-        sampler = GlobalBatches(len(rows), order, options.batch_size)
+        sampler = GlobalBatches(len(rows), order, BATCH_SIZE)
         sampler.set_epoch(epoch)
         began = time.perf_counter()
-        for positions, _ in zip(sampler, range(options.batches), strict=False):
+        for positions, _ in zip(sampler, range(BATCHES), strict=False):
             batch = dataset[positions]
             optimizer.zero_grad()
             F.cross_entropy(module(batch), batch["labels"]).backward()
@@ -54,17 +51,14 @@ def main() -> None:
         return time.perf_counter() - began
 
     def compare(ways: dict[str, tuple[object, TokenizedReviews]], what: str) -> None:
-        seconds_by_way: dict[str, list[float]] = {name: [] for name in ways}
-        for turn in range(options.turns):
-            for name, (order, dataset) in ways.items():
-                seconds_by_way[name].append(seconds(order, turn, dataset))
-        n = options.batches * options.batch_size
-        for name, times in seconds_by_way.items():
-            print(f"{name:8} {n / statistics.median(times):9.1f} reviews/s   {min(times):.3f} to {max(times):.3f} s")
-        ratios = [slow / fast for slow, fast in zip(*seconds_by_way.values(), strict=True)]
+        turns = [[seconds(order, turn, dataset) for order, dataset in ways.values()] for turn in range(TURNS)]
+        for name, times in zip(ways, zip(*turns, strict=True), strict=True):
+            speed = BATCHES * BATCH_SIZE / statistics.median(times)
+            print(f"{name:8} {speed:9.1f} reviews/s   {min(times):.3f} to {max(times):.3f} s")
+        ratios = [slow / fast for slow, fast in turns]
         print(f"{what} {statistics.median(ratios):.2f} times as fast ({min(ratios):.2f} to {max(ratios):.2f})")
 
-    random, grouped = shuffled(len(rows), 0), grouped_by_length(lengths, options.batch_size, 0)
+    random, grouped = shuffled(len(rows), 0), grouped_by_length(lengths, BATCH_SIZE, 0)
     for order in (random, grouped):
         seconds(order, 0, reviews)  # warm-up
     compare({"random": (random, reviews), "grouped": (grouped, reviews)}, "grouped batches are")

@@ -299,7 +299,7 @@ def test_rows_are_those_of_the_tokenizer(tokenizer, tokenizer_folder):
 def test_special_tokens_in_a_text_are_text(tokenizer, tokenizer_folder):
     data = BertImdbDataModule(FilmReviews(), tokenizer_folder, 4, text="good [SEP] [MASK] bad")
     data.setup("predict")
-    row = data.datasets["predict"].row(0).tolist()
+    row = data.datasets["predict"].rows[0].tolist()
     assert row.count(tokenizer.sep_token_id) == 1
     assert tokenizer.mask_token_id not in row
     assert [batch["labels"].tolist() for batch in data.predict_dataloader()] == [[-1]]
@@ -430,7 +430,7 @@ def test_long_reviews_are_split_into_rows_and_no_token_is_lost(tokenizer, tokeni
     rows = data.datasets["train"]
     assert rows.lengths.max() == 20
     assert len(rows) > 25
-    inside = [i for row in range(len(rows)) for i in rows.row(row).tolist() if i not in tokenizer.all_special_ids]
+    inside = [i for row in rows.rows for i in row.tolist() if i not in tokenizer.all_special_ids]
     expected = [i for r in data.pretraining_reviews for i in tokenizer(r.text, add_special_tokens=False)["input_ids"]]
     assert inside == [i for i in expected if i not in tokenizer.all_special_ids]
     loader = data.train_dataloader()
