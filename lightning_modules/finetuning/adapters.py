@@ -18,11 +18,9 @@ def add_adapters(model: nn.Module, targets: Sequence[str], rank: int, alpha: flo
     """Freeze a model and add adapters to some of its linear layers, in place.
 
     Args:
-        model: Any module.
         targets: Full names of the layers: `nn.Linear`, or GPT-2's `Conv1D`.
-        rank: Rank of the adapters, at least 1.
         alpha: The output of an adapter is multiplied by `alpha / rank`.
-        dropout: Probability that an input of an adapter is dropped in training, in [0, 1).
+        dropout: Probability that an input of an adapter is dropped in training.
     """
     from peft import LoraConfig, inject_adapter_in_model
 
@@ -33,20 +31,12 @@ def add_adapters(model: nn.Module, targets: Sequence[str], rank: int, alpha: flo
 
 
 def adapted_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the layers of a model that have adapters, by name.
-
-    Args:
-        model: Any module.
-    """
+    """Return the layers of a model that have adapters, by name."""
     return {name: module for name, module in model.named_modules() if hasattr(module, "lora_A")}
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the linear layers of a model by name, including GPT-2's `Conv1D`.
-
-    Args:
-        model: Any module.
-    """
+    """Return the linear layers of a model by name, `nn.Linear` and GPT-2's `Conv1D`."""
     kinds = ("Linear", "Conv1D")  # by name, because importing Conv1D from transformers takes seconds
     return {name: module for name, module in model.named_modules() if type(module).__name__ in kinds}
 
@@ -56,9 +46,6 @@ def merged(model: nn.Module) -> Iterator[None]:
     """Merge the adapters of a model into its weights within the context, so that it is a plain model.
 
     Merging and unmerging round: load the weights again where they must be exact afterwards.
-
-    Args:
-        model: Any module, with or without adapters.
     """
     layers = adapted_layers(model)
     for name, layer in layers.items():

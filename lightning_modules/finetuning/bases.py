@@ -22,7 +22,11 @@ Batch = TypeVar("Batch")
 
 
 def load_pretrained(
-    base: str, auto_class: str = "AutoModelForCausalLM", architecture: dict[str, Any] | None = None, **changes: Any
+    base: str,
+    auto_class: str = "AutoModelForCausalLM",
+    architecture: dict[str, Any] | None = None,
+    argument: str = "model.base",
+    **changes: Any,
 ) -> "PreTrainedModel":
     """Return a model in float32 and in training mode.
 
@@ -31,6 +35,7 @@ def load_pretrained(
         auto_class: Auto class of Transformers, which chooses the head.
         architecture: Result of `architecture_of`. The model is then built with random weights and without reading
             `base`; the weights of a checkpoint are loaded afterwards.
+        argument: Argument of the YAML that gives `base`, for error messages.
         **changes: Fields of the model's configuration to set, such as `num_labels`.
 
     Raises:
@@ -42,7 +47,7 @@ def load_pretrained(
     if architecture is not None:
         config = transformers.AutoConfig.for_model(**architecture | changes)
         return auto.from_config(config).float().train()
-    folder = _local_folder(base)
+    folder = _local_folder(base, argument)
     on_disk = folder is not None or not hub_answers()
     try:
         with _quietly():
@@ -59,7 +64,7 @@ def load_pretrained(
     except (OSError, ValueError, KeyError, pickle.UnpicklingError) as error:
         where = "" if folder else ", which is no local folder, from the Hugging Face hub: check the name and network"
         raise MisconfigurationException(
-            f"model.base: {auto_class} could not load {base}{where} ({first_line(error)})"
+            f"{argument}: {auto_class} could not load {base}{where} ({first_line(error)})"
         ) from error
     if missing := sorted(found["missing_keys"]):
         say(f"{base} has no {', '.join(missing)}: initialised at random")
@@ -67,12 +72,7 @@ def load_pretrained(
 
 
 def save_pretrained(model: "PreTrainedModel", folder: Path) -> None:
-    """Write a model in Transformers' format: `config.json` and `model.safetensors`.
-
-    Args:
-        model: Any model of Transformers.
-        folder: Folder to create.
-    """
+    """Write a model in Transformers' format: `config.json` and `model.safetensors`."""
     with _quietly():
         model.save_pretrained(folder)
 
@@ -93,7 +93,7 @@ def _quietly() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _local_folder(base: str) -> Path | None:
+def _local_folder(base: str, argument: str) -> Path | None:
     """Return the folder with `config.json`, or `None` if `base` is a name on the hub."""
     path = Path(base).expanduser()
     for folder in (path / "model", path):
@@ -104,18 +104,14 @@ def _local_folder(base: str) -> Path | None:
         run = re.search(r"\bruns/([^/]+)/([^/]+)", path.as_posix())
         advice = f"; `llm-train fit -c experiments/{run[1]}/{run[2]}.yaml` makes one" if run else ""
         raise MisconfigurationException(
-            f"model.base: {base} {problem}: give a folder with config.json and model.safetensors, the folder of a "
+            f"{argument}: {base} {problem}: give a folder with config.json and model.safetensors, the folder of a "
             f"finished run, or a hub name{advice}"
         )
     return None
 
 
 def architecture_of(model: "PreTrainedModel") -> dict[str, Any]:
-    """Return the configuration of a model in plain types; `load_pretrained` builds the same model from it.
-
-    Args:
-        model: Any model of Transformers.
-    """
+    """Return the configuration of a model in plain types; `load_pretrained` builds the same model from it."""
     return json.loads(model.config.to_json_string(use_diff=False))
 
 
@@ -123,8 +119,7 @@ def check_fit(model: "PreTrainedModel", base: str, vocab_size: int, block_size: 
     """Refuse data with token ids or lengths that the model has no embeddings for.
 
     Args:
-        model: Any model of Transformers.
-        base: Its folder or name, for the message.
+        base: Folder or name of the model, for the message.
         vocab_size: Number of tokens of the tokenizer.
         block_size: Length of the longest sequence, in tokens.
 
@@ -151,7 +146,6 @@ def scores_of_share(forward: Callable[[Batch], Tensor], batch: Batch, rows: Tens
 
     Args:
         forward: Maps the batch to its scores, such as the module itself.
-        batch: Argument of `forward`.
         rows: A tensor of the batch whose first dimension is the batch dimension, (B, ...).
         *shape: Sizes of the dimensions of empty scores after the first, which is 0.
     """
@@ -165,7 +159,6 @@ def scored_at(model: "PreTrainedModel", places: Tensor) -> Iterator[None]:
     The logits of all positions are the largest tensor of a training step, and most positions carry no loss.
 
     Args:
-        model: Any model of Transformers with an output layer.
         places: Positions to score, (B, T) bool, N of them true.
     """
     handle = model.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: (inputs[0][places],))
@@ -177,11 +170,7 @@ def scored_at(model: "PreTrainedModel", places: Tensor) -> Iterator[None]:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put a model into evaluation mode within the context.
-
-    Args:
-        model: Any module.
-    """
+    """Put a model into evaluation mode within the context."""
     training = model.training
     model.eval()
     try:

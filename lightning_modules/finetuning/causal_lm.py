@@ -55,20 +55,12 @@ class FineTunedCausalLM(ExperimentModule):
             yield from generate(CachedHubModel(self.model), input_ids, max_new_tokens, **sampling)
 
     def save_pretrained(self, folder: Path) -> None:
-        """Write the model in Transformers' format: `config.json` and `model.safetensors`.
-
-        Args:
-            folder: Folder to create.
-        """
+        """Write the model in Transformers' format: `config.json` and `model.safetensors`."""
         save_pretrained(self.model, folder)
 
 
 class CachedHubModel:
-    """A causal language model of Transformers with the interface that `models.generation` needs.
-
-    Args:
-        model: The model.
-    """
+    """A causal language model of Transformers with the interface that `models.generation` needs."""
 
     def __init__(self, model: "PreTrainedModel") -> None:
         self.model = model
@@ -86,11 +78,7 @@ class CachedHubModel:
 
 
 class HubCache:
-    """Keys and values of the tokens that a model of Transformers has read.
-
-    Args:
-        config: The model's configuration.
-    """
+    """Keys and values of the tokens that a model of Transformers has read."""
 
     def __init__(self, config: Any) -> None:
         self.config = config

@@ -5,8 +5,11 @@ records nothing before the first trained parameter, which saves the time and the
 pass.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import takewhile
+from typing import Any
 
 import lightning as L
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -15,7 +18,7 @@ from torch import nn
 from lightning_modules.base import ExperimentModule
 from lightning_modules.common.messages import say
 from lightning_modules.common.ranges import NonNegativeFloat, NonNegativeInt
-from lightning_modules.finetuning.selection import ModelParts, Parameters, Selection
+from lightning_modules.finetuning.selection import ModelParts, Selection
 from lightning_modules.runtime import private_names
 from lightning_modules.runtime.sharded import require_whole_weights
 
@@ -35,26 +38,16 @@ class FreezingCallback(L.Callback):
         self._frozen_modules: list[nn.Module] = []
         self._counts = (0, 0)
 
-    def select(self, selection: Selection, pl_module: L.LightningModule) -> Parameters:
-        """Return the selected parameters of the module.
-
-        Args:
-            selection: Which parameters.
-            pl_module: The module of the run.
-
-        Raises:
-            MisconfigurationException: If a range or a pattern matches nothing, or nothing is selected.
-        """
+    @contextmanager
+    def selecting(self) -> Iterator[None]:
+        """Raise the `ValueError` of a selection as a `MisconfigurationException` that names the callback."""
         try:
-            return selection.of(pl_module)
+            yield
         except ValueError as error:
             raise MisconfigurationException(f"{type(self).__name__}: {error}") from error
 
     def update(self, pl_module: L.LightningModule) -> None:
         """Count the trained and the frozen parameters, and find the frozen modules.
-
-        Args:
-            pl_module: The module of the run.
 
         Raises:
             MisconfigurationException: If all parameters are frozen.
@@ -68,11 +61,7 @@ class FreezingCallback(L.Callback):
         self._frozen_modules = [] if self.keep_dropout else frozen_modules(pl_module)
 
     def say_counts(self, when: str = "") -> None:
-        """Print the numbers of trained and frozen parameters.
-
-        Args:
-            when: Beginning of the line.
-        """
+        """Print the numbers of trained and frozen parameters in a line that begins with `when`."""
         trained, frozen = self._counts
         share = trained / (trained + frozen)
         say(f"{when}{trained:,} parameters are trained ({share:.1%}), {frozen:,} are frozen")
@@ -97,9 +86,6 @@ def frozen_modules(model: nn.Module) -> list[nn.Module]:
 
     If everything before the layers is frozen, modules without parameters there are included, such as the dropout of
     the embeddings.
-
-    Args:
-        model: Any module.
     """
 
     def is_frozen(parameters: Iterable[nn.Parameter]) -> bool:
@@ -113,11 +99,9 @@ def frozen_modules(model: nn.Module) -> list[nn.Module]:
     parts = ModelParts(model)
     if is_frozen(parts.embeddings.values()):
         parent, _, name = parts.stack.rpartition(".")
-        for sibling, module in model.get_submodule(parent).named_children():
-            if sibling == name:
-                break
-            if not list(module.parameters()):
-                found[module] = None
+        siblings = model.get_submodule(parent).named_children()
+        before = (module for _, module in takewhile(lambda sibling: sibling[0] != name, siblings))
+        found |= dict.fromkeys(module for module in before if not list(module.parameters()))
     return list(found)
 
 
@@ -125,24 +109,13 @@ class Freeze(FreezingCallback):
     """Freezes parameters for the whole run.
 
     Args:
-        embeddings: Whether to freeze the parameters before the first layer. An output matrix that is shared with the
-            embeddings is frozen with them.
-        layers: Layers to freeze, counted as in Python: `3`, `-1`, `":6"`, `"2:-1"`, `":50%"` for the first half.
-        patterns: Parameters to freeze by name, as glob patterns: `"*.mlp.*"`, `"*bias"`.
-        all_but_head: Whether to freeze all parameters except those after the last layer.
         keep_dropout: Whether dropout stays active in frozen modules.
+        **selection: Which parameters to freeze: the arguments of `Selection`.
     """
 
-    def __init__(
-        self,
-        embeddings: bool = False,
-        layers: int | str | None = None,
-        patterns: list[str] | None = None,
-        all_but_head: bool = False,
-        keep_dropout: bool = False,
-    ) -> None:
+    def __init__(self, keep_dropout: bool = False, **selection: Any) -> None:
         super().__init__(keep_dropout)
-        self.selection = Selection(embeddings, layers, patterns, all_but_head)
+        self.selection = Selection(**selection)
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Freeze the parameters before the optimiser is built, which then leaves them out.
@@ -151,7 +124,9 @@ class Freeze(FreezingCallback):
             MisconfigurationException: If a range or a pattern matches nothing, or nothing is left to train.
         """
         if stage == "fit":
-            for parameter in self.select(self.selection, pl_module).values():
+            with self.selecting():
+                frozen = self.selection.of(pl_module)
+            for parameter in frozen.values():
                 parameter.requires_grad = False
             self.update(pl_module)
 
@@ -209,7 +184,9 @@ class GradualUnfreezing(FreezingCallback):
                 "wait for the gradients of frozen parameters"
             )
         for part in reversed(self.stages):  # so that the earliest stage has the last word
-            for name, parameter in self.select(part, pl_module).items():
+            with self.selecting():
+                selected = part.of(pl_module)
+            for name, parameter in selected.items():
                 self._first_epochs[parameter] = part.epoch
                 pl_module.learning_rate_shares[name] = part.rate
 

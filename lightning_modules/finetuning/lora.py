@@ -1,15 +1,13 @@
 """Training of low-rank adapters in place of all weights."""
 
-from fnmatch import fnmatchcase
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_modules.common.ranges import PositiveFloat, PositiveInt, Probability
 from lightning_modules.finetuning.adapters import adapted_layers, add_adapters, linear_layers
 from lightning_modules.finetuning.freeze import FreezingCallback
-from lightning_modules.finetuning.selection import ModelParts, Selection, in_short
+from lightning_modules.finetuning.selection import ModelParts, Selection, matching
 
 
 class LoRA(FreezingCallback):
@@ -50,21 +48,15 @@ class LoRA(FreezingCallback):
         """
         if adapted_layers(pl_module):
             return
-        self.adapters = {"targets": self._target_names(pl_module)} | self.sizes
-        also_trained = self.select(Selection(patterns=self.also_trained), pl_module) if self.also_trained else {}
+        layers = linear_layers(pl_module)
+        patterns = self.targets or [f"{ModelParts(pl_module).stack}.*"]
+        with self.selecting():
+            chosen = {name for pattern in patterns for name in matching(layers, pattern, "linear layer")}
+            also_trained = Selection(patterns=self.also_trained).of(pl_module) if self.also_trained else {}
+        self.adapters = {"targets": [name for name in layers if name in chosen]} | self.sizes
         add_adapters(pl_module, **self.adapters)
         for parameter in also_trained.values():
             parameter.requires_grad = True
-
-    def _target_names(self, pl_module: L.LightningModule) -> list[str]:
-        layers = linear_layers(pl_module)
-        patterns = self.targets or [f"{ModelParts(pl_module).stack}.*"]
-        for pattern in patterns:
-            if not any(fnmatchcase(name, pattern) for name in layers):
-                raise MisconfigurationException(
-                    f"LoRA: no linear layer is named {pattern!r}; there are {in_short(layers)}"
-                )
-        return [name for name in layers if any(fnmatchcase(name, pattern) for pattern in patterns)]
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Record the adapters, which are added to a model before its weights are loaded from the checkpoint."""

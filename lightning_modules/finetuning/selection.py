@@ -6,7 +6,7 @@ matrix that is shared by embeddings and head, as in GPT-2, is an embedding.
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -18,13 +18,8 @@ Parameters = dict[str, nn.Parameter]
 class ModelParts:
     """The parameters of a model by their place, each under its first name.
 
-    Args:
-        model: Any module.
-
     Attributes:
-        parameters: All parameters.
         stack: Name of the `nn.ModuleList` of the layers, empty if there is none.
-        layers: Parameters of each layer.
         embeddings: Parameters before the layers; none in a model without layers.
         head: Parameters after the layers; none in a model without layers.
     """
@@ -44,25 +39,8 @@ class ModelParts:
     def _under(self, prefix: str) -> Parameters:
         return {name: parameter for name, parameter in self.parameters.items() if name.startswith(prefix)}
 
-    def matching(self, pattern: str) -> Parameters:
-        """Return the parameters whose name matches a glob pattern; `*` matches dots too.
-
-        Args:
-            pattern: Such as `"*.mlp.*"`.
-
-        Raises:
-            ValueError: If no name matches; the message lists the names.
-        """
-        found = {name: p for name, p in self.parameters.items() if fnmatchcase(name, pattern)}
-        if not found:
-            raise ValueError(f"no parameter is named {pattern!r}; there are {in_short(self.parameters)}")
-        return found
-
     def layer_range(self, text: int | str) -> Parameters:
-        """Return the parameters of a layer or of a range of layers, counted as in Python.
-
-        Args:
-            text: `3`, `-1`, `:6`, `2:-1`, or `:50%` for the first half.
+        """Return the parameters of a layer or of a range of layers: `3`, `-1`, `:6`, `2:-1`, `:50%`.
 
         Raises:
             ValueError: If the text is no range, or there is no such layer.
@@ -87,13 +65,17 @@ class ModelParts:
         return {name: p for i in chosen for name, p in self.layers[i].items()}
 
 
-def in_short(names: Iterable[str]) -> str:
-    """Return names as a text, each once, with a star in place of the number of the layer.
+def matching(names: Collection[str], pattern: str, kind: str) -> list[str]:
+    """Return the names of parameters or modules that match a glob pattern, in which `*` matches dots too.
 
-    Args:
-        names: Names of parameters or modules.
+    Raises:
+        ValueError: If no name matches. The message lists them, with a star in place of the number of the layer.
     """
-    return ", ".join(dict.fromkeys(re.sub(r"\.\d+(?=\.|$)", ".*", name) for name in names))
+    found = [name for name in names if fnmatchcase(name, pattern)]
+    if not found:
+        known = dict.fromkeys(re.sub(r"\.\d+(?=\.|$)", ".*", name) for name in names)
+        raise ValueError(f"no {kind} is named {pattern!r}; there are {', '.join(known)}")
+    return found
 
 
 def _bound(text: str, n: int) -> int | None:
@@ -108,7 +90,8 @@ class Selection:
     """Parameters of a model: all that at least one field selects.
 
     Args:
-        embeddings: Whether to select the parameters before the first layer.
+        embeddings: Whether to select the parameters before the first layer, and with them an output matrix that is
+            shared with the embeddings.
         layers: Layers to select, counted as in Python: `3`, `-1`, `":6"`, `"2:-1"`, `":50%"` for the first half.
         patterns: Parameters to select by name, as glob patterns: `"*.mlp.*"`, `"*bias"`.
         all_but_head: Whether to select all parameters except those after the last layer.
@@ -122,20 +105,15 @@ class Selection:
     def of(self, model: nn.Module) -> Parameters:
         """Return the selected parameters in the order of the model.
 
-        Args:
-            model: Any module.
-
         Raises:
             ValueError: If a range or a pattern matches nothing, or nothing is selected.
         """
         parts = ModelParts(model)
-        chosen: set[str] = set()
-        if self.embeddings:
-            chosen |= parts.embeddings.keys()
+        chosen: set[str] = set(parts.embeddings) if self.embeddings else set()
         if self.layers is not None:
             chosen |= parts.layer_range(self.layers).keys()
         for pattern in self.patterns or []:
-            chosen |= parts.matching(pattern).keys()
+            chosen |= set(matching(parts.parameters, pattern, "parameter"))
         if self.all_but_head:
             chosen |= parts.parameters.keys() - parts.head.keys()
         if not chosen:

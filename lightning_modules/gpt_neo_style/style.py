@@ -22,10 +22,8 @@ def distinct_n(tokens: Sequence[str], n: int, window: int = 50) -> float:
     """Return the share of n-grams that are distinct (Li et al., 2016), the mean over windows of equal length.
 
     The share falls with the length of a text, so only windows of one length are comparable (as in the moving-average
-    type-token ratio of Covington and McFall, 2010).
-
-    Args:
-        window: Words in a window, at least `n`; a shorter text is one window. A text of fewer than `n` words has NaN.
+    type-token ratio of Covington and McFall, 2010). A shorter text is one window, and one of fewer than `n` words has
+    NaN.
     """
     shares = []
     for start in range(0, max(1, len(tokens) - window + 1), window):
