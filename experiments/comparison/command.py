@@ -1,11 +1,12 @@
 """`llm-train compare`: the settings in which runs differ, and their results."""
 
 import argparse
-import math
 import shlex
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+
+import numpy as np
 
 from experiments.comparison import figures, tables
 from experiments.comparison.arms import Arm, arms_of, compared, how_they_ended
@@ -77,9 +78,7 @@ def _parse(args: Sequence[str]) -> argparse.Namespace:
     )  # fmt: skip
     parser.add_argument("--maximize", nargs="+", default=[], metavar="NAME", help="metrics whose large values are good")
     parser.add_argument("--minimize", nargs="+", default=[], metavar="NAME", help="metrics whose small values are good")
-    parser.add_argument(
-        "--unfinished", action="store_true", help="also count runs that failed, were stopped or still run"
-    )
+    parser.add_argument("--unfinished", action="store_true", help="also count runs that failed, stopped or still run")
     parser.add_argument("--out", type=Path, help="folder to write to (default: comparison/ in the given folder)")
     options = parser.parse_args(args[1:])
     if bool(options.runs) == bool(options.wandb):
@@ -92,34 +91,23 @@ def _parse(args: Sequence[str]) -> argparse.Namespace:
 def _read(options: argparse.Namespace) -> tuple[list[Run], int]:
     """Return the runs that can be read, and the number of the others."""
     if options.wandb:
-        return list(read_wandb(options.wandb)), 0
+        return read_wandb(options.wandb), 0
     folders, runs = find_runs(options.runs), []
     with ProcessPoolExecutor() as readers:  # reading takes most of the time if there are many runs
-        for folder, found in zip(folders, readers.map(_try_to_read, folders, chunksize=8), strict=True):
-            if isinstance(found, Run):
-                runs.append(found)
-            else:
-                say(f"skipped {folder}: {found}")
+        for folder, reading in [(folder, readers.submit(read_folder, folder)) for folder in folders]:
+            try:
+                runs.append(reading.result())
+            except UserError as error:
+                say(f"skipped {folder}: {error}")
     if not runs:
         raise UserError(f"none of the {len(folders)} runs in {', '.join(map(str, options.runs))} can be read")
     return runs, len(folders) - len(runs)
 
 
-def _try_to_read(folder: Path) -> Run | UserError:
-    try:
-        return read_folder(folder)
-    except UserError as error:
-        return error
-
-
 def _rank(arms: Sequence[Arm], measure: Measure) -> list[int]:
     """Return the numbers of the arms, the best mean first and those without a mean last."""
-
-    def badness(arm: Arm) -> float:
-        mean = estimate(measure.values(arm.runs)).mean
-        return math.inf if math.isnan(mean) else -mean if measure.mode == "max" else mean
-
-    return sorted(range(len(arms)), key=lambda number: badness(arms[number]))
+    means = np.array([estimate(measure.values(arm.runs)).mean for arm in arms])
+    return np.argsort(-means if measure.mode == "max" else means, kind="stable").tolist()
 
 
 def _best_rows(results: Table, ranking: Sequence[int]) -> Table:
@@ -167,16 +155,15 @@ def _write(
     else:  # of an earlier comparison
         (folder / "curves.png").unlink(missing_ok=True)
     png = {name: save_figure(figure, folder / name).read_bytes() for name, figure in images.items()}
-    headings = {
+    sections = {
         "Results": shown[0],
         "Differences": shown[1] if shown[1].rows else None,
         "Each run, and means with their intervals": png["summary.png"],
         "Learning curves: means of the arms with their 95 % intervals": png.get("curves.png"),
     }
-    sections = [(heading, content) for heading, content in headings.items() if content is not None]
     texts = {
         "table.md": "\n".join([*(as_markdown(table) for table in shown if table.rows), *notes, ""]),
-        "table.csv": tables.results_csv(arms, measures),
+        "table.csv": csv_text(*tables.results_with_all_digits(arms, measures)),
         "runs.csv": csv_text(*runs),
         "curves.csv": figures.curves_csv(curves, arms),
         "index.html": page(command, notes, sections, runs),

@@ -69,9 +69,9 @@ def _curves_of_arm(metric: str, number: int, arm: Arm) -> list[Curve]:
         curves.append(Curve(metric, number, "", True, shared, mean, mean - half_width, mean + half_width))
     for run in arm.left_out if curves else [*arm.runs, *arm.left_out]:
         if metric in run.metrics:
-            steps, values = run.metrics[metric]
+            steps, logged = run.metrics[metric]
             drawn = _thin(steps)
-            curves.append(Curve(metric, number, run.name, run in arm.runs, steps[drawn], values[drawn]))
+            curves.append(Curve(metric, number, run.name, run in arm.runs, steps[drawn], logged[drawn]))
     return curves
 
 
@@ -132,11 +132,7 @@ def _draw_curve(axes: "Axes", curve: Curve, look: Look | None) -> None:
 
 
 def draw_summary(arms: Sequence[Arm], measures: Sequence[Measure], ranking: Sequence[int]) -> "Figure":
-    """Draw the result of every run, and the mean of each arm with its interval.
-
-    The horizontal axis is a setting, if it is a number with at least three values and the other settings leave few
-    lines. Otherwise each arm has a row.
-    """
+    """Draw the results of runs and the means of arms over a setting that is a number, or else a row for each arm."""
     setting = _numeric_setting(arms)
     return _draw_rows(arms, measures, ranking) if setting is None else _draw_over(setting, arms, measures)
 
@@ -193,7 +189,7 @@ def _draw_rows(arms: Sequence[Arm], measures: Sequence[Measure], ranking: Sequen
 
 
 def _numeric_setting(arms: Sequence[Arm]) -> str | None:
-    """Return the setting for the horizontal axis: the one with the most values."""
+    """Return the setting with the most values, at least three, if the other settings leave few lines."""
     n_values = {
         name: len({arm.values[name] for arm in arms})
         for name in arms[0].values

@@ -38,18 +38,18 @@ document.querySelectorAll('th').forEach(head => head.onclick = () => {
 """
 
 
-def page(command: str, notes: Sequence[str], sections: Sequence[tuple[str, Table | bytes]], runs: Table) -> str:
+def page(command: str, notes: Sequence[str], sections: dict[str, Table | bytes | None], runs: Table) -> str:
     """Return the page: sections with a table or a PNG image, notes on the first, and the runs to unfold."""
-    body = ""
-    for heading, content in sections:
-        shown = _table(content) if isinstance(content, Table) else _image(content, heading)
-        body += f"<h2>{escape(heading)}</h2>\n{shown}\n"
-        if heading == sections[0][0]:
-            body += f"<ul>{''.join(f'<li>{escape(note)}</li>' for note in notes)}</ul>\n"
+    shown = [
+        f"<h2>{escape(heading)}</h2>\n{_table(content) if isinstance(content, Table) else _image(content, heading)}\n"
+        for heading, content in sections.items()
+        if content is not None
+    ]
+    shown.insert(1, f"<ul>{''.join(f'<li>{escape(note)}</li>' for note in notes)}</ul>\n")
     return (
         f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(command)}</title>'
         f'<meta name="viewport" content="width=device-width"><style>{_STYLE}</style></head>\n'
-        f"<body><h1>Comparison of runs</h1>\n<p><code>{escape(command)}</code></p>\n{body}"
+        f"<body><h1>Comparison of runs</h1>\n<p><code>{escape(command)}</code></p>\n{''.join(shown)}"
         f"<h2>Runs</h2>\n<details><summary>all {len(runs.rows)}</summary>{_table(runs)}</details>\n"
         f"<script>{_SORT}</script>\n</body></html>\n"
     )

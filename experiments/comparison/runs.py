@@ -5,7 +5,7 @@ import json
 import os
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -91,28 +91,28 @@ def read_folder(folder: Path) -> Run:
         raise UserError(" ".join(str(error).split()) or type(error).__name__) from error
 
 
-def read_wandb(address: str) -> Iterator[Run]:
-    """Yield the runs of `ENTITY/PROJECT` or `ENTITY/PROJECT/GROUP`, each with its whole history, from W&B's API."""
+def read_wandb(address: str) -> list[Run]:
+    """Return the runs of `ENTITY/PROJECT` or `ENTITY/PROJECT/GROUP`, each with its whole history, from W&B's API."""
     import wandb
 
     entity, project, group, *_ = [*address.split("/", 2), "", ""]
     if not entity or not project:
         raise UserError(f"--wandb {address}: give ENTITY/PROJECT or ENTITY/PROJECT/GROUP")
-    found = False
+    runs = []
     try:
         for run in wandb.Api().runs(f"{entity}/{project}", filters={"group": group} if group else {}, lazy=False):
             if run.job_type in (None, "", "fit"):  # each subcommand is a run of its own in W&B
-                found = True
                 status = UNFINISHED if run.state == "running" else run.state
                 metrics = _read_history(run.scan_history())
-                yield _run(f"{entity}/{project}/{run.id} ({run.name})", status, None, run.config, metrics)
+                runs.append(_run(f"{entity}/{project}/{run.id} ({run.name})", status, None, run.config, metrics))
     except Exception as error:
         # W&B's errors have no common base; that of an unknown project is a ValueError.
         if not isinstance(error, ValueError) and not type(error).__module__.startswith("wandb."):
             raise
         raise UserError(f"--wandb {address}: {error}") from error
-    if not found:
+    if not runs:
         raise UserError(f"--wandb {address}: there are no training runs")
+    return runs
 
 
 def flatten(value: Any, key: str = "") -> dict[str, Any]:

@@ -7,7 +7,6 @@ from typing import NamedTuple
 from experiments.comparison.arms import Arm, how_they_ended
 from experiments.comparison.measures import Measure
 from experiments.comparison.statistics import Difference, difference, estimate
-from lightning_modules.common.files import csv_text
 
 NOTHING = "–"
 
@@ -92,18 +91,19 @@ def as_markdown(table: Table) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in escaped)
 
 
-def results_csv(arms: Sequence[Arm], measures: Sequence[Measure]) -> str:
-    """Return the results with all digits: mean, ends of the interval and number of runs for each measure."""
+def results_with_all_digits(arms: Sequence[Arm], measures: Sequence[Measure]) -> Table:
+    """Return mean, ends of the interval and number of runs for each arm and each measure."""
     parts = ("mean", "low", "high", "n")
     header = [*arms[0].shown, "n", "left out", *(f"{measure.label}, {part}" for measure in measures for part in parts)]
     rows = []
     for arm in arms:
-        row: list[object] = [*arm.shown.values(), len(arm.runs), how_they_ended(arm.left_out)]
+        row = [*arm.shown.values(), str(len(arm.runs)), how_they_ended(arm.left_out)]
         for measure in measures:
             mean, half_width, n = estimate(measure.values(arm.runs))
-            row += [mean if n else "", *(["", ""] if half_width is None else [mean - half_width, mean + half_width]), n]
+            ends = ["", ""] if half_width is None else [str(mean - half_width), str(mean + half_width)]
+            row += [str(mean) if n else "", *ends, str(n)]
         rows.append(row)
-    return csv_text(header, rows)
+    return Table(header, rows)
 
 
 def runs_table(arms: Sequence[Arm], measures: Sequence[Measure]) -> Table:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from experiments.errors import CommandParser
 from experiments.study.journal import Journal
-from experiments.study.plan import Plan, number_of_runs, study_folder
+from experiments.study.runs import Plan, number_of_runs, study_folder
 from experiments.study.study import Study
 from experiments.study.sweep_file import read_sweep_file
 from lightning_modules.common.messages import say
@@ -54,12 +54,8 @@ def _parse(args: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         epilog="Every run gets --key=value, such as --trainer.max_steps=100, and what follows --. With an account, "
         "`wandb sweep FILE` and `wandb agent` run the same file on any number of machines.",
     )
-    parser.add_argument(
-        "file", metavar="FILE", type=Path, help="sweep file, such as experiments/TOPIC/studies/NAME.yaml"
-    )
-    parser.add_argument(
-        "--jobs", type=_count, default=1, help="number of runs at a time; they share the cores (default: 1)"
-    )
+    parser.add_argument("file", metavar="FILE", type=Path, help="such as experiments/TOPIC/studies/NAME.yaml")
+    parser.add_argument("--jobs", type=_count, default=1, help="runs at a time, which share the cores (default: 1)")
     parser.add_argument("--runs", type=_count, help="maximum number of runs; random and bayes need it, or run_cap")
     parser.add_argument("--name", help="name of the study (default: `name:` in FILE, or the name of FILE)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the draws of random and bayes (default: 0)")

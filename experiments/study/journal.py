@@ -11,8 +11,7 @@ from typing import Any, BinaryIO
 
 from experiments.errors import UserError
 from experiments.study.names import arm_name
-from experiments.study.plan import Plan
-from experiments.study.runs import Run
+from experiments.study.runs import Plan, Run
 
 _FILE = "journal.log"
 

@@ -1,25 +1,89 @@
-"""The processes of a study's runs, and what a run's folder says of its result."""
+"""The plan of a study, the processes of its runs, and what a run's folder says of its result."""
 
 import contextlib
 import csv
+import itertools
 import json
 import math
 import os
 import shutil
 import signal
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from subprocess import DEVNULL, STDOUT, Popen
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from experiments.study.plan import Plan
+import yaml
+
+from experiments.errors import UserError
+from experiments.study.names import folder_name
+from experiments.study.sweep_file import Sweep
 
 if TYPE_CHECKING:  # optuna is slow to import
     import optuna
 
 _LAST_CHECKPOINT = Path("checkpoints/last.ckpt")
 _OF_ANOTHER_RUN = ("WANDB_RUN_ID", "WANDB_SWEEP_ID", "WANDB_SWEEP_PARAM_PATH")  # no two runs may share an id
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the user asks for."""
+
+    sweep: Sweep
+    folder: Path
+    flags: list[str]  # of every run
+    n_runs: int
+    jobs: int  # runs at a time
+    seed: int  # of the draws
+
+    def command(self, arm: str, settings: Mapping[str, Any]) -> list[str]:
+        """Return the command of a run."""
+        root, topic = self.folder.parent.parent, self.folder.parent.name
+        place = {"root": root, "topic": topic, "study": self.folder.name, "name": arm}
+        words = self.sweep.words(settings, self.folder / "logs" / f"{arm}.json")
+        return [*words, *self.flags, *(f"--run.{key}={value}" for key, value in place.items())]
+
+
+def number_of_runs(sweep: Sweep, at_most: int | None) -> int:
+    """Return how many runs a study has. A search without end must be limited by the file or the user."""
+    limits = [limit for limit in (at_most, sweep.run_cap) if limit is not None]
+    if sweep.method == "grid":
+        limits.append(math.prod(len(spec.grid() or ()) for spec in sweep.distributions.values()))
+    if not limits:
+        raise UserError(f"{sweep.path}: method {sweep.method} has no end; add run_cap: to the file, or use --runs N")
+    return min(limits)
+
+
+def study_folder(sweep: Sweep, flags: Sequence[str], name: str | None) -> Path:
+    """Return the folder of a study, in the folder of the topic that its command trains."""
+    place: dict[str, str] = {"root": "runs"}
+    words = [*sweep.words({}, Path()), *flags]
+    pairs = list(itertools.pairwise(words)) + [word.split("=", 1) for word in words if "=" in word]
+    for flag, value in pairs:
+        if flag in ("-c", "--config"):
+            config = _config(sweep, Path(value))
+            model = config.get("model")
+            class_path = str(model.get("class_path") if isinstance(model, dict) else model)
+            if "." in class_path:
+                place["topic"] = class_path.split(".")[-2]
+            place |= {key: given for key, given in (config.get("run") or {}).items() if given is not None}
+    place |= {flag.removeprefix("--run."): value for flag, value in pairs if flag in ("--run.root", "--run.topic")}
+    if "topic" not in place:
+        raise UserError(f"{sweep.path}: its command has no `-c FILE` with a model; add --run.topic=NAME to it")
+    return Path(place["root"]) / place["topic"] / folder_name(name or sweep.name or sweep.path.stem)
+
+
+def _config(sweep: Sweep, file: Path) -> dict[str, Any]:
+    try:
+        config = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{sweep.path}: its command runs {file}, and there is no such file in {Path.cwd()}") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{file}: {error}") from error
+    return config if isinstance(config, dict) else {}
 
 
 @dataclass

@@ -7,8 +7,7 @@ from collections.abc import Iterator
 
 from experiments.errors import UserError
 from experiments.study.journal import Journal, locked
-from experiments.study.plan import Plan
-from experiments.study.runs import Run
+from experiments.study.runs import Plan, Run
 from lightning_modules.common.messages import say
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)

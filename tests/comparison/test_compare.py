@@ -706,14 +706,14 @@ def test_an_error_of_wandb_is_a_users_error(monkeypatch, error):
 
     monkeypatch.setattr(wandb, "Api", Api)
     with pytest.raises(UserError) as caught:
-        list(read_wandb("me/x"))
+        read_wandb("me/x")
     assert str(caught.value) == f"--wandb me/x: {error}"
 
 
 def test_wandb_without_runs(monkeypatch):
     monkeypatch.setattr(wandb, "Api", lambda: SimpleNamespace(runs=lambda *_, **__: []))
     with pytest.raises(UserError, match="--wandb me/x: there are no training runs"):
-        list(read_wandb("me/x"))
+        read_wandb("me/x")
 
 
 def test_the_command_starts_without_torch():

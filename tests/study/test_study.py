@@ -24,7 +24,7 @@ from experiments.study import runs
 from experiments.study.distributions import Distribution
 from experiments.study.journal import Journal
 from experiments.study.names import arm_name
-from experiments.study.plan import Plan, study_folder
+from experiments.study.runs import Plan, study_folder
 from experiments.study.sweep_file import read_sweep_file
 
 STUDY = Path("runs/toy/sweep")
