@@ -43,10 +43,7 @@ class ExperimentModule(L.LightningModule):
 
     @property
     def data(self) -> Any:
-        """The data of the run, for the module and its callbacks: the datamodule, handed over before the run starts.
-
-        What a topic reads of it is written down in the docstring of its module or callback. Nothing reads
-        the trainer's datamodule.
+        """The datamodule, set before the run starts; docstrings of modules and callbacks say what they read of it.
 
         Raises:
             MisconfigurationException: If no data was handed over.
@@ -63,9 +60,6 @@ class ExperimentModule(L.LightningModule):
     def require_linked(**values: Any) -> None:
         """Refuse to build a module without the values that the data gives it.
 
-        Args:
-            **values: Arguments of the module by name.
-
         Raises:
             MisconfigurationException: If one is `None`.
         """
@@ -75,29 +69,18 @@ class ExperimentModule(L.LightningModule):
     # --- evaluation ---------------------------------------------------------------------------------------------------
 
     def track(self, metrics: Metric) -> None:
-        """Choose the metric that is accumulated over a validation, and over a test.
-
-        Args:
-            metrics: Updated by `evaluation_step`, computed by `evaluation_results`.
-        """
+        """Choose the metric that `evaluation_step` updates over a validation, and over a test."""
         self.val_metrics, self.test_metrics = metrics, metrics.clone()
 
     def evaluation_step(self, batch: Any, metrics: Any) -> None:
         """Update the metrics with a batch of the validation or test split.
 
-        Args:
-            batch: What the datamodule's loader gives. On several processes a share of the last batch may be empty.
-            metrics: The metric that `track` was given, for this split.
+        On several processes, the share of a process in the last batch may be empty.
         """
         raise NotImplementedError(f"{type(self).__name__} has no evaluation_step")
 
     def evaluation_results(self, metrics: Any, split: str) -> Mapping[str, Tensor]:
-        """Return the results of a split by name, such as `loss`; they are logged as `val/loss` or `test/loss`.
-
-        Args:
-            metrics: The metric of the split, over all processes once it is computed.
-            split: `val` or `test`.
-        """
+        """Return the results of a split by name, such as `loss`; they are logged as `val/loss` or `test/loss`."""
         return metrics.compute()
 
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
@@ -144,10 +127,7 @@ class ExperimentModule(L.LightningModule):
             raise MisconfigurationException(
                 "lr_scheduler: the length of the run is unknown; set trainer.max_steps or trainer.max_epochs"
             )
-        try:
-            schedule = self.schedule_factory(optimizer, int(total_steps))
-        except ValueError as error:
-            raise MisconfigurationException(str(error)) from error
+        schedule = self.schedule_factory(optimizer, int(total_steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step", "name": "lr"}}
 
     def configure_model(self) -> None:
@@ -165,13 +145,7 @@ class ExperimentModule(L.LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip as `trainer.gradient_clip_val` says, and log the norm of the gradient before and after.
-
-        Args:
-            optimizer: The optimiser that is about to step.
-            gradient_clip_val: Largest norm, or largest absolute value; `None` does not clip.
-            gradient_clip_algorithm: `norm` (the default) or `value`.
-        """
+        """Clip as `trainer.gradient_clip_val` says, and log the norm of the gradient before and after."""
         self._losses_of_step.clear()  # called once an optimiser step, after its last micro-batch
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         gradients = [p.grad for p in parameters]
@@ -216,11 +190,7 @@ class ExperimentModule(L.LightningModule):
 
     @classmethod
     def of_checkpoint(cls, checkpoint: dict[str, Any]) -> Self:
-        """Return the module that a checkpoint holds, for inference; it is not compiled.
-
-        Args:
-            checkpoint: A loaded checkpoint of a module of this class.
-        """
+        """Return the module that a checkpoint holds, for inference; it is not compiled."""
         accepted = inspect.signature(cls).parameters
         arguments = {name: value for name, value in checkpoint["hyper_parameters"].items() if name in accepted}
         module = cls(**arguments | ({"compile": False} if "compile" in accepted else {}))
@@ -229,11 +199,7 @@ class ExperimentModule(L.LightningModule):
         return module
 
     def next_command(self, run: str) -> str:
-        """Return the command that a user is likely to run after a run of this module.
-
-        Args:
-            run: Folder of the run.
-        """
+        """Return the command that a user is likely to run after a run of this module."""
         return f"llm-train validate -c {run}/config.yaml --ckpt_path best"
 
     @property
@@ -298,11 +264,7 @@ class GradientFreeModule(ExperimentModule):
 
 
 def total_norm(gradients: list[Tensor]) -> Tensor:
-    """Return the norm of several gradients together, over all processes if they are sharded.
-
-    Args:
-        gradients: Tensors of any shapes.
-    """
+    """Return the norm of several gradients together, over all processes if they are sharded."""
     norm = nn.utils.get_total_norm(gradients)
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
 

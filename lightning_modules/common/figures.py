@@ -10,24 +10,14 @@ if TYPE_CHECKING:  # matplotlib is imported where it is used: it is slow to impo
 
 
 def new_figure(width: float, height: float) -> "Figure":
-    """Return an empty figure that belongs to no window and to no global state, as `pyplot`'s figures do.
-
-    Args:
-        width: Width in inches.
-        height: Height in inches.
-    """
+    """Return an empty figure of a size in inches, without the window and the global state of pyplot's."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained")
 
 
 def save_figure(figure: "Figure", file: Path) -> Path:
-    """Write a figure as PNG and return its file.
-
-    Args:
-        figure: The figure.
-        file: PNG file to create or replace.
-    """
+    """Create or replace a PNG file with a figure, and return the file."""
     with atomic_file(file) as target:
         figure.savefig(target, format="png", dpi=120)
     return file

@@ -14,11 +14,7 @@ from typing import Any, BinaryIO
 
 @contextmanager
 def atomic_file(target: Path) -> Iterator[BinaryIO]:
-    """Open a temporary binary file that replaces the target when the block ends, and is removed if it fails.
-
-    Args:
-        target: File to create or replace; missing parent folders are created.
-    """
+    """Open a temporary binary file that replaces the target when the block ends; create missing parent folders."""
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
     try:
@@ -30,46 +26,25 @@ def atomic_file(target: Path) -> Iterator[BinaryIO]:
 
 
 def write_text(target: Path, text: str) -> None:
-    """Create or replace a UTF-8 text file.
-
-    Args:
-        target: File to write.
-        text: Its content.
-    """
+    """Create or replace a UTF-8 text file."""
     with atomic_file(target) as file:
         file.write(text.encode("utf-8"))
 
 
 def write_csv(target: Path, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    """Create or replace a CSV file.
-
-    Args:
-        target: File to write.
-        columns: Names of the columns, the first line of the file.
-        rows: One sequence of cells a line.
-    """
+    """Create or replace a CSV file, whose first line is the names of the columns."""
     write_text(target, csv_text(columns, rows))
 
 
 def csv_text(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """Return the text of a CSV table.
-
-    Args:
-        columns: Names of the columns, the first line.
-        rows: One sequence of cells a line.
-    """
+    """Return a CSV table as text."""
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(itertools.chain([columns], rows))
     return text.getvalue()
 
 
 def replace_folder(target: Path, fill: Callable[[Path], Any]) -> None:
-    """Create or replace a folder.
-
-    Args:
-        target: Folder to write.
-        fill: Creates and fills the folder whose path it is given.
-    """
+    """Create or replace a folder; `fill` creates and fills the folder whose path it gets."""
     fresh = target.with_name(f".{target.name}.new")
     shutil.rmtree(fresh, ignore_errors=True)
     fill(fresh)

@@ -15,10 +15,6 @@ def say(line: str) -> None:
 
 
 def first_line(error: BaseException) -> str:
-    """Return the class of an exception and the first line of its message, if it has one.
-
-    Args:
-        error: The exception.
-    """
+    """Return the class of an exception and the first line of its message, if it has one."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

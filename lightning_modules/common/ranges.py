@@ -32,16 +32,3 @@ for _type in (
 ):
     _plain = int if issubclass(_type, int) else float
     register_type(_type, _plain, lambda value, kind=_type, plain=_plain: plain(kind(value)))
-
-__all__ = [
-    "ClosedUnitInterval",
-    "NonNegativeFloat",
-    "NonNegativeInt",
-    "OpenUnitInterval",
-    "PositiveFloat",
-    "PositiveInt",
-    "PositiveShare",
-    "Probability",
-    "ThreeOrMore",
-    "TwoOrMore",
-]

@@ -99,11 +99,7 @@ class AblatedLoss(DrawsAtTheEnd):
             pl_module.log_dict(results, sync_dist=True)
 
     def draw(self, run: Path) -> list[Path]:
-        """Draw the loss against the share, at the best validation and at the last one.
-
-        Args:
-            run: Folder of the run.
-        """
+        """Draw the loss against the share, at the best validation and at the last one."""
         shares = sorted({0.0, *self.shares})
         names = [_name("val", share) if share else "val/loss" for share in shares]
         columns = [dict(zip(*read_metric(run / "metrics.csv", name), strict=True)) for name in names]

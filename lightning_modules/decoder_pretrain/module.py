@@ -1,22 +1,18 @@
 """Pretraining of the decoder: predict the next token of running text."""
 
 import json
-import pickle
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from lightning_modules.base import ExperimentModule
 from lightning_modules.common.files import write_text
-from lightning_modules.common.hub import hub_answers
-from lightning_modules.common.messages import first_line
 from lightning_modules.common.ranges import PositiveInt, Probability
-from lightning_modules.finetuning.bases import evaluating
+from lightning_modules.finetuning.bases import check_fit, evaluating, load_pretrained
 from lightning_modules.metrics import CorpusLoss, next_token_loss
 from lightning_modules.models import gpt2_format
 from lightning_modules.models.decoder import Decoder, DecoderConfig
@@ -43,8 +39,8 @@ class PretrainModule(ExperimentModule):
         bias: Whether linear layers and norms have biases.
         attention: `fused` (torch's kernels) or `explicit` (each step of the formula written out; slower).
         initialization: Name of the weight initialisation; a function of `lightning_modules.models.initialization`.
-        pretrained: GPT-2 weights to start from: a folder in Hugging Face's format, or a name on the hub. Its sizes
-            replace the sizes above. `null` starts from the initialisation.
+        pretrained: GPT-2 weights to start from: a folder in Hugging Face's format, a run that has exported one, or a
+            name on the hub. Its sizes replace the sizes above. `null` starts from the initialisation.
         vocab_multiple: Multiple to which the rows of the embedding are rounded up, for the matrix units of a GPU (64 is
             usual).
         compile: Whether to compile the decoder with `torch.compile`; takes about a minute at the start.
@@ -90,14 +86,9 @@ class PretrainModule(ExperimentModule):
                 self.decoder = Decoder(config)
                 INITIALIZATIONS[initialization](self.decoder)
             else:
-                self.decoder = load_gpt2(pretrained, **common)
+                self.decoder = load_gpt2(pretrained, vocab_size, **common)
         except ValueError as error:
             raise MisconfigurationException(f"model: {error}") from error
-        if vocab_size > self.decoder.config.vocab_size:
-            raise MisconfigurationException(
-                f"model: the tokenizer has {vocab_size} tokens, more than the {self.decoder.config.vocab_size} of "
-                f"{pretrained}; use the tokenizer that these weights were trained with"
-            )
         if compile:
             self.decoder.compile()
         self.flops_per_token = self.decoder.flops_per_token()
@@ -127,11 +118,7 @@ class PretrainModule(ExperimentModule):
         return f'llm-train generate --run {run} --prompt "The"'
 
     def save_pretrained(self, folder: Path) -> None:
-        """Write the decoder as a GPT-2 of Transformers: `config.json` and `model.safetensors`.
-
-        Args:
-            folder: Folder to create.
-        """
+        """Write the decoder as a GPT-2 of Transformers: `config.json` and `model.safetensors`."""
         from safetensors.torch import save_file
 
         folder.mkdir(parents=True)
@@ -143,36 +130,23 @@ class PretrainModule(ExperimentModule):
         write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
 
 
-def load_gpt2(pretrained: str, block_size: int, **changes: Any) -> Decoder:
+def load_gpt2(pretrained: str, vocab_size: int, block_size: int, **changes: Any) -> Decoder:
     """Return a decoder with GPT-2 weights in Hugging Face's format.
 
     Args:
-        pretrained: A folder with `config.json` and weights, or a name on the hub.
+        pretrained: What `load_pretrained` accepts, such as a folder with `config.json` and weights.
+        vocab_size: Number of tokens of the tokenizer; the decoder keeps all rows of the embedding.
         block_size: Context length, in tokens; the embeddings of later positions are dropped.
         **changes: Further fields of `DecoderConfig` to set, such as `attention`.
 
     Raises:
-        MisconfigurationException: If there is no such model, or its context is shorter.
+        MisconfigurationException: If there is no such model, or its vocabulary or context is smaller.
         ValueError: If the model is not a GPT-2.
     """
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    try:
-        if Path(pretrained).is_dir() and not (Path(pretrained) / "config.json").is_file():
-            raise OSError(f"{pretrained} has no config.json")
-        on_disk = Path(pretrained).is_dir() or not hub_answers()
-        gpt2 = GPT2Config.from_pretrained(pretrained, local_files_only=on_disk)
-        model = GPT2LMHeadModel.from_pretrained(pretrained, dtype=torch.float32, local_files_only=on_disk)
-    except (OSError, pickle.UnpicklingError) as error:
-        raise MisconfigurationException(
-            f"model.pretrained: {pretrained!r} could not be loaded ({first_line(error)}); give a folder with "
-            "config.json and model.safetensors; offline.yaml needs none"
-        ) from error
-    if block_size > gpt2.n_positions:
-        raise MisconfigurationException(
-            f"data.block_size: {block_size} is longer than the context of {pretrained}, {gpt2.n_positions}"
-        )
-    config = replace(gpt2_format.decoder_config_from_gpt2(gpt2.to_dict()), block_size=block_size, **changes)
+    model = load_pretrained(pretrained, argument="model.pretrained")
+    check_fit(model, pretrained, vocab_size, block_size)
+    config = gpt2_format.decoder_config_from_gpt2(model.config.to_dict())
+    config = replace(config, block_size=block_size, **changes)
     decoder = Decoder(config)
     decoder.load_state_dict(gpt2_format.from_gpt2_state_dict(model.state_dict(), config))
     return decoder

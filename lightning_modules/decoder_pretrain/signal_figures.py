@@ -12,12 +12,7 @@ Steps = Mapping[int, Mapping[str, np.ndarray]]  # by step, the arrays that `Sign
 
 
 def draw_by_depth(steps: Steps, file: Path) -> Path:
-    """Draw the standard deviation of the residual stream and the RMS of the gradient against depth; return the file.
-
-    Args:
-        steps: Arrays by step.
-        file: PNG file to create or replace.
-    """
+    """Draw the standard deviation of the residual stream and the RMS of the gradient against depth; return the file."""
     from matplotlib import colormaps
     from matplotlib.ticker import MaxNLocator
 
@@ -41,10 +36,6 @@ def draw_histograms(steps: Steps, file: Path) -> Path:
     """Draw the distributions of the residual stream and of the gradients, and return the file.
 
     The figure has a column for each step and a line for each depth.
-
-    Args:
-        steps: Arrays by step.
-        file: PNG file to create or replace.
     """
     from matplotlib import colormaps
     from matplotlib.cm import ScalarMappable

@@ -133,11 +133,7 @@ class SignalPropagation(DrawsAtTheEnd):
                 logger.log_metrics(histograms, step=step - 1)
 
     def draw(self, run: Path) -> list[Path]:
-        """Draw both figures from the files of the measured steps.
-
-        Args:
-            run: Folder of the run.
-        """
+        """Draw both figures from the files of the measured steps."""
         files = sorted((run / "signal").glob("step_*.npz"))
         if not files:
             return []
@@ -150,10 +146,6 @@ class SignalPropagation(DrawsAtTheEnd):
 
 def require_decoder(pl_module: L.LightningModule, callback: str) -> None:
     """Refuse a module that has no decoder, or one whose layers cannot be hooked.
-
-    Args:
-        pl_module: The module.
-        callback: Name of the callback that hooks the decoder, for the message.
 
     Raises:
         MisconfigurationException: If the module has no decoder, or a compiled one.

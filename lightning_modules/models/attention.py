@@ -31,15 +31,9 @@ from torch import Tensor, nn
 
 
 def causal_mask(n_query: int, n_key: int, device: torch.device | None = None) -> Tensor:
-    """Return the mask of causal attention, in which the queries are the last `n_query` of `n_key` positions.
+    """Return the mask of causal attention, in which the T queries are the last of the S positions.
 
-    Args:
-        n_query: Number of queries T.
-        n_key: Number of keys S, at least T.
-        device: Device of the mask; `None` means the default device.
-
-    Returns:
-        (T, S) bool, true where query t attends to key s: s <= t + (S - T).
+    The mask is (T, S) bool, true where query t attends to key s: s <= t + (S - T).
     """
     return torch.ones(n_query, n_key, dtype=torch.bool, device=device).tril(n_key - n_query)
 
@@ -58,8 +52,8 @@ def scaled_dot_product_attention(
         query: Queries, (..., T, D).
         key: Keys, (..., S, D).
         value: Values, (..., S, D).
-        mask: Bool, broadcastable to (..., T, S), true where the query attends to the key; `None` means everywhere. Each
-            query needs at least one key, because softmax over no scores is NaN.
+        mask: Bool, broadcastable to (..., T, S), true where the query attends to the key: at least one key for each
+            query, because softmax over no scores is NaN. `None` means everywhere.
         dropout_p: Probability of dropping a weight, in [0, 1); pass 0 outside training.
         scale: Factor on the dot products; `None` means 1 / √D.
 
@@ -167,15 +161,7 @@ class MultiHeadAttention(nn.Module):
         return self.projection(output.transpose(1, 2).reshape(x.shape))  # heads concatenated: (B, T, C)
 
     def weights(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Return the attention weights that `forward` uses without a cache, for inspection.
-
-        Args:
-            x: (B, T, C).
-            mask: As in `forward`.
-
-        Returns:
-            (B, H, T, T), before dropout; the weights of each query sum to 1.
-        """
+        """Return the weights of `forward` without a cache, before dropout: (B, T, C) -> (B, H, T, T)."""
         return self._attend_explicit(*self._heads(x), mask)[1]
 
     def _heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -211,9 +197,6 @@ def recorded_weights(model: nn.Module) -> Iterator[list[Tensor]]:
     """Collect the weights of each attention layer that runs within the context, (B, H, T, T), in order of execution.
 
     Hooks compute the weights in addition to the forward pass, so the model is not slower outside of the context.
-
-    Args:
-        model: Any network with `MultiHeadAttention` layers, run without a cache.
     """
     recorded: list[Tensor] = []
 

@@ -48,13 +48,7 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     """Attention and a feed-forward network, each preceded by a layer norm and added to the residual stream.
 
-    Args:
-        n_embd: Width C of the residual stream.
-        n_head: Number of attention heads; divides `n_embd`.
-        attention_dropout: Probability of dropping an attention weight in training, in [0, 1).
-        residual_dropout: Probability of dropping a value that a half adds to the stream in training, in [0, 1).
-        bias: Whether linear layers and layer norms have biases.
-        attention: Implementation of attention, `fused` or `explicit`.
+    The arguments are fields of `models.decoder.DecoderConfig`.
     """
 
     def __init__(

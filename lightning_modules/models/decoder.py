@@ -146,11 +146,7 @@ class Decoder(nn.Module):
         return [KeyValueCache(self.config.block_size) for _ in self.blocks]
 
     def num_parameters(self, embedding: bool = True) -> int:
-        """Return the number of weights; tied weights count once.
-
-        Args:
-            embedding: Whether to count the token and position embeddings.
-        """
+        """Return the number of weights, with or without the two embeddings; tied weights count once."""
         tables = 0 if embedding else self.token_embedding.weight.numel() + self.position_embedding.weight.numel()
         return sum(parameter.numel() for parameter in self.parameters()) - tables
 

@@ -12,7 +12,8 @@ al., "The Curious Case of Neural Text Degeneration" (top-p, 2020), https://arxiv
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -21,14 +22,9 @@ from torch import Tensor
 
 
 class CachedModel(Protocol):
-    """Interface of a model that `generate` accepts, such as `models.decoder.Decoder`.
+    """Interface of a model that `generate` accepts, such as `models.decoder.Decoder`."""
 
-    Attributes:
-        config: Object with the `vocab_size` and the `block_size` of the model.
-        training: Whether the model is in training mode.
-    """
-
-    config: Any
+    config: Any  # with the `vocab_size` and the `block_size` of the model
     training: bool
 
     def new_cache(self) -> list[Any]:
@@ -44,7 +40,7 @@ def next_token_distribution(
     """Return the probabilities from which the next token is drawn.
 
     Args:
-        logits: Scores of the next token, (B, V).
+        logits: (B, V).
         temperature: Divisor of the logits, finite and at least 0; 0 gives probability 1 to the most probable token.
         top_k: Number of the most probable tokens to keep, at least 1; `None` keeps all.
         top_p: Total probability of the most probable tokens to keep, in (0, 1], after `top_k`; `None` keeps all.
@@ -107,9 +103,7 @@ def generate(
         input_ids: Token ids, (B, T) int64, T at least 1, without padding, on the device of the decoder. If T is larger
             than the context, only the end is read.
         max_new_tokens: Largest number of tokens to generate, at least 0.
-        temperature: Divisor of the logits, finite and at least 0; 0 is greedy.
-        top_k: Number of the most probable tokens to keep, at least 1; `None` keeps all.
-        top_p: Total probability of the most probable tokens to keep, in (0, 1]; `None` keeps all.
+        temperature: As in `next_token_distribution`, like `top_k` and `top_p`.
         generator: Generator of random numbers on the device of the decoder; `None` means torch's global one.
         stop_token: Token that ends a row. The row then repeats it, and the iteration stops when all rows have ended.
 
@@ -129,7 +123,8 @@ def generate(
         raise ValueError(f"stop_token={stop_token}: must be in [0, vocab_size={decoder.config.vocab_size})")
     if decoder.training:
         raise ValueError("the decoder is in training mode, in which dropout is active: call decoder.eval() first")
-    return _generate(decoder, input_ids, max_new_tokens, temperature, top_k, top_p, generator, stop_token)
+    sample = partial(sample_next, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
+    return _generate(decoder, input_ids, max_new_tokens, sample, stop_token)
 
 
 # As a decorator, no_grad covers only the steps of the generator; the caller's code between two tokens keeps its mode.
@@ -139,10 +134,7 @@ def _generate(
     decoder: CachedModel,
     input_ids: Tensor,
     max_new_tokens: int,
-    temperature: float,
-    top_k: int | None,
-    top_p: float | None,
-    generator: torch.Generator | None,
+    sample: Callable[[Tensor], Tensor],
     stop_token: int | None,
 ) -> Iterator[Tensor]:
     block_size = decoder.config.block_size
@@ -155,7 +147,7 @@ def _generate(
             for layer_cache in cache:
                 layer_cache.clear()
         logits = decoder(unread, cache=cache, last_only=True).squeeze(1)  # (B, V)
-        tokens = sample_next(logits, temperature, top_k, top_p, generator)  # (B,)
+        tokens = sample(logits)  # (B,)
         if stop_token is not None:
             tokens = tokens.masked_fill(ended, stop_token)
             ended |= tokens == stop_token

@@ -74,9 +74,6 @@ def gpt2_config(config: DecoderConfig) -> dict[str, Any]:
 def decoder_config_from_gpt2(gpt2: Mapping[str, Any]) -> DecoderConfig:
     """Return the configuration of our decoder for a GPT-2; missing fields have the default of GPT-2.
 
-    Args:
-        gpt2: Parsed `config.json`.
-
     Raises:
         ValueError: If a field has a value that our decoder does not implement.
     """

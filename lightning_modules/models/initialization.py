@@ -43,19 +43,12 @@ def gpt2(decoder: Decoder) -> None:
 
     Two layers of each block add to the residual stream, 2 n_layer in total. With the smaller projections, the variance
     of the sum does not grow with depth (Radford et al., 2019, section 2.3).
-
-    Args:
-        decoder: Decoder to initialise.
     """
     _normal(decoder, GPT2_STD, residual_std=GPT2_STD / math.sqrt(2 * decoder.config.n_layer))
 
 
 def gpt2_unscaled(decoder: Decoder) -> None:
-    """`gpt2` without the scaling: N(0, 0.02²) everywhere, so that the residual stream grows with depth.
-
-    Args:
-        decoder: Decoder to initialise.
-    """
+    """`gpt2` without the scaling: N(0, 0.02²) everywhere, so that the residual stream grows with depth."""
     _normal(decoder, GPT2_STD, residual_std=GPT2_STD)
 
 
@@ -64,28 +57,17 @@ def zero_residual(decoder: Decoder) -> None:
 
     At the first step only the projections have a gradient; the layers before them follow once the projections are not
     0. Zhang et al. (2019) initialise the last layer of each residual branch in this way to train without normalisation.
-
-    Args:
-        decoder: Decoder to initialise.
     """
     _normal(decoder, GPT2_STD, residual_std=0.0)
 
 
 def too_small(decoder: Decoder) -> None:
-    """N(0, 0.002²) everywhere: a tenth of GPT-2's.
-
-    Args:
-        decoder: Decoder to initialise.
-    """
+    """N(0, 0.002²) everywhere: a tenth of GPT-2's."""
     _normal(decoder, 0.002, residual_std=0.002)
 
 
 def too_large(decoder: Decoder) -> None:
-    """N(0, 1) everywhere: fifty times GPT-2's.
-
-    Args:
-        decoder: Decoder to initialise.
-    """
+    """N(0, 1) everywhere: fifty times GPT-2's."""
     _normal(decoder, 1.0, residual_std=1.0)
 
 
@@ -95,9 +77,6 @@ def xavier(decoder: Decoder) -> None:
     This variance is a compromise between the requirements of signal and gradient. Queries, keys and values count as
     three matrices, although they are stored as one. The token embedding counts as the output layer, from n_embd to
     vocab_size.
-
-    Args:
-        decoder: Decoder to initialise.
     """
 
     def draw(name: str, weight: Tensor) -> None:
@@ -108,20 +87,12 @@ def xavier(decoder: Decoder) -> None:
 
 
 def kaiming(decoder: Decoder) -> None:
-    """He et al.'s (2015): N(0, 2 / fan_in); the 2 compensates for the half of the signal that a rectifier sets to 0.
-
-    Args:
-        decoder: Decoder to initialise.
-    """
+    """He et al.'s (2015): N(0, 2 / fan_in); the 2 compensates for the half of the signal that a rectifier sets to 0."""
     _initialize(decoder, lambda name, weight: nn.init.kaiming_normal_(weight))
 
 
 def pytorch_default(decoder: Decoder) -> None:
-    """The default of torch's layers: embeddings N(0, 1); linear layers and their biases U(-a, a), a = 1 / √fan_in.
-
-    Args:
-        decoder: Decoder to initialise.
-    """
+    """The default of torch's layers: embeddings N(0, 1); linear layers and their biases U(-a, a), a = 1 / √fan_in."""
     for module in decoder.modules():
         if isinstance(module, nn.Linear | nn.Embedding | nn.LayerNorm):
             module.reset_parameters()

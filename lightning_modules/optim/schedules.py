@@ -16,6 +16,7 @@ follows a curve over the rest of the run, along which `progress` increases from 
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from torch.optim import Optimizer
@@ -24,6 +25,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from lightning_modules.common.ranges import ClosedUnitInterval, NonNegativeFloat, NonNegativeInt
 
 
+@dataclass(eq=False, repr=False)
 class StepSchedule(LRScheduler):
     """Base of the schedules: the warm-up, and the multiplier of the learning rate.
 
@@ -33,17 +35,16 @@ class StepSchedule(LRScheduler):
         warmup: Steps of linear warm-up: a share of the run below 1, a number of steps from 1 on.
     """
 
-    def __init__(self, optimizer: Optimizer, total_steps: int, warmup: NonNegativeFloat = 0.0) -> None:
-        self.total_steps = total_steps
-        self.warmup_steps = round(warmup * total_steps) if warmup < 1 else int(warmup)
-        super().__init__(optimizer)
+    optimizer: Optimizer
+    total_steps: int
+    warmup: NonNegativeFloat = 0.0
+
+    def __post_init__(self) -> None:
+        self.warmup_steps = round(self.warmup * self.total_steps) if self.warmup < 1 else int(self.warmup)
+        super().__init__(self.optimizer)
 
     def multiplier(self, step: int) -> float:
-        """Return the learning rate of a step as a share of the peak.
-
-        Args:
-            step: Number of the step, from 0.
-        """
+        """Return the learning rate of a step, counted from 0, as a share of the peak."""
         if step < self.warmup_steps:
             return self.warm(step / self.warmup_steps, 1 / self.warmup_steps)
         rest = max(1, self.total_steps - self.warmup_steps)
@@ -59,11 +60,7 @@ class StepSchedule(LRScheduler):
         return progress + step
 
     def after_warmup(self, progress: float) -> float:
-        """Return the multiplier after the warm-up.
-
-        Args:
-            progress: Completed part of the steps after the warm-up, from 0 to 1.
-        """
+        """Return the multiplier after the warm-up, along which `progress` increases from 0 to 1."""
         raise NotImplementedError
 
     def observe(self, metrics: Mapping[str, Any]) -> None:
@@ -76,7 +73,7 @@ class StepSchedule(LRScheduler):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state without the length of the run, so that a run can be resumed with more steps."""
-        return {k: v for k, v in super().state_dict().items() if k not in ("total_steps", "warmup_steps")}
+        return {k: v for k, v in super().state_dict().items() if k not in ("total_steps", "warmup", "warmup_steps")}
 
 
 class Constant(StepSchedule):
@@ -87,21 +84,15 @@ class Constant(StepSchedule):
         return 1.0
 
 
+@dataclass(eq=False, repr=False)
 class Decay(StepSchedule):
     """Base of the schedules that decay to a final rate.
 
     Args:
-        optimizer: Filled in by the framework.
-        total_steps: Filled in by the framework.
-        warmup: Steps of linear warm-up: a share of the run below 1, a number of steps from 1 on.
         final: Rate at the end, as a share of the peak (0 to 1).
     """
 
-    def __init__(
-        self, optimizer: Optimizer, total_steps: int, warmup: NonNegativeFloat = 0.0, final: ClosedUnitInterval = 0.0
-    ) -> None:
-        self.final = final
-        super().__init__(optimizer, total_steps, warmup)
+    final: ClosedUnitInterval = 0.0
 
 
 class Linear(Decay):
@@ -120,21 +111,15 @@ class Cosine(Decay):
         return self.final + (1.0 - self.final) * 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
+@dataclass(eq=False, repr=False)
 class InverseTime(StepSchedule):
     """Decays as 1 / (1 + decay t) for t steps after the warm-up, whatever the length of the run.
 
     Args:
-        optimizer: Filled in by the framework.
-        total_steps: Filled in by the framework.
-        warmup: Steps of linear warm-up: a share of the run below 1, a number of steps from 1 on.
         decay: Increase of 1 / rate in each step, as a share of 1 / peak (0 or more).
     """
 
-    def __init__(
-        self, optimizer: Optimizer, total_steps: int, warmup: NonNegativeFloat = 0.0, decay: NonNegativeFloat = 1e-8
-    ) -> None:
-        self.decay = decay
-        super().__init__(optimizer, total_steps, warmup)
+    decay: NonNegativeFloat = 1e-8
 
     def multiplier(self, step: int) -> float:
         """Return the learning rate of a step as a share of the peak."""
@@ -142,30 +127,17 @@ class InverseTime(StepSchedule):
         return super().multiplier(step) if since < 0 else 1.0 / (1.0 + self.decay * since)
 
 
-class WarmupStableDecay(StepSchedule):
+@dataclass(eq=False, repr=False)
+class WarmupStableDecay(Decay):
     """Keeps the peak rate, then decays over the last part of the run (Hu et al., 2024, MiniCPM).
 
     The decay follows 1 - sqrt, the best of the shapes that Haegele et al. (2024) compared.
 
     Args:
-        optimizer: Filled in by the framework.
-        total_steps: Filled in by the framework.
-        warmup: Steps of linear warm-up: a share of the run below 1, a number of steps from 1 on.
         decay: Part of the steps after the warm-up in which the rate decays (0 to 1).
-        final: Rate at the end, as a share of the peak (0 to 1).
     """
 
-    def __init__(
-        self,
-        optimizer: Optimizer,
-        total_steps: int,
-        warmup: NonNegativeFloat = 0.0,
-        decay: ClosedUnitInterval = 0.2,
-        final: ClosedUnitInterval = 0.0,
-    ) -> None:
-        self.decay = decay
-        self.final = final
-        super().__init__(optimizer, total_steps, warmup)
+    decay: ClosedUnitInterval = 0.2
 
     def after_warmup(self, progress: float) -> float:
         """Return 1 until `1 - decay`, then decay to `final`."""
@@ -175,40 +147,29 @@ class WarmupStableDecay(StepSchedule):
         return self.final + (1.0 - self.final) * (1.0 - math.sqrt(decayed))
 
 
+@dataclass(eq=False, repr=False)
 class OneCycle(Cosine):
     """Rises along half a cosine and decays along another: the 1cycle policy of Smith and Topin (2018).
 
     Args:
-        optimizer: Filled in by the framework.
-        total_steps: Filled in by the framework.
         warmup: Steps of the rise: a share of the run below 1, a number of steps from 1 on.
         initial: Rate at the start, as a share of the peak (0 to 1).
-        final: Rate at the end, as a share of the peak (0 to 1).
     """
 
-    def __init__(
-        self,
-        optimizer: Optimizer,
-        total_steps: int,
-        warmup: NonNegativeFloat = 0.3,
-        initial: ClosedUnitInterval = 0.04,
-        final: ClosedUnitInterval = 4e-6,
-    ) -> None:
-        self.initial = initial
-        super().__init__(optimizer, total_steps, warmup, final)
+    warmup: NonNegativeFloat = 0.3
+    final: ClosedUnitInterval = 4e-6
+    initial: ClosedUnitInterval = 0.04
 
     def warm(self, progress: float, step: float) -> float:
         """Rise from `initial` to 1."""
         return self.initial + (1.0 - self.initial) * 0.5 * (1.0 - math.cos(math.pi * progress))
 
 
-class ReduceOnPlateau(StepSchedule):
+@dataclass(eq=False, repr=False)
+class ReduceOnPlateau(Decay):
     """Multiplies the rate by a factor when a validation metric stops decreasing.
 
     Args:
-        optimizer: Filled in by the framework.
-        total_steps: Filled in by the framework.
-        warmup: Steps of linear warm-up: a share of the run below 1, a number of steps from 1 on.
         monitor: Name of the validation metric; lower is better.
         factor: Factor of the rate on a plateau (0 to 1).
         patience: Number of validations without improvement before the rate is reduced (0 or more).
@@ -216,26 +177,16 @@ class ReduceOnPlateau(StepSchedule):
         final: Lowest rate, as a share of the peak (0 to 1).
     """
 
-    def __init__(
-        self,
-        optimizer: Optimizer,
-        total_steps: int,
-        warmup: NonNegativeFloat = 0.0,
-        monitor: str = "val/loss",
-        factor: ClosedUnitInterval = 0.5,
-        patience: NonNegativeInt = 2,
-        threshold: ClosedUnitInterval = 1e-3,
-        final: ClosedUnitInterval = 0.0,
-    ) -> None:
-        self.monitor = monitor
-        self.factor = factor
-        self.patience = patience
-        self.threshold = threshold
-        self.final = final
+    monitor: str = "val/loss"
+    factor: ClosedUnitInterval = 0.5
+    patience: NonNegativeInt = 2
+    threshold: ClosedUnitInterval = 1e-3
+
+    def __post_init__(self) -> None:
         self.reduction = 1.0
         self.best = math.inf
         self.validations_without_improvement = 0
-        super().__init__(optimizer, total_steps, warmup)
+        super().__post_init__()
 
     def after_warmup(self, progress: float) -> float:
         """Return the product of the reductions so far, at least `final`."""

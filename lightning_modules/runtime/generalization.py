@@ -69,11 +69,7 @@ class GeneralizationGap(DrawsAtTheEnd):
         return pl_module.data.evaluation_loader(text, starts[spread])
 
     def draw(self, run: Path) -> list[Path]:
-        """Draw both losses against the optimiser step, with the gap between them shaded.
-
-        Args:
-            run: Folder of the run.
-        """
+        """Draw both losses against the optimiser step, with the gap between them shaded."""
         (steps, seen), (_, unseen) = (
             read_metric(run / "metrics.csv", name) for name in ("val/train_text_loss", "val/loss")
         )

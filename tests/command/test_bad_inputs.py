@@ -163,7 +163,7 @@ def test_the_pickle_would_have_run():
         (["--data.tokenizer=tokenizer"], "tokenizer/tokenizer.json could not be read"),
         (["--data.tokenizer=pickled.json"], "pickled.json could not be read"),
         (["--data.tokenizer=./custom"], "custom"),
-        (["--model.pretrained=model"], "model.pretrained: 'model' could not be loaded"),
+        (["--model.pretrained=model"], "model.pretrained: AutoModelForCausalLM could not load model"),
         (["--data.source.paths=pickled"], "is not UTF-8"),
     ],
 )

@@ -120,10 +120,10 @@ def test_training_starts_from_pretrained_weights_with_a_shorter_context(gpt2_fol
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"vocab_size": 400, "block_size": 8}, "the tokenizer has 400 tokens, more than the 300"),
+        ({"vocab_size": 400, "block_size": 8}, "data.tokenizer: it has 400 tokens, more than the 300"),
         ({"vocab_size": 257, "block_size": 64}, "block_size: 64 is longer than the context of .*, 32"),
-        ({"vocab_size": 257, "block_size": 8, "pretrained": "nowhere/at/all"}, "could not be loaded"),
-        ({"vocab_size": 257, "block_size": 8, "pretrained": "."}, r"could not be loaded \(OSError: \. has no config"),
+        ({"vocab_size": 257, "block_size": 8, "pretrained": "nowhere/at/all"}, "nowhere/at/all does not exist"),
+        ({"vocab_size": 257, "block_size": 8, "pretrained": "."}, r"model.pretrained: \. holds no config.json"),
         ({"vocab_size": None, "block_size": 8, "pretrained": None}, "model: vocab_size must be set"),
         ({"vocab_size": 257, "block_size": 8, "pretrained": None, "n_head": 5}, "model: n_embd=768 is not divisible"),
     ],
