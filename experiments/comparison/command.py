@@ -68,16 +68,13 @@ def _parse(args: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("runs", nargs="*", type=Path, help="run folders, or folders that hold runs at any depth")
     parser.add_argument("--wandb", metavar="ENTITY/PROJECT[/GROUP]", help="read the runs from Weights & Biases instead")
-    parser.add_argument(
-        "--metrics", nargs="+", default=[], metavar="NAME",
-        help="metrics to compare (default: those that the runs monitor, and other val/ and test/ metrics of all runs)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--baseline", nargs="+", default=[], metavar="SETTING=VALUE",
-        help="show differences from the runs with this value and the same other settings (of two arms: the first)",
-    )  # fmt: skip
-    parser.add_argument("--maximize", nargs="+", default=[], metavar="NAME", help="metrics whose large values are good")
-    parser.add_argument("--minimize", nargs="+", default=[], metavar="NAME", help="metrics whose small values are good")
+    for flag, metavar, text in (
+        ("--metrics", "NAME", "metrics to compare (default: monitored ones, and val/ and test/ ones of all runs)"),
+        ("--baseline", "SETTING=VALUE", "compare with runs of this value and the same other settings"),
+        ("--maximize", "NAME", "metrics whose large values are good"),
+        ("--minimize", "NAME", "metrics whose small values are good"),
+    ):
+        parser.add_argument(flag, nargs="+", default=[], metavar=metavar, help=text)
     parser.add_argument("--unfinished", action="store_true", help="also count runs that failed, stopped or still run")
     parser.add_argument("--out", type=Path, help="folder to write to (default: comparison/ in the given folder)")
     options = parser.parse_args(args[1:])

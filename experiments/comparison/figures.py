@@ -193,7 +193,7 @@ def _numeric_setting(arms: Sequence[Arm]) -> str | None:
     n_values = {
         name: len({arm.values[name] for arm in arms})
         for name in arms[0].values
-        if all(_is_number(arm.values[name]) for arm in arms)
+        if all(type(arm.values[name]) in (int, float) for arm in arms)
     }
     name = max(n_values, key=n_values.__getitem__, default=None)
     if name is None or n_values[name] < 3:
@@ -204,10 +204,6 @@ def _numeric_setting(arms: Sequence[Arm]) -> str | None:
 
 def _without(arm: Arm, setting: str) -> str:
     return ", ".join(f"{name}={value}" for name, value in arm.shown.items() if name != setting)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _all_looks() -> list[Look]:

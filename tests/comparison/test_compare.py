@@ -105,6 +105,18 @@ def comparison(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     return SimpleNamespace(folder=folder / "a & b", out=output.getvalue(), err=errors.getvalue())
 
 
+@pytest.fixture
+def empty_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Save no picture: that takes most of the time of a small comparison."""
+
+    def save(_: object, file: Path) -> Path:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+        return file
+
+    monkeypatch.setattr(command, "save_figure", save)
+
+
 def read_csv(file: Path) -> list[dict[str, str]]:
     return list(csv.DictReader(io.StringIO(file.read_text())))
 
@@ -304,6 +316,7 @@ def test_the_page_needs_no_other_file(comparison):
     assert page.count("runs/n_layer=") == 6
 
 
+@pytest.mark.usefixtures("empty_images")
 def test_unfinished_and_damaged_runs_stay_out_of_the_means(llm_train, two_arms, write_run):
     write_run("n_layer=2,seed=3", (50.0, 50.0), 3, status=None)
     write_run("n_layer=2,seed=4", (60.0, 60.0), 4, status="stopped")
@@ -417,6 +430,7 @@ def test_runs_are_found_at_any_depth_and_only_once(write_run):
     assert len(find_runs([run, Path("runs"), Path("runs/study")])) == 2
 
 
+@pytest.mark.usefixtures("empty_images")
 def test_metrics_are_what_the_runs_monitor_and_what_they_have_in_common(llm_train, write_run):
     columns = {"train/loss": [1, 2], "val/size": [1, 2], "val/bad/far": [1, 2], "val/accuracy": [0.5, 0.4]}
     for name, more in (("one", {}), ("two", {"val/other": [1, 2]})):
@@ -460,6 +474,7 @@ def test_the_result_of_a_test_is_a_metric_without_a_curve(write_run):
     assert {curve.metric for curve in figures.curves_of(list(runs[0].metrics), arms_of(runs))} == {"val/loss"}
 
 
+@pytest.mark.usefixtures("empty_images")
 def test_a_metric_without_a_curve_leaves_no_old_figure(llm_train, write_run):
     run = write_run("one")
     Path("runs/comparison").mkdir()
@@ -679,6 +694,7 @@ def fake_wandb(monkeypatch):
     return asked
 
 
+@pytest.mark.usefixtures("empty_images")
 def test_runs_are_read_from_wandb(llm_train, fake_wandb):
     done = llm_train("compare", "--wandb", "me/project/group/of", "--out", "out")
     assert done.err == "left out me/project/id4 (run4): unfinished\n"
