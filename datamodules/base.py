@@ -31,20 +31,12 @@ Order = Callable[[int], Tensor]
 
 
 def shuffled(n: int, seed: int) -> Order:
-    """Return the order that shuffles 0 to n - 1 in each epoch.
-
-    Args:
-        n: Number of positions.
-        seed: Seed of the order, 0 or greater.
-    """
+    """Return the order that shuffles 0 to n - 1 in each epoch."""
     return lambda epoch: torch.from_numpy(np.random.default_rng([seed, epoch]).permutation(n))
 
 
 def leave_interrupts_to_the_parent(worker: int) -> None:
-    """Ignore Ctrl-C in a loader's worker, so that the training process can stop the run and save it.
-
-    A terminal sends Ctrl-C to all its processes, and a worker that ends early makes the run fail.
-    """
+    """Ignore Ctrl-C, which a terminal sends to a loader's workers too: the training process saves the run."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
@@ -55,11 +47,7 @@ class GlobalBatches(Sampler[Tensor]):
     depends on the epoch alone: a resumed run calls `set_epoch` and sets `skip`, and continues where it stopped.
 
     Args:
-        n: Number of positions in an epoch.
-        order: Order of the positions in each epoch.
         batch_size: Positions in a global batch, over all processes.
-        rank: Rank of this process.
-        world_size: Number of processes.
         drop_last: Whether to drop an incomplete last batch. If not, it is split as evenly as possible, and the share of
             some processes may be empty.
 
@@ -75,11 +63,7 @@ class GlobalBatches(Sampler[Tensor]):
         self.epoch = self.skip = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Set the epoch of the next iteration.
-
-        Args:
-            epoch: Number of the epoch, from 0.
-        """
+        """Set the epoch of the next iteration, from 0."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -114,12 +98,9 @@ class ExperimentDataModule(LightningDataModule):
         self.seed = seed
 
     def training_loader(self, dataset: Dataset, n: int, order: Order | None = None) -> DataLoader:
-        """Return the loader of the training split. It drops an incomplete last batch.
+        """Return the loader of the `n` training positions, in an `order` that is shuffled by default.
 
-        Args:
-            dataset: Maps positions (B,) to a batch.
-            n: Number of positions in an epoch.
-            order: Order of the positions in each epoch; by default they are shuffled with the seed.
+        It drops an incomplete last batch.
 
         Raises:
             MisconfigurationException: If the batch size is not a multiple of the number of processes, or `n` is smaller
@@ -139,24 +120,14 @@ class ExperimentDataModule(LightningDataModule):
         return self._loader(dataset, n, order or shuffled(n, self.seed), drop_last=True)
 
     def evaluation_loader(self, dataset: Dataset, positions: Tensor) -> DataLoader:
-        """Return the loader of a validation or test split. Every process gets the same number of batches.
+        """Return the loader of a validation or test split, which visits these positions in this order, (n,) int64.
 
-        Args:
-            dataset: Maps positions (B,) to a batch. B may be 0 in the last batch.
-            positions: Positions to visit, in this order, (n,) int64.
+        Every process gets the same number of batches; B may be 0 in the last one.
         """
         return self._loader(dataset, len(positions), lambda epoch: positions, drop_last=False)
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """Move a batch to the device of the model.
-
-        On the CPU the batch is returned as it is: a search for its tensors would take as long as a small layer.
-
-        Args:
-            batch: Batch of a loader.
-            device: Device of the model.
-            dataloader_idx: Number of the loader.
-        """
+        """Move a batch to the device; on the CPU, to search it for tensors would take as long as a small layer."""
         return batch if device.type == "cpu" else super().transfer_batch_to_device(batch, device, dataloader_idx)
 
     @property

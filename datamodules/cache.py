@@ -23,23 +23,14 @@ def cache_root() -> Path:
 
 
 def digest(value: Any) -> str:
-    """Return a hash of 20 hexadecimal digits, for file names.
-
-    Args:
-        value: Any value that JSON can represent.
-    """
+    """Return a hash of 20 hexadecimal digits of a value that JSON can represent, for file names."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:20]
 
 
 def cached_array(target: Path, compute: Callable[[], np.ndarray], mmap_mode: Literal["r"] | None = None) -> np.ndarray:
-    """Return the array of a `.npy` file, and compute and write it if there is none.
+    """Return the array of a `.npy` file, mapped into memory with mode `r`; compute and write it if there is none.
 
     A file that is damaged, or that holds pickled objects, is replaced; nothing is unpickled.
-
-    Args:
-        target: File of the array.
-        compute: Returns the array.
-        mmap_mode: `r` maps the file into memory; by default it is read.
     """
     try:
         return np.load(target, mmap_mode=mmap_mode)

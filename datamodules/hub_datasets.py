@@ -25,10 +25,6 @@ def load_hub_dataset(
 
     Args:
         dataset: Name on the hub (`owner/name`), or a local folder with data files.
-        split: Name of the split.
-        config: Configuration (subset), for a dataset that has several.
-        revision: Branch, tag or commit.
-        streaming: Read over the network as rows are asked for, in place of a download.
         advice: What to do without a network, for the message.
 
     Raises:
@@ -47,17 +43,7 @@ def load_hub_dataset(
 
 @contextmanager
 def hub_errors(dataset: str, split: str, config: str | None = None, advice: str = ADVICE) -> Iterator[None]:
-    """Turn whatever fails in the block into one line that names the dataset; rows that are streamed may fail late.
-
-    Args:
-        dataset: Name of the dataset.
-        split: Name of the split.
-        config: Configuration of the dataset, if any.
-        advice: What to do without a network.
-
-    Raises:
-        MisconfigurationException: In place of any other exception.
-    """
+    """Turn any error in the block into one line that names the dataset; rows that are streamed may fail late."""
     try:
         yield
     except MisconfigurationException:

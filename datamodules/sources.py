@@ -17,6 +17,9 @@ import sysconfig
 import tokenize
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain, islice
 from pathlib import Path, PurePosixPath
 from typing import Literal, NamedTuple
 from urllib.parse import urlparse
@@ -37,12 +40,7 @@ _LINE_START = re.compile(r"\S\n(?=\S)")
 
 
 class Piece(NamedTuple):
-    """A part of a document.
-
-    Attributes:
-        text: The text.
-        ends_document: Whether it is the last part.
-    """
+    """A part of a document, and whether it is the last."""
 
     text: str
     ends_document: bool
@@ -70,13 +68,10 @@ class Source(ABC):
 
 
 def cut(chunks: Iterable[str]) -> Iterator[Piece]:
-    """Cut one document into pieces of at most `PIECE_SIZE` characters.
+    """Cut one document, given as consecutive strings of any length, into pieces of at most `PIECE_SIZE` characters.
 
     A cut is made after the last newline that has a non-space character on both sides; if there is none, after the last
     newline; if a line is longer than a piece, within the line.
-
-    Args:
-        chunks: The document as consecutive strings of any length.
     """
     rest = ""
     for chunk in chunks:
@@ -100,6 +95,7 @@ def _last_cut(text: str, start: int, limit: int) -> int:
     return text.rfind("\n", start, limit) + 1 or limit
 
 
+@dataclass
 class TextFiles(Source):
     """UTF-8 text files, local or remote: each file is one document.
 
@@ -110,15 +106,10 @@ class TextFiles(Source):
             list of these, in the order of the documents. Relative paths start at the working folder.
     """
 
-    def __init__(self, paths: str | list[str]) -> None:
-        self.paths = [paths] if isinstance(paths, str) else list(paths)
+    paths: str | list[str]
 
     def pieces(self) -> Iterator[Piece]:
-        """Yield the files in pieces, decoded as they are read.
-
-        Raises:
-            MisconfigurationException: If a file is missing, empty or not UTF-8, or a URL cannot be read.
-        """
+        """Yield the files in pieces, decoded as they are read."""
         for name in self._files():
             path = download(name) if is_url(name) else Path(name)
             piece = None
@@ -136,13 +127,10 @@ class TextFiles(Source):
 
     def _files(self) -> list[str]:
         files: list[str] = []
-        for path in self.paths:
-            if is_url(path):
-                files.append(path)
-                continue
+        for path in [self.paths] if isinstance(self.paths, str) else self.paths:
             local = str(Path(path).expanduser())
             found = sorted(glob.glob(local, recursive=True)) if glob.has_magic(local) else [local]
-            found = [name for name in found if Path(name).is_file()]
+            found = [path] if is_url(path) else [name for name in found if Path(name).is_file()]
             if not found:
                 raise MisconfigurationException(
                     f"text file {path} not found (working folder: {Path.cwd()}): give the path of a file, a glob "
@@ -158,7 +146,7 @@ def is_url(path: str) -> bool:
 
 
 def stat_of(path: Path) -> list[str | int]:
-    """Return the path, the size in bytes and the modification time of a file, which change when its content changes."""
+    """Return the path, the size in bytes and the modification time of a file, which change when its content does."""
     stat = path.stat()
     return [str(path.resolve()), stat.st_size, stat.st_mtime_ns]
 
@@ -185,14 +173,7 @@ def _decoded(path: Path, name: str) -> Iterator[str]:
 
 
 def download(url: str) -> Path:
-    """Return a local copy of a file, downloaded into the cache the first time.
-
-    Args:
-        url: Address that fsspec supports.
-
-    Raises:
-        MisconfigurationException: If it cannot be downloaded.
-    """
+    """Return a local copy of the file at a URL, downloaded into the cache the first time."""
     target = cache_root() / "downloads" / f"{digest(url)}-{PurePosixPath(urlparse(url).path).name}"
     if not target.exists():
         import fsspec
@@ -211,6 +192,7 @@ def download(url: str) -> Path:
     return target
 
 
+@dataclass
 class HubText(Source):
     """A text column of a Hugging Face dataset: each row is one document.
 
@@ -224,36 +206,31 @@ class HubText(Source):
         revision: Branch, tag or commit. With a commit, the run can be repeated after the dataset has changed.
     """
 
-    def __init__(
-        self,
-        dataset: str,
-        config: str | None = None,
-        split: str = "train",
-        column: str = "text",
-        streaming: bool = True,
-        max_documents: PositiveInt | None = None,
-        revision: str | None = None,
-    ) -> None:
-        self.dataset = dataset
-        self.config = config
-        self.split = split
-        self.column = column
-        self.streaming = streaming
-        self.max_documents = max_documents
-        self.revision = revision
+    dataset: str
+    config: str | None = None
+    split: str = "train"
+    column: str = "text"
+    streaming: bool = True
+    max_documents: PositiveInt | None = None
+    revision: str | None = None
 
     def pieces(self) -> Iterator[Piece]:
-        """Yield the rows in pieces. Rows without text are skipped.
-
-        Raises:
-            MisconfigurationException: If the dataset cannot be reached, or has no such configuration, split or column.
-        """
-        for number, text in enumerate(self._rows()):
-            if not isinstance(text, str | None):
+        """Yield the rows in pieces. Rows without text are skipped."""
+        rows = load_hub_dataset(self.dataset, self.split, self.config, self.revision, self.streaming)
+        with hub_errors(self.dataset, self.split, self.config):
+            columns = rows.column_names or list(next(iter(rows)))  # of some streams only the rows tell
+            if self.column not in columns:
                 raise MisconfigurationException(
-                    f"dataset {self.dataset}, row {number}: column {self.column} holds {type(text).__name__}, not text"
+                    f"dataset {self.dataset} has no column {self.column}: choose one of {', '.join(columns)}"
                 )
-            yield from cut([text or ""])
+            for number, row in enumerate(islice(rows.select_columns([self.column]), self.max_documents)):
+                text = row[self.column]
+                if not isinstance(text, str | None):
+                    kind = type(text).__name__
+                    raise MisconfigurationException(
+                        f"dataset {self.dataset}, row {number}: column {self.column} holds {kind}, not text"
+                    )
+                yield from cut([text or ""])
 
     def fingerprint(self) -> str:
         """Return a hash of the arguments, and of the paths, sizes and modification times of local files."""
@@ -262,19 +239,6 @@ class HubText(Source):
         asked = [self.dataset, self.config, self.split, self.column, self.max_documents, self.revision]
         return digest(["HubText", asked, files])
 
-    def _rows(self) -> Iterator[str | None]:
-        rows = load_hub_dataset(self.dataset, self.split, self.config, self.revision, self.streaming)
-        with hub_errors(self.dataset, self.split, self.config):
-            columns = rows.column_names or list(next(iter(rows)))  # of some streams only the rows tell
-            if self.column not in columns:
-                raise MisconfigurationException(
-                    f"dataset {self.dataset} has no column {self.column}: choose one of {', '.join(columns)}"
-                )
-            for number, row in enumerate(rows.select_columns([self.column])):
-                if number == self.max_documents:
-                    return
-                yield row[self.column]
-
 
 PythonKind = Literal["topics", "docstrings", "modules", "tests"]
 
@@ -282,6 +246,7 @@ _TEST_FOLDERS = {"test", "tests", "idle_test"}
 _FOREIGN_FOLDERS = {"site-packages", "dist-packages", "__pycache__", "pydoc_data"}  # the last holds the topics again
 
 
+@dataclass
 class PythonText(Source):
     """Documentation and source code of the running Python: English text and code that every machine has.
 
@@ -293,32 +258,20 @@ class PythonText(Source):
             `tests` (source files of its tests; some installations have none).
     """
 
-    def __init__(self, kinds: list[PythonKind] | tuple[PythonKind, ...] = ("topics", "docstrings")) -> None:
-        self.kinds = list(kinds)
+    kinds: list[PythonKind] | tuple[PythonKind, ...] = ("topics", "docstrings")
 
     def pieces(self) -> Iterator[Piece]:
-        """Yield the documents in pieces.
-
-        Raises:
-            MisconfigurationException: If this Python has no text of these kinds.
-        """
-        readers = {
-            "topics": _topics,
-            "docstrings": _docstrings,
-            "modules": lambda: _library_files(tests=False),
-            "tests": lambda: _library_files(tests=True),
-        }
+        """Yield the documents in pieces."""
+        readers = {"topics": _topics, "docstrings": _docstrings, "modules": _modules, "tests": partial(_modules, True)}
         seen: set[bytes] = set()
-        for kind in self.kinds:
-            for text in readers[kind]():
-                key = hashlib.blake2b(text.encode(), digest_size=16).digest()
-                if key not in seen:
-                    seen.add(key)
-                    yield from cut([text])
+        for text in chain.from_iterable(readers[kind]() for kind in self.kinds):
+            key = hashlib.blake2b(text.encode(), digest_size=16).digest()
+            if key not in seen:
+                seen.add(key)
+                yield from cut([text])
         if not seen:
             raise MisconfigurationException(
-                f"{sys.executable} has no {' or '.join(self.kinds) or 'text'} installed: ask for other `kinds`, "
-                "or use a complete Python"
+                f"{sys.executable} has no {' or '.join(self.kinds)} installed: ask for other `kinds`"
             )
 
     def fingerprint(self) -> str:
@@ -331,11 +284,10 @@ def _topics() -> Iterator[str]:
         topics = importlib.import_module("pydoc_data.topics").topics
     except ImportError:  # some systems have it in a package of its own
         return
-    for name in sorted(topics):
-        yield topics[name]
+    yield from (topics[name] for name in sorted(topics))
 
 
-def _library_files(tests: bool) -> Iterator[str]:
+def _modules(tests: bool = False) -> Iterator[str]:
     root = Path(sysconfig.get_path("stdlib"))
     for path in sorted(root.rglob("*.py")):
         folders = set(path.relative_to(root).parts[:-1])
@@ -349,7 +301,7 @@ def _library_files(tests: bool) -> Iterator[str]:
 
 
 def _docstrings() -> Iterator[str]:
-    for text in _library_files(tests=False):
+    for text in _modules():
         yield from _docstrings_of(ast.parse(text))
 
 
@@ -363,15 +315,11 @@ def _docstrings_of(node: ast.AST) -> Iterator[str]:
             yield from _docstrings_of(statement)
 
 
+@dataclass
 class ListText(Source):
-    """Texts given as a list, for tests and tiny experiments.
+    """Texts given as a list, for tests and tiny experiments."""
 
-    Args:
-        texts: The documents.
-    """
-
-    def __init__(self, texts: list[str]) -> None:
-        self.texts = list(texts)
+    texts: list[str]
 
     def pieces(self) -> Iterator[Piece]:
         """Yield the texts in pieces."""

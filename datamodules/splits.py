@@ -13,8 +13,6 @@ def require_fractions(val_fraction: float, test_fraction: float, where: str = "d
     """Return the two fractions, checked.
 
     Args:
-        val_fraction: Part of the data that is held out for validation.
-        test_fraction: Part of the data that is held out for the test.
         where: Path of the two arguments in the configuration, for the message.
 
     Raises:
@@ -29,13 +27,7 @@ def require_fractions(val_fraction: float, test_fraction: float, where: str = "d
 
 
 def side_of(text: str, val_fraction: float, test_fraction: float) -> Side:
-    """Return the split of a document, drawn by a hash: equal texts share a split, in every run and every process.
-
-    Args:
-        text: What identifies the document, such as its beginning.
-        val_fraction: Probability of `val`.
-        test_fraction: Probability of `test`.
-    """
+    """Return the split of a document, drawn by a hash of its text: equal texts share a split in every run."""
     draw = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8, person=b"split").digest()) / 2**64
     if draw < test_fraction:
         return "test"

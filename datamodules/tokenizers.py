@@ -16,7 +16,7 @@ from torch import Tensor
 
 from datamodules.cache import cache_root
 from datamodules.sources import Source
-from lightning_modules.common.files import atomic_file
+from lightning_modules.common.files import write_text
 from lightning_modules.common.hub import hub_answers
 from lightning_modules.common.messages import first_line
 
@@ -34,10 +34,6 @@ def load_tokenizer(name: str, source: Source | None = None, cache_dir: Path | No
             token for each distinct character of the source, and `<|endoftext|>` if the source has several documents.
             Other names are a folder with a `tokenizer.json`, such a file, or a model on the Hugging Face hub.
         source: Text with the characters of `character`. It is read once; the cache keeps the characters.
-        cache_dir: Folder of the cache, by default `cache_root()`.
-
-    Raises:
-        MisconfigurationException: If there is no such tokenizer, or it is incomplete.
     """
     if name == "byte":
         return byte_tokenizer()
@@ -46,11 +42,11 @@ def load_tokenizer(name: str, source: Source | None = None, cache_dir: Path | No
             raise MisconfigurationException("tokenizer character needs a source of text: give one")
         return character_tokenizer(*_scan(source, cache_dir or cache_root()))
     path = Path(name).expanduser()
-    tokenizer = _from_disk(path) if path.exists() or _looks_like_path(name) else _from_hub(name)
+    looks_like_path = name.startswith((".", "/", "~")) or name.endswith(".json") or name.count("/") > 1
+    tokenizer = _from_disk(path) if path.exists() or looks_like_path else _from_hub(name)
     if len(tokenizer) <= 1:
         raise MisconfigurationException(
-            f"tokenizer {name} has a vocabulary of {len(tokenizer)}, so its files are incomplete: make or download it "
-            "again"
+            f"tokenizer {name} has a vocabulary of {len(tokenizer)}, it is incomplete: make or download it again"
         )
     if tokenizer.eos_token is None and END_OF_TEXT in tokenizer.get_vocab():
         tokenizer.eos_token = END_OF_TEXT  # a tokenizer.json alone does not tell which it is
@@ -73,33 +69,25 @@ class WithTokenizer:
         return self.tokenizer.pad_token_id
 
     def encode(self, text: str) -> Tensor:
-        """Return the token ids of a text, (T,) int64.
-
-        Args:
-            text: A prompt, for example.
-        """
+        """Return the token ids of a text, (T,) int64."""
         return torch.from_numpy(encode(self.tokenizer, [text])[0].astype("int64"))
 
 
 def byte_tokenizer() -> "PreTrainedTokenizerFast":
     """Return the tokenizer whose ids are the bytes of UTF-8 text; the last id is `<|endoftext|>`."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-    backend = Tokenizer(models.BPE(vocab={letter: byte for byte, letter in enumerate(_byte_letters())}, merges=[]))
+    backend = Tokenizer(models.BPE(vocab={letter: byte for byte, letter in bytes_to_unicode().items()}, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
     return _wrap(backend, "byte", end_of_text=True)
 
 
 def character_tokenizer(characters: str, end_of_text: bool) -> "PreTrainedTokenizerFast":
-    """Return a tokenizer with one token for each character.
+    """Return a tokenizer with one token for each character, and `<|endoftext|>` as the last id if asked for.
 
-    It has no token for unknown characters, so that a text can be decoded from its tokens. To encode a text with an
-    unknown character is an error.
-
-    Args:
-        characters: The characters, in the order of their ids.
-        end_of_text: Whether the last id is `<|endoftext|>`.
+    It has no token for unknown characters, which are an error, so that a text can be decoded from its tokens.
     """
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
@@ -122,15 +110,7 @@ def tokenizer_fingerprint(tokenizer: "PreTrainedTokenizerFast") -> str:
 
 
 def encode(tokenizer: "PreTrainedTokenizerFast", texts: Sequence[str]) -> list[np.ndarray]:
-    """Return the token ids of each text, (T,). No special token is added, and none is recognised in the text.
-
-    Args:
-        tokenizer: Tokenizer.
-        texts: Texts of any length.
-
-    Raises:
-        MisconfigurationException: If a character tokenizer does not have a character.
-    """
+    """Return the token ids of each text, (T,). No special token is added, and none is recognised in the text."""
     unit = tokenizer.init_kwargs.get("unit")
     if unit is not None:  # a look-up gives the same ids about a hundred times as fast
         return [_look_up(tokenizer, unit, text) for text in texts]
@@ -147,8 +127,8 @@ def encode(tokenizer: "PreTrainedTokenizerFast", texts: Sequence[str]) -> list[n
 def token_byte_lengths(tokenizer: "PreTrainedTokenizerFast") -> np.ndarray:
     """Return the number of UTF-8 bytes of each token, (vocab,) int64; 0 for special tokens.
 
-    Bits per byte divides by their sum. The numbers are exact for byte-level and character tokenizers. WordPiece and
-    SentencePiece do not keep all spaces of a text; for these it is the length of the token.
+    They are exact for byte-level and character tokenizers. WordPiece and SentencePiece do not keep all spaces of a
+    text; for these it is the length of the token.
     """
     from tokenizers import decoders
 
@@ -164,16 +144,6 @@ def token_byte_lengths(tokenizer: "PreTrainedTokenizerFast") -> np.ndarray:
     for i, added in tokenizer.added_tokens_decoder.items():
         lengths[i] = 0 if added.special else len(added.content.encode())
     return lengths
-
-
-def _byte_letters() -> list[str]:
-    """Return the character that represents each byte in byte-level vocabularies (Radford et al., 2019).
-
-    A byte that is printable in Latin-1 is represented by that character, any other by a character from U+0100 on.
-    """
-    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    others = iter(range(0x100, 0x200))
-    return [chr(byte if byte in printable else next(others)) for byte in range(256)]
 
 
 def _wrap(backend: object, unit: Literal["byte", "character"], end_of_text: bool) -> "PreTrainedTokenizerFast":
@@ -223,13 +193,8 @@ def _scan(source: Source, cache_dir: Path) -> tuple[str, bool]:
     if not letters:
         raise MisconfigurationException("tokenizer character: the source has no text; give another")
     characters = "".join(sorted(letters))
-    with atomic_file(file) as target:
-        target.write(json.dumps({"characters": characters, "several_documents": n_documents > 1}).encode())
+    write_text(file, json.dumps({"characters": characters, "several_documents": n_documents > 1}))
     return characters, n_documents > 1
-
-
-def _looks_like_path(name: str) -> bool:
-    return name.startswith((".", "/", "~")) or name.endswith(".json") or name.count("/") > 1
 
 
 def _from_disk(path: Path) -> "PreTrainedTokenizerFast":
@@ -237,13 +202,11 @@ def _from_disk(path: Path) -> "PreTrainedTokenizerFast":
 
     file = path / "tokenizer.json" if path.is_dir() else path
     if not file.exists():
-        what = "tokenizer folder" if path.is_dir() else "tokenizer"
-        problem = "holds no tokenizer.json" if path.is_dir() else "does not exist"
+        problem = f"folder {path} holds no tokenizer.json" if path.is_dir() else f"{path} does not exist"
+        advice = "give a folder that holds a tokenizer.json, byte, character, or a name on the hub"
         if run := re.search(r"\bruns/([^/]+)/([^/]+)/", path.as_posix()):
             advice = f"`llm-train fit -c experiments/{run[1]}/{run[2]}.yaml` makes one"
-        else:
-            advice = "give a folder that holds a tokenizer.json, byte, character, or a name on the hub"
-        raise MisconfigurationException(f"{what} {path} {problem}: {advice}")
+        raise MisconfigurationException(f"tokenizer {problem}: {advice}")
     try:
         if path.is_dir():
             return PreTrainedTokenizerFast.from_pretrained(path)

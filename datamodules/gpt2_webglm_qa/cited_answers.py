@@ -25,14 +25,7 @@ _MARKS_AND_SPACE = re.compile(r"(\s*)((?:\[\d+\])+)")
 
 @dataclass(frozen=True)
 class Record:
-    """A question with an answer and the references that the answer cites.
-
-    Args:
-        question: The question.
-        answer: The answer, with citation marks that count the references from 1.
-        references: Passages of text.
-        place: File and line, or dataset and row, for messages.
-    """
+    """A question, an answer whose citation marks count the references from 1, the references, and where it is from."""
 
     question: str
     answer: str
@@ -41,11 +34,7 @@ class Record:
 
 
 def citations(answer: str) -> list[int]:
-    """Return the numbers of all citation marks, in order and with repetitions.
-
-    Args:
-        answer: Text with marks.
-    """
+    """Return the numbers of all citation marks of a text, in order and with repetitions."""
     return [int(number) for number in _MARK.findall(answer)]
 
 
@@ -53,7 +42,6 @@ def renumber(answer: str, new_number: Callable[[int], int | None]) -> str:
     """Return an answer with other numbers in its citation marks.
 
     Args:
-        answer: Text with marks.
         new_number: Maps the number of a mark to the new number, or to `None` to remove the mark. The space before
             adjacent marks is removed if all of them are removed.
     """
@@ -70,12 +58,10 @@ def arrange(record: Record, order: Order, marks: Citations, seed: int = 0) -> Re
     """Return a record with its references in another order, and with citation marks that follow them.
 
     Args:
-        record: The record.
         order: `given` keeps the order, `shuffled` draws one from the seed and the question, and `none` removes the
             references, so that the marks cite references that do not exist.
         marks: `keep` keeps the marks, `strip` removes them, and `renumber` moves the cited references to the front, in
             the order of their first citation, so that the first mark is `[1]`.
-        seed: Seed of `shuffled`.
     """
     numbers = list(range(1, len(record.references) + 1))  # old number of each reference, in the new order
     if order == "none":
@@ -92,22 +78,14 @@ def arrange(record: Record, order: Order, marks: Citations, seed: int = 0) -> Re
 
 
 def parse_record(row: Any, place: str) -> Record:
-    """Return the record in a row of a data set.
-
-    Args:
-        row: Dictionary with `question`, `answer` and `references`; other fields are ignored.
-        place: File and line, or dataset and row, for messages.
-
-    Raises:
-        MisconfigurationException: If a field is missing or has the wrong type.
-    """
+    """Return the record in a dictionary with `question`, `answer` and `references`; other fields are ignored."""
     if not isinstance(row, dict):
         raise MisconfigurationException(f"{place}: a record must be an object with question, answer and references")
     for field in ("question", "answer", "references"):
         if field not in row:
+            has = ", ".join(map(repr, row)) or "nothing"
             raise MisconfigurationException(
-                f"{place}: the record has no field {field!r}, only {', '.join(map(repr, row)) or 'nothing'}; it needs "
-                "question, answer and references"
+                f"{place}: the record has no field {field!r}, only {has}; it needs question, answer and references"
             )
     for field in ("question", "answer"):
         if not isinstance(row[field], str):
@@ -129,6 +107,7 @@ class RecordSource(ABC):
         """Download or make the records, on one process of each machine."""
 
 
+@dataclass
 class HubRecords(RecordSource):
     """Records of a Hugging Face dataset with the fields of WebGLM-QA (Liu et al., 2023, https://arxiv.org/abs/2306.07906).
 
@@ -141,38 +120,28 @@ class HubRecords(RecordSource):
         revision: Branch, tag or commit. With a commit, the run can be repeated after the dataset has changed.
     """
 
-    def __init__(
-        self,
-        dataset: str = "THUDM/webglm-qa",
-        train: str = "train",
-        val: str = "validation",
-        test: str = "test",
-        max_records: PositiveInt | None = None,
-        revision: str | None = None,
-    ) -> None:
-        self.dataset = dataset
-        self.splits = {"train": train, "val": val, "test": test}
-        self.max_records = max_records
-        self.revision = revision
+    dataset: str = "THUDM/webglm-qa"
+    train: str = "train"
+    val: str = "validation"
+    test: str = "test"
+    max_records: PositiveInt | None = None
+    revision: str | None = None
 
     def prepare(self) -> None:
         """Download the dataset."""
         self._load("train")
 
     def records(self, side: Side) -> Iterator[Record]:
-        """Yield the records of a split.
-
-        Raises:
-            MisconfigurationException: If the dataset cannot be reached, or a row is not a record.
-        """
+        """Yield the records of a split."""
         for number, row in enumerate(islice(self._load(side), self.max_records)):
-            yield parse_record(row, f"dataset {self.dataset}, {self.splits[side]}, row {number}")
+            yield parse_record(row, f"dataset {self.dataset}, {getattr(self, side)}, row {number}")
 
     def _load(self, side: Side) -> Any:
         advice = "datamodules.gpt2_webglm_qa.JSONLines and experiments/gpt2_webglm_qa/offline.yaml need no network"
-        return load_hub_dataset(self.dataset, self.splits[side], revision=self.revision, advice=advice)
+        return load_hub_dataset(self.dataset, getattr(self, side), revision=self.revision, advice=advice)
 
 
+@dataclass
 class JSONLines(RecordSource):
     """Files with one JSON object in each line, with the fields `question`, `answer` and `references`.
 
@@ -188,41 +157,28 @@ class JSONLines(RecordSource):
         MisconfigurationException: If the fractions leave nothing to train on.
     """
 
-    def __init__(
-        self,
-        train: str | list[str],
-        val: str | list[str] | None = None,
-        test: str | list[str] | None = None,
-        val_fraction: Probability = 0.1,
-        test_fraction: Probability = 0.0,
-    ) -> None:
-        files = {"train": train, "val": val, "test": test}
-        self.files = {
-            side: [given] if isinstance(given, str) else given for side, given in files.items() if given is not None
-        }
-        self.fractions = require_fractions(0.0 if val else val_fraction, 0.0 if test else test_fraction, "data.records")
+    train: str | list[str]
+    val: str | list[str] | None = None
+    test: str | list[str] | None = None
+    val_fraction: Probability = 0.1
+    test_fraction: Probability = 0.0
+
+    def __post_init__(self) -> None:
+        fractions = (0.0 if self.val else self.val_fraction, 0.0 if self.test else self.test_fraction)
+        self.fractions = require_fractions(*fractions, "data.records")
 
     def records(self, side: Side) -> Iterator[Record]:
-        """Yield the records of a split.
-
-        Raises:
-            MisconfigurationException: If a file is missing, or one of its lines is not a record.
-        """
-        for file in self.files.get(side) or self.files["train"]:
+        """Yield the records of a split."""
+        files = getattr(self, side) or self.train
+        is_own = side != "train" and bool(getattr(self, side))
+        for file in [files] if isinstance(files, str) else files:
             for record in read_json_lines(Path(file).expanduser()):
-                if (side != "train" and side in self.files) or side_of(record.question, *self.fractions) == side:
+                if is_own or side_of(record.question, *self.fractions) == side:
                     yield record
 
 
 def read_json_lines(path: Path) -> Iterator[Record]:
-    """Yield the records of a file, and skip empty lines.
-
-    Args:
-        path: UTF-8 file with one JSON object in each line.
-
-    Raises:
-        MisconfigurationException: If the file is missing, or one of its lines is not a record.
-    """
+    """Yield the records of a UTF-8 file with one JSON object in each line, and skip empty lines."""
     if not path.is_file():
         raise MisconfigurationException(f"{path} does not exist: give a file of JSON lines")
     with path.open("rb") as file:

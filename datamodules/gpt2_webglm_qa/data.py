@@ -1,6 +1,7 @@
 """Rows of tokens from records; only the tokens of the answers are targets of the loss."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -84,20 +85,12 @@ class GPT2WebGLMQADataModule(WithTokenizer, ExperimentDataModule):
             )
         if max_answer_tokens >= block_size:
             raise MisconfigurationException(
-                f"data.max_answer_tokens is {max_answer_tokens}: it must be less than data.block_size {block_size}, to "
-                "leave room for a prompt"
+                f"data.max_answer_tokens is {max_answer_tokens}: it must be less than data.block_size {block_size}"
             )
-        self.source = records
-        self.block_size = block_size
-        self.tokenizer_name = tokenizer
-        self.template = template
-        self.references = references
-        self.citations = citations
-        self.missing_citations = missing_citations
-        self.prompt_loss_weight = prompt_loss_weight
-        self.packing = packing
-        self.max_record_tokens = max_record_tokens
-        self.max_answer_tokens = max_answer_tokens
+        self.source, self.tokenizer_name, self.template = records, tokenizer, template
+        self.references, self.citations, self.missing_citations = references, citations, missing_citations
+        self.block_size, self.packing, self.prompt_loss_weight = block_size, packing, prompt_loss_weight
+        self.max_record_tokens, self.max_answer_tokens = max_record_tokens, max_answer_tokens
         self.rows: dict[Side, Rows] = {}
         self.counts: dict[Side, dict[str, float]] = {}
         self.encoder(max_record_tokens)  # checks the template before the records are loaded
@@ -109,20 +102,11 @@ class GPT2WebGLMQADataModule(WithTokenizer, ExperimentDataModule):
 
     @staticmethod
     def prompts(tokenizer: "PreTrainedTokenizerFast", arguments: dict[str, Any]) -> PromptEncoder:
-        """Return the encoder of the prompts of a finished run.
-
-        Args:
-            tokenizer: Tokenizer of the run.
-            arguments: Constructor arguments of its datamodule.
-        """
+        """Return the encoder of the prompts of a finished run, from its tokenizer and its constructor arguments."""
         return PromptEncoder(tokenizer, arguments["template"], arguments["block_size"])
 
     def encoder(self, max_tokens: int) -> PromptEncoder:
-        """Return an encoder for the template of this datamodule.
-
-        Args:
-            max_tokens: Largest number of positions of an example.
-        """
+        """Return an encoder for the template of this datamodule, for examples of at most `max_tokens` positions."""
         return PromptEncoder(self.tokenizer, self.template, max_tokens, self.missing_citations)
 
     def prepare_data(self) -> None:
@@ -130,11 +114,7 @@ class GPT2WebGLMQADataModule(WithTokenizer, ExperimentDataModule):
         self.source.prepare()
 
     def setup(self, stage: str) -> None:
-        """Read, tokenize and pack the records, and print what was cut.
-
-        Raises:
-            MisconfigurationException: If a split that the stage needs has no records.
-        """
+        """Read, tokenize and pack the records, and print what was cut."""
         sides: dict[str, tuple[Side, ...]] = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}
         for side in sides.get(stage, ()):
             if side not in self.rows:
@@ -146,19 +126,15 @@ class GPT2WebGLMQADataModule(WithTokenizer, ExperimentDataModule):
 
     def val_dataloader(self) -> DataLoader | list:
         """Return the loader of all validation rows, or `[]` if there are none."""
-        return self._all("val")
+        rows = self.rows["val"]
+        return self.evaluation_loader(rows, torch.arange(len(rows))) if len(rows) else []
 
-    def test_dataloader(self) -> DataLoader | list:
+    def test_dataloader(self) -> DataLoader:
         """Return the loader of all test rows."""
-        return self._all("test")
+        return self.evaluation_loader(self.rows["test"], torch.arange(len(self.rows["test"])))
 
     def questions(self, side: Side, n: int) -> list[Example]:
-        """Return examples of a split whose prompts leave room for `max_answer_tokens`.
-
-        Args:
-            side: The split.
-            n: Largest number of examples, spread evenly over the split.
-        """
+        """Return at most `n` examples, spread evenly over a split, whose prompts leave room for `max_answer_tokens`."""
         found = self.encoder(self.block_size).examples(self._arranged(side), self.max_answer_tokens)
         return [found[number * len(found) // n] for number in range(n)] if len(found) > n else found
 
@@ -184,18 +160,11 @@ class GPT2WebGLMQADataModule(WithTokenizer, ExperimentDataModule):
             token_byte_lengths(self.tokenizer),
             self.tokenizer.eos_token_id if self.pad_token_id is None else self.pad_token_id,
         )
-        self.counts[side] = {
-            **encoder.counts,
-            "rows": len(rows),
-            "fill": sum(sizes) / max(1, len(rows) * self.block_size),
-        }
+        fill = sum(sizes) / max(1, len(rows) * self.block_size)
+        self.counts[side] = {**encoder.counts, "rows": len(rows), "fill": fill}
         if examples:
             say(f"{side}: {_summary(self.counts[side], self.missing_citations)}")
         return rows
-
-    def _all(self, side: Side) -> DataLoader | list:
-        rows = self.rows[side]
-        return self.evaluation_loader(rows, torch.arange(len(rows))) if len(rows) else []
 
 
 def _summary(counts: dict[str, float], missing_citations: MissingCitations) -> str:
@@ -208,6 +177,7 @@ def _summary(counts: dict[str, float], missing_citations: MissingCitations) -> s
     ).format(**counts) + f"({done})"
 
 
+@dataclass(eq=False)
 class Rows(Dataset):
     """Rows of inputs, with one record in each row or several that do not attend to each other.
 
@@ -223,29 +193,18 @@ class Rows(Dataset):
     - `loss_weights`: (B, T) float32, the weight of each target in the loss, or 0 without a target;
     - `mean_weight`: (), B times the mean weight of a row over the split;
     - `target_bytes`: (), the number of UTF-8 bytes of the targets.
-
-    Args:
-        examples: The records.
-        rows: Numbers of the records in each row, which must fit into it.
-        block_size: Positions in a row.
-        prompt_loss_weight: Weight of a token of the prompt in the loss, 0 to 1.
-        byte_lengths: Number of UTF-8 bytes of each token, (vocab,).
-        pad_token_id: Input after the last record of a row.
     """
 
-    def __init__(
-        self,
-        examples: Sequence[Example],
-        rows: Sequence[Sequence[int]],
-        block_size: int,
-        prompt_loss_weight: float,
-        byte_lengths: np.ndarray,
-        pad_token_id: int,
-    ) -> None:
-        self.examples, self.rows, self.block_size = examples, rows, block_size
-        self.prompt_loss_weight, self.byte_lengths, self.pad_token_id = prompt_loss_weight, byte_lengths, pad_token_id
-        total = sum(self.weights_of(example).sum() for example in examples)
-        self.weight_of_a_row = total / max(1, len(rows))
+    examples: Sequence[Example]
+    rows: Sequence[Sequence[int]]  # numbers of the examples in each row, which must fit into it
+    block_size: int
+    prompt_loss_weight: float
+    byte_lengths: np.ndarray  # of each token, (vocab,)
+    pad_token_id: int  # input after the last record of a row
+
+    def __post_init__(self) -> None:
+        total = sum(self.weights_of(example).sum() for example in self.examples)
+        self.weight_of_a_row = total / max(1, len(self.rows))
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -256,11 +215,7 @@ class Rows(Dataset):
         return np.repeat(np.float32([self.prompt_loss_weight, 1.0]), [n_prompt, n_answer])
 
     def __getitem__(self, positions: Tensor) -> dict[str, Tensor]:
-        """Return a batch of rows.
-
-        Args:
-            positions: Numbers of the rows, (B,) int64.
-        """
+        """Return a batch of the rows with these numbers, (B,) int64."""
         shape = (len(positions), self.block_size)
         input_ids = np.full(shape, self.pad_token_id, dtype=np.int64)
         position_ids = np.zeros(shape, dtype=np.int64)

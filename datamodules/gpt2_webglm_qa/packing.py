@@ -10,12 +10,7 @@ from collections.abc import Sequence
 
 
 def best_fit(sizes: Sequence[int], capacity: int) -> list[list[int]]:
-    """Return the numbers of the items in each bin, by best-fit decreasing. Equal sizes give equal bins.
-
-    Args:
-        sizes: Size of each item, at most `capacity`.
-        capacity: Size of a bin.
-    """
+    """Return the numbers of the items in each bin, by best-fit decreasing. Equal sizes give equal bins."""
     bins: list[list[int]] = []
     room: list[tuple[int, int]] = []  # free space and number of each bin, sorted
     for item in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):

@@ -19,13 +19,7 @@ MissingCitations = Literal["keep", "strip", "drop"]
 
 
 class Prompt(NamedTuple):
-    """A question with its references, as token ids.
-
-    Args:
-        ids: Token ids, (T,).
-        references: References in the prompt; the last one may be cut.
-        n_cut: 1 if the last one is cut, else 0.
-    """
+    """Token ids of a question with references, (T,); the references in it; 1 if the last of them was cut, else 0."""
 
     ids: np.ndarray
     references: tuple[str, ...]
@@ -34,12 +28,9 @@ class Prompt(NamedTuple):
 
 @dataclass(frozen=True)
 class Example:
-    """A record as token ids.
+    """A record as token ids: its prompt, (T,), and its answer with the end-of-text token, (N,).
 
-    Args:
-        record: The record, with the references in the prompt and the citation marks that are kept.
-        prompt_ids: Token ids of the prompt, (T,).
-        answer_ids: Token ids of the answer and the end-of-text token, (N,).
+    The record has the references in the prompt and the citation marks that are kept.
     """
 
     record: Record
@@ -55,15 +46,11 @@ class Example:
 class PromptEncoder:
     """Converts records to prompts and examples of bounded length.
 
-    A record that is too long loses references, the last ones first. A question or an answer is never cut.
+    A record that is too long loses references, the last ones first. A question or an answer is never cut. The arguments
+    are explained in `GPT2WebGLMQADataModule`.
 
     Args:
-        tokenizer: Tokenizer with an end-of-text token, which ends an answer.
-        template: Text with `{references}`, `{question}` and `{answer}`, each once and the answer last. A reference is
-            written as `[1] its text`, on a line of its own.
         block_size: Largest number of positions of an example.
-        missing_citations: How to treat a citation mark without a reference, whether it never existed or was cut: `keep`
-            keeps the mark, `strip` removes it, and `drop` skips the record.
 
     Attributes:
         counts: Numbers of records and references, and of those that were cut or skipped.
@@ -83,8 +70,7 @@ class PromptEncoder:
         for placeholder in ("{references}", "{question}", "{answer}"):
             if (times := template.count(placeholder)) != 1:
                 raise MisconfigurationException(
-                    f"data.template {template!r} has {placeholder} {times} times: give {{references}}, {{question}} "
-                    "and {answer} once each"
+                    f"data.template {template!r} has {placeholder} {times} times: give each placeholder once"
                 )
         if not template.endswith("{answer}"):
             raise MisconfigurationException(
@@ -94,9 +80,7 @@ class PromptEncoder:
             raise MisconfigurationException(
                 "data.tokenizer has no end-of-text token to end an answer with: choose one that has"
             )
-        self.tokenizer = tokenizer
-        self.block_size = block_size
-        self.missing_citations = missing_citations
+        self.tokenizer, self.block_size, self.missing_citations = tokenizer, block_size, missing_citations
         self.counts: Counter[str] = Counter()
         self.skipped: defaultdict[str, list[str]] = defaultdict(list)
         self._before, after = template.removesuffix("{answer}").split("{references}")
@@ -109,8 +93,6 @@ class PromptEncoder:
         """Return a prompt, or `None` if the question is too long even without references.
 
         Args:
-            question: The question.
-            references: The references.
             answer_places: Number of positions that the prompt leaves for the answer.
         """
         before, after = (part.replace("{question}", question) for part in (self._before, self._after))
@@ -135,13 +117,7 @@ class PromptEncoder:
         return Prompt(np.concatenate([*parts, after_ids]), tuple(kept), n_cut)
 
     def examples(self, records: Iterable[Record], answer_places: int = 0) -> list[Example]:
-        """Return the examples of all records that fit.
-
-        Args:
-            records: The records.
-            answer_places: Number of positions that the prompt leaves for the answer, or more if the answer of the
-                record is longer.
-        """
+        """Return the examples of all records that fit, with room for `answer_places` or the gold answer."""
         return [example for record in records if (example := self._example(record, answer_places)) is not None]
 
     def _example(self, record: Record, answer_places: int) -> Example | None:

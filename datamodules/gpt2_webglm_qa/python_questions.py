@@ -20,7 +20,8 @@ import re
 import sys
 import sysconfig
 import tokenize
-from collections.abc import Iterable, Iterator
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, islice, takewhile
 from pathlib import Path
@@ -47,30 +48,21 @@ _DENIED = re.compile(r"\b(?:not|never|without|rather)\b|n't\b")
 
 @dataclass(frozen=True)
 class Entry:
-    """The documentation of one object.
+    """The documentation of one object."""
 
-    Args:
-        name: Full name, such as `os.path.join`.
-        kind: `module`, `class` or `function`.
-        group: Module, or built-in type; the objects of a group share a split.
-        heading: Name and signature.
-        parameters: Names with their stars, and the source of their defaults, `None` without a default.
-        bases: Base classes.
-        sentences: Sentences of the docstring.
-    """
-
-    name: str
-    kind: str
-    group: str
-    heading: str
-    parameters: tuple[tuple[str, str | None], ...]
-    bases: tuple[str, ...]
-    sentences: tuple[str, ...]
+    name: str  # full name, such as `os.path.join`
+    kind: str  # `module`, `class` or `function`
+    group: str  # module, or built-in type; the objects of a group share a split
+    heading: str  # name and signature
+    sentences: Sequence[str]  # of the docstring
+    parameters: tuple[tuple[str, str | None], ...] = ()  # names with their stars, source of the defaults or None
+    bases: tuple[str, ...] = ()
 
 
 Cited = tuple[Entry, int | None, str]  # an object, the number of the cited sentence (None: the heading), the answer
 
 
+@dataclass
 class PythonQuestions(RecordSource):
     """Questions about the standard library of the running Python, with passages of its documentation.
 
@@ -91,31 +83,22 @@ class PythonQuestions(RecordSource):
         MisconfigurationException: If `passage_characters` is too small, or nothing is left to train on.
     """
 
-    def __init__(
-        self,
-        n_references: PositiveInt = 3,
-        passage_characters: int = 300,
-        val_fraction: Probability = 0.05,
-        test_fraction: Probability = 0.05,
-        seed: int = 0,
-        max_modules: PositiveInt | None = None,
-    ) -> None:
-        if passage_characters < 60:
+    n_references: PositiveInt = 3
+    passage_characters: int = 300
+    val_fraction: Probability = 0.05
+    test_fraction: Probability = 0.05
+    seed: int = 0
+    max_modules: PositiveInt | None = None
+
+    def __post_init__(self) -> None:
+        if self.passage_characters < 60:
             raise MisconfigurationException(
-                f"data.records.passage_characters is {passage_characters}: give at least 60"
+                f"data.records.passage_characters is {self.passage_characters}: give at least 60"
             )
-        self.n_references = n_references
-        self.passage_characters = passage_characters
-        self.fractions = require_fractions(val_fraction, test_fraction, "data.records")
-        self.seed = seed
-        self.max_modules = max_modules
+        self.fractions = require_fractions(self.val_fraction, self.test_fraction, "data.records")
 
     def records(self, side: Side) -> Iterator[Record]:
-        """Yield the records about the modules of a split.
-
-        Raises:
-            MisconfigurationException: If there are no records, or the cache cannot be written or read.
-        """
+        """Yield the records about the modules of a split."""
         self.prepare()
         try:
             rows = [json.loads(line) for line in self._file.read_bytes().splitlines()]
@@ -132,11 +115,7 @@ class PythonQuestions(RecordSource):
         return cache_root() / "records" / f"{digest([_FORMAT, python, *arguments])}.jsonl"
 
     def prepare(self) -> None:
-        """Make the records, unless the cache has them.
-
-        Raises:
-            MisconfigurationException: If this Python has no documentation, or the cache cannot be written.
-        """
+        """Make the records, unless the cache has them."""
         if self._file.exists():
             return
         rows = [vars(record) | {"side": side} for side, record in self._make(list(entries(self.max_modules)))]
@@ -158,9 +137,9 @@ class PythonQuestions(RecordSource):
     def _make(self, documented: list[Entry]) -> Iterator[tuple[Side, Record]]:
         for side in SIDES:
             here = [entry for entry in documented if side_of(entry.group, *self.fractions) == side]
-            groups: dict[str, list[Entry]] = {}
+            groups: defaultdict[str, list[Entry]] = defaultdict(list)
             for entry in here:
-                groups.setdefault(entry.group, []).append(entry)
+                groups[entry.group].append(entry)
             asked: set[str] = set()
             for group in groups.values():
                 for question, cited in (*(item for entry in group for item in ask(entry)), *ask_about_two(group)):
@@ -169,13 +148,11 @@ class PythonQuestions(RecordSource):
                         yield side, record
 
     def _record(self, question: str, cited: list[Cited], group: list[Entry], here: list[Entry]) -> Record | None:
-        passages, answers = [], []
-        for number, (entry, sentence, answer) in enumerate(cited, start=1):
-            passage = self._passage(entry, sentence)
-            if passage is None:
-                return None
-            passages.append(passage)
-            answers.append(f"{answer.rstrip('.')} [{number}].")
+        found = [self._passage(entry, sentence) for entry, sentence, _ in cited]
+        passages = [passage for passage in found if passage is not None]
+        if len(passages) < len(cited):
+            return None
+        answers = [f"{answer.rstrip('.')} [{number}]." for number, (_, _, answer) in enumerate(cited, start=1)]
         draw = random.Random(f"{self.seed} {question}")
         spoken_of = {entry.name for entry, _, _ in cited}
         for pool in (group, here):
@@ -252,11 +229,7 @@ def _listed(names: Iterable[str]) -> str:
 
 
 def entries(max_modules: int | None = None) -> Iterator[Entry]:
-    """Yield the documented objects. A sentence that several docstrings share occurs only in the first.
-
-    Args:
-        max_modules: Number of modules to read, in addition to the built-in functions and types; `None` for all.
-    """
+    """Yield the documented objects of the built-ins and of the first `max_modules` modules, no sentence twice."""
     seen: set[str] = set()
     for entry in chain(_built_in(), _library(max_modules)):
         # The text after a known sentence is dropped too, because it may refer to that sentence.
@@ -302,7 +275,7 @@ def _described(name: str, kind: str, group: str, thing: object) -> Entry:
     except SyntaxError:  # some defaults are not valid source code
         parameters = ()
     heading = f"{name}({_signature(parameters)})" if parameters else name
-    return Entry(name, kind, group, heading, parameters, (), tuple(sentences(thing.__doc__ or "")))
+    return Entry(name, kind, group, heading, sentences(thing.__doc__ or ""), parameters)
 
 
 def _library(max_modules: int | None) -> Iterator[Entry]:
@@ -321,7 +294,7 @@ def _library(max_modules: int | None) -> Iterator[Entry]:
         except (SyntaxError, UnicodeDecodeError):  # some files are templates
             continue
         if docstring := ast.get_docstring(tree):
-            yield Entry(name, "module", name, name, (), (), tuple(sentences(docstring)))
+            yield Entry(name, "module", name, name, sentences(docstring))
         yield from _members(tree, name, name)
 
 
@@ -341,27 +314,27 @@ def _members(node: ast.Module | ast.ClassDef, name: str, group: str) -> Iterator
     for child in node.body:
         if not isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) or child.name.startswith("_"):
             continue
-        full_name, text = f"{name}.{child.name}", tuple(sentences(ast.get_docstring(child) or ""))
+        full_name, text = f"{name}.{child.name}", sentences(ast.get_docstring(child) or "")
         if isinstance(child, ast.ClassDef):
             bases = tuple(ast.unparse(base) for base in child.bases)
             heading = f"class {full_name}({', '.join(bases)})" if bases else f"class {full_name}"
-            yield Entry(full_name, "class", group, heading, (), bases, text)
+            yield Entry(full_name, "class", group, heading, text, bases=bases)
             yield from _members(child, full_name, group)
         else:
             parameters = _parameters(child.args)
-            yield Entry(full_name, "function", group, f"{full_name}({_signature(parameters)})", parameters, (), text)
+            yield Entry(full_name, "function", group, f"{full_name}({_signature(parameters)})", text, parameters)
 
 
 def _parameters(arguments: ast.arguments) -> tuple[tuple[str, str | None], ...]:
     """Return the names with their stars and the source of their defaults, without `self` and `cls`."""
     positional = [*arguments.posonlyargs, *arguments.args]
     defaults: list[ast.expr | None] = [None] * (len(positional) - len(arguments.defaults)) + [*arguments.defaults]
-    found = [(argument.arg, default) for argument, default in zip(positional, defaults, strict=True)]
-    if arguments.vararg:
-        found.append((f"*{arguments.vararg.arg}", None))
-    found += [(a.arg, default) for a, default in zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True)]
-    if arguments.kwarg:
-        found.append((f"**{arguments.kwarg.arg}", None))
+    found = [
+        *((a.arg, default) for a, default in zip(positional, defaults, strict=True)),
+        *((f"*{a.arg}", None) for a in [arguments.vararg] if a),
+        *((a.arg, default) for a, default in zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True)),
+        *((f"**{a.arg}", None) for a in [arguments.kwarg] if a),
+    ]
     named = ((name, default) for name, default in found if name not in ("self", "cls"))
     return tuple((name, ast.unparse(default) if default else None) for name, default in named)
 

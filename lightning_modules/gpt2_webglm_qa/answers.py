@@ -31,19 +31,12 @@ Interval = tuple[float, float, float]  # a mean and the two ends of its interval
 
 @dataclass
 class Answer:
-    """One answer of a model or of a rule.
+    """An answer of a model or of a rule, and its cost; rules leave the defaults."""
 
-    Args:
-        text: The answer, with citation marks.
-        ended: Whether it ended with the end-of-text token; `None` for a rule.
-        nats: Cross entropy of the gold answer and its end-of-text token, in nats; `None` for a rule.
-        n_tokens: Number of tokens of the gold answer.
-    """
-
-    text: str
-    ended: bool | None = None
-    nats: float | None = None
-    n_tokens: int = 0
+    text: str  # with citation marks
+    ended: bool | None = None  # with the end-of-text token
+    nats: float | None = None  # cross entropy of the gold answer and its end-of-text token
+    n_tokens: int = 0  # of the gold answer
 
 
 class AnswerQuestions(L.Callback):
@@ -73,10 +66,8 @@ class AnswerQuestions(L.Callback):
         lead_sentences: PositiveInt = 3,
         n_shown: NonNegativeInt = 20,
     ) -> None:
-        self.n_questions = n_questions
-        self.batch_size = batch_size
-        self.lead_sentences = lead_sentences
-        self.n_shown = n_shown
+        self.n_questions, self.batch_size = n_questions, batch_size
+        self.lead_sentences, self.n_shown = lead_sentences, n_shown
         self._examples: Sequence[Any] = ()
         self._answers: dict[str, list[Answer]] = {}
 
@@ -162,11 +153,7 @@ class AnswerQuestions(L.Callback):
         ]
 
     def measures(self, system: str) -> dict[str, Interval]:
-        """Return the metrics of a system with their intervals.
-
-        Args:
-            system: Key of `SYSTEMS`.
-        """
+        """Return the metrics of one of the `SYSTEMS`, with their intervals."""
         answers = self._answers[system]
         scores = [
             citations.score(answer.text, example.record.answer, example.record.references)
@@ -200,24 +187,15 @@ class AnswerQuestions(L.Callback):
         # Without training, `global_step` is 0 whatever the step of the checkpoint.
         step = trainer.global_step if trainer.state.fn == TrainerFn.FITTING else None
         content = {"step": step, "measures": table, "questions": questions}
-        file = self._file(trainer)
+        name = "answers" if trainer.state.fn == TrainerFn.FITTING else f"answers_{trainer.state.fn.value}"
+        file = Path(trainer.default_root_dir) / f"{name}.json"
         write_text(file, json.dumps(content, indent=1) + "\n")
         write_text(file.with_suffix(".md"), as_markdown(step, table, shown))
         rows = [
-            [
-                step,
-                row["question"],
-                "\n".join(row["references"]),
-                row["gold"],
-                *(a["text"] for a in row["answers"].values()),
-            ]
-            for row in shown
+            [step, q["question"], "\n".join(q["references"]), q["gold"], *(a["text"] for a in q["answers"].values())]
+            for q in shown
         ]
         show_table(trainer, "answers", ["step", "question", "references", "gold", *table], rows)
-
-    def _file(self, trainer: L.Trainer) -> Path:
-        name = "answers" if trainer.state.fn == TrainerFn.FITTING else f"answers_{trainer.state.fn.value}"
-        return Path(trainer.default_root_dir) / f"{name}.json"
 
     def _remembered(self, trainer: L.Trainer) -> dict[str, list[Answer]]:
         """Return the answers of the base that the fit of this run has saved, if they are to the same questions."""
@@ -232,21 +210,14 @@ class AnswerQuestions(L.Callback):
 
 
 def as_markdown(step: int | None, table: dict[str, dict[str, Interval]], questions: Sequence[dict[str, Any]]) -> str:
-    """Return a page with a table of the metrics, and with questions and all their answers.
-
-    Args:
-        step: Number of optimiser steps of the model; `None` outside of training.
-        table: Metrics by system.
-        questions: Questions in the form of `answers.json`.
-    """
-    names = list(dict.fromkeys(name for measures in table.values() for name in measures))
+    """Return a page with a table of the metrics by system, and with questions and all their answers."""
+    names = dict.fromkeys(name for measures in table.values() for name in measures)
     heading = "# Answers" if step is None else f"# Answers at step {step}"
     lines = [heading, "", "Means over the questions, with 95 % intervals by the bootstrap.", ""]
     lines += [f"| measure | {' | '.join(SYSTEMS[system] for system in table)} |", "|---" * (len(table) + 1) + "|"]
     for name in names:
-        cells = [
-            "{:.3f} ({:.3f} to {:.3f})".format(*column[name]) if name in column else "" for column in table.values()
-        ]
+        intervals = (column.get(name) for column in table.values())
+        cells = ["{:.3f} ({:.3f} to {:.3f})".format(*interval) if interval else "" for interval in intervals]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     for row in questions:
         answers = {"gold": row["gold"]} | {SYSTEMS[system]: row["answers"][system]["text"] for system in table}

@@ -34,50 +34,26 @@ _FUNCTION_WORDS = frozenset(
 
 
 class Scores(NamedTuple):
-    """Metrics of one answer, each between 0 and 1.
+    """Metrics of one answer, each between 0 and 1."""
 
-    Attributes:
-        rouge1: F1 of the words that the answer shares with the gold answer (Lin, 2004).
-        rouge2: F1 of the pairs of neighbouring words.
-        rougeL: F1 of the longest common subsequence of words.
-        citation_precision: Share of useful citations.
-        citation_recall: Share of sentences that their cited passages support.
-        missing_citation: 1 if the answer cites a reference that does not exist, else 0.
-        repetition: Share of 4-grams of words that occurred before in the answer (Welleck et al., 2020).
-    """
-
-    rouge1: float
-    rouge2: float
-    rougeL: float  # noqa: N815
-    citation_precision: float
-    citation_recall: float
-    missing_citation: float
-    repetition: float
+    rouge1: float  # F1 of the words that the answer shares with the gold answer (Lin, 2004)
+    rouge2: float  # F1 of the pairs of neighbouring words
+    rougeL: float  # F1 of the longest common subsequence of words  # noqa: N815
+    citation_precision: float  # share of useful citations
+    citation_recall: float  # share of sentences that their cited passages support
+    missing_citation: float  # 1 if the answer cites a reference that does not exist, else 0
+    repetition: float  # share of 4-grams of words that occurred before in the answer (Welleck et al., 2020)
 
 
 def score(answer: str, gold: str, references: Sequence[str]) -> Scores:
-    """Return the metrics of an answer.
-
-    Args:
-        answer: Text with citation marks such as `[1]`.
-        gold: Gold answer; the texts are compared without their marks.
-        references: Passages that the marks count from 1.
-    """
+    """Return the metrics of an answer; it is compared with the gold answer without the marks, such as `[1]`."""
     from torchmetrics.functional.text import rouge_score
 
     keys = ("rouge1", "rouge2", "rougeL")
     rouge = rouge_score(without_marks(answer), without_marks(gold), rouge_keys=keys)
     words, pairs, subsequence = (float(rouge[f"{key}_fmeasure"]) for key in keys)
-    precision, recall = citation_scores(answer, references)
-    return Scores(
-        words,
-        pairs,
-        subsequence,
-        citation_precision=precision,
-        citation_recall=recall,
-        missing_citation=float(any(not 0 < number <= len(references) for number in cited(answer))),
-        repetition=repetition(answer),
-    )
+    missing = float(any(not 0 < number <= len(references) for number in cited(answer)))
+    return Scores(words, pairs, subsequence, *citation_scores(answer, references), missing, repetition(answer))
 
 
 def cited(text: str) -> list[int]:
@@ -101,24 +77,14 @@ def content_words(text: str) -> set[str]:
 
 
 def supports(passages: Sequence[str], sentence: str) -> bool:
-    """Return whether passages together contain half of the content words of a sentence.
-
-    Args:
-        passages: Texts.
-        sentence: A sentence; without content words it is not supported.
-    """
+    """Return whether passages together contain half of the content words of a sentence, if it has any."""
     needed = content_words(without_marks(sentence))
     there = set().union(*map(content_words, passages))
     return bool(needed) and len(needed & there) >= SUPPORT * len(needed)
 
 
 def citation_scores(answer: str, references: Sequence[str]) -> tuple[float, float]:
-    """Return citation precision and recall of an answer; 0 without a citation, or without a sentence.
-
-    Args:
-        answer: Text with citation marks.
-        references: Passages that the marks count from 1.
-    """
+    """Return citation precision and recall of an answer; 0 without a citation, or without a sentence."""
     n_useful = n_citations = n_supported = 0
     parts = sentences(answer)
     for sentence in parts:
@@ -134,36 +100,20 @@ def citation_scores(answer: str, references: Sequence[str]) -> tuple[float, floa
 
 
 def repetition(text: str, n: int = 4) -> float:
-    """Return the share of n-grams of words that occurred before in the text.
-
-    Args:
-        text: A text.
-        n: Number of words of an n-gram.
-    """
+    """Return the share of n-grams of words that occurred before in the text."""
     words = text.lower().split()
     runs = [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
     return 1 - len(set(runs)) / len(runs) if runs else 0.0
 
 
 def lead(references: Sequence[str], n_sentences: int, number: int = 1) -> str:
-    """Return the first sentences of a reference with its citation mark, a baseline for an answer.
-
-    Args:
-        references: Passages; without any, the result is empty.
-        n_sentences: Number of sentences.
-        number: Number of the reference, from 1.
-    """
+    """Return the first sentences of a reference, numbered from 1, with its citation mark: a baseline for an answer."""
     first = sentences(references[number - 1])[:n_sentences] if references else []
     return " ".join(f"{without_marks(sentence).rstrip('.')} [{number}]." for sentence in first)
 
 
 def best_reference(question: str, references: Sequence[str]) -> int:
-    """Return the number of the reference with the most content words of the question, or of the first of several.
-
-    Args:
-        question: The question.
-        references: Passages; without any, the result is 1.
-    """
+    """Return the number of the reference with most content words of the question, the first of several; 1 for none."""
     asked = content_words(question)
     return 1 + int(np.argmax([len(asked & content_words(reference)) for reference in references] or [0]))
 
@@ -171,16 +121,11 @@ def best_reference(question: str, references: Sequence[str]) -> int:
 def bootstrap(
     sums: np.ndarray, counts: np.ndarray | None = None, level: float = 0.95, n_resamples: int = 1000
 ) -> tuple[float, float, float]:
-    """Return a mean over questions and its confidence interval, by the percentile bootstrap (Efron, 1979).
+    """Return a mean over N questions and the ends of its confidence interval: percentile bootstrap (Efron, 1979).
 
     Args:
-        sums: Sum of the values of each question, (N,).
+        sums: Sum of the values of each question, (N,); without questions the result is NaN.
         counts: Number of values of each question, (N,); `None` for 1.
-        level: Confidence level.
-        n_resamples: Number of resamples of N questions.
-
-    Returns:
-        The mean and the two ends of the interval; NaN without questions.
     """
     counts = np.ones(len(sums)) if counts is None else counts
     if not len(sums):

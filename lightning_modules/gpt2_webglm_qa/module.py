@@ -25,11 +25,7 @@ class GPT2WebGLMQAModule(FineTunedCausalLM):
     """
 
     def setup(self, stage: str) -> None:
-        """Check that the model keeps packed records apart.
-
-        Raises:
-            MisconfigurationException: If a record of a row would attend to another.
-        """
+        """Refuse packing if the model does not keep the records of a row apart."""
         if getattr(self.data, "packing", False) and not keeps_records_apart(self.model):
             raise MisconfigurationException(
                 f"data.packing: a {type(self.model).__name__} does not keep the records of a row apart; set it to false"
@@ -50,24 +46,14 @@ class GPT2WebGLMQAModule(FineTunedCausalLM):
         return F.cross_entropy(self(batch).float(), targets[targets != IGNORED], reduction="none")
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Return the loss, and log the weighted mean of the cross entropy in nats a token as `train/loss`.
-
-        Args:
-            batch: See `datamodules.gpt2_webglm_qa.data.Rows`.
-            batch_idx: Number of the batch.
-        """
+        """Return the loss, and log the weighted mean of the cross entropy in nats a token as `train/loss`."""
         total = self._nats(batch) @ batch["loss_weights"][batch["targets"] != IGNORED]
         weight = batch["loss_weights"].sum()
         self.log_train_loss(total / weight, weight)
         return total / batch["mean_weight"]
 
     def evaluation_step(self, batch: Batch, metrics: CorpusLoss) -> None:
-        """Add the answers of a batch to the metrics.
-
-        Args:
-            batch: See `datamodules.gpt2_webglm_qa.data.Rows`.
-            metrics: Metrics of the split.
-        """
+        """Add the answers of a batch to the metrics."""
         counted = batch["targets"] != IGNORED
         scores = scores_of_share(self, batch, counted, 1)
         metrics.update(scores[None], batch["targets"][counted][None], batch["target_bytes"])
@@ -76,16 +62,12 @@ class GPT2WebGLMQAModule(FineTunedCausalLM):
     def answer(
         self, prompts: Sequence[np.ndarray], max_new_tokens: int, end: int, use_cache: bool = True
     ) -> list[list[int]]:
-        """Return an answer to each prompt, decoded greedily.
+        """Return an answer to each prompt, decoded greedily; it ends with `end` or has `max_new_tokens` tokens.
 
         Args:
             prompts: Token ids, each (T,).
-            max_new_tokens: Largest number of tokens of an answer.
             end: End-of-text token, which ends an answer.
             use_cache: Whether to keep keys and values from token to token rather than to compute them again.
-
-        Returns:
-            The tokens of each answer. The last one is `end` unless the answer reached `max_new_tokens`.
         """
         longest = max(len(prompt) for prompt in prompts)
         # The padding precedes the prompts, so that all of them end at the same position.
@@ -102,16 +84,12 @@ class GPT2WebGLMQAModule(FineTunedCausalLM):
                 eos_token_id=end,
                 pad_token_id=end,
             )
-        return [_until(end, row) for row in output[:, longest:].tolist()]
+        answers = output[:, longest:].tolist()
+        return [tokens[: tokens.index(end) + 1] if end in tokens else tokens for tokens in answers]
 
     @torch.no_grad()
     def answer_nats(self, prompts: Sequence[np.ndarray], answers: Sequence[np.ndarray]) -> Tensor:
-        """Return the cross entropy of given answers in nats, summed over the tokens of each, (B,).
-
-        Args:
-            prompts: Token ids, each (T,).
-            answers: Token ids, each (N,).
-        """
+        """Return the cross entropy in nats of answers, each (N,), to prompts, each (T,), summed over tokens: (B,)."""
         rows = [np.concatenate(pair).astype(np.int64) for pair in zip(prompts, answers, strict=True)]
         ids = nn.utils.rnn.pad_sequence([torch.from_numpy(row) for row in rows], batch_first=True).to(self.device)
         places = torch.arange(ids.shape[1] - 1, device=self.device)  # (T,)
@@ -130,18 +108,10 @@ class GPT2WebGLMQAModule(FineTunedCausalLM):
 
 @torch.no_grad()
 def keeps_records_apart(model: nn.Module) -> bool:
-    """Return whether a model attends only within a sequence of increasing position ids, as a test of two records shows.
-
-    Args:
-        model: A causal language model of Transformers.
-    """
+    """Return whether a model attends only within a sequence of increasing position ids, tried on two records."""
     ids = torch.arange(4, device=model.device)[None] % model.config.vocab_size  # two records of two tokens
     positions = torch.tensor([[0, 1, 0, 1]], device=model.device)
     with evaluating(model):
         packed = model(ids, position_ids=positions, use_cache=False).logits[:, 2:]
         alone = model(ids[:, 2:], position_ids=positions[:, 2:], use_cache=False).logits
     return torch.allclose(packed, alone, rtol=1e-3, atol=1e-4)
-
-
-def _until(end: int, tokens: list[int]) -> list[int]:
-    return tokens[: tokens.index(end) + 1] if end in tokens else tokens

@@ -55,13 +55,7 @@ class ShowRecords(L.Callback):
 
 
 def spans(tokenizer: Any, rows: Any, example: Any) -> Spans:
-    """Return the text of each token of a record, and its weight in the loss.
-
-    Args:
-        tokenizer: Tokenizer of the run.
-        rows: Data set of the record, see `datamodules.gpt2_webglm_qa.data.Rows`.
-        example: The record as token ids.
-    """
+    """Return the text of each token of an example, and its weight in the loss."""
     ids = [*example.prompt_ids.tolist(), *example.answer_ids.tolist()]
     weights = [0.0, *rows.weights_of(example).tolist()]  # nothing predicts the first token
     return [(tokenizer.decode([token]), weight) for token, weight in zip(ids, weights, strict=True)]
@@ -76,12 +70,7 @@ def as_ansi(record: Spans) -> str:
 
 
 def as_html(records: Sequence[Spans], counts: dict[str, float]) -> str:
-    """Return a page with records, in which the intensity of the green shows the weight of a token.
-
-    Args:
-        records: Tokens of each record.
-        counts: Numbers to show below them.
-    """
+    """Return a page with records, in which the intensity of the green shows the weight of a token, and counts below."""
     blocks = []
     for record in records:
         tokens = [

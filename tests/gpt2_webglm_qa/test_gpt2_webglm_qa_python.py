@@ -122,8 +122,6 @@ FAKE = Entry(
     "function",
     "m",
     "m.f(path, mode='r', *rest)",
-    (("path", None), ("mode", "'r'"), ("*rest", None)),
-    (),
     (
         "Open a file.",
         "Return the file object.",
@@ -133,6 +131,7 @@ FAKE = Entry(
         "The mode is read first.",
         "A remark.",
     ),
+    parameters=(("path", None), ("mode", "'r'"), ("*rest", None)),
 )
 
 
@@ -176,16 +175,16 @@ def test_what_is_asked_about_a_function():
 
 
 def test_what_is_asked_about_a_class_a_module_and_two_functions():
-    a_class = Entry("m.C", "class", "m", "class m.C(A, b.B)", (), ("A", "b.B"), ("A thing.",))
+    a_class = Entry("m.C", "class", "m", "class m.C(A, b.B)", ["A thing."], bases=("A", "b.B"))
     assert [question for question, _ in ask(a_class)] == [
         "What is the class `m.C`?",
         "What does the class `m.C` derive from?",
     ]
     assert list(ask(a_class))[1][1][0][2] == "It derives from `A` and `b.B`"
-    assert [question for question, _ in ask(Entry("m", "module", "m", "m", (), (), ("Things.",)))] == [
+    assert [question for question, _ in ask(Entry("m", "module", "m", "m", ["Things."]))] == [
         "What is the module `m` for?"
     ]
-    other = Entry("m.g", "function", "m", "m.g()", (), (), ("Close a file.",))
+    other = Entry("m.g", "function", "m", "m.g()", ["Close a file."])
     ((question, cited),) = ask_about_two([a_class, FAKE, other])
     assert question == "What do `m.f` and `m.g` do?"
     assert [answer for _, _, answer in cited] == ["Open a file.", "Close a file."]
