@@ -201,7 +201,7 @@ class ReviewsDataModule(WithTokenizer, ExperimentDataModule):
         super().__init__(batch_size, num_workers, seed)
         self.source = reviews
         self.tokenizer_name = tokenizer
-        self.max_tokens = max_tokens
+        self.max_tokens = self.block_size = max_tokens
         self.group_by_length = group_by_length
         self.datasets: dict[str, TokenizedReviews] = {}
 
@@ -224,11 +224,6 @@ class ReviewsDataModule(WithTokenizer, ExperimentDataModule):
     def load_tokenizer(self) -> "PreTrainedTokenizerFast":
         """Return the tokenizer that the argument names."""
         return load_tokenizer(self.tokenizer_name)
-
-    @property
-    def block_size(self) -> int:
-        """Number of tokens in the longest row."""
-        return self.max_tokens
 
     def prepare_data(self) -> None:
         """Download the reviews, on one process of each machine."""

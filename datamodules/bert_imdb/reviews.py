@@ -225,22 +225,17 @@ class AclImdb(PartedSource):
 
     def __init__(self, folder: str, val_fraction: Probability = 0.1) -> None:
         self.folder = Path(folder).expanduser()
-        self.parts = {
-            "train": ("train", "neg", "pos"),
-            "test": ("test", "neg", "pos"),
-            "unlabelled": ("train", "unsup"),
-        }
+        self.parts = {"train": "train", "test": "test", "unlabelled": "train"}
         self.fractions = val_fraction, 0.0
 
-    def read(self, part: tuple[str, ...], classes: Sequence[str] | None) -> Iterator[Review]:
-        """Yield the reviews of some folders, each ordered by the numbers of its files.
+    def read(self, part: str, classes: Sequence[str] | None) -> Iterator[Review]:
+        """Yield the reviews of a part, each class ordered by the numbers of its files.
 
         Raises:
             MisconfigurationException: If a folder is missing, or a review is empty.
         """
-        parent, *names = part
-        for label, name in enumerate(names):
-            folder = self.folder / parent / name
+        for label, name in enumerate(("neg", "pos") if classes else ("unsup",)):
+            folder = self.folder / part / name
             if not folder.is_dir():
                 raise MisconfigurationException(
                     f"{folder} does not exist: give the folder aclImdb, unpacked from aclImdb_v1.tar.gz"

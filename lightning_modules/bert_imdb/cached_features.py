@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-from collections.abc import Callable
 from typing import Any
 
 import lightning as L
@@ -40,21 +39,18 @@ class CachedFeatures(L.Callback):
             )
         pl_module.to(trainer.strategy.root_device)
         key = [weights_digest(encoder), architecture_of(encoder), pl_module.model.config.pooling, trainer.precision]
+
+        @torch.no_grad()
+        def features_of(batch: dict[str, Tensor]) -> Tensor:
+            with evaluating(encoder), trainer.precision_plugin.forward_context():
+                moved = {name: part.to(pl_module.device) for name, part in batch.items()}
+                return pl_module.features(moved).float().cpu()
+
         for first in (True, False):  # the first process of a machine writes the file, the others read it
             if first == (trainer.local_rank == 0):
                 for split in ("train", "val"):
-                    pl_module.data.keep_features(split, key, _features_of(trainer, pl_module))
+                    pl_module.data.keep_features(split, key, features_of)
             trainer.strategy.barrier()
-
-
-def _features_of(trainer: L.Trainer, module: Any) -> Callable[[dict[str, Tensor]], Tensor]:
-    @torch.no_grad()
-    def features_of(batch: dict[str, Tensor]) -> Tensor:
-        with evaluating(module.model.encoder), trainer.precision_plugin.forward_context():
-            moved = {name: part.to(module.device) for name, part in batch.items()}
-            return module.features(moved).float().cpu()
-
-    return features_of
 
 
 def weights_digest(model: nn.Module) -> str:
