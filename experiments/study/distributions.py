@@ -100,10 +100,11 @@ class Distribution(Section):
             raise SectionError(f"there is no {name!r}{did_you_mean(name, renamed or _KEYS)}", "distribution")
         for key in given - {"distribution", *_KEYS[name]}:
             raise SectionError(f"there is no such key for {name}", key)
+        if not given:
+            raise SectionError("must have `value:`, `values:`, or `min:` and `max:`")
         for key in _KEYS[name]:
             if key not in given and type(self).model_fields[key].default is None:
-                needs = f"{name} needs {key}:" if given else "must have `value:`, `values:`, or `min:` and `max:`"
-                raise SectionError(needs)
+                raise SectionError(f"{name} needs {key}:")
         if self.min is not None and self.min >= self.max:
             raise SectionError(f"min {self.min} must be less than max {self.max}")
         if name == "int_uniform" and not {type(self.min), type(self.max)} == {int}:

@@ -7,7 +7,6 @@ import json
 import os
 import re
 import sys
-import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -217,6 +216,8 @@ def _explain(error: Any) -> tuple[Key, str]:
     """Return the key of an error that Pydantic has found, and what is wrong."""
     key = tuple(part for part in error["loc"] if not re.fullmatch(r"\[key\]|<.*>", str(part)))  # without Pydantic's own
     kind, value, hint = error["type"], error["input"], ""
+    shown = json.dumps(value)
+    shown = shown if len(shown) <= 60 else f"{shown[:57]}..."
     match kind:
         case "missing":
             return key, "is missing"
@@ -226,21 +227,20 @@ def _explain(error: Any) -> tuple[Key, str]:
             known = {name for section in Section.__subclasses__() for name in section.model_fields}
             return key, f"there is no such key{did_you_mean(key[-1], sorted(known))}"
         case "model_type":
-            return key, f"must be a section, got {json.dumps(value)}"
+            return key, f"must be a section, got {shown}"
         case "value_error":
             return (*key, *error["ctx"]["error"].key), str(error["ctx"]["error"])
         case "too_short":
             return key, "is empty: there is nothing to sweep"
         case "string_pattern_mismatch":
             return key, "is not a name of a parameter: use letters, digits and _ . - only"
-        case "literal_error" if value == "custom":
+        case "literal_error" if (*key, value) == ("method", "custom"):
             hint = " (custom runs on W&B's servers only)"
         case "literal_error":
             hint = did_you_mean(value, re.findall(r"'([^']+)'", error["ctx"]["expected"]))
         case "float_type" | "int_type":  # YAML 1.1 reads 1e-3 as text
             if found := re.fullmatch(r"([+-]?\d+)e([+-]?)(\d+)", str(value).lower()):
                 hint = f" (YAML wants {found[1]}.0e{found[2] or '+'}{found[3]})"
-    shown = textwrap.shorten(json.dumps(value), 60, placeholder="...")
     return key, f"{error['msg'].replace('Input should be', 'must be')}, got {shown}{hint}"
 
 

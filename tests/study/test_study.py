@@ -189,6 +189,7 @@ WRONG = {
     "hyperband": ({"early_terminate": {"type": "hyperband", "s": 2}}, "needs min_iter:, or max_iter: and s:"),
     "stopping rule": ({"early_terminate": {"type": "median"}}, "early_terminate.type: must be 'hyperband', got"),
     "section": ({"metric": "val/loss"}, 'line 2: metric: must be a section, got "val/loss"'),
+    "long section": ({"metric": "a" * 99}, 'line 2: metric: must be a section, got "' + "a" * 56 + "..."),
     "parameter": ({"parameters": {"lr": 1}}, "line 6: parameters.lr: must be a section, got 1"),
     "null": (
         {"early_terminate": {"type": "hyperband", "min_iter": None}},
