@@ -2,9 +2,9 @@
 
 import re
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Literal
 
@@ -49,15 +49,17 @@ class BrownCorpus(Source):
         Raises:
             MisconfigurationException: If there are no such texts, or they cannot be downloaded or read.
         """
-        texts = self._from_folder if self._local().is_dir() else self._from_zip
-        n_texts = 0
-        for name, content in texts():
-            n_texts += 1
-            try:
-                yield from cut([_without_tags(content.decode())])
-            except UnicodeDecodeError as error:
-                raise MisconfigurationException(f"data.source: {name} in {self.path} is not UTF-8 ({error})") from error
-        if not n_texts:
+        local, name = self._local(), ""
+        try:
+            readers = _readers(local)
+            names = list(filter(_NLTK_FILE.fullmatch, readers)) or [name for name in readers if name.endswith(".txt")]
+            for name in sorted(names):
+                yield from cut([_without_tags(readers[name]().decode())])
+        except zipfile.BadZipFile as error:
+            raise MisconfigurationException(f"data.source: {local} is no zip file ({error})") from error
+        except UnicodeDecodeError as error:
+            raise MisconfigurationException(f"data.source: {name} in {self.path} is not UTF-8 ({error})") from error
+        if not names:
             raise MisconfigurationException(
                 f"data.source: {self.path} holds no text of the Brown corpus (files ca01 to cr09, or *.txt)"
             )
@@ -81,29 +83,16 @@ class BrownCorpus(Source):
         try:
             return download(self.path)
         except MisconfigurationException as error:
-            raise MisconfigurationException(
-                f"data.source: {error} (--data.source.path FOLDER_OR_ZIP); "
-                "experiments/bengio_nlm/offline.yaml needs no network"
-            ) from error
-
-    def _from_folder(self) -> Iterator[tuple[str, bytes]]:
-        files = {file.name: file for file in self._local().iterdir() if file.is_file()}
-        for name in _texts_among(files):
-            yield name, files[name].read_bytes()
-
-    def _from_zip(self) -> Iterator[tuple[str, bytes]]:
-        try:
-            with zipfile.ZipFile(self._local()) as archive:
-                files = {Path(name).name: name for name in archive.namelist()}
-                for name in _texts_among(files):
-                    yield name, archive.read(files[name])
-        except zipfile.BadZipFile as error:
-            raise MisconfigurationException(f"data.source: {self._local()} is no zip file ({error})") from error
+            advice = "(--data.source.path FOLDER_OR_ZIP); experiments/bengio_nlm/offline.yaml needs no network"
+            raise MisconfigurationException(f"data.source: {error} {advice}") from error
 
 
-def _texts_among(names: Iterable[str]) -> list[str]:
-    names = sorted(names)
-    return [name for name in names if _NLTK_FILE.fullmatch(name)] or [name for name in names if name.endswith(".txt")]
+def _readers(path: Path) -> dict[str, Callable[[], bytes]]:
+    """Return a function that reads each file of a folder or of a zip file, by the name of the file."""
+    if path.is_dir():
+        return {file.name: file.read_bytes for file in path.iterdir() if file.is_file()}
+    archive = zipfile.ZipFile(path)
+    return {Path(name).name: partial(archive.read, name) for name in archive.namelist()}
 
 
 def _without_tags(text: str) -> str:
@@ -115,17 +104,11 @@ def _without_tags(text: str) -> str:
 
 @dataclass(frozen=True)
 class NumberedText:
-    """A text as ids, and its vocabulary by frequency.
+    """A text as ids, and its vocabulary by frequency."""
 
-    Args:
-        ids: Word ids, (N,) int32.
-        words: The V words, the most frequent first; `RARE` is before them if there is one.
-        counts: Occurrences of each word in the whole text, (V,).
-    """
-
-    ids: np.ndarray
-    words: list[str]
-    counts: np.ndarray
+    ids: np.ndarray  # (N,) int32
+    words: list[str]  # the V words, the most frequent first; `RARE` is before them if there is one
+    counts: np.ndarray  # occurrences of each word in the whole text, (V,)
 
 
 def words_of(
@@ -149,12 +132,7 @@ def words_of(
 
 
 def number(words: Iterable[str], rare: int) -> NumberedText:
-    """Return a text with ids for its words, by frequency.
-
-    Args:
-        words: The text.
-        rare: Words that occur at most this often are replaced by `RARE`.
-    """
+    """Return a text with ids for its words; those that occur at most `rare` times are replaced by `RARE`."""
     first_seen: dict[str, int] = {}
     ids = np.fromiter((first_seen.setdefault(word, len(first_seen)) for word in words), np.int32)
     names = list(first_seen)
@@ -220,11 +198,7 @@ class BengioNLMDataModule(ExperimentDataModule):
 
     @cached_property
     def text(self) -> NumberedText:
-        """The whole text, read at the first access.
-
-        Raises:
-            MisconfigurationException: If it has fewer than two different words.
-        """
+        """The whole text, read at the first access; it must have two different words."""
         text = number(words_of(self.source.documents(), self.tokens, **self.variant), self.rare)
         if len(text.words) < 2:
             raise MisconfigurationException(
@@ -255,22 +229,18 @@ class BengioNLMDataModule(ExperimentDataModule):
         }
 
     def setup(self, stage: str) -> None:
-        """Check that the splits that this stage needs have enough words.
-
-        Raises:
-            MisconfigurationException: If one has not.
-        """
-        n_words, sides = len(self.text.ids), self.sides
+        """Check that the splits that this stage needs have enough words."""
+        sides = self.sides
         if len(sides["train"]) < self.n:
             raise MisconfigurationException(
                 f"the training text has {len(sides['train'])} words, fewer than one window of data.n {self.n}: give "
                 "more text, or a larger data.train"
             )
         for side in ("val", "test") if stage == "test" else ("val",):  # val fits the trigram, for a test too
-            if not len(sides[side]):
+            if not sides[side]:
                 raise MisconfigurationException(
-                    f"data.train {self.train:g} and data.val {self.val:g} leave nothing of {n_words:,} words for the "
-                    f"split {side}: make them smaller, or give more text"
+                    f"data.train {self.train:g} and data.val {self.val:g} leave nothing of {len(self.text.ids):,} words"
+                    f" for the split {side}: make them smaller, or give more text"
                 )
 
     def train_dataloader(self) -> DataLoader:
@@ -278,31 +248,22 @@ class BengioNLMDataModule(ExperimentDataModule):
         first = self.n - 1  # position of the first word with a whole context
         n = len(self.sides["train"]) - first
         order = shuffled(n, self.seed)
-        return self.training_loader(self._windows, n, lambda epoch: order(epoch) + first)
+        return self.training_loader(NGramWindows(self.text.ids, self.n), n, lambda epoch: order(epoch) + first)
 
     def val_dataloader(self) -> DataLoader:
         """Return the words of the validation split."""
-        return self._all("val")
+        return self._split("val")
 
     def test_dataloader(self) -> DataLoader:
         """Return the words of the test split."""
-        return self._all("test")
+        return self._split("test")
 
-    @property
-    def _windows(self) -> "NGramWindows":
-        return NGramWindows(self.text.ids, self.n)
-
-    def _all(self, side: str) -> DataLoader:
-        return self.evaluation_loader(self._windows, torch.tensor(self.sides[side]))
+    def _split(self, side: str) -> DataLoader:
+        return self.evaluation_loader(NGramWindows(self.text.ids, self.n), torch.tensor(self.sides[side]))
 
 
 class NGramWindows(Dataset):
-    """The windows of n words in a text, by the positions of their last words.
-
-    Args:
-        ids: Word ids of the text, (N,) integers.
-        n: Words in a window.
-    """
+    """The windows of n words in a text of word ids (N,), by the positions of their last words."""
 
     def __init__(self, ids: np.ndarray, n: int) -> None:
         self.ids = torch.from_numpy(ids)

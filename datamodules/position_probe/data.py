@@ -1,5 +1,7 @@
 """Pairs of positions for probing a position matrix and its controls, with whole blocks of positions held out."""
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -114,9 +116,7 @@ class PositionProbeDataModule(ExperimentDataModule):
         return self.evaluation_loader(self.val_pairs, torch.arange(len(self.val_pairs)))
 
     def text_windows(self) -> Tensor | None:
-        """Return the text in tokens of the model, in windows of a quarter of its positions: (N, T // 4) int64.
-
-        Return `None` without a text or without a model.
+        """Return windows of text in tokens of the model, (N, T // 4) int64; `None` without a text or a model.
 
         Raises:
             MisconfigurationException: If the text is shorter than a window.
@@ -138,33 +138,20 @@ class PositionProbeDataModule(ExperimentDataModule):
 
 
 def hold_out_blocks(n_positions: int, n_blocks: int, n_folds: int, rng: np.random.Generator) -> np.ndarray:
-    """Return which positions each fold holds out, (n_folds + 1, n_positions) bool.
-
-    Args:
-        n_positions: Number of positions.
-        n_blocks: Blocks that they are cut into.
-        n_folds: Folds that hold out blocks between the first and the last; one further fold holds out the last fifth.
-        rng: Generator for the assignment of the blocks.
-    """
+    """Return which positions each fold holds out, (n_folds + 1, n_positions) bool; see `PositionProbeDataModule`."""
     block = np.arange(n_positions) * n_blocks // n_positions  # (T,)
     interior = rng.permutation(np.arange(1, n_blocks - 1))
     interpolation = [np.isin(block, interior[fold::n_folds]) for fold in range(n_folds)]
     return np.stack([*interpolation, block >= n_blocks - max(1, n_blocks // 5)])
 
 
+@dataclass(eq=False)
 class PositionPairs(Dataset):
-    """Pairs of positions, and the side of each for each fold.
+    """Pairs of positions, and the side of each for each fold."""
 
-    Args:
-        codes: i T + j for each pair (i, j), (n,) int64.
-        counts_as_seen: The pairs that have the side `SEEN` where a fold trains on both positions, (T, T) bool.
-        held_out: The positions that each fold holds out, (folds, T) bool.
-    """
-
-    def __init__(self, codes: Tensor, counts_as_seen: Tensor, held_out: Tensor) -> None:
-        self.codes, self.counts_as_seen, self.held_out = codes, counts_as_seen, held_out
-        self.unseen = torch.full((len(held_out), 1), INTERPOLATION)
-        self.unseen[-1] = EXTRAPOLATION
+    codes: Tensor  # i T + j for each pair (i, j), (n,) int64
+    counts_as_seen: Tensor  # the pairs that have the side `SEEN` where a fold trains on both positions, (T, T) bool
+    held_out: Tensor  # the positions that each fold holds out, (folds, T) bool
 
     def __len__(self) -> int:
         return len(self.codes)
@@ -176,5 +163,6 @@ class PositionPairs(Dataset):
         held_first, held_second = self.held_out[:, first], self.held_out[:, second]  # (folds, B)
         is_seen = ~held_first & ~held_second & self.counts_as_seen[first, second]
         side = torch.where(is_seen, SEEN, NOT_COUNTED)
-        side = torch.where(held_first & held_second, self.unseen, side)
+        unseen = torch.tensor([*[INTERPOLATION] * (len(self.held_out) - 1), EXTRAPOLATION])[:, None]
+        side = torch.where(held_first & held_second, unseen, side)
         return {"pairs": torch.stack([first, second], dim=1), "side": side}

@@ -13,65 +13,44 @@ from datamodules.cache import cache_root, cached_array, digest
 from lightning_modules.common.hub import hub_answers
 
 INITIAL_STD = 0.02  # of the normal distribution of new embeddings in GPT-2, GPT-Neo, BERT and RoBERTa
-MADE = ("sinusoids", "gaussian")
 
 # For each type of model, how the names of its position embeddings and of its token embeddings end.
-_TENSORS = {
-    "gpt2": ("wpe.weight", "wte.weight"),
-    "gpt_neo": ("wpe.weight", "wte.weight"),
-    "bert": ("embeddings.position_embeddings.weight", "embeddings.word_embeddings.weight"),
-    "roberta": ("embeddings.position_embeddings.weight", "embeddings.word_embeddings.weight"),
-}
+_GPT = ("wpe.weight", "wte.weight")
+_BERT = ("embeddings.position_embeddings.weight", "embeddings.word_embeddings.weight")
+_TENSORS = {"gpt2": _GPT, "gpt_neo": _GPT, "bert": _BERT, "roberta": _BERT}
 _LARGEST_HEADER = 100_000_000  # bytes, the limit of the format
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
 class PositionMatrix:
-    """A position matrix, and what is known of its model.
+    """A position matrix, and what is known of its model, if it has one."""
 
-    Args:
-        rows: One row a position, in order, (T, d) float64.
-        tokens: The token embeddings, (V, d) float32; `None` without a model.
-        initial_std: Standard deviation of the rows before training.
-        model: Folder or hub name of the model, as `from_pretrained` takes it; `None` without a model.
-        model_type: Its type, such as `gpt2`; `None` without a model.
-    """
-
-    rows: np.ndarray
-    tokens: np.ndarray | None = None
-    initial_std: float = INITIAL_STD
-    model: str | None = None
-    model_type: str | None = None
+    rows: np.ndarray  # (T, d) float64, one row a position, in order
+    tokens: np.ndarray | None = None  # the token embeddings, (V, d) float32
+    initial_std: float = INITIAL_STD  # of the rows before training
+    model: str | None = None  # folder or hub name, as `from_pretrained` takes it
+    model_type: str | None = None  # such as `gpt2`
 
 
 def load_positions(source: str, n_positions: int | None = None, n_embd: int = 128, seed: int = 0) -> PositionMatrix:
-    """Return the position matrix of a source.
-
-    Args:
-        source: See `PositionProbeDataModule`.
-        n_positions: Rows to keep, from the first on; `None` for all. `sinusoids` and `gaussian` need it.
-        n_embd: Components of the rows of `sinusoids` and `gaussian`.
-        seed: Seed of `gaussian`.
+    """Return the position matrix of a source; see `PositionProbeDataModule` for the arguments.
 
     Raises:
         MisconfigurationException: If there is no such matrix, it has fewer rows, or its rows hold no positions.
     """
-    if source in MADE:
+    if source in ("sinusoids", "gaussian"):
         if n_positions is None:
             raise MisconfigurationException(f"data.n_positions is needed for data.source {source}: give a number")
-        made = sinusoids(n_positions, n_embd) if source == "sinusoids" else gaussian(n_positions, n_embd, seed)
-        matrix = PositionMatrix(made)
+        drawn = np.random.default_rng([seed, 0]).normal(0, INITIAL_STD, (n_positions, n_embd))
+        matrix = PositionMatrix(drawn if source == "gaussian" else sinusoids(n_positions, n_embd))
     elif source.endswith(".npy"):
         matrix = PositionMatrix(_read_array(Path(source).expanduser()))
     else:
         matrix = _read_model(source)
     rows = matrix.rows
     if rows.shape[1] < 3:
-        raise _unusable(
-            f"the rows of {source} have {rows.shape[1]} components, and the figures need 3: give a "
-            "matrix of the shape (positions, components)"
-        )
+        raise _unusable(f"the rows of {source} have {rows.shape[1]} components, the figures need 3: give wider rows")
     if not np.isfinite(rows).all():
         bad = int(np.flatnonzero(~np.isfinite(rows).all(axis=1))[0])
         raise _unusable(f"row {bad} of {source} has values that are not finite")
@@ -90,25 +69,9 @@ def _unusable(reason: str) -> MisconfigurationException:
 
 
 def sinusoids(n_positions: int, n_embd: int) -> np.ndarray:
-    """Return the sinusoids of Vaswani et al. (2017), with wavelengths from 2π to 10,000 times 2π, (T, d).
-
-    Args:
-        n_positions: Rows, T.
-        n_embd: Components, d; sines at even indices, cosines at odd ones.
-    """
+    """Return the sinusoids of Vaswani et al. (2017), (T, d): wavelengths from 2π to 10,000 times 2π, sines first."""
     angles = np.arange(n_positions)[:, None] * 10_000.0 ** (-np.arange(0, n_embd, 2) / n_embd)  # (T, d / 2)
     return np.stack([np.sin(angles), np.cos(angles)], axis=-1).reshape(n_positions, -1)[:, :n_embd]
-
-
-def gaussian(n_positions: int, n_embd: int, seed: int) -> np.ndarray:
-    """Return rows of independent normal numbers, like those of an untrained table, (T, d).
-
-    Args:
-        n_positions: Rows, T.
-        n_embd: Components, d.
-        seed: Seed of the numbers.
-    """
-    return np.random.default_rng([seed, 0]).normal(0, INITIAL_STD, (n_positions, n_embd))
 
 
 def controls(matrix: PositionMatrix, seed: int) -> dict[str, np.ndarray]:
@@ -118,10 +81,6 @@ def controls(matrix: PositionMatrix, seed: int) -> dict[str, np.ndarray]:
     - `gaussian`: independent normal numbers, each component with its mean and standard deviation in the matrix.
     - `sinusoids`: those of Vaswani et al. (2017), in which probes are known to find the position.
     - `initialization`: normal numbers like those that the training started from.
-
-    Args:
-        matrix: The matrix.
-        seed: Seed of the random numbers.
     """
     rows, rng = matrix.rows, np.random.default_rng([seed, 1])
     return {
@@ -138,13 +97,11 @@ def _read_array(path: Path) -> np.ndarray:
     try:
         array = np.load(path, allow_pickle=False)  # loading an array of objects can run code
     except (ValueError, EOFError, OSError) as error:
-        raise _unusable(
-            f"{path} could not be read as an array of numbers ({error}): save one with numpy.save"
-        ) from error
+        raise _unusable(f"{path} could not be read as an array of numbers ({error}): use numpy.save") from error
     if array.ndim != 2 or not np.issubdtype(array.dtype, np.floating):
         raise _unusable(
-            f"{path} holds {array.dtype} of the shape {array.shape}: a position matrix has floating-point "
-            "numbers of the shape (positions, components)"
+            f"{path} holds {array.dtype} of the shape {array.shape}: a position matrix has floating-point numbers of "
+            "the shape (positions, components)"
         )
     return array.astype(np.float64)
 
@@ -184,10 +141,7 @@ def _folder_of(source: str) -> Path | None:
         if (folder / "config.json").is_file():
             return folder
     if path.is_dir():
-        raise _unusable(
-            f"{source} holds neither a config.json nor a model/ with one: give the folder of a model, or "
-            "of a finished run"
-        )
+        raise _unusable(f"{source} holds neither a config.json nor a model/ with one: give a model, or a finished run")
     if source.startswith((".", "/", "~")) or source.count("/") > 1:
         advice = "give the folder of a model, a .npy, or a name on the hub"
         if "runs" in path.parts[:-2]:
@@ -227,14 +181,10 @@ def _find_tensor(source: str, folder: Path | None, ending: str) -> np.ndarray:
 
 
 def read_tensor(file: str, ending: str) -> np.ndarray:
-    """Return one tensor of a local or remote safetensors file as float32, without reading the others.
+    """Return the tensor with this ending of a safetensors file or its URL as float32, without reading the others.
 
     The file begins with the length of its header in eight bytes, and the header, which has the offsets of each tensor
     (https://huggingface.co/docs/safetensors).
-
-    Args:
-        file: Path, or URL that fsspec understands.
-        ending: Last parts of the name of the tensor, between dots.
 
     Raises:
         MisconfigurationException: If there is no such tensor, or the file is damaged.
@@ -247,9 +197,7 @@ def read_tensor(file: str, ending: str) -> np.ndarray:
             header = json.loads(opened.read(header_size))
             found = next((entry for name, entry in header.items() if _ends(name, ending)), None)
             if found is None:
-                raise MisconfigurationException(
-                    f"data.source: {file} has no tensor {ending}; give a model of this type"
-                )
+                raise _unusable(f"{file} has no tensor {ending}; give a model of this type")
             start, end = found["data_offsets"]
             opened.seek(8 + header_size + start)
             data = bytearray(opened.read(end - start))

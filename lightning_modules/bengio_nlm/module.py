@@ -15,11 +15,12 @@ from lightning_modules.bengio_nlm.network import BengioNLM
 from lightning_modules.bengio_nlm.trigram import N_GROUPS, InterpolatedTrigram, fit_mixture
 from lightning_modules.common.ranges import NonNegativeInt, PositiveInt, Probability
 from lightning_modules.metrics import SplitMetric
+from lightning_modules.runtime.private_names import KeepsBufferDtypes
 
 Batch = dict[str, Tensor]
 
 
-class BengioNLMModule(ExperimentModule):
+class BengioNLMModule(KeepsBufferDtypes, ExperimentModule):
     """The network `BengioNLM`, trained to predict the next word (Bengio et al., 2003).
 
     An interpolated trigram is fitted when a run starts: its frequencies to the training text, its weights by EM to the
@@ -62,20 +63,17 @@ class BengioNLMModule(ExperimentModule):
         self.require_linked(vocab_size=vocab_size, block_size=block_size)
         assert vocab_size is not None
         assert block_size is not None
-        try:
-            self.network = BengioNLM(vocab_size, block_size + 1, h, m, direct, dropout, hidden_dropout, word_dropout)
-        except ValueError as error:
-            raise MisconfigurationException(f"model: {error}") from error
+        if h == 0 and not direct:
+            raise MisconfigurationException(
+                "model: h is 0 and direct is false: nothing connects the words to the output"
+            )
+        self.network = BengioNLM(vocab_size, block_size + 1, h, m, direct, dropout, hidden_dropout, word_dropout)
         self.mix = mix
         self.register_buffer("mixture", torch.full((N_GROUPS, 2), 0.5, dtype=torch.float64))  # network, trigram
         self.track(Likelihoods())
 
     def setup(self, stage: str) -> None:
-        """Fit the trigram, and initialise the bias of a new network with the frequencies of the words.
-
-        Raises:
-            MisconfigurationException: If the text is too short for a trigram, or the vocabulary too large.
-        """
+        """Fit the trigram, and initialise the bias of a new network with the frequencies of the words."""
         data = self.data
         ids, sides = data.text.ids, data.sides
         try:

@@ -21,20 +21,11 @@ from lightning_modules.models.linear_cross_entropy import LinearCrossEntropy
 
 
 class BengioNLM(nn.Module):
-    """The network; its parameters have the names of the paper.
+    """The network of |V| words; its parameters have the names of the paper.
 
-    Args:
-        vocab_size: Number of words, |V|.
-        n: Words in a window, including the predicted one; at least 2.
-        h: Hidden units; 0 for none.
-        m: Features a word, the length of a row of C.
-        direct: Whether there are direct connections W.
-        dropout: Probability of dropping a component of x.
-        hidden_dropout: Probability of dropping a hidden unit.
-        word_dropout: Probability of dropping a word of the context.
-
-    Raises:
-        ValueError: If there are neither hidden units nor direct connections.
+    Windows have n words, including the predicted one; a word has m features. There are h hidden units, and direct
+    connections W if `direct` is true. In training, `dropout` is the probability of dropping a component of x,
+    `hidden_dropout` a hidden unit, and `word_dropout` all features of a word of the context.
     """
 
     def __init__(
@@ -49,8 +40,6 @@ class BengioNLM(nn.Module):
         word_dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        if h == 0 and not direct:
-            raise ValueError("h is 0 and direct is false: nothing connects the words to the output; set one of them")
         self.dropout, self.hidden_dropout, self.word_dropout = dropout, hidden_dropout, word_dropout
         width = (n - 1) * m
         self.C = nn.Parameter(0.1 * torch.randn(vocab_size, m))
@@ -62,11 +51,7 @@ class BengioNLM(nn.Module):
         self._cross_entropy = LinearCrossEntropy()
 
     def features(self, context: Tensor) -> Tensor:
-        """Return x, the concatenated features of the words before, (B, (n - 1) m).
-
-        Args:
-            context: Words before, the nearest first, (B, n - 1).
-        """
+        """Return x, (B, (n - 1) m), the concatenated features of the words before, (B, n - 1), the nearest first."""
         x = F.embedding(context, self.C)  # (B, n - 1, m)
         if self.training and self.word_dropout:
             x = x * (torch.rand(x.shape[:2], device=x.device) >= self.word_dropout)[..., None]
@@ -77,11 +62,7 @@ class BengioNLM(nn.Module):
         return F.dropout(torch.tanh(F.linear(x, self.H, self.d)), self.hidden_dropout, self.training)
 
     def forward(self, context: Tensor) -> Tensor:
-        """Return y, the scores of the next word, (B, V).
-
-        Args:
-            context: Words before, the nearest first, (B, n - 1).
-        """
+        """Return y, the scores of the next word, (B, V), for the words before, (B, n - 1), the nearest first."""
         x = self.features(context)
         y = self.b
         if self.W is not None:
@@ -91,12 +72,7 @@ class BengioNLM(nn.Module):
         return y
 
     def loss(self, context: Tensor, targets: Tensor) -> Tensor:
-        """Return the mean of -log P(w_t | context) in nats: the cross entropy of `forward`, computed in less time.
-
-        Args:
-            context: Words before, the nearest first, (B, n - 1).
-            targets: Words to predict, (B,).
-        """
+        """Return the mean of -log P(w_t | context) in nats: the cross entropy of `forward`, computed in less time."""
         x = self.features(context)
         terms = [(x.new_ones(len(x), 1), self.b[:, None])]  # b is the weight of an input that is always 1
         if self.W is not None:

@@ -17,17 +17,13 @@ N_GROUPS = 45  # groups of histories by the logarithm of their frequency: enough
 def fit_mixture(
     probabilities: np.ndarray, groups: np.ndarray, n_groups: int, tolerance: float = 1e-7, max_steps: int = 200
 ) -> np.ndarray:
-    """Return the weights of a mixture of models that maximise the likelihood, by EM (Dempster, Laird and Rubin, 1977).
+    """Return the weights (G, K) of a mixture that maximise the likelihood, by EM (Dempster, Laird and Rubin, 1977).
 
     Args:
         probabilities: Probability of each of N observations by each of K models, (N, K); positive for at least one.
         groups: Group of each observation, (N,) integers below `n_groups`; each group has its own weights.
         n_groups: Number of groups, G. A group without observations has the weights of all observations together.
         tolerance: EM stops when a step gains less than this, in nats an observation.
-        max_steps: Largest number of steps.
-
-    Returns:
-        The weights, (G, K); each row sums to one.
     """
     n_models = probabilities.shape[1]
     sizes = np.bincount(groups, minlength=n_groups)[:, None]  # (G, 1)
@@ -48,14 +44,7 @@ def fit_mixture(
 
 
 class InterpolatedTrigram:
-    """Relative frequencies of n-grams of up to three words, and the weights of their mixture.
-
-    Attributes:
-        weights: Weights of the uniform distribution, unigram, bigram and trigram for each group of histories, (G, 4).
-
-    Args:
-        tokens: Ids of the training text, (N,); at least three.
-        vocab_size: Number of words, V.
+    """Relative frequencies of n-grams of up to three words in a text of ids (N,), and the weights of their mixture.
 
     Raises:
         ValueError: If the text is shorter than a trigram, or the vocabulary too large for the keys.
@@ -76,16 +65,13 @@ class InterpolatedTrigram:
         self.trigrams = _Counts(pairs[:-1] * vocab_size + tokens[2:])
         self.bigram_histories = np.bincount(tokens[:-1], minlength=vocab_size)  # occurrences before another word
         self.trigram_histories = _Counts(pairs[:-1])
-        self.weights = np.full((N_GROUPS, 4), 0.25)
+        self.weights = np.full((N_GROUPS, 4), 0.25)  # of the uniform distribution, unigram, bigram and trigram
 
     def components(self, histories: np.ndarray, targets: np.ndarray) -> np.ndarray:
         """Return the four probabilities of each target: uniform, unigram, bigram, trigram, (N, 4).
 
         After an unknown history, the n-gram has the probability of the next shorter one, so that each sums to one.
-
-        Args:
-            histories: The two words before each target, the nearer one first, (N, 2).
-            targets: Ids, (N,).
+        `histories` are the two words before each target, the nearer one first, (N, 2); `targets` are (N,).
         """
         near, far = histories[:, 0].astype(np.int64), histories[:, 1].astype(np.int64)
         pair = far * self.vocab_size + near

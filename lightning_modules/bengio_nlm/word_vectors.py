@@ -3,6 +3,7 @@
 import difflib
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import numpy as np
@@ -41,17 +42,10 @@ class WordVectors(L.Callback):
     def __init__(
         self, words: list[str], n_neighbours: PositiveInt = 8, n_drawn: ThreeOrMore = 250, skip: NonNegativeInt = 20
     ) -> None:
-        self.words = words
-        self.n_neighbours = n_neighbours
-        self.n_drawn = n_drawn
-        self.skip = skip
+        self.words, self.n_neighbours, self.n_drawn, self.skip = words, n_neighbours, n_drawn, skip
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Check that the vocabulary has the words.
-
-        Raises:
-            MisconfigurationException: If it lacks one.
-        """
+        """Check that the vocabulary has the words."""
         known = pl_module.data.text.words
         for word in self.words:
             if word not in known:
@@ -67,16 +61,12 @@ class WordVectors(L.Callback):
             return
         known = pl_module.data.text.words
         found = nearest(pl_module.word_vectors, [known.index(word) for word in self.words], self.n_neighbours)
+        lines, rows = [], []
+        for word, neighbours in zip(self.words, found, strict=True):
+            lines.append(f"- **{word}**: " + ", ".join(f"{known[i]} {cosine:.2f}" for i, cosine in neighbours) + "\n")
+            rows += [[trainer.global_step, word, known[i], cosine] for i, cosine in neighbours]
         with (Path(trainer.default_root_dir) / "neighbours.md").open("a", encoding="utf-8") as file:
-            file.write(f"## Step {trainer.global_step}\n\n")
-            for word, neighbours in zip(self.words, found, strict=True):
-                file.write(f"- **{word}**: " + ", ".join(f"{known[i]} {cos:.2f}" for i, cos in neighbours) + "\n")
-            file.write("\n")
-        rows = [
-            [trainer.global_step, word, known[i], cos]
-            for word, neighbours in zip(self.words, found, strict=True)
-            for i, cos in neighbours
-        ]
+            file.write(f"## Step {trainer.global_step}\n\n{''.join(lines)}\n")
         show_table(trainer, "neighbours", ["step", "word", "neighbour", "cosine"], rows)
 
     @rank_zero_only
@@ -93,25 +83,16 @@ class WordVectors(L.Callback):
         file = folder / "word_vectors.txt"
         write_text(file, to_word2vec(words, vectors.detach().cpu().numpy()))
         last = min(self.skip + self.n_drawn, len(words))
-        figures = [
-            draw_word_vectors(file, folder / "figures" / f"word_vectors_{method}.png", method, self.skip, last)
-            for method in ("pca", "tsne")
-            if last - self.skip >= 3
-        ]
-        show_figures(trainer, figures)
+        for method in ("pca", "tsne") if last - self.skip >= 3 else ():
+            figure = folder / "figures" / f"word_vectors_{method}.png"
+            show_figures(trainer, [draw_word_vectors(file, figure, method, self.skip, last)])
         rows = ([w, *v] for w, v in zip(words[:_TABLE_ROWS], vectors[:_TABLE_ROWS].tolist(), strict=True))
         show_table(trainer, "word_vectors", ["word", *(f"feature {k}" for k in range(vectors.shape[1]))], rows)
 
 
 @torch.no_grad()
 def nearest(vectors: torch.Tensor, words: list[int], k: int) -> list[list[tuple[int, float]]]:
-    """Return for each word the k others with the largest cosine to it, the nearest first: index and cosine.
-
-    Args:
-        vectors: All word vectors, (V, m).
-        words: Indices of the words, below V.
-        k: Neighbours a word; there are fewer in a smaller vocabulary.
-    """
+    """Return index and cosine of the k vectors of (V, m) with the largest cosine to each word, the nearest first."""
     unit = torch.nn.functional.normalize(vectors.float(), dim=1)
     cosines = unit[words] @ unit.T  # (W, V)
     cosines[torch.arange(len(words)), words] = -torch.inf
@@ -120,12 +101,7 @@ def nearest(vectors: torch.Tensor, words: list[int], k: int) -> list[list[tuple[
 
 
 def to_word2vec(words: Iterable[str], vectors: np.ndarray) -> str:
-    """Return word vectors in the text format of word2vec: a line with V and m, then a line a word with its vector.
-
-    Args:
-        words: V words.
-        vectors: (V, m).
-    """
+    """Return vectors (V, m) in the text format of word2vec: a line with V and m, then a line a word with its vector."""
     lines = [f"{len(vectors)} {vectors.shape[1]}"]
     lines += [f"{word} " + " ".join(f"{x:.6g}" for x in row) for word, row in zip(words, vectors, strict=True)]
     return "".join(f"{line}\n" for line in lines)
@@ -139,15 +115,10 @@ def read_word2vec(file: Path) -> tuple[list[str], np.ndarray]:
 
 
 def draw_word_vectors(word_vectors_txt: Path, figure: Path, method: str, first: int, last: int) -> Path:
-    """Draw words at the places of their vectors in two dimensions, and return the file.
+    """Draw the words from `first` to before `last`, by frequency, in two dimensions, and return the file.
 
-    Args:
-        word_vectors_txt: `word_vectors.txt` of a run.
-        figure: PNG file to create or replace.
-        method: `pca`: the two directions in which the vectors vary most. `tsne`: a map that keeps neighbours together,
-            and on which large distances mean little (van der Maaten and Hinton, 2008).
-        first: Index of the first word to draw, by frequency.
-        last: Index after the last word.
+    The method `pca` shows the two directions in which the vectors vary most. `tsne` keeps neighbours together, and its
+    large distances mean little (van der Maaten and Hinton, 2008).
     """
     from sklearn.decomposition import PCA
     from sklearn.manifold import TSNE
@@ -166,12 +137,9 @@ def draw_word_vectors(word_vectors_txt: Path, figure: Path, method: str, first: 
     drawing = new_figure(11, 8)
     axes = drawing.add_subplot()
     axes.scatter(places[:, 0], places[:, 1], s=4, color="tab:orange", linewidths=0)
+    style: dict[str, Any] = {"fontsize": 8, "ha": "center", "textcoords": "offset points", "xytext": (0, 2)}
     for word, place in zip(words, places, strict=True):
-        axes.annotate(
-            word.replace("$", r"\$"), place, fontsize=8, ha="center", textcoords="offset points", xytext=(0, 2)
-        )
+        axes.annotate(word.replace("$", r"\$"), place, **style)
     axes.set_title(title, fontsize=10)
-    axes.set_xticks([])
-    axes.set_yticks([])
-    axes.spines[:].set_visible(False)
+    axes.set_axis_off()
     return save_figure(drawing, figure)

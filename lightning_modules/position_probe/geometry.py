@@ -3,16 +3,12 @@
 A position matrix has one row for each position, (T, d). The functions measure how the similarity of two rows depends
 on the distance of their positions, and along which directions and frequencies the rows vary.
 
-    similarity by distance  are the rows of near positions similar, and does the distance alone determine how similar?
-    three properties        translation invariance, monotonicity and symmetry of the inner products x_i · x_j
-    spectrum                in how many directions the rows vary, and with which period along the positions
-
-The properties are those of Wang et al., "On Position Embeddings in BERT" (2021),
-https://openreview.net/forum?id=onxoVA9FxMw. The paper states them as equations, and measures them on the attention of
-a model. The degrees to which they hold for a matrix alone are defined here.
+Translation invariance, monotonicity and symmetry are the properties of Wang et al., "On Position Embeddings in BERT"
+(2021), https://openreview.net/forum?id=onxoVA9FxMw. The paper states them as equations, and measures them on the
+attention of a model. The degrees to which they hold for a matrix alone are defined here.
 
 Arguments: `rows` (T, d); `proximity` (T, T), the similarities of any two positions; `columns` (T, n), which vary along
-the positions.
+the positions. SciPy is imported where it is used, because it is slow to import.
 """
 
 import numpy as np
@@ -33,12 +29,17 @@ def by_distance(proximity: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.array([d.mean() for d in diagonals]), np.array([d.std() for d in diagonals])
 
 
+def _pairs(proximity: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return proximity and distance of every pair of positions, (T (T - 1) / 2,) each."""
+    first, second = np.triu_indices(len(proximity), 1)
+    return proximity[first, second], second - first
+
+
 def distance_correlation(proximity: np.ndarray) -> float:
     """Return Spearman's rank correlation of proximity and distance over all pairs; -1 where nearer is more similar."""
-    from scipy.stats import spearmanr  # imported where it is used: it is slow to import
+    from scipy.stats import spearmanr
 
-    first, second = np.triu_indices(len(proximity), 1)
-    return float(spearmanr(proximity[first, second], second - first).statistic)
+    return float(spearmanr(*_pairs(proximity)).statistic)
 
 
 def band_width(proximity: np.ndarray) -> float:
@@ -53,10 +54,9 @@ def toeplitz_fit(proximity: np.ndarray) -> float:
     The nearest matrix that is constant along each diagonal has the mean of the diagonal there. The main diagonal is
     left out. For rows without order the value is about 2 / T, because T - 1 means are fitted.
     """
-    mean, _ = by_distance(proximity)
-    first, second = np.triu_indices(len(proximity), 1)
-    residual = proximity[first, second] - mean[second - first - 1]
-    return float(1 - residual.var() / proximity[first, second].var())
+    values, distances = _pairs(proximity)
+    residual = values - by_distance(proximity)[0][distances - 1]
+    return float(1 - residual.var() / values.var())
 
 
 def translation_invariance(proximity: np.ndarray) -> float:
@@ -65,17 +65,14 @@ def translation_invariance(proximity: np.ndarray) -> float:
     Every offset m with more than one pair has the same weight. The value is about 0 for rows without order.
     """
     along = [np.diagonal(proximity, offset).var(ddof=1) for offset in range(1, len(proximity) - 1)]
-    return float(1 - np.mean(along) / proximity[np.triu_indices(len(proximity), 1)].var(ddof=1))
+    return float(1 - np.mean(along) / _pairs(proximity)[0].var(ddof=1))
 
 
 def monotonicity(proximity: np.ndarray, reach: int | None = None) -> float:
     """Return how often the nearer of two positions on the same side of a third is the more similar one, a share.
 
-    The value is 1 where φ(x, x + m) falls with every step of m, and about 1/2 for rows without order.
-
-    Args:
-        proximity: (T, T).
-        reach: Largest offset, for local monotonicity; `None` for all.
+    The value is 1 where φ(x, x + m) falls with every step of m, and about 1/2 for rows without order. `reach` is the
+    largest offset, for local monotonicity.
     """
     right, total = 0, 0
     for x in range(len(proximity)):
@@ -97,16 +94,11 @@ def symmetry(proximity: np.ndarray) -> float:
     for x in range(1, len(proximity) - 1):
         reach = min(x, len(proximity) - 1 - x)
         differences.append(proximity[x, x + 1 : x + 1 + reach] - proximity[x, x - reach : x][::-1])
-    variance = proximity[np.triu_indices(len(proximity), 1)].var()
-    return float(1 - np.mean(np.concatenate(differences) ** 2) / (2 * variance))
+    return float(1 - np.mean(np.concatenate(differences) ** 2) / (2 * _pairs(proximity)[0].var()))
 
 
 def principal_components(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return the principal components of the rows about their mean.
-
-    Returns:
-        The coordinates of the rows (T, r), the share of the variance of each component (r,), its direction (r, d).
-    """
+    """Return coordinates (T, r), shares of the variance (r,) and directions (r, d) of the principal components."""
     u, s, directions = np.linalg.svd(rows - rows.mean(axis=0), full_matrices=False)
     return u * s, s**2 / np.sum(s**2), directions
 
@@ -116,9 +108,9 @@ def effective_rank(rows: np.ndarray) -> float:
 
     It is exp(-Σ p log p), where p are the singular values about the mean divided by their sum: k for k equal ones.
     """
-    s = np.linalg.svd(rows - rows.mean(axis=0), compute_uv=False)
-    p = s[s > 0] / s.sum()
-    return float(np.exp(-np.sum(p * np.log(p))))
+    from scipy.stats import entropy
+
+    return float(np.exp(entropy(np.linalg.svd(rows - rows.mean(axis=0), compute_uv=False))))
 
 
 def power_spectrum(columns: np.ndarray) -> np.ndarray:
@@ -137,14 +129,10 @@ def dominant_frequencies(columns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def subspace_angle(rows: np.ndarray, others: np.ndarray, n_components: int = 10) -> float:
-    """Return the mean principal angle, in degrees, between the directions in which two sets of rows vary most.
+    """Return the mean principal angle, in degrees, between the directions in which (T, d) and (V, d) rows vary most.
 
-    It is 90 where the two sets share no direction, 0 where they vary in the same ones.
-
-    Args:
-        rows: (T, d).
-        others: (V, d); V may be large.
-        n_components: Leading principal components of each set, which span its subspace.
+    It is 90 where the two sets share no direction, 0 where they vary in the same ones. The directions are the leading
+    `n_components` principal components of each set.
     """
     from scipy.linalg import subspace_angles
 
@@ -155,12 +143,7 @@ def subspace_angle(rows: np.ndarray, others: np.ndarray, n_components: int = 10)
 
 
 def measures(rows: np.ndarray, tokens: np.ndarray | None = None) -> dict[str, float]:
-    """Return all measures by name.
-
-    Args:
-        rows: A position matrix, (T, d).
-        tokens: The token embeddings of the same model, (V, d); `None` leaves out `token_angle`.
-    """
+    """Return all measures by name; `token_angle` needs the token embeddings of the same model, (V, d)."""
     cosine, inner = cosine_similarity(rows), rows @ rows.T
     scores, variance, _ = principal_components(rows)
     frequencies, power = dominant_frequencies(scores[:, :1])

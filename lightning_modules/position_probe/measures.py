@@ -11,24 +11,18 @@ REAL, RANDOM_LABELS = 0, 1  # indices among the cases of the data
 
 
 class ProbeMeasures(SplitMetric):
-    """Scores and errors of the probes on the pairs of each side, over all processes.
-
-    Args:
-        n_cases: Tables, C.
-        n_folds: Folds, F.
-        n_positions: Positions, T.
-    """
+    """Scores and errors of the probes on the pairs of each side, of C tables, F folds and T positions."""
 
     def __init__(self, n_cases: int, n_folds: int, n_positions: int) -> None:
         super().__init__()
-        S, C, K = len(SIDES), n_cases, len(TARGETS)  # noqa: N806
+        S, C, F, T, K = len(SIDES), n_cases, n_folds, n_positions, len(TARGETS)  # noqa: N806
         shapes: dict[str, tuple[int, ...]] = {
-            "count": (S, n_folds),
-            "level": (S, n_folds, C, K),  # sum of the targets
-            "square": (S, n_folds, C, K),  # sum of their squares
-            "squared_error": (S, n_folds, C, K),
-            "error_at": (S, n_positions, C, K),  # sum of the absolute errors by distance; of the mistakes for the order
-            "count_at": (S, n_positions),
+            "count": (S, F),
+            "level": (S, F, C, K),  # sum of the targets
+            "square": (S, F, C, K),  # sum of their squares
+            "squared_error": (S, F, C, K),
+            "error_at": (S, T, C, K),  # sum of the absolute errors by distance; of the mistakes for the order
+            "count_at": (S, T),
             "loss": (S, C, K),
         }
         for name, shape in shapes.items():
@@ -47,11 +41,8 @@ class ProbeMeasures(SplitMetric):
         error = (predictions - targets).abs()
         error[..., ORDER] = ((predictions[..., ORDER] > 0) != (targets[..., ORDER] > 0.5)).to(error)
         distance = (pairs[:, 0] - pairs[:, 1]).abs()
-        values = {
-            "level": targets.expand_as(error),
-            "square": (targets**2).expand_as(error),
-            "squared_error": error**2,
-        }
+        targets = targets.expand_as(error)
+        values = {"level": targets, "square": targets**2, "squared_error": error**2}
         for s in range(len(SIDES)):
             counts = (side == s).double()  # (F, B)
             self.count[s] += counts.sum(dim=1)

@@ -10,7 +10,7 @@ from torch import Tensor
 from lightning_modules.base import ExperimentModule
 from lightning_modules.common.ranges import PositiveInt
 from lightning_modules.position_probe.measures import RANDOM_LABELS, REAL, SIDES, ProbeMeasures
-from lightning_modules.position_probe.probes import ORDER, TARGETS, build_probes, standardized, targets_of
+from lightning_modules.position_probe.probes import ORDER, PROBES, TARGETS, standardized, targets_of
 
 Batch = dict[str, Tensor]
 
@@ -18,11 +18,8 @@ Batch = dict[str, Tensor]
 class PositionProbeModule(ExperimentModule):
     """Probes of a position matrix and of its controls, all trained at once.
 
-    There is one probe for each case (the matrix, and each control), each fold and each target. No two of them share a
-    parameter.
-
-    The module reads `cases`, `rows`, `labels` and `held_out` of the data when a run begins; they are documented in
-    `PositionProbeDataModule`.
+    There is one probe for each case (the matrix, and each control), each fold and each target. The module reads
+    `cases`, `rows`, `labels` and `held_out` of the data; see `PositionProbeDataModule`.
 
     Args:
         probe: `linear`, `bilinear` or `mlp`.
@@ -51,18 +48,12 @@ class PositionProbeModule(ExperimentModule):
             "scale": torch.stack(scale).view(n_cases, n_folds, 1, -1),
         }.items():
             self.register_buffer(name, tensor, persistent=False)
-        self.probes = build_probes(self.hparams.probe, len(rows), data.rows.size(-1), len(TARGETS), self.hparams.width)
+        probes = PROBES[self.hparams.probe]
+        self.probes = probes(len(rows), data.rows.size(-1), len(TARGETS), self.hparams.width)
         self.track(ProbeMeasures(n_cases, n_folds, n_positions))
 
     def forward(self, pairs: Tensor) -> Tensor:
-        """Return what each probe predicts of each pair, scaled as in training; logits for the order.
-
-        Args:
-            pairs: Positions, (B, 2).
-
-        Returns:
-            (C, F, B, K).
-        """
+        """Return the predictions for pairs (B, 2), (C, F, B, K), scaled as in training; logits for the order."""
         outputs = self.probes(self.rows, pairs[:, 0], pairs[:, 1])  # (C F, B, K)
         return outputs.unflatten(0, self.centre.shape[:2])
 
@@ -82,17 +73,13 @@ class PositionProbeModule(ExperimentModule):
         metrics.update(batch["pairs"], batch["side"], losses, outputs * self.scale + self.centre, targets)
 
     def _losses(self, pairs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the losses and the outputs, (C, F, B, K) each, and the targets, (C, 1, B, K).
-
-        The loss of the order is the cross entropy, that of the other targets the squared error.
-        """
+        """Return squared errors (cross entropy for the order) and outputs, (C, F, B, K), and targets, (C, 1, B, K)."""
         outputs = self(pairs).float()
         targets = targets_of(self.labels[:, pairs[:, 0]], self.labels[:, pairs[:, 1]])[:, None]
         scaled = (targets - self.centre) / self.scale  # (C, F, B, K)
         losses = (outputs - scaled) ** 2
         order = F.binary_cross_entropy_with_logits(outputs[..., ORDER], scaled[..., ORDER], reduction="none")
-        losses = torch.cat([losses[..., :ORDER], order[..., None], losses[..., ORDER + 1 :]], dim=-1)
-        return losses, outputs, targets
+        return losses.select_scatter(order, -1, ORDER), outputs, targets
 
     def evaluation_results(self, metrics: ProbeMeasures, split: str) -> Mapping[str, Tensor]:
         """Return `loss`, and scores and selectivities such as `interpolation/order_accuracy`.
@@ -119,10 +106,7 @@ class PositionProbeModule(ExperimentModule):
 
 
 def _mean_and_scale(labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Return mean and standard deviation of each target over all pairs of different positions, (K,) each.
-
-    The order is a class, which is not scaled.
-    """
+    """Return mean and standard deviation of each target over all pairs, (K,) each; 0 and 1 for the order, a class."""
     first, second = torch.meshgrid(labels, labels, indexing="ij")
     targets = targets_of(first, second)[~torch.eye(len(labels), dtype=torch.bool)].double()
     mean, scale = targets.mean(dim=0), targets.std(dim=0)

@@ -7,8 +7,7 @@ A probe reads the rows x_i and x_j of two positions and predicts one of four tar
     mlp         y = w · relu(A x_i + B x_j + c) + e                              width hidden units
 
 Many probes train at once, in one stack of matrices: one for each table of rows, fold and target. They share no
-parameter, so the gradient of the sum of their losses is the gradient of each. A stack learns exactly what its probes
-would learn one by one, at the cost of a few large products instead of hundreds of small ones.
+parameter, so a stack learns exactly what its probes would learn one by one, in a few large products.
 
 Papers: Alain and Bengio, "Understanding Intermediate Layers Using Linear Classifier Probes" (2016),
 https://arxiv.org/abs/1610.01644; Hewitt and Liang, "Designing and Interpreting Probes with Control Tasks" (2019),
@@ -25,33 +24,18 @@ ORDER = TARGETS.index("order")  # a class: whether the first of the two comes fi
 
 
 def targets_of(first: Tensor, second: Tensor) -> Tensor:
-    """Return the targets for two positions i and j: i, whether i < j, j - i and |j - i|.
-
-    Args:
-        first: Positions i, (...).
-        second: Positions j, (...).
-
-    Returns:
-        (..., 4) float32, in the order of `TARGETS`.
-    """
+    """Return `TARGETS` of positions i and j (...): i, whether i < j, j - i and |j - i|, (..., 4) float32."""
     difference = second - first
     return torch.stack([first, difference > 0, difference, difference.abs()], dim=-1).float()
 
 
 def standardized(rows: Tensor, seen: Tensor) -> Tensor:
-    """Return rows with mean 0 and variance 1 in each component over the rows that a probe trains on.
+    """Return rows (T, d) with mean 0 and variance 1 in each component over the rows that a probe trains on, (T,) bool.
 
     All are then divided by one number, so that the largest singular value of these n rows is √n. The loss of a linear
     probe then has the same curvature in its steepest direction for every table, and one learning rate suits a table and
     all of its controls. Components keep their relative size: gradient descent from zero first finds the directions of
     large variance, along which neighbouring rows are similar.
-
-    Args:
-        rows: A table of positions, (T, d).
-        seen: Which rows the probe trains on, (T,) bool.
-
-    Returns:
-        (T, d) float32.
     """
     known = rows[seen].double()
     deviation = known.std(dim=0, correction=0)
@@ -61,42 +45,25 @@ def standardized(rows: Tensor, seen: Tensor) -> Tensor:
 
 
 class LinearProbes(nn.Module):
-    """Probes y = a · x_i + b · x_j + c for a stack of G tables and K targets.
+    """Probes y = a · x_i + b · x_j + c for a stack of G tables of rows (T, d) and K targets.
 
-    Args:
-        n_tables: Number of tables G.
-        n_embd: Components of a row, d.
-        n_targets: Targets, K.
+    `width` is the rank W of the bilinear form, or the hidden units of the mlp; the linear probe has none.
     """
 
-    def __init__(self, n_tables: int, n_embd: int, n_targets: int) -> None:
+    def __init__(self, n_tables: int, n_embd: int, n_targets: int, width: int = 0) -> None:
         super().__init__()
         self.first = nn.Parameter(torch.zeros(n_tables, n_embd, n_targets))
         self.second = nn.Parameter(torch.zeros(n_tables, n_embd, n_targets))
         self.bias = nn.Parameter(torch.zeros(n_tables * n_targets))  # a vector, so that it does not decay
 
     def forward(self, rows: Tensor, first: Tensor, second: Tensor) -> Tensor:
-        """Return the predictions for B pairs of positions in each of the G tables.
-
-        Args:
-            rows: The tables, (G, T, d).
-            first: Positions i, (B,) int64.
-            second: Positions j, (B,) int64.
-
-        Returns:
-            (G, B, K).
-        """
+        """Return the predictions (G, B, K) for the pairs of positions i (B,) and j (B,) in the tables (G, T, d)."""
         bias = self.bias.view(len(rows), 1, -1)  # (G, 1, K)
         return _of_pairs(rows, self.first, first) + _of_pairs(rows, self.second, second) + bias
 
 
 class BilinearProbes(LinearProbes):
-    """Linear probes plus a bilinear form of low rank, Σ_r (u_r · x_i) (v_r · x_j).
-
-    Args:
-        n_tables, n_embd, n_targets: See `LinearProbes`.
-        width: Rank of the bilinear form, W.
-    """
+    """Linear probes plus a bilinear form of low rank, Σ_r (u_r · x_i) (v_r · x_j); see `LinearProbes`."""
 
     def __init__(self, n_tables: int, n_embd: int, n_targets: int, width: int) -> None:
         super().__init__(n_tables, n_embd, n_targets)
@@ -112,12 +79,7 @@ class BilinearProbes(LinearProbes):
 
 
 class MLPProbes(nn.Module):
-    """Probes y = w · relu(A x_i + B x_j + c) + e for a stack of G tables and K targets.
-
-    Args:
-        n_tables, n_embd, n_targets: See `LinearProbes`.
-        width: Hidden units a probe, W.
-    """
+    """Probes y = w · relu(A x_i + B x_j + c) + e; see `LinearProbes`."""
 
     def __init__(self, n_tables: int, n_embd: int, n_targets: int, width: int) -> None:
         super().__init__()
@@ -137,17 +99,11 @@ class MLPProbes(nn.Module):
         return outputs + self.bias.view(n_tables, 1, -1)
 
 
-def build_probes(kind: str, n_tables: int, n_embd: int, n_targets: int, width: int) -> nn.Module:
-    """Return a stack of probes of one kind.
-
-    Args:
-        kind: `linear`, `bilinear` or `mlp`.
-        n_tables, n_embd, n_targets: See `LinearProbes`.
-        width: Rank of the bilinear form, or hidden units of the mlp; the linear probe has none.
-    """
-    if kind == "linear":
-        return LinearProbes(n_tables, n_embd, n_targets)
-    return {"bilinear": BilinearProbes, "mlp": MLPProbes}[kind](n_tables, n_embd, n_targets, width)
+PROBES: dict[str, type[LinearProbes | MLPProbes]] = {
+    "linear": LinearProbes,
+    "bilinear": BilinearProbes,
+    "mlp": MLPProbes,
+}
 
 
 def _of_pairs(rows: Tensor, weight: Tensor, positions: Tensor) -> Tensor:

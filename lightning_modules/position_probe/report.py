@@ -18,9 +18,9 @@ from lightning_modules.position_probe.probes import TARGETS
 from lightning_modules.runtime.drawing import show_figures, show_table
 from lightning_modules.runtime.stages import validates_a_fit
 
-COMPONENT_COLUMNS = ("case", "component", "share_of_variance", "dominant_frequency", "share_of_power")
-PROBE_COLUMNS = ("case", "side", "target", "score", "selectivity", "error")
-DISTANCE_COLUMNS = ("case", "target", "distance", "error", "pairs")
+_COMPONENTS = ("case", "component", "share_of_variance", "dominant_frequency", "share_of_power")  # columns
+_PROBES = ("case", "side", "target", "score", "selectivity", "error")
+_DISTANCES = ("case", "target", "distance", "error", "pairs")
 _N_COMPONENTS = 10
 
 
@@ -56,13 +56,13 @@ class PositionReport(L.Callback):
     @rank_zero_only
     def _write_geometry(self, trainer: L.Trainer, tables: dict[str, np.ndarray], tokens: np.ndarray | None) -> None:
         folder = Path(trainer.default_root_dir)
-        measured = {"real": self.measures}
-        measured |= {name: geometry.measures(rows, tokens) for name, rows in tables.items() if name != "real"}
+        controls = [geometry.measures(rows, tokens) for name, rows in tables.items() if name != "real"]
         columns = ["measure", *tables]
-        rows = [[measure, *(measured[name][measure] for name in tables)] for measure in self.measures]
+        rows = [[name, value, *(control[name] for control in controls)] for name, value in self.measures.items()]
         write_csv(folder / "geometry.csv", columns, _rounded(rows))
-        write_csv(folder / "components.csv", COMPONENT_COLUMNS, _rounded(_components(tables)))
-        save_positions(folder / "positions.npz", tables)
+        write_csv(folder / "components.csv", _COMPONENTS, _rounded(_components(tables)))
+        with atomic_file(folder / "positions.npz") as file:
+            np.savez(file, **{name: rows.astype(np.float32) for name, rows in tables.items()})  # type: ignore[arg-type]
         show_figures(trainer, draw_geometry(folder / "positions.npz", folder / "figures"))
         show_table(trainer, "geometry", columns, rows)
 
@@ -76,9 +76,9 @@ class PositionReport(L.Callback):
         """Write the scores and errors of the probes."""
         if not validates_a_fit(trainer) or trainer.fast_dev_run:
             return
-        folder, scores, cases = Path(trainer.default_root_dir), pl_module.scores, pl_module.cases
-        write_csv(folder / "probes.csv", PROBE_COLUMNS, _rounded(_probe_rows(cases, scores)))
-        write_csv(folder / "probes_by_distance.csv", DISTANCE_COLUMNS, _rounded(_distance_rows(cases, scores)))
+        folder, found = Path(trainer.default_root_dir), (pl_module.cases, pl_module.scores)
+        write_csv(folder / "probes.csv", _PROBES, _rounded(_probe_rows(*found)))
+        write_csv(folder / "probes_by_distance.csv", _DISTANCES, _rounded(_distance_rows(*found)))
 
     @rank_zero_only
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -124,14 +124,3 @@ def _distance_rows(cases: Sequence[str], scores: dict[str, torch.Tensor]) -> Ite
 def _rounded(rows: Iterable[Iterable[Any]]) -> Iterable[list[Any]]:
     for row in rows:
         yield [f"{cell:.6g}" if isinstance(cell, float) else cell for cell in row]
-
-
-def save_positions(file: Path, tables: dict[str, np.ndarray]) -> None:
-    """Save the rows of each table, (T, d) float32, under its name.
-
-    Args:
-        file: NPZ file to create or replace.
-        tables: Tables by name.
-    """
-    with atomic_file(file) as target:
-        np.savez(target, **{name: rows.astype(np.float32) for name, rows in tables.items()})  # type: ignore[arg-type]

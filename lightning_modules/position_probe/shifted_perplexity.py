@@ -66,13 +66,7 @@ class ShiftedPerplexity(L.Callback):
 
 @torch.inference_mode()
 def perplexity(model: "PreTrainedModel", windows: Tensor, start: int) -> float:
-    """Return the perplexity of windows whose first token is at a given position.
-
-    Args:
-        model: GPT-2 or GPT-Neo of transformers.
-        windows: Token ids, (N, T).
-        start: Position of the first token.
-    """
+    """Return the perplexity of windows of token ids (N, T) whose first token is at the position `start`."""
     nats = torch.zeros((), dtype=torch.float64, device=windows.device)
     positions = torch.arange(start, start + windows.size(1), device=windows.device)
     for batch in windows.split(_BATCH):
@@ -83,11 +77,6 @@ def perplexity(model: "PreTrainedModel", windows: Tensor, start: int) -> float:
 
 @torch.no_grad()
 def shuffle_positions(model: "PreTrainedModel", seed: int) -> None:
-    """Put the rows of the position matrix of a model in random order.
-
-    Args:
-        model: GPT-2 or GPT-Neo of transformers.
-        seed: Seed of the order.
-    """
+    """Put the rows of the position matrix of a model in random order."""
     rows = model.transformer.wpe.weight
     rows.copy_(rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).to(rows.device)])

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from lightning_modules.base import GradientFreeModule
 from lightning_modules.common.ranges import PositiveFloat, TwoOrMore
+from lightning_modules.runtime.private_names import KeepsBufferDtypes
 
 
-class WangChenModule(GradientFreeModule):
+class WangChenModule(KeepsBufferDtypes, GradientFreeModule):
     """The two experiments of section 3 of the paper with its settings, on a position matrix and its controls.
 
     - Absolute position: a linear regression predicts the position of a row. Its predictions are rounded to whole
@@ -24,7 +25,7 @@ class WangChenModule(GradientFreeModule):
     Each training step is one repetition with other pairs and other folds. The regressions are fitted to the end within
     the step, so a step leaves only its errors. Rows are not standardised. There is no validation and no test.
 
-    The module reads `cases`, `rows` and `labels` of the data; they are documented in `PositionProbeDataModule`.
+    The module reads `cases`, `rows` and `labels` of the data; see `PositionProbeDataModule`.
 
     Args:
         n_folds: Folds of the cross-validation.
@@ -59,17 +60,14 @@ class WangChenModule(GradientFreeModule):
         from sklearn.metrics import zero_one_loss
 
         data, (first, second) = self.data, batch["pairs"].cpu().T.numpy()
+        order = LogisticRegression(C=1 / self.hparams.penalty, max_iter=1000)  # cross-validation fits copies of it
         errors = []
         for rows, labels in zip(data.rows.numpy(), data.labels.numpy(), strict=True):
             shuffled = torch.randperm(len(rows)).numpy()
             pairs = np.concatenate([rows[first], rows[second]], axis=1)  # (B, 2 d)
-            order = LogisticRegression(C=1 / self.hparams.penalty, max_iter=1000)
-            errors.append(
-                [
-                    self._mean_error(LinearRegression(), rows[shuffled], labels[shuffled], _rounded_error),
-                    self._mean_error(order, pairs, labels[second] > labels[first], zero_one_loss),
-                ]
-            )
+            position_error = self._mean_error(LinearRegression(), rows[shuffled], labels[shuffled], _rounded_error)
+            order_error = self._mean_error(order, pairs, labels[second] > labels[first], zero_one_loss)
+            errors.append([position_error, order_error])
         self.sums += torch.tensor(errors, device=self.device)
         self.repetitions += 1
         means = (self.sums / self.repetitions).float()

@@ -101,6 +101,20 @@ class KeepsDtypes(Metric):
         return super()._apply(move, exclude_state)
 
 
+# --- modules ----------------------------------------------------------------------------------------------------------
+
+
+class KeepsBufferDtypes(L.LightningModule):
+    """A module whose own buffers move with it, and keep their dtypes where the module is cast."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        buffers = dict(self.named_buffers(recurse=False))
+        super()._apply(fn, recurse)
+        for name, buffer in buffers.items():
+            setattr(self, name, buffer.to(getattr(self, name).device))
+        return self
+
+
 # --- Weights & Biases -------------------------------------------------------------------------------------------------
 
 

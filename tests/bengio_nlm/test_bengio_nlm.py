@@ -263,6 +263,19 @@ def test_words_are_looked_up_before_the_training():
 TARGETS = torch.tensor([[0.2, 0.5, 0.1, 1], [0.4, 0.1, 0.1, 1], [0.3, 0.6, 0.1, 2]], dtype=torch.float64)
 
 
+def test_the_mixture_keeps_its_precision_where_the_module_is_cast():
+    module = BengioNLMModule(vocab_size=5, block_size=3)
+    learned = torch.rand(N_GROUPS, 2, dtype=torch.float64)
+    module.mixture.copy_(learned)
+    module.bfloat16()  # as `trainer.precision: bf16-true` does
+    assert module.network.C.dtype == torch.bfloat16
+    assert torch.equal(module.state_dict()["mixture"], learned)
+    restored = BengioNLMModule(vocab_size=5, block_size=3)
+    restored.load_state_dict(module.state_dict())
+    assert torch.equal(restored.mixture, learned)
+    assert module.to("meta").mixture.is_meta
+
+
 @pytest.mark.parametrize("mix", ["none", "equal", "learned"])
 def test_results_by_hand(mix):
     module = BengioNLMModule(vocab_size=5, block_size=3, mix=mix)
@@ -391,15 +404,15 @@ def test_killed_and_resumed_is_the_same_to_the_bit(llm_train, forked, tmp_path):
         "model__init_args__dropout": 0.1,
         "model__init_args__word_dropout": 0.1,
         "trainer__precision": "bf16-mixed",
-        "trainer__val_check_interval": 8,  # of the 21 batches of an epoch
-        "trainer__max_epochs": 1,
+        "trainer__val_check_interval": 3,
+        "trainer__max_steps": 6,
         "trainer__callbacks": [{"class_path": f"lightning_modules.runtime.{name}"} for name in callbacks],
     }
     assert llm_train("fit", "-c", write(tmp_path, "whole", **settings)).code == 0
     cut = write(tmp_path, "cut", **settings)
     last = Path("runs/bengio_nlm/cut/checkpoints/last.ckpt")
-    assert forked("fit", "-c", cut, prepare=lambda: forks.die_after_step(8)) != 0
-    assert torch.load(last, weights_only=True)["global_step"] == 8
+    assert forked("fit", "-c", cut, prepare=lambda: forks.die_after_step(3)) != 0
+    assert torch.load(last, weights_only=True)["global_step"] == 3
     resumed = llm_train("fit", "-c", cut, "--ckpt_path", "last")
     assert resumed.code == 0, resumed.err
     assert_same_weights(Path("runs/bengio_nlm/whole/checkpoints/last.ckpt"), last)
@@ -407,8 +420,10 @@ def test_killed_and_resumed_is_the_same_to_the_bit(llm_train, forked, tmp_path):
 
 
 def test_weights_sharded_over_processes_are_trained_as_on_one(run, tmp_path):
-    without_figures = {"class_path": "lightning_modules.bengio_nlm.WordVectors", "init_args": {"words": [], "skip": 99}}
-    config = write(tmp_path, "shared", **{"trainer__callbacks+": [without_figures]})
+    names = ("runtime.reproducible.ReproducibleSteps", "runtime.checkpoint.RunCheckpoint", "bengio_nlm.WordVectors")
+    callbacks: list[dict] = [{"class_path": f"lightning_modules.{name}"} for name in names]
+    callbacks[-1]["init_args"] = {"words": [], "skip": 99}  # draws nothing
+    config = write(tmp_path, "shared", trainer__callbacks=callbacks)
     assert forks.wait(forks.start_ranks(2, "fit", "-c", config, *forks.SHARDED)) == [0, 0]
     shared = Path("runs/bengio_nlm/shared")
     assert_close_weights(shared / "checkpoints/last.ckpt", run / "checkpoints/last.ckpt")

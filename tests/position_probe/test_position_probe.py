@@ -19,7 +19,7 @@ from datamodules.position_probe import PositionProbeDataModule
 from datamodules.position_probe.position_matrices import load_positions
 from lightning_modules.position_probe import PositionReport, ShiftedPerplexity, WangChenModule
 from lightning_modules.position_probe.measures import ProbeMeasures
-from lightning_modules.position_probe.probes import ORDER, TARGETS, build_probes, standardized, targets_of
+from lightning_modules.position_probe.probes import ORDER, PROBES, TARGETS, standardized, targets_of
 from lightning_modules.position_probe.shifted_perplexity import perplexity, shuffle_positions
 from lightning_modules.runtime.learning_curve import read_metric
 
@@ -33,7 +33,7 @@ FIRST, SECOND = torch.tensor([0, 6, 3]), torch.tensor([4, 2, 3])
 
 
 def filled(kind: str) -> torch.nn.Module:
-    probes = build_probes(kind, G, D, K, W)
+    probes = PROBES[kind](G, D, K, W)
     for parameter in probes.parameters():
         torch.nn.init.normal_(parameter)
     return probes.requires_grad_(False)
