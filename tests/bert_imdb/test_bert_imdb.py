@@ -20,6 +20,7 @@ import torch.nn.functional as F
 import yaml
 from helpers import assert_same_weights
 from jsonargparse import ArgumentParser
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from shared_runs import own_world, run_command
 
@@ -315,6 +316,9 @@ def test_three_classes_are_classified_and_reported(base, tmp_path):
 def test_a_report_keeps_the_best_validation_over_a_resume():
     report = ClassificationReport()
     report.load_state_dict({"best_loss": 0.25})
+    fitting = SimpleNamespace(fn=TrainerFn.FITTING)
+    trainer = SimpleNamespace(state=fitting, sanity_checking=False, callback_metrics={"val/loss": 0.3})
+    report.on_validation_end(trainer, None)  # a worse validation writes nothing
     assert report.state_dict() == {"best_loss": 0.25}
 
 
