@@ -81,9 +81,7 @@ class GlobalBatches(Sampler[Tensor]):
 
 
 class ExperimentDataModule(LightningDataModule):
-    """Base of the datamodules, with a loader for training and one for evaluation.
-
-    The loaders pass positions (B,) to the dataset and yield the batch that it returns; see the top of this file.
+    """Base of the datamodules, with a loader for training and one for evaluation; see the top of this file.
 
     Args:
         batch_size: Examples in a global batch, over all processes, at least 1.
@@ -93,19 +91,10 @@ class ExperimentDataModule(LightningDataModule):
 
     def __init__(self, batch_size: PositiveInt, num_workers: NonNegativeInt = 0, seed: NonNegativeInt = 0) -> None:
         super().__init__()
-        self.batch_size = batch_size
-        self.num_workers = num_workers
-        self.seed = seed
+        self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
 
     def training_loader(self, dataset: Dataset, n: int, order: Order | None = None) -> DataLoader:
-        """Return the loader of the `n` training positions, in an `order` that is shuffled by default.
-
-        It drops an incomplete last batch.
-
-        Raises:
-            MisconfigurationException: If the batch size is not a multiple of the number of processes, or `n` is smaller
-                than a batch.
-        """
+        """Return the loader of `n` positions, by default shuffled, without an incomplete last batch."""
         _, world_size = self._rank_and_world_size
         if self.batch_size % world_size:
             raise MisconfigurationException(

@@ -21,15 +21,7 @@ def load_hub_dataset(
     streaming: bool = False,
     advice: str = ADVICE,
 ) -> Any:
-    """Return a split of a Hugging Face dataset; what is not streamed is downloaded once.
-
-    Args:
-        dataset: Name on the hub (`owner/name`), or a local folder with data files.
-        advice: What to do without a network, for the message.
-
-    Raises:
-        MisconfigurationException: If the dataset cannot be reached, or has no such configuration or split.
-    """
+    """Return a split of a Hugging Face dataset, or of a folder with data files; the library caches downloads."""
     with hub_errors(dataset, split, config, advice):
         from datasets import config as settings
         from datasets import load_dataset

@@ -5,7 +5,6 @@ are chosen so that the tokens of the pieces are the tokens of the document.
 """
 
 import ast
-import codecs
 import glob
 import hashlib
 import importlib
@@ -16,7 +15,7 @@ import sys
 import sysconfig
 import tokenize
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, islice
@@ -152,24 +151,17 @@ def stat_of(path: Path) -> list[str | int]:
 
 
 def _decoded(path: Path, name: str) -> Iterator[str]:
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    newlines = io.IncrementalNewlineDecoder(decoder, translate=True)
-    offset = 0  # number of bytes read
     with open(path, "rb") as file:
-        while True:
-            pending = len(decoder.getstate()[0])  # bytes of a character that the last read split
-            data = file.read(2**20)
-            try:
-                text = newlines.decode(data, final=not data)
-            except UnicodeDecodeError as error:
-                raise MisconfigurationException(
-                    f"text file {name} is not UTF-8: byte {offset - pending + error.start} cannot be decoded "
-                    f"({error.reason}); convert it with `iconv -t UTF-8`"
-                ) from error
-            yield text.removeprefix("\ufeff") if offset == 0 else text
-            offset += len(data)
-            if not data:
-                return
+        reader = io.TextIOWrapper(file, encoding="utf-8-sig")
+        try:
+            while text := reader.read(2**20):
+                yield text
+        except UnicodeDecodeError as error:
+            byte = file.tell() - len(error.object) + error.start  # the object ends with the last byte read
+            raise MisconfigurationException(
+                f"text file {name} is not UTF-8: byte {byte} cannot be decoded ({error.reason}); convert it with "
+                "`iconv -t UTF-8`"
+            ) from error
 
 
 def download(url: str) -> Path:
@@ -262,6 +254,7 @@ class PythonText(Source):
 
     def pieces(self) -> Iterator[Piece]:
         """Yield the documents in pieces."""
+        readers: dict[PythonKind, Callable[[], Iterator[str]]]
         readers = {"topics": _topics, "docstrings": _docstrings, "modules": _modules, "tests": partial(_modules, True)}
         seen: set[bytes] = set()
         for text in chain.from_iterable(readers[kind]() for kind in self.kinds):

@@ -10,14 +10,7 @@ SIDES: tuple[Side, ...] = ("train", "val", "test")
 
 
 def require_fractions(val_fraction: float, test_fraction: float, where: str = "data") -> tuple[float, float]:
-    """Return the two fractions, checked.
-
-    Args:
-        where: Path of the two arguments in the configuration, for the message.
-
-    Raises:
-        MisconfigurationException: If one is negative, or nothing is left to train on.
-    """
+    """Return the two fractions, checked; `where` is their path in the configuration, for the message."""
     if min(val_fraction, test_fraction) < 0 or val_fraction + test_fraction >= 1:
         raise MisconfigurationException(
             f"{where}.val_fraction {val_fraction} and {where}.test_fraction {test_fraction} must be 0 or more, and "

@@ -107,9 +107,10 @@ def _read(folder: Path) -> dict[str, TokenFile] | None:
     """Return the token files in a folder, or `None` if one is missing or damaged."""
     try:
         meta = json.loads((folder / "meta.json").read_text())
-        files = {side: TokenFile(folder / f"{side}.bin", meta["dtype"], meta["tokens"][side]) for side in SIDES}
-        sizes = {side: file.n_tokens * np.dtype(file.dtype).itemsize for side, file in files.items()}
-        return dict(files) if all(files[side].path.stat().st_size == sizes[side] for side in SIDES) else None
+        files = {str(side): TokenFile(folder / f"{side}.bin", meta["dtype"], meta["tokens"][side]) for side in SIDES}
+        size = np.dtype(meta["dtype"]).itemsize
+        whole = all(file.path.stat().st_size == file.n_tokens * size for file in files.values())
+        return files if whole else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

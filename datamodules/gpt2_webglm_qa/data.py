@@ -25,6 +25,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 
+_DONE = {"keep": "marks kept", "strip": "marks stripped", "drop": "records skipped"}
+_SUMMARY = (
+    "{side}: {records:,} records in {rows:,} rows, {fill:.1%} full; "
+    "references shortened {references_shortened:,}, removed {references_removed:,} of {references:,}; answers that "
+    "cite a reference that never existed {answers_citing_missing:,}, that was cut {answers_citing_cut:,} ({done})"
+)
+
+
 class GPT2WebGLMQADataModule(WithTokenizer, ExperimentDataModule):
     """Questions with references and answers that cite them, for instruction tuning.
 
@@ -152,29 +160,14 @@ class GPT2WebGLMQADataModule(WithTokenizer, ExperimentDataModule):
             raise MisconfigurationException(f"data.records: there are no {side} records that can be used")
         sizes = [example.n_places for example in examples]
         packed = best_fit(sizes, self.block_size) if self.packing else [[number] for number in range(len(examples))]
-        rows = Rows(
-            examples,
-            packed,
-            self.block_size,
-            self.prompt_loss_weight if side == "train" else 0.0,
-            token_byte_lengths(self.tokenizer),
-            self.tokenizer.eos_token_id if self.pad_token_id is None else self.pad_token_id,
-        )
+        weight = self.prompt_loss_weight if side == "train" else 0.0
+        padding = self.tokenizer.eos_token_id if self.pad_token_id is None else self.pad_token_id
+        rows = Rows(examples, packed, self.block_size, weight, token_byte_lengths(self.tokenizer), padding)
         fill = sum(sizes) / max(1, len(rows) * self.block_size)
         self.counts[side] = {**encoder.counts, "rows": len(rows), "fill": fill}
         if examples:
-            say(f"{side}: {_summary(self.counts[side], self.missing_citations)}")
+            say(_SUMMARY.format(side=side, done=_DONE[self.missing_citations], **self.counts[side]))
         return rows
-
-
-def _summary(counts: dict[str, float], missing_citations: MissingCitations) -> str:
-    done = {"keep": "marks kept", "strip": "marks stripped", "drop": "records skipped"}[missing_citations]
-    return (
-        "{records:,} records in {rows:,} rows, {fill:.1%} full; "
-        "references shortened {references_shortened:,}, removed {references_removed:,} of {references:,}; "
-        "answers that cite a reference that never existed {answers_citing_missing:,}, that was cut "
-        "{answers_citing_cut:,} "
-    ).format(**counts) + f"({done})"
 
 
 @dataclass(eq=False)

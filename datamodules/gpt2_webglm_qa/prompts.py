@@ -44,20 +44,13 @@ class Example:
 
 
 class PromptEncoder:
-    """Converts records to prompts and examples of bounded length.
+    """Converts records to prompts and examples of at most `block_size` positions; see `GPT2WebGLMQADataModule`.
 
-    A record that is too long loses references, the last ones first. A question or an answer is never cut. The arguments
-    are explained in `GPT2WebGLMQADataModule`.
-
-    Args:
-        block_size: Largest number of positions of an example.
+    A record that is too long loses references, the last ones first. A question or an answer is never cut.
 
     Attributes:
         counts: Numbers of records and references, and of those that were cut or skipped.
         skipped: Places of the skipped records by reason.
-
-    Raises:
-        MisconfigurationException: If the template lacks a placeholder, or the tokenizer an end-of-text token.
     """
 
     def __init__(
@@ -90,11 +83,7 @@ class PromptEncoder:
         (self._line_end,) = encode(tokenizer, ["\n"])
 
     def prompt(self, question: str, references: Sequence[str], answer_places: int) -> Prompt | None:
-        """Return a prompt, or `None` if the question is too long even without references.
-
-        Args:
-            answer_places: Number of positions that the prompt leaves for the answer.
-        """
+        """Return a prompt with room for `answer_places`, or `None` if the question is too long without references."""
         before, after = (part.replace("{question}", question) for part in (self._before, self._after))
         marks = [f"[{number}]" for number in range(1, len(references) + 1)]
         texts = [" " + " ".join(reference.split()) for reference in references]

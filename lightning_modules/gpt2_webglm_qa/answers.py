@@ -100,18 +100,16 @@ class AnswerQuestions(L.Callback):
             # A limit on the number of batches is a limit on the batches of questions too.
             n = min(self.n_questions, limit * self.batch_size) if isinstance(limit, int) else self.n_questions
             self._examples = pl_module.data.questions(side, n)
-            if self._examples:
-                self._answers = trainer.strategy.broadcast(self._remembered(trainer)) | self._by_rule()
-        if not self._examples:
-            return
+            if not self._examples:
+                return
+            self._answers = trainer.strategy.broadcast(self._remembered(trainer)) | self._by_rule()
         self._answers["untuned" if trainer.sanity_checking else "tuned"] = self._answer(trainer, pl_module)
         if trainer.sanity_checking:
             return
-        metrics = {}
         for system in ("tuned",) if trainer.state.fn == TrainerFn.FITTING else self._answers:
-            metrics |= self._means(system, f"{side}/" if system == "tuned" else f"{side}/{system}/")
-        # The answers are those of all ranks; sync_dist tells Lightning that the metrics are equal on all of them.
-        pl_module.log_dict(metrics, sync_dist=True)
+            # The answers are those of all ranks; sync_dist tells Lightning that the metrics are equal on all of them.
+            prefix = f"{side}/" if system == "tuned" else f"{side}/{system}/"
+            pl_module.log_dict(self._means(system, prefix), sync_dist=True)
         if not trainer.fast_dev_run:
             self._write(trainer)
 

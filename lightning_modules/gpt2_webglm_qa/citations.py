@@ -19,6 +19,7 @@ from typing import NamedTuple
 import numpy as np
 
 SUPPORT = 0.5  # share of the content words of a sentence that passages must contain to support it
+LEVEL, N_RESAMPLES = 0.95, 1000  # of the bootstrap intervals
 
 _MARK = re.compile(r"\s*\[(\d+)\]")
 # A sentence with its marks, which may precede or follow the full stop: `It is so [1].`, `It is so.[1]`.
@@ -118,10 +119,8 @@ def best_reference(question: str, references: Sequence[str]) -> int:
     return 1 + int(np.argmax([len(asked & content_words(reference)) for reference in references] or [0]))
 
 
-def bootstrap(
-    sums: np.ndarray, counts: np.ndarray | None = None, level: float = 0.95, n_resamples: int = 1000
-) -> tuple[float, float, float]:
-    """Return a mean over N questions and the ends of its confidence interval: percentile bootstrap (Efron, 1979).
+def bootstrap(sums: np.ndarray, counts: np.ndarray | None = None) -> tuple[float, float, float]:
+    """Return a mean over N questions and the ends of its interval, by the percentile bootstrap (Efron, 1979).
 
     Args:
         sums: Sum of the values of each question, (N,); without questions the result is NaN.
@@ -130,7 +129,7 @@ def bootstrap(
     counts = np.ones(len(sums)) if counts is None else counts
     if not len(sums):
         return (float("nan"),) * 3
-    drawn = np.random.default_rng(0).integers(len(sums), size=(n_resamples, len(sums)))
+    drawn = np.random.default_rng(0).integers(len(sums), size=(N_RESAMPLES, len(sums)))
     means = sums[drawn].sum(axis=1) / counts[drawn].sum(axis=1)
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return float(sums.sum() / counts.sum()), float(low), float(high)

@@ -32,11 +32,7 @@ class GPT2WebGLMQAModule(FineTunedCausalLM):
             )
 
     def forward(self, batch: Batch) -> Tensor:
-        """Return the scores of the N targets of a batch, (N, V).
-
-        Args:
-            batch: `input_ids`, `position_ids` and `targets`, (B, T); `IGNORED` where a position carries no loss.
-        """
+        """Return the scores of the N targets of a batch, (N, V), from ids, positions and targets, each (B, T)."""
         with scored_at(self.model, batch["targets"] != IGNORED):
             return self.model(batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits
 
@@ -62,12 +58,9 @@ class GPT2WebGLMQAModule(FineTunedCausalLM):
     def answer(
         self, prompts: Sequence[np.ndarray], max_new_tokens: int, end: int, use_cache: bool = True
     ) -> list[list[int]]:
-        """Return an answer to each prompt, decoded greedily; it ends with `end` or has `max_new_tokens` tokens.
+        """Return an answer to each prompt, (T,), decoded greedily; it ends with `end` or has `max_new_tokens` tokens.
 
-        Args:
-            prompts: Token ids, each (T,).
-            end: End-of-text token, which ends an answer.
-            use_cache: Whether to keep keys and values from token to token rather than to compute them again.
+        `use_cache` keeps the keys and values from token to token; without it they are computed again.
         """
         longest = max(len(prompt) for prompt in prompts)
         # The padding precedes the prompts, so that all of them end at the same position.

@@ -71,14 +71,9 @@ def as_ansi(record: Spans) -> str:
 
 def as_html(records: Sequence[Spans], counts: dict[str, float]) -> str:
     """Return a page with records, in which the intensity of the green shows the weight of a token, and counts below."""
-    blocks = []
-    for record in records:
-        tokens = [
-            f'<span style="background: rgba(46, 160, 67, {0.75 * weight:.2f})" title="weight {weight:g}">'
-            f"{html.escape(text)}</span>"
-            for text, weight in record
-        ]
-        blocks.append(f"<pre>{''.join(tokens)}</pre>")
+    span = '<span style="background: rgba(46, 160, 67, {:.2f})" title="weight {:g}">{}</span>'
+    tokens = [[span.format(0.75 * weight, weight, html.escape(text)) for text, weight in record] for record in records]
+    blocks = [f"<pre>{''.join(row)}</pre>" for row in tokens]
     lines = [f"<tr><td>{html.escape(name)}</td><td>{value:,.6g}</td></tr>" for name, value in counts.items()]
     return (
         '<!doctype html><meta charset="utf-8"><title>records</title>'
