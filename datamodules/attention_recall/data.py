@@ -43,9 +43,6 @@ class AttentionRecallDataModule(ExperimentDataModule):
         val_examples: Examples in the validation split, and as many others in the test split.
         num_workers: Processes that load ahead; 0 loads in the training process.
         seed: Seed of the examples.
-
-    Raises:
-        MisconfigurationException: If the numbers do not fit each other.
     """
 
     def __init__(
@@ -75,10 +72,8 @@ class AttentionRecallDataModule(ExperimentDataModule):
                 f"data.block_size is {block_size}: {most} pairs (data.n_pairs) and {n_queries} queries "
                 f"(data.n_queries) need at least {2 * most + n_queries} positions"
             )
-        self.n_keys, self.n_values = n_keys, n_values
-        self.n_pairs, self.n_queries = tuple(n_pairs), n_queries
-        self.block_size = block_size
-        self.val_examples = val_examples
+        self.n_keys, self.n_values, self.n_pairs, self.n_queries = n_keys, n_values, tuple(n_pairs), n_queries
+        self.block_size, self.val_examples = block_size, val_examples
 
     @property
     def vocab_size(self) -> int:
@@ -92,20 +87,13 @@ class AttentionRecallDataModule(ExperimentDataModule):
         return ["·", *(f"k{i}" for i in keys), *(f"v{i}" for i in values)]
 
     def examples(self, split: Side) -> "RecallExamples":
-        """Return all examples of a split.
-
-        Args:
-            split: `train`, `val` or `test`.
-        """
+        """Return all examples of a split."""
         return RecallExamples(self, split)
 
     def train_dataloader(self) -> DataLoader:
         """Return the loader of the training split, in the order of the indices."""
-
-        def order(epoch: int) -> Tensor:
-            return torch.arange(epoch * EXAMPLES_AN_EPOCH, (epoch + 1) * EXAMPLES_AN_EPOCH)
-
-        return self.training_loader(self.examples("train"), EXAMPLES_AN_EPOCH, order)
+        n = EXAMPLES_AN_EPOCH
+        return self.training_loader(self.examples("train"), n, lambda epoch: torch.arange(epoch * n, (epoch + 1) * n))
 
     def val_dataloader(self) -> DataLoader:
         """Return the loader of the validation split."""
@@ -117,12 +105,7 @@ class AttentionRecallDataModule(ExperimentDataModule):
 
 
 class RecallExamples(Dataset):
-    """Examples without end, each a function of the task and (seed, split, index).
-
-    Args:
-        task: The sizes of the task and the seed.
-        split: `train`, `val` or `test`.
-    """
+    """Examples without end, each a function of the task and (seed, split, index)."""
 
     def __init__(self, task: AttentionRecallDataModule, split: Side) -> None:
         self.n_keys, self.n_values, self.n_pairs = task.n_keys, task.n_values, np.array(task.n_pairs)
@@ -157,16 +140,10 @@ class RecallExamples(Dataset):
 
 
 def random_bits(seed: int, split: int, index: np.ndarray, n: int) -> np.ndarray:
-    """Return random numbers that are a function of the arguments: (B, n) uint64, one row an index.
+    """Return random numbers that are a function of the arguments, (B, n) uint64: one row for each index, (B,).
 
     They are those of SplitMix64 (Steele, Lea and Flood, "Fast Splittable Pseudorandom Number Generators", 2014), a
     counter that is scrambled. NumPy would need a new generator for each example; this computes a whole batch at once.
-
-    Args:
-        seed: Seed, 0 or greater.
-        split: Number of the split.
-        index: Numbers of the examples, (B,).
-        n: Number of random numbers for each example.
     """
     state = np.zeros(1, np.uint64)
     for part in (seed, split, index):

@@ -1,6 +1,7 @@
 """Text for learning a tokenizer: the documents of any source, as a stream."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import count, islice
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -28,9 +29,6 @@ class BPEDataModule(ExperimentDataModule):
         test_source: Text for the test, all of it, in place of a part of `source`.
         num_workers: Processes that read ahead; 0 reads in the training process. Each reads the whole source, so more
             than 1 helps only if a source is slow for other reasons than the disk or the network.
-
-    Raises:
-        MisconfigurationException: If the fractions leave nothing to train on.
     """
 
     def __init__(
@@ -54,11 +52,7 @@ class BPEDataModule(ExperimentDataModule):
         self.has_val = val_source is not None or val_fraction > 0
 
     def setup(self, stage: str) -> None:
-        """Read the splits of this stage until each has given some text.
-
-        Raises:
-            MisconfigurationException: If one has none.
-        """
+        """Refuse to start without text in the splits of this stage."""
         if stage == "fit" and self.splits["train"].is_empty():
             raise MisconfigurationException("data.source: the corpus is empty; give text to learn from")
         needed = {"fit": ["val"] if self.has_val else [], "validate": ["val"], "test": ["test"]}.get(stage, [])
@@ -88,27 +82,20 @@ class BPEDataModule(ExperimentDataModule):
         )
 
 
+@dataclass
 class SplitText:
-    """The pieces of the documents of one split.
+    """The pieces of the documents of one split; `train` is the whole source if both fractions are 0."""
 
-    Args:
-        source: The text of all splits.
-        split: Which split; `train` is the whole source if both fractions are 0.
-        val_fraction: Part of the documents in the split `val`.
-        test_fraction: Part of the documents in the split `test`.
-    """
-
-    def __init__(
-        self, source: Source, split: Side = "train", val_fraction: float = 0.0, test_fraction: float = 0.0
-    ) -> None:
-        self.source, self.split = source, split
-        self.fractions = (val_fraction, test_fraction)
+    source: Source
+    split: Side = "train"
+    val_fraction: float = 0.0
+    test_fraction: float = 0.0
 
     def __iter__(self) -> Iterator[str]:
         starts_document, wanted = True, False
         for text, ends_document in self.source.pieces():
             if starts_document:
-                wanted = side_of(text, *self.fractions) == self.split
+                wanted = side_of(text, self.val_fraction, self.test_fraction) == self.split
             if wanted:
                 yield text
             starts_document = ends_document
@@ -121,13 +108,8 @@ class SplitText:
 class BatchStream(IterableDataset):
     """One process's share of each global batch of pieces, in the order of the source.
 
-    The workers of a loader take turns, batch by batch, in the order in which the loader asks them.
-
-    Args:
-        pieces: The text.
-        batch_size: Pieces in a global batch; the last batch may have fewer.
-        rank: Rank of this process.
-        world_size: Number of processes. The share of some may be empty in the last batch.
+    The workers of a loader take turns, batch by batch, in the order in which the loader asks them. The last batch may
+    have fewer than `batch_size` pieces, and the share of some processes may be empty.
 
     Attributes:
         skip: Number of global batches to skip at the start of the next iteration only.

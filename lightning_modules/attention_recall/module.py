@@ -33,9 +33,6 @@ class AttentionRecallModule(ExperimentModule):
         without: Parts to leave out, any of: `scale` (the division of dot products by the root of their length,
             `n_embd / n_head`), `mask` (without it a position attends to the future, too), `positions` (the position
             embedding), `residual` (without it the output of a layer replaces its input), `norm`, `feed_forward`.
-
-    Raises:
-        MisconfigurationException: If the sizes do not fit each other, or the data did not link its values.
     """
 
     def __init__(
@@ -101,27 +98,18 @@ class AttentionRecallModule(ExperimentModule):
 
 
 def attention_entropy(weights: list[Tensor], targets: Tensor) -> Tensor:
-    """Return the entropy of the attention at each query, -Σ w ln w in nats: 0 at one position, ln n at n alike.
+    """Return the entropy -Σ w ln w of the attention at each of the N queries, in nats: (n_layer, H, N).
 
     Args:
         weights: Attention weights of each layer, (B, H, T, S).
         targets: Answers, (B, T); `IGNORED` where there is no query.
-
-    Returns:
-        (n_layer, H, N), for each of the N answers.
     """
     entropy = torch.special.entr(torch.stack(weights).float()).sum(dim=-1)  # (n_layer, B, H, T)
     return entropy.transpose(1, 2)[:, :, targets != IGNORED]
 
 
 class RecallMetrics(SplitMetric):
-    """Loss, accuracy and entropy of attention over all answers, on all processes.
-
-    Args:
-        block_size: Length of a sequence.
-        n_layer: Number of attention layers.
-        n_head: Number of heads of each.
-    """
+    """Loss, accuracy and entropy of attention over all answers, on all processes."""
 
     def __init__(self, block_size: int, n_layer: int, n_head: int) -> None:
         super().__init__()
@@ -155,21 +143,14 @@ class RecallMetrics(SplitMetric):
         self.entropy += attention_entropy(weights, targets).sum(dim=-1)
 
     def compute(self) -> dict[str, Tensor]:
-        """Return `loss` () in nats an answer, `entropy` (n_layer, n_head), and the counts `asked` and `correct`.
-
-        The counts are (pairs, distance).
-        """
+        """Return `loss` () and `entropy` (n_layer, n_head) in nats, `asked` and `correct` (pairs, distance)."""
         total = self.asked.sum()
         means = {"loss": self.nats / total, "entropy": self.entropy / total}
         return means | {"asked": self.asked, "correct": self.correct}
 
 
 def by_name(found: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the metrics by name: `loss`, `accuracy`, `accuracy/pairs_4`, `accuracy/distance_08_15` and so on.
-
-    Args:
-        found: What `RecallMetrics` computed.
-    """
+    """Return these results by name: `loss`, `accuracy`, `accuracy/pairs_4`, `accuracy/distance_08_15` and so on."""
     asked, correct = found["asked"], found["correct"]
     entropy = torch.atleast_2d(found["entropy"])  # torchmetrics makes a scalar of one layer and head
     metrics = {"loss": found["loss"], "accuracy": correct.sum() / asked.sum()}

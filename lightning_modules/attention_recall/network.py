@@ -27,16 +27,7 @@ Part = Literal["scale", "mask", "positions", "residual", "norm", "feed_forward"]
 
 
 class PartialBlock(nn.Module):
-    """The block of `models/block.py`, whole or with parts left out.
-
-    Args:
-        n_embd: Width C of the residual stream.
-        n_head: Number of attention heads; divides n_embd.
-        without: Parts to leave out, as in `AttentionNetwork`.
-
-    Raises:
-        ValueError: If n_head does not divide n_embd.
-    """
+    """The block of `models/block.py`, whole or with parts left out, as in `AttentionNetwork`."""
 
     def __init__(self, n_embd: int, n_head: int, without: Collection[Part] = ()) -> None:
         super().__init__()
@@ -64,17 +55,8 @@ class AttentionNetwork(nn.Module):
     """Embeddings, a stack of blocks, and an output matrix that gives a score to every token at every position.
 
     Args:
-        vocab_size: Number of tokens V.
-        block_size: Longest sequence.
-        n_layer: Number of blocks.
         n_head: Number of attention heads of a block; divides n_embd.
-        n_embd: Width C of the embeddings and the residual stream.
-        without: Parts to leave out: "scale", the division of dot products by √d; "mask", so that a position attends to
-            the future, too; "positions", the position embedding; "residual", so that the output of a layer replaces its
-            input; "norm"; "feed_forward".
-
-    Raises:
-        ValueError: If n_head does not divide n_embd, or a part does not exist.
+        without: Parts to leave out, see `AttentionRecallModule`.
     """
 
     def __init__(
@@ -97,7 +79,6 @@ class AttentionNetwork(nn.Module):
         self.output = nn.Linear(n_embd, vocab_size)
         self.initialize()
 
-    @torch.no_grad()
     def initialize(self) -> None:
         """Draw all weights: linear layers N(0, 1 / fan_in), biases 0, embeddings N(0, 1), norms 1."""
         for module in self.modules():

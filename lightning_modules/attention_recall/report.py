@@ -41,11 +41,7 @@ class AttentionReport(DrawsAtTheEnd):
         write_recall(run / "recall.csv", **{name: pl_module.last_validation[name] for name in ("asked", "correct")})
 
     def draw(self, run: Path) -> list[Path]:
-        """Draw both figures, if there was a validation, and return their files.
-
-        Args:
-            run: Folder of the run.
-        """
+        """Draw both figures, if there was a validation, and return their files."""
         if not (run / "attention.json").is_file():
             return []
         return [
@@ -55,14 +51,7 @@ class AttentionReport(DrawsAtTheEnd):
 
 
 def write_attention(file: Path, token_names: list[str], example: dict[str, Tensor], weights: list[Tensor]) -> None:
-    """Write a sequence and its attention weights.
-
-    Args:
-        file: JSON file to write.
-        token_names: Name of each token.
-        example: A batch of one sequence.
-        weights: Attention weights of each layer, (1, H, T, T).
-    """
+    """Write the one sequence of a batch, and the attention weights of each layer on it, (1, H, T, T), as JSON."""
     asks = example["targets"][0] != IGNORED
     places = asks.nonzero().flatten()
     content = {
@@ -75,27 +64,16 @@ def write_attention(file: Path, token_names: list[str], example: dict[str, Tenso
 
 
 def write_recall(file: Path, asked: Tensor, correct: Tensor) -> None:
-    """Write the number of queries and of correct answers.
-
-    Args:
-        file: CSV file to write.
-        asked: Number of queries, by number of pairs and distance, (pairs, distance).
-        correct: Number of correct answers, (pairs, distance).
-    """
-    cells = asked.nonzero().tolist()
-    counts = zip(asked[asked > 0].tolist(), correct[asked > 0].tolist(), strict=True)
-    rows = [(*cell, *numbers) for cell, numbers in zip(cells, counts, strict=True)]
+    """Write the number of queries and of correct answers, both (pairs, distance), as CSV."""
+    cells = asked.nonzero(as_tuple=True)
+    rows = torch.stack([*cells, asked[cells], correct[cells]], dim=1).tolist()
     write_csv(file, ("n_pairs", "distance", "asked", "correct"), rows)
 
 
 def draw_attention(attention_json: Path, file: Path) -> Path:
-    """Draw a map for every layer and head, and return the file.
+    """Draw the map of every layer and head from the `attention.json` of a run, and return the file.
 
     A row is a position that attends, a column one that it attends to; circles mark the answers.
-
-    Args:
-        attention_json: The `attention.json` of a run.
-        file: PNG file to write.
     """
     content = json.loads(attention_json.read_text(encoding="utf-8"))
     tokens, answers, weights = content["tokens"], content["answers"], content["weights"]
@@ -122,12 +100,7 @@ def draw_attention(attention_json: Path, file: Path) -> Path:
 
 
 def draw_accuracy(recall_csv: Path, file: Path) -> Path:
-    """Draw the accuracy by distance, a line for each number of pairs with a dotted line for a guess; return the file.
-
-    Args:
-        recall_csv: The `recall.csv` of a run.
-        file: PNG file to write.
-    """
+    """Draw the accuracy by distance for each number of pairs, and that of a guess, from the `recall.csv` of a run."""
     _, *rows = csv.reader(recall_csv.read_text(encoding="utf-8").splitlines())
     counts = np.array(rows, dtype=np.int64)  # a row (pairs, distance, asked, correct)
     figure = new_figure(7, 4)

@@ -19,12 +19,7 @@ _COLUMNS = 84  # characters in a line of the sample
 
 
 def draw_compression(compression_csv: Path, file: Path) -> Path:
-    """Draw bytes per token of the held-out text against the size of the vocabulary, and return the file.
-
-    Args:
-        compression_csv: The `compression.csv` of a run.
-        file: PNG file to write.
-    """
+    """Draw bytes per token of the held-out text by size of the vocabulary, from the `compression.csv` of a run."""
     with compression_csv.open(newline="", encoding="utf-8") as table:
         _, *cells = csv.reader(table)
     rows = [(name, int(size), float(value)) for name, size, value in cells]
@@ -50,12 +45,7 @@ def draw_compression(compression_csv: Path, file: Path) -> Path:
 
 
 def draw_token_lengths(vocabulary_txt: Path, file: Path) -> Path:
-    """Draw the distribution of the lengths of tokens, in the vocabulary and in the text, and return the file.
-
-    Args:
-        vocabulary_txt: The `vocabulary.txt` of a run.
-        file: PNG file to write.
-    """
+    """Draw how long the tokens of the vocabulary and of the text are, from the `vocabulary.txt` of a run."""
     lines = vocabulary_txt.read_text(encoding="utf-8").split("\n")[1:-1]
     tokens = np.array([line.split(maxsplit=3)[1:3] for line in lines], dtype=np.int64)  # (V, 2)
     counts, lengths = tokens[tokens[:, 1] > 0].T  # a special token stands for no text
@@ -80,11 +70,9 @@ def draw_token_lengths(vocabulary_txt: Path, file: Path) -> Path:
 def draw_tokenization(samples: Mapping[str, Sequence[tuple[int, bytes]]], file: Path) -> Path:
     """Draw a text with a coloured box around each token, and return the file.
 
-    Bytes that are not a whole character are grey and in hexadecimal.
-
     Args:
-        samples: Tokens of the text (id, bytes), by the name of the tokenizer.
-        file: PNG file to write.
+        samples: Tokens of the text (id, bytes), by the name of the tokenizer. Bytes that are not a whole character are
+            drawn in grey and in hexadecimal.
     """
     layouts = {name: _lay_out([token for _, token in tokens]) for name, tokens in samples.items()}
     heights = [2 + max(row for row, *_ in boxes) + 1 for boxes in layouts.values()]  # a heading and an empty line
@@ -144,10 +132,9 @@ def _draw_boxes(axes: "Axes", boxes: Sequence[Box], top: float, font_size: float
     from matplotlib.patches import FancyBboxPatch
 
     for row, column, cells, number in boxes:
-        box = FancyBboxPatch(
-            (column + 0.06, top + row + 0.08), len(cells) - 0.12, 0.84,
-            boxstyle="round,pad=0,rounding_size=0.2", facecolor=_PASTELS[number % len(_PASTELS)], edgecolor="none",
-        )  # fmt: skip
+        corner, color = (column + 0.06, top + row + 0.08), _PASTELS[number % len(_PASTELS)]
+        style = "round,pad=0,rounding_size=0.2"
+        box = FancyBboxPatch(corner, len(cells) - 0.12, 0.84, boxstyle=style, facecolor=color, edgecolor="none")
         axes.add_patch(box)
         for offset, (character, is_text) in enumerate(cells):  # one by one, so that each is centred in its cell
             axes.text(

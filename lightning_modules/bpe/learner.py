@@ -7,11 +7,10 @@ the result:
    merge writes the new symbol over the left one and unlinks the right one, so no symbol moves. For each pair, its
    positions are known.
 
-2. The count of a pair never grows. A token consists of the same parts wherever it occurs, so one merge makes all of its
-   occurrences: a new pair has its full count at once, and later merges can only take positions away from it. An old
-   count is therefore an upper bound, and need not be updated. A heap gives the pair with the highest bound; the learner
-   looks which of its positions still hold it. If the count has fallen, the pair goes back into the heap with the true
-   count; otherwise it is the next merge.
+2. The count of a pair never grows: one merge makes all occurrences of a token, so a new pair has its full count at
+   once, and later merges can only take positions away from it. An old count is therefore an upper bound, and need not
+   be updated. A heap gives the pair with the highest bound; the learner looks which of its positions still hold it. If
+   the count has fallen, the pair goes back into the heap with the true count; otherwise it is the next merge.
 
 3. Most pairs are rare and never merged. The heap holds only the pairs with a count of at least `least_count`. When it
    is empty, that number is lowered and all pairs are counted again, which happens a few times in all.
@@ -21,8 +20,7 @@ the result:
    right one of another (or of the same) pair. The merge of `a b` takes positions away from pairs `. a` and `b .` only,
    so none of the pairs taken changes another. Nor can a new pair have to come before them: `. ab` has at most the
    positions that `. a` had, and `. a` is not among the pairs taken, so it comes after all of them; with an equal count,
-   too, since the id of `ab` is higher than that of `a`. The same holds for `ab .` and `b .`. So these are the merges
-   that would be made one by one.
+   too, since the id of `ab` is higher than that of `a`. The same holds for `ab .` and `b .`.
 """
 
 import heapq
@@ -32,7 +30,8 @@ import numpy as np
 
 from lightning_modules.bpe.textbook import SINGLE_BYTES, SPELLINGS, Merge, check_vocab_size, spell, vocabulary
 
-# Pairs in ascending order, their counts, the index in the last array where the positions of each start, the positions.
+# Pairs in ascending order, each as one integer (left << 32 | right), their counts, the index in the last array where
+# the positions of each start, the positions.
 Pairs = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 
 
@@ -42,18 +41,12 @@ def learn_merges(
     special_tokens: Sequence[str] = (),
     progress: Callable[[int], None] | None = None,
 ) -> list[Merge]:
-    """Return the merges, in order, that enlarge the vocabulary from bytes to `vocab_size` tokens.
-
-    They are fewer if the corpus has no pair left.
+    """Return the merges, in order, that enlarge the vocabulary to `vocab_size` tokens, or fewer if no pair is left.
 
     Args:
-        word_counts: How often each word occurs, from `count_words`.
         vocab_size: Tokens of the vocabulary, special tokens and bytes included; at least 256 + special tokens.
         special_tokens: Texts that stand for themselves; they take the first ids, on which the order of ties depends.
         progress: Called repeatedly with the number of merges learned so far.
-
-    Raises:
-        ValueError: If there are no words, `vocab_size` is too small, or a special token is wrong.
     """
     check_vocab_size(word_counts, vocab_size, special_tokens)
     ids = vocabulary(special_tokens=special_tokens)
@@ -65,10 +58,8 @@ def learn_merges(
     least_count = 0
 
     def push(pairs: np.ndarray, counts: np.ndarray, starts: np.ndarray, positions: np.ndarray) -> None:
-        ends = np.append(starts[1:], len(positions))
-        often = counts >= least_count
-        columns = (pairs[often], counts[often], starts[often], ends[often])
-        for pair, count, start, end in zip(*(column.tolist() for column in columns), strict=True):
+        table = np.stack([pairs, counts, starts, np.append(starts, len(positions))[1:]], axis=1)
+        for pair, count, start, end in table[counts >= least_count].tolist():
             places[pair] = positions[start:end]
             heapq.heappush(heap, (-count, pair))
 
@@ -85,7 +76,7 @@ def learn_merges(
         made: list[int] = []
         while heap and len(ids) < vocab_size:
             bound, pair = -heap[0][0], heap[0][1]
-            left, right = _split_pair(pair)
+            left, right = divmod(pair, 1 << 32)
             if left in rights or right in lefts:
                 break
             where, count = corpus.confirm(places[pair], left, right)
@@ -115,16 +106,6 @@ def learn_merges(
 
 
 _GAP, _GONE = -1, -2  # between two words; the right symbol of a merged pair
-
-
-def _join_pair(left: np.ndarray, right: np.ndarray) -> np.ndarray:
-    """Return two ids as one integer that sorts as the pair does."""
-    return left << 32 | right
-
-
-def _split_pair(pair: int) -> tuple[int, int]:
-    """Return the two ids that `_join_pair` put together."""
-    return pair >> 32, pair & 0xFFFFFFFF
 
 
 def _starts(values: np.ndarray) -> np.ndarray:
@@ -188,7 +169,7 @@ class _Corpus:
         """Group positions by the pair that begins there."""
         left, right = self.symbol[positions], self.symbol[self.after[positions]]
         inside = (left >= 0) & (right >= 0)  # not across a gap
-        positions, pairs = positions[inside], _join_pair(left[inside], right[inside])
+        positions, pairs = positions[inside], left[inside] << 32 | right[inside]
         order = np.argsort(pairs)
         positions, pairs = positions[order], pairs[order]
         starts = _starts(pairs)

@@ -22,7 +22,6 @@ class TokenizerMetrics(SplitMetric):
     - `single_byte_tokens`: share of the tokens that are single bytes, for which nothing was learned.
 
     Args:
-        tokenizers: Tokenizers by name.
         pattern: How words are found, as in `count_words`; the same for all tokenizers.
     """
 
@@ -36,11 +35,7 @@ class TokenizerMetrics(SplitMetric):
             self.add_state(name, torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, texts: list[str]) -> None:
-        """Add some texts.
-
-        Args:
-            texts: Documents, or parts of documents.
-        """
+        """Add some documents, or parts of documents."""
         self.bytes += sum(len(text.encode()) for text in texts)
         self.words += count_words(texts, self.pattern).total()
         for number, tokenizer in enumerate(self.tokenizers.values()):

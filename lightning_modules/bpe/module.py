@@ -53,9 +53,6 @@ class BPEModule(GradientFreeModule):
         reference: A tokenizer to compare with: a folder with `tokenizer.json` or with GPT-2's `vocab.json` and
             `merges.txt`, a `tokenizer.json`, or a name on the Hugging Face hub. `null` for none.
         count_workers: Processes that count words in addition to this one; 0 counts in this one.
-
-    Raises:
-        MisconfigurationException: If an argument is wrong, or the reference cannot be loaded.
     """
 
     def __init__(
@@ -72,18 +69,10 @@ class BPEModule(GradientFreeModule):
         self.pattern = PATTERNS.get(pattern, pattern)
         self.special_tokens = tuple(special_tokens)
         self.merges: list[Merge] = []
-        self._check_arguments()
-        self.counter = WordCounter(self.pattern, self.special_tokens, count_workers)
-        self.compression: list[tuple[int, float]] = []  # vocabulary size, bytes per token of the last validation
-        self.reference = load_reference(reference) if reference else None
-        self.reference_name = (reference or "").rstrip("/").rsplit("/")[-1]
-        self._words_learned_from = 0
-
-    def _check_arguments(self) -> None:
-        if self.hparams.vocabulary_size < self.least_size:
+        if vocabulary_size < self.least_size:
             raise MisconfigurationException(
-                f"model.vocabulary_size is {self.hparams.vocabulary_size}: 256 bytes and {len(self.special_tokens)} "
-                f"special tokens need at least {self.least_size}"
+                f"model.vocabulary_size is {vocabulary_size}: 256 bytes and {len(special_tokens)} special tokens need "
+                f"at least {self.least_size}"
             )
         with _error_in("model.special_tokens"):
             vocabulary(special_tokens=self.special_tokens)
@@ -91,15 +80,14 @@ class BPEModule(GradientFreeModule):
             word_finder(self.pattern)
         with _error_in("model.pattern: the tokenizers library", Exception):  # it raises nothing narrower
             self.rust_tokenizer([])
-
-    # --- training -----------------------------------------------------------------------------------------------------
+        self.counter = WordCounter(self.pattern, self.special_tokens, count_workers)
+        self.compression: list[tuple[int, float]] = []  # vocabulary size, bytes per token of the last validation
+        self.reference = load_reference(reference) if reference else None
+        self.reference_name = (reference or "").rstrip("/").rsplit("/")[-1]
+        self._words_learned_from = 0
 
     def on_fit_start(self) -> None:
-        """Check that the corpus is read once.
-
-        Raises:
-            MisconfigurationException: If `trainer.max_epochs` is not 1.
-        """
+        """Refuse to read the corpus more than once."""
         if self.trainer.max_epochs != 1:
             raise MisconfigurationException(
                 f"trainer.max_epochs is {self.trainer.max_epochs}: give 1, since a second pass would count the "
@@ -120,11 +108,7 @@ class BPEModule(GradientFreeModule):
         self.counter.close()
 
     def learn(self) -> None:
-        """Learn the merges from the counts of all processes, on the first process, which sends them to the others.
-
-        Raises:
-            MisconfigurationException: If there were no words.
-        """
+        """Learn the merges from the counts of all processes, on the first process, which sends them to the others."""
         self._gather_counts()
         if self.global_rank == 0 and self.counter.words.total() != self._words_learned_from:
             self._words_learned_from = self.counter.words.total()
@@ -147,15 +131,12 @@ class BPEModule(GradientFreeModule):
             self.counter.wait()
         if self.trainer.world_size == 1:
             return
-        mine = (self.counter.words, self.counter.n_bytes)
-        gathered: list[Any] = [None] * self.trainer.world_size if self.global_rank == 0 else []
-        torch.distributed.gather_object(mine, gathered or None)
+        gathered: list[Any] | None = [None] * self.trainer.world_size if self.global_rank == 0 else None
+        torch.distributed.gather_object((self.counter.words, self.counter.n_bytes), gathered)
         self.counter.words, self.counter.n_bytes = Counter(), 0
-        for words, n_bytes in gathered:
+        for words, n_bytes in gathered or ():
             self.counter.words.update(words)
             self.counter.n_bytes += n_bytes
-
-    # --- evaluation ---------------------------------------------------------------------------------------------------
 
     def on_validation_start(self) -> None:
         """Choose the tokenizers to evaluate: in a fit that of each smaller vocabulary, too, after learning."""
@@ -192,10 +173,7 @@ class BPEModule(GradientFreeModule):
     def smaller_sizes(self) -> list[int]:
         """Return the size without merges, then the powers of two between it and the size of the vocabulary."""
         powers = (2**power for power in range(self.vocabulary_size.bit_length()))
-        sizes = (self.least_size, *(power for power in powers if power > self.least_size))
-        return [size for size in sizes if size < self.vocabulary_size]
-
-    # --- the tokenizer ------------------------------------------------------------------------------------------------
+        return [self.least_size, *(size for size in powers if self.least_size < size < self.vocabulary_size)]
 
     @property
     def least_size(self) -> int:
@@ -208,11 +186,7 @@ class BPEModule(GradientFreeModule):
         return len(vocabulary(self.merges, self.special_tokens))
 
     def rust_tokenizer(self, merges: Sequence[Merge]) -> "Tokenizer":
-        """Return the tokenizer of some merges, run by the `tokenizers` library.
-
-        Args:
-            merges: The merges, in order.
-        """
+        """Return the tokenizer of some merges, run by the `tokenizers` library."""
         return rust_tokenizer(to_tokenizer_json(merges, self.special_tokens, self.pattern))
 
     def token_counts(self) -> np.ndarray:
@@ -231,12 +205,9 @@ class BPEModule(GradientFreeModule):
         return total
 
     def save_pretrained(self, folder: Path) -> None:
-        """Write the tokenizer for `AutoTokenizer.from_pretrained`.
+        """Write the folder of the tokenizer for `AutoTokenizer.from_pretrained`.
 
         The first special token begins a text, ends it and stands for the unknown, as the only one of GPT-2 does.
-
-        Args:
-            folder: Folder to create.
         """
         from transformers import PreTrainedTokenizerFast
 
@@ -248,8 +219,6 @@ class BPEModule(GradientFreeModule):
     def next_command(self, run: str) -> str:
         """Return the command that pretrains a decoder with the tokenizer."""
         return f"llm-train fit -c experiments/decoder_pretrain/offline.yaml --data.tokenizer {run}/tokenizer"
-
-    # --- checkpoints --------------------------------------------------------------------------------------------------
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the counts of all processes and the merges, as tensors."""
@@ -266,11 +235,7 @@ class BPEModule(GradientFreeModule):
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore the merges, and the counts on the first process.
-
-        Raises:
-            MisconfigurationException: If the checkpoint has another pattern or other special tokens than this run.
-        """
+        """Restore the merges, and the counts on the first process; refuse another pattern or special tokens."""
         super().on_load_checkpoint(checkpoint)
         saved = checkpoint["byte_pair_encoding"]
         for name in ("pattern", "special_tokens"):

@@ -72,22 +72,19 @@ class TokenizerReport(L.Callback):
                 value = float(trainer.callback_metrics["val/reference/bytes_per_token"])
                 rows.append((module.reference_name, module.reference.get_vocab_size(), value))
         if rows:  # there was a validation
-            write_compression(folder / "compression.csv", rows)
-            files.append(draw_compression(folder / "compression.csv", figures / "compression.png"))
+            table = folder / "compression.csv"
+            cells = ((name, size, f"{value:.4f}") for name, size, value in rows)
+            write_csv(table, ("tokenizer", "vocabulary_size", "bytes_per_token"), cells)
+            files.append(draw_compression(table, figures / "compression.png"))
         samples = {name: tokens_of(tokenizer, self.sample) for name, tokenizer in tokenizers.items()}
         files.append(draw_tokenization(samples, figures / "tokenization.png"))
         show_figures(trainer, files)
-        cells = [(name, i, readable(token)) for name, tokens in samples.items() for i, token in tokens]
-        show_table(trainer, "tokenization", ("tokenizer", "id", "token"), cells)
+        drawn = [(name, i, readable(token)) for name, tokens in samples.items() for i, token in tokens]
+        show_table(trainer, "tokenization", ("tokenizer", "id", "token"), drawn)
 
 
 def tokens_of(tokenizer: "Tokenizer", text: str) -> list[tuple[int, bytes]]:
-    """Return the ids of the tokens of a text, and the bytes that they stand for.
-
-    Args:
-        tokenizer: The tokenizer.
-        text: The text.
-    """
+    """Return the tokens of a text: the id of each and the bytes that it stands for."""
     encoding = tokenizer.encode(text, add_special_tokens=False)
     return list(zip(encoding.ids, map(_bytes_of, encoding.tokens), strict=True))
 
@@ -100,11 +97,7 @@ def _bytes_of(token: str) -> bytes:
 
 
 def readable(token: bytes) -> str:
-    """Return a token as Python code: a string, or bytes if it ends inside a character.
-
-    Args:
-        token: Bytes of the token.
-    """
+    """Return a token as Python code: a string, or bytes if it ends inside a character."""
     try:
         return repr(token.decode())
     except UnicodeDecodeError:
@@ -112,26 +105,15 @@ def readable(token: bytes) -> str:
 
 
 def write_merges(file: Path, merges: Iterable[Merge]) -> None:
-    """Write the merges in order, one a line, in the format of GPT-2's `merges.txt`.
-
-    Args:
-        file: File to write.
-        merges: The merges.
-    """
-    write_text(file, _lines(["#version: 0.2", *(f"{spell(left)} {spell(right)}" for left, right in merges)]))
+    """Write the merges in order, one a line, in the format of GPT-2's `merges.txt`."""
+    lines = [f"{spell(left)} {spell(right)}\n" for left, right in merges]
+    write_text(file, "".join(["#version: 0.2\n", *lines]))
 
 
 def write_vocabulary(file: Path, merges: Sequence[Merge], special_tokens: Sequence[str], counts: Sequence[int]) -> None:
-    """Write a table of all tokens in the order of their ids.
-
-    Args:
-        file: File to write.
-        merges: The merges.
-        special_tokens: Special tokens, which have the first ids.
-        counts: Occurrences of each token, by its id.
-    """
+    """Write a table of all tokens in the order of their ids; `counts` has the occurrences of each, by its id."""
     made_of = {spell(left + right): (left, right) for left, right in merges}
-    lines = [f"{'id':>7} {'count':>12} {'bytes':>5}  {'token':<28} made of"]
+    lines = [f"{'id':>7} {'count':>12} {'bytes':>5}  {'token':<28} made of\n"]
     for token, i in vocabulary(merges, special_tokens).items():
         if token in special_tokens:
             length, shown, origin = 0, token, "special token"
@@ -140,20 +122,5 @@ def write_vocabulary(file: Path, merges: Sequence[Merge], special_tokens: Sequen
             origin = " + ".join(map(readable, made_of[token]))
         else:
             length, shown, origin = 1, readable(unspell(token)), "byte"
-        lines.append(f"{i:>7} {counts[i]:>12} {length:>5}  {shown:<28} {origin}")
-    write_text(file, _lines(lines))
-
-
-def write_compression(file: Path, rows: Iterable[tuple[str, int, float]]) -> None:
-    """Write bytes per token against the size of the vocabulary.
-
-    Args:
-        file: CSV file to write.
-        rows: Name of the tokenizer, size of its vocabulary, bytes per token.
-    """
-    columns = ("tokenizer", "vocabulary_size", "bytes_per_token")
-    write_csv(file, columns, ((name, size, f"{value:.4f}") for name, size, value in rows))
-
-
-def _lines(lines: Iterable[str]) -> str:
-    return "".join(f"{line}\n" for line in lines)
+        lines.append(f"{i:>7} {counts[i]:>12} {length:>5}  {shown:<28} {origin}\n")
+    write_text(file, "".join(lines))

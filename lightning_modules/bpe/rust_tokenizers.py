@@ -11,25 +11,14 @@ if TYPE_CHECKING:  # imported where it is used: it is slow to import
 
 
 def rust_tokenizer(content: dict[str, Any]) -> "Tokenizer":
-    """Return the tokenizer that the library makes of the content of a `tokenizer.json`.
-
-    Args:
-        content: Result of `to_tokenizer_json`.
-    """
+    """Return the tokenizer that the library makes of the result of `to_tokenizer_json`."""
     from tokenizers import Tokenizer
 
     return _of_text_only(Tokenizer.from_str(json.dumps(content)))
 
 
 def load_reference(name: str) -> "Tokenizer":
-    """Return a tokenizer to compare with.
-
-    Args:
-        name: As `reference` of `BPEModule`.
-
-    Raises:
-        MisconfigurationException: If there is none, or its files are incomplete.
-    """
+    """Return a tokenizer to compare with, by a name as in `reference` of `BPEModule`."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     path = Path(name).expanduser()

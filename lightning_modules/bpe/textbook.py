@@ -84,14 +84,7 @@ def count_words(
 
 
 def word_finder(pattern: str) -> Callable[[str], list[str]]:
-    """Return the function that splits a text into words.
-
-    Args:
-        pattern: As in `count_words`.
-
-    Raises:
-        ValueError: If the pattern does not compile or has a capturing group.
-    """
+    """Return the function that splits a text into words; raise `ValueError` if the pattern is wrong."""
     try:
         compiled = regex.compile(pattern)
     except regex.error as error:
@@ -106,9 +99,7 @@ def word_finder(pattern: str) -> Callable[[str], list[str]]:
 def split_at_special_tokens(text: str, special_tokens: Sequence[str]) -> list[str]:
     """Return the parts of a text: ordinary text at even indices, special tokens at odd ones.
 
-    Args:
-        text: Any text.
-        special_tokens: Where two of them begin at the same position, the longer one is taken.
+    Where two special tokens begin at the same position, the longer one is taken.
     """
     if not special_tokens:
         return [text]
@@ -137,20 +128,12 @@ def spell(token: bytes) -> str:
 
 
 def unspell(spelling: str) -> bytes:
-    """Return the token with this spelling.
-
-    Raises:
-        KeyError: If a character spells no byte.
-    """
+    """Return the token with this spelling; raise `KeyError` if a character spells no byte."""
     return bytes(_BYTES[character] for character in spelling)
 
 
 def vocabulary(merges: Iterable[Merge] = (), special_tokens: Sequence[str] = ()) -> dict[str, int]:
     """Return the id of every token by its spelling: special tokens, then bytes, then the results of the merges.
-
-    Args:
-        merges: Merges in the order in which they were learned.
-        special_tokens: Texts that stand for themselves.
 
     Raises:
         ValueError: If a special token is empty, is given twice, or is the spelling of a byte.
@@ -175,13 +158,7 @@ def vocabulary(merges: Iterable[Merge] = (), special_tokens: Sequence[str] = ())
 def learn_merges_textbook(
     word_counts: Mapping[bytes, int], vocab_size: int, special_tokens: Sequence[str] = ()
 ) -> list[Merge]:
-    """Return the merges that `learn_merges` returns; slow, since all pairs are counted again for each merge.
-
-    Args:
-        word_counts: As in `learn_merges`.
-        vocab_size: As in `learn_merges`.
-        special_tokens: As in `learn_merges`.
-    """
+    """Return the merges that `learn_merges` returns; slow, since it counts all pairs again for each merge."""
     check_vocab_size(word_counts, vocab_size, special_tokens)
     ids = vocabulary(special_tokens=special_tokens)
     words = {word: [SINGLE_BYTES[byte] for byte in word] for word in word_counts}
@@ -212,15 +189,11 @@ def _replace_pair(symbols: list[bytes], left: bytes, right: bytes) -> list[bytes
 
 
 def check_vocab_size(word_counts: Mapping[bytes, int], vocab_size: int, special_tokens: Sequence[str]) -> None:
-    """Check that merges can be learned.
-
-    Raises:
-        ValueError: If there are no words, or the vocabulary has no room for the bytes and the special tokens.
-    """
+    """Raise `ValueError` if there are no words, or no room for the bytes and the special tokens."""
     if not word_counts:
         raise ValueError("the corpus is empty: no words were counted")
-    if vocab_size < 256 + len(special_tokens):
+    if vocab_size < (least := 256 + len(special_tokens)):
         raise ValueError(
             f"vocab_size {vocab_size} is smaller than 256 bytes + {len(special_tokens)} special tokens: "
-            f"ask for at least {256 + len(special_tokens)}"
+            f"ask for at least {least}"
         )

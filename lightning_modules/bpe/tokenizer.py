@@ -4,10 +4,10 @@ Training runs use the tokenizer that `to_tokenizer_json` exports. The `tokenizer
 the same ids as the plain Python of `ByteLevelBPE`.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from itertools import pairwise
-from typing import Any, Self
+from typing import Any
 
 from lightning_modules.bpe.textbook import (
     GPT2_PATTERN,
@@ -15,7 +15,6 @@ from lightning_modules.bpe.textbook import (
     Merge,
     spell,
     split_at_special_tokens,
-    unspell,
     vocabulary,
     word_finder,
 )
@@ -27,26 +26,13 @@ class ByteLevelBPE:
     The time for a word grows with the square of its length; a cache holds the words that were encoded last.
 
     Args:
-        merges: Pairs in the order in which they were learned.
         special_tokens: Texts that stand for themselves; they are searched before the text is split into words.
-        pattern: How text is split into words, as in `count_words`.
-        ids: Id of every token by its spelling; by default `vocabulary(merges, special_tokens)`.
-
-    Raises:
-        ValueError: If the pattern or a special token is wrong, or `ids` lacks a token.
     """
 
     def __init__(
-        self,
-        merges: Sequence[Merge],
-        special_tokens: Sequence[str] = (),
-        pattern: str = GPT2_PATTERN,
-        ids: Mapping[str, int] | None = None,
+        self, merges: Sequence[Merge], special_tokens: Sequence[str] = (), pattern: str = GPT2_PATTERN
     ) -> None:
-        expected = vocabulary(merges, special_tokens)
-        self.ids = expected if ids is None else dict(ids)
-        if missing := expected.keys() - self.ids.keys():
-            raise ValueError(f"the vocabulary lacks {len(missing)} tokens of the merges, such as {min(missing)!r}")
+        self.ids = vocabulary(merges, special_tokens)
         self.special_tokens = tuple(special_tokens)
         self._find_words = word_finder(pattern)
         self._rank = {pair: rank for rank, pair in enumerate(merges)}
@@ -57,42 +43,8 @@ class ByteLevelBPE:
                 raise ValueError(f"special token {token!r} spells a learned token that stands for other bytes")
         self._word_ids = lru_cache(maxsize=1 << 16)(self._encode_word)
 
-    @classmethod
-    def from_gpt2_files(cls, ids: Mapping[str, int], merge_lines: Iterable[str], pattern: str = GPT2_PATTERN) -> Self:
-        """Return the tokenizer of the two files of GPT-2.
-
-        A token of the vocabulary that is neither a byte nor the result of a merge is a special token, such as
-        `<|endoftext|>`.
-
-        Args:
-            ids: Content of `vocab.json`.
-            merge_lines: Lines of `merges.txt`.
-            pattern: As in the constructor.
-
-        Raises:
-            ValueError: If a line is not two tokens, or the vocabulary lacks one.
-        """
-        merges: list[Merge] = []
-        for number, line in enumerate(merge_lines, start=1):
-            if line.startswith("#version") or not line.strip():
-                continue
-            try:
-                left, right = map(unspell, line.split())
-            except (KeyError, ValueError):
-                raise ValueError(f"merges, line {number}: {line.rstrip()!r} is not two tokens") from None
-            merges.append((left, right))
-        special_tokens = sorted(ids.keys() - vocabulary(merges).keys(), key=ids.__getitem__)
-        return cls(merges, special_tokens, pattern, ids)
-
     def encode(self, text: str | bytes) -> list[int]:
-        """Return the ids of a text.
-
-        Args:
-            text: A text, or bytes, which need not be UTF-8.
-
-        Raises:
-            ValueError: If the pattern loses text.
-        """
+        """Return the ids of a text, or of bytes of any kind; raise `ValueError` if the pattern loses text."""
         if isinstance(text, bytes):
             text = text.decode("utf-8", "surrogateescape")
         ids: list[int] = []
@@ -108,15 +60,9 @@ class ByteLevelBPE:
         return ids
 
     def decode(self, ids: Iterable[int]) -> bytes:
-        """Return the bytes that the ids stand for.
+        """Return the bytes that the ids stand for; raise `ValueError` if an id is not in the vocabulary.
 
         A token may be a part of a character; `.decode("utf-8", "replace")` makes a text of any result.
-
-        Args:
-            ids: Ids of tokens.
-
-        Raises:
-            ValueError: If an id is not in the vocabulary.
         """
         try:
             return b"".join([self._bytes[token_id] for token_id in ids])
@@ -144,11 +90,6 @@ def to_tokenizer_json(
 
     The library finds words with another engine (Oniguruma), which has other versions of the Unicode tables. The two
     patterns of `textbook.py` mean the same to both, except for characters that one of the tables does not contain.
-
-    Args:
-        merges: Pairs in the order in which they were learned.
-        special_tokens: Texts that stand for themselves.
-        pattern: How text is split into words.
     """
     ids = vocabulary(merges, special_tokens)
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False) | {"special": True}

@@ -15,11 +15,10 @@ from lightning_modules.bpe.textbook import count_words
 class WordCounter:
     """Counts the words of texts, in this process or in others.
 
-    A process leaves when `close` is called, when this process ends, and when it is killed.
+    A process leaves when `close` is called, when this process ends, and when it is killed. The methods raise the errors
+    of `count_words`, for these texts or earlier ones, and `MisconfigurationException` if a process was killed.
 
     Args:
-        pattern: How text is split into words, as in `count_words`.
-        special_tokens: Texts that stand for themselves, as in `count_words`.
         workers: Processes that count; 0 counts in this one. If the platform starts processes by `spawn`, a script needs
             its `if __name__ == "__main__"`.
 
@@ -38,15 +37,7 @@ class WordCounter:
         self._busy: deque[Connection] = deque()  # in the order in which they were given texts
 
     def add(self, texts: list[str]) -> None:
-        """Count the words of some texts, or give them to a process that counts them.
-
-        Args:
-            texts: Documents, or parts of documents that end where a word ends.
-
-        Raises:
-            ValueError: As `count_words`, for these texts or earlier ones.
-            MisconfigurationException: If a process was killed.
-        """
+        """Count the words of some texts, which end where a word ends, or give them to a process that counts them."""
         self.n_bytes += sum(len(text.encode()) for text in texts)
         if self._workers == 0:
             self.words.update(count_words(texts, *self._arguments))
@@ -64,12 +55,7 @@ class WordCounter:
         self.words.update(counts)  # while the process counts already
 
     def wait(self) -> None:
-        """Wait until all texts are counted.
-
-        Raises:
-            ValueError: As `count_words`.
-            MisconfigurationException: If a process was killed.
-        """
+        """Wait until all texts are counted."""
         while self._busy:
             self.words.update(self._receive())
 

@@ -106,7 +106,7 @@ def test_run_of_one_symbol_is_joined_from_its_left() -> None:
     ),
     vocab_size=st.integers(256, 330),
 )
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_fast_equals_textbook(words: dict[str, int], vocab_size: int) -> None:
     counts = {word.encode(): count for word, count in words.items()}
     assert learn_merges(counts, vocab_size) == learn_merges_textbook(counts, vocab_size)
@@ -116,7 +116,7 @@ def test_fast_equals_textbook(words: dict[str, int], vocab_size: int) -> None:
     words=st.dictionaries(st.text("abc", min_size=2, max_size=9), st.integers(1, 3), min_size=1),
     special_tokens=st.lists(st.sampled_from(["ab", "abc", "ca", "<s>"]), unique=True),
 )
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 def test_fast_equals_textbook_where_a_merge_spells_a_special_token(
     words: dict[str, int], special_tokens: list[str]
 ) -> None:
@@ -149,11 +149,11 @@ def test_same_merges_and_ids_as_tokenizers(
 
 @PATTERNS
 def test_same_merges_as_tokenizers_on_source_code(pattern: str) -> None:
-    texts = library_texts(30)
-    merges, ids = train_with_tokenizers(texts, 2000, pattern, ["<|endoftext|>"])
-    ours = train(texts, 2000, pattern, ["<|endoftext|>"])
+    texts = library_texts(10)
+    merges, ids = train_with_tokenizers(texts, 1000, pattern, ["<|endoftext|>"])
+    ours = train(texts, 1000, pattern, ["<|endoftext|>"])
     assert ours == merges
-    assert len(vocabulary(ours, ["<|endoftext|>"])) == len(ids) == 2000
+    assert len(vocabulary(ours, ["<|endoftext|>"])) == len(ids) == 1000
 
 
 def test_progress_ends_at_the_number_of_merges() -> None:
@@ -176,13 +176,13 @@ def test_words_of_each_pattern() -> None:
 
 @PATTERNS
 @given(text=st.text(st.characters(max_codepoint=127), max_size=60) | st.text("aZ0' \t\r\n\x0b\x1c!.'sS", max_size=60))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_ascii_twin_finds_the_same_words(pattern: str, text: str) -> None:
     assert word_finder(pattern)(text) == regex.findall(pattern, text)
 
 
 def test_counts_of_parts_add_up() -> None:
-    texts = library_texts(12)
+    texts = library_texts(6)
     whole = count_words(iter(texts))
     assert whole == count_words(texts[:5]) + count_words(texts[5:])
     assert whole == Counter(word.encode() for text in texts for word in regex.findall(GPT2_PATTERN, text))
@@ -201,7 +201,7 @@ SPECIAL_TOKENS = ["<|endoftext|>", "<|pad|>"]
 
 @pytest.fixture(scope="module")
 def merges() -> list[Merge]:
-    texts = [*library_texts(20), *generated_texts(5, KNOWN_CHARACTERS, 10)]
+    texts = [*library_texts(8), *generated_texts(5, KNOWN_CHARACTERS, 10)]
     return train(texts, 1200, special_tokens=SPECIAL_TOKENS)
 
 
@@ -212,7 +212,7 @@ def tokenizers(merges: list[Merge]) -> dict[str, ByteLevelBPE]:
 
 @PATTERNS
 @given(data=st.binary(max_size=80) | st.text(max_size=40).map(str.encode) | st.sampled_from([b"<|pad|>", b"\xc3\xa9"]))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_round_trip_of_any_bytes(tokenizers: dict[str, ByteLevelBPE], pattern: str, data: bytes) -> None:
     assert tokenizers[pattern].decode(tokenizers[pattern].encode(data)) == data
 
@@ -243,16 +243,6 @@ def test_ids_equal_the_exported_tokenizer(
         ids = ours.encode(text)
         assert ids == exported(text, add_special_tokens=False)["input_ids"]
         assert exported.decode(ids) == text == ours.decode(ids).decode()
-
-
-def test_gpt2_files() -> None:
-    ids = vocabulary([(b"h", b"e"), (b"l", b"l"), (b" ", b"he")])
-    ids["<|endoftext|>"] = len(ids)  # where GPT-2 has it: at the end
-    lines = ["#version: 0.2\n", "h e\n", "l l\n", "Ġ he\n", "\n"]
-    tokenizer = ByteLevelBPE.from_gpt2_files(ids, lines)
-    assert tokenizer.special_tokens == ("<|endoftext|>",)
-    expected = [ids["he"], ids["ll"], ids["o"], ids["Ġhe"], ids["<|endoftext|>"]]
-    assert tokenizer.encode("hello he<|endoftext|>") == expected
 
 
 def test_spelling_is_gpt2s() -> None:
@@ -299,7 +289,3 @@ def test_mistakes_of_the_encoder() -> None:
         ByteLevelBPE([], pattern=r"\w+").encode("a b")
     with pytest.raises(ValueError, match="spells a learned token that stands for other bytes"):
         ByteLevelBPE([(b" ", b"a")], ["Ġa"])
-    with pytest.raises(ValueError, match="line 2: 'a b c' is not two tokens"):
-        ByteLevelBPE.from_gpt2_files(vocabulary(), ["#version: 0.2", "a b c"])
-    with pytest.raises(ValueError, match="lacks 1 tokens of the merges, such as 'ab'"):
-        ByteLevelBPE.from_gpt2_files(vocabulary(), ["a b"])
