@@ -6,13 +6,14 @@ deletes all files at the end.
 """
 
 import argparse
-import json
 import random
-import subprocess
-import sys
 import tempfile
 import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 
 def peak_mib() -> float:
@@ -45,12 +46,12 @@ def write_tokenizer(path: Path) -> None:
     tokenizer.save(str(path))
 
 
-def prepare(text: Path, tokenizer: str, cache: Path) -> None:
-    """Tokenise the text as a training run does, and print the figures as JSON."""
+def prepare(text: Path, tokenizer: str, cache: str) -> dict[str, float]:
+    """Tokenise the text as a training run does, and return the figures."""
     from datamodules.decoder_pretrain.data import PretrainDataModule
     from datamodules.sources import TextFiles
 
-    data = PretrainDataModule(TextFiles(str(text)), 1024, 8, tokenizer, cache_dir=str(cache))
+    data = PretrainDataModule(TextFiles(str(text)), 1024, 8, tokenizer, cache_dir=cache)
     assert data.vocab_size > 1
     imports = peak_mib()
     start = time.perf_counter()
@@ -58,39 +59,30 @@ def prepare(text: Path, tokenizer: str, cache: Path) -> None:
     seconds = time.perf_counter() - start
     data.setup("fit")
     tokens = sum(file.n_tokens for file in data.files.values())
-    print(json.dumps({"seconds": seconds, "tokens": tokens, "imports": imports, "peak": peak_mib()}))
+    return {"seconds": seconds, "tokens": tokens, "imports": imports, "peak": peak_mib()}
+
+
+def run_alone(function: Callable[..., Any], *args: object) -> Any:
+    """Call a function in a new process, so that each has its own peak of memory."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(function, *args).result()
 
 
 def main() -> None:
     """Measure each tokenizer in its own process, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--gigabytes", type=float, default=1.0)
-    parser.add_argument("--step", nargs="+", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.step:
-        name, *rest = options.step
-        steps = {
-            "text": lambda path, size: write_text(Path(path), int(size)),
-            "tokenizer": lambda path: write_tokenizer(Path(path)),
-            "prepare": lambda text, tokenizer, cache: prepare(Path(text), tokenizer, Path(cache)),
-        }
-        return steps[name](*rest)
-
-    def run(*step: str) -> str:
-        return subprocess.run(
-            [sys.executable, __file__, "--step", *step], check=True, stdout=subprocess.PIPE, text=True
-        ).stdout
-
     with tempfile.TemporaryDirectory() as folder:
         text, bpe = Path(folder, "text.txt"), Path(folder, "tokenizer.json")
-        run("text", str(text), str(int(options.gigabytes * 1e9)))
-        run("tokenizer", str(bpe))
+        run_alone(write_text, text, int(options.gigabytes * 1e9))
+        run_alone(write_tokenizer, bpe)
         size = text.stat().st_size / 1e6
         print("| tokenizer | text (MB) | tokens (million) | seconds | MB/s | memory before (MiB) | peak memory (MiB) |")
         print("|---|---|---|---|---|---|---|")
         for name, tokenizer in (("byte", "byte"), ("character", "character"), ("BPE, 8,192", str(bpe))):
             with tempfile.TemporaryDirectory(dir=folder) as cache:
-                result = json.loads(run("prepare", str(text), tokenizer, cache))
+                result = run_alone(prepare, text, tokenizer, cache)
             print(
                 f"| {name} | {size:.0f} | {result['tokens'] / 1e6:.0f} | {result['seconds']:.0f} "
                 f"| {size / result['seconds']:.1f} | {result['imports']:.0f} | {result['peak']:.0f} |",
