@@ -44,11 +44,7 @@ class BrownCorpus(Source):
         self.path = path
 
     def pieces(self) -> Iterator[Piece]:
-        """Yield the texts in pieces.
-
-        Raises:
-            MisconfigurationException: If there are no such texts, or they cannot be downloaded or read.
-        """
+        """Yield the texts in pieces."""
         local, name = self._local(), ""
         try:
             readers = _readers(local)
@@ -193,6 +189,7 @@ class BengioNLMDataModule(ExperimentDataModule):
                 f"data.train is {train} and data.val {val}: as shares they must add up to 1 at most"
             )
         self.source, self.n, self.train, self.val = source, n, train, val
+        self.block_size = n - 1  # words of context
         self.tokens, self.rare = tokens, rare
         self.variant = {"lowercase": lowercase, "split_clitics": split_clitics, "marks": paragraph_marks}
 
@@ -211,11 +208,6 @@ class BengioNLMDataModule(ExperimentDataModule):
     def vocab_size(self) -> int:
         """The number of different words."""
         return len(self.text.words)
-
-    @property
-    def block_size(self) -> int:
-        """The number of words of context."""
-        return self.n - 1
 
     @property
     def sides(self) -> dict[str, range]:

@@ -116,11 +116,7 @@ class PositionProbeDataModule(ExperimentDataModule):
         return self.evaluation_loader(self.val_pairs, torch.arange(len(self.val_pairs)))
 
     def text_windows(self) -> Tensor | None:
-        """Return windows of text in tokens of the model, (N, T // 4) int64; `None` without a text or a model.
-
-        Raises:
-            MisconfigurationException: If the text is shorter than a window.
-        """
+        """Return windows of text in tokens of the model, (N, T // 4) int64; `None` without a text or a model."""
         if self.text is None or self.matrix.model is None:
             return None
         tokenizer, length = load_tokenizer(self.matrix.model), len(self.matrix.rows) // 4

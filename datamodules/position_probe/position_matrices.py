@@ -34,11 +34,7 @@ class PositionMatrix:
 
 
 def load_positions(source: str, n_positions: int | None = None, n_embd: int = 128, seed: int = 0) -> PositionMatrix:
-    """Return the position matrix of a source; see `PositionProbeDataModule` for the arguments.
-
-    Raises:
-        MisconfigurationException: If there is no such matrix, it has fewer rows, or its rows hold no positions.
-    """
+    """Return the position matrix of a source, checked; see `PositionProbeDataModule` for the arguments."""
     if source in ("sinusoids", "gaussian"):
         if n_positions is None:
             raise MisconfigurationException(f"data.n_positions is needed for data.source {source}: give a number")
@@ -125,13 +121,8 @@ def _read_model(source: str) -> PositionMatrix:
     positions, tokens = (_find_tensor(source, folder, ending) for ending in _TENSORS[model_type])
     # RoBERTa counts positions from the id of its padding token + 1: the rows before belong to no position.
     first = config.get("pad_token_id", 1) + 1 if model_type == "roberta" else 0
-    return PositionMatrix(
-        rows=positions[first:].astype(np.float64),
-        tokens=tokens,
-        initial_std=config.get("initializer_range", INITIAL_STD),
-        model=str(folder or source),
-        model_type=model_type,
-    )
+    initial_std = config.get("initializer_range", INITIAL_STD)
+    return PositionMatrix(positions[first:].astype(np.float64), tokens, initial_std, str(folder or source), model_type)
 
 
 def _folder_of(source: str) -> Path | None:
@@ -185,9 +176,6 @@ def read_tensor(file: str, ending: str) -> np.ndarray:
 
     The file begins with the length of its header in eight bytes, and the header, which has the offsets of each tensor
     (https://huggingface.co/docs/safetensors).
-
-    Raises:
-        MisconfigurationException: If there is no such tensor, or the file is damaged.
     """
     try:
         with fsspec.open(file, "rb") as opened:

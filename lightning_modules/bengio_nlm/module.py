@@ -65,7 +65,7 @@ class BengioNLMModule(KeepsBufferDtypes, ExperimentModule):
         assert block_size is not None
         if h == 0 and not direct:
             raise MisconfigurationException(
-                "model: h is 0 and direct is false: nothing connects the words to the output"
+                "model: h is 0 and direct is false: nothing connects the words to the output; set one of them"
             )
         self.network = BengioNLM(vocab_size, block_size + 1, h, m, direct, dropout, hidden_dropout, word_dropout)
         self.mix = mix

@@ -30,13 +30,8 @@ def draw_geometry(positions: Path, folder: Path) -> list[Path]:
     """Draw the tables of `positions.npz` of a run in four figures, and return the files."""
     with np.load(positions) as saved:
         tables = {name: saved[name].astype(np.float64) for name in saved.files}
-    figures = {
-        "similarity": _similarity,
-        "similarity_by_distance": _similarity_by_distance,
-        "curve": _curve,
-        "spectra": _spectra,
-    }
-    return [save_figure(draw(tables), folder / f"{name}.png") for name, draw in figures.items()]
+    draws = (_similarity, _similarity_by_distance, _curve, _spectra)
+    return [save_figure(draw(tables), folder / f"{draw.__name__.removeprefix('_')}.png") for draw in draws]
 
 
 def _similarity(tables: Tables) -> "Figure":

@@ -48,8 +48,8 @@ class PositionProbeModule(ExperimentModule):
             "scale": torch.stack(scale).view(n_cases, n_folds, 1, -1),
         }.items():
             self.register_buffer(name, tensor, persistent=False)
-        probes = PROBES[self.hparams.probe]
-        self.probes = probes(len(rows), data.rows.size(-1), len(TARGETS), self.hparams.width)
+        sizes = len(rows), data.rows.size(-1), len(TARGETS), self.hparams.width
+        self.probes = PROBES[self.hparams.probe](*sizes)
         self.track(ProbeMeasures(n_cases, n_folds, n_positions))
 
     def forward(self, pairs: Tensor) -> Tensor:

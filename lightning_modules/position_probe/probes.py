@@ -99,11 +99,7 @@ class MLPProbes(nn.Module):
         return outputs + self.bias.view(n_tables, 1, -1)
 
 
-PROBES: dict[str, type[LinearProbes | MLPProbes]] = {
-    "linear": LinearProbes,
-    "bilinear": BilinearProbes,
-    "mlp": MLPProbes,
-}
+PROBES: dict[str, type[nn.Module]] = {"linear": LinearProbes, "bilinear": BilinearProbes, "mlp": MLPProbes}
 
 
 def _of_pairs(rows: Tensor, weight: Tensor, positions: Tensor) -> Tensor:

@@ -55,13 +55,12 @@ class ShiftedPerplexity(L.Callback):
         learned = [perplexity(model, windows, start) for start in starts]
         shuffle_positions(model, seed=data.seed)
         shuffled = [perplexity(model, windows, start) for start in starts]
-        if trainer.fast_dev_run:
-            return
-        folder = Path(trainer.default_root_dir)
-        table = folder / "shifted_perplexity.csv"
-        rows = [(start, f"{p:.6g}", f"{q:.6g}") for start, p, q in zip(starts, learned, shuffled, strict=True)]
-        write_csv(table, ["start", "perplexity", "perplexity_shuffled"], rows)
-        show_figures(trainer, [draw_shifted_perplexity(table, folder / "figures" / "shifted_perplexity.png")])
+        if not trainer.fast_dev_run:
+            folder = Path(trainer.default_root_dir)
+            table = folder / "shifted_perplexity.csv"
+            rows = [(start, f"{p:.6g}", f"{q:.6g}") for start, p, q in zip(starts, learned, shuffled, strict=True)]
+            write_csv(table, ["start", "perplexity", "perplexity_shuffled"], rows)
+            show_figures(trainer, [draw_shifted_perplexity(table, folder / "figures" / "shifted_perplexity.png")])
 
 
 @torch.inference_mode()

@@ -51,11 +51,7 @@ class WangChenModule(KeepsBufferDtypes, GradientFreeModule):
         self.register_buffer("repetitions", torch.zeros((), dtype=torch.int64))
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        """Log the means over the steps so far: `train/<case>/position_error`, in positions, and `order_error`, a share.
-
-        Raises:
-            MisconfigurationException: If there are too few positions or pairs for the folds.
-        """
+        """Log the means over the steps so far: `train/<case>/position_error` in positions, `order_error` as a share."""
         from sklearn.linear_model import LinearRegression, LogisticRegression
         from sklearn.metrics import zero_one_loss
 
@@ -70,10 +66,9 @@ class WangChenModule(KeepsBufferDtypes, GradientFreeModule):
             errors.append([position_error, order_error])
         self.sums += torch.tensor(errors, device=self.device)
         self.repetitions += 1
-        means = (self.sums / self.repetitions).float()
-        for case, (position_error, order_error) in zip(self.cases, means, strict=True):
-            self.log(f"train/{case}/position_error", position_error, sync_dist=True)
-            self.log(f"train/{case}/order_error", order_error, sync_dist=True)
+        for case, means in zip(self.cases, (self.sums / self.repetitions).float(), strict=True):
+            for name, mean in zip(("position_error", "order_error"), means, strict=True):
+                self.log(f"train/{case}/{name}", mean, sync_dist=True)
         self.count_step()
 
     def _mean_error(self, model: Any, x: np.ndarray, y: np.ndarray, error: Callable[..., float]) -> float:
