@@ -100,6 +100,13 @@ def test_run_of_one_symbol_is_joined_from_its_left() -> None:
     assert learn_merges({b"aaaaa": 1}, 259) == [(b"a", b"a"), (b"aa", b"a"), (b"aa", b"aaa")]
 
 
+def test_pairs_whose_counts_have_all_fallen_below_the_least_count_are_counted_again() -> None:
+    # a b 103 and b c 7 are watched (the least count is 6). The merge of a b leaves 4 of b c, and a b c has 3: too few.
+    counts = {b"ab": 100, b"abc": 3, b"dbc": 4}
+    expected = [(b"a", b"b"), (b"b", b"c"), (b"d", b"bc"), (b"ab", b"c")]
+    assert learn_merges(counts, 260) == learn_merges_textbook(counts, 260) == expected
+
+
 @given(
     words=st.dictionaries(
         st.text("ab", max_size=9) | st.text("abcd ", max_size=12) | st.text(max_size=5), st.integers(1, 4), min_size=1
