@@ -17,13 +17,14 @@ from pathlib import Path
 import numpy as np
 
 ROOT = Path(__file__).parents[2]
+TINY = next((ROOT / "tests").glob("*/tiny.yaml"))
 METRICS = ("train/loss", "train/grad_norm", "lr", "val/loss", "val/perplexity", "val/bits_per_byte", "val/accuracy")
 SEEDS = 5
 
 
 def write_runs(folder: Path, n_runs: int, n_rows: int) -> None:
     """Write run folders with the configuration of a real run and random metrics in every row, five seeds an arm."""
-    config = command("fit", "-c", str(ROOT / "experiments/decoder_pretrain/offline.yaml"), "--print_config").stdout
+    config = command("fit", "-c", str(TINY), "--print_config").stdout
     rng = np.random.default_rng(0)
     for number in range(n_runs):
         run = folder / f"dropout={number // SEEDS / 100},seed={number % SEEDS}"

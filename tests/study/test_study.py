@@ -17,6 +17,7 @@ import forks
 import optuna
 import pytest
 import yaml
+from helpers import RUNS
 from optuna.storages.journal import JournalFileBackend, JournalStorage
 
 from experiments.errors import UserError
@@ -296,7 +297,7 @@ def test_the_command_of_a_run_is_word_for_word_that_of_wandbs_agent(sweep, monke
         ({"model.dropout": 0.1, "model.attention.dropout": 0.25}, "model.dropout=0.1,attention.dropout=0.25"),
         ({"optimizer": "torch.optim.SGD", "optimizer.lr": 1e-05}, "optimizer=SGD,lr=1e-05"),
         ({"optimizer": {"lr": 0.30000000000000004}}, "lr=0.3"),
-        ({"data.tokenizer": "runs/bpe/offline/tokenizer"}, "tokenizer=runs-bpe-offline-tokenizer"),
+        ({"data.tokenizer": "runs/words/offline/tokenizer"}, "tokenizer=runs-words-offline-tokenizer"),
         ({"config": "experiments/topic/rows/first.yaml", "without": []}, "config=first,without=none"),
         ({"a": None, "b": True, "c": -1, "d": [1, 2], "e": 1e20}, "a=null,b=true,c=-1,d=1-2,e=1e20"),
     ],
@@ -566,10 +567,10 @@ def test_a_study_of_the_real_command_leaves_ordinary_runs_that_can_be_compared(l
     command = ["${env}", "${interpreter}", "-m", "experiments", "fit", "-c", "tiny.yaml", "${args}"]
     parameters = {"optimizer": {"parameters": {"lr": {"values": [0.01, 0.02]}}}, "model.n_layer": {"value": 1}}
     done = llm_train("study", sweep("rates.yaml", command=command, parameters=parameters))
-    study = Path("runs/decoder_pretrain/rates")
+    study = RUNS / "rates"
     assert done.code == 0, (done.err, (study / "logs/lr=0.01.log").read_text())
     config = yaml.safe_load((study / "lr=0.01/config.yaml").read_text())
-    assert config["run"] == {"name": "lr=0.01", "root": "runs", "topic": "decoder_pretrain", "study": "rates"}
+    assert config["run"] == {"name": "lr=0.01", "root": "runs", "topic": RUNS.name, "study": "rates"}
     assert (config["optimizer"]["init_args"]["lr"], config["model"]["init_args"]["n_layer"]) == (0.01, 1)
     best = {lr: json.loads((study / f"lr={lr}/summary.json").read_text())["best"]["value"] for lr in ("0.01", "0.02")}
     for number, (lr, value) in enumerate(best.items(), start=1):
