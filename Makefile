@@ -20,7 +20,7 @@ test: $(READY)  ## The tests that need no network, no GPU and no account
 	$(BIN)/python -m pytest --numprocesses auto --dist worksteal
 
 bench: $(READY)  ## The timings that the READMEs report (minutes each)
-	for benchmark in tests/benchmarks/*.py; do echo "## $$benchmark"; $(BIN)/python $$benchmark || exit 1; done
+	for benchmark in tests/benchmarks/*.py tests/*/benchmarks/*.py; do echo "## $$benchmark"; $(BIN)/python $$benchmark || exit 1; done
 
 lint: $(READY)  ## Style and docstrings, one-way imports, types
 	$(BIN)/ruff check .

@@ -2,7 +2,7 @@
 
 A model of the size of GPT-2 small with random weights answers eight prompts with 128 tokens each.
 
-    python tests/benchmarks/answer_speed.py
+    python tests/gpt2_webglm_qa/benchmarks/answer_speed.py
 """
 
 import statistics

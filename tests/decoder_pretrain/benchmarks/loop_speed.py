@@ -1,6 +1,6 @@
 """The cost of the framework: steps per second of `llm-train fit` and of a bare PyTorch loop, in turn in one process.
 
-Run `python tests/benchmarks/loop_speed.py`, which prints a Markdown table. Both train the decoder of
+Run `python tests/decoder_pretrain/benchmarks/loop_speed.py`, which prints a Markdown table. Both train the decoder of
 `char_shakespeare_cpu.yaml` on random windows of the same generated text, with the same fused AdamW, schedule and
 gradient clipping. `fit` has the default callbacks and loggers (W&B offline).
 """
@@ -25,7 +25,7 @@ from lightning_modules.models.decoder import Decoder, DecoderConfig
 from lightning_modules.optim import weight_decay_groups
 from lightning_modules.optim.schedules import Cosine
 
-CONFIG = Path(__file__).parents[2] / "experiments/decoder_pretrain/char_shakespeare_cpu.yaml"
+CONFIG = Path(__file__).parents[3] / "experiments/decoder_pretrain/char_shakespeare_cpu.yaml"
 ROUNDS, STEPS, WARMUP = 7, 250, 50
 BATCH, BLOCK = 12, 64
 

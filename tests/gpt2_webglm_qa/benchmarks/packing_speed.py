@@ -2,8 +2,8 @@
 
 A model of the size of GPT-2 small with random weights trains on rows of 1,024 positions.
 
-    python tests/benchmarks/packing_speed.py
-    python tests/benchmarks/packing_speed.py RECORDS.jsonl --tokenizer FOLDER
+    python tests/gpt2_webglm_qa/benchmarks/packing_speed.py
+    python tests/gpt2_webglm_qa/benchmarks/packing_speed.py RECORDS.jsonl --tokenizer FOLDER
 
 Without a file, the records are random words, and the tokens are their bytes.
 """

@@ -1,6 +1,6 @@
 """Training speed with batches of similar lengths against random batches, and with cached features against tokens.
 
-    python tests/benchmarks/length_grouping.py
+    python tests/bert_imdb/benchmarks/length_grouping.py
 
 Random and grouped batches train the same small BERT on the same reviews, in turn. Then its head alone is trained on
 tokens and on features. The lengths are log-normal with the median of IMDB's reviews, truncated to the length of BERT.
