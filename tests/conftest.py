@@ -51,11 +51,8 @@ def forked() -> Callable[..., int]:
     The copy can be killed. The exit code is then the number of the signal with a minus sign.
     """
 
-    def run(
-        *args: str | Path, prepare: Callable[[], None] = lambda: None, meanwhile: Callable[[int], None] = bool
-    ) -> int:
+    def run(*args: str | Path, prepare: Callable[[], None] = bool) -> int:
         process = forks.start(*args, prepare=prepare)
-        meanwhile(process.pid)
         process.join()
         return process.exitcode
 

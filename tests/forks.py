@@ -4,7 +4,6 @@ import multiprocessing
 import os
 import signal
 import socket
-import subprocess
 import sys
 import threading
 from collections.abc import Callable, Sequence
@@ -90,13 +89,6 @@ def start_ranks(
     return [start(*args, prepare=lambda rank=rank: become(rank), output=output, then=then) for rank in range(n)]
 
 
-def start_anew(*args: str | Path) -> subprocess.Popen:
-    """Start the command in a process that imports everything, and that starts its further ranks by its command line."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "experiments", *map(str, args)]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
-
 def wait(processes: list[multiprocessing.Process], seconds: float = 120) -> list[int]:
     """Return the exit codes of processes, negative for a signal; kill a process that does not end in time."""
     for process in processes:
@@ -107,31 +99,16 @@ def wait(processes: list[multiprocessing.Process], seconds: float = 120) -> list
     return [process.exitcode for process in processes]
 
 
-def after_checkpoint(step: int | None, do: Callable[[], None]) -> None:
-    """For `prepare`: do something when `last.ckpt` of a step has been written.
-
-    Args:
-        step: Optimiser steps done; `None` for the first checkpoint.
-        do: Called once, in each process.
-    """
-    save = RunCheckpoint._save
-
-    def save_and_do(self: RunCheckpoint, trainer: object, name: str) -> None:
-        save(self, trainer, name)
-        if name == "last" and step in (None, trainer.global_step):
-            do()
-
-    RunCheckpoint._save = save_and_do
-
-
 def die_after_step(step: int | None) -> None:
     """For `prepare`: the process kills itself when `last.ckpt` of a step, or the first one, has been written."""
-    after_checkpoint(step, lambda: os.kill(os.getpid(), signal.SIGKILL))
+    save = RunCheckpoint._save
 
+    def save_and_die(self: RunCheckpoint, trainer: object, name: str) -> None:
+        save(self, trainer, name)
+        if name == "last" and step in (None, trainer.global_step):
+            os.kill(os.getpid(), signal.SIGKILL)
 
-def stop_after_step(step: int) -> None:
-    """For `prepare`: the command ends when `last.ckpt` of a step has been written; the process goes on."""
-    after_checkpoint(step, sys.exit)
+    RunCheckpoint._save = save_and_die
 
 
 def signal_after_step(step: int, signal_number: int = signal.SIGKILL) -> None:

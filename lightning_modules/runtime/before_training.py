@@ -12,11 +12,8 @@ class LossBeforeTraining(L.Callback):
     """Validates before the first step, so that learning curves begin at step 0.
 
     Logs the metrics of that validation at step 0, and two more that no later step overwrites: `init/loss`, and
-    `init/excess_loss`, the loss minus ln(vocab_size), which is the loss of a uniform guess. A network at random
-    initialisation has no information about the text: its excess loss is 0 at best, and larger if its predictions are
-    confident.
-
-    Lightning's sanity check, whose results are otherwise dropped, becomes this validation.
+    `init/excess_loss`, the loss minus ln(vocab_size), which is the loss of a uniform guess. Before training the excess
+    is 0 at best, and larger if the predictions are confident. Lightning's sanity check becomes this validation.
     """
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:

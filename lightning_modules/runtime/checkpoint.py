@@ -1,5 +1,6 @@
 """The two checkpoints of a run: the best and the last."""
 
+import operator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,8 +17,7 @@ class RunCheckpoint(Checkpoint):
     """Writes `best.ckpt` (by a validation metric) and `last.ckpt` to `checkpoints/` in the run folder.
 
     Both are written after a validation, the best one if the metric improved. The last one is also written when the
-    training ends or is stopped, and every `every_n_train_steps`. Lightning's `ModelCheckpoint` writes its last
-    checkpoint only when the best one improves.
+    training ends or is stopped. Lightning's `ModelCheckpoint` writes its last checkpoint only if the best one improves.
 
     Args:
         monitor: Metric that decides which checkpoint is the best; `null` writes `last.ckpt` only.
@@ -59,8 +59,8 @@ class RunCheckpoint(Checkpoint):
         if not validates_a_fit(trainer):
             return
         if self.monitor is not None:
-            score = self._score(trainer)
-            if self.best_score is None or (score < self.best_score if self.mode == "min" else score > self.best_score):
+            score, better = self._score(trainer), operator.lt if self.mode == "min" else operator.gt
+            if self.best_score is None or better(score, self.best_score):
                 self.best_score, self.best_step = score, trainer.global_step
                 metrics = trainer.callback_metrics.items()
                 self.best_metrics = {name: float(value) for name, value in metrics if name.startswith("val/")}
@@ -77,11 +77,10 @@ class RunCheckpoint(Checkpoint):
             self._save(trainer, "last")
 
     def _save(self, trainer: L.Trainer, name: str) -> None:
-        if trainer.fast_dev_run:
-            return
-        trainer.save_checkpoint(self._folder / f"{name}.ckpt")
-        if name == "last":
-            self._step_of_last = trainer.global_step
+        if not trainer.fast_dev_run:
+            trainer.save_checkpoint(self._folder / f"{name}.ckpt")
+            if name == "last":
+                self._step_of_last = trainer.global_step
 
     def _score(self, trainer: L.Trainer) -> float:
         if self.monitor not in trainer.callback_metrics:
@@ -102,11 +101,7 @@ class RunCheckpoint(Checkpoint):
 
 
 def save_last(trainer: L.Trainer) -> None:
-    """Write `last.ckpt` now, unless that of this step is written already; call it on all ranks.
-
-    Args:
-        trainer: Trainer of the run.
-    """
+    """Write `last.ckpt` now, unless that of this step is written already; call it on all ranks."""
     for callback in trainer.checkpoint_callbacks:
         if isinstance(callback, RunCheckpoint):
             callback.save_last(trainer)

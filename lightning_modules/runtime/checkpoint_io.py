@@ -23,11 +23,6 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         """Save a checkpoint, so that the file of that name is always either the old one or the new one.
 
-        Args:
-            checkpoint: Module, optimiser and trainer state.
-            path: Local file to write.
-            storage_options: Not used.
-
         Raises:
             OSError: If the disk is full or the folder cannot be written; the earlier file is untouched.
         """
@@ -37,17 +32,11 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
-            raise OSError(
-                error.errno, f"{error.strerror}: the checkpoint was not written; the earlier one is whole", str(path)
-            ) from error
+            reason = f"{error.strerror}: the checkpoint was not written; the earlier one is whole"
+            raise OSError(error.errno, reason, str(path)) from error
 
     def load_checkpoint(self, path: str | Path, map_location: Any = "cpu", weights_only: bool | None = None) -> dict:
-        """Load a checkpoint without running code from it.
-
-        Args:
-            path: File written by `save_checkpoint`.
-            map_location: Device of the tensors.
-            weights_only: Not used; always true.
+        """Load a checkpoint without running code from it, whatever `weights_only` says.
 
         Raises:
             MisconfigurationException: If the file is missing, damaged, not a checkpoint, or holds pickled code.
@@ -57,20 +46,17 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             raise MisconfigurationException(f"{path}: no such checkpoint")
         try:
             with zipfile.ZipFile(path) as archive:
-                damaged = archive.testzip()  # torch.load does not compare the checksums
-                # They do not cover the attributes; torch.load reads a member marked as a folder as empty memory.
-                damaged = damaged or next(
-                    (entry.filename for entry in archive.infolist() if entry.external_attr & _FOLDER), None
-                )
+                # torch.load does not compare the checksums, and reads a member marked as a folder as empty memory.
+                folders = (entry.filename for entry in archive.infolist() if entry.external_attr & _FOLDER)
+                damaged = archive.testzip() or next(folders, None)
             if damaged:
                 raise MisconfigurationException(f"{path}: the checkpoint is damaged (checksum of {damaged} is wrong)")
             checkpoint = torch.load(path, map_location=map_location, weights_only=True)
         except pickle.UnpicklingError as error:
             named = re.search(r"GLOBAL (\S+)", str(error))
-            raise MisconfigurationException(
-                f"{path}: the checkpoint holds pickled code ({named[1] if named else 'not plain tensors'}); "
-                "it was refused and nothing of it was run"
-            ) from error
+            code = named[1] if named else "not plain tensors"
+            reason = f"the checkpoint holds pickled code ({code}); it was refused and nothing of it was run"
+            raise MisconfigurationException(f"{path}: {reason}") from error
         except (zipfile.BadZipFile, zlib.error, RuntimeError, EOFError, OSError, ValueError) as error:
             raise MisconfigurationException(f"{path}: the checkpoint is truncated, or not a checkpoint") from error
         if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:

@@ -25,11 +25,7 @@ class DrawsAtTheEnd(L.Callback):
     """Base of callbacks that draw figures from files of the run when the training ends, however it ends."""
 
     def draw(self, run: Path) -> list[Path]:
-        """Draw the figures and return their files.
-
-        Args:
-            run: Folder of the run.
-        """
+        """Draw the figures of a run folder and return their files."""
         raise NotImplementedError
 
     @rank_zero_only
@@ -54,8 +50,6 @@ def draw_by_group(
     Args:
         series: For each line of the legend, the value of the metric by group; the groups are drawn in this order.
         file: PNG file to create or replace.
-        xlabel: What the groups are.
-        ylabel: Name of the metric.
         baseline: Value of a guess, drawn as a dotted line.
     """
     figure = new_figure(7, 4)
@@ -75,12 +69,7 @@ def draw_by_group(
 
 
 def show_figures(trainer: L.Trainer, files: Iterable[Path]) -> None:
-    """Log figures to every logger that takes images, as `figures/<name of the file>`.
-
-    Args:
-        trainer: Trainer of the run.
-        files: PNG files.
-    """
+    """Log figures to every logger that takes images, as `figures/<name of the file>`."""
     for file in files:
         for logger in trainer.loggers:
             if hasattr(logger, "log_image"):
@@ -88,14 +77,7 @@ def show_figures(trainer: L.Trainer, files: Iterable[Path]) -> None:
 
 
 def show_table(trainer: L.Trainer, name: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    """Log a table to every logger that takes tables.
-
-    Args:
-        trainer: Trainer of the run.
-        name: Name of the table.
-        columns: Names of its columns.
-        rows: One sequence of cells a row.
-    """
+    """Log a table to every logger that takes tables."""
     cells = [list(row) for row in rows]
     for logger in trainer.loggers:
         if hasattr(logger, "log_table"):
@@ -103,11 +85,6 @@ def show_table(trainer: L.Trainer, name: str, columns: Sequence[str], rows: Iter
 
 
 def log_before_training(trainer: L.Trainer, metrics: Mapping[str, float]) -> None:
-    """Log metrics at step 0, before any optimiser step was made.
-
-    Args:
-        trainer: Trainer of the run.
-        metrics: Values by name.
-    """
+    """Log metrics at step 0, before any optimiser step was made."""
     for logger in trainer.loggers:
         logger.log_metrics(dict(metrics), step=None)

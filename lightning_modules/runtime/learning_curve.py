@@ -22,11 +22,7 @@ class LearningCurve(DrawsAtTheEnd):
         self.val_metric = val_metric
 
     def draw(self, run: Path) -> list[Path]:
-        """Draw both metrics against the step.
-
-        Args:
-            run: Folder of the run.
-        """
+        """Draw both metrics against the step."""
         metrics_csv = run / "metrics.csv"
         train, val = read_metric(metrics_csv, self.train_metric), read_metric(metrics_csv, self.val_metric)
         if not train[0] and not val[0]:
@@ -45,14 +41,7 @@ class LearningCurve(DrawsAtTheEnd):
 
 
 def read_metric(metrics_csv: Path, name: str) -> tuple[list[int], list[float]]:
-    """Return one metric of a run.
-
-    Args:
-        metrics_csv: The `metrics.csv` of the run.
-        name: Name of the metric.
-
-    Returns:
-        The steps at which the metric was logged, and its values; two empty lists if it was not.
+    """Return the steps at which a metric was logged, and its values; two empty lists if it was not.
 
     Raises:
         MisconfigurationException: If a row cannot be read; the message has its line number.

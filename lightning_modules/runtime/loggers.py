@@ -32,15 +32,7 @@ class RunLogger(Protocol):
     """A logger that writes into the run folder, which is chosen after the logger is built."""
 
     def attach(self, folder: Path, topic: str, name: str, job_type: str, study: str | None = None) -> None:
-        """Set the run folder.
-
-        Args:
-            folder: Run folder.
-            topic: Topic of the run.
-            name: Name of the run.
-            job_type: Subcommand, such as `fit`.
-            study: Study that the run is a part of.
-        """
+        """Set the run folder, and what the run is called; `job_type` is the subcommand, such as `fit`."""
 
 
 class MetricsCSV(Logger):
@@ -71,20 +63,12 @@ class MetricsCSV(Logger):
         return [dict(row) for row in self._rows]
 
     def go_on_from(self, step: int, unwritten: list[dict[str, Any]]) -> None:
-        """Drop the rows of later steps, which a resumed run makes again, and restore the row that was not written.
-
-        Args:
-            step: Optimiser steps that the checkpoint has.
-            unwritten: `unwritten` when the checkpoint was saved.
-        """
+        """Drop the rows of steps after that of the checkpoint, and restore the row that was `unwritten` in it."""
         rows, restored = [], {str(row["step"]) for row in unwritten}
         if self._path is not None and self._path.is_file():
-            with self._path.open(newline="") as file:
-                complete = [line for line in file if line.endswith("\n")]
-            rows = [row for row in csv.DictReader(complete) if int(row["step"]) <= step and row["step"] not in restored]
-            rows = sorted([*rows, *unwritten], key=lambda row: int(row["step"]))
-            self._columns += dict.fromkeys(name for row in rows for name in row if name not in self._columns)
-            self._rewrite(rows[:-1])
+            kept = [row for row in self._read() if int(row["step"]) <= step and row["step"] not in restored]
+            rows = sorted([*kept, *unwritten], key=lambda row: int(row["step"]))
+            self._rewrite(rows[:-1], columns_of=rows)
         of_this_session, self._rows = self._rows, [{**row, "step": int(row["step"])} for row in rows[-1:]]
         for row in of_this_session:  # metrics of the untrained model, for example
             self._row(row["step"]).update(row)
@@ -96,64 +80,55 @@ class MetricsCSV(Logger):
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Add metrics to the row of a step.
-
-        Args:
-            metrics: Values by name.
-            step: Number of the step, from 0; `None` before the first.
-        """
+        """Add metrics to the row of a step, which is counted from 0; `None` is before the first."""
         values = {name: float(value) for name, value in metrics.items()}
-        epoch = int(values.pop("epoch", 0))
         row = self._row(steps_done(step))
-        row.setdefault("epoch", epoch)
+        row.setdefault("epoch", int(values.pop("epoch", 0)))
         row.update(values)
 
     @rank_zero_only
     def log_hyperparams(self, params: dict[str, Any] | Namespace, *_: Any, **__: Any) -> None:
         """Do nothing: `config.yaml` has the hyper-parameters."""
 
-    @rank_zero_only
     def save(self) -> None:
         """Write all rows but the last, to which metrics of the same step may be added; Lightning calls this often."""
-        rows, self._rows = self._rows[:-1], self._rows[-1:]
-        self._write(rows)
+        self.flush(keep=1)
 
     @rank_zero_only
-    def flush(self) -> None:
-        """Write all rows."""
-        rows, self._rows = self._rows, []
-        self._write(rows)
-
-    @rank_zero_only
-    def finalize(self, status: str) -> None:
-        """Write all rows."""
-        self.flush()
-
-    def _write(self, rows: list[dict[str, Any]]) -> None:
-        if self._path is None or not rows:
-            return
+    def flush(self, keep: int = 0) -> None:
+        """Write the rows, but not the last ones that are to be kept."""
+        end = len(self._rows) - keep
+        rows, self._rows = self._rows[:end], self._rows[end:]
         try:
             self._add(rows)
         except OSError as error:
             reason = f"{error.strerror}: the metrics could not be written"
             raise OSError(error.errno, reason, str(self._path)) from error
 
+    def finalize(self, status: str) -> None:
+        """Write all rows."""
+        self.flush()
+
     def _add(self, rows: list[dict[str, Any]]) -> None:
-        assert self._path is not None
-        new = dict.fromkeys(name for row in rows for name in row if name not in self._columns)
-        if not new:
+        if self._path is None or not rows:
+            return
+        if any(name not in self._columns for row in rows for name in row):
+            self._rewrite(self._read() + rows, columns_of=rows)
+        else:
             with self._path.open("a", newline="") as file:
                 csv.DictWriter(file, self._columns).writerows(rows)
-            return
-        earlier: list[dict[str, Any]] = []
-        if self._columns:  # a metric that is logged for the first time gets a column
-            with self._path.open(newline="") as file:
-                earlier = list(csv.DictReader(file))
-        self._columns += new
-        self._rewrite(earlier + rows)
 
-    def _rewrite(self, rows: list[dict[str, Any]]) -> None:
+    def _read(self) -> list[dict[str, Any]]:
+        """Return the complete rows of the file; a killed process may leave half of one."""
+        if self._path is None or not self._path.is_file():
+            return []
+        with self._path.open(newline="") as file:
+            return list(csv.DictReader(line for line in file if line.endswith("\n")))
+
+    def _rewrite(self, rows: list[dict[str, Any]], columns_of: list[dict[str, Any]]) -> None:
+        """Write the file anew, with a column for each metric of some rows that has none yet."""
         assert self._path is not None
+        self._columns += dict.fromkeys(name for row in columns_of for name in row if name not in self._columns)
         text = io.StringIO()
         writer = csv.DictWriter(text, self._columns)
         writer.writeheader()
@@ -226,7 +201,7 @@ class WandbRecorder(OpenWandbLogger):
 
     @contextmanager
     def tolerated(self) -> Iterator[None]:
-        """Within this context any failure of W&B is reported in one line, and the run continues without W&B."""
+        """Report any failure of W&B in this context in one line, and continue the run without W&B."""
         try:
             yield
         except Exception as error:
@@ -266,11 +241,7 @@ class WandbRecorder(OpenWandbLogger):
             _record(self._folder, self.experiment.id, kinds)
 
     def use_files(self, paths: Iterable[str]) -> None:
-        """Log the artifacts of other runs in whose folders some of the files lie as inputs of this run.
-
-        Args:
-            paths: Paths; other texts are ignored.
-        """
+        """Log the artifacts of other runs in whose folders some of the files lie as inputs of this run."""
         with self.tolerated():
             if self.experiment.disabled or self._folder is None:
                 return
@@ -278,8 +249,7 @@ class WandbRecorder(OpenWandbLogger):
             for path in map(Path, paths):
                 folder = next((parent for parent in path.parents if os.path.isfile(parent / _RECORD)), None)
                 if folder is not None and folder.resolve() != self._folder.resolve():
-                    part = path.relative_to(folder).parts[0]
-                    used.add((folder, "model" if part == "checkpoints" else part))
+                    used.add((folder, path.relative_to(folder).parts[0].replace("checkpoints", "model")))
             for folder, part in sorted(used):
                 other = _recorded(folder)
                 kind = part if part in other["artifacts"] else "config"
@@ -287,11 +257,7 @@ class WandbRecorder(OpenWandbLogger):
                     use_artifact(self.experiment, _artifact(kind, folder, other["id"]))
 
     def finish(self, exit_code: int) -> None:
-        """End the W&B run, so that another can begin in this process.
-
-        Args:
-            exit_code: 0 if the run succeeded.
-        """
+        """End the W&B run, so that another can begin in this process; the exit code of a success is 0."""
         if self.run is not None:
             with self.tolerated():
                 self.run.finish(exit_code=exit_code)
@@ -329,11 +295,7 @@ def _record(folder: Path, run_id: str, artifacts: list[str]) -> None:
 
 
 def steps_done(step: int | None) -> int:
-    """Return the number of optimiser steps done, as `trainer.global_step` counts them.
-
-    Args:
-        step: Number of the step as Lightning logs it, from 0; `None` before the first.
-    """
+    """Return the number of optimiser steps done; `step` is as Lightning logs it, from 0, and None before the first."""
     return 0 if step is None else step + 1
 
 

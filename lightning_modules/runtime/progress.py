@@ -12,12 +12,7 @@ from tqdm import tqdm
 from lightning_modules.common.ranges import NonNegativeFloat
 from lightning_modules.runtime.stages import validates_a_fit
 
-_SHOWN = {
-    "train/loss": "loss",
-    "val/loss": "val loss",
-    "test/loss": "test loss",
-    "perf/tokens_per_second": "tokens/s",
-}
+_SHOWN = {"train/loss": "loss", "val/loss": "val loss", "test/loss": "test loss", "perf/tokens_per_second": "tokens/s"}
 _KNOWN_LENGTH = "{desc} {percentage:3.0f}%|{bar:20}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
 _UNKNOWN_LENGTH = "{desc} {n_fmt} steps [{elapsed}{postfix}]"
 
@@ -42,10 +37,6 @@ class RunProgress(ProgressBar):
         """Show nothing; Lightning calls this on all ranks but 0."""
         self._enabled = False
 
-    def enable(self) -> None:
-        """Show the bar again."""
-        self._enabled = True
-
     def _open(self, description: str, total: float | None, initial: int = 0) -> None:
         terminal = sys.stderr.isatty()
         length = None if total is None or total == float("inf") else int(total)  # a stream has no length
@@ -63,21 +54,18 @@ class RunProgress(ProgressBar):
             delay=0 if terminal else float("inf"),  # in a file, no empty first line
         )
 
-    def _show(self, trainer: L.Trainer, position: int, now: bool = False) -> None:
+    def _show(self, trainer: L.Trainer, position: float, now: bool = False) -> None:
         if self._bar is None or self._bar.disable or not (now or time.monotonic() - self._drawn > self._seconds):
             return
-        self._drawn = time.monotonic()
+        self._drawn, self._bar.n = time.monotonic(), position
         metrics = trainer.callback_metrics
-        self._bar.n = position
-        shown = {short: float(metrics[name]) for name, short in _SHOWN.items() if name in metrics}
-        self._bar.set_postfix(
-            {name: f"{value:,.0f}" if value >= 1000 else f"{value:.3f}" for name, value in shown.items()}, refresh=False
-        )
-        self._bar.refresh()
+        values = {short: float(metrics[name]) for name, short in _SHOWN.items() if name in metrics}
+        shown = {name: f"{value:,.0f}" if value >= 1000 else f"{value:.3f}" for name, value in values.items()}
+        self._bar.set_postfix(shown, refresh=True)
         if not sys.stderr.isatty():
             self._bar.fp.write("\n")
 
-    def _close(self, trainer: L.Trainer, position: int) -> None:
+    def _close(self, trainer: L.Trainer, position: float) -> None:
         if self._bar is not None:
             self._show(trainer, position, now=True)
             self._bar.close()
@@ -91,18 +79,16 @@ class RunProgress(ProgressBar):
         """Advance the bar."""
         self._show(trainer, trainer.global_step)
 
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Draw the bar for the last time."""
+    def on_train_end(self, trainer: L.Trainer, *_: object) -> None:
+        """Draw the bar for the last time, also at the step of a failure."""
         self._close(trainer, trainer.global_step)
 
-    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Draw the bar for the last time, at the step of the failure."""
-        self._close(trainer, trainer.global_step)
+    on_exception = on_train_end
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Open a bar over the validation batches, unless the validation is part of a fit."""
+        """Open a bar over the batches, unless the validation is part of a fit."""
         if trainer.state.fn != TrainerFn.FITTING:
-            self._open("validate", sum(trainer.num_val_batches))
+            self._open(trainer.state.fn.value, _evaluation_batches(trainer))
 
     def on_validation_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: object
@@ -116,18 +102,10 @@ class RunProgress(ProgressBar):
         if validates_a_fit(trainer):
             self._show(trainer, trainer.global_step, now=True)
         elif trainer.state.fn != TrainerFn.FITTING:
-            self._close(trainer, sum(trainer.num_val_batches))
+            self._close(trainer, _evaluation_batches(trainer))
 
-    def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Open a bar over the test batches."""
-        self._open("test", sum(trainer.num_test_batches))
+    on_test_start, on_test_batch_end, on_test_end = on_validation_start, on_validation_batch_end, on_validation_end
 
-    def on_test_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: object
-    ) -> None:
-        """Advance the bar."""
-        self._show(trainer, batch_idx + 1)
 
-    def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Draw the bar for the last time."""
-        self._close(trainer, sum(trainer.num_test_batches))
+def _evaluation_batches(trainer: L.Trainer) -> float:
+    return sum(trainer.num_test_batches if trainer.testing else trainer.num_val_batches)

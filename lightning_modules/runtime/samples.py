@@ -49,10 +49,8 @@ class SampleText(L.Callback):
         if not prompts:
             raise MisconfigurationException("SampleText: prompts is empty; give at least one text to continue")
         self.prompts = prompts
-        self.max_new_tokens = max_new_tokens
-        self.temperature = temperature
-        self.top_k = top_k
-        self.top_p = top_p
+        self.how: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+        self.how["max_new_tokens"] = max_new_tokens
         self.seed = seed
         self.heads: list[str] = []  # of the columns: the step and the validation loss
         self.continuations: list[list[str]] = []  # by column, then by prompt
@@ -91,23 +89,10 @@ class SampleText(L.Callback):
     def continue_prompt(
         self, trainer: L.Trainer, pl_module: ExperimentModule, prompt: str, n_samples: int = 1
     ) -> list[str]:
-        """Return continuations of a prompt.
-
-        Args:
-            trainer: Trainer of the run.
-            pl_module: Module with `generate`.
-            prompt: Text to continue.
-            n_samples: Number of continuations.
-        """
+        """Return continuations of a prompt."""
         ids = pl_module.data.encode(prompt)[None].repeat(n_samples, 1).to(pl_module.device)  # (n_samples, T)
-        tokens = pl_module.generate(
-            ids,
-            max_new_tokens=self.max_new_tokens,
-            temperature=self.temperature,
-            top_k=self.top_k,
-            top_p=self.top_p,
-            generator=torch.Generator(pl_module.device).manual_seed(self.seed),
-        )
+        generator = torch.Generator(pl_module.device).manual_seed(self.seed)
+        tokens = pl_module.generate(ids, generator=generator, **self.how)
         rows = torch.stack(list(tokens), dim=1).tolist()  # (n_samples, max_new_tokens)
         return [pl_module.data.tokenizer.decode(row) for row in rows]
 
@@ -124,8 +109,7 @@ def side_by_side(prompt: str, columns: Sequence[tuple[str, str]]) -> str:
     """Return a section of Markdown with the continuations of a prompt in columns; long lines are wrapped and indented.
 
     Args:
-        prompt: The prompt; each column begins with it.
-        columns: Head and continuation of each column.
+        columns: Head and continuation of each column, which begins with the prompt.
     """
     cells = [[*_wrapped(head, ""), "-" * _WIDTH, *_wrapped(prompt + text, "    ")] for head, text in columns]
     rows = itertools.zip_longest(*cells, fillvalue="")
@@ -141,4 +125,4 @@ def _wrapped(text: str, indent: str) -> list[str]:
 
 def _spread(n: int, most: int) -> list[int]:
     """Return at most `most` indices of n items: the first, the last, and others at equal distances."""
-    return list(range(n)) if n <= most else [round(i * (n - 1) / (most - 1)) for i in range(most)]
+    return [round(i * (n - 1) / (most - 1)) for i in range(most)] if n > most else list(range(n))

@@ -58,14 +58,9 @@ class FullyShardedStrategy(ModelParallelStrategy):
         super().setup_environment()
 
     def shard(self, module: L.LightningModule) -> None:
-        """Shard the weights of a module in place; they must be the same on every process.
-
-        Args:
-            module: Module to shard.
-        """
+        """Shard the weights of a module in place; they must be the same on every process."""
         mesh = self.device_mesh["data_parallel"]
-        self._units = [_Entry(module), *_blocks(module)]
-        entry, *blocks = self._units
+        entry, *blocks = self._units = [_Entry(module), *_blocks(module)]
         for block in blocks:
             if self.activation_checkpointing:
                 private_names.recompute_in_backward(block)
@@ -102,41 +97,23 @@ class FullyShardedStrategy(ModelParallelStrategy):
         return True
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
-        """Load a checkpoint as other strategies do: compared with its checksums, and running no code from it.
-
-        Args:
-            checkpoint_path: Checkpoint file.
-            weights_only: Not used; always true.
-        """
+        """Load a checkpoint as other strategies do: compared with its checksums, and running no code from it."""
         return self.checkpoint_io.load_checkpoint(checkpoint_path)
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        """Load the shard of each process.
-
-        Args:
-            checkpoint: Result of `load_checkpoint`.
-            strict: Whether all names must match.
-        """
+        """Load the weights of a whole checkpoint into the shards."""
         options = StateDictOptions(full_state_dict=True, strict=strict)
         set_model_state_dict(self.model, checkpoint["state_dict"], options=options)
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """Return the whole state of an optimiser on rank 0, as one process would; an empty one on the other ranks.
-
-        Args:
-            optimizer: Optimiser of the sharded model.
-        """
+        """Return the whole state of an optimiser on rank 0, as one process would; an empty one on the other ranks."""
         optimizer = getattr(optimizer, "optimizer", optimizer)  # Lightning wraps it
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
         state = get_optimizer_state_dict(self.model, optimizer, options=options)
         return _renamed(state, {name: i for i, name in enumerate(self._names(optimizer))})
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        """Load the shard of each process of the states of the optimisers.
-
-        Args:
-            checkpoint: Result of `load_checkpoint`.
-        """
+        """Load the states of the optimisers of a whole checkpoint into the shards."""
         options = StateDictOptions(full_state_dict=True)
         for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
             named = _renamed(state, dict(enumerate(self._names(optimizer))))
@@ -150,10 +127,6 @@ class FullyShardedStrategy(ModelParallelStrategy):
 
 def require_whole_weights(trainer: L.Trainer, callback: str) -> None:
     """Refuse a sharded run, for a callback that uses whole weights during the training.
-
-    Args:
-        trainer: Trainer of the run.
-        callback: Name of the callback.
 
     Raises:
         MisconfigurationException: If the weights are sharded.
@@ -185,9 +158,5 @@ def _blocks(module: nn.Module) -> Iterator[nn.Module]:
 
 def _renamed(state: Mapping[str, Any], new: Mapping[Any, Any]) -> dict[str, Any]:
     """Return the state of an optimiser with other keys for its parameters."""
-    return {
-        "state": {new[key]: value for key, value in state.get("state", {}).items()},
-        "param_groups": [
-            {**group, "params": [new[key] for key in group["params"]]} for group in state.get("param_groups", [])
-        ],
-    }
+    groups = [group | {"params": [new[key] for key in group["params"]]} for group in state.get("param_groups", [])]
+    return {"state": {new[key]: value for key, value in state.get("state", {}).items()}, "param_groups": groups}

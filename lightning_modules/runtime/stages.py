@@ -5,9 +5,5 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 
 def validates_a_fit(trainer: L.Trainer) -> bool:
-    """Return whether a validation of a training run is in progress, other than the sanity check before it.
-
-    Args:
-        trainer: Trainer of the run.
-    """
+    """Return whether a validation of a training run is in progress, other than the sanity check before it."""
     return trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking

@@ -1,6 +1,5 @@
 """Stop of a run with a checkpoint on SIGTERM and Ctrl-C, and stop of a run whose loss is infinite or NaN."""
 
-import math
 import signal
 from typing import Any
 
@@ -52,18 +51,10 @@ class GracefulStop(L.Callback):
             signal.signal(signal_number, signal.default_int_handler if signal_number == signal.SIGINT else handler)
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: object) -> None:
-        """Save and stop between two optimiser steps if any rank got a signal.
-
-        Raises:
-            SystemExit: If one did, with the exit code of the signal.
-        """
-        if self._group is None:
-            if not self.received:
-                return
-        elif trainer.global_step % self.every_n_steps:
-            return
+        """Save and raise `SystemExit` between two optimiser steps if any rank got a signal."""
+        due = self.received if self._group is None else trainer.global_step % self.every_n_steps == 0
         # A validation may follow the last batch of an epoch; stop after it, since RunCheckpoint saves after it too.
-        if private_names.is_accumulating(trainer) or trainer.is_last_batch:
+        if not due or private_names.is_accumulating(trainer) or trainer.is_last_batch:
             return
         received = torch.tensor([self.received])
         if self._group is not None:
@@ -96,40 +87,27 @@ class StopOnNonFiniteLoss(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: object, batch_idx: int
     ) -> None:
-        """Record the first step whose loss is not finite.
-
-        Raises:
-            MisconfigurationException: If a reading is due and the loss of some step was not finite.
-        """
+        """Record the first step whose loss is not finite, and stop if a reading is due."""
         loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
         if loss is None:
             return
-        if loss.device.type == "cpu":
-            if not math.isfinite(loss.item()):
-                raise _not_finite(trainer.global_step)
-            return
-        if self._first_bad_step is None:
-            self._first_bad_step = torch.full_like(loss, torch.inf, dtype=torch.float64)
         step = torch.where(torch.isfinite(loss.detach()), torch.inf, float(trainer.global_step))
-        self._first_bad_step = torch.minimum(self._first_bad_step, step)
-        if trainer.global_step % self.every_n_steps == 0:
+        self._first_bad_step = step if self._first_bad_step is None else torch.minimum(self._first_bad_step, step)
+        if loss.device.type == "cpu" or trainer.global_step % self.every_n_steps == 0:
             self._check()
 
-    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict) -> None:
-        """Raise before a checkpoint replaces a good one, if the loss of some step was not finite."""
+    def on_save_checkpoint(self, *_: object) -> None:
+        """Check before a checkpoint replaces a good one."""
         self._check()
 
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_train_end(self, *_: object) -> None:
         """Check the last steps."""
         self._check()
 
     def _check(self) -> None:
+        """Raise `MisconfigurationException` if the loss of some step was not finite."""
         if self._first_bad_step is not None and torch.isfinite(self._first_bad_step):
-            raise _not_finite(int(self._first_bad_step))
-
-
-def _not_finite(step: int) -> MisconfigurationException:
-    return MisconfigurationException(
-        f"the training loss was not finite at step {step}: lower optimizer.lr, clip the gradients "
-        "(trainer.gradient_clip_val) or warm the rate up; the last good checkpoint was kept"
-    )
+            raise MisconfigurationException(
+                f"the training loss was not finite at step {int(self._first_bad_step)}: lower optimizer.lr, clip the "
+                "gradients (trainer.gradient_clip_val) or warm the rate up; the last good checkpoint was kept"
+            )

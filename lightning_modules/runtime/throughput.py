@@ -33,9 +33,6 @@ class Throughput(L.Callback):
             dtype = {"16": torch.float16, "bf": torch.bfloat16}.get(str(trainer.precision)[:2], torch.float32)
             self._peak_flops = get_available_flops(pl_module.device, dtype)
         self._stopped_at = None  # by a validation before the first step
-        self._restart()
-
-    def _restart(self) -> None:
         self._tokens_since, self._clock = 0, time.perf_counter()
 
     def on_train_batch_end(
@@ -55,7 +52,7 @@ class Throughput(L.Callback):
         if self._peak_flops and flops_per_token:
             metrics["perf/mfu"] = self.tokens_per_second * flops_per_token / (self._peak_flops * trainer.world_size)
         pl_module.log_dict(metrics)
-        self._restart()
+        self._tokens_since, self._clock = 0, time.perf_counter()
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Stop the clock."""

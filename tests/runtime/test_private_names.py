@@ -1,6 +1,7 @@
 """Each private name of other libraries that is used: a new version that drops or moves one fails here first."""
 
 import ast
+import functools
 import inspect
 import re
 from argparse import ArgumentParser, _ActionsContainer
@@ -46,12 +47,21 @@ def test_the_owner_has_the_names(owner, names):
     assert [name for name in names if not re.search(rf"\bself\.{name}\b|\bdef {name}\b", source)] == []
 
 
+PRIVATE = re.compile(r"_[a-z]")
+
+
+@functools.cache
+def attributes_and_functions(file: Path) -> tuple[list[ast.Attribute], set[str]]:
+    """Return the attributes with private names that a file reads or sets, and the private functions it defines."""
+    nodes = list(ast.walk(ast.parse(file.read_text(encoding="utf-8"))))
+    attributes = [node for node in nodes if isinstance(node, ast.Attribute) and PRIVATE.match(node.attr)]
+    return attributes, {node.name for node in nodes if isinstance(node, ast.FunctionDef) and PRIVATE.match(node.name)}
+
+
 def private_attributes(file: Path) -> set[str]:
-    """Return the private names that a file reads, sets or defines, without those that it makes itself."""
-    tree = ast.parse(file.read_text(encoding="utf-8"))
-    used = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
-    used |= {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
-    return {name for name in used if re.match(r"_[a-z]", name)}
+    """Return the private names that a file reads, sets or defines."""
+    attributes, functions = attributes_and_functions(file)
+    return {node.attr for node in attributes} | functions
 
 
 def test_every_private_name_of_the_file_is_held_here():
@@ -78,10 +88,9 @@ def test_no_other_file_uses_a_private_name_of_another_object():
         for file in (ROOT / room).rglob("*.py"):
             if file.name == "private_names.py":
                 continue
-            tree = ast.parse(file.read_text(encoding="utf-8"))
-            own = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
-            for node in ast.walk(tree):
-                if isinstance(node, ast.Attribute) and re.match(r"_[a-z]", node.attr) and node.attr not in own:
+            attributes, own = attributes_and_functions(file)
+            for node in attributes:
+                if node.attr not in own:
                     if node.attr in public or (isinstance(node.value, ast.Name) and node.value.id in ("self", "cls")):
                         continue
                     assigned = f"self.{node.attr}" in file.read_text() or f"{node.attr}:" in file.read_text()

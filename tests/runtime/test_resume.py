@@ -3,6 +3,7 @@
 import os
 import shutil
 import signal
+from pathlib import Path
 
 import forks
 import pytest
@@ -13,8 +14,6 @@ from lightning_modules.runtime import checkpoint_io
 
 # settings, step of the kill, step of the checkpoint
 SETTINGS = {
-    "mid_epoch": ({}, 13, 8),
-    "several_epochs": ({"data__init_args__batch_size": 64, "trainer__val_check_interval": 5}, 17, 15),
     "validation_at_epoch_ends": (
         {
             "data__init_args__batch_size": 64,
@@ -24,11 +23,16 @@ SETTINGS = {
         13,
         9,
     ),
-    "accumulation": ({"trainer__accumulate_grad_batches": 3, "trainer__val_check_interval": 12}, 13, 12),
-    "random_windows_and_workers": (
-        {"data__init_args__windows": "random", "data__init_args__num_workers": 1},
+    "several_epochs_of_random_windows_with_accumulation_and_workers": (
+        {
+            "data__init_args__batch_size": 32,
+            "data__init_args__windows": "random",
+            "data__init_args__num_workers": 1,
+            "trainer__accumulate_grad_batches": 2,
+            "trainer__val_check_interval": 10,
+        },
         13,
-        8,
+        10,
     ),
 }
 
@@ -54,36 +58,101 @@ def test_a_killed_run_resumes_to_the_same_weights_and_metrics(
     assert numbered(RUNS, "killed") == [RUNS / "killed"]
 
 
-@pytest.mark.parametrize("nth_write", [3, 4])  # the validation at step 16: its best.ckpt, or its last.ckpt
-def test_a_kill_while_a_checkpoint_is_written_leaves_the_earlier_one(llm_train, forked, tiny, whole, nth_write):
-    def die_in_mid_write() -> None:
-        writes = []
-        save = checkpoint_io.torch.save
+def die_in_write(nth: int) -> None:
+    """For `prepare`: the process kills itself in the middle of the nth checkpoint that it writes."""
+    writes = []
+    save = checkpoint_io.torch.save
 
-        def half_save(checkpoint: dict, file: object) -> None:
-            writes.append(1)
-            if len(writes) == nth_write:
-                file.write(b"PK half a checkpoint")
-                file.flush()
-                os.kill(os.getpid(), signal.SIGKILL)
-            save(checkpoint, file)
+    def half_save(checkpoint: dict, file: object) -> None:
+        writes.append(1)
+        if len(writes) == nth:
+            file.write(b"PK half a checkpoint")
+            file.flush()
+            os.kill(os.getpid(), signal.SIGKILL)
+        save(checkpoint, file)
 
-        checkpoint_io.torch.save = half_save
-
-    command = ("fit", "-c", tiny(), "--run.name", "killed")
-    assert forked(*command, prepare=die_in_mid_write) == -signal.SIGKILL
-    assert list((RUNS / "killed/checkpoints").glob(".*.ckpt.*"))  # the incomplete file, under a temporary name
-    assert llm_train(*command, "--ckpt_path", "last").code == 0
-    assert_same_weights(whole() / LAST, RUNS / "killed" / LAST)
+    checkpoint_io.torch.save = half_save
 
 
-@pytest.mark.parametrize(("signal_number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_saves_a_checkpoint_and_the_run_resumes_from_it(llm_train, forked, tiny, whole, signal_number, code):
+def test_one_command_resumes_after_each_kind_of_kill_and_ends_when_the_run_is_finished(llm_train, tiny, whole):
+    command, run = ("fit", "-c", tiny(), "--run.name", "named", "--auto_resume"), RUNS / "named"
+    output = Path("output.txt")
+
+    def killed(prepare) -> str:
+        """Run the command until it is killed, and return what it printed."""
+        output.unlink(missing_ok=True)
+        assert forks.wait([forks.start(*command, prepare=prepare, output=output)]) == [-signal.SIGKILL]
+        return output.read_text()
+
+    # Before there is a checkpoint.
+    killed(lambda: forks.signal_after_step(4))
+    assert (run / "config.yaml").is_file()
+    assert not (run / LAST).exists()
+    # Between two checkpoints, in the middle of an epoch.
+    killed(lambda: forks.signal_after_step(13))
+    assert saved_step("named") == 8
+    # The checkpoint is damaged, so that the earlier one replaces it; then a kill while best.ckpt of step 16 is written.
+    (run / LAST).write_bytes((run / LAST).read_bytes()[:5000])
+    said = killed(lambda: die_in_write(1)).splitlines()[0]
+    assert f"{run / LAST}: the checkpoint is truncated" in said
+    assert f"resuming from {run / BEST}, step 8" in said
+    assert len(list((run / "checkpoints").glob(".*.ckpt.*"))) == 1  # incomplete, under a temporary name
+    assert checkpoint_io.AtomicCheckpointIO().load_checkpoint(run / BEST)["global_step"] == 8
+    shutil.copy(run / BEST, run / LAST)
+    # While last.ckpt of step 16 is written.
+    killed(lambda: die_in_write(2))
+    assert len(list((run / "checkpoints").glob(".*.ckpt.*"))) == 2
+    assert saved_step("named") == 8
+    # Right after a checkpoint, with an incomplete row of metrics.
+    killed(lambda: forks.die_after_step(16))
+    with (run / "metrics.csv").open("a") as file:
+        file.write("1")
+    resumed = llm_train(*command)
+    assert (resumed.code, "resuming from" in resumed.err) == (0, True)
+    assert_same_weights(whole() / LAST, run / LAST)
+    assert metrics_that_repeat(run) == metrics_that_repeat(whole())
+
+    written = (run / LAST).stat().st_mtime_ns
+    again = llm_train(*command)
+    assert (again.code, again.err) == (0, f"{run} is finished: nothing is left to do\n")
+    assert (run / LAST).stat().st_mtime_ns == written
+    assert "finished at step 28" in llm_train(*command, "--trainer.max_steps", "28").err
+    assert [path.name for path in RUNS.iterdir()] == ["named"]
+
+
+def test_auto_resume_refuses_a_run_whose_checkpoints_are_all_damaged(llm_train, tiny, whole):
+    shutil.copytree(whole(), RUNS / "named", ignore=shutil.ignore_patterns("summary.json"))
+    for name in (LAST, BEST):
+        (RUNS / "named" / name).write_bytes(b"no checkpoint")
+    refused = llm_train("fit", "-c", tiny(), "--run.name", "named", "--auto_resume")
+    assert refused.code == 1
+    assert "auto_resume: no checkpoint can be read" in refused.err.splitlines()[-1]
+    assert (RUNS / "named" / BEST).read_bytes() == b"no checkpoint"
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "reason"),
+    [
+        (["fit", "--ckpt_path", "last"], 1, "auto_resume finds the checkpoint itself: leave ckpt_path out"),
+        (["validate"], 2, "unrecognized arguments: --auto_resume"),
+    ],
+)
+def test_auto_resume_is_for_fit_only_and_finds_the_checkpoint_itself(llm_train, tiny, flags, code, reason):
+    command, *rest = flags
+    refused = llm_train(command, "-c", tiny(), *rest, "--auto_resume")
+    assert (refused.code, len(refused.err.splitlines())) == (code, 1)
+    assert reason in refused.err
+
+
+def test_signals_save_a_checkpoint_and_the_run_resumes_from_it(llm_train, forked, tiny, whole):
     command = ("fit", "-c", tiny(), "--run.name", "stopped")
-    assert forked(*command, prepare=lambda: forks.signal_after_step(12, signal_number)) == code
-    assert '"status": "stopped"' in (RUNS / "stopped/summary.json").read_text()
-    assert saved_step("stopped") in (12, 13)  # of the step in progress, not of the validation at step 8
-    assert llm_train(*command, "--ckpt_path", "last").code == 0
+    # The checkpoint is of the step in progress, not of the validation at step 8 or 16.
+    for step, signal_number, code in ((12, signal.SIGTERM, 143), (18, signal.SIGINT, 130)):
+        assert forked(*command, prepare=lambda s=step, n=signal_number: forks.signal_after_step(s, n)) == code
+        assert '"status": "stopped"' in (RUNS / "stopped/summary.json").read_text()
+        assert saved_step("stopped") in (step, step + 1)
+        command = ("fit", "-c", tiny(), "--run.name", "stopped", "--ckpt_path", "last")
+    assert llm_train(*command).code == 0
     assert_same_weights(whole() / LAST, RUNS / "stopped" / LAST)
 
 

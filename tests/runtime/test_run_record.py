@@ -4,7 +4,6 @@ import itertools
 import json
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +11,7 @@ import torch
 import wandb
 import yaml
 from helpers import BEST, RUNS
+from wandb.util import get_core_path
 
 from experiments.run_folder import RunFolder, claim, find, numbered, of_checkpoint
 from lightning_modules.metrics import CorpusLoss
@@ -100,7 +100,17 @@ def offline_wandb(monkeypatch, tmp_path):
 def read_back(folder: Path) -> dict[str, list[dict]]:
     """Return the records of an offline run by kind, from W&B's own reader."""
     wandb.teardown()  # its service may still be writing
-    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(folder)]
+    (file,) = folder.glob("*.wandb")
+    command = [
+        get_core_path(),
+        "leet",
+        "inspect",
+        "--no-observability",
+        "--json",
+        "--run-file",
+        str(file),
+        str(folder.parent),
+    ]
     lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
     records: dict[str, list[dict]] = {}
     for record in map(json.loads, lines):
