@@ -32,7 +32,7 @@ def cache(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def bpe_folder(tmp_path_factory):
-    """A small GPT-2-like tokenizer, as a run of the topic bpe leaves it."""
+    """A small GPT-2-like tokenizer, as a run that learns one leaves it."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -48,7 +48,7 @@ def bpe_folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def bpe(bpe_folder):
+def byte_pairs(bpe_folder):
     return load_tokenizer(str(bpe_folder))
 
 
@@ -159,9 +159,9 @@ def test_fingerprints_differ(bpe_folder):
 
 
 def test_a_missing_tokenizer_of_a_run_names_the_command_that_makes_it(tmp_path):
-    for name in (str(tmp_path / "runs/bpe/offline/tokenizer"), "runs/bpe/offline/tokenizer/tokenizer.json"):
-        assert "does not exist: `llm-train fit -c experiments/bpe/offline.yaml` makes one" in one_line_error(name)
-    assert "bpe" not in one_line_error("./elsewhere")
+    for name in (str(tmp_path / "runs/words/offline/tokenizer"), "runs/words/offline/tokenizer/tokenizer.json"):
+        assert "does not exist: `llm-train fit -c experiments/words/offline.yaml` makes one" in one_line_error(name)
+    assert "words" not in one_line_error("./elsewhere")
 
 
 def test_an_incomplete_folder_is_one_line(tmp_path):
@@ -220,8 +220,8 @@ def test_truncation_and_templates_of_a_tokenizer_do_not_touch_the_text(bpe_folde
 
 @given(st.text(min_size=1))
 @settings(deadline=None, max_examples=100)
-def test_byte_lengths_of_the_tokens_add_up_to_the_text(bpe, text):
-    assert token_byte_lengths(bpe)[encode(bpe, [text])[0]].sum() == len(text.encode())
+def test_byte_lengths_of_the_tokens_add_up_to_the_text(byte_pairs, text):
+    assert token_byte_lengths(byte_pairs)[encode(byte_pairs, [text])[0]].sum() == len(text.encode())
 
 
 def test_byte_lengths_of_written_tokens():
@@ -237,9 +237,9 @@ lines = st.text(alphabet="ab1'.,é \t", min_size=1, max_size=10).filter(lambda l
 
 @given(st.lists(lines, min_size=1, max_size=30))
 @settings(deadline=None, max_examples=100)
-def test_pieces_have_the_tokens_of_the_whole(bpe, lines):
+def test_pieces_have_the_tokens_of_the_whole(byte_pairs, lines):
     text = "\n".join(lines)
     with mock.patch.object(sources, "PIECE_SIZE", 12):  # each piece has room for a line and its end
         pieces = [piece.text for piece in ListText([text]).pieces()]
     assert len(pieces) > 1 or len(text) <= 12
-    assert np.concatenate(encode(bpe, pieces)).tolist() == bpe(text)["input_ids"]
+    assert np.concatenate(encode(byte_pairs, pieces)).tolist() == byte_pairs(text)["input_ids"]
