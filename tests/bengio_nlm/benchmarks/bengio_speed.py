@@ -1,6 +1,6 @@
 """Training speed of Bengio's network compared with plain PyTorch modules: MLP1, a vocabulary of Brown's size, this CPU.
 
-Run `python tests/bengio_nlm/benchmarks/bengio_speed.py`: it takes about two minutes and prints a Markdown table. Both networks
+Run `python tests/bengio_nlm/benchmarks/bengio_speed.py`: about two minutes; it prints a Markdown table. Both networks
 have the same weights, the same words and fused AdamW. The plain one is `nn.Embedding`, `nn.Linear` and
 `F.cross_entropy`; ours is `BengioNLM.loss`, as `BengioNLMModule` calls it. Both run in float32 and under bfloat16
 autocast. They take turns after each step, so that other work on the machine slows down all alike; the figures are
