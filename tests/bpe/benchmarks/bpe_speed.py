@@ -1,7 +1,7 @@
 """Time and memory of learning byte-pair merges, compared with Hugging Face's `tokenizers`; prints Markdown tables.
 
-Run `python tests/bpe/benchmarks/bpe_speed.py [--gigabyte]` on an idle machine. It takes a few minutes, and some more with a
-gigabyte of generated text.
+Run `python tests/bpe/benchmarks/bpe_speed.py [--gigabyte]` on an idle machine. It takes a few minutes, and
+some more with a gigabyte of generated text.
 """
 
 import argparse
