@@ -57,14 +57,15 @@ class ExperimentModule(L.LightningModule):
         self._data = data
 
     @staticmethod
-    def require_linked(**values: Any) -> None:
-        """Refuse to build a module without the values that the data gives it.
+    def linked(**values: Any) -> tuple[Any, ...]:
+        """Return the arguments that the data gives the module, in the order given.
 
         Raises:
-            MisconfigurationException: If one is `None`.
+            MisconfigurationException: If one is `None`: the data did not link it.
         """
         if missing := [name for name, value in values.items() if value is None]:
             raise MisconfigurationException(f"model: {', '.join(missing)} must be set; the data of the YAML links it")
+        return tuple(values.values())
 
     # --- evaluation ---------------------------------------------------------------------------------------------------
 

@@ -46,8 +46,7 @@ class AttentionRecallModule(ExperimentModule):
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
-        self.require_linked(vocab_size=vocab_size, block_size=block_size)
-        vocab_size, block_size = vocab_size or 0, block_size or 0  # for mypy: they are set
+        vocab_size, block_size = self.linked(vocab_size=vocab_size, block_size=block_size)
         try:
             self.network = AttentionNetwork(vocab_size, block_size, n_layer, n_head, n_embd, without)
         except ValueError as error:

@@ -60,9 +60,7 @@ class BengioNLMModule(KeepsBufferDtypes, ExperimentModule):
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
-        self.require_linked(vocab_size=vocab_size, block_size=block_size)
-        assert vocab_size is not None
-        assert block_size is not None
+        vocab_size, block_size = self.linked(vocab_size=vocab_size, block_size=block_size)
         if h == 0 and not direct:
             raise MisconfigurationException(
                 "model: h is 0 and direct is false: nothing connects the words to the output; set one of them"

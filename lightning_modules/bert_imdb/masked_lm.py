@@ -63,9 +63,7 @@ class BertMaskedLMModule(ExperimentModule):
         architecture: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        self.require_linked(vocab_size=vocab_size, block_size=block_size)
-        assert vocab_size is not None
-        assert block_size is not None
+        vocab_size, block_size = self.linked(vocab_size=vocab_size, block_size=block_size)
         if n_embd % n_head:
             raise MisconfigurationException(f"model.n_head: {n_head} does not divide n_embd, {n_embd}")
         if base is None and architecture is None:

@@ -52,10 +52,7 @@ class BertImdbModule(ClassifierModule):
         classes: list[str] | None = None,
         architecture: dict[str, Any] | None = None,
     ) -> None:
-        self.require_linked(vocab_size=vocab_size, block_size=block_size, classes=classes)
-        assert vocab_size is not None
-        assert block_size is not None
-        assert classes is not None
+        vocab_size, block_size, classes = self.linked(vocab_size=vocab_size, block_size=block_size, classes=classes)
         super().__init__(len(classes))
         from lightning_modules.bert_imdb.encoder_classifier import EncoderClassifier, EncoderClassifierConfig
 

@@ -69,9 +69,7 @@ class PretrainModule(ExperimentModule):
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
-        self.require_linked(vocab_size=vocab_size, block_size=block_size)
-        assert vocab_size is not None
-        assert block_size is not None
+        vocab_size, block_size = self.linked(vocab_size=vocab_size, block_size=block_size)
         common = {
             "block_size": block_size,
             "attention": attention,

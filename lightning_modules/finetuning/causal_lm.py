@@ -40,9 +40,7 @@ class FineTunedCausalLM(ExperimentModule):
         architecture: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        self.require_linked(vocab_size=vocab_size, block_size=block_size)
-        assert vocab_size is not None  # for mypy
-        assert block_size is not None
+        vocab_size, block_size = self.linked(vocab_size=vocab_size, block_size=block_size)
         self.model = load_pretrained(base, architecture=architecture)
         check_fit(self.model, base, vocab_size, block_size)
         self.save_hyperparameters()

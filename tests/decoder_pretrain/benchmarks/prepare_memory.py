@@ -1,6 +1,6 @@
 """Time and peak memory of tokenising a large text into the cache.
 
-Run `python tests/decoder_pretrain/benchmarks/prepare_memory.py [--gigabytes 1]`, which prints a Markdown table. The text
+Run `python tests/decoder_pretrain/benchmarks/prepare_memory.py [--gigabytes 1]`: it prints a Markdown table. The text
 is one file of lines of the Python source of this machine, in random order. The benchmark needs three times its size on
 the disk, and deletes all files at the end.
 """

@@ -22,10 +22,10 @@ class MajorityModule(ClassifierModule):
     def __init__(
         self, width: PositiveInt = 32, vocab_size: int | None = None, classes: list[str] | None = None
     ) -> None:
-        self.require_linked(vocab_size=vocab_size, classes=classes)
-        super().__init__(n_classes=len(classes or ()))
+        vocab_size, classes = self.linked(vocab_size=vocab_size, classes=classes)
+        super().__init__(n_classes=len(classes))
         self.save_hyperparameters()
-        self.network = MajorityNetwork(vocab_size or 0, len(classes or ()), width)
+        self.network = MajorityNetwork(vocab_size, len(classes), width)
 
     def forward(self, batch: Batch) -> Tensor:
         """Return scores of the classes, (B, K), for `batch["input_ids"]`, (B, T)."""
