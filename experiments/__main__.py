@@ -37,11 +37,7 @@ Every command has its own --help. LLM_TRAIN_TRACEBACK=1 shows where in the code 
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Run a command; a mistake of the user prints one line and exits with code 1 or 2.
-
-    Args:
-        args: Command line; `None` for that of the process.
-    """
+    """Run a command; a mistake of the user prints one line and exits with code 1 or 2."""
     args = list(sys.argv[1:] if args is None else args)
     if not args or args[0] in ("-h", "--help", "help"):
         print(HELP, end="")

@@ -14,11 +14,7 @@ _ROOMS = ("lightning_modules", "datamodules")
 
 
 def import_class(class_path: str) -> type:
-    """Return the class that a configuration names.
-
-    Args:
-        class_path: Dotted path, such as `lightning_modules.TOPIC.MODULE`.
-    """
+    """Return the class that a configuration names, such as `lightning_modules.TOPIC.MODULE`."""
     module, name = current(class_path).rsplit(".", 1)
     return getattr(importlib.import_module(module), name)
 
@@ -29,9 +25,6 @@ def current(class_path: str) -> str:
 
     Class names are unique in the project, so the name is enough. The path is returned as it is if its module has the
     class, if no other module has it, or if it belongs to another package.
-
-    Args:
-        class_path: Dotted path of a class.
     """
     module, _, name = class_path.rpartition(".")
     room = module.split(".")[0]

@@ -38,7 +38,7 @@ _NOISE = (  # warnings of Lightning that do not hold here, or that a user cannot
     ".*does not have many workers.*",
     ".*Checkpoint directory .* exists and is not empty.*",
     ".*treespec, LeafSpec.*",
-    ".*`LightningCLI`'s args parameter is intended.*|.*LightningCLI's args parameter is intended.*",
+    ".*LightningCLI`?'s args parameter is intended.*",
     ".*was configured without a validation dataloader.*",
     ".*The number of training batches .* is smaller than the logging interval.*",
     ".*when logging on epoch level in distributed setting to accumulate the metric across devices.*",
@@ -46,11 +46,7 @@ _NOISE = (  # warnings of Lightning that do not hold here, or that a user cannot
 
 
 class ExperimentCLI(SettingsGoOverCheckpoint):
-    """Fits, validates, tests or predicts from YAML; ARCHITECTURE.md says how it differs from LightningCLI.
-
-    Args:
-        args: Command line, without the name of the program.
-    """
+    """Fits, validates, tests or predicts from YAML; ARCHITECTURE.md says how it differs from LightningCLI."""
 
     run: RunFolder | None = None
 
@@ -82,11 +78,7 @@ class ExperimentCLI(SettingsGoOverCheckpoint):
         return named or super().subcommands()
 
     def add_arguments_to_parser(self, parser: ExperimentParser) -> None:
-        """Add `run:`, `optimizer:`, `lr_scheduler:` and `auto_resume:`, and link the data to the model.
-
-        Args:
-            parser: Parser of a subcommand.
-        """
+        """Add `run:`, `optimizer:`, `lr_scheduler:` and `auto_resume:`, and link the data to the model."""
         parser.add_class_arguments(RunArguments, "run")
         parser.add_argument(
             "--optimizer",
@@ -118,11 +110,7 @@ class ExperimentCLI(SettingsGoOverCheckpoint):
         return self.config[self.subcommand]
 
     def before_instantiate_classes(self) -> None:
-        """Find the checkpoint and its run, and keep the linked arguments that the YAML sets.
-
-        Raises:
-            MisconfigurationException: If the checkpoint or the run does not exist, or arguments contradict each other.
-        """
+        """Find the checkpoint and its run, and keep the linked arguments that the YAML sets."""
         arguments, model = self.arguments["run"], self.arguments["model"]
         if self._trainer_arguments.get("default_root_dir") is not None:
             raise MisconfigurationException("trainer.default_root_dir: the run folder is it; set run.root and run.name")
@@ -154,26 +142,18 @@ class ExperimentCLI(SettingsGoOverCheckpoint):
             return
         if given in ("last", "best"):
             self.run = run_folder.find(*self._claim_as)
-            given = self.run.checkpoint(given)
-            if not given.is_file():
-                raise MisconfigurationException(f"ckpt_path: {given} does not exist; this run has saved no checkpoint")
+            file, advice = self.run.checkpoint(given), "this run has saved no checkpoint"
         else:
-            given = Path(given)
-            if not given.is_file():
-                raise MisconfigurationException(f"ckpt_path: {given} does not exist; give a file, `last` or `best`")
-            found = run_folder.of_checkpoint(given)
+            file, advice = Path(given), "give a file, `last` or `best`"
             # A fit from another file than the last checkpoint is a branch, and gets a folder of its own.
-            if found is not None and (self.subcommand != "fit" or given.name == "last.ckpt"):
-                self.run = found
-        arguments["ckpt_path"] = str(given)
+            if self.subcommand != "fit" or file.name == "last.ckpt":
+                self.run = run_folder.of_checkpoint(file)
+        if not file.is_file():
+            raise MisconfigurationException(f"ckpt_path: {file} does not exist; {advice}")
+        arguments["ckpt_path"] = str(file)
 
     def _newest_checkpoint(self) -> str | None:
-        """Return the newest readable checkpoint of the named run, or `None` if there is no run or no checkpoint.
-
-        Raises:
-            SystemExit: If the run is finished.
-            MisconfigurationException: If the run has checkpoints and none can be read.
-        """
+        """Return the newest readable checkpoint of the named run, or `None`; exit if the run is finished."""
         self.run = run_folder.newest(*self._claim_as)
         if self.run is None:
             return None
@@ -204,12 +184,7 @@ class ExperimentCLI(SettingsGoOverCheckpoint):
         return all(saved[key] == self._trainer_arguments[key] for key in _LENGTH)
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
-        """Build the trainer with the run folder, after model and data could be built.
-
-        Raises:
-            MisconfigurationException: If the YAML sets a linked argument to another value than that of the data, or the
-                arguments of the trainer contradict each other.
-        """
+        """Build the trainer with the run folder, once model and data are built and agree."""
         self._check_links()
         if self._is_trial:
             self.run = run_folder.temporary(self._claim_as[1])
@@ -254,11 +229,7 @@ def _reader(attribute: str) -> Callable[[ExperimentDataModule], Any]:
 
 
 def main(args: Sequence[str]) -> None:
-    """Run a subcommand.
-
-    Args:
-        args: Command line, the subcommand first.
-    """
+    """Run the subcommand that the command line begins with."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     for message in _NOISE:

@@ -1,6 +1,10 @@
 """`llm-train schema` and `llm-train completion`: the JSON schema of the YAML files, and a script for the shell."""
 
+import json
 from collections.abc import Sequence
+
+import torch
+from jsonargparse import set_parsing_settings
 
 from experiments.cli import ExperimentCLI
 from experiments.errors import CommandParser
@@ -8,10 +12,10 @@ from experiments.parser import ExperimentParser
 
 
 class _Description(ExperimentCLI):
-    """Prints a description of the options instead of parsing.
+    """Prints a description of the options of a subcommand, or of all subcommands, instead of parsing.
 
     Args:
-        args: Subcommand whose options are described; nothing for those of all subcommands.
+        args: Subcommand; empty for all.
         kind: Name that jsonargparse gives to the description.
     """
 
@@ -20,32 +24,30 @@ class _Description(ExperimentCLI):
         super().__init__(args)
 
     def parse_arguments(self, parser: ExperimentParser, args: Sequence[str]) -> None:
-        """Print the description, and exit.
-
-        Args:
-            parser: Parser of the command.
-            args: As for the class.
-
-        Raises:
-            SystemExit: Always.
-        """
-        described = self.parser_of(args[0]) if args else parser
-        print(described.get_completion_script(self._kind))
+        """Print the description, and exit."""
+        described = (self.parser_of(args[0]) if args else parser).get_completion_script(self._kind)
+        if self._kind == "jsonschema":
+            schema = json.loads(described)
+            schema["$defs"]["Module"] = {}  # accept any network: see below
+            described = json.dumps(schema, indent=2)
+        print(described)
         raise SystemExit(0)
 
 
-def main(args: Sequence[str]) -> None:
-    """Print the schema of the YAML of `fit`, or a completion script.
+def _is_any_network(argument_type: type) -> bool:
+    return argument_type is torch.nn.Module
 
-    Args:
-        args: `schema`, or `completion` and the shell.
-    """
+
+def main(args: Sequence[str]) -> None:
+    """Print the schema of the YAML of `fit`, or a completion script."""
     parser = CommandParser(prog=f"llm-train {args[0]}")
     if args[0] == "schema":
         parser.description = (
             "Print the JSON schema of the YAML files. Editors use it by `# yaml-language-server: $schema=FILE`."
         )
         parser.parse_args(args[1:])
+        # Callbacks of Lightning take any network; a list of those of torch and torchmetrics would be most of the file.
+        set_parsing_settings(subclasses_disabled=[_is_any_network])
         _Description(["fit"], "jsonschema")
     else:
         parser.description = 'Print a completion script; `eval "$(llm-train completion bash)"` enables it.'

@@ -14,11 +14,7 @@ class UserError(Exception):
 
 
 class CommandParser(argparse.ArgumentParser):
-    """A parser that prints errors in one line and accepts no abbreviations.
-
-    Args:
-        **kwargs: As for `ArgumentParser`.
-    """
+    """A parser that prints errors in one line and accepts no abbreviations."""
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs, allow_abbrev=False)

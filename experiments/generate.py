@@ -21,14 +21,7 @@ from lightning_modules.runtime.checkpoint_io import AtomicCheckpointIO
 
 
 def read_config(run: Path) -> dict[str, Any]:
-    """Return the resolved configuration of a run.
-
-    Args:
-        run: Run folder.
-
-    Raises:
-        MisconfigurationException: If the folder holds no run.
-    """
+    """Return the resolved configuration of a run."""
     if not (run / CONFIG).is_file():
         raise MisconfigurationException(
             f"--run {run}: no {CONFIG} in it; give the folder of a run, such as runs/TOPIC/NAME"
@@ -37,16 +30,7 @@ def read_config(run: Path) -> dict[str, Any]:
 
 
 def load_run(run: Path, checkpoint: str, device: torch.device) -> ExperimentModule:
-    """Build the module of a run with the weights of one of its checkpoints.
-
-    Args:
-        run: Run folder.
-        checkpoint: `best` or `last`; without a best one, the last one is taken.
-        device: Device of the module.
-
-    Raises:
-        MisconfigurationException: If the folder holds no run, or no complete checkpoint.
-    """
+    """Build the module of a run with the weights of the checkpoint `best`, or `last`; `last` if there is no `best`."""
     module_class: Any = import_class(read_config(run)["model"]["class_path"])
     path = run / CHECKPOINTS / f"{checkpoint}.ckpt"
     if checkpoint == "best" and not path.is_file():
@@ -58,12 +42,7 @@ def load_run(run: Path, checkpoint: str, device: torch.device) -> ExperimentModu
 
 
 def decode_stream(tokenizer: Any, tokens: Iterable[int]) -> Iterator[str]:
-    """Yield text as it is generated; the tokens of a character are held back until the character is complete.
-
-    Args:
-        tokenizer: A fast tokenizer of transformers.
-        tokens: Token ids.
-    """
+    """Yield text as it is generated; the tokens of a character are held back until the character is complete."""
     held: list[int] = []
     for token in tokens:
         held.append(token)
@@ -75,14 +54,7 @@ def decode_stream(tokenizer: Any, tokens: Iterable[int]) -> Iterator[str]:
 
 
 def read_references(files: Iterable[Path]) -> list[str]:
-    """Return the paragraphs of text files, which empty lines separate.
-
-    Args:
-        files: In UTF-8.
-
-    Raises:
-        MisconfigurationException: If a file holds no text.
-    """
+    """Return the paragraphs of text files in UTF-8; empty lines separate them."""
     found: list[str] = []
     for file in files:
         try:
@@ -99,7 +71,7 @@ def chat(answer: Callable[[str, Sequence[str]], None], references: Sequence[str]
     """Ask for questions until one is empty, the input ends, or Ctrl-C.
 
     Args:
-        answer: Function that prints the answer to a question from references.
+        answer: Prints the answer to a question from references.
         references: References of all questions. If empty, the user is asked for references, and for others after an
             empty question.
     """
@@ -120,11 +92,7 @@ def chat(answer: Callable[[str, Sequence[str]], None], references: Sequence[str]
 
 
 def main(args: Sequence[str]) -> None:
-    """Print a prompt and its continuation, or the answers to questions, token by token.
-
-    Args:
-        args: Command line, `generate` first.
-    """
+    """Print a prompt and its continuation, or the answers to questions, token by token."""
     options = _parse(args)
 
     from transformers import PreTrainedTokenizerFast
@@ -135,7 +103,7 @@ def main(args: Sequence[str]) -> None:
     generator = torch.Generator(device).manual_seed(options.seed)
 
     def stream(prompt: np.ndarray, max_new_tokens: int, temperature: float) -> Iterator[str]:
-        """Yield the text that follows a prompt (T,)."""
+        """Yield the text that follows a prompt of shape (T,)."""
         tokens = module.generate(
             torch.from_numpy(prompt.astype(np.int64))[None].to(device),  # (1, T)
             max_new_tokens=max_new_tokens,
@@ -185,24 +153,16 @@ def _answering(
         n_read = len(prompt.references)
         if prompt.n_cut or n_read < len(references):
             print(f"(read {n_read} of {len(references)} references{', the last one in part' * prompt.n_cut})")
-        _print(_without_leading_space(stream(prompt.ids, longest, temperature=0.0)))
+        texts = stream(prompt.ids, longest, temperature=0.0)
+        first = next(filter(None, map(str.lstrip, texts)), "")  # without leading space
+        _print(chain([first], texts))
 
     return answer
 
 
-def _without_leading_space(texts: Iterable[str]) -> Iterator[str]:
-    begun = False
-    for text in texts:
-        shown = text if begun else text.lstrip()
-        begun |= bool(shown)
-        yield shown
-
-
 def _parse(args: Sequence[str]) -> argparse.Namespace:
-    parser = CommandParser(
-        prog="llm-train generate",
-        description="Continue a prompt with the model of a run, or ask it questions.",
-    )
+    description = "Continue a prompt with the model of a run, or ask it questions."
+    parser = CommandParser(prog="llm-train generate", description=description)
     parser.add_argument("--run", type=Path, required=True, help="run folder, such as runs/TOPIC/NAME")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--prompt", help="text to continue")

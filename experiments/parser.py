@@ -33,12 +33,7 @@ _AROUND = re.compile(
 
 
 class ExperimentParser(LightningArgumentParser):
-    """The parser of LightningCLI, with errors of one line and without abbreviations.
-
-    Args:
-        *args: As for `LightningArgumentParser`.
-        **kwargs: As for `LightningArgumentParser`.
-    """
+    """The parser of LightningCLI, with errors of one line and without abbreviations."""
 
     command_line: ClassVar[list[str]] = []
 
@@ -47,23 +42,12 @@ class ExperimentParser(LightningArgumentParser):
         super().__init__(*args, **kwargs)
 
     def parse_args(self, args: Sequence[str], *rest: Any, **kwargs: Any) -> Namespace:
-        """Parse, and keep the command line for error messages.
-
-        Args:
-            args: Command line.
-            *rest: As for `ArgumentParser`.
-            **kwargs: As for `ArgumentParser`.
-        """
+        """Parse, and keep the command line for error messages."""
         ExperimentParser.command_line = list(args)
         return super().parse_args(args, *rest, **kwargs)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Print one line and exit with code 2.
-
-        Args:
-            message: Message of jsonargparse, often of many lines.
-            ex: Exception that it comes from.
-        """
+        """Print one line and exit with code 2."""
         if not self.exit_on_error:
             super().error(message, ex)
         options = option_names(getattr(ex, "subcommand_parser", None) or self)

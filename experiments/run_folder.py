@@ -34,18 +34,11 @@ class RunArguments:
 
 @dataclass(frozen=True)
 class RunFolder:
-    """The folder of one run.
-
-    Args:
-        path: The folder.
-        topic: Topic of the run.
-        is_new: Whether the folder was created for this run, rather than found.
-        study: Study of the run, if it is a part of one.
-    """
+    """The folder of one run."""
 
     path: Path
     topic: str
-    is_new: bool
+    is_new: bool  # created for this run, not found
     study: str | None = None
 
     @property
@@ -54,22 +47,12 @@ class RunFolder:
         return self.path.name
 
     def checkpoint(self, name: str) -> Path:
-        """Return the path of a checkpoint.
-
-        Args:
-            name: `last` or `best`.
-        """
+        """Return the path of the checkpoint `last` or `best`."""
         return self.path / CHECKPOINTS / f"{name}.ckpt"
 
 
 def numbered(parent: Path, name: str, mark: str = ".") -> list[Path]:
-    """Return the existing runs of one name, the newest last: `offline`, `offline.2`, `offline.10`.
-
-    Args:
-        parent: Folder of the runs of the topic or study.
-        name: Name of the run.
-        mark: Character before the number.
-    """
+    """Return the existing runs of one name, the newest last: `offline`, `offline.2`, `offline.10`."""
     series = re.compile(re.escape(name) + rf"(?:{re.escape(mark)}(\d+))?")
     found = [(int(match[1] or 1), path) for path in parent.glob(f"{name}*") if (match := series.fullmatch(path.name))]
     return [path for _, path in sorted(found)]
@@ -81,15 +64,9 @@ def _mark(study: str | None) -> str:
 
 
 def claim(root: Path, topic: str, name: str, study: str | None = None) -> RunFolder:
-    """Create the folder of a new run, with the first number that is free.
+    """Create the folder of a new run, with the first number that is free; a number at the end of the name is replaced.
 
     Only rank 0 creates it; the other ranks get a path that they do not write to.
-
-    Args:
-        root: Folder of all runs.
-        topic: Topic of the run.
-        name: Name of the run; a number at the end is replaced.
-        study: Study that the run is a part of.
     """
     mark = _mark(study)
     parent, base = root / topic / (study or ""), re.sub(rf"{re.escape(mark)}\d+$", "", name)
@@ -97,40 +74,22 @@ def claim(root: Path, topic: str, name: str, study: str | None = None) -> RunFol
     number = 1 + max((int(path.name[len(base) + 1 :] or 1) for path in taken), default=0)
     while True:
         path = parent / (base if number == 1 else f"{base}{mark}{number}")
-        if rank_zero_only.rank != 0:
-            return RunFolder(path, topic, is_new=True, study=study)
         try:
-            path.mkdir(parents=True)
+            if rank_zero_only.rank == 0:
+                path.mkdir(parents=True)
             return RunFolder(path, topic, is_new=True, study=study)
         except FileExistsError:  # another run has just taken it
             number += 1
 
 
 def newest(root: Path, topic: str, name: str, study: str | None = None) -> RunFolder | None:
-    """Return the newest run of a name, or `None`; a name with a number names that run alone.
-
-    Args:
-        root: Folder of all runs.
-        topic: Topic of the run.
-        name: Name of the run.
-        study: Study that the run is a part of.
-    """
+    """Return the newest run of a name, or `None`; a name with a number names that run alone."""
     found = numbered(root / topic / (study or ""), name, _mark(study))
     return RunFolder(found[-1], topic, is_new=False, study=study) if found else None
 
 
 def find(root: Path, topic: str, name: str, study: str | None = None) -> RunFolder:
-    """Return the newest run of a name, see `newest`.
-
-    Args:
-        root: Folder of all runs.
-        topic: Topic of the run.
-        name: Name of the run.
-        study: Study that the run is a part of.
-
-    Raises:
-        MisconfigurationException: If there is none.
-    """
+    """Return the newest run of a name, as `newest`; raise a `MisconfigurationException` if there is none."""
     found = newest(root, topic, name, study)
     if found is None:
         parent = root / topic / (study or "")
@@ -140,11 +99,7 @@ def find(root: Path, topic: str, name: str, study: str | None = None) -> RunFold
 
 
 def of_checkpoint(checkpoint: Path) -> RunFolder | None:
-    """Return the run folder that a checkpoint lies in, or `None`.
-
-    Args:
-        checkpoint: Checkpoint file.
-    """
+    """Return the run folder that a checkpoint file lies in, or `None`."""
     path = checkpoint.parent.parent
     if checkpoint.parent.name != CHECKPOINTS or not (path / CONFIG).is_file():
         return None
@@ -153,9 +108,5 @@ def of_checkpoint(checkpoint: Path) -> RunFolder | None:
 
 
 def temporary(topic: str) -> RunFolder:
-    """Return a temporary folder for a trial run (`trainer.fast_dev_run`), which leaves no files.
-
-    Args:
-        topic: Topic of the run.
-    """
+    """Return a temporary folder for a trial run (`trainer.fast_dev_run`), which leaves no files."""
     return RunFolder(Path(tempfile.mkdtemp(prefix=f"{topic}-")), topic, is_new=True)

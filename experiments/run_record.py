@@ -9,7 +9,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,13 +36,7 @@ _PACKAGES = ("torch", "lightning", "transformers", "tokenizers", "datasets", "js
 
 
 class RunRecord(SaveConfigCallback):
-    """Writes `config.yaml`, `environment.json` and `summary.json`, logs them to W&B, and prints the closing lines.
-
-    Args:
-        parser: Parser of the subcommand.
-        config: The resolved configuration.
-        cli: The command in progress.
-    """
+    """Writes `config.yaml`, `environment.json` and `summary.json`, logs them to W&B, and prints the closing lines."""
 
     def __init__(self, parser: LightningArgumentParser, config: Any, cli: "ExperimentCLI") -> None:
         super().__init__(parser, config, save_to_log_dir=False)
@@ -67,12 +61,10 @@ class RunRecord(SaveConfigCallback):
         sessions = json.loads(environment_file.read_text()) if environment_file.is_file() else []
         session = environment(trainer)
         write_text(environment_file, json.dumps([*sessions, session], indent=2) + "\n")
-        for logger in trainer.loggers:
-            if isinstance(logger, WandbRecorder):
-                with logger.tolerated():
-                    logger.experiment.config.update(config, allow_val_change=True)
-                    logger.experiment.config.update({"environment": session}, allow_val_change=True)
-                logger.use_files(_texts({**config, "ckpt_path": whole.get("ckpt_path")}))
+        for logger in _of(WandbRecorder, trainer.loggers):
+            with logger.tolerated():
+                logger.experiment.config.update({**config, "environment": session}, allow_val_change=True)
+            logger.use_files(_texts({**config, "ckpt_path": whole.get("ckpt_path")}))
 
     @property
     def _run(self) -> RunFolder:
@@ -86,15 +78,12 @@ class RunRecord(SaveConfigCallback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Drop the metrics of steps that a resumed run makes again."""
-        for logger in trainer.loggers:
-            if isinstance(logger, MetricsCSV) and trainer.is_global_zero:
-                logger.go_on_from(trainer.global_step, self._unwritten)
+        for logger in _of(MetricsCSV, trainer.loggers) if trainer.is_global_zero else ():
+            logger.go_on_from(trainer.global_step, self._unwritten)
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Save the row of metrics that is not in the file yet."""
-        checkpoint[_UNWRITTEN] = [
-            row for log in trainer.loggers if isinstance(log, MetricsCSV) for row in log.unwritten
-        ]
+        checkpoint[_UNWRITTEN] = [row for logger in _of(MetricsCSV, trainer.loggers) for row in logger.unwritten]
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Restore the row of metrics that was not in the file."""
@@ -116,34 +105,33 @@ class RunRecord(SaveConfigCallback):
         if self.cli.closed:
             return
         self.cli.closed = True
-        checkpoint = next((c for c in trainer.checkpoint_callbacks if isinstance(c, RunCheckpoint)), None)
-        best = None
-        if self.cli.subcommand == "fit" and checkpoint is not None and checkpoint.best_score is not None:
-            best = {"metric": checkpoint.monitor, "value": checkpoint.best_score, "step": checkpoint.best_step}
-        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        is_fit = self.cli.subcommand == "fit"
+        checkpoints = [c for c in _of(RunCheckpoint, trainer.checkpoint_callbacks) if c.best_score is not None]
+        best, shown = None, {}
+        if is_fit and checkpoints:
+            metric, value, step = checkpoints[0].monitor, checkpoints[0].best_score, checkpoints[0].best_step
+            best = {"metric": metric, "value": value, "step": step}
+            # W&B's tables show its summary, which has the last values by default.
+            shown = checkpoints[0].best_metrics | {metric: value, f"best/{metric}": value, "best/step": step}
         summary = {
             "status": status,
             "error": error and f"{type(error).__name__}: {error}",
             "step": trainer.global_step,
             "best": best,
-            "metrics": metrics,
+            "metrics": {name: float(value) for name, value in trainer.callback_metrics.items()},
             "seconds": round(time.monotonic() - self._began, 1),
             "peak_memory_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
         }
         write_text(self._summary_file, json.dumps(summary, indent=2) + "\n")
         sync_command = None
-        for logger in trainer.loggers:
-            if isinstance(logger, WandbRecorder):
-                if (
-                    best is not None and checkpoint is not None
-                ):  # W&B's tables show the summary, which has the last values by default
-                    score = {best["metric"]: best["value"], f"best/{best['metric']}": best["value"]}
-                    with logger.tolerated():
-                        logger.experiment.summary.update(checkpoint.best_metrics | score | {"best/step": best["step"]})
-                if self.cli.subcommand == "fit":
-                    logger.log_artifacts()
-                logger.finish(exit_code=0 if status == "finished" else 1)
-                sync_command = logger.sync_command
+        for logger in _of(WandbRecorder, trainer.loggers):
+            if shown:
+                with logger.tolerated():
+                    logger.experiment.summary.update(shown)
+            if is_fit:
+                logger.log_artifacts()
+            logger.finish(exit_code=0 if status == "finished" else 1)
+            sync_command = logger.sync_command
         if not trainer.fast_dev_run:
             self._say(pl_module, summary, sync_command)
 
@@ -157,15 +145,16 @@ class RunRecord(SaveConfigCallback):
             lines += [("result", f"{name} {value:.4f}") for name, value in sorted(summary["metrics"].items())]
         if sync_command:
             lines.append(("wandb", sync_command))
-        if is_fit and (summary["status"] == "finished" or self._run.checkpoint("last").is_file()):
-            lines.append(("next", self._next_command(pl_module, summary["status"])))
+        quoted = shlex.quote(str(folder))
+        if is_fit and summary["status"] == "finished":
+            lines.append(("next", pl_module.next_command(quoted)))
+        elif is_fit and self._run.checkpoint("last").is_file():
+            lines.append(("next", f"llm-train fit -c {quoted}/{CONFIG} --ckpt_path last"))
         say("\n" + "\n".join(f"{what:<8}{text}" for what, text in lines))
 
-    def _next_command(self, pl_module: L.LightningModule, status: str) -> str:
-        folder = shlex.quote(str(self._run.path))
-        if status != "finished":
-            return f"llm-train fit -c {folder}/{CONFIG} --ckpt_path last"
-        return pl_module.next_command(folder)
+
+def _of(kind: type, objects: Iterable[object]) -> list[Any]:
+    return [item for item in objects if isinstance(item, kind)]
 
 
 def _texts(config: Any) -> Iterator[str]:
@@ -178,12 +167,7 @@ def _texts(config: Any) -> Iterator[str]:
 
 
 def environment(trainer: L.Trainer) -> dict[str, Any]:
-    """Return what a run depends on besides its configuration: versions, commit, hardware, seed, command.
-
-    Args:
-        trainer: Trainer of the run.
-    """
-    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    """Return what a run depends on besides its configuration: versions, commit, hardware, seed, command."""
     return {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": shlex.join(["llm-train", *sys.argv[1:]]),
@@ -194,7 +178,7 @@ def environment(trainer: L.Trainer) -> dict[str, Any]:
         "processor": platform.processor() or platform.machine(),
         "cpu_count": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "devices": devices,
+        "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "world_size": trainer.world_size,
         "precision": str(trainer.precision),
         "seed": int(os.environ.get("PL_GLOBAL_SEED", 0)),
@@ -202,15 +186,8 @@ def environment(trainer: L.Trainer) -> dict[str, Any]:
 
 
 def _commit() -> str | None:
-    here = Path(__file__).parent
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
     try:
-        described = subprocess.run(
-            ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=12"],
-            capture_output=True,
-            text=True,
-            timeout=5,
-            check=True,
-        )
+        return subprocess.run(command, capture_output=True, text=True, timeout=5, check=True).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None
-    return described.stdout.strip()
