@@ -35,9 +35,13 @@ def shuffled(n: int, seed: int) -> Order:
     return lambda epoch: torch.from_numpy(np.random.default_rng([seed, epoch]).permutation(n))
 
 
-def leave_interrupts_to_the_parent(worker: int) -> None:
-    """Ignore Ctrl-C, which a terminal sends to a loader's workers too: the training process saves the run."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def leave_signals_to_the_parent(worker: int) -> None:
+    """Ignore Ctrl-C and SIGTERM in a loader's worker: the training process saves the run and ends its workers.
+
+    A terminal, a container and a job scheduler send them to the whole process group.
+    """
+    for signal_number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signal_number, signal.SIG_IGN)
 
 
 class GlobalBatches(Sampler[Tensor]):
@@ -133,7 +137,7 @@ class ExperimentDataModule(LightningDataModule):
             sampler=GlobalBatches(n, order, self.batch_size, *self._rank_and_world_size, drop_last),
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
-            worker_init_fn=leave_interrupts_to_the_parent,
+            worker_init_fn=leave_signals_to_the_parent,
             pin_memory=torch.cuda.is_available(),
             # A loader draws a seed for its workers, by default from the global generator, which must not be touched.
             generator=torch.Generator().manual_seed(self.seed),

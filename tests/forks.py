@@ -111,14 +111,22 @@ def die_after_step(step: int | None) -> None:
     RunCheckpoint._save = save_and_die
 
 
-def signal_after_step(step: int, signal_number: int = signal.SIGKILL) -> None:
-    """For `prepare`: the process sends itself a signal after an optimiser step, before a validation or checkpoint."""
+def signal_after_step(step: int, signal_number: int = signal.SIGKILL, group: bool = False) -> None:
+    """For `prepare`: the process sends itself a signal after an optimiser step, before a validation or checkpoint.
+
+    Args:
+        step: The optimiser step.
+        signal_number: The signal.
+        group: Whether the signal goes to a process group of its own, and so to the loader's workers too.
+    """
+    if group:
+        os.setpgid(0, 0)
     end, sent = RunCheckpoint.on_train_batch_end, []
 
     def end_and_send(self: RunCheckpoint, trainer: object, *args: object) -> None:
         end(self, trainer, *args)
         if trainer.global_step == step and not sent:
             sent.append(step)
-            os.kill(os.getpid(), signal_number)
+            os.kill(0 if group else os.getpid(), signal_number)
 
     RunCheckpoint.on_train_batch_end = end_and_send

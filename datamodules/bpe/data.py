@@ -7,7 +7,7 @@ from itertools import count, islice
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from datamodules.base import ExperimentDataModule, leave_interrupts_to_the_parent
+from datamodules.base import ExperimentDataModule, leave_signals_to_the_parent
 from datamodules.sources import Source
 from datamodules.splits import Side, require_fractions, side_of
 from lightning_modules.common.ranges import NonNegativeInt, PositiveInt
@@ -78,7 +78,7 @@ class BPEDataModule(ExperimentDataModule):
     def _stream(self, split: Side) -> DataLoader:
         stream = BatchStream(self.splits[split], self.batch_size, *self._rank_and_world_size)
         return DataLoader(
-            stream, batch_size=None, num_workers=self.num_workers, worker_init_fn=leave_interrupts_to_the_parent
+            stream, batch_size=None, num_workers=self.num_workers, worker_init_fn=leave_signals_to_the_parent
         )
 
 

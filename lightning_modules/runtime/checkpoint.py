@@ -1,5 +1,6 @@
 """The two checkpoints of a run: the best and the last."""
 
+import math
 import operator
 from pathlib import Path
 from typing import Any, Literal
@@ -59,8 +60,10 @@ class RunCheckpoint(Checkpoint):
         if not validates_a_fit(trainer):
             return
         if self.monitor is not None:
-            score, better = self._score(trainer), operator.lt if self.mode == "min" else operator.gt
-            if self.best_score is None or better(score, self.best_score):
+            score, best = self._score(trainer), self.best_score
+            better = operator.lt if self.mode == "min" else operator.gt
+            # A first score may be NaN, than which no score is better: the first number replaces it.
+            if best is None or (math.isnan(best) and not math.isnan(score)) or better(score, best):
                 self.best_score, self.best_step = score, trainer.global_step
                 metrics = trainer.callback_metrics.items()
                 self.best_metrics = {name: float(value) for name, value in metrics if name.startswith("val/")}

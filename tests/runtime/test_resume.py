@@ -156,6 +156,14 @@ def test_signals_save_a_checkpoint_and_the_run_resumes_from_it(llm_train, forked
     assert_same_weights(whole() / LAST, RUNS / "stopped" / LAST)
 
 
+def test_a_signal_to_the_group_spares_the_workers_of_the_loader(llm_train, forked, tiny, whole):
+    command = ("fit", "-c", tiny(data__init_args__num_workers=2), "--run.name", "group")
+    assert forked(*command, prepare=lambda: forks.signal_after_step(12, signal.SIGTERM, group=True)) == 143
+    assert saved_step("group") in (12, 13)
+    assert llm_train(*command, "--ckpt_path", "last").code == 0
+    assert_same_weights(whole() / LAST, RUNS / "group" / LAST)
+
+
 def test_a_fit_from_another_checkpoint_than_the_last_gets_a_folder_of_its_own(llm_train, tiny, whole):
     shutil.copytree(whole(), RUNS / "tiny")
     before = (RUNS / "tiny" / LAST).read_bytes()

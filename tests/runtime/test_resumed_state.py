@@ -1,5 +1,6 @@
 """What a resumed run restores from its checkpoint: the best validation so far, and the rows of the metrics."""
 
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -33,6 +34,17 @@ def test_a_resumed_run_keeps_its_best_checkpoint_until_a_better_validation(mode,
     assert (resumed.best_score, resumed.best_step, resumed.best_metrics) == (best, 4, {"val/loss": best})
     assert files_written(resumed, 12, better) == ["best", "last"]
     assert (resumed.best_score, resumed.best_step, resumed.best_metrics) == (better, 12, {"val/loss": better})
+
+
+@pytest.mark.parametrize("mode", ["min", "max"])
+def test_the_first_number_takes_the_place_of_a_score_that_is_not_a_number(mode):
+    callback = RunCheckpoint("val/loss", mode)
+    assert files_written(callback, 4, math.nan) == ["best", "last"]
+    assert files_written(callback, 8, math.nan) == ["last"]
+    assert files_written(callback, 12, 2.0) == ["best", "last"]
+    assert (callback.best_score, callback.best_step) == (2.0, 12)
+    assert files_written(callback, 16, math.nan) == ["last"]
+    assert callback.best_score == 2.0
 
 
 def test_a_resumed_run_drops_the_rows_of_later_steps(tmp_path):
