@@ -53,6 +53,7 @@ class ExperimentCLI(SettingsGoOverCheckpoint):
     def __init__(self, args: Sequence[str]) -> None:
         self._args = list(args)
         self.closed = False  # whether the run's record is complete
+        configured = {"default_config_files": [str(DEFAULTS)]}
         super().__init__(
             model_class=ExperimentModule,
             subclass_mode_model=True,
@@ -61,10 +62,7 @@ class ExperimentCLI(SettingsGoOverCheckpoint):
             seed_everything_default=0,
             parser_class=ExperimentParser,
             parser_kwargs={"prog": "llm-train"}
-            | {
-                command: {"default_config_files": [str(DEFAULTS)], "prog": f"llm-train {command}"}
-                for command in self.subcommands()
-            },
+            | {name: configured | {"prog": f"llm-train {name}"} for name in self.subcommands()},
             save_config_callback=RunRecord,
             save_config_kwargs={"cli": self},
             trainer_defaults={"enable_autolog_hparams": False},  # the run's record is the resolved YAML
@@ -186,7 +184,7 @@ class ExperimentCLI(SettingsGoOverCheckpoint):
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """Build the trainer with the run folder, once model and data are built and agree."""
         self._check_links()
-        if self._is_trial:
+        if self._trainer_arguments.get("fast_dev_run"):
             self.run = run_folder.temporary(self._claim_as[1])
         elif self.run is None:
             self.run = run_folder.claim(*self._claim_as)
@@ -202,10 +200,6 @@ class ExperimentCLI(SettingsGoOverCheckpoint):
         self.model.optimizer_factory, self.model.schedule_factory = built["optimizer"], built["lr_scheduler"]
         return trainer
 
-    @property
-    def _is_trial(self) -> bool:
-        return bool(self._trainer_arguments.get("fast_dev_run"))
-
     def _check_links(self) -> None:
         for name, given in self._given.items():
             actual = getattr(self.datamodule, name, None)
@@ -218,7 +212,7 @@ class ExperimentCLI(SettingsGoOverCheckpoint):
         """Remove the folder of a trial run, or of a run that failed before it wrote a file."""
         if self.run is None or not self.run.is_new or rank_zero_only.rank != 0:
             return
-        if self._is_trial:
+        if self._trainer_arguments.get("fast_dev_run"):
             shutil.rmtree(self.run.path, ignore_errors=True)
         elif self.run.path.is_dir() and not any(self.run.path.iterdir()):
             self.run.path.rmdir()

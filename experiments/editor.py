@@ -34,10 +34,6 @@ class _Description(ExperimentCLI):
         raise SystemExit(0)
 
 
-def _is_any_network(argument_type: type) -> bool:
-    return argument_type is torch.nn.Module
-
-
 def main(args: Sequence[str]) -> None:
     """Print the schema of the YAML of `fit`, or a completion script."""
     parser = CommandParser(prog=f"llm-train {args[0]}")
@@ -47,7 +43,7 @@ def main(args: Sequence[str]) -> None:
         )
         parser.parse_args(args[1:])
         # Callbacks of Lightning take any network; a list of those of torch and torchmetrics would be most of the file.
-        set_parsing_settings(subclasses_disabled=[_is_any_network])
+        set_parsing_settings(subclasses_disabled=[lambda kind: kind is torch.nn.Module])
         _Description(["fit"], "jsonschema")
     else:
         parser.description = 'Print a completion script; `eval "$(llm-train completion bash)"` enables it.'

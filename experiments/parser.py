@@ -15,7 +15,7 @@ import yaml
 from jsonargparse import Namespace, set_parsing_settings
 from lightning.pytorch.cli import LightningArgumentParser
 
-from experiments.class_paths import accept_moved_classes
+from experiments.class_paths import accept_moved_classes, import_class
 from lightning_modules.runtime.private_names import option_names
 
 # Without this, the help and the JSON schema list all tensor classes for `lr: float | Tensor`.
@@ -76,7 +76,7 @@ def one_line(message: str, options: Sequence[str], command_line: Sequence[str]) 
     elif unknown := _UNKNOWN_OPTION.search(message):
         typed = unknown[1] or unknown[2]
         if class_path := _CLASS_PATH.search(message):
-            candidates = _arguments(class_path[1])
+            candidates = list(inspect.signature(import_class(class_path[1])).parameters)
         elif (section := typed.split(".")[0]) not in {option.split(".")[0] for option in options}:
             typed, candidates = section, [option.split(".")[0] for option in options]
         else:
@@ -98,11 +98,6 @@ def _plain(reason: str) -> str:
         r"Expected a dot import path string: (.*)", r"\1 is no class path such as package.module.Class", reason
     )
     return re.sub(r"\. Got value: (.*)", r", got \1", reason)
-
-
-def _arguments(class_path: str) -> list[str]:
-    module, name = class_path.rsplit(".", 1)
-    return list(inspect.signature(getattr(importlib.import_module(module), name)).parameters)
 
 
 def _place(typed: str, command_line: Sequence[str]) -> str:

@@ -27,7 +27,7 @@ def fit_cli() -> ExperimentCLI:
     return caught.value.args[0]
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def parse(fit_cli: ExperimentCLI) -> Callable[..., dict[str, Any]]:
     """Return a function that parses a command line of `fit`, as the command does, and returns its arguments."""
 

@@ -1,11 +1,14 @@
 """Every YAML in the repository: it parses, and what needs no network runs through the real command."""
 
+import itertools
 import shlex
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
+from helpers import TINY
 from shortened import needs, offline_experiments, run_of, shortened
 
 from experiments.study.sweep_file import read_sweep_file
@@ -35,9 +38,14 @@ def test_every_experiment_parses_and_opens_with_hardware_and_command(parse, path
     assert path.name in (path.parent / "README.md").read_text()
 
 
+@pytest.fixture(scope="module")
+def plain(parse) -> dict[str, Any]:
+    return parse("fit", "-c", TINY)
+
+
 @pytest.mark.parametrize("preset", PRESETS, ids=name)
-def test_every_preset_goes_over_an_experiment_and_changes_no_learning_setting(parse, tiny, preset):
-    plain, moved = parse("fit", "-c", tiny()), parse("fit", "-c", tiny(), "-c", preset)
+def test_every_preset_goes_over_an_experiment_and_changes_no_learning_setting(parse, plain, preset):
+    moved = parse("fit", "-c", TINY, "-c", preset)
     assert {key for key in plain if plain[key] != moved[key]} == {"config", "trainer"}
     learning = ("max_steps", "max_epochs", "accumulate_grad_batches", "gradient_clip_val", "gradient_clip_algorithm")
     assert [moved["trainer"][key] for key in learning] == [plain["trainer"][key] for key in learning]
@@ -61,10 +69,8 @@ def make_what_it_needs(llm_train, tmp_path_factory, monkeypatch) -> Callable[[Pa
         run, command = run_of(needed), f"fit -c {needed.relative_to(ROOT)}"
         if not (made_before / run).exists():
             missing = llm_train("fit", "-c", path, *shortened(path))
-            assert (missing.code, command in missing.err) == (
-                1,
-                True,
-            )  # the error for a missing input names the command
+            # The error for a missing input names the command.
+            assert (missing.code, command in missing.err) == (1, True), missing.err
             make(needed)
             made = llm_train("fit", "-c", needed, *shortened(needed))
             assert made.code == 0, made.err
@@ -103,20 +109,18 @@ def test_every_study_opens_with_its_question_and_its_last_arm_runs_shortened(
     planned = llm_train("study", path, "--dry_run")
     assert planned.code == 0, planned.err
     runs = [shlex.split(line) for line in planned.out.splitlines()]
-    # The runs of an arm differ in the seed, and so in the name.
-    *others, last = dict.fromkeys(tuple(word for word in words if "seed" not in word) for words in runs)
-    for words in others:
-        parse(*arguments_of(words))
-    if downloads:
-        parse(*arguments_of(last))
-        return
-    done = llm_train(*arguments_of(last), *shortened(ROOT / base))
-    assert done.code == 0, done.err
+    arms = list(dict.fromkeys(tuple(word for word in run if "seed" not in word) for run in runs))
+    parse(
+        "fit", *itertools.chain(*map(arguments_of, arms))
+    )  # flags are checked one by one, also those that others replace
+    if not downloads:
+        done = llm_train("fit", *arguments_of(arms[-1]), *shortened(ROOT / base))
+        assert done.code == 0, done.err
 
 
 def arguments_of(words: Sequence[str]) -> Sequence[str]:
-    """Return the arguments after `python -m experiments`."""
-    return words[words.index("experiments") + 1 :]
+    """Return the arguments after `python -m experiments fit`."""
+    return words[words.index("fit") + 1 :]
 
 
 def test_the_readme_lists_every_topic():
