@@ -20,7 +20,6 @@ from lightning_modules.finetuning.bases import load_pretrained
 ROOT = Path(__file__).parents[2]
 FILES = {
     "empty.txt": b"",
-    "short.txt": b"too short",
     "latin1.txt": b"caf\xe9 " * 100,
     "broken.yaml": b"model: [\n",
     "list.yaml": b"- a\n- b\n",
@@ -59,7 +58,6 @@ COMMANDS = [
     ("fit tiny", ["--model.n_layer=many"], 2, ["model.n_layer", "expected int, got many"]),
     ("fit tiny", ["--model=lightning_modules.base.Pretrain"], 2, ["has no attribute 'Pretrain'"]),
     ("fit tiny", ["--model.n_head=3"], 1, ["n_embd=16 is not divisible by n_head=3"]),
-    ("fit tiny", ["--model.vocab_size=100"], 1, ["model.vocab_size: the YAML says 100", "257"]),
     ("fit tiny", ["--optimizer=torch.optim.AdamQ"], 2, ["AdamQ"]),
     ("fit tiny", ["--lr_scheduler.warmup=-1"], 2, ["lr_scheduler.warmup: -1 does not conform to restriction v>=0"]),
     (
@@ -71,7 +69,6 @@ COMMANDS = [
     ("fit tiny", ["--data.source.paths=missing.txt"], 1, ["missing.txt", "not found"]),
     ("fit tiny", ["--data.source.paths=empty.txt"], 1, ["empty.txt", "is empty"]),
     ("fit tiny", ["--data.source.paths=latin1.txt"], 1, ["latin1.txt", "byte 3"]),
-    ("fit tiny", ["--data.source.paths=short.txt"], 1, ["fewer than a block", "block_size 16"]),
     ("fit tiny", HUB, 1, ["no/such", "offline.yaml"]),
     ("fit tiny", ["--ckpt_path=last"], 1, [f"no run {RUNS}/tiny to continue"]),
     ("fit tiny", ["--run.name=half", "--ckpt_path=last"], 1, ["this run has saved no checkpoint"]),
@@ -115,9 +112,12 @@ def assert_one_line(done, code: int, said: list[str]) -> None:
 
 
 @pytest.mark.parametrize(("command", "flags", "code", "said"), COMMANDS, ids=lambda value: str(value)[:60])
-def test_one_line_says_what_is_wrong_with_a_command(llm_train, files, tiny, command, flags, code, said):
+def test_one_line_says_what_is_wrong_with_a_command(llm_train, files, tiny, monkeypatch, command, flags, code, said):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     command, *experiment = command.split()
     assert_one_line(llm_train(command, *(["-c", tiny()] if experiment else []), *flags), code, said)
+    if any(flag.startswith("--trainer") for flag in flags):  # the run fails before it writes: its folder is removed
+        assert not (RUNS / "tiny").exists()
 
 
 @pytest.mark.parametrize(("experiment", "flags", "code", "said"), TOPICS, ids=lambda value: str(value)[:60])
@@ -132,12 +132,6 @@ def test_a_mistake_in_a_file_is_found_by_its_line(llm_train, tiny):
     error = llm_train("fit", "-c", config).err
     assert f"{config}, line {line}: " in error
     assert "did you mean 'n_embd'?" in error
-
-
-def test_a_run_folder_is_removed_if_the_run_fails_before_it_writes(llm_train, tiny, monkeypatch):
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert llm_train("fit", "-c", tiny(), "--trainer.accelerator", "cuda").code == 1
-    assert not (RUNS / "tiny").exists()
 
 
 class Malicious:

@@ -76,22 +76,20 @@ def test_a_run_writes_its_files_and_closing_lines(llm_train, tiny):
     assert environment[0]["packages"]["torch"] == torch.__version__
 
 
-def test_flags_go_over_yaml_and_the_vocabulary_is_linked(llm_train, tiny):
-    llm_train("fit", "-c", tiny(), "--optimizer.lr=0.5", "--model.n_layer", "1", "--trainer.max_steps=2")
+def test_flags_go_over_yaml_the_vocabulary_is_linked_and_the_schedule_ends_with_the_run(llm_train, tiny):
+    flags = ("--optimizer.lr=0.5", "--model.n_layer", "1", "--lr_scheduler.warmup", "2", "--lr_scheduler.final=0.5")
+    llm_train("fit", "-c", tiny(trainer__max_steps=24), *flags, "--trainer.max_steps=6")
     config = yaml.safe_load((RUN / "config.yaml").read_text())
     assert config["optimizer"]["init_args"]["lr"] == 0.5
     assert config["model"]["init_args"]["n_layer"] == 1
-    assert config["trainer"]["max_steps"] == 2
+    assert config["trainer"]["max_steps"] == 6
     assert config["run"] == {"name": "tiny", "root": "runs", "topic": RUNS.name, "study": None}
     model = weights(RUN / "checkpoints/last.ckpt")
     assert model["decoder.token_embedding.weight"].shape[0] == 257  # 256 bytes and the end of text
     assert model["decoder.position_embedding.weight"].shape[0] == 16
-
-
-def test_the_schedule_ends_with_the_run_and_weight_decay_skips_vectors(llm_train, tiny):
-    llm_train("fit", "-c", tiny(trainer__max_steps=6), "--lr_scheduler.warmup", "2", "--lr_scheduler.final", "0.5")
     checkpoint = torch.load(RUN / "checkpoints/last.ckpt", weights_only=True)
-    assert checkpoint["lr_schedulers"][0]["_last_lr"] == pytest.approx([0.005, 0.005])  # half the peak at the end
+    assert checkpoint["lr_schedulers"][0]["_last_lr"] == pytest.approx([0.25, 0.25])  # half the peak at the end
+    # Weight decay skips vectors.
     assert [group["weight_decay"] for group in checkpoint["optimizer_states"][0]["param_groups"]] == [0.1, 0.0]
 
 
