@@ -63,7 +63,8 @@ class RunRecord(SaveConfigCallback):
         write_text(environment_file, json.dumps([*sessions, session], indent=2) + "\n")
         for logger in _of(WandbRecorder, trainer.loggers):
             with logger.tolerated():
-                logger.experiment.config.update({**config, "environment": session}, allow_val_change=True)
+                logger.experiment.config.update(config, allow_val_change=True)
+                logger.experiment.config.update({"environment": session}, allow_val_change=True)
             logger.use_files(_texts({**config, "ckpt_path": whole.get("ckpt_path")}))
 
     @property
