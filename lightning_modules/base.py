@@ -64,7 +64,9 @@ class ExperimentModule(L.LightningModule):
             MisconfigurationException: If one is `None`: the data did not link it.
         """
         if missing := [name for name, value in values.items() if value is None]:
-            raise MisconfigurationException(f"model: {', '.join(missing)} must be set; the data of the YAML links it")
+            raise MisconfigurationException(
+                f"model: {', '.join(missing)} must be set; the datamodule has no attribute of that name to link"
+            )
         return tuple(values.values())
 
     # --- evaluation ---------------------------------------------------------------------------------------------------
@@ -86,11 +88,16 @@ class ExperimentModule(L.LightningModule):
 
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Update the validation metrics."""
-        self.evaluation_step(batch, self.val_metrics)
+        self.evaluation_step(batch, self._tracked(self.val_metrics))
 
     def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Update the test metrics."""
-        self.evaluation_step(batch, self.test_metrics)
+        self.evaluation_step(batch, self._tracked(self.test_metrics))
+
+    def _tracked(self, metrics: Metric | None) -> Metric:
+        if metrics is None:
+            raise MisconfigurationException(f"{type(self).__name__}: call self.track(metric) in the constructor")
+        return metrics
 
     def on_validation_epoch_end(self) -> None:
         """Log the results of the validation as `val/...`."""

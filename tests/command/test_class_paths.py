@@ -60,7 +60,7 @@ def test_class_names_are_unique_in_a_room():
         for file in sorted((ROOT / room).rglob("*.py")):
             for line in file.read_text(encoding="utf-8").splitlines():
                 if line.startswith("class ") and not line.startswith("class _"):
-                    names.setdefault(line.split()[1].split("(")[0].split("[")[0].rstrip(":"), set()).add(file.name)
+                    names.setdefault(line.split()[1].split("(")[0].split("[")[0].rstrip(":"), set()).add(str(file))
         assert {name: files for name, files in names.items() if len(files) > 1} == {}
 
 

@@ -95,15 +95,15 @@ def test_every_offline_experiment_runs_shortened(llm_train, make_what_it_needs, 
 def test_every_study_opens_with_its_question_and_its_last_arm_runs_shortened(
     llm_train, parse, make_what_it_needs, path
 ):
-    assert "?" in opening(path)
-    assert "Hardware:" in opening(path)
+    assert "?" in opening(path), "the comment at the top asks the question of the study"
+    assert "# Hardware:" in opening(path)
     assert f"llm-train study {path.relative_to(ROOT)}" in opening(path)
-    assert f"studies/{path.name}" in (path.parents[1] / "README.md").read_text()
+    assert f"studies/{path.name}" in (path.parents[1] / "README.md").read_text(), "the README names the study"
 
     Path("experiments").symlink_to(ROOT / "experiments")  # a study's command names its files from the repository's root
     command = read_sweep_file(path).command
     base = Path(command[command.index("-c") + 1])
-    downloads = "ithout a network" in opening(base)
+    downloads = "# Downloads:" in opening(base)
     if not downloads:
         make_what_it_needs(base)
     planned = llm_train("study", path, "--dry_run")

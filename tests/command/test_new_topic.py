@@ -22,16 +22,16 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (tmp_path / room).mkdir()
     (tmp_path / "README.md").write_text(README)
     for package in (lightning_modules, datamodules):
-        monkeypatch.setattr(package, "__path__", [*package.__path__, str(tmp_path / package.__name__)])
+        monkeypatch.setattr(package, "__path__", [str(tmp_path / package.__name__), *package.__path__])
     return tmp_path
 
 
 def test_a_new_topic_passes_its_own_tests(llm_train, checkout):
-    written = llm_train("new-topic", "letter_counts")
+    written = llm_train("new-topic", "topic_of_a_test")
     assert written.code == 0, written.err
-    assert "llm-train fit -c experiments/letter_counts/offline.yaml" in written.out
+    assert "llm-train fit -c experiments/topic_of_a_test/offline.yaml" in written.out
 
-    spec = importlib.util.spec_from_file_location("written", checkout / "tests/letter_counts/test_letter_counts.py")
+    spec = importlib.util.spec_from_file_location("written", checkout / "tests/topic_of_a_test/test_topic_of_a_test.py")
     tests = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(tests)
     found = {name: test for name, test in vars(tests).items() if name.startswith("test_")}
@@ -39,21 +39,21 @@ def test_a_new_topic_passes_its_own_tests(llm_train, checkout):
     for test in found.values():
         test(*([llm_train] if inspect.signature(test).parameters else []))
 
-    config = yaml.safe_load(Path("runs/letter_counts/offline/config.yaml").read_text())
-    assert config["model"]["class_path"] == "lightning_modules.letter_counts.LetterCountsModule"
-    sweep = read_sweep_file(checkout / "experiments/letter_counts/studies/width.yaml")
-    assert "experiments/letter_counts/offline.yaml" in sweep.command
+    config = yaml.safe_load(Path("runs/topic_of_a_test/offline/config.yaml").read_text())
+    assert config["model"]["class_path"] == "lightning_modules.topic_of_a_test.TopicOfATestModule"
+    sweep = read_sweep_file(checkout / "experiments/topic_of_a_test/studies/width.yaml")
+    assert "experiments/topic_of_a_test/offline.yaml" in sweep.command
 
 
 def test_it_writes_four_folders_and_one_row(llm_train, checkout):
-    llm_train("new-topic", "letter_counts")
+    llm_train("new-topic", "topic_of_a_test")
     files = {path.relative_to(checkout) for path in checkout.rglob("*") if path.is_file()}
-    assert {path.parts[:2] for path in files} == {(room, "letter_counts") for room in ROOMS} | {("README.md",)}
+    assert {path.parts[:2] for path in files} == {(room, "topic_of_a_test") for room in ROOMS} | {("README.md",)}
     assert not [path for path in files if "majority" in path.name or "ajority" in path.read_text()]
     before, after = README.splitlines(), (checkout / "README.md").read_text().splitlines()
     (row,) = [line for line in after if line not in before]
     assert after.index(row) == before.index("| [`a`](experiments/a/README.md) | a |") + 1
-    assert row.startswith("| [`letter_counts`](experiments/letter_counts/README.md) |")
+    assert row.startswith("| [`topic_of_a_test`](experiments/topic_of_a_test/README.md) |")
 
 
 def test_a_readme_without_a_table_gets_the_row_at_its_end():

@@ -104,9 +104,7 @@ def measure(source: RecordSource, tokenizer: str, max_record_tokens: int) -> str
         for way, rows in ways.items():
             numbers = torch.randperm(len(rows), generator=draw)[:BATCH_SIZE]
             seconds[way].append(step(module, optimizer, rows, numbers, way))
-    speed = {
-        way: 1 / statistics.mean(measured[1:]) for way, measured in seconds.items()
-    }  # the first is a warm-up
+    speed = {way: 1 / statistics.mean(measured[1:]) for way, measured in seconds.items()}  # the first is a warm-up
     together = losses(module, packed, list(range(min(COMPARED_ROWS, len(packed)))))
     alone = losses(module, padded, sorted(together))  # without packing, the row of a record has its number
     worst = max(abs(together[i] - alone[i]) / alone[i] for i in together)

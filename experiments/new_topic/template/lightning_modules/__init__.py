@@ -1,6 +1,6 @@
 """Classifying sequences by their most frequent token."""
 
 from lightning_modules.majority.module import MajorityModule
-from lightning_modules.majority.report import AccuracyByMargin
+from lightning_modules.majority.report import MajorityByMargin
 
-__all__ = ["AccuracyByMargin", "MajorityModule"]
+__all__ = ["MajorityByMargin", "MajorityModule"]

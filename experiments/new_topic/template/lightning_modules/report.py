@@ -11,7 +11,7 @@ from lightning_modules.runtime.drawing import DrawsAtTheEnd, draw_by_group
 from lightning_modules.runtime.stages import validates_a_fit
 
 
-class AccuracyByMargin(DrawsAtTheEnd):
+class MajorityByMargin(DrawsAtTheEnd):
     """Writes `accuracy_by_margin.csv` after each validation, and draws it when the training ends.
 
     The margin of a sequence is how many times more often its most frequent token occurs than the next one. The callback

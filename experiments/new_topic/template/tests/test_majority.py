@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import torch
+
 from datamodules.majority import MajorityDataModule
 from datamodules.majority.data import counts_of, margins_of
 from lightning_modules.majority.network import MajorityNetwork
