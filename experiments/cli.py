@@ -116,7 +116,10 @@ class ExperimentCLI(SettingsGoOverCheckpoint):
         name = arguments.name or arm_of_agent() or (Path(str(files[0])).stem if files else "unnamed")
         topic = arguments.topic or model.class_path.split(".")[-2]
         study = arguments.study or os.environ.get("WANDB_SWEEP_ID")
+        if name in (".", "..") or Path(name).name != name:
+            raise MisconfigurationException(f"run.name: {name!r} is no name of a folder; leave out slashes and dots")
         self._claim_as = (Path(arguments.root), topic, name, study)
+        self._recorded = run_folder.of_config(Path(str(files[0])), arguments) if files else None
         self._given = {key: model.get("init_args", {}).get(key) for key in LINKED}
         self._resolve_checkpoint()
         if "verbose" in self.arguments:
@@ -139,7 +142,7 @@ class ExperimentCLI(SettingsGoOverCheckpoint):
         if given is None:
             return
         if given in ("last", "best"):
-            self.run = run_folder.find(*self._claim_as)
+            self.run = self._recorded or run_folder.find(*self._claim_as)
             file, advice = self.run.checkpoint(given), "this run has saved no checkpoint"
         else:
             file, advice = Path(given), "give a file, `last` or `best`"
@@ -152,7 +155,7 @@ class ExperimentCLI(SettingsGoOverCheckpoint):
 
     def _newest_checkpoint(self) -> str | None:
         """Return the newest readable checkpoint of the named run, or `None`; exit if the run is finished."""
-        self.run = run_folder.newest(*self._claim_as)
+        self.run = self._recorded or run_folder.newest(*self._claim_as)
         if self.run is None:
             return None
         if self._is_finished(self.run):

@@ -1,9 +1,11 @@
 """The folder of a run: `runs/<topic>/<name>/`."""
 
+import glob
 import re
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -54,7 +56,11 @@ class RunFolder:
 def numbered(parent: Path, name: str, mark: str = ".") -> list[Path]:
     """Return the existing runs of one name, the newest last: `offline`, `offline.2`, `offline.10`."""
     series = re.compile(re.escape(name) + rf"(?:{re.escape(mark)}(\d+))?")
-    found = [(int(match[1] or 1), path) for path in parent.glob(f"{name}*") if (match := series.fullmatch(path.name))]
+    found = [
+        (int(match[1] or 1), path)
+        for path in parent.glob(f"{glob.escape(name)}*")
+        if (match := series.fullmatch(path.name))
+    ]
     return [path for _, path in sorted(found)]
 
 
@@ -103,8 +109,26 @@ def of_checkpoint(checkpoint: Path) -> RunFolder | None:
     path = checkpoint.parent.parent
     if checkpoint.parent.name != CHECKPOINTS or not (path / CONFIG).is_file():
         return None
-    recorded = (yaml.safe_load((path / CONFIG).read_text(encoding="utf-8")) or {}).get("run", {})
+    recorded = _recorded(path / CONFIG)
     return RunFolder(path, recorded.get("topic", path.parent.name), is_new=False, study=recorded.get("study"))
+
+
+def of_config(config: Path, arguments: RunArguments) -> RunFolder | None:
+    """Return the run whose record a configuration is, or `None` if it is no record, or the arguments name another run.
+
+    The folder may have been moved or renamed since, and newer runs of its name may lie beside it.
+    """
+    if not (config.parent / "environment.json").is_file() or not config.is_file():
+        return None
+    recorded = _recorded(config)
+    if any(recorded.get(name) != getattr(arguments, name) for name in ("name", "root", "topic", "study")):
+        return None
+    return RunFolder(config.parent, recorded["topic"], is_new=False, study=recorded["study"])
+
+
+def _recorded(config: Path) -> dict[str, Any]:
+    """Return the section `run:` of a recorded configuration."""
+    return (yaml.safe_load(config.read_text(encoding="utf-8")) or {}).get("run", {})
 
 
 def temporary(topic: str) -> RunFolder:

@@ -74,5 +74,5 @@ def with_row(readme: str, name: str) -> str:
     """
     lines = readme.splitlines(keepends=True)
     last = max((number for number, line in enumerate(lines) if line.startswith("| [`")), default=len(lines) - 1)
-    lines.insert(last + 1, f"| [`{name}`](experiments/{name}/README.md) | the most frequent token | not measured | |\n")
+    lines.insert(last + 1, f"| [`{name}`](experiments/{name}/README.md) | TODO | not measured | |\n")
     return "".join(lines)

@@ -127,3 +127,4 @@ def test_the_readme_lists_every_topic():
     readme = (ROOT / "README.md").read_text()
     for topic in {path.parent.name for path in EXPERIMENTS}:
         assert f"`{topic}`" in readme
+    assert "| TODO |" not in readme, "say what the topic is about"

@@ -164,6 +164,38 @@ def test_a_signal_to_the_group_spares_the_workers_of_the_loader(llm_train, forke
     assert_same_weights(whole() / LAST, RUNS / "group" / LAST)
 
 
+def test_a_configuration_in_a_run_folder_means_that_run_also_beside_a_newer_one(llm_train, tiny, whole):
+    for name in ("moved", "whole.2"):
+        shutil.copytree(whole(), RUNS / name)
+    before = {path: path.read_bytes() for path in (RUNS / "whole.2").rglob("*") if path.is_file()}
+    config = RUNS / "moved/config.yaml"  # it was recorded as `whole`, of which `whole.2` is the newest run
+    assert llm_train("validate", "-c", config, "--ckpt_path", "best").code == 0
+    assert (RUNS / "moved/summary_validate.json").is_file()
+    done = llm_train("fit", "-c", config, "--auto_resume")
+    assert (done.code, f"{RUNS}/moved is finished" in done.err) == (0, True), done.err
+    assert llm_train("fit", "-c", config, "--ckpt_path", "last", "--trainer.max_steps", "26").code == 0
+    assert saved_step("moved") == 26
+    assert {path: path.read_bytes() for path in (RUNS / "whole.2").rglob("*") if path.is_file()} == before
+    assert llm_train("fit", "-c", config, "--ckpt_path", "last", "--run.name", "whole").code == 0  # names another run
+    assert (RUNS / "whole.2/environment.json").read_bytes() != before[RUNS / "whole.2/environment.json"]
+
+
+@pytest.mark.parametrize("name", ["lr[1e-2]", "Étude № 1"])
+def test_a_name_with_brackets_or_unicode_is_resumed(llm_train, tiny, name):
+    command = ("fit", "-c", tiny(trainer__max_steps=8), "--run.name", name, "--auto_resume")
+    assert llm_train(*command).code == 0
+    assert llm_train(*command, "--trainer.max_steps", "12").code == 0
+    assert [path.name for path in RUNS.iterdir()] == [name]
+    assert saved_step(name) == 12
+
+
+@pytest.mark.parametrize("name", ["sub/run", "/abs", ".", ".."])
+def test_a_name_that_is_no_folder_is_refused(llm_train, tiny, name):
+    done = llm_train("fit", "-c", tiny(), "--run.name", name)
+    assert (done.code, done.err.splitlines()[-1].startswith("error: run.name:")) == (1, True), done.err
+    assert not Path("runs").exists()
+
+
 def test_a_fit_from_another_checkpoint_than_the_last_gets_a_folder_of_its_own(llm_train, tiny, whole):
     shutil.copytree(whole(), RUNS / "tiny")
     before = (RUNS / "tiny" / LAST).read_bytes()
