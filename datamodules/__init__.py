@@ -1,1 +1,1 @@
-"""LightningDataModules, one a topic, and what they share."""
+"""LightningDataModules, one package for each topic, and the code that they share."""

@@ -1,1 +1,1 @@
-"""LightningModules, one a topic, and what they share."""
+"""LightningModules, one package for each topic, and the code that they share."""

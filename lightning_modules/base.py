@@ -1,4 +1,4 @@
-"""What the modules of all topics share: optimiser and schedule from YAML, the evaluation protocol, checkpoints."""
+"""Base classes of the modules: optimiser and schedule from YAML, the evaluation protocol, checkpoints."""
 
 import inspect
 import sys
@@ -43,10 +43,10 @@ class ExperimentModule(L.LightningModule):
 
     @property
     def data(self) -> Any:
-        """The datamodule, set before the run starts; docstrings of modules and callbacks say what they read of it.
+        """The datamodule, set before the run starts; modules and callbacks document which attributes of it they read.
 
         Raises:
-            MisconfigurationException: If no data was handed over.
+            MisconfigurationException: If it is not set.
         """
         if self._data is None:
             raise MisconfigurationException(f"{type(self).__name__}.data is not set: set it to the datamodule")
@@ -58,10 +58,10 @@ class ExperimentModule(L.LightningModule):
 
     @staticmethod
     def linked(**values: Any) -> tuple[Any, ...]:
-        """Return the arguments that the data gives the module, in the order given.
+        """Return the values of arguments that are linked from the data, in the order given.
 
         Raises:
-            MisconfigurationException: If one is `None`: the data did not link it.
+            MisconfigurationException: If one is `None`, because the data has no such attribute.
         """
         if missing := [name for name, value in values.items() if value is None]:
             raise MisconfigurationException(
@@ -72,13 +72,13 @@ class ExperimentModule(L.LightningModule):
     # --- evaluation ---------------------------------------------------------------------------------------------------
 
     def track(self, metrics: Metric) -> None:
-        """Choose the metric that `evaluation_step` updates over a validation, and over a test."""
+        """Set the metric that `evaluation_step` updates in a validation; a test updates a copy of it."""
         self.val_metrics, self.test_metrics = metrics, metrics.clone()
 
     def evaluation_step(self, batch: Any, metrics: Any) -> None:
         """Update the metrics with a batch of the validation or test split.
 
-        On several processes, the share of a process in the last batch may be empty.
+        On several processes, the last batch of a process may be empty.
         """
         raise NotImplementedError(f"{type(self).__name__} has no evaluation_step")
 
@@ -144,7 +144,7 @@ class ExperimentModule(L.LightningModule):
             self.trainer.strategy.shard(self)
 
     def configure_callbacks(self) -> list[L.Callback]:
-        """Return the callback that shows each validation to the schedules, before its checkpoint is written."""
+        """Return the callback that passes the metrics of a validation to the schedules, before its checkpoint."""
         return [_ScheduleObserver()]
 
     def configure_gradient_clipping(
@@ -153,7 +153,7 @@ class ExperimentModule(L.LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip as `trainer.gradient_clip_val` says, and log the norm of the gradient before and after."""
+        """Clip the gradient (`trainer.gradient_clip_val`), and log its norm before and after."""
         self._losses_of_step.clear()  # called once an optimiser step, after its last micro-batch
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         gradients = [p.grad for p in parameters]
@@ -188,7 +188,7 @@ class ExperimentModule(L.LightningModule):
         return (self.trainer.global_step + 1) % self.trainer.log_every_n_steps == 0
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Set an attribute; skip the look-up of `nn.Module` for the one that Lightning sets forty times a step."""
+        """Set an attribute; skip the look-up of `nn.Module` for one that Lightning sets many times a step."""
         if name == "_current_fx_name":
             object.__setattr__(self, name, value)
         else:
@@ -246,10 +246,10 @@ class ExperimentModule(L.LightningModule):
 
 
 class GradientFreeModule(ExperimentModule):
-    """Base of modules whose training step counts or measures, without a loss and a gradient.
+    """Base of modules whose training steps have no loss and no gradient, because they count or measure.
 
-    Lightning counts steps by its optimiser, and logs, saves and resumes by that count. So there is an optimiser, over
-    one parameter that nothing depends on. A training step ends with `count_step`.
+    Lightning counts the steps of an optimiser, and logs, saves and resumes by that count. This class therefore has an
+    optimiser, over one unused parameter. A training step ends with `count_step`.
     """
 
     def __init__(self) -> None:
@@ -278,7 +278,7 @@ def total_norm(gradients: list[Tensor]) -> Tensor:
 
 
 class _ScheduleObserver(L.Callback):
-    """Shows the metrics of each validation to the schedules that depend on them."""
+    """Callback that passes the metrics of each validation to the schedules that depend on them."""
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not trainer.sanity_checking:

@@ -1,4 +1,4 @@
-"""The base of classifiers: a metric for the probabilities of the classes, and the steps of training and evaluation."""
+"""Base of the classifiers: a metric of the probabilities of the classes, and the training and evaluation steps."""
 
 from collections.abc import Mapping
 from typing import Any

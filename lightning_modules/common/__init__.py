@@ -1,1 +1,1 @@
-"""What modules, datamodules and commands share; it imports neither torch, nor Lightning, nor the rest."""
+"""Code shared by modules, datamodules and commands; it imports neither torch nor Lightning nor other packages here."""

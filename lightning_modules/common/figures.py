@@ -1,4 +1,4 @@
-"""Figures that are drawn without pyplot, for commands that import neither torch nor Lightning."""
+"""Figures drawn without pyplot, for commands that import neither torch nor Lightning."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,7 +10,7 @@ if TYPE_CHECKING:  # matplotlib is imported where it is used: it is slow to impo
 
 
 def new_figure(width: float, height: float) -> "Figure":
-    """Return an empty figure of a size in inches, without the window and the global state of pyplot's."""
+    """Return an empty figure of a size in inches, without the window and the global state of pyplot."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained")

@@ -32,7 +32,7 @@ def write_text(target: Path, text: str) -> None:
 
 
 def write_csv(target: Path, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    """Create or replace a CSV file, whose first line is the names of the columns."""
+    """Create or replace a CSV file with the names of the columns in the first line."""
     write_text(target, csv_text(columns, rows))
 
 

@@ -4,8 +4,8 @@
 def hub_answers() -> bool:
     """Return whether the Hugging Face hub answers one request within ten seconds.
 
-    The hub's own library retries for most of a minute where there is no network. It is also told not to look by
-    `HF_HUB_OFFLINE=1`, and then this returns false at once.
+    Without a network, the hub's own library would retry for most of a minute. With `HF_HUB_OFFLINE=1` the result is
+    false at once.
     """
     from huggingface_hub import constants, get_session  # imported where used: it is slow to import
 

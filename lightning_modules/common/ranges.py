@@ -1,34 +1,28 @@
 """Number ranges as types. The parser checks them and shows them in `--help`."""
 
-from jsonargparse.typing import (
-    ClosedUnitInterval,
-    NonNegativeFloat,
-    NonNegativeInt,
-    OpenUnitInterval,
-    PositiveFloat,
-    PositiveInt,
-    register_type,
-    restricted_number_type,
-)
+from typing import Any
 
-Probability = restricted_number_type("Probability", float, [(">=", 0), ("<", 1)])  # of dropping, masking, holding out
-PositiveShare = restricted_number_type("PositiveShare", float, [(">", 0), ("<=", 1)])  # of a rate, or of documents
-TwoOrMore = restricted_number_type("TwoOrMore", int, (">=", 2))
-ThreeOrMore = restricted_number_type("ThreeOrMore", int, (">=", 3))
+from jsonargparse.typing import register_type, restricted_number_type
 
-# By default a parsed value is an instance of such a type. A checkpoint keeps the arguments of its module and is loaded
-# with `weights_only=True`, which accepts plain numbers alone.
-for _type in (
-    ClosedUnitInterval,
-    NonNegativeFloat,
-    NonNegativeInt,
-    OpenUnitInterval,
-    PositiveFloat,
-    PositiveInt,
-    PositiveShare,
-    Probability,
-    ThreeOrMore,
-    TwoOrMore,
-):
-    _plain = int if issubclass(_type, int) else float
-    register_type(_type, _plain, lambda value, kind=_type, plain=_plain: plain(kind(value)))
+
+def _numbers(name: str, base: type, *restrictions: tuple[str, int]) -> Any:
+    """Return the type of the numbers that meet all restrictions; a parsed value is a plain `int` or `float`.
+
+    By default, a parsed value is an instance of the restricted type. A checkpoint keeps the arguments of its module and
+    is loaded with `weights_only=True`, which accepts plain numbers only.
+    """
+    restricted = restricted_number_type(name, base, list(restrictions))
+    register_type(restricted, base, lambda value: base(restricted(value)))
+    return restricted
+
+
+PositiveInt = _numbers("PositiveInt", int, (">", 0))
+NonNegativeInt = _numbers("NonNegativeInt", int, (">=", 0))
+TwoOrMore = _numbers("TwoOrMore", int, (">=", 2))
+ThreeOrMore = _numbers("ThreeOrMore", int, (">=", 3))
+PositiveFloat = _numbers("PositiveFloat", float, (">", 0))
+NonNegativeFloat = _numbers("NonNegativeFloat", float, (">=", 0))
+ClosedUnitInterval = _numbers("ClosedUnitInterval", float, (">=", 0), ("<=", 1))
+OpenUnitInterval = _numbers("OpenUnitInterval", float, (">", 0), ("<", 1))
+Probability = _numbers("Probability", float, (">=", 0), ("<", 1))  # of dropping, masking, holding out
+PositiveShare = _numbers("PositiveShare", float, (">", 0), ("<=", 1))  # of a rate, or of documents

@@ -1,4 +1,4 @@
-"""Parameter groups: weight decay for matrices but not for vectors, and learning rates of their own."""
+"""Parameter groups of the optimiser: weight decay for matrices but not for vectors, and separate learning rates."""
 
 from collections.abc import Mapping
 from typing import Any

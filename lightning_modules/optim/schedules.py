@@ -8,7 +8,7 @@ follows a curve over the rest of the run, along which `progress` increases from 
 | `Constant`           | 1                                                                  |
 | `Linear`             | a straight line from 1 to `final`                                  |
 | `Cosine`             | half a cosine from 1 to `final` (Loshchilov and Hutter, 2017)      |
-| `InverseTime`        | 1 / (1 + `decay` * steps since then) (Robbins and Monro, 1951)     |
+| `InverseTime`        | 1 / (1 + `decay` * steps since warm-up) (Robbins and Monro, 1951)  |
 | `WarmupStableDecay`  | 1, then a decay over the last part (Hu et al., 2024)               |
 | `OneCycle`           | a cosine down to `final`, after a cosine warm-up (Smith, 2018)     |
 | `ReduceOnPlateau`    | multiplied by `factor` when a validation metric stops improving    |
@@ -55,7 +55,7 @@ class StepSchedule(LRScheduler):
 
         Args:
             progress: Completed part of the warm-up, from 0 to 1.
-            step: Part of the warm-up that one step makes up.
+            step: Part of the warm-up that one step is.
         """
         return progress + step
 
@@ -77,7 +77,7 @@ class StepSchedule(LRScheduler):
 
 
 class Constant(StepSchedule):
-    """Keeps the peak rate after the warm-up."""
+    """Schedule that keeps the peak rate after the warm-up."""
 
     def after_warmup(self, progress: float) -> float:
         """Return 1."""
@@ -96,7 +96,7 @@ class Decay(StepSchedule):
 
 
 class Linear(Decay):
-    """Decays along a straight line."""
+    """Schedule that decays along a straight line."""
 
     def after_warmup(self, progress: float) -> float:
         """Decay from 1 to `final`."""
@@ -104,7 +104,7 @@ class Linear(Decay):
 
 
 class Cosine(Decay):
-    """Decays along half a cosine (Loshchilov and Hutter, 2017, without restarts)."""
+    """Schedule that decays along half a cosine (Loshchilov and Hutter, 2017, without restarts)."""
 
     def after_warmup(self, progress: float) -> float:
         """Decay from 1 to `final`."""
@@ -113,7 +113,7 @@ class Cosine(Decay):
 
 @dataclass(eq=False, repr=False)
 class InverseTime(StepSchedule):
-    """Decays as 1 / (1 + decay t) for t steps after the warm-up, whatever the length of the run.
+    """Schedule that decays as 1 / (1 + decay t), t steps after the warm-up; independent of the length of the run.
 
     Args:
         decay: Increase of 1 / rate in each step, as a share of 1 / peak (0 or more).
@@ -129,7 +129,7 @@ class InverseTime(StepSchedule):
 
 @dataclass(eq=False, repr=False)
 class WarmupStableDecay(Decay):
-    """Keeps the peak rate, then decays over the last part of the run (Hu et al., 2024, MiniCPM).
+    """Schedule that keeps the peak rate, then decays over the last part of the run (Hu et al., 2024, MiniCPM).
 
     The decay follows 1 - sqrt, the best of the shapes that Haegele et al. (2024) compared.
 
@@ -149,7 +149,7 @@ class WarmupStableDecay(Decay):
 
 @dataclass(eq=False, repr=False)
 class OneCycle(Cosine):
-    """Rises along half a cosine and decays along another: the 1cycle policy of Smith and Topin (2018).
+    """Schedule that rises along half a cosine and decays along another: the 1cycle policy (Smith and Topin, 2018).
 
     Args:
         warmup: Steps of the rise: a share of the run below 1, a number of steps from 1 on.
@@ -167,7 +167,7 @@ class OneCycle(Cosine):
 
 @dataclass(eq=False, repr=False)
 class ReduceOnPlateau(Decay):
-    """Multiplies the rate by a factor when a validation metric stops decreasing.
+    """Schedule that multiplies the rate by a factor when a validation metric stops decreasing.
 
     Args:
         monitor: Name of the validation metric; lower is better.

@@ -1,1 +1,1 @@
-"""What every run has: reproducible steps, stopping, checkpoints, throughput, progress, loggers, sharding, figures."""
+"""Parts of every run: reproducible steps, stopping, checkpoints, throughput, progress, loggers, sharding, figures."""

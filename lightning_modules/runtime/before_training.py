@@ -9,22 +9,22 @@ from lightning_modules.runtime.drawing import log_before_training
 
 
 class LossBeforeTraining(L.Callback):
-    """Validates before the first step, so that learning curves begin at step 0.
+    """Callback that validates before the first step, so that learning curves begin at step 0.
 
-    Logs the metrics of that validation at step 0, and two more that no later step overwrites: `init/loss`, and
+    It logs the metrics of that validation at step 0, and two more that no later step overwrites: `init/loss`, and
     `init/excess_loss`, the loss minus ln(vocab_size), which is the loss of a uniform guess. Before training the excess
-    is 0 at best, and larger if the predictions are confident. Lightning's sanity check becomes this validation.
+    is 0 at best, and larger if the predictions are confident. This validation replaces Lightning's sanity check.
     """
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Let the sanity check read the whole validation split; Lightning skips it when a run is resumed."""
+        """Extend the sanity check to the whole validation split; Lightning skips it when a run is resumed."""
         trainer.num_sanity_val_steps = math.inf
 
     def on_sanity_check_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Log the results at step 0.
 
         Raises:
-            MisconfigurationException: If the validation of the module logs no loss, or it has no vocabulary.
+            MisconfigurationException: If the module logs no validation loss, or has no vocabulary.
         """
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
         if "val/loss" not in metrics or "vocab_size" not in pl_module.hparams:

@@ -15,7 +15,7 @@ from lightning_modules.runtime.stages import validates_a_fit
 
 
 class RunCheckpoint(Checkpoint):
-    """Writes `best.ckpt` (by a validation metric) and `last.ckpt` to `checkpoints/` in the run folder.
+    """Callback that writes `best.ckpt` (by a validation metric) and `last.ckpt` to `checkpoints/` in the run folder.
 
     Both are written after a validation, the best one if the metric improved. The last one is also written when the
     training ends or is stopped. Lightning's `ModelCheckpoint` writes its last checkpoint only if the best one improves.
@@ -62,7 +62,7 @@ class RunCheckpoint(Checkpoint):
         if self.monitor is not None:
             score, best = self._score(trainer), self.best_score
             better = operator.lt if self.mode == "min" else operator.gt
-            # A first score may be NaN, than which no score is better: the first number replaces it.
+            # If the first score is NaN, no score compares as better, so the first number replaces it.
             if best is None or (math.isnan(best) and not math.isnan(score)) or better(score, best):
                 self.best_score, self.best_step = score, trainer.global_step
                 metrics = trainer.callback_metrics.items()
@@ -75,7 +75,7 @@ class RunCheckpoint(Checkpoint):
         self.save_last(trainer)
 
     def save_last(self, trainer: L.Trainer) -> None:
-        """Write `last.ckpt`, unless that of this step is written already or gradients are being accumulated."""
+        """Write `last.ckpt`, unless it was written at this step or gradients are being accumulated."""
         if self._step_of_last != trainer.global_step and not private_names.is_accumulating(trainer):
             self._save(trainer, "last")
 
@@ -104,7 +104,7 @@ class RunCheckpoint(Checkpoint):
 
 
 def save_last(trainer: L.Trainer) -> None:
-    """Write `last.ckpt` now, unless that of this step is written already; call it on all ranks."""
+    """Write `last.ckpt` now, unless it was written at this step; call it on all ranks."""
     for callback in trainer.checkpoint_callbacks:
         if isinstance(callback, RunCheckpoint):
             callback.save_last(trainer)

@@ -1,4 +1,4 @@
-"""Checkpoint files that are complete or absent, and that run no code when they are read."""
+"""Checkpoint files that are complete or absent, and are read without running code from them."""
 
 import os
 import pickle
@@ -18,10 +18,10 @@ _FOLDER = 0x10  # among the attributes of a member of a zip archive
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes a checkpoint under a temporary name and renames it; reads tensors and plain types only."""
+    """Checkpoint files, written under a temporary name and renamed; only tensors and plain types are read."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        """Save a checkpoint, so that the file of that name is always either the old one or the new one.
+        """Save a checkpoint; a file of that name is replaced only when the new one is complete.
 
         Raises:
             OSError: If the disk is full or the folder cannot be written; the earlier file is untouched.
@@ -36,7 +36,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             raise OSError(error.errno, reason, str(path)) from error
 
     def load_checkpoint(self, path: str | Path, map_location: Any = "cpu", weights_only: bool | None = None) -> dict:
-        """Load a checkpoint without running code from it, whatever `weights_only` says.
+        """Load a checkpoint without running code from it; `weights_only` is ignored.
 
         Raises:
             MisconfigurationException: If the file is missing, damaged, not a checkpoint, or holds pickled code.

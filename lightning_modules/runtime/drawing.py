@@ -22,7 +22,7 @@ __all__ = [
 
 
 class DrawsAtTheEnd(L.Callback):
-    """Base of callbacks that draw figures from files of the run when the training ends, however it ends."""
+    """Base of callbacks that draw figures from files of the run when the training ends, also by a failure."""
 
     def draw(self, run: Path) -> list[Path]:
         """Draw the figures of a run folder and return their files."""
@@ -37,7 +37,7 @@ class DrawsAtTheEnd(L.Callback):
         show_figures(trainer, self.draw(Path(trainer.default_root_dir)))
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Draw what the run has left, if it made a step."""
+        """Draw the figures of a run that failed, if it made a step."""
         if trainer.global_step:
             self.on_train_end(trainer, pl_module)
 
@@ -50,6 +50,8 @@ def draw_by_group(
     Args:
         series: For each line of the legend, the value of the metric by group; the groups are drawn in this order.
         file: PNG file to create or replace.
+        xlabel: Label of the groups.
+        ylabel: Label of the metric.
         baseline: Value of a guess, drawn as a dotted line.
     """
     figure = new_figure(7, 4)

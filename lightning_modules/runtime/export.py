@@ -13,10 +13,10 @@ from lightning_modules.runtime.checkpoint_io import AtomicCheckpointIO
 
 
 class ExportModel(L.Callback):
-    """Writes the tokenizer when the training starts, and `model/` in the format of Hugging Face when it ends.
+    """Callback that writes the tokenizer when the training starts, and `model/` for Transformers when it ends.
 
     `model/` holds the weights of `best.ckpt`, or of `last.ckpt` if no checkpoint is the best, and the tokenizer. The
-    data of the run has a `tokenizer`, and the module has `save_pretrained`.
+    data of the run must have a `tokenizer`, and the module `save_pretrained`.
     """
 
     @rank_zero_only

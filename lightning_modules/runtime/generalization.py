@@ -17,8 +17,8 @@ class GeneralizationGap(DrawsAtTheEnd):
     """Callback that logs how much higher the loss is on the validation text than on the training text.
 
     `val/train_text_loss` is the loss on a fixed part of the training text, computed as `val/loss` is; `val/gap` is
-    `val/loss` minus `val/train_text_loss`. `train/loss` is no substitute: it is computed with dropout, on one batch.
-    When the training ends, the callback draws `figures/generalization_gap.png`.
+    `val/loss` minus `val/train_text_loss`. `train/loss` cannot replace it, because it is computed with dropout, on one
+    batch. When the training ends, the callback draws `figures/generalization_gap.png`.
 
     It works with every `ExperimentModule` whose `evaluation_results` have a `loss`. Of `pl_module.data` it reads
     `train_dataloader()`, whose dataset must have a method `covering_starts()` as `datamodules.tokens.TokenWindows` has,

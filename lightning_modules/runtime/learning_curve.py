@@ -10,7 +10,7 @@ from lightning_modules.runtime.drawing import DrawsAtTheEnd
 
 
 class LearningCurve(DrawsAtTheEnd):
-    """Draws `figures/learning_curve.png` from `metrics.csv` when the training ends, however it ends.
+    """Callback that draws `figures/learning_curve.png` from `metrics.csv` when the training ends, also by a failure.
 
     Args:
         train_metric: Metric of the training steps.

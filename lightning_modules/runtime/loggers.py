@@ -23,7 +23,7 @@ if TYPE_CHECKING:  # wandb is imported where it is used: it is slow to import
     import wandb
 
 _ARTIFACTS = {"config": "config.yaml", "tokenizer": "tokenizer", "model": "checkpoints/best.ckpt"}  # in the run folder
-_RECORD = Path("wandb", "id.json")  # id of the W&B run of a folder, and the kinds of artifacts that it has logged
+_RECORD = Path("wandb", "id.json")  # the id of the W&B run, and the kinds of its artifacts
 _LONGEST_TAG = 64  # W&B refuses longer ones
 
 
@@ -32,17 +32,17 @@ class RunLogger(Protocol):
     """A logger that writes into the run folder, which is chosen after the logger is built."""
 
     def attach(self, folder: Path, topic: str, name: str, job_type: str, study: str | None = None) -> None:
-        """Set the run folder, and what the run is called; `job_type` is the subcommand, such as `fit`."""
+        """Set the run folder and the names of the run; `job_type` is the subcommand, such as `fit`."""
 
 
 class MetricsCSV(Logger):
-    """Appends the metrics to `metrics.csv` in the run folder: one row a step, one column a metric.
+    """Logger that writes `metrics.csv` in the run folder: one row for each step, one column for each metric.
 
     `step` is the number of optimiser steps done. A resumed run continues the same file: rows of steps after the
-    checkpoint are dropped when it starts, since it makes those steps again.
+    checkpoint are dropped when it starts, because it repeats those steps.
     """
 
-    name = version = ""  # part of Lightning's interface; the run folder has both
+    name = version = ""  # required by Lightning; the run folder already has a name
 
     def __init__(self) -> None:
         super().__init__()
@@ -80,7 +80,7 @@ class MetricsCSV(Logger):
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Add metrics to the row of a step, which is counted from 0; `None` is before the first."""
+        """Add metrics to the row of a step; see `steps_done` for `step`."""
         values = {name: float(value) for name, value in metrics.items()}
         row = self._row(steps_done(step))
         row.setdefault("epoch", int(values.pop("epoch", 0)))
@@ -96,7 +96,7 @@ class MetricsCSV(Logger):
 
     @rank_zero_only
     def flush(self, keep: int = 0) -> None:
-        """Write the rows, but not the last ones that are to be kept."""
+        """Write all rows except the last `keep` ones."""
         end = len(self._rows) - keep
         rows, self._rows = self._rows[:end], self._rows[end:]
         try:
@@ -126,7 +126,7 @@ class MetricsCSV(Logger):
             return list(csv.DictReader(line for line in file if line.endswith("\n")))
 
     def _rewrite(self, rows: list[dict[str, Any]], columns_of: list[dict[str, Any]]) -> None:
-        """Write the file anew, with a column for each metric of some rows that has none yet."""
+        """Replace the file by one with these rows, and with new columns for the metrics in `columns_of`."""
         assert self._path is not None
         self._columns += dict.fromkeys(name for row in columns_of for name in row if name not in self._columns)
         text = io.StringIO()
@@ -137,7 +137,7 @@ class MetricsCSV(Logger):
 
 
 class WandbRecorder(OpenWandbLogger):
-    """Weights & Biases: online if the user is logged in, otherwise files in the run folder to upload later.
+    """Logger for Weights & Biases: online if the user is logged in, otherwise files in the run folder to upload later.
 
     The group of the run is its study, or its topic without a study; both are its tags, and its job type is the
     subcommand. A resumed run continues the same W&B run. `WANDB_MODE`, `WANDB_PROJECT`, `WANDB_ENTITY`,
@@ -230,7 +230,7 @@ class WandbRecorder(OpenWandbLogger):
         """Do nothing: the resolved YAML is logged, see `experiments.run_record`."""
 
     def log_artifacts(self) -> None:
-        """Log the files of the run that other runs may start from."""
+        """Log the files of the run that other runs can start from."""
         with self.tolerated():
             if self.experiment.disabled or self._folder is None:
                 return
@@ -241,7 +241,7 @@ class WandbRecorder(OpenWandbLogger):
             _record(self._folder, self.experiment.id, kinds)
 
     def use_files(self, paths: Iterable[str]) -> None:
-        """Log the artifacts of other runs in whose folders some of the files lie as inputs of this run."""
+        """Log artifacts of other runs as inputs of this run, for the files that are in the folders of those runs."""
         with self.tolerated():
             if self.experiment.disabled or self._folder is None:
                 return
@@ -295,7 +295,7 @@ def _record(folder: Path, run_id: str, artifacts: list[str]) -> None:
 
 
 def steps_done(step: int | None) -> int:
-    """Return the number of optimiser steps done; `step` is as Lightning logs it, from 0, and None before the first."""
+    """Return the number of optimiser steps done for a step of Lightning: from 0, or `None` before the first."""
     return 0 if step is None else step + 1
 
 
@@ -306,6 +306,6 @@ def _mode() -> str:
     host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
     try:
         logged_in = "WANDB_API_KEY" in os.environ or netrc.netrc().authenticators(host or "") is not None
-    except (OSError, netrc.NetrcParseError):  # there is no such file, or one that wandb could not read either
+    except (OSError, netrc.NetrcParseError):  # no such file, or one that wandb cannot read either
         logged_in = False
     return "online" if logged_in else "offline"

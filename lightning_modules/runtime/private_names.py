@@ -1,6 +1,6 @@
 """All uses of private names of Lightning, jsonargparse, torchmetrics, W&B and PyTorch; each has a test.
 
-Lightning 2.6 has no public way to resume in mid-epoch at the right batch, to tell whether gradients are being
+Lightning 2.6 has no public way to resume an epoch at the right batch, to test whether gradients are being
 accumulated, or to switch off its own handling of SIGTERM, which hangs with several processes.
 """
 
@@ -41,7 +41,7 @@ def train_dataloaders(trainer: L.Trainer) -> list[DataLoader]:
 
 
 def restart_fetching(trainer: L.Trainer) -> None:
-    """Make the fit in progress ask its dataloaders for new iterators."""
+    """Create new iterators of the dataloaders of the fit in progress."""
     iter(trainer.fit_loop._data_fetcher)
 
 
@@ -51,7 +51,7 @@ def is_accumulating(trainer: L.Trainer) -> bool:
 
 
 def skip_sigterm_broadcast(trainer: L.Trainer) -> None:
-    """Skip Lightning's broadcast of SIGTERM at every batch: it costs time, and hangs where ranks make other steps."""
+    """Skip Lightning's broadcast of SIGTERM at every batch: it costs time, and hangs if ranks make different steps."""
     trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
 
 
@@ -59,7 +59,7 @@ def skip_sigterm_broadcast(trainer: L.Trainer) -> None:
 
 
 def takes_unused_parameters(trainer: L.Trainer) -> bool:
-    """Return whether a step may leave out some of the trained parameters, for which DDP waits by default."""
+    """Return whether a step may give no gradient to some trained parameters; by default DDP waits for all gradients."""
     strategy = trainer.strategy
     return not isinstance(strategy, DDPStrategy) or bool(strategy._ddp_kwargs.get("find_unused_parameters"))
 
@@ -92,7 +92,7 @@ def option_names(parser: ArgumentParser) -> list[str]:
 
 
 class KeepsDtypes(Metric):
-    """A metric whose states move with the module, and keep their dtypes where the module is cast."""
+    """A metric whose states move with the module, and keep their dtypes when the module is cast."""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = ()) -> Self:
         def move(tensor: Tensor) -> Tensor:
@@ -105,7 +105,7 @@ class KeepsDtypes(Metric):
 
 
 class KeepsBufferDtypes(L.LightningModule):
-    """A module whose own buffers move with it, and keep their dtypes where the module is cast."""
+    """A module whose own buffers move with it, and keep their dtypes when the module is cast."""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         buffers = dict(self.named_buffers(recurse=False))
@@ -145,5 +145,5 @@ class OpenWandbLogger(WandbLogger):
 
 
 def use_artifact(run: "wandb.Run", artifact: "wandb.Artifact") -> None:
-    """Log an artifact as an input of a run, as `Run.use_artifact` does online; offline that refuses."""
+    """Log an artifact as an input of a run, as `Run.use_artifact` does, which refuses offline runs."""
     run._log_artifact(artifact, aliases=[], is_user_created=True, use_after_commit=True)

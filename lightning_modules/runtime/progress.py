@@ -20,7 +20,7 @@ _UNKNOWN_LENGTH = "{desc} {n_fmt} steps [{elapsed}{postfix}]"
 class RunProgress(ProgressBar):
     """A progress bar over the optimiser steps of the whole run, with the loss, tokens per second and the time left.
 
-    If the output is not a terminal but a log file, it prints a line from time to time instead.
+    If the output is a log file and not a terminal, it prints a line from time to time.
 
     Args:
         refresh_seconds: Seconds between two redraws in a terminal; ten times as many between two lines in a file.

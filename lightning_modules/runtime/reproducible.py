@@ -7,12 +7,12 @@ import torch
 
 from lightning_modules.runtime import private_names
 
-_SEED_STRIDE = 1_000_003  # primes, so that two of (seed, batch, rank) hardly ever give the same number
+_SEED_STRIDE = 1_000_003  # primes, so that different (seed, batch, rank) almost never give the same number
 _BATCH_STRIDE = 4_099
 
 
 class ReproducibleSteps(L.Callback):
-    """Skips the batches that a resumed run has done, and seeds the random numbers of every batch.
+    """Callback that skips the batches that a resumed run has done, and seeds the random numbers of every batch.
 
     The order of the data is a function of (seed, epoch), see `datamodules.base.GlobalBatches`. The random numbers of a
     batch (dropout) are a function of (seed, batch, rank). So a run that was killed at any step and resumed ends with

@@ -1,4 +1,4 @@
-"""Samples of generated text during the training."""
+"""Samples of generated text, drawn during the training."""
 
 import itertools
 import textwrap
@@ -22,18 +22,18 @@ _WIDTH = 44  # characters of a column
 
 
 class SampleText(L.Callback):
-    """Continues fixed prompts at each validation; writes `samples.md`, and logs a table.
+    """Callback that continues fixed prompts at each validation, writes `samples.md`, and logs a table.
 
     The prompts and the random numbers are the same at each validation, so that only the model changes. A run that
     validates before its first step (see `LossBeforeTraining`) has samples of the untrained model too. The data of the
-    run has `encode` and a `tokenizer`, and the module has `generate`.
+    run must have `encode` and a `tokenizer`, and the module `generate`.
 
     Args:
         prompts: Texts to continue.
         max_new_tokens: Length of a continuation in tokens.
-        temperature: Divides the logits; 0 takes the likeliest token.
-        top_k: Number of likeliest tokens to sample from; `null` for all.
-        top_p: Probability of the smallest set of tokens to sample from; `null` for all.
+        temperature: Divisor of the logits; 0 takes the most probable token.
+        top_k: Number of most probable tokens to sample from; `null` for all.
+        top_p: Total probability of the most probable tokens to sample from; `null` for all.
         seed: Seed of the samples.
     """
 
@@ -109,7 +109,8 @@ def side_by_side(prompt: str, columns: Sequence[tuple[str, str]]) -> str:
     """Return a section of Markdown with the continuations of a prompt in columns; long lines are wrapped and indented.
 
     Args:
-        columns: Head and continuation of each column, which begins with the prompt.
+        prompt: Text that each column begins with.
+        columns: Head and continuation of each column.
     """
     cells = [[*_wrapped(head, ""), "-" * _WIDTH, *_wrapped(prompt + text, "    ")] for head, text in columns]
     rows = itertools.zip_longest(*cells, fillvalue="")

@@ -38,14 +38,14 @@ def _entered(step: str, context: str) -> Callable[..., Any]:
 
 
 class FullyShardedStrategy(ModelParallelStrategy):
-    """FSDP2 over all processes. Each block of a model is a unit that is gathered on its own; the rest is one more unit.
+    """FSDP2 over all processes; each block of a model is a unit that is gathered separately, and the rest is another.
 
     A checkpoint is one file with whole tensors, as with other strategies: a run can be resumed with any number of
     processes, sharded or not. During a validation or a test each process holds the whole model.
 
     Args:
-        activation_checkpointing: Whether blocks are computed again in the backward pass, so that only their inputs are
-            kept: far less memory, about a third more time.
+        activation_checkpointing: Whether to compute blocks again in the backward pass and keep only their inputs, which
+            takes far less memory and about a third more time.
     """
 
     def __init__(self, activation_checkpointing: bool = False) -> None:
@@ -97,7 +97,7 @@ class FullyShardedStrategy(ModelParallelStrategy):
         return True
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
-        """Load a checkpoint as other strategies do: compared with its checksums, and running no code from it."""
+        """Load a checkpoint as other strategies do: check its checksums, and run no code from it."""
         return self.checkpoint_io.load_checkpoint(checkpoint_path)
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
@@ -139,7 +139,7 @@ def require_whole_weights(trainer: L.Trainer, callback: str) -> None:
 
 
 class _Entry(nn.Module):
-    """The outermost unit: gathers what does not belong to a block when a step begins, by whichever method."""
+    """Outermost unit: its `forward` runs a step of the module, after the weights outside the blocks are gathered."""
 
     def __init__(self, module: L.LightningModule) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Which part of a run is in progress."""
+"""Tests of the part of a run that is in progress."""
 
 import lightning as L
 from lightning.pytorch.trainer.states import TrainerFn

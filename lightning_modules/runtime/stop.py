@@ -1,4 +1,4 @@
-"""Stop of a run with a checkpoint on SIGTERM and Ctrl-C, and stop of a run whose loss is infinite or NaN."""
+"""Callbacks that stop a run: with a checkpoint on SIGTERM and Ctrl-C, and if the loss is infinite or NaN."""
 
 import signal
 from typing import Any
@@ -13,15 +13,15 @@ from lightning_modules.runtime.checkpoint import save_last
 
 
 class GracefulStop(L.Callback):
-    """Stops all ranks after the same optimiser step, with a checkpoint, when one of them gets SIGTERM or Ctrl-C.
+    """Callback that stops all ranks after the same optimiser step, with a checkpoint, on SIGTERM or Ctrl-C.
 
-    The exit code is 128 + the number of the signal: 143 for SIGTERM, 130 for Ctrl-C. A second signal ends the process
-    at once. Nothing is saved between two micro-batches of one optimiser step, since accumulated gradients are not part
-    of a checkpoint.
+    A signal to one rank is enough. The exit code is 128 + the number of the signal: 143 for SIGTERM, 130 for Ctrl-C. A
+    second signal ends the process at once. Nothing is saved between two micro-batches of one optimiser step, because
+    accumulated gradients are not part of a checkpoint.
 
     Args:
-        every_n_steps: Optimiser steps after which the ranks exchange whether they got a signal. Not used on one
-            process, which stops after the step in progress.
+        every_n_steps: Number of optimiser steps between two exchanges of signals between the ranks. A run on one
+            process ignores it, and stops after the step in progress.
     """
 
     def __init__(self, every_n_steps: PositiveInt = 10) -> None:
@@ -71,10 +71,10 @@ class GracefulStop(L.Callback):
 
 
 class StopOnNonFiniteLoss(L.Callback):
-    """Stops the run if the training loss is infinite or NaN, before a checkpoint is written.
+    """Callback that stops the run if the training loss is infinite or NaN, before a checkpoint is written.
 
     On a GPU the loss is compared on the GPU at every batch, and the result is read every few steps and before every
-    checkpoint, so that the GPU need not wait.
+    checkpoint, so that the GPU does not have to wait.
 
     Args:
         every_n_steps: Optimiser steps between two readings on a GPU.
@@ -105,7 +105,7 @@ class StopOnNonFiniteLoss(L.Callback):
         self._check()
 
     def _check(self) -> None:
-        """Raise `MisconfigurationException` if the loss of some step was not finite."""
+        """Raise `MisconfigurationException` if the loss of a step was not finite."""
         if self._first_bad_step is not None and torch.isfinite(self._first_bad_step):
             raise MisconfigurationException(
                 f"the training loss was not finite at step {int(self._first_bad_step)}: lower optimizer.lr, clip the "

@@ -12,11 +12,11 @@ from lightning_modules.runtime import private_names
 
 
 class Throughput(L.Callback):
-    """Logs `perf/tokens_per_second`, `train/tokens_seen` and, if the peak of the hardware is known, `perf/mfu`.
+    """Callback that logs `perf/tokens_per_second`, `train/tokens_seen` and, if the peak FLOPS are known, `perf/mfu`.
 
     Tokens are counted over all processes. The time from the start of a validation to the next training batch is not
-    counted. Model FLOP utilisation (Chowdhery et al., 2022, appendix B) is the number of FLOPs that the model needs, by
-    its `flops_per_token`, divided by the number that the devices can do in the same time.
+    counted. Model FLOP utilisation (Chowdhery et al., 2022, appendix B) is the number of FLOPs of the model (see its
+    `flops_per_token`), divided by the number that the devices can do in the same time.
     """
 
     def __init__(self) -> None:
