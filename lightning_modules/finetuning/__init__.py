@@ -1,1 +1,1 @@
-"""What fine-tunings share: pretrained bases, causal language models, freezing, learning rates by layer, adapters."""
+"""Parts of fine-tuning: pretrained bases, causal language models, freezing, learning rates by layer, adapters."""

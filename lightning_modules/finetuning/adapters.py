@@ -18,7 +18,9 @@ def add_adapters(model: nn.Module, targets: Sequence[str], rank: int, alpha: flo
     """Freeze a model and add adapters to some of its linear layers, in place.
 
     Args:
+        model: Model to change.
         targets: Full names of the layers: `nn.Linear`, or GPT-2's `Conv1D`.
+        rank: Rank of the adapters, at least 1.
         alpha: The output of an adapter is multiplied by `alpha / rank`.
         dropout: Probability that an input of an adapter is dropped in training.
     """
@@ -45,7 +47,7 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
 def merged(model: nn.Module) -> Iterator[None]:
     """Merge the adapters of a model into its weights within the context, so that it is a plain model.
 
-    Merging and unmerging round: load the weights again where they must be exact afterwards.
+    Merging and unmerging change the weights by rounding errors; load them again if they must be exact afterwards.
     """
     layers = adapted_layers(model)
     for name, layer in layers.items():

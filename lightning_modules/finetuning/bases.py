@@ -60,7 +60,7 @@ def load_pretrained(
                 local_files_only=on_disk,
                 adapter_kwargs={"local_files_only": on_disk},  # without it, adapters are looked up on the hub
             )
-    # A missing file, an unknown architecture, a broken config.json, weights whose pickle would run code.
+    # A missing file, an unknown architecture, a damaged config.json, or pickled weights that would run code.
     except (OSError, ValueError, KeyError, pickle.UnpicklingError) as error:
         where = "" if folder else ", which is no local folder, from the Hugging Face hub: check the name and network"
         raise MisconfigurationException(
@@ -119,6 +119,7 @@ def check_fit(model: "PreTrainedModel", base: str, vocab_size: int, block_size: 
     """Refuse data with token ids or lengths that the model has no embeddings for.
 
     Args:
+        model: Model to check.
         base: Folder or name of the model, for the message.
         vocab_size: Number of tokens of the tokenizer.
         block_size: Length of the longest sequence, in tokens.
@@ -145,7 +146,8 @@ def scores_of_share(forward: Callable[[Batch], Tensor], batch: Batch, rows: Tens
     on a batch without rows.
 
     Args:
-        forward: Maps the batch to its scores, such as the module itself.
+        forward: Function from the batch to its scores, such as the module itself.
+        batch: Argument of `forward`.
         rows: A tensor of the batch whose first dimension is the batch dimension, (B, ...).
         *shape: Sizes of the dimensions of empty scores after the first, which is 0.
     """
@@ -159,6 +161,7 @@ def scored_at(model: "PreTrainedModel", places: Tensor) -> Iterator[None]:
     The logits of all positions are the largest tensor of a training step, and most positions carry no loss.
 
     Args:
+        model: Model of Transformers with an output layer.
         places: Positions to score, (B, T) bool, N of them true.
     """
     handle = model.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: (inputs[0][places],))

@@ -25,8 +25,8 @@ class FineTunedCausalLM(ExperimentModule):
             `model/` in it, or a name on the hub (`openai-community/gpt2`).
         vocab_size: Number of tokens of the tokenizer; linked from the data.
         block_size: Length of a block, in tokens; linked from the data.
-        architecture: Configuration of the model. A checkpoint holds it, so that the module can be built where the base
-            is missing; leave it out.
+        architecture: Configuration of the model; leave it out. A checkpoint holds it, so that the module can be built
+            without the base.
 
     Raises:
         MisconfigurationException: If the base cannot be loaded, or does not fit the data.
@@ -58,7 +58,7 @@ class FineTunedCausalLM(ExperimentModule):
 
 
 class CachedHubModel:
-    """A causal language model of Transformers with the interface that `models.generation` needs."""
+    """Adapter of a causal language model of Transformers to the interface `models.generation.CachedModel`."""
 
     def __init__(self, model: "PreTrainedModel") -> None:
         self.model = model
@@ -67,7 +67,7 @@ class CachedHubModel:
         self.config = SimpleNamespace(vocab_size=model.config.vocab_size, block_size=context)
 
     def new_cache(self) -> list["HubCache"]:
-        """Return an empty cache in a list: it serves all layers, where our decoder has a cache for each layer."""
+        """Return a list with an empty cache for all layers; our decoder has a cache for each layer."""
         return [HubCache(self.model.config)]
 
     def __call__(self, input_ids: Tensor, *, cache: list["HubCache"], last_only: bool = True) -> Tensor:
@@ -76,7 +76,7 @@ class CachedHubModel:
 
 
 class HubCache:
-    """Keys and values of the tokens that a model of Transformers has read."""
+    """Cache of the keys and values of the tokens that a model of Transformers has read."""
 
     def __init__(self, config: Any) -> None:
         self.config = config

@@ -72,7 +72,7 @@ class FreezingCallback(L.Callback):
         self.say_counts()
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: ExperimentModule, *_: object) -> None:
-        """Put frozen modules into evaluation mode: anything may have called `train()` on the model since."""
+        """Put frozen modules into evaluation mode, since other code may have called `train()` on the model."""
         for module in self._frozen_modules:
             if module.training:  # reading is faster than setting an attribute of a module
                 module.training = False
@@ -84,8 +84,8 @@ class FreezingCallback(L.Callback):
 def frozen_modules(model: nn.Module) -> list[nn.Module]:
     """Return the modules whose parameters are all frozen, and all modules inside them.
 
-    If everything before the layers is frozen, modules without parameters there are included, such as the dropout of
-    the embeddings.
+    If all parameters before the layers are frozen, the modules without parameters before the layers are included, such
+    as the dropout of the embeddings.
     """
 
     def is_frozen(parameters: Iterable[nn.Parameter]) -> bool:
@@ -106,7 +106,7 @@ def frozen_modules(model: nn.Module) -> list[nn.Module]:
 
 
 class Freeze(FreezingCallback):
-    """Freezes parameters for the whole run.
+    """Callback that freezes parameters for the whole run.
 
     Args:
         keep_dropout: Whether dropout stays active in frozen modules.
@@ -118,7 +118,7 @@ class Freeze(FreezingCallback):
         self.selection = Selection(**selection)
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Freeze the parameters before the optimiser is built, which then leaves them out.
+        """Freeze the parameters before the optimiser is built, so that it does not hold them.
 
         Raises:
             MisconfigurationException: If a range or a pattern matches nothing, or nothing is left to train.
@@ -145,12 +145,12 @@ class Stage(Selection):
 
 
 class GradualUnfreezing(FreezingCallback):
-    """Unfreezes a model in stages, each with its own learning rate (Howard and Ruder, 2018, ULMFiT, section 3.3).
+    """Callback that unfreezes a model in stages with separate learning rates (Howard and Ruder, 2018, section 3.3).
 
     Parameters that no stage selects are trained from the start at the optimiser's rate; a parameter that several stages
     select belongs to the earliest. The optimiser holds all parameters from the start, and skips those without a
-    gradient: they get neither state nor weight decay. The epoch alone decides what is frozen, so a resumed run is
-    exact.
+    gradient: they get neither state nor weight decay. The epoch alone decides what is frozen, so a resumed run
+    gives the same weights.
 
     Args:
         stages: Which parameters are unfrozen, when, and at what rate.
@@ -183,7 +183,7 @@ class GradualUnfreezing(FreezingCallback):
                 "GradualUnfreezing: set trainer.strategy to ddp_find_unused_parameters_true, or the processes would "
                 "wait for the gradients of frozen parameters"
             )
-        for part in reversed(self.stages):  # so that the earliest stage has the last word
+        for part in reversed(self.stages):  # so that the earliest stage overrides the later ones
             with self.selecting():
                 selected = part.of(pl_module)
             for name, parameter in selected.items():
@@ -191,7 +191,7 @@ class GradualUnfreezing(FreezingCallback):
                 pl_module.learning_rate_shares[name] = part.rate
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Freeze the later stages, now that the optimiser is built; what another callback froze stays frozen."""
+        """Freeze the later stages, now that the optimiser is built; keep what another callback froze frozen."""
         self._first_epochs = {p: epoch for p, epoch in self._first_epochs.items() if p.requires_grad}
         self._unfreeze(trainer, pl_module)
 

@@ -11,7 +11,7 @@ from lightning_modules.finetuning.selection import ModelParts, Selection, matchi
 
 
 class LoRA(FreezingCallback):
-    """Freezes the whole model and trains low-rank adapters of its linear layers (Hu et al., 2021).
+    """Callback that freezes the model and trains low-rank adapters of its linear layers (Hu et al., 2021).
 
     A checkpoint holds the frozen weights and the adapters; `model/` is exported as a plain model, with the adapters
     merged into its weights.
@@ -22,7 +22,7 @@ class LoRA(FreezingCallback):
         dropout: Probability that an input of an adapter is dropped in training, in [0, 1).
         targets: Linear layers that get adapters, as glob patterns of their names; `null` adapts all linear layers in
             the stack of layers.
-        also_trained: Other parameters to train, as glob patterns: a new head, `"classifier.*"`.
+        also_trained: Other parameters to train, as glob patterns, such as `"classifier.*"` for a new head.
         keep_dropout: Whether dropout stays active in frozen modules.
     """
 

@@ -8,7 +8,7 @@ from lightning_modules.finetuning.selection import ModelParts
 
 
 class LayerwiseRates(L.Callback):
-    """Gives each layer a smaller learning rate than the layer after it (Howard and Ruder, 2018, section 3.2).
+    """Callback that gives each layer a smaller learning rate than the next one (Howard and Ruder, 2018, section 3.2).
 
     The head learns at the optimiser's rate, the last layer at `decay` times that rate, the layer before it at `decay`
     squared times that rate, and so on down to the embeddings.

@@ -1,8 +1,8 @@
-"""Parameters of a model by their place in it: embeddings, layers, head, or by name.
+"""Selection of parameters of a model, by their place (embeddings, layers, head) or by name.
 
-The places follow from PyTorch alone: the layers of a model are its largest `nn.ModuleList`, its embeddings are the
-parameters that are registered before the layers, and its head is the parameters that are registered after them. A
-matrix that is shared by embeddings and head, as in GPT-2, is an embedding.
+The places are found without knowledge of the architecture: the layers of a model are its largest `nn.ModuleList`, its
+embeddings are the parameters that are registered before the layers, and its head is the parameters that are registered
+after them. A matrix that is shared by embeddings and head, as in GPT-2, is an embedding.
 """
 
 import re
@@ -43,7 +43,7 @@ class ModelParts:
         """Return the parameters of a layer or of a range of layers: `3`, `-1`, `:6`, `2:-1`, `:50%`.
 
         Raises:
-            ValueError: If the text is no range, or there is no such layer.
+            ValueError: If the text is not a range, or there is no such layer.
         """
         n = len(self.layers)
         if not n:
@@ -69,7 +69,7 @@ def matching(names: Collection[str], pattern: str, kind: str) -> list[str]:
     """Return the names of parameters or modules that match a glob pattern, in which `*` matches dots too.
 
     Raises:
-        ValueError: If no name matches. The message lists them, with a star in place of the number of the layer.
+        ValueError: If no name matches. The message lists all names, with a star in place of the number of a layer.
     """
     found = [name for name in names if fnmatchcase(name, pattern)]
     if not found:
@@ -79,7 +79,7 @@ def matching(names: Collection[str], pattern: str, kind: str) -> list[str]:
 
 
 def _bound(text: str, n: int) -> int | None:
-    """Return one end of a range of `n` layers; raise `ValueError` if it is no number."""
+    """Return one end of a range of `n` layers; raise `ValueError` if it is not a number."""
     if share := re.fullmatch(r"\s*(\d+(?:\.\d+)?)%\s*", text):
         return round(n * float(share[1]) / 100)
     return int(text) if text.strip() else None
@@ -87,7 +87,7 @@ def _bound(text: str, n: int) -> int | None:
 
 @dataclass
 class Selection:
-    """Parameters of a model: all that at least one field selects.
+    """Selection of parameters of a model: all that at least one field selects.
 
     Args:
         embeddings: Whether to select the parameters before the first layer, and with them an output matrix that is

@@ -180,8 +180,8 @@ class MultiHeadAttention(nn.Module):
 
     def _attend_fused(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         T, S = query.size(2), key.size(2)  # noqa: N806
-        # The flash kernels know causality by a flag, but count both queries and keys from 0, which is right only if
-        # T = S. If T < S, a single query attends to all keys, and several queries need an explicit mask.
+        # The causal flag of the flash kernels counts both queries and keys from 0, which is right only if T = S. If
+        # T < S, a single query attends to all keys, and several queries need an explicit mask.
         if mask is None and 1 < T < S:
             mask = causal_mask(T, S, query.device)
         is_causal = mask is None and T == S

@@ -5,7 +5,7 @@
     logits = LayerNorm(x_{n_layer}) Eᵀ             softmax(logits[t]) predicts token t + 1
 
 The matrix E both embeds the input tokens and scores the output tokens (tied embeddings). Tokens of similar use need
-similar rows in both places, and a small model saves a large part of its parameters.
+similar rows in both places, and tying saves a large part of the parameters of a small model.
 
 Papers: Radford et al., "Language Models are Unsupervised Multitask Learners" (GPT-2, 2019); Press and Wolf, "Using the
 Output Embedding to Improve Language Models" (2017), https://arxiv.org/abs/1608.05859.

@@ -40,7 +40,7 @@ def next_token_distribution(
     """Return the probabilities from which the next token is drawn.
 
     Args:
-        logits: (B, V).
+        logits: Scores of the next token, (B, V).
         temperature: Divisor of the logits, finite and at least 0; 0 gives probability 1 to the most probable token.
         top_k: Number of the most probable tokens to keep, at least 1; `None` keeps all.
         top_p: Total probability of the most probable tokens to keep, in (0, 1], after `top_k`; `None` keeps all.
@@ -103,7 +103,9 @@ def generate(
         input_ids: Token ids, (B, T) int64, T at least 1, without padding, on the device of the decoder. If T is larger
             than the context, only the end is read.
         max_new_tokens: Largest number of tokens to generate, at least 0.
-        temperature: As in `next_token_distribution`, like `top_k` and `top_p`.
+        temperature: As in `next_token_distribution`.
+        top_k: As in `next_token_distribution`.
+        top_p: As in `next_token_distribution`.
         generator: Generator of random numbers on the device of the decoder; `None` means torch's global one.
         stop_token: Token that ends a row. The row then repeats it, and the iteration stops when all rows have ended.
 

@@ -163,7 +163,7 @@ def from_gpt2_state_dict(state: Mapping[str, Tensor], config: DecoderConfig) -> 
 
 
 def _parameter_shapes(config: DecoderConfig) -> dict[str, torch.Size]:
-    with torch.device("meta"):  # no memory
+    with torch.device("meta"):  # allocates no memory
         return {name: tensor.shape for name, tensor in Decoder(config).state_dict().items()}
 
 

@@ -3,7 +3,7 @@
 An initialisation should keep the variance of the signal in the forward pass, and that of the gradient in the backward
 pass, the same from layer to layer (Glorot and Bengio, 2010). For y = W x with independent weights of variance σ²,
 var(y) = fan_in σ² var(x), so the signal requires σ² = 1 / fan_in, and the gradient 1 / fan_out. In a pre-norm decoder
-the norms fix the variance of the input of each layer, whatever σ is. Two variances remain. The first is that of the
+the norms fix the variance of the input of each layer for any σ. Two variances remain. The first is that of the
 residual stream, to which 2 n_layer layers add:
 
     var(x_n) = var(x_0) + sum of the variances of the added terms
@@ -12,8 +12,8 @@ The second is that of the embedding, which is the output matrix too. An untraine
 equal probability, for a loss of ln(vocab_size); the larger the rows of the embedding, the more confident and the worse
 are its predictions.
 
-Each function sets all weights of a decoder in place, whatever they were, and draws from torch's global generator. A
-decoder that was built on the meta device and moved by `to_empty` is complete afterwards. With the same seed, the
+Each function sets all weights of a decoder in place and draws from torch's global generator. A decoder that was built
+on the meta device and moved by `to_empty` is therefore complete afterwards. With the same seed, the
 functions that draw from normal distributions of fixed standard deviation draw the same numbers up to a factor.
 
 Papers: Glorot and Bengio, "Understanding the difficulty of training deep feedforward neural networks" (2010),
@@ -39,7 +39,7 @@ GPT2_STD = 0.02
 
 
 def gpt2(decoder: Decoder) -> None:
-    """GPT-2's initialisation: N(0, 0.02²), residual projections N(0, 0.02² / (2 n_layer)), biases 0, norms 1.
+    """Initialise as GPT-2: N(0, 0.02²), residual projections N(0, 0.02² / (2 n_layer)), biases 0, norms 1.
 
     Two layers of each block add to the residual stream, 2 n_layer in total. With the smaller projections, the variance
     of the sum does not grow with depth (Radford et al., 2019, section 2.3).
@@ -48,12 +48,12 @@ def gpt2(decoder: Decoder) -> None:
 
 
 def gpt2_unscaled(decoder: Decoder) -> None:
-    """`gpt2` without the scaling: N(0, 0.02²) everywhere, so that the residual stream grows with depth."""
+    """Initialise as `gpt2` without the scaling: N(0, 0.02²) everywhere; the residual stream grows with depth."""
     _normal(decoder, GPT2_STD, residual_std=GPT2_STD)
 
 
 def zero_residual(decoder: Decoder) -> None:
-    """`gpt2` with residual projections of 0: every block starts as the identity.
+    """Initialise as `gpt2` with residual projections of 0, so that every block starts as the identity.
 
     At the first step only the projections have a gradient; the layers before them follow once the projections are not
     0. Zhang et al. (2019) initialise the last layer of each residual branch in this way to train without normalisation.
@@ -62,17 +62,17 @@ def zero_residual(decoder: Decoder) -> None:
 
 
 def too_small(decoder: Decoder) -> None:
-    """N(0, 0.002²) everywhere: a tenth of GPT-2's."""
+    """Initialise all matrices with N(0, 0.002²), a tenth of the standard deviation of GPT-2."""
     _normal(decoder, 0.002, residual_std=0.002)
 
 
 def too_large(decoder: Decoder) -> None:
-    """N(0, 1) everywhere: fifty times GPT-2's."""
+    """Initialise all matrices with N(0, 1), fifty times the standard deviation of GPT-2."""
     _normal(decoder, 1.0, residual_std=1.0)
 
 
 def xavier(decoder: Decoder) -> None:
-    """Glorot and Bengio's (2010): U(-a, a), a = √(6 / (fan_in + fan_out)), so of variance 2 / (fan_in + fan_out).
+    """Initialise as Glorot and Bengio (2010): U(-a, a), a = √(6 / (fan_in + fan_out)); variance 2 / (fan_in + fan_out).
 
     This variance is a compromise between the requirements of signal and gradient. Queries, keys and values count as
     three matrices, although they are stored as one. The token embedding counts as the output layer, from n_embd to
@@ -87,12 +87,12 @@ def xavier(decoder: Decoder) -> None:
 
 
 def kaiming(decoder: Decoder) -> None:
-    """He et al.'s (2015): N(0, 2 / fan_in); the 2 compensates for the half of the signal that a rectifier sets to 0."""
+    """Initialise as He et al. (2015): N(0, 2 / fan_in), where 2 makes up for the half that a rectifier sets to 0."""
     _initialize(decoder, lambda name, weight: nn.init.kaiming_normal_(weight))
 
 
 def pytorch_default(decoder: Decoder) -> None:
-    """The default of torch's layers: embeddings N(0, 1); linear layers and their biases U(-a, a), a = 1 / √fan_in."""
+    """Initialise as torch does: embeddings N(0, 1); linear layers and their biases U(-a, a), a = 1 / √fan_in."""
     for module in decoder.modules():
         if isinstance(module, nn.Linear | nn.Embedding | nn.LayerNorm):
             module.reset_parameters()

@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 Terms = list[tuple[Tensor, Tensor]]  # inputs (B, k) and weights (V, k); the scores are the sum of inputs @ weights.T
 
-_ROUND = 32  # columns; with other numbers of columns, matrix units run at less than half their speed
+_ROUND = 32  # columns; matrix units run at less than half their speed unless their number is a multiple of this
 
 
 class LinearCrossEntropy:
@@ -62,6 +62,8 @@ class LinearCrossEntropy:
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
+    """The forward and backward pass of `LinearCrossEntropy`."""
+
     @staticmethod
     def forward(ctx: Any, memory: LinearCrossEntropy, dtype: torch.dtype, targets: Tensor, *parts: Tensor) -> Tensor:
         inputs = memory.side_by_side("inputs", parts[0::2], dtype)  # (B, K)
