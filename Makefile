@@ -19,21 +19,21 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY)  ## Run the commands of experiments/demo.yaml: a tokenizer, a decoder, a sample
 	sed -n 's/^- //p' experiments/demo.yaml | PATH="$(CURDIR)/$(BIN):$$PATH" bash -e
 
-test: $(READY)  ## The tests that need no network, no GPU and no account
+test: $(READY)  ## Run the tests, which need no network, no GPU and no account
 	$(BIN)/python -m pytest --numprocesses auto --dist worksteal
 
-bench: $(READY)  ## The timings that the READMEs report (minutes each)
+bench: $(READY)  ## Run the timings and fault tests that the READMEs report (minutes each)
 	for benchmark in tests/benchmarks/*.py tests/*/benchmarks/*.py; do echo "## $$benchmark"; $(BIN)/python $$benchmark || exit 1; done
 
-lint: $(READY)  ## Style and docstrings, one-way imports, types
+lint: $(READY)  ## Check style and docstrings, one-way imports, types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
 	$(BIN)/mypy
 
-format: $(READY)  ## Mends what lint can mend
+format: $(READY)  ## Fix what ruff can fix
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-clean:  ## Removes the environment; runs stay
+clean:  ## Remove the environment; runs stay
 	rm -rf $(VENV)

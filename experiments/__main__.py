@@ -11,8 +11,8 @@ from experiments.errors import UserError
 # name: (module with main(args), description). A module is imported when its command is called.
 COMMANDS = {
     "fit": ("experiments.cli", "train a model"),
-    "validate": ("experiments.cli", "measure a checkpoint on the validation data"),
-    "test": ("experiments.cli", "measure a checkpoint on the test data"),
+    "validate": ("experiments.cli", "evaluate a checkpoint on the validation data"),
+    "test": ("experiments.cli", "evaluate a checkpoint on the test data"),
     "predict": ("experiments.cli", "apply a checkpoint to new data"),
     "generate": ("experiments.generate", "continue a prompt with the model of a run, or ask it questions"),
     "study": ("experiments.study.command", "run a W&B sweep file on this machine"),

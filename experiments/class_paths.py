@@ -10,7 +10,7 @@ import yaml
 from jsonargparse import get_loader, set_loader
 
 _ROOT = Path(__file__).parents[1]
-_ROOMS = ("lightning_modules", "datamodules")
+_FOLDERS = ("lightning_modules", "datamodules")
 
 
 def import_class(class_path: str) -> type:
@@ -27,11 +27,11 @@ def current(class_path: str) -> str:
     class, if no other module has it, or if it belongs to another package.
     """
     module, _, name = class_path.rpartition(".")
-    room = module.split(".")[0]
-    if room not in _ROOMS or re.search(rf"\b{re.escape(name)}\b", _source(module)):
+    top = module.split(".")[0]
+    if top not in _FOLDERS or re.search(rf"\b{re.escape(name)}\b", _source(module)):
         return class_path
     definition = re.compile(rf"^class {re.escape(name)}\b", re.MULTILINE)
-    files = sorted((_ROOT / room).rglob("*.py"))
+    files = sorted((_ROOT / top).rglob("*.py"))
     found = [file for file in files if definition.search(file.read_text(encoding="utf-8"))]
     return ".".join([*found[0].relative_to(_ROOT).with_suffix("").parts, name]) if len(found) == 1 else class_path
 

@@ -111,13 +111,13 @@ class ExperimentCLI(SettingsGoOverCheckpoint):
         """Find the checkpoint and its run, and keep the linked arguments that the YAML sets."""
         arguments, model = self.arguments["run"], self.arguments["model"]
         if self._trainer_arguments.get("default_root_dir") is not None:
-            raise MisconfigurationException("trainer.default_root_dir: the run folder is it; set run.root and run.name")
+            raise MisconfigurationException("trainer.default_root_dir: leave it out, and set run.root and run.name")
         files = self.arguments["config"] or []
         name = arguments.name or arm_of_agent() or (Path(str(files[0])).stem if files else "unnamed")
         topic = arguments.topic or model.class_path.split(".")[-2]
         study = arguments.study or os.environ.get("WANDB_SWEEP_ID")
         if name in (".", "..") or Path(name).name != name:
-            raise MisconfigurationException(f"run.name: {name!r} is no name of a folder; leave out slashes and dots")
+            raise MisconfigurationException(f"run.name: {name!r} is not a name of a folder; leave out slashes")
         self._claim_as = (Path(arguments.root), topic, name, study)
         self._recorded = run_folder.of_config(Path(str(files[0])), arguments) if files else None
         self._given = {key: model.get("init_args", {}).get(key) for key in LINKED}
@@ -172,7 +172,7 @@ class ExperimentCLI(SettingsGoOverCheckpoint):
                 return str(checkpoint)
         if damaged:
             raise MisconfigurationException(
-                f"auto_resume: no checkpoint can be read ({'; '.join(damaged)}); another run.name starts again"
+                f"auto_resume: no checkpoint can be read ({'; '.join(damaged)}); another run.name starts a new run"
             )
         return None
 

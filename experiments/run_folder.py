@@ -114,9 +114,9 @@ def of_checkpoint(checkpoint: Path) -> RunFolder | None:
 
 
 def of_config(config: Path, arguments: RunArguments) -> RunFolder | None:
-    """Return the run whose record a configuration is, or `None` if it is no record, or the arguments name another run.
+    """Return the run that wrote a configuration, or `None` if no run did or the arguments name another run.
 
-    The folder may have been moved or renamed since, and newer runs of its name may lie beside it.
+    The folder may have been moved since, and newer runs of the same name may exist.
     """
     if not (config.parent / "environment.json").is_file() or not config.is_file():
         return None

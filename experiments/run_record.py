@@ -78,7 +78,7 @@ class RunRecord(SaveConfigCallback):
         return self._run.path / ("summary.json" if command == "fit" else f"summary_{command}.json")
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Drop the metrics of steps that a resumed run makes again."""
+        """Drop the metrics of steps that a resumed run repeats."""
         for logger in _of(MetricsCSV, trainer.loggers) if trainer.is_global_zero else ():
             logger.go_on_from(trainer.global_step, self._unwritten)
 

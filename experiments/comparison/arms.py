@@ -21,8 +21,8 @@ class Arm:
 
     values: dict[str, Any]  # settings that tell the arm from the others, by their shortest names
     shown: dict[str, str]  # the same settings as tables show them
-    runs: list[Run]  # that count
-    left_out: list[Run]  # that have not finished or have logged nothing
+    runs: list[Run]  # those that the means include
+    left_out: list[Run]  # those that have not finished or have logged nothing
 
     @property
     def label(self) -> str:

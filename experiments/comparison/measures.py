@@ -1,4 +1,4 @@
-"""The numbers that are compared: of each metric the best value and the last one."""
+"""The numbers that are compared: the best and the last value of each metric."""
 
 import difflib
 import re

@@ -37,7 +37,7 @@ class Run:
     """One run."""
 
     name: str  # its folder, or its address in W&B
-    status: str  # FINISHED, UNFINISHED, or another end that its summary names
+    status: str  # FINISHED, UNFINISHED, or another status from its summary
     error: str  # of a failed run
     settings: dict[str, Any]  # without the seeds, by the keys of the command line
     seeds: dict[str, Any]
@@ -161,7 +161,7 @@ def _read_csv(file: Path) -> dict[str, Series]:
             raise ValueError(f"{file.name}, line {line}: {row.count(',') + 1} values for {len(header)} columns")
     if header[0] != "step":
         raise ValueError(f"{file.name}: its first column is {header[0]!r} and not 'step'")
-    # Only names of metrics can hold commas, so that the numbers can be split at once, which is four times as fast.
+    # Only names of metrics can contain commas, so all rows can be split at once, which is four times as fast.
     cells = ",".join(lines[1:]).split(",") if len(lines) > 1 else []
     steps = np.array([], dtype=int)
     metrics = {}

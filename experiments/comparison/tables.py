@@ -12,7 +12,7 @@ NOTHING = "–"
 
 
 class Table(NamedTuple):
-    """The text of the cells."""
+    """A table whose cells are text."""
 
     header: list[str]
     rows: list[list[str]]

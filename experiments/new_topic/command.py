@@ -7,7 +7,7 @@ from pathlib import Path
 
 from experiments.errors import CommandParser, UserError
 
-ROOMS = ("experiments", "lightning_modules", "datamodules", "tests")
+FOLDERS = ("experiments", "lightning_modules", "datamodules", "tests")
 TEMPLATE = Path(__file__).parent / "template"
 _TOPIC = "majority"  # the name of the topic in the template
 
@@ -44,15 +44,15 @@ def write_topic(name: str, root: Path) -> list[Path]:
     """
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or keyword.iskeyword(name):
         raise UserError(f"new-topic: {name!r} is not a Python name in lower case; choose one such as letter_counts")
-    if missing := [room for room in (*ROOMS, "README.md") if not (root / room).exists()]:
+    if missing := [top for top in (*FOLDERS, "README.md") if not (root / top).exists()]:
         raise UserError(f"new-topic: there is no {missing[0]} here; run it in the root of a checkout of the project")
-    folders = [root / room / name for room in ROOMS]
+    folders = [root / top / name for top in FOLDERS]
     taken = [folder for folder in folders for path in (folder, folder.with_suffix(".py")) if path.exists()]
     if taken:
         raise UserError(f"new-topic: {taken[0]} exists; choose another name")
     for source in sorted(path for path in TEMPLATE.rglob("*") if path.suffix in (".py", ".yaml", ".md")):
-        room, *parts = source.relative_to(TEMPLATE).parts
-        target = root.joinpath(room, name, *parts[:-1], parts[-1].replace(_TOPIC, name))
+        top, *parts = source.relative_to(TEMPLATE).parts
+        target = root.joinpath(top, name, *parts[:-1], parts[-1].replace(_TOPIC, name))
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(_renamed(source.read_text(encoding="utf-8"), name), encoding="utf-8")
     readme = root / "README.md"

@@ -1,4 +1,4 @@
-"""The distributions of a W&B sweep: their keys, their grids, what Optuna draws for each and what a draw stands for.
+"""The distributions of a W&B sweep: their keys, their grids, and how draws of Optuna become values.
 
 https://docs.wandb.ai/models/sweeps/sweep-config-keys#distribution-options-for-random-and-bayesian-search
 """
@@ -61,7 +61,7 @@ def did_you_mean(word: Any, candidates: Iterable[str]) -> str:
 
 
 class Distribution(Section):
-    """What a sweep file says of one parameter, by W&B's keys."""
+    """The distribution of one parameter, with the keys of a W&B sweep file."""
 
     distribution: str = ABSENT
     value: Any = None

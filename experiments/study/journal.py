@@ -99,7 +99,7 @@ class Journal:
         return Run(self._plan, arm, settings, trial)
 
     def record(self, run: Run, value: float | None, error: str | None) -> None:
-        """Write down how a run has ended: its best value of the metric, and why it failed, if it did."""
+        """Record how a run has ended: its best value of the metric, and the reason if it failed."""
         from optuna.trial import TrialState
 
         if error:

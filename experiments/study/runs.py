@@ -1,4 +1,4 @@
-"""The plan of a study, the processes of its runs, and what a run's folder says of its result."""
+"""The plan of a study, the processes of its runs, and their results."""
 
 import contextlib
 import csv
@@ -30,7 +30,7 @@ _OF_ANOTHER_RUN = ("WANDB_RUN_ID", "WANDB_SWEEP_ID", "WANDB_SWEEP_PARAM_PATH")  
 
 @dataclass(frozen=True)
 class Plan:
-    """What the user asks for."""
+    """The study that the user asks for: its sweep file, folder, flags and number of runs."""
 
     sweep: Sweep
     folder: Path

@@ -1,4 +1,4 @@
-"""A study at work: it starts runs, passes signals on to them, and prints how each ends."""
+"""Running a study: start its runs, pass signals on to them, and print how each ends."""
 
 import contextlib
 import signal

@@ -9,7 +9,7 @@ import yaml
 
 import datamodules
 import lightning_modules
-from experiments.new_topic.command import ROOMS, with_row
+from experiments.new_topic.command import FOLDERS, with_row
 from experiments.study.sweep_file import read_sweep_file
 
 README = "# Project\n\n| topic | what |\n|---|---|\n| [`a`](experiments/a/README.md) | a |\n\nEnd.\n"
@@ -18,8 +18,8 @@ README = "# Project\n\n| topic | what |\n|---|---|\n| [`a`](experiments/a/README
 @pytest.fixture
 def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty checkout in the working folder, whose packages are found beside those of the project."""
-    for room in ROOMS:
-        (tmp_path / room).mkdir()
+    for top in FOLDERS:
+        (tmp_path / top).mkdir()
     (tmp_path / "README.md").write_text(README)
     for package in (lightning_modules, datamodules):
         monkeypatch.setattr(package, "__path__", [str(tmp_path / package.__name__), *package.__path__])
@@ -48,7 +48,7 @@ def test_a_new_topic_passes_its_own_tests(llm_train, checkout):
 def test_it_writes_four_folders_and_one_row(llm_train, checkout):
     llm_train("new-topic", "topic_of_a_test")
     files = {path.relative_to(checkout) for path in checkout.rglob("*") if path.is_file()}
-    assert {path.parts[:2] for path in files} == {(room, "topic_of_a_test") for room in ROOMS} | {("README.md",)}
+    assert {path.parts[:2] for path in files} == {(top, "topic_of_a_test") for top in FOLDERS} | {("README.md",)}
     assert not [path for path in files if "majority" in path.name or "ajority" in path.read_text()]
     before, after = README.splitlines(), (checkout / "README.md").read_text().splitlines()
     (row,) = [line for line in after if line not in before]

@@ -1,16 +1,16 @@
-"""The layout of the repository: one package a topic in each room, and no topic named outside its packages."""
+"""The layout of the repository: a package a topic in each top-level folder, and no topic named outside its packages."""
 
 import re
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-ROOMS = ("experiments", "lightning_modules", "datamodules", "tests")
+FOLDERS = ("experiments", "lightning_modules", "datamodules", "tests")
 TOPICS = sorted({path.parent.name for path in (ROOT / "experiments").glob("*/offline*.yaml")})
 
 
-def test_every_topic_has_a_package_in_each_room():
+def test_every_topic_has_a_package_in_each_folder():
     assert len(TOPICS) > 1
-    assert [f"{room}/{topic}" for topic in TOPICS for room in ROOMS if not (ROOT / room / topic).is_dir()] == []
+    assert [f"{top}/{topic}" for topic in TOPICS for top in FOLDERS if not (ROOT / top / topic).is_dir()] == []
     for topic in TOPICS:
         assert (ROOT / "tests" / topic / "conf.yaml").is_file()
         assert (ROOT / "experiments" / topic / "README.md").is_file()
@@ -19,7 +19,7 @@ def test_every_topic_has_a_package_in_each_room():
 def test_no_file_outside_the_packages_of_a_topic_names_it():
     names = re.compile(rf"\b({'|'.join(TOPICS)})\b")
     files = [ROOT / "Makefile", ROOT / "pyproject.toml", ROOT / "constraints.txt", ROOT / ".ci/run"]
-    files += [path for room in ROOMS for path in (ROOT / room).rglob("*") if path.suffix in (".py", ".sbatch", ".txt")]
+    files += [path for top in FOLDERS for path in (ROOT / top).rglob("*") if path.suffix in (".py", ".sbatch", ".txt")]
     outside = [path for path in files if not set(path.relative_to(ROOT).parts[:-1]) & set(TOPICS)]
     named = {
         f"{path.relative_to(ROOT)}, line {number}: {line.strip()}"

@@ -1,3 +1,5 @@
+"""The loaders and the order of the data, on one process and on several."""
+
 import importlib
 import inspect
 import pkgutil

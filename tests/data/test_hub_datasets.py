@@ -1,3 +1,5 @@
+"""A hub that cannot be reached is reported in one line."""
+
 import pytest
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 

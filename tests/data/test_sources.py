@@ -1,3 +1,5 @@
+"""Sources of text: files, URLs, hub datasets and the documentation of Python."""
+
 import http.server
 import socket
 import threading

@@ -1,3 +1,5 @@
+"""Tokenizers of bytes and of characters, from a folder, from a file and from the hub."""
+
 import json
 from unittest import mock
 

@@ -1,4 +1,4 @@
-"""What an answer is worth: nearness, citations, repetition, and how sure one can be."""
+"""The metrics of an answer: overlap with the gold answer, citations, repetition, and confidence intervals."""
 
 import numpy as np
 import pytest

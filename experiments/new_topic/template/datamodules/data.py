@@ -82,7 +82,7 @@ class MajoritySequences(Dataset):
     def __init__(self, n: int, vocab_size: int, block_size: int, seed: list[int]) -> None:
         rng = np.random.default_rng(seed)
         self.input_ids = torch.from_numpy(rng.integers(vocab_size, size=(n, block_size)))
-        # A sequence whose first place is shared gets the wanted token again until it leads.
+        # Where several tokens are the most frequent, write one chosen token into the next place until one token leads.
         wanted = torch.from_numpy(rng.integers(vocab_size, size=n))
         for place in range(block_size):
             tied = margins_of(self.input_ids, vocab_size) == 0  # (n,)

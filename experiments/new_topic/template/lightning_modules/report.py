@@ -14,8 +14,8 @@ from lightning_modules.runtime.stages import validates_a_fit
 class MajorityByMargin(DrawsAtTheEnd):
     """Writes `accuracy_by_margin.csv` after each validation, and draws it when the training ends.
 
-    The margin of a sequence is how many times more often its most frequent token occurs than the next one. The callback
-    reads `module.predictions`, and `module.data.margins("val")`, an array (n,) of integers.
+    The margin of a sequence is the number of occurrences of its most frequent token minus that of the next one. The
+    callback reads `module.predictions`, and `module.data.margins("val")`, a tensor (n,) of integers.
     """
 
     @rank_zero_only
