@@ -18,10 +18,10 @@ Batch = dict[str, Tensor]
 
 
 class AttentionRecallModule(ExperimentModule):
-    """The network of `network.py` on multi-query associative recall (Arora et al., 2023).
+    """The `AttentionNetwork`, trained on multi-query associative recall (Arora et al., 2023).
 
     Before the first step it logs `init/attention_entropy`, `init/grad_norm` and `init/grad_norm_query_key` of the first
-    training batch; the last is the norm over the weights that make queries and keys. Validation and test log `loss`,
+    training batch; the last is the norm over the weights of the queries and keys. Validation and test log `loss`,
     `accuracy` (also by number of pairs and by distance) and `attention_entropy`.
 
     Args:
@@ -52,7 +52,7 @@ class AttentionRecallModule(ExperimentModule):
         except ValueError as error:
             raise MisconfigurationException(f"model: {error}") from error
         self.track(RecallMetrics(block_size, n_layer, n_head))
-        self.last_validation: dict[str, Tensor] = {}  # what `RecallMetrics` computed
+        self.last_validation: dict[str, Tensor] = {}  # results of `RecallMetrics`
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """Return the scores of every token as the answer: (B, T) to (B, T, V)."""
@@ -108,7 +108,13 @@ def attention_entropy(weights: list[Tensor], targets: Tensor) -> Tensor:
 
 
 class RecallMetrics(SplitMetric):
-    """Loss, accuracy and entropy of attention over all answers, on all processes."""
+    """Loss, accuracy and entropy of attention over all answers, on all processes.
+
+    Args:
+        block_size: Length of a sequence, in tokens.
+        n_layer: Number of attention layers.
+        n_head: Number of heads of a layer.
+    """
 
     def __init__(self, block_size: int, n_layer: int, n_head: int) -> None:
         super().__init__()
@@ -149,9 +155,9 @@ class RecallMetrics(SplitMetric):
 
 
 def by_name(found: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return these results by name: `loss`, `accuracy`, `accuracy/pairs_4`, `accuracy/distance_08_15` and so on."""
+    """Return the metrics by name: `loss`, `accuracy`, `accuracy/pairs_4`, `accuracy/distance_08_15` and so on."""
     asked, correct = found["asked"], found["correct"]
-    entropy = torch.atleast_2d(found["entropy"])  # torchmetrics makes a scalar of one layer and head
+    entropy = torch.atleast_2d(found["entropy"])  # torchmetrics returns a scalar for one layer and head
     metrics = {"loss": found["loss"], "accuracy": correct.sum() / asked.sum()}
     for n_pairs in asked.sum(dim=1).nonzero().flatten().tolist():
         metrics[f"accuracy/pairs_{n_pairs}"] = correct[n_pairs].sum() / asked[n_pairs].sum()

@@ -1,4 +1,4 @@
-"""A decoder from which any part can be left out (notebooks 3.1 to 3.3), to see what each part is for.
+"""A decoder from which any part can be left out (notebooks 3.1 to 3.3), to show the effect of each part.
 
     x = E[token] + P[position]
     x = x + Attention(Norm(x))        n_layer
@@ -9,8 +9,9 @@ With all parts it is the decoder of `models/decoder.py`, except that its output 
 n_layer = n_head = 1 and without residual, norm and feed-forward network, it is one attention head between an embedding
 and an output.
 
-The initial weights make the argument for 1/√d hold (see `models/attention.py`): every linear layer is N(0, 1 / fan_in)
-and every embedding N(0, 1), so normalised inputs make queries and keys of variance 1, and dot products of variance d.
+The initial weights meet the assumption of the factor 1/√d (see `models/attention.py`): every linear layer is
+N(0, 1 / fan_in) and every embedding N(0, 1), so normalised inputs give queries and keys of variance 1, and dot products
+of variance d.
 With the small initial weights of GPT-2 the scores are near 0, whether they are scaled or not.
 """
 

@@ -18,14 +18,14 @@ from lightning_modules.runtime.stages import validates_a_fit
 
 
 class AttentionReport(DrawsAtTheEnd):
-    """Writes the attention weights of one sequence and the accuracy by distance, and draws both.
+    """Callback that writes the attention weights of one sequence and the accuracy by distance, and draws both.
 
     - `attention.json`: the first sequence of the validation split, and the weights of every layer and head on it.
     - `recall.csv`: number of queries and of correct answers, by number of pairs and distance.
     - `figures/attention_maps.png` and `figures/accuracy_by_distance.png`, drawn from these files.
 
-    Every validation replaces the files; the figures are drawn when the training ends. Of `pl_module.data` it reads
-    `examples("val")` and `token_names`.
+    Every validation replaces the files; the figures are drawn when the training ends. The callback reads
+    `examples("val")` and `token_names` of the data.
     """
 
     @rank_zero_only
