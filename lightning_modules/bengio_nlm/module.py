@@ -33,9 +33,9 @@ class BengioNLMModule(KeepsBufferDtypes, ExperimentModule):
     Args:
         vocab_size: Number of words; linked from the data.
         block_size: Words of context, n - 1; linked from the data (`data.n`).
-        h: Hidden units; 0 for none, which leaves the direct connections alone.
+        h: Hidden units; with 0, only the direct connections remain.
         m: Features of a word.
-        direct: Whether the features are connected to the output directly too.
+        direct: Whether the features are also connected directly to the output.
         mix: Weights of network and trigram: `equal`, as in the table of the paper; `learned`, by EM on the validation
             text, for each order of magnitude of the frequency of the history; `none` for no mixture.
         dropout: Probability of dropping a feature in training.

@@ -21,7 +21,7 @@ from lightning_modules.models.linear_cross_entropy import LinearCrossEntropy
 
 
 class BengioNLM(nn.Module):
-    """The network of |V| words; its parameters have the names of the paper.
+    """The network for a vocabulary of |V| words; its parameters have the names of the paper.
 
     Windows have n words, including the predicted one; a word has m features. There are h hidden units, and direct
     connections W if `direct` is true. In training, `dropout` is the probability of dropping a component of x,

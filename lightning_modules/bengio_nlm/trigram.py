@@ -4,9 +4,9 @@ Most trigrams are too rare for a reliable relative frequency, so it is mixed wit
 
     P(w | u, v) = a_0(q) / V  +  a_1(q) P(w)  +  a_2(q) P(w | v)  +  a_3(q) P(w | u, v)
 
-The more often a history (u, v) occurs, the more reliable are its longer n-grams. So there is one set of weights for
-each order of magnitude `q` of its frequency. The relative frequencies are those of the training text; EM finds the
-weights on a held-out text.
+The more often a history (u, v) occurs, the more reliable are its longer n-grams. So each order of magnitude `q` of its
+frequency has separate weights. The relative frequencies are those of the training text; EM finds the
+weights on held-out text.
 """
 
 import numpy as np

@@ -1,4 +1,4 @@
-"""Reports on word vectors: nearest neighbours during training; a file for other programs and figures at its end."""
+"""Reports on word vectors: nearest neighbours during the training; a file for other programs and figures after it."""
 
 import difflib
 from collections.abc import Iterable
@@ -22,7 +22,7 @@ _TABLE_ROWS = 1000  # of the table for the projector of W&B, which is slow with 
 
 
 class WordVectors(L.Callback):
-    """Neighbours, files and figures of the word vectors of a module.
+    """Callback that writes neighbours, files and figures of the word vectors of a module.
 
     - `neighbours.md` and the table `neighbours`: the nearest neighbours of given words, after each validation.
     - `word_vectors.txt`: all vectors in the text format of word2vec, those of `best.ckpt` where there is one; those of
@@ -34,7 +34,7 @@ class WordVectors(L.Callback):
 
     Args:
         words: Words whose neighbours are listed.
-        n_neighbours: Neighbours a word.
+        n_neighbours: Neighbours of a word.
         n_drawn: Words in a figure.
         skip: Number of the most frequent words that are left out of the figures.
     """
@@ -45,7 +45,11 @@ class WordVectors(L.Callback):
         self.words, self.n_neighbours, self.n_drawn, self.skip = words, n_neighbours, n_drawn, skip
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Check that the vocabulary has the words."""
+        """Check that the words are in the vocabulary.
+
+        Raises:
+            MisconfigurationException: If one is not.
+        """
         known = pl_module.data.text.words
         for word in self.words:
             if word not in known:
@@ -101,7 +105,7 @@ def nearest(vectors: torch.Tensor, words: list[int], k: int) -> list[list[tuple[
 
 
 def to_word2vec(words: Iterable[str], vectors: np.ndarray) -> str:
-    """Return vectors (V, m) in the text format of word2vec: a line with V and m, then a line a word with its vector."""
+    """Return vectors (V, m) in the text format of word2vec: a line with V and m, then a line for each word."""
     lines = [f"{len(vectors)} {vectors.shape[1]}"]
     lines += [f"{word} " + " ".join(f"{x:.6g}" for x in row) for word, row in zip(words, vectors, strict=True)]
     return "".join(f"{line}\n" for line in lines)
