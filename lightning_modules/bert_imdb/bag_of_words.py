@@ -13,11 +13,11 @@ from lightning_modules.common.ranges import PositiveInt
 
 
 class BagOfWords(L.Callback):
-    """Fit a logistic regression on the words of the training reviews, and log its results next to those of the module.
+    """Callback that fits a logistic regression on the words of the training reviews, and logs its results.
 
-    The results have the names of the module's: `val/bag_of_words/accuracy` goes with `val/accuracy`. A review is
-    represented by its tf-idf: the counts of its words, where words that occur in many reviews weigh less. The order of
-    the words is lost.
+    The names are those of the results of the module: `val/bag_of_words/accuracy` compares with `val/accuracy`. A review
+    is represented by its tf-idf: the counts of its words, where words that occur in many reviews weigh less. The order
+    of the words is lost.
 
     The datamodule has `labelled(split)`, a list of reviews with `text` and `label`, and `classes`.
 

@@ -14,7 +14,7 @@ from lightning_modules.runtime.sharded import require_whole_weights
 
 
 class CachedFeatures(L.Callback):
-    """Train the head on features that are computed once, before the first epoch of the first run that needs them.
+    """Callback that trains the head on features, computed once before the first epoch of the first run that needs them.
 
     The features are a memory-mapped file in the cache. Its name depends on the weights of the encoder, the pooling, the
     precision and the token ids, and so on the texts, the tokenizer and the truncation. The predictions equal those of a

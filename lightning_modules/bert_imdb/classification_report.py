@@ -23,7 +23,7 @@ _MISTAKE = ("place", "label", "predicted", "probability", "text")
 
 
 class ClassificationReport(DrawsAtTheEnd):
-    """Write the predictions and the mistakes of the best validation, and draw two figures; the same for a test.
+    """Callback that writes the predictions and mistakes of the best validation and of a test, and draws two figures.
 
     `predictions_val.csv` holds the probabilities of the classes. `figures/confusion_val.png` and
     `figures/reliability_val.png` are drawn from it. `wrong_val.csv` holds the examples that the model classifies

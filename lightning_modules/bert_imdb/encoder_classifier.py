@@ -42,7 +42,7 @@ class EncoderClassifierConfig(PretrainedConfig):
 
 
 class ClassificationHead(nn.Module):
-    """A linear layer from features to scores of the classes, with a tanh layer before it as in BERT or without.
+    """A linear layer from features to scores of the classes, optionally after a tanh layer as in BERT.
 
     Args:
         n_features: Length F of the features.

@@ -27,11 +27,11 @@ class BertMaskedLMModule(ExperimentModule):
     """An encoder that learns to predict masked tokens.
 
     The loss of a batch is the sum over its masked tokens, divided by the mean number of masked tokens in a batch of
-    that many reviews. So a token has the same weight in a batch of short reviews and in one of long reviews, and on any
+    that size. So a token has the same weight in a batch of short reviews and in one of long reviews, and on any
     number of processes.
 
     A batch is a dictionary with `input_ids`, `attention_mask` and `targets`, (B, T) int64, where a target is `IGNORED`
-    if its token is not to be predicted; and `mean_targets`, the mean number of targets of B reviews, a scalar.
+    if its token is not predicted; and `mean_targets`, the mean number of targets of B reviews, a scalar.
 
     Args:
         base: Encoder to train further: a folder, the folder of a run, or a name on the hub; `null` creates a new BERT.
@@ -42,8 +42,8 @@ class BertMaskedLMModule(ExperimentModule):
         vocab_size: Number of tokens; linked from the data.
         block_size: Number of tokens in the longest row; linked from the data.
         pad_token_id: Token that pads a row; linked from the data.
-        architecture: Configuration of the model. A checkpoint keeps it, so that the model can be built without its
-            base; leave it out.
+        architecture: Configuration of the model; leave it out. A checkpoint holds it, so that the model can be built
+            without the base.
 
     Raises:
         MisconfigurationException: If the base is not an encoder or does not fit the data, or `n_head` does not divide

@@ -34,8 +34,8 @@ class BertImdbModule(ClassifierModule):
         vocab_size: Number of tokens; linked from the data.
         block_size: Number of tokens in the longest review; linked from the data.
         classes: Names of the classes; linked from the data.
-        architecture: Configuration of the encoder. A checkpoint keeps it, so that the model can be built without its
-            base; leave it out.
+        architecture: Configuration of the encoder; leave it out. A checkpoint holds it, so that the model can be built
+            without the base.
 
     Raises:
         MisconfigurationException: If the base is not an encoder, or does not fit the data.
@@ -80,7 +80,7 @@ class BertImdbModule(ClassifierModule):
         return self.model.head(batch["features"] if "features" in batch else self.features(batch))
 
     def next_command(self, run: str) -> str:
-        """Return the command that classifies a review of the user's own."""
+        """Return the command that classifies a review."""
         return f'llm-train predict -c {run}/config.yaml --ckpt_path best --data.text "I would see it again."'
 
     def save_pretrained(self, folder: Path) -> None:

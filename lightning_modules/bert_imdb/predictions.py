@@ -1,4 +1,4 @@
-"""The output of `llm-train predict` for classifiers: one line a text, on the screen and in a table."""
+"""The output of `llm-train predict` for classifiers: a line for each text, on the screen and in a table."""
 
 import textwrap
 from pathlib import Path
@@ -12,7 +12,7 @@ from lightning_modules.common.files import write_csv
 
 
 class PredictedLabels(L.Callback):
-    """Print the label of each text and its probability, and write them to `predictions.csv` in the run folder.
+    """Callback that prints the label of each text and its probability, and writes them to `predictions.csv`.
 
     The module's `predict_step` returns `probabilities`, (B, K), and `positions`, (B,). The datamodule has `classes`,
     and its `texts["predict"]` is the list of the reviews, by position.
