@@ -1,4 +1,4 @@
-"""Figures of a tokenizer, drawn from the files of its run, so that they can be drawn again."""
+"""Figures of a tokenizer, drawn from the files of its run, so that they can be redrawn."""
 
 import csv
 from collections.abc import Mapping, Sequence
@@ -14,7 +14,7 @@ if TYPE_CHECKING:  # matplotlib is imported where it is used: it is slow to impo
     from matplotlib.figure import Figure
 
 _BLUE, _ORANGE = "tab:blue", "tab:orange"
-_PASTELS = ("#cfe3f7", "#fde2bf", "#d3efcf", "#f6d0d9", "#e3d8f3")  # of tokens, in turn
+_PASTELS = ("#cfe3f7", "#fde2bf", "#d3efcf", "#f6d0d9", "#e3d8f3")  # of the boxes around tokens, in turn
 _COLUMNS = 84  # characters in a line of the sample
 
 
@@ -45,7 +45,7 @@ def draw_compression(compression_csv: Path, file: Path) -> Path:
 
 
 def draw_token_lengths(vocabulary_txt: Path, file: Path) -> Path:
-    """Draw how long the tokens of the vocabulary and of the text are, from the `vocabulary.txt` of a run."""
+    """Draw the distribution of the lengths of tokens, in the vocabulary and in the text, from `vocabulary.txt`."""
     lines = vocabulary_txt.read_text(encoding="utf-8").split("\n")[1:-1]
     tokens = np.array([line.split(maxsplit=3)[1:3] for line in lines], dtype=np.int64)  # (V, 2)
     counts, lengths = tokens[tokens[:, 1] > 0].T  # a special token stands for no text
@@ -101,7 +101,7 @@ Box = tuple[int, int, Cells, int]  # row, column, cells, number of the token
 
 
 def _cells(token: bytes) -> list[Cells]:
-    """Return the characters of a token, one a cell, by line; a part of a character as its bytes."""
+    """Return the characters of a token by line, one in each cell; incomplete characters are shown as their bytes."""
     lines: list[Cells] = [[]]
     for character in token.decode("utf-8", "surrogateescape"):
         if character == "\n":

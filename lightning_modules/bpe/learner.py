@@ -1,15 +1,15 @@
-"""The fast learner of byte-pair encoding: the merges of `textbook.py`, in a fraction of the time.
+"""Fast learning of byte-pair encoding: the merges of `textbook.py`, in a fraction of the time.
 
 The textbook counts all pairs again after a merge that changed few of them. Four ideas avoid that; none of them changes
 the result:
 
-1. All words stand in one array of symbols, with a gap between two words, and each symbol has links to its neighbours. A
-   merge writes the new symbol over the left one and unlinks the right one, so no symbol moves. For each pair, its
-   positions are known.
+1. All words are in one array of symbols, with a gap between two words, and each symbol has links to its neighbours. A
+   merge writes the new symbol over the left one and unlinks the right one, so no symbol moves. The
+   positions of each pair are recorded.
 
 2. The count of a pair never grows: one merge makes all occurrences of a token, so a new pair has its full count at
    once, and later merges can only take positions away from it. An old count is therefore an upper bound, and need not
-   be updated. A heap gives the pair with the highest bound; the learner looks which of its positions still hold it. If
+   be updated. A heap gives the pair with the highest bound; the learner checks which of its positions still hold it. If
    the count has fallen, the pair goes back into the heap with the true count; otherwise it is the next merge.
 
 3. Most pairs are rare and never merged. The heap holds only the pairs with a count of at least `least_count`. When it
@@ -45,7 +45,7 @@ def learn_merges(
 
     Args:
         vocab_size: Tokens of the vocabulary, special tokens and bytes included; at least 256 + special tokens.
-        special_tokens: Texts that stand for themselves; they take the first ids, on which the order of ties depends.
+        special_tokens: Texts that are tokens as a whole; they get the first ids, on which the order of ties depends.
         progress: Called repeatedly with the number of merges learned so far.
     """
     check_vocab_size(word_counts, vocab_size, special_tokens)

@@ -1,4 +1,4 @@
-"""How well tokenizers encode a text."""
+"""Metrics of the tokens into which tokenizers split a text."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
@@ -19,10 +19,11 @@ class TokenizerMetrics(SplitMetric):
     - `bytes_per_token`: the compression; that of bytes alone is 1.
     - `tokens_per_word`: mean number of tokens that a word is split into (the fertility).
     - `vocabulary_use`: share of the vocabulary that occurs in the text.
-    - `single_byte_tokens`: share of the tokens that are single bytes, for which nothing was learned.
+    - `single_byte_tokens`: share of the tokens that are single bytes, which no merge covers.
 
     Args:
-        pattern: How words are found, as in `count_words`; the same for all tokenizers.
+        tokenizers: Tokenizers by name.
+        pattern: Pattern of words, as in `count_words`; the same for all tokenizers.
     """
 
     def __init__(self, tokenizers: "Mapping[str, Tokenizer]", pattern: str) -> None:
@@ -50,7 +51,7 @@ class TokenizerMetrics(SplitMetric):
         for number, (name, tokenizer) in enumerate(self.tokenizers.items()):
             occurrences = getattr(self, f"occurrences_{number}")
             tokens = occurrences.sum()
-            single = [i for token, i in tokenizer.get_vocab().items() if len(token) == 1]  # as byte-level ones spell
+            single = [i for token, i in tokenizer.get_vocab().items() if len(token) == 1]  # one character a byte
             results[name] = {
                 "bytes_per_token": self.bytes / tokens,
                 "tokens_per_word": tokens / self.words,

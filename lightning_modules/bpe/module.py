@@ -46,10 +46,10 @@ class BPEModule(GradientFreeModule):
 
     Args:
         vocabulary_size: Tokens of the vocabulary, bytes and special tokens included: at least 256 + special tokens.
-        pattern: How text is split into words, whose borders no token crosses: `gpt2`, `gpt4`, or a regular expression
-            of the `regex` module without capturing groups, whose matches joined give back the text.
-        special_tokens: Tokens that stand for themselves and get the first ids. The first of them ends a text.
-        model_max_length: Context of the models that the tokenizer is for, in tokens; written to its folder.
+        pattern: Pattern of words; no token crosses the border of a word. `gpt2`, `gpt4`, or a regular expression of the
+            `regex` module without capturing groups, whose matches joined must give back the text.
+        special_tokens: Texts that are tokens as a whole and get the first ids. The first of them ends a text.
+        model_max_length: Context of the models that will use the tokenizer, in tokens; written to its folder.
         reference: A tokenizer to compare with: a folder with `tokenizer.json` or with GPT-2's `vocab.json` and
             `merges.txt`, a `tokenizer.json`, or a name on the Hugging Face hub. `null` for none.
         count_workers: Processes that count words in addition to this one; 0 counts in this one.
@@ -87,7 +87,11 @@ class BPEModule(GradientFreeModule):
         self._words_learned_from = 0
 
     def on_fit_start(self) -> None:
-        """Refuse to read the corpus more than once."""
+        """Refuse to read the corpus more than once.
+
+        Raises:
+            MisconfigurationException: If `trainer.max_epochs` is not 1.
+        """
         if self.trainer.max_epochs != 1:
             raise MisconfigurationException(
                 f"trainer.max_epochs is {self.trainer.max_epochs}: give 1, since a second pass would count the "
@@ -108,7 +112,7 @@ class BPEModule(GradientFreeModule):
         self.counter.close()
 
     def learn(self) -> None:
-        """Learn the merges from the counts of all processes, on the first process, which sends them to the others."""
+        """Learn the merges from the counts of all processes on the first process, and broadcast them."""
         self._gather_counts()
         if self.global_rank == 0 and self.counter.words.total() != self._words_learned_from:
             self._words_learned_from = self.counter.words.total()
@@ -139,7 +143,7 @@ class BPEModule(GradientFreeModule):
             self.counter.n_bytes += n_bytes
 
     def on_validation_start(self) -> None:
-        """Choose the tokenizers to evaluate: in a fit that of each smaller vocabulary, too, after learning."""
+        """Choose the tokenizers to evaluate; in a fit, learn first and add smaller vocabularies."""
         sizes: list[int] = []
         if validates_a_fit(self.trainer):
             self.learn()
@@ -207,7 +211,7 @@ class BPEModule(GradientFreeModule):
     def save_pretrained(self, folder: Path) -> None:
         """Write the folder of the tokenizer for `AutoTokenizer.from_pretrained`.
 
-        The first special token begins a text, ends it and stands for the unknown, as the only one of GPT-2 does.
+        The first special token is the begin, the end and the unknown token, as in GPT-2.
         """
         from transformers import PreTrainedTokenizerFast
 
@@ -253,7 +257,7 @@ class BPEModule(GradientFreeModule):
 
 @contextmanager
 def _error_in(what: str, kind: type[Exception] = ValueError) -> Iterator[None]:
-    """Turn an error of plain Python into a user's mistake that says where it was made."""
+    """Raise an error in the block as a `MisconfigurationException` that names the setting `what`."""
     try:
         yield
     except kind as error:

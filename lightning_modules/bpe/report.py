@@ -16,7 +16,7 @@ from lightning_modules.runtime.drawing import show_figures, show_table
 if TYPE_CHECKING:  # imported where it is used: it is slow to import
     from tokenizers import Tokenizer
 
-# Prose, names, numbers and code: some of it makes few tokens, some many.
+# Prose, names, numbers and code, of which some become few tokens and some many.
 SAMPLE = '''\
 It isn't the longest words that cost the most tokens, but the rarest:
 "information" may be one, Ångström and Übermut are several.
@@ -31,11 +31,11 @@ def mean(values: list[float]) -> float:
 
 
 class TokenizerReport(L.Callback):
-    """Writes the tokenizer, tables and figures into the run folder when the training ends.
+    """Callback that writes the tokenizer, tables and figures to the run folder when the training ends.
 
     - `tokenizer/`: a folder for `AutoTokenizer.from_pretrained`, and for `data.tokenizer` of other topics.
     - `merges.txt`: the merges in order, in GPT-2's format.
-    - `vocabulary.txt`: every token with its count in the text that was learned from, and the parts it was merged from.
+    - `vocabulary.txt`: every token with its count in the training text, and the two parts that were merged.
     - `compression.csv`: bytes per token of the held-out text against the size of the vocabulary.
     - `figures/`: `compression.png`, `token_lengths.png` and `tokenization.png`.
 
@@ -49,8 +49,8 @@ class TokenizerReport(L.Callback):
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write the files, draw the figures and show them to the loggers."""
         module = cast(BPEModule, pl_module)
-        # The merges are learned already, except in a run that was resumed after its last batch: Lightning takes such an
-        # epoch for finished, and skips its validation and its end.
+        # The merges are learned already, except in a run that was resumed after its last batch: Lightning regards
+        # such an epoch as finished, and skips its validation and its end.
         module.learn()
         if not trainer.fast_dev_run:
             self._write(trainer, module)
@@ -84,7 +84,7 @@ class TokenizerReport(L.Callback):
 
 
 def tokens_of(tokenizer: "Tokenizer", text: str) -> list[tuple[int, bytes]]:
-    """Return the tokens of a text: the id of each and the bytes that it stands for."""
+    """Return the tokens of a text, each with its id and its bytes."""
     encoding = tokenizer.encode(text, add_special_tokens=False)
     return list(zip(encoding.ids, map(_bytes_of, encoding.tokens), strict=True))
 
@@ -105,7 +105,7 @@ def readable(token: bytes) -> str:
 
 
 def write_merges(file: Path, merges: Iterable[Merge]) -> None:
-    """Write the merges in order, one a line, in the format of GPT-2's `merges.txt`."""
+    """Write the merges in order, one on each line, in the format of GPT-2's `merges.txt`."""
     lines = [f"{spell(left)} {spell(right)}\n" for left, right in merges]
     write_text(file, "".join(["#version: 0.2\n", *lines]))
 

@@ -11,14 +11,14 @@ if TYPE_CHECKING:  # imported where it is used: it is slow to import
 
 
 def rust_tokenizer(content: dict[str, Any]) -> "Tokenizer":
-    """Return the tokenizer that the library makes of the result of `to_tokenizer_json`."""
+    """Return the tokenizer of the library for the result of `to_tokenizer_json`."""
     from tokenizers import Tokenizer
 
     return _of_text_only(Tokenizer.from_str(json.dumps(content)))
 
 
 def load_reference(name: str) -> "Tokenizer":
-    """Return a tokenizer to compare with, by a name as in `reference` of `BPEModule`."""
+    """Return a tokenizer to compare with, by its name; see `reference` of `BPEModule`."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     path = Path(name).expanduser()

@@ -1,4 +1,4 @@
-r"""Byte-pair encoding as in a textbook: words, bytes, and the merges, counted anew for each one.
+r"""Byte-pair encoding as in a textbook: the words, and merges of bytes, with all pairs counted again for each merge.
 
 A language model reads integers. Byte-pair encoding (BPE) produces them in three steps:
 
@@ -13,8 +13,8 @@ Since it starts from bytes, every text has an encoding, and so has any other dat
 most frequent pair is Gage's compression (1994), first used for text models by Sennrich et al. (2016,
 arXiv:1508.07909).
 
-This file has the steps 1 and 2. `learner.py` learns the same merges in a fraction of the time; `tokenizer.py` encodes
-and decodes.
+This file implements steps 1 and 2. `learner.py` learns the same merges in a fraction of the time; `tokenizer.py`
+encodes and decodes.
 
 Ties and ids follow `BpeTrainer` of the `tokenizers` library with `min_frequency=0`, so that all merges are the same:
 
@@ -46,7 +46,7 @@ GPT4_PATTERN = (
 )
 
 # On ASCII text, which most text is, these patterns need no Unicode tables: the standard library's `re` finds the same
-# words three times as fast as `regex`. (Each \p stands in brackets above, so that replacing the text is correct.)
+# words three times as fast as `regex`. (Each \p is in brackets above, so that replacing the text is correct.)
 _ASCII_TWINS = {
     pattern: re.compile(pattern.replace(r"\p{L}", "a-zA-Z").replace(r"\p{N}", "0-9"), re.ASCII)
     for pattern in (GPT2_PATTERN, GPT4_PATTERN)
@@ -62,8 +62,8 @@ def count_words(
 
     Args:
         texts: Documents, read one at a time. Bytes that are not UTF-8 are decoded by Python's `surrogateescape`.
-        pattern: How text is split into words, for the `regex` module; its matches joined must give back the text.
-        special_tokens: Texts that stand for themselves.
+        pattern: Pattern of words, for the `regex` module; its matches joined must give back the text.
+        special_tokens: Texts that are tokens as a whole.
 
     Raises:
         ValueError: If the pattern does not compile, has a capturing group, or loses text.
@@ -148,7 +148,7 @@ def vocabulary(merges: Iterable[Merge] = (), special_tokens: Sequence[str] = ())
     for character in sorted(SPELLINGS):
         ids[character] = len(ids)
     for left, right in merges:
-        ids.setdefault(spell(left + right), len(ids))  # it has an id already if it spells a special token
+        ids.setdefault(spell(left + right), len(ids))  # one that spells a special token keeps that id
     return ids
 
 

@@ -1,4 +1,4 @@
-"""The tokenizer that merges make: encoding, decoding, and the file `tokenizer.json`.
+"""The tokenizer of learned merges: encoding, decoding, and the file `tokenizer.json`.
 
 Training runs use the tokenizer that `to_tokenizer_json` exports. The `tokenizers` library runs it, in Rust, and gives
 the same ids as the plain Python of `ByteLevelBPE`.
@@ -21,12 +21,14 @@ from lightning_modules.bpe.textbook import (
 
 
 class ByteLevelBPE:
-    """A tokenizer in plain Python, written to be read and to test others.
+    """A byte-level tokenizer in plain Python, as an explanation and as a reference for tests.
 
     The time for a word grows with the square of its length; a cache holds the words that were encoded last.
 
     Args:
-        special_tokens: Texts that stand for themselves; they are searched before the text is split into words.
+        merges: Pairs of tokens to merge, in the order in which they were learned.
+        special_tokens: Texts that are tokens as a whole; they are searched before the text is split into words.
+        pattern: Pattern of words, as in `count_words`.
     """
 
     def __init__(
@@ -62,7 +64,7 @@ class ByteLevelBPE:
     def decode(self, ids: Iterable[int]) -> bytes:
         """Return the bytes that the ids stand for; raise `ValueError` if an id is not in the vocabulary.
 
-        A token may be a part of a character; `.decode("utf-8", "replace")` makes a text of any result.
+        A token may be a part of a character; `.decode("utf-8", "replace")` turns any result into text.
         """
         try:
             return b"".join([self._bytes[token_id] for token_id in ids])
@@ -89,7 +91,7 @@ def to_tokenizer_json(
     """Return the content of a `tokenizer.json`, which `tokenizers` and `AutoTokenizer` load.
 
     The library finds words with another engine (Oniguruma), which has other versions of the Unicode tables. The two
-    patterns of `textbook.py` mean the same to both, except for characters that one of the tables does not contain.
+    patterns of `textbook.py` match the same text in both, except for characters that one of the tables lacks.
     """
     ids = vocabulary(merges, special_tokens)
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False) | {"special": True}

@@ -1,4 +1,4 @@
-"""Counting words in processes beside the one that reads the texts."""
+"""Counting of words in processes other than the one that reads the texts."""
 
 import multiprocessing
 import signal
@@ -13,17 +13,19 @@ from lightning_modules.bpe.textbook import count_words
 
 
 class WordCounter:
-    """Counts the words of texts, in this process or in others.
+    """Counter of the words of texts, in this process or in others.
 
-    A process leaves when `close` is called, when this process ends, and when it is killed. The methods raise the errors
+    The processes end when `close` is called, and when this process ends or is killed. The methods raise the errors
     of `count_words`, for these texts or earlier ones, and `MisconfigurationException` if a process was killed.
 
     Args:
+        pattern: Pattern of words, as in `count_words`.
+        special_tokens: Texts that are tokens as a whole.
         workers: Processes that count; 0 counts in this one. If the platform starts processes by `spawn`, a script needs
             its `if __name__ == "__main__"`.
 
     Attributes:
-        words: How often each word occurs in the texts that were added; complete after `wait()`.
+        words: Number of occurrences of each word in the texts that were added; complete after `wait()`.
         n_bytes: Number of UTF-8 bytes of the texts that were added.
     """
 
@@ -37,7 +39,7 @@ class WordCounter:
         self._busy: deque[Connection] = deque()  # in the order in which they were given texts
 
     def add(self, texts: list[str]) -> None:
-        """Count the words of some texts, which end where a word ends, or give them to a process that counts them."""
+        """Count the words of texts, or send them to a process that does; a text must end where a word ends."""
         self.n_bytes += sum(len(text.encode()) for text in texts)
         if self._workers == 0:
             self.words.update(count_words(texts, *self._arguments))
