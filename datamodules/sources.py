@@ -31,7 +31,7 @@ from lightning_modules.common.files import atomic_file
 from lightning_modules.common.messages import first_line, say
 from lightning_modules.common.ranges import PositiveInt
 
-# In characters. A tokenizer needs up to a hundred bytes of memory for each, and encodes several pieces at once.
+# Characters. A tokenizer needs up to a hundred bytes of memory for each, and encodes several pieces at once.
 PIECE_SIZE = 2**16
 
 # GPT-like pre-tokenizers always split after such a newline. Other whitespace around a cut could be one token.
@@ -54,7 +54,7 @@ class Source(ABC):
 
     @abstractmethod
     def fingerprint(self) -> str:
-        """Return a string that changes when the text changes, without reading the text."""
+        """Return a string that changes when the text changes."""
 
     def documents(self) -> Iterator[str]:
         """Yield every document whole."""
@@ -121,14 +121,15 @@ class TextFiles(Source):
                 raise MisconfigurationException(f"text file {name} is empty: give a file that holds text")
 
     def fingerprint(self) -> str:
-        """Return a hash of the paths, sizes and modification times of the files, and of the URLs."""
-        return digest(["TextFiles", [name if is_url(name) else stat_of(Path(name)) for name in self._files()]])
+        """Return a hash of the paths and contents of the files, and of the URLs."""
+        return digest(["TextFiles", [name if is_url(name) else identity_of(Path(name)) for name in self._files()]])
 
     def _files(self) -> list[str]:
         files: list[str] = []
         for path in [self.paths] if isinstance(self.paths, str) else self.paths:
             local = str(Path(path).expanduser())
-            found = sorted(glob.glob(local, recursive=True)) if glob.has_magic(local) else [local]
+            is_pattern = glob.has_magic(local) and not Path(local).is_file()  # a name may have brackets
+            found = sorted(glob.glob(local, recursive=True)) if is_pattern else [local]
             found = [path] if is_url(path) else [name for name in found if Path(name).is_file()]
             if not found:
                 raise MisconfigurationException(
@@ -144,10 +145,13 @@ def is_url(path: str) -> bool:
     return "://" in path
 
 
-def stat_of(path: Path) -> list[str | int]:
-    """Return the path, the size in bytes and the modification time of a file, which change when its content does."""
-    stat = path.stat()
-    return [str(path.resolve()), stat.st_size, stat.st_mtime_ns]
+def identity_of(path: Path) -> list[str]:
+    """Return the path and a hash of the content of a file.
+
+    A file can change within its size and modification time. Hashing takes one to two seconds a gigabyte.
+    """
+    with path.open("rb") as file:
+        return [str(path.resolve()), hashlib.file_digest(file, "blake2b").hexdigest()]
 
 
 def _decoded(path: Path, name: str) -> Iterator[str]:
@@ -176,7 +180,7 @@ def download(url: str) -> Path:
         try:
             with fsspec.open(url, "rb", **options) as remote, atomic_file(target) as local:
                 shutil.copyfileobj(remote, local)
-        except Exception as error:  # every file system raises its own
+        except Exception as error:  # each file system has its own exceptions
             raise MisconfigurationException(
                 f"{url} could not be downloaded ({first_line(error)}): check the network and the address, or download "
                 "it elsewhere and give the path of the file in place of the URL"
@@ -210,7 +214,7 @@ class HubText(Source):
         """Yield the rows in pieces. Rows without text are skipped."""
         rows = load_hub_dataset(self.dataset, self.split, self.config, self.revision, self.streaming)
         with hub_errors(self.dataset, self.split, self.config):
-            columns = rows.column_names or list(next(iter(rows)))  # of some streams only the rows tell
+            columns = rows.column_names or list(next(iter(rows)))  # some streams have no column names
             if self.column not in columns:
                 raise MisconfigurationException(
                     f"dataset {self.dataset} has no column {self.column}: choose one of {', '.join(columns)}"
@@ -225,9 +229,9 @@ class HubText(Source):
                 yield from cut([text or ""])
 
     def fingerprint(self) -> str:
-        """Return a hash of the arguments, and of the paths, sizes and modification times of local files."""
+        """Return a hash of the arguments, and of the paths and contents of local files."""
         folder = Path(self.dataset)
-        files = [stat_of(path) for path in sorted(folder.rglob("*")) if path.is_file()] if folder.is_dir() else []
+        files = [identity_of(path) for path in sorted(folder.rglob("*")) if path.is_file()] if folder.is_dir() else []
         asked = [self.dataset, self.config, self.split, self.column, self.max_documents, self.revision]
         return digest(["HubText", asked, files])
 
@@ -235,7 +239,7 @@ class HubText(Source):
 PythonKind = Literal["topics", "docstrings", "modules", "tests"]
 
 _TEST_FOLDERS = {"test", "tests", "idle_test"}
-_FOREIGN_FOLDERS = {"site-packages", "dist-packages", "__pycache__", "pydoc_data"}  # the last holds the topics again
+_FOREIGN_FOLDERS = {"site-packages", "dist-packages", "__pycache__", "pydoc_data"}  # the last repeats the topics
 
 
 @dataclass
@@ -275,7 +279,7 @@ class PythonText(Source):
 def _topics() -> Iterator[str]:
     try:
         topics = importlib.import_module("pydoc_data.topics").topics
-    except ImportError:  # some systems have it in a package of its own
+    except ImportError:  # some systems have it in a separate package
         return
     yield from (topics[name] for name in sorted(topics))
 
@@ -289,7 +293,7 @@ def _modules(tests: bool = False) -> Iterator[str]:
         try:
             with tokenize.open(path) as file:  # reads with the encoding that the file declares
                 yield file.read()
-        except (SyntaxError, UnicodeDecodeError):  # some tests use files that cannot be read
+        except (SyntaxError, UnicodeDecodeError):  # some files for tests are invalid on purpose
             continue
 
 

@@ -16,10 +16,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from datamodules.base import ExperimentDataModule, shuffled
 from datamodules.cache import digest
-from datamodules.sources import Piece, Source, cut, download, is_url, stat_of
+from datamodules.sources import Piece, Source, cut, download, identity_of, is_url
 from lightning_modules.common.ranges import NonNegativeInt, PositiveFloat, PositiveInt, ThreeOrMore
 
-RARE = "<rare>"  # the word that replaces all rare ones; its id is 0
+RARE = "<rare>"  # replaces all rare words; its id is 0
 PARAGRAPH = "<p>"  # the word at the end of a paragraph
 
 _NLTK_BROWN = "https://raw.githubusercontent.com/nltk/nltk_data/gh-pages/packages/corpora/brown.zip"
@@ -66,7 +66,7 @@ class BrownCorpus(Source):
             return digest(["BrownCorpus", self.path])
         local = self._local()
         files = sorted(local.iterdir()) if local.is_dir() else [local]
-        return digest(["BrownCorpus", [stat_of(file) for file in files]])
+        return digest(["BrownCorpus", [identity_of(file) for file in files]])
 
     def _local(self) -> Path:
         if not is_url(self.path):
@@ -103,7 +103,7 @@ class NumberedText:
     """A text as ids, and its vocabulary by frequency."""
 
     ids: np.ndarray  # (N,) int32
-    words: list[str]  # the V words, the most frequent first; `RARE` is before them if there is one
+    words: list[str]  # the V words, the most frequent first; if words were replaced, `RARE` precedes them
     counts: np.ndarray  # occurrences of each word in the whole text, (V,)
 
 
@@ -128,7 +128,7 @@ def words_of(
 
 
 def number(words: Iterable[str], rare: int) -> NumberedText:
-    """Return a text with ids for its words; those that occur at most `rare` times are replaced by `RARE`."""
+    """Return a text with ids for its words; words that occur at most `rare` times are replaced by `RARE`."""
     first_seen: dict[str, int] = {}
     ids = np.fromiter((first_seen.setdefault(word, len(first_seen)) for word in words), np.int32)
     names = list(first_seen)
@@ -142,10 +142,10 @@ def number(words: Iterable[str], rare: int) -> NumberedText:
 
 
 class BengioNLMDataModule(ExperimentDataModule):
-    """Each word of a text with the n - 1 words before it; the text is cut into train, validation and test, in order.
+    """Words of a text, each with the n - 1 words before it; the text is cut into train, validation and test, in order.
 
     A batch is `{"context": (B, n - 1), "targets": (B,)}` of int64 ids; the nearest word of a context comes first. The
-    context of the first words of the validation and the test splits is in the split before, so that every word of these
+    context of the first words of the validation and test splits is in the previous split, so that every word of these
     splits is predicted. The first n - 1 words of the training split are not predicted.
 
     Args:
@@ -228,7 +228,7 @@ class BengioNLMDataModule(ExperimentDataModule):
                 f"the training text has {len(sides['train'])} words, fewer than one window of data.n {self.n}: give "
                 "more text, or a larger data.train"
             )
-        for side in ("val", "test") if stage == "test" else ("val",):  # val fits the trigram, for a test too
+        for side in ("val", "test") if stage == "test" else ("val",):  # the trigram is fitted to val, also for a test
             if not sides[side]:
                 raise MisconfigurationException(
                     f"data.train {self.train:g} and data.val {self.val:g} leave nothing of {len(self.text.ids):,} words"
@@ -236,18 +236,18 @@ class BengioNLMDataModule(ExperimentDataModule):
                 )
 
     def train_dataloader(self) -> DataLoader:
-        """Return the words of the training split, shuffled."""
+        """Return the loader of the training words, shuffled."""
         first = self.n - 1  # position of the first word with a whole context
         n = len(self.sides["train"]) - first
         order = shuffled(n, self.seed)
         return self.training_loader(NGramWindows(self.text.ids, self.n), n, lambda epoch: order(epoch) + first)
 
     def val_dataloader(self) -> DataLoader:
-        """Return the words of the validation split."""
+        """Return the loader of the validation words."""
         return self._split("val")
 
     def test_dataloader(self) -> DataLoader:
-        """Return the words of the test split."""
+        """Return the loader of the test words."""
         return self._split("test")
 
     def _split(self, side: str) -> DataLoader:

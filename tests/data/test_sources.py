@@ -1,6 +1,7 @@
 """Sources of text: files, URLs, hub datasets and the documentation of Python."""
 
 import http.server
+import os
 import socket
 import threading
 import tracemalloc
@@ -113,6 +114,23 @@ def test_missing_and_empty_files_are_named(tmp_path):
 def test_the_constructor_reads_nothing():
     TextFiles("missing.txt")
     HubText("nobody/nothing")
+
+
+def test_fingerprint_follows_content_that_changes_within_size_and_modification_time(tmp_path):
+    file = tmp_path / "text.txt"
+    file.write_text("one")
+    os.utime(file, (1, 1))
+    before = TextFiles(str(file)).fingerprint()
+    file.write_text("two")
+    os.utime(file, (1, 1))
+    assert TextFiles(str(file)).fingerprint() != before
+
+
+def test_a_name_with_brackets_is_a_file_before_it_is_a_pattern(tmp_path):
+    (tmp_path / "text [v2].txt").write_text("one")
+    (tmp_path / "text v.txt").write_text("two")
+    assert list(TextFiles(str(tmp_path / "text [v2].txt")).documents()) == ["one"]
+    assert list(TextFiles(str(tmp_path / "text [v].txt")).documents()) == ["two"]
 
 
 def test_fingerprint_follows_the_file(tmp_path):
