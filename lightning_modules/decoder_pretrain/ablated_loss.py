@@ -21,7 +21,7 @@ from lightning_modules.runtime.learning_curve import read_metric
 if TYPE_CHECKING:
     from lightning_modules.decoder_pretrain.module import PretrainModule
 
-_STRIDE = 1_000_003  # a prime far above the number of batches: other seeds and other batches draw other units
+_STRIDE = 1_000_003  # a prime far above the number of batches, so that different seeds draw different units
 
 
 class AblatedLoss(DrawsAtTheEnd):
@@ -32,8 +32,8 @@ class AblatedLoss(DrawsAtTheEnd):
     that spreads its computation over many units loses little without some of them; a network that has memorised its
     text relies more on single units (Morcos et al., 2018, https://arxiv.org/abs/1803.06959).
 
-    The units are those inside the feed-forward networks, which the decoder's own dropout never drops: otherwise the
-    callback would only repeat the noise of the training. The same units are off at all positions of a batch, and the
+    The units are those inside the feed-forward networks. The decoder's own dropout never drops them, so the callback
+    does not merely repeat the noise of the training. The same units are off at all positions of a batch, and the
     others are scaled by 1 / (1 - share) as in dropout, so that the layer loses units and keeps its magnitude. The
     choice of units depends only on the seed and the number of the batch, so runs and validations are comparable. The
     units of a larger share include those of a smaller one.
@@ -82,13 +82,13 @@ class AblatedLoss(DrawsAtTheEnd):
                 pl_module.evaluation_step(batch, metrics)
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: "PretrainModule") -> None:
-        """Log the loss of each share, and its difference to `val/loss`."""
+        """Log the loss of each share, and the difference from `val/loss`."""
         self._log("val", pl_module, pl_module.val_metrics)
 
     on_test_start, on_test_batch_end = on_validation_start, on_validation_batch_end
 
     def on_test_epoch_end(self, trainer: L.Trainer, pl_module: "PretrainModule") -> None:
-        """Log the loss of each share, and its difference to `test/loss`."""
+        """Log the loss of each share, and the difference from `test/loss`."""
         self._log("test", pl_module, pl_module.test_metrics)
 
     def _log(self, split: str, pl_module: "PretrainModule", whole: Any) -> None:
@@ -125,7 +125,7 @@ def units_switched_off(decoder: Decoder, share: float, seed: int, number: int) -
         decoder: Any decoder; it is unchanged after the context.
         share: Share of the units of each block (0 to less than 1).
         seed: Seed of the choice of units.
-        number: Number of the choice, such as that of a batch; other numbers draw other units.
+        number: Number of the choice, such as the index of a batch; different numbers draw different units.
     """
     generator = torch.Generator().manual_seed(seed * _STRIDE + number)
     hooks = []

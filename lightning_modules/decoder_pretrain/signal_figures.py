@@ -1,4 +1,4 @@
-"""Figures of the signal in a decoder. `SignalPropagation` saves the numbers, so the figures can be redrawn."""
+"""Figures of the signal in a decoder, drawn from the files of `SignalPropagation`, so that they can be redrawn."""
 
 from collections.abc import Mapping
 from pathlib import Path

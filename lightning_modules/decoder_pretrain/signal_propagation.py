@@ -37,8 +37,8 @@ class SignalPropagation(DrawsAtTheEnd):
     - at step 0 also `init/residual_growth`, the standard deviation after the last block divided by that after the
       embedding, and `init/gradient_growth`, the gradient of the first block divided by that of the last.
 
-    `signal/step_*.npz` holds these numbers and histograms of the logarithms of the absolute values: there a wider
-    distribution is the same hump further right. Zeros count in the first bin. The figures `signal_by_depth.png` and
+    `signal/step_*.npz` holds these numbers and histograms of the logarithms of the absolute values; in these, a
+    wider distribution is shifted to the right. Zeros count in the first bin. The figures `signal_by_depth.png` and
     `signal_histograms.png` are drawn from these files; W&B receives the histograms of each matrix.
 
     The callback reads the forward and backward passes of the training. It adds no pass and changes no result.
@@ -59,7 +59,7 @@ class SignalPropagation(DrawsAtTheEnd):
         self._hooks: list[RemovableHandle] = []
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Check that the module has a decoder whose layers can be hooked."""
+        """Check that the module has a decoder that accepts hooks."""
         require_whole_weights(trainer, type(self).__name__)
         require_decoder(pl_module, type(self).__name__)
 

@@ -1,4 +1,4 @@
-"""Instruction tuning: a language model learns to answer from references."""
+"""Instruction tuning of a language model to answer questions from references."""
 
 from lightning_modules.gpt2_webglm_qa.answers import AnswerQuestions
 from lightning_modules.gpt2_webglm_qa.module import GPT2WebGLMQAModule

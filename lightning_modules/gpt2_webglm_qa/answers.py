@@ -18,7 +18,7 @@ from lightning_modules.common.ranges import NonNegativeInt, PositiveInt
 from lightning_modules.gpt2_webglm_qa import citations
 from lightning_modules.runtime.drawing import log_before_training, show_table
 
-# What answers the questions, and its name in the tables.
+# The systems that answer the questions, and their names in the tables.
 SYSTEMS = {
     "tuned": "this model",
     "untuned": "its base, untuned",
@@ -31,7 +31,7 @@ Interval = tuple[float, float, float]  # a mean and the two ends of its interval
 
 @dataclass
 class Answer:
-    """An answer of a model or of a rule, and its cost; rules leave the defaults."""
+    """An answer and the cross entropy of the gold answer; the defaults are for answers of a rule."""
 
     text: str  # with citation marks
     ended: bool | None = None  # with the end-of-text token
@@ -50,12 +50,12 @@ class AnswerQuestions(L.Callback):
     In the run folder, `answers.md` has the table of the last validation and some questions with all answers, and
     `answers.json` has all questions. Weights & Biases gets a table of questions, references, gold answers and answers.
 
-    It reads `questions(split, n)`, `tokenizer` and `max_answer_tokens` of the data.
+    The callback reads `questions(split, n)`, `tokenizer` and `max_answer_tokens` of the data.
 
     Args:
         n_questions: Number of questions, spread evenly over the split, at least 1.
         batch_size: Questions answered at a time, at least 1.
-        lead_sentences: Number of sentences of the answers of the two rules, at least 1; about as many as a gold answer.
+        lead_sentences: Number of sentences in an answer of the two rules, at least 1; gold answers have about as many.
         n_shown: Questions in `answers.md` and in the table of Weights & Biases, 0 or more.
     """
 
@@ -72,7 +72,7 @@ class AnswerQuestions(L.Callback):
         self._answers: dict[str, list[Answer]] = {}
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Turn Lightning's sanity check, which a resumed run skips, into a whole validation of the untuned base."""
+        """Extend Lightning's sanity check, which a resumed run skips, to a whole validation of the untuned base."""
         if stage == "fit" and not trainer.fast_dev_run:
             trainer.num_sanity_val_steps = math.inf
 
@@ -107,7 +107,7 @@ class AnswerQuestions(L.Callback):
         if trainer.sanity_checking:
             return
         for system in ("tuned",) if trainer.state.fn == TrainerFn.FITTING else self._answers:
-            # The answers are those of all ranks; sync_dist tells Lightning that the metrics are equal on all of them.
+            # The answers are those of all ranks; sync_dist tells Lightning that the metrics are equal on all ranks.
             prefix = f"{side}/" if system == "tuned" else f"{side}/{system}/"
             pl_module.log_dict(self._means(system, prefix), sync_dist=True)
         if not trainer.fast_dev_run:
@@ -122,7 +122,7 @@ class AnswerQuestions(L.Callback):
         return answers
 
     def _answer(self, trainer: L.Trainer, pl_module: L.LightningModule) -> list[Answer]:
-        """Return the answers of the model to all questions. Each process answers a share and gathers the others."""
+        """Return the answers of the model to all questions; each process answers a share of them."""
         rank, world_size = trainer.global_rank, trainer.world_size
         share = range(len(self._examples))[rank::world_size]
         # Sorted by length, so that there is little padding.
@@ -182,7 +182,7 @@ class AnswerQuestions(L.Callback):
             for number, example in enumerate(self._examples)
         ]
         shown = questions[: self.n_shown]
-        # Without training, `global_step` is 0 whatever the step of the checkpoint.
+        # Without training, `global_step` is 0 and not the step of the checkpoint.
         step = trainer.global_step if trainer.state.fn == TrainerFn.FITTING else None
         content = {"step": step, "measures": table, "questions": questions}
         name = "answers" if trainer.state.fn == TrainerFn.FITTING else f"answers_{trainer.state.fn.value}"
@@ -196,7 +196,7 @@ class AnswerQuestions(L.Callback):
         show_table(trainer, "answers", ["step", "question", "references", "gold", *table], rows)
 
     def _remembered(self, trainer: L.Trainer) -> dict[str, list[Answer]]:
-        """Return the answers of the base that the fit of this run has saved, if they are to the same questions."""
+        """Return the answers of the base that an earlier fit of this run saved, if the questions are the same."""
         file = Path(trainer.default_root_dir) / "answers.json"
         if trainer.sanity_checking or not file.is_file():
             return {}

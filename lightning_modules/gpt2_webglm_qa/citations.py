@@ -1,10 +1,10 @@
 """Metrics of answers that cite references: similarity to a gold answer, citations, repetition; bootstrap intervals.
 
 The metrics of citations follow ALCE (Gao et al., 2023, "Enabling Large Language Models to Generate Text with
-Citations", https://arxiv.org/abs/2305.14627), with one difference. ALCE asks a model of natural-language inference
-whether passages entail a sentence. Here, passages support a sentence if they contain half of its content words. This
-needs no model and is right for copied sentences, which small models mostly write; it is wrong for negations and
-paraphrases.
+Citations", https://arxiv.org/abs/2305.14627), with one difference. ALCE uses a model of natural-language inference
+to decide whether passages entail a sentence. Here, passages support a sentence if they contain half of its content
+words. This needs no model and is right for copied sentences, which small models mostly write; it is wrong for negations
+and paraphrases.
 
 - Citation recall is the share of sentences that their cited passages together support. A sentence without a citation
   is not supported.
@@ -114,7 +114,7 @@ def lead(references: Sequence[str], n_sentences: int, number: int = 1) -> str:
 
 
 def best_reference(question: str, references: Sequence[str]) -> int:
-    """Return the number of the reference with most content words of the question, the first of several; 1 for none."""
+    """Return the number of the reference with most content words of the question, the first of several, or else 1."""
     asked = content_words(question)
     return 1 + int(np.argmax([len(asked & content_words(reference)) for reference in references] or [0]))
 

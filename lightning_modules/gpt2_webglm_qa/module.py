@@ -1,4 +1,4 @@
-"""Instruction tuning: a pretrained model learns to answer a question from references, and to cite them."""
+"""Instruction tuning of a pretrained model to answer a question from references, and to cite them."""
 
 from collections.abc import Sequence
 
@@ -101,7 +101,7 @@ class GPT2WebGLMQAModule(FineTunedCausalLM):
 
 @torch.no_grad()
 def keeps_records_apart(model: nn.Module) -> bool:
-    """Return whether a model attends only within a sequence of increasing position ids, tried on two records."""
+    """Return whether a model attends only within a sequence of increasing position ids, tested on two records."""
     ids = torch.arange(4, device=model.device)[None] % model.config.vocab_size  # two records of two tokens
     positions = torch.tensor([[0, 1, 0, 1]], device=model.device)
     with evaluating(model):

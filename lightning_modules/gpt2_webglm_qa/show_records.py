@@ -19,10 +19,10 @@ Spans = list[tuple[str, float]]  # text of a token, and its weight in the loss
 class ShowRecords(L.Callback):
     """Callback that writes `records.html` before the first step: training records, coloured by the weights of tokens.
 
-    Below them are the numbers of records that were cut or skipped; the loggers get them as `data/train/...`. A trial
-    run (`trainer.fast_dev_run`) writes no files and prints the records to the terminal.
+    The page also has the numbers of records that were cut or skipped, which are logged as `data/train/...`. A trial run
+    (`trainer.fast_dev_run`) writes no files and prints the records to the terminal.
 
-    It reads `tokenizer`, `rows` and `counts` of the data.
+    The callback reads `tokenizer`, `rows` and `counts` of the data.
 
     Args:
         n_records: Number of records, spread evenly over the training split, at least 1.

@@ -50,5 +50,5 @@ class GPTNeoStyleModule(FineTunedCausalLM):
         }
 
     def next_command(self, run: str) -> str:
-        """Return the command that lets the model write."""
+        """Return the command that generates text with the model of a run."""
         return f'llm-train generate --run {run} --prompt "The"'

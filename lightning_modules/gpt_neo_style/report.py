@@ -35,13 +35,13 @@ Row = tuple[str, float | None, float | None, float | None]
 
 
 class StyleSamples(SampleText):
-    """Continues prompts at each validation, and compares the style of the continuations with that of the book.
+    """Callback that continues prompts at each validation, and compares the style of the continuations with the book.
 
-    Logs `samples/distinct_1`, `samples/distinct_2`, `samples/layout`, `samples/vocabulary_overlap`,
+    It logs `samples/distinct_1`, `samples/distinct_2`, `samples/layout`, `samples/vocabulary_overlap`,
     `samples/sentence_length` and `samples/longest_copy` of the continuations without their prompts, and once, at step
     0, the same metrics of the held-out passages of the book as `book/...`.
 
-    The data has `book_passages`: the passages of the books by split.
+    The callback reads `book_passages` of the data, the passages of the books by split.
 
     Args:
         samples_per_prompt: Continuations of each prompt to evaluate, at least 1; the first is shown.
@@ -87,17 +87,17 @@ class StyleSamples(SampleText):
 
 
 def whole_lines(continuation: str, prompt: str) -> str:
-    """Return a continuation without the line that the prompt began and the last line, if that leaves any line."""
+    """Return a continuation without the line that the prompt began and the last line, if other lines remain."""
     lines = continuation.split("\n")
     begun = 0 if prompt.endswith("\n") else 1
     return "\n".join(lines[begun:-1]) if any(line.strip() for line in lines[begun:-1]) else continuation
 
 
 class StyleReport(DrawsAtTheEnd):
-    """Writes `style.md` and `style.csv` and draws `figures/style.png` when the training ends, however it ends.
+    """Callback that writes `style.md` and `style.csv` and draws `figures/style.png` when the training ends.
 
     Both tables compare the metrics before training, at step 0 (see `LossBeforeTraining`), with those at the best
-    validation. They are made from `metrics.csv`.
+    validation. They are made from `metrics.csv`, also after a failure.
     """
 
     @rank_zero_only
@@ -147,7 +147,7 @@ def _shown(value: float | None) -> str:
 
 
 def draw_perplexities(metrics_csv: Path, file: Path) -> Path:
-    """Draw the perplexities of the three texts by step, which show learning and forgetting, and return the file."""
+    """Draw the perplexities of the three texts by step, to show learning and forgetting, and return the file."""
     from matplotlib.ticker import LogLocator, NullLocator
 
     figure = new_figure(7, 4)

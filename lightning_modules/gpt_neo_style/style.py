@@ -10,7 +10,7 @@ Shape = tuple[str, str, str, int]
 _WORD = re.compile(r"[^\W\d_]+(?:['’-][^\W\d_]+)*")
 _SENTENCE_END = re.compile(r"[.!?]+[\"'”’)\]]*(?=\s|$)|\n\s*\n")
 _LENGTHS = (20, 40, 60, 80)  # characters; bounds of the classes of line lengths
-_COMMON = 0.005  # share of a book's lines that a shape needs to be part of the book's layout
+_COMMON = 0.005  # smallest share of the lines of a book for a shape that is part of its layout
 
 
 def words(text: str) -> list[str]:
@@ -22,8 +22,8 @@ def distinct_n(tokens: Sequence[str], n: int, window: int = 50) -> float:
     """Return the share of n-grams that are distinct (Li et al., 2016), the mean over windows of equal length.
 
     The share falls with the length of a text, so only windows of one length are comparable (as in the moving-average
-    type-token ratio of Covington and McFall, 2010). A shorter text is one window, and one of fewer than `n` words has
-    NaN.
+    type-token ratio of Covington and McFall, 2010). A shorter text is one window. The result is NaN for fewer than `n`
+    words.
     """
     shares = []
     for start in range(0, max(1, len(tokens) - window + 1), window):
@@ -77,7 +77,7 @@ def longest_copy(tokens: Sequence[str], source: Sequence[str]) -> list[str]:
 
 
 class BookStyle:
-    """The style of a book, with which other texts are compared."""
+    """The style of a book, for comparison with other texts."""
 
     def __init__(self, text: str) -> None:
         self.shapes = common_shapes(text)

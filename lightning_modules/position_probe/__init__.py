@@ -1,4 +1,4 @@
-"""What learned position embeddings encode."""
+"""Probes of learned position embeddings."""
 
 from lightning_modules.position_probe.module import PositionProbeModule
 from lightning_modules.position_probe.report import PositionReport

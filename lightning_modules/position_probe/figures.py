@@ -1,4 +1,4 @@
-"""Figures of a position matrix and its controls, drawn from files of a run, so that they can be drawn again."""
+"""Figures of a position matrix and its controls, drawn from files of a run, so that they can be redrawn."""
 
 import csv
 from collections import Counter
@@ -150,7 +150,7 @@ def _range_of(octave: int) -> str:
 
 
 def _panels(tables: Tables, height: float, **options: Any) -> tuple["Figure", list["Axes"]]:
-    """Return a figure with one panel for each table, which has its title."""
+    """Return a figure with one titled panel for each table."""
     figure = new_figure(2.4 * len(tables) + 0.6, height)
     axes = list(figure.subplots(1, len(tables), squeeze=False, **options)[0])
     for ax, name in zip(axes, tables, strict=True):

@@ -5,10 +5,10 @@ on the distance of their positions, and along which directions and frequencies t
 
 Translation invariance, monotonicity and symmetry are the properties of Wang et al., "On Position Embeddings in BERT"
 (2021), https://openreview.net/forum?id=onxoVA9FxMw. The paper states them as equations, and measures them on the
-attention of a model. The degrees to which they hold for a matrix alone are defined here.
+attention of a model. This file measures how nearly they hold for a matrix alone.
 
-Arguments: `rows` (T, d); `proximity` (T, T), the similarities of any two positions; `columns` (T, n), which vary along
-the positions. SciPy is imported where it is used, because it is slow to import.
+Arguments: `rows` (T, d); `proximity` (T, T), the similarity of each two positions; `columns` (T, n), functions of the
+position. SciPy is imported where it is used, because it is slow to import.
 """
 
 import numpy as np
@@ -17,7 +17,7 @@ NEAR = 16  # largest offset of local monotonicity
 
 
 def cosine_similarity(rows: np.ndarray) -> np.ndarray:
-    """Return the cosine of the angle between any two rows, (T, T); 0 for a row of zeros."""
+    """Return the cosine of the angle between each two rows, (T, T); 0 for a row of zeros."""
     norms = np.linalg.norm(rows, axis=1, keepdims=True)
     directions = rows / np.where(norms > 0, norms, 1)
     return directions @ directions.T
@@ -106,7 +106,8 @@ def principal_components(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.n
 def effective_rank(rows: np.ndarray) -> float:
     """Return the number of directions in which the rows vary, weighted by how much (Roy and Vetterli, 2007).
 
-    It is exp(-Σ p log p), where p are the singular values about the mean divided by their sum: k for k equal ones.
+    It is exp(-Σ p log p), where p are the singular values of the centred rows divided by their sum: k if k of them are
+    equal and the rest 0.
     """
     from scipy.stats import entropy
 

@@ -11,7 +11,7 @@ REAL, RANDOM_LABELS = 0, 1  # indices among the cases of the data
 
 
 class ProbeMeasures(SplitMetric):
-    """Scores and errors of the probes on the pairs of each side, of C tables, F folds and T positions."""
+    """Scores and errors of the probes on the pairs of each side, for C cases, F folds and T positions."""
 
     def __init__(self, n_cases: int, n_folds: int, n_positions: int) -> None:
         super().__init__()

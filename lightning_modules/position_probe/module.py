@@ -1,4 +1,4 @@
-"""Probing position embeddings: how much of a position, an order or a distance can be read from their rows?"""
+"""Probing of position embeddings: how well positions, orders and distances can be predicted from their rows."""
 
 from collections.abc import Mapping
 from typing import Literal
@@ -23,7 +23,7 @@ class PositionProbeModule(ExperimentModule):
 
     Args:
         probe: `linear`, `bilinear` or `mlp`.
-        width: Rank of the bilinear form, or hidden units of the mlp, of each probe; the linear probe has none.
+        width: Rank of the bilinear form, or hidden units of the mlp, of each probe; unused by the linear probe.
     """
 
     def __init__(self, probe: Literal["linear", "bilinear", "mlp"] = "mlp", width: PositiveInt = 16) -> None:
@@ -60,7 +60,7 @@ class PositionProbeModule(ExperimentModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the sum of the losses of all probes, each over the training pairs of its fold."""
         # The sum over the pairs of a fold is divided by the size of the whole batch. So the gradients of several
-        # processes average to that of the global batch, whatever share of a fold's pairs each process has.
+        # processes average to that of the global batch, even if the processes have different shares of a fold's pairs.
         trains_on = (batch["side"] == SIDES.index("seen"))[None, :, :, None]  # (1, F, B, 1)
         losses = (self._losses(batch["pairs"])[0] * trains_on).mean(dim=2)  # (C, F, K)
         share = trains_on.float().mean()

@@ -1,4 +1,4 @@
-"""Probes: functions learned from examples that predict targets from two rows of a position matrix.
+"""Probes: learned functions that predict targets from two rows of a position matrix.
 
 A probe reads the rows x_i and x_j of two positions and predicts one of four targets:
 
@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 TARGETS = ("position", "order", "signed_distance", "distance")
-ORDER = TARGETS.index("order")  # a class: whether the first of the two comes first
+ORDER = TARGETS.index("order")  # the only target that is a class
 
 
 def targets_of(first: Tensor, second: Tensor) -> Tensor:
@@ -47,7 +47,7 @@ def standardized(rows: Tensor, seen: Tensor) -> Tensor:
 class LinearProbes(nn.Module):
     """Probes y = a · x_i + b · x_j + c for a stack of G tables of rows (T, d) and K targets.
 
-    `width` is the rank W of the bilinear form, or the hidden units of the mlp; the linear probe has none.
+    `width` is the rank W of the bilinear form, or the hidden units of the mlp; it is unused by the linear probe.
     """
 
     def __init__(self, n_tables: int, n_embd: int, n_targets: int, width: int = 0) -> None:

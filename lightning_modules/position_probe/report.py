@@ -1,4 +1,4 @@
-"""What a run of position_probe leaves: the rows, tables of measures and of scores, and figures."""
+"""Files and figures of a run of position_probe: the rows, tables of measures and of scores."""
 
 import csv
 from collections.abc import Iterable, Sequence
@@ -25,7 +25,7 @@ _N_COMPONENTS = 10
 
 
 class PositionReport(L.Callback):
-    """Tables and figures of what is measured without training, when a run starts, and of the probes, as it goes on.
+    """Callback that writes tables and figures: of the untrained measures at the start, and of the probes.
 
     - `positions.npz`: the rows of the matrix and of each control, by name.
     - `geometry.csv`: the measures of `geometry.measures`, one column for the matrix and for each control.

@@ -23,7 +23,7 @@ _BATCH = 16  # windows
 
 
 class ShiftedPerplexity(L.Callback):
-    """Evaluation of the probed model on windows of text that start at other positions than 0.
+    """Callback that evaluates the probed model on windows of text that start at positions other than 0.
 
     A model that uses only the distances between tokens has the same perplexity everywhere (Sinha et al., "The Curious
     Case of Absolute Position Embeddings", 2022, https://arxiv.org/abs/2210.12574). For comparison, the same model is

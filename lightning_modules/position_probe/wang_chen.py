@@ -20,16 +20,16 @@ class WangChenModule(KeepsBufferDtypes, GradientFreeModule):
     - Absolute position: a linear regression predicts the position of a row. Its predictions are rounded to whole
       positions; the mean absolute error is over folds of the rows in random order.
     - Order: a logistic regression predicts from the rows of a pair, concatenated, which comes first. The error rate is
-      over folds of random pairs. A batch holds the pairs of one repetition; the paper has 512.
+      over folds of random pairs. A batch holds the pairs of one repetition, 512 in the paper.
 
-    Each training step is one repetition with other pairs and other folds. The regressions are fitted to the end within
-    the step, so a step leaves only its errors. Rows are not standardised. There is no validation and no test.
+    Each training step is one repetition with other pairs and other folds. The regressions are fitted completely within
+    the step, so only the errors are kept. Rows are not standardised. There is no validation and no test.
 
     The module reads `cases`, `rows` and `labels` of the data; see `PositionProbeDataModule`.
 
     Args:
         n_folds: Folds of the cross-validation.
-        penalty: Strength of the L2 penalty of the logistic regression; the paper has 1, the default of scikit-learn.
+        penalty: Strength of the L2 penalty of the logistic regression; the paper uses 1, the default of scikit-learn.
     """
 
     # Lightning skips the validation of a module that does not override these hooks.
