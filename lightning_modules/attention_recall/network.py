@@ -56,7 +56,11 @@ class AttentionNetwork(nn.Module):
     """Embeddings, a stack of blocks, and an output matrix that gives a score to every token at every position.
 
     Args:
-        n_head: Number of attention heads of a block; divides n_embd.
+        vocab_size: Number of tokens V.
+        block_size: Largest number of positions in a sequence.
+        n_layer: Number of blocks.
+        n_head: Number of attention heads of a block; divides `n_embd`.
+        n_embd: Width C of the residual stream.
         without: Parts to leave out, see `AttentionRecallModule`.
     """
 
