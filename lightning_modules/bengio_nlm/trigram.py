@@ -23,7 +23,8 @@ def fit_mixture(
         probabilities: Probability of each of N observations by each of K models, (N, K); positive for at least one.
         groups: Group of each observation, (N,) integers below `n_groups`; each group has its own weights.
         n_groups: Number of groups, G. A group without observations has the weights of all observations together.
-        tolerance: EM stops when a step gains less than this, in nats an observation.
+        tolerance: EM stops when a step gains less than this, in nats per observation.
+        max_steps: Largest number of steps.
     """
     n_models = probabilities.shape[1]
     sizes = np.bincount(groups, minlength=n_groups)[:, None]  # (G, 1)
