@@ -73,6 +73,7 @@ def draw_tokenization(samples: Mapping[str, Sequence[tuple[int, bytes]]], file: 
     Args:
         samples: Tokens of the text (id, bytes), by the name of the tokenizer. Bytes that are not a whole character are
             drawn in grey and in hexadecimal.
+        file: PNG file to create or replace.
     """
     layouts = {name: _lay_out([token for _, token in tokens]) for name, tokens in samples.items()}
     heights = [2 + max(row for row, *_ in boxes) + 1 for boxes in layouts.values()]  # a heading and an empty line

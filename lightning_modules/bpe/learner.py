@@ -44,6 +44,7 @@ def learn_merges(
     """Return the merges, in order, that enlarge the vocabulary to `vocab_size` tokens, or fewer if no pair is left.
 
     Args:
+        word_counts: Number of occurrences of each word, by its bytes.
         vocab_size: Tokens of the vocabulary, special tokens and bytes included; at least 256 + special tokens.
         special_tokens: Texts that are tokens as a whole; they get the first ids, on which the order of ties depends.
         progress: Called repeatedly with the number of merges learned so far.
