@@ -153,6 +153,7 @@ class OneCycle(Cosine):
 
     Args:
         warmup: Steps of the rise: a share of the run below 1, a number of steps from 1 on.
+        final: Rate at the end, as a share of the peak (0 to 1).
         initial: Rate at the start, as a share of the peak (0 to 1).
     """
 
