@@ -125,8 +125,10 @@ class MaskedReviews(TokenizedReviews):
 
     Args:
         rows: Token ids of each review with special tokens, (T,) each.
+        tokenizer: Tokenizer with a padding and a mask token.
         fraction: Fraction of the tokens, or of the words, that are chosen.
         whole_words: Whether all tokens of a word are chosen together.
+        seed: Seed of the targets.
     """
 
     def __init__(
@@ -166,7 +168,7 @@ class MaskedReviews(TokenizedReviews):
             return places, places
         words = np.cumsum(~self.continues[ids[places]])  # index of the word of each place
         words -= words[0]
-        n = int(self.fraction * (words[-1] + 1) + draw.random())  # rounded at random, so that the mean is right
+        n = int(self.fraction * (words[-1] + 1) + draw.random())  # rounded at random, so that its mean is exact
         is_chosen = np.zeros(words[-1] + 1, dtype=bool)
         is_chosen[draw.permutation(len(is_chosen))[:n]] = True
         chosen = places[is_chosen[words]]
@@ -222,7 +224,7 @@ class ReviewsDataModule(WithTokenizer, ExperimentDataModule):
         return tokenizer
 
     def load_tokenizer(self) -> "PreTrainedTokenizerFast":
-        """Return the tokenizer that the argument names."""
+        """Return the tokenizer of the argument."""
         return load_tokenizer(self.tokenizer_name)
 
     def prepare_data(self) -> None:
@@ -265,7 +267,7 @@ class ReviewsDataModule(WithTokenizer, ExperimentDataModule):
 
         Args:
             reviews: Reviews to tokenise.
-            parts_of: Maps the ids of a review, and a length, to parts that are at most so long.
+            parts_of: Function from the ids of a review and a length to parts that have at most this length.
         """
         plain = encode(self.tokenizer, ["a"])[0].tolist()
         framed = self.tokenizer("a")["input_ids"]  # with the tokens that the tokenizer adds before and after a text
@@ -338,8 +340,9 @@ class BertImdbDataModule(ReviewsDataModule):
         """Replace the tokens in the batches of a split by features, computed once and kept in the cache.
 
         Args:
+            split: `train`, `val` or `test`.
             model: Identity of the encoder, any value that JSON can represent.
-            features_of: Returns the features of a batch, (B, F).
+            features_of: Function from a batch to its features, (B, F).
         """
         dataset = self.datasets[split]
         file = cache_root() / "features" / f"{digest([model, dataset.fingerprint()])}.npy"
@@ -375,7 +378,7 @@ class MaskedReviewsDataModule(ReviewsDataModule):
     split into several rows; no token is dropped.
 
     Args:
-        *args: Arguments of `ReviewsDataModule`. `tokenizer` may also be `wordpiece`, which learns one from the reviews.
+        *args: Arguments of `ReviewsDataModule`. The tokenizer `wordpiece` is learned from the reviews.
         mask_fraction: Fraction of the tokens that are predicted, in (0, 1).
         whole_words: Whether the tokens of a word are masked together; needs a WordPiece tokenizer.
         wordpieces: Number of tokens to learn, for the tokenizer `wordpiece`.
@@ -401,7 +404,7 @@ class MaskedReviewsDataModule(ReviewsDataModule):
         return [*self.source.reviews("train"), *self.source.unlabelled()]
 
     def load_tokenizer(self) -> "PreTrainedTokenizerFast":
-        """Return the tokenizer that the argument names, or learn it."""
+        """Return the tokenizer of the argument; `wordpiece` is learned from the reviews."""
         if self.tokenizer_name == "wordpiece":
             return learn_wordpieces([review.text for review in self.pretraining_reviews], self.wordpieces)
         return super().load_tokenizer()
@@ -427,7 +430,7 @@ class MaskedReviewsDataModule(ReviewsDataModule):
         return MaskedReviews(rows, self.tokenizer, self.mask_fraction, self.whole_words, self.seed)
 
     def training_order(self) -> Order:
-        """Return the order of the training rows; each epoch has positions, and so targets, of its own."""
+        """Return the order of the training rows; each epoch has other positions, and therefore other targets."""
         n, order = len(self.datasets["train"]), super().training_order()
         return lambda epoch: order(epoch) + epoch * n
 

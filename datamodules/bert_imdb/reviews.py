@@ -62,9 +62,9 @@ class ReviewSource(ABC):
 
 
 class PartedSource(ReviewSource):
-    """Base of sources in parts, such as files. A split that has no part is held out of the part `train`.
+    """Base of sources in parts, such as files. A split without a part is held out of the part `train`.
 
-    A hash of the film, or of the text if the film is unknown, decides: all reviews of a film are in one split.
+    A hash of the film, or of the text if the film is unknown, chooses the split, so that a film is in one split only.
     """
 
     parts: dict[str, Any]  # arguments of `read`, by split; `unlabelled` too, if there are reviews without labels
@@ -131,7 +131,7 @@ def read_reviews(path: Path, classes: Sequence[str] | None = CLASSES, **fields: 
     The file is in UTF-8; the first line of a table names its columns. For the other arguments see `parse_review`.
 
     Raises:
-        MisconfigurationException: If the file is missing, or a line is not a review (with its number).
+        MisconfigurationException: If the file is missing, or a line is not a review; the message has its number.
     """
     if not path.is_file():
         raise MisconfigurationException(f"{path} does not exist: give a file of JSON lines, or a table (.csv)")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from datamodules.cache import cache_root, digest
+from datamodules.tokenizers import vocab_size
 from lightning_modules.common.files import write_text
 
 if TYPE_CHECKING:  # imported where used: transformers is slow to import
@@ -19,9 +20,9 @@ _FORMAT = 1  # part of the cache key: increase it when the tokens learned from t
 
 
 def learn_wordpieces(texts: Sequence[str], size: int, cache_dir: Path | None = None) -> "PreTrainedTokenizerFast":
-    """Return a lower-case tokenizer as that of BERT, with at most `size` tokens learned from texts; the cache keeps it.
+    """Return a lower-case tokenizer like that of BERT, with at most `size` tokens learned from texts.
 
-    The folder of the cache is `cache_root()` by default.
+    It is kept in the cache, by default in `cache_root()`.
     """
     from tokenizers import Tokenizer
     from tokenizers.implementations import BertWordPieceTokenizer
@@ -51,7 +52,6 @@ def _learn(texts: Sequence[str], size: int) -> dict[str, int]:
 
 def continues_word(tokenizer: "PreTrainedTokenizerFast") -> np.ndarray:
     """Return whether each token continues the word of the token before it, such as `##ing`, (V,) bool."""
-    vocabulary = tokenizer.get_vocab()
-    continues = np.zeros(max(vocabulary.values()) + 1, dtype=bool)
-    continues[[i for token, i in vocabulary.items() if token.startswith("##") and len(token) > 2]] = True
+    continues = np.zeros(vocab_size(tokenizer), dtype=bool)
+    continues[[i for token, i in tokenizer.get_vocab().items() if token.startswith("##") and len(token) > 2]] = True
     return continues
