@@ -1,4 +1,4 @@
-"""Instruction tuning: a language model learns to answer from references."""
+"""Instruction tuning of a language model to answer questions from references."""
 
 from datamodules.gpt2_webglm_qa.cited_answers import HubRecords, JSONLines
 from datamodules.gpt2_webglm_qa.data import GPT2WebGLMQADataModule

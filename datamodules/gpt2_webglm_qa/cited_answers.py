@@ -25,7 +25,7 @@ _MARKS_AND_SPACE = re.compile(r"(\s*)((?:\[\d+\])+)")
 
 @dataclass(frozen=True)
 class Record:
-    """A question, an answer whose citation marks count the references from 1, the references, and where it is from."""
+    """A question, its references, an answer whose citation marks count them from 1, and where the record was read."""
 
     question: str
     answer: str
@@ -56,10 +56,12 @@ def arrange(record: Record, order: Order, marks: Citations, seed: int = 0) -> Re
     """Return a record with its references in another order, and with citation marks that follow them.
 
     Args:
+        record: Record to arrange.
         order: `given` keeps the order, `shuffled` draws one from the seed and the question, and `none` removes the
             references, so that the marks cite references that do not exist.
         marks: `keep` keeps the marks, `strip` removes them, and `renumber` moves the cited references to the front, in
             the order of their first citation, so that the first mark is `[1]`.
+        seed: Seed of the order `shuffled`.
     """
     numbers = list(range(1, len(record.references) + 1))  # old number of each reference, in the new order
     if order == "none":

@@ -47,10 +47,10 @@ class GPT2WebGLMQADataModule(WithTokenizer, ExperimentDataModule):
             reference is written as `[1] its text`, on a line of its own.
         references: Order of the references: `given` as in the record; `shuffled`, drawn from the question and, for the
             training split, the seed; `none` removes them. The citation marks follow their references.
-        citations: How to treat the citation marks: `keep` keeps them, `strip` removes them, and `renumber` moves the
+        citations: Treatment of the citation marks: `keep` keeps them, `strip` removes them, and `renumber` moves the
             cited references to the front, in the order of their first citation.
-        missing_citations: How to treat a citation mark without a reference, whether it never existed or was cut: `keep`
-            keeps the mark, `strip` removes it, and `drop` skips the record. They are counted.
+        missing_citations: Treatment of citation marks whose reference never existed or was cut: `keep` keeps the mark,
+            `strip` removes it, and `drop` skips the record. They are counted.
         prompt_loss_weight: Weight of a token of the prompt in the training loss, 0 to 1; a token of the answer has 1.
         packing: Whether to put several records into a row. If not, a row is one record and padding.
         max_record_tokens: Largest number of positions of a record, at most and by default `block_size`. A longer record
@@ -122,7 +122,7 @@ class GPT2WebGLMQADataModule(WithTokenizer, ExperimentDataModule):
         self.source.prepare()
 
     def setup(self, stage: str) -> None:
-        """Read, tokenize and pack the records, and print what was cut."""
+        """Read, tokenise and pack the records, and print the numbers of those that were cut or skipped."""
         sides: dict[str, tuple[Side, ...]] = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}
         for side in sides.get(stage, ()):
             if side not in self.rows:

@@ -1,6 +1,6 @@
-"""Packing: several records share a row, so that little of it is padding.
+"""Packing of several records into a row, so that rows have little padding.
 
-To use the fewest bins is NP-hard. Best-fit decreasing takes the items from the largest to the smallest, and puts each
+Finding the fewest bins is NP-hard. Best-fit decreasing takes the items from the largest to the smallest, and puts each
 into the fullest bin that has room for it. It uses at most 11/9 of the fewest bins plus a constant (Johnson,
 "Near-Optimal Bin Packing Algorithms", 1973), and with many small items the bins are almost full.
 """

@@ -67,7 +67,7 @@ class PromptEncoder:
                 )
         if not template.endswith("{answer}"):
             raise MisconfigurationException(
-                f"data.template {template!r} goes on after {{answer}}: end it there, the end-of-text token follows"
+                f"data.template {template!r} has text after {{answer}}: end it there, the end-of-text token follows"
             )
         if tokenizer.eos_token_id is None:
             raise MisconfigurationException(

@@ -1,4 +1,4 @@
-"""Thousands of questions about Python's standard library, made from its documentation, which every machine has.
+"""Questions about Python's standard library, made from its documentation, which every machine has.
 
 An object of the library (a module, a class, a function) has a signature and a docstring. A passage is the signature and
 some consecutive sentences of the docstring. A question asks for one of the sentences, or for a part of the signature.
@@ -8,7 +8,7 @@ The answer is that sentence, word for word, with the number of the passage that 
     [1] os.path.isabs(s): Test whether a path is absolute
     [2] ...
 
-A question is asked only if the documentation answers it: "when does it raise" needs a sentence with the exception.
+A question is made only if the documentation answers it: "when does it raise" needs a sentence with the exception.
 """
 
 import ast
@@ -77,7 +77,7 @@ class PythonQuestions(RecordSource):
         test_fraction: Part of the modules that is held out for the test, 0 to less than 1.
         seed: Seed of the choice of passages that are not cited.
         max_modules: Number of modules to read, in alphabetical order, in addition to the built-in functions and types;
-            `null` for all. A few make a small data set in little time.
+            `null` for all. A small number gives a small data set quickly.
 
     Raises:
         MisconfigurationException: If `passage_characters` is too small, or nothing is left to train on.

@@ -147,7 +147,7 @@ def test_without_a_network_the_hub_is_one_line_that_names_the_offline_experiment
         ("{references} {answer}", r"has \{question\} 0 times"),
         ("{references} {question}", r"has \{answer\} 0 times"),
         ("{references} {question} {question} {answer}", r"has \{question\} 2 times"),
-        ("{references} {question} {answer} Thanks.", r"goes on after \{answer\}"),
+        ("{references} {question} {answer} Thanks.", r"has text after \{answer\}"),
     ],
 )
 def test_a_template_without_its_placeholders(template, message):
