@@ -21,11 +21,11 @@ from lightning_modules.common.ranges import NonNegativeInt, PositiveInt
 from lightning_modules.common.targets import IGNORED
 
 BLANK = 0  # the token of an empty position; the keys and then the values follow it
-EXAMPLES_AN_EPOCH = 2**20  # the examples never end: the next epoch has others
+EXAMPLES_AN_EPOCH = 2**20  # the next epoch has other examples
 
 
 class AttentionRecallDataModule(ExperimentDataModule):
-    """Examples that are computed on request: none is stored, and none is trained on twice.
+    """Examples of associative recall, computed on request: none is stored, and none is trained on twice.
 
     A batch is `{"input_ids": (B, T), "targets": (B, T), "distances": (B, T), "n_pairs": (B,)}`, all int64. At a query,
     the target is the value of its key and the distance is the number of positions back to the key of the pair; at all
@@ -35,11 +35,11 @@ class AttentionRecallDataModule(ExperimentDataModule):
         batch_size: Examples in a batch, over all processes.
         n_keys: Number of different keys.
         n_values: Number of different values.
-        n_pairs: Numbers of pairs, each at least 1; an example has one of these numbers of pairs, drawn at random. All
-            keys of an example are different, and so are its values.
+        n_pairs: Numbers of pairs, each at least 1; an example has one of these numbers of pairs, drawn at random. The
+            keys of an example are distinct, and so are its values.
         n_queries: Positions after the pairs that ask for one of them. The others are blank. A pair may be asked for
             several times.
-        block_size: Tokens in an example, at least two a pair and one a query.
+        block_size: Tokens in an example, at least two for each pair and one for each query.
         val_examples: Examples in the validation split, and as many others in the test split.
         num_workers: Processes that load ahead; 0 loads in the training process.
         seed: Seed of the examples.
@@ -105,7 +105,7 @@ class AttentionRecallDataModule(ExperimentDataModule):
 
 
 class RecallExamples(Dataset):
-    """Examples without end, each a function of the task and (seed, split, index)."""
+    """An unlimited number of examples, each a function of the task and (seed, split, index)."""
 
     def __init__(self, task: AttentionRecallDataModule, split: Side) -> None:
         self.n_keys, self.n_values, self.n_pairs = task.n_keys, task.n_values, np.array(task.n_pairs)
@@ -143,7 +143,7 @@ def random_bits(seed: int, split: int, index: np.ndarray, n: int) -> np.ndarray:
     """Return random numbers that are a function of the arguments, (B, n) uint64: one row for each index, (B,).
 
     They are those of SplitMix64 (Steele, Lea and Flood, "Fast Splittable Pseudorandom Number Generators", 2014), a
-    counter that is scrambled. NumPy would need a new generator for each example; this computes a whole batch at once.
+    counter that is scrambled. With NumPy, each example would need a new generator.
     """
     state = np.zeros(1, np.uint64)
     for part in (seed, split, index):
