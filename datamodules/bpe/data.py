@@ -22,8 +22,8 @@ class BPEDataModule(ExperimentDataModule):
     Args:
         source: Where the text comes from.
         batch_size: Pieces in a batch, over all processes. A piece is a document, or a part of a long one.
-        val_fraction: Part of the documents that is held out for validation, 0 to less than 1. A hash of the text
-            decides on the split of a document, so that copies share a split, and all runs and processes agree.
+        val_fraction: Part of the documents that is held out for validation, 0 to less than 1. A hash of its beginning
+            chooses the split of a document, so that copies share a split, and all runs and processes agree.
         test_fraction: Part of the documents that is held out for the test, 0 to less than 1.
         val_source: Text for validation, all of it, in place of a part of `source`.
         test_source: Text for the test, all of it, in place of a part of `source`.
@@ -52,14 +52,18 @@ class BPEDataModule(ExperimentDataModule):
         self.has_val = val_source is not None or val_fraction > 0
 
     def setup(self, stage: str) -> None:
-        """Refuse to start without text in the splits of this stage."""
+        """Check that the splits of this stage have text.
+
+        Raises:
+            MisconfigurationException: If one has none.
+        """
         if stage == "fit" and self.splits["train"].is_empty():
             raise MisconfigurationException("data.source: the corpus is empty; give text to learn from")
         needed = {"fit": ["val"] if self.has_val else [], "validate": ["val"], "test": ["test"]}.get(stage, [])
         for split in needed:
             if self.splits[split].is_empty():
                 raise MisconfigurationException(
-                    f"there is no {split} text: none of the documents fell to it; set data.{split}_fraction higher, or "
+                    f"there is no {split} text: no document was assigned to it; set data.{split}_fraction higher, or "
                     f"give data.{split}_source"
                 )
 
@@ -101,14 +105,14 @@ class SplitText:
             starts_document = ends_document
 
     def is_empty(self) -> bool:
-        """Return whether there is no text; it reads until there is some."""
+        """Return whether there is no text; read no further than the first piece."""
         return next(iter(self), None) is None
 
 
 class BatchStream(IterableDataset):
     """One process's share of each global batch of pieces, in the order of the source.
 
-    The workers of a loader take turns, batch by batch, in the order in which the loader asks them. The last batch may
+    The workers of a loader yield batches in turn, in the order in which the loader collects them. The last batch may
     have fewer than `batch_size` pieces, and the share of some processes may be empty.
 
     Attributes:
