@@ -25,8 +25,8 @@ class PretrainDataModule(TokenDataModule):
         windows: `random`: each window starts at a random token, and an epoch has as many windows as fit into the
             training text. `sequential`: an epoch is the text cut into blocks, in shuffled order; the boundaries move
             from epoch to epoch.
-        split: `tail` holds out the end of the text. `documents` holds out documents, drawn by a hash of their text, so
-            that copies share a split.
+        split: `tail` holds out the end of the text. `documents` holds out documents, drawn by a hash of their
+            beginning, so that copies share a split.
         val_fraction: Part of the text to hold out for validation (0 to less than 1).
         test_fraction: Part of the text to hold out for the test (0 to less than 1).
         val_source: Text for validation, in place of a part of `source`.
