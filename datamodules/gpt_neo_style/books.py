@@ -79,9 +79,11 @@ def cut_into_passages(text: str, n: int, val_fraction: float, test_fraction: flo
     text, each character once. Neighbours in the same split are joined.
 
     Args:
+        text: Text of the book.
         n: Number of passages before neighbours are joined.
         val_fraction: Part of the passages for validation; at least one passage unless it is 0.
         test_fraction: Part of the passages for the test; at least one passage unless it is 0.
+        name: Name of the book, for error messages.
 
     Raises:
         MisconfigurationException: If the book has too few lines.

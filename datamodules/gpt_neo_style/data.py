@@ -31,15 +31,16 @@ class GPTNeoStyleDataModule(TokenDataModule):
         tokenizer: Tokenizer of the base: a folder with a tokenizer.json, such a file, or a name on the hub.
         other_books: Books of another style, to evaluate on and not to train on; `null` for none.
         base_source: Text of the kind that the base was trained on, to evaluate what the model forgets; `null` for none.
-        base_val_fraction: Part of the documents of `base_source` to evaluate on, more than 0, at most 1. A hash of its
-            text chooses a document: the value that `decoder_pretrain` had chooses what it held out.
+        base_val_fraction: Part of the documents of `base_source` to evaluate on, more than 0, at most 1. Documents are
+            drawn by a hash of their beginning: the fraction of a `decoder_pretrain` run (split `documents`) gives those
+            that the run held out.
         base_windows: Blocks of that part to evaluate on, spread evenly over it, at least 1; all blocks if there are
             fewer.
         passages: Passages that a book is cut into, at least 2.
         val_fraction: Part of the passages that is held out for validation, 0 or more and less than 1.
         test_fraction: Part of the passages that is held out for the test, 0 or more and less than 1.
-        cache_dir: Folder of the tokenised text; by default `$LLM_TRAIN_CACHE` or `~/.cache/llm-train`.
-        num_workers: Processes that load in advance; 0 loads in the training process.
+        cache_dir: Folder of the tokenised text; `null` means `$LLM_TRAIN_CACHE` or `~/.cache/llm-train`.
+        num_workers: Processes that load ahead; 0 loads in the training process.
         seed: Seed of the order of the blocks, 0 or more.
 
     Raises:
@@ -79,7 +80,7 @@ class GPTNeoStyleDataModule(TokenDataModule):
         return self._passages(self.books)
 
     def prepare_data(self) -> None:
-        """Fetch the books and tokenise all text, on one process a machine."""
+        """Download the books and tokenise all text, on one process of each machine."""
         self._prepare()
 
     def setup(self, stage: str) -> None:
