@@ -1,4 +1,4 @@
-"""What learned position embeddings encode."""
+"""Probes of learned position embeddings."""
 
 from datamodules.position_probe.data import PositionProbeDataModule
 

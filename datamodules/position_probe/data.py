@@ -23,7 +23,7 @@ _N_WINDOWS = 64  # of text
 
 
 class PositionProbeDataModule(ExperimentDataModule):
-    """Pairs of positions, and tables with one row a position: the position matrix of a model and its controls.
+    """Pairs of positions, and tables with a row for each position: the position matrix of a model and its controls.
 
     A batch is `{"pairs": (B, 2), "side": (folds, B)}`. `pairs` are positions. `side` is 0 where the fold trains on both
     positions, 1 where both are held out and lie between training blocks (interpolation), 2 where both are held out and
@@ -46,11 +46,11 @@ class PositionProbeDataModule(ExperimentDataModule):
         source: The position matrix: a run folder of decoder_pretrain; a folder in Hugging Face's format; a name on the
             hub (of the types gpt2, gpt_neo, bert and roberta); a `.npy` of floating-point numbers (positions,
             components); or `sinusoids` or `gaussian`, which are computed.
-        n_positions: Positions to use, from the first on; null for all that the matrix has.
-        n_embd: Components of `sinusoids` and `gaussian`; other matrices have their own.
+        n_positions: Number of positions to use, from the first on; `null` for all of the matrix.
+        n_embd: Number of components of `sinusoids` and `gaussian`; not used for other matrices.
         n_blocks: Blocks that the positions are cut into, at least n_folds + 2, of at least two positions each.
         n_folds: Interpolation folds.
-        text: Text on which the callback ShiftedPerplexity evaluates the model; null for none.
+        text: Text on which the callback `ShiftedPerplexity` evaluates the model; `null` for none.
         batch_size: Pairs in a batch, over all processes, at least 1.
         num_workers: Processes that load ahead; 0 loads in the training process.
         seed: Seed of the controls, the folds, the spare pairs and the order, 0 or greater.
@@ -92,7 +92,7 @@ class PositionProbeDataModule(ExperimentDataModule):
         n = len(self.matrix.rows)
         rng = np.random.default_rng([self.seed, 2])
         tables = controls(self.matrix, self.seed)
-        tables.pop(self.source, None)  # a matrix is no control of itself
+        tables.pop(self.source, None)  # a matrix is not a control of itself
         self.cases = ["real", "random_labels", *tables]
         self.rows = torch.from_numpy(np.stack([self.matrix.rows, self.matrix.rows, *tables.values()])).float()
         self.labels = torch.arange(n).repeat(len(self.cases), 1)
@@ -112,7 +112,7 @@ class PositionProbeDataModule(ExperimentDataModule):
         return self.training_loader(self.train_pairs, len(self.train_pairs))
 
     def val_dataloader(self) -> DataLoader:
-        """Return the validation pairs, each once; a random sample where there are very many."""
+        """Return the validation pairs, each once; a random sample of them if there are very many."""
         return self.evaluation_loader(self.val_pairs, torch.arange(len(self.val_pairs)))
 
     def text_windows(self) -> Tensor | None:

@@ -1,4 +1,4 @@
-"""Position matrices: read from the files of a model without the rest of it, read from an array, or computed."""
+"""Position matrices: read from the files of a model without its other weights, read from an array, or computed."""
 
 import json
 from dataclasses import dataclass, replace
@@ -14,7 +14,7 @@ from lightning_modules.common.hub import hub_answers
 
 INITIAL_STD = 0.02  # of the normal distribution of new embeddings in GPT-2, GPT-Neo, BERT and RoBERTa
 
-# For each type of model, how the names of its position embeddings and of its token embeddings end.
+# For each type of model, the endings of the names of its position embeddings and of its token embeddings.
 _GPT = ("wpe.weight", "wte.weight")
 _BERT = ("embeddings.position_embeddings.weight", "embeddings.word_embeddings.weight")
 _TENSORS = {"gpt2": _GPT, "gpt_neo": _GPT, "bert": _BERT, "roberta": _BERT}
@@ -24,7 +24,7 @@ _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF
 
 @dataclass(frozen=True)
 class PositionMatrix:
-    """A position matrix, and what is known of its model, if it has one."""
+    """A position matrix, and the properties of its model if it has one."""
 
     rows: np.ndarray  # (T, d) float64, one row a position, in order
     tokens: np.ndarray | None = None  # the token embeddings, (V, d) float32
@@ -71,12 +71,12 @@ def sinusoids(n_positions: int, n_embd: int) -> np.ndarray:
 
 
 def controls(matrix: PositionMatrix, seed: int) -> dict[str, np.ndarray]:
-    """Return the controls of a matrix by name: tables of the same shape (T, d) that a result is compared with.
+    """Return the controls of a matrix by name: tables of the same shape (T, d), for comparison.
 
     - `shuffled`: the rows of the matrix in random order.
     - `gaussian`: independent normal numbers, each component with its mean and standard deviation in the matrix.
     - `sinusoids`: those of Vaswani et al. (2017), in which probes are known to find the position.
-    - `initialization`: normal numbers like those that the training started from.
+    - `initialization`: normal numbers with the standard deviation of the weights before training.
     """
     rows, rng = matrix.rows, np.random.default_rng([seed, 1])
     return {
