@@ -1,13 +1,13 @@
 """Base of the datamodules: loaders whose order depends only on the seed and the epoch, so that a run can resume.
 
-A dataset here maps positions to a whole batch: `dataset[positions]`, with positions (B,) int64, returns what the module
-gets, such as `{"input_ids": (B, T), ...}`. There is no `collate_fn`. A datamodule needs three steps:
+A dataset here maps positions to a whole batch: `dataset[positions]`, with positions (B,) int64, returns the
+batch of the module, such as `{"input_ids": (B, T), ...}`. There is no `collate_fn`. A datamodule needs three steps:
 
 1. Write such a dataset, and read or download the data in `prepare_data` and `setup`.
 2. Return `self.training_loader(dataset, n)` from `train_dataloader`: it shuffles the `n` positions in each epoch.
 3. Return `self.evaluation_loader(dataset, positions)` from `val_dataloader` and `test_dataloader`: it visits each
-   position once. On several processes each gets a share of every batch, and the share of the last batch may be empty
-   (B = 0); dataset and module must accept that.
+   position once. On several processes, each gets a share of every batch; the share of the last batch may be empty
+   (B = 0), which dataset and module must accept.
 
 If the datamodule has the attributes `vocab_size`, `pad_token_id`, `block_size` or `classes`, the command passes them to
 the arguments of the module that have the same names.
@@ -36,9 +36,9 @@ def shuffled(n: int, seed: int) -> Order:
 
 
 def leave_signals_to_the_parent(worker: int) -> None:
-    """Ignore Ctrl-C and SIGTERM in a loader's worker: the training process saves the run and ends its workers.
+    """Ignore Ctrl-C and SIGTERM in the worker of a loader: the training process saves the run and ends its workers.
 
-    A terminal, a container and a job scheduler send them to the whole process group.
+    A terminal, a container and a job scheduler send these signals to the whole process group.
     """
     for signal_number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signal_number, signal.SIG_IGN)
@@ -51,7 +51,11 @@ class GlobalBatches(Sampler[Tensor]):
     depends on the epoch alone: a resumed run calls `set_epoch` and sets `skip`, and continues where it stopped.
 
     Args:
+        n: Number of positions in an epoch.
+        order: Order of the positions in each epoch.
         batch_size: Positions in a global batch, over all processes.
+        rank: Rank of this process.
+        world_size: Number of processes.
         drop_last: Whether to drop an incomplete last batch. If not, it is split as evenly as possible, and the share of
             some processes may be empty.
 
@@ -120,7 +124,7 @@ class ExperimentDataModule(LightningDataModule):
         return self._loader(dataset, len(positions), lambda epoch: positions, drop_last=False)
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """Move a batch to the device; on the CPU, to search it for tensors would take as long as a small layer."""
+        """Move a batch to the device; on the CPU, skip the search for tensors, which takes as long as a small layer."""
         return batch if device.type == "cpu" else super().transfer_batch_to_device(batch, device, dataloader_idx)
 
     @property
@@ -139,6 +143,6 @@ class ExperimentDataModule(LightningDataModule):
             persistent_workers=self.num_workers > 0,
             worker_init_fn=leave_signals_to_the_parent,
             pin_memory=torch.cuda.is_available(),
-            # A loader draws a seed for its workers, by default from the global generator, which must not be touched.
+            # By default, a loader draws the seed of its workers from the global generator, whose state must not change.
             generator=torch.Generator().manual_seed(self.seed),
         )

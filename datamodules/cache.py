@@ -1,4 +1,4 @@
-"""The cache of the datamodules: one folder on this machine whose files are complete or absent."""
+"""The cache of the datamodules: a folder on this machine, whose files are complete or absent."""
 
 import hashlib
 import json
@@ -28,7 +28,7 @@ def digest(value: Any) -> str:
 
 
 def cached_array(target: Path, compute: Callable[[], np.ndarray], mmap_mode: Literal["r"] | None = None) -> np.ndarray:
-    """Return the array of a `.npy` file, mapped into memory with mode `r`; compute and write it if there is none.
+    """Return the array of a `.npy` file, mapped into memory with mode `r`; compute and write it if the file is missing.
 
     A file that is damaged, or that holds pickled objects, is replaced; nothing is unpickled.
     """

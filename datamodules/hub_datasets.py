@@ -1,4 +1,4 @@
-"""Datasets of the Hugging Face hub, with errors of one line."""
+"""Datasets of the Hugging Face hub, with error messages of one line."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,21 +21,21 @@ def load_hub_dataset(
     streaming: bool = False,
     advice: str = ADVICE,
 ) -> Any:
-    """Return a split of a Hugging Face dataset, or of a folder with data files; the library caches downloads."""
+    """Return a split of a Hugging Face dataset or of a folder with data files; downloads are cached by the library."""
     with hub_errors(dataset, split, config, advice):
         from datasets import config as settings
         from datasets import load_dataset
 
         downloaded_before = settings.HF_HUB_OFFLINE and not streaming
         if not Path(dataset).exists() and not downloaded_before and not hub_answers():
-            # The library would try for half a minute.
+            # Without this check, the library would retry for half a minute.
             raise ConnectionError("the Hugging Face hub does not answer; HF_HUB_OFFLINE=1 takes an earlier download")
         return load_dataset(dataset, config, split=split, revision=revision, streaming=streaming)
 
 
 @contextmanager
 def hub_errors(dataset: str, split: str, config: str | None = None, advice: str = ADVICE) -> Iterator[None]:
-    """Turn any error in the block into one line that names the dataset; rows that are streamed may fail late."""
+    """Raise any error in the block with a message of one line that names the dataset; a stream may fail late."""
     try:
         yield
     except MisconfigurationException:

@@ -1,4 +1,4 @@
-"""Which documents are held out: the three splits of a data set, and the rule that sends a document to one of them."""
+"""The three splits of a data set, and the assignment of documents to them."""
 
 import hashlib
 from typing import Literal
@@ -20,7 +20,7 @@ def require_fractions(val_fraction: float, test_fraction: float, where: str = "d
 
 
 def side_of(text: str, val_fraction: float, test_fraction: float) -> Side:
-    """Return the split of a document, drawn by a hash of its text: equal texts share a split in every run."""
+    """Return the split of a document, drawn by a hash of its text, so that equal texts share a split in every run."""
     draw = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8, person=b"split").digest()) / 2**64
     if draw < test_fraction:
         return "test"

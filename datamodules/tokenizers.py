@@ -1,4 +1,4 @@
-"""Tokenizers, all fast tokenizers of Transformers: bytes, characters, a tokenizer.json, or a name on the hub."""
+"""Fast tokenizers of Transformers: bytes, characters, a tokenizer.json, or a name on the hub."""
 
 import functools
 import hashlib
@@ -33,7 +33,8 @@ def load_tokenizer(name: str, source: Source | None = None, cache_dir: Path | No
         name: `byte` has the 256 bytes and `<|endoftext|>` as tokens, for any text in any language. `character` has one
             token for each distinct character of the source, and `<|endoftext|>` if the source has several documents.
             Other names are a folder with a `tokenizer.json`, such a file, or a model on the Hugging Face hub.
-        source: Text with the characters of `character`. It is read once; the cache keeps the characters.
+        source: Text with the characters of `character`. It is read once, and its characters are cached.
+        cache_dir: Folder of the cache; `cache_root()` by default.
     """
     if name == "byte":
         return byte_tokenizer()
@@ -49,12 +50,12 @@ def load_tokenizer(name: str, source: Source | None = None, cache_dir: Path | No
             f"tokenizer {name} has a vocabulary of {len(tokenizer)}, it is incomplete: make or download it again"
         )
     if tokenizer.eos_token is None and END_OF_TEXT in tokenizer.get_vocab():
-        tokenizer.eos_token = END_OF_TEXT  # a tokenizer.json alone does not tell which it is
+        tokenizer.eos_token = END_OF_TEXT  # a tokenizer.json does not name this token
     return tokenizer
 
 
 class WithTokenizer:
-    """Mixin of the datamodules with a tokenizer: values that the module is linked to, and the encoding of a prompt."""
+    """Mixin of the datamodules with a tokenizer: values that are linked to the module, and the encoding of a prompt."""
 
     tokenizer: "PreTrainedTokenizerFast"
 
@@ -87,11 +88,11 @@ def byte_tokenizer() -> "PreTrainedTokenizerFast":
 def character_tokenizer(characters: str, end_of_text: bool) -> "PreTrainedTokenizerFast":
     """Return a tokenizer with one token for each character, and `<|endoftext|>` as the last id if asked for.
 
-    It has no token for unknown characters, which are an error, so that a text can be decoded from its tokens.
+    Unknown characters are an error, because their token is not in the vocabulary. So a text can be decoded from its
+    tokens.
     """
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
-    # The unknown token is not in the vocabulary, so that unknown characters are an error.
     backend = Tokenizer(models.WordLevel({letter: i for i, letter in enumerate(characters)}, unk_token="unknown"))
     backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     backend.decoder = decoders.Fuse()
@@ -127,8 +128,8 @@ def encode(tokenizer: "PreTrainedTokenizerFast", texts: Sequence[str]) -> list[n
 def token_byte_lengths(tokenizer: "PreTrainedTokenizerFast") -> np.ndarray:
     """Return the number of UTF-8 bytes of each token, (vocab,) int64; 0 for special tokens.
 
-    They are exact for byte-level and character tokenizers. WordPiece and SentencePiece do not keep all spaces of a
-    text; for these it is the length of the token.
+    The numbers are exact for byte-level and character tokenizers. WordPiece and SentencePiece do not keep all spaces of
+    a text; for these, the number is the length of the token.
     """
     from tokenizers import decoders
 
@@ -222,7 +223,7 @@ def _from_hub(name: str) -> "PreTrainedTokenizerFast":
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=not hub_answers())
-    except Exception as error:  # OSError, ValueError or ImportError, by what is missing
+    except Exception as error:  # OSError, ValueError or ImportError, depending on the cause
         raise MisconfigurationException(
             f"tokenizer {name} is no local folder or file, and could not be loaded from the Hugging Face hub "
             f"({first_line(error)}): check the name and the network; byte and character need neither"

@@ -1,4 +1,4 @@
-"""Token files: a text is tokenized once, written to the cache, mapped into memory, and read in windows."""
+"""Token files: a text is tokenised once, written to the cache, mapped into memory, and read in windows."""
 
 import json
 import os
@@ -64,19 +64,22 @@ def prepare_tokens(
     val_fraction: float = 0.0,
     test_fraction: float = 0.0,
 ) -> dict[str, TokenFile]:
-    """Return the token files of the splits train, val and test. They are written the first time.
+    """Return the token files of the splits train, val and test; write them the first time.
 
     The folder of the files appears only when all of them are complete. If two processes prepare the same text, the
     files of the first are kept. If the tokenizer has an end-of-text token, that token separates documents.
 
     Args:
+        source: Text to tokenise.
+        tokenizer: Tokenizer of the text.
         cache_dir: Folder for the files. Their subfolder depends on the source, the tokenizer and the split.
         split: `tail` holds out the last tokens, those of the test after those of the validation; `documents` holds out
             documents, drawn by a hash of their beginning.
         val_fraction: Part of the tokens (`tail`) or of the documents (`documents`) that is held out for validation.
+        test_fraction: Part that is held out for the test.
 
     Raises:
-        MisconfigurationException: If the text cannot be read or tokenized, or the files cannot be written.
+        MisconfigurationException: If the text cannot be read or tokenised, or the files cannot be written.
     """
     parts = [_FORMAT, source.fingerprint(), tokenizer_fingerprint(tokenizer), split, val_fraction, test_fraction]
     folder = cache_dir / "tokens" / digest(parts)
@@ -209,6 +212,7 @@ class TokenWindows(Dataset):
     """Windows of a token file, indexed by the positions of their first tokens. After the end of the file is padding.
 
     Args:
+        file: Token file.
         block_size: Number of tokens in a window.
         byte_lengths: Number of UTF-8 bytes of each token, (vocab,).
         pad_token_id: Input after the end of the file; its target is ignored.
@@ -254,9 +258,9 @@ class TokenWindows(Dataset):
 
 
 class TokenDataModule(WithTokenizer, ExperimentDataModule):
-    """Base of the datamodules whose batches are windows of token files."""
+    """Base of the datamodules whose batches are windows of token files; the subclasses document the arguments."""
 
-    source: Source | None = None  # has the characters of the tokenizer `character`
+    source: Source | None = None  # the text whose characters the tokenizer `character` has
 
     def __init__(
         self,
@@ -295,10 +299,12 @@ class TokenDataModule(WithTokenizer, ExperimentDataModule):
         """Check that the splits that a stage needs have enough text.
 
         Args:
-            own_source: Splits that have a source of their own; `None` where no split can have one.
+            files: Token file of each split.
+            stage: `fit`, `validate` or `test`.
+            own_source: Splits that have a separate source; `None` if no split can have one.
 
         Raises:
-            MisconfigurationException: If one has too little text.
+            MisconfigurationException: If a split has too little text.
         """
         n_train = files["train"].n_tokens
         if stage == "fit" and n_train <= self.block_size:
