@@ -61,7 +61,7 @@ class BrownCorpus(Source):
             )
 
     def fingerprint(self) -> str:
-        """Return a hash of the URL, or of the paths, sizes and modification times."""
+        """Return a hash of the URL, or of the paths and contents of the files."""
         if is_url(self.path):
             return digest(["BrownCorpus", self.path])
         local = self._local()

@@ -317,12 +317,13 @@ def test_a_signal_saves_and_the_run_resumes_from_there(llm_train, forked, tmp_pa
 
 @pytest.mark.usefixtures("no_figures")
 def test_an_unfinished_epoch_teaches_what_was_counted_and_can_be_finished_from_the_saved_configuration(
-    llm_train, config, whole
+    llm_train, config, whole, tmp_path
 ):
     assert llm_train("fit", "-c", config, "--trainer.max_steps", "5").code == 0
     assert merges_of(RUNS / "tiny") == spelled(expected_merges(15))
-    saved = ("-c", whole / "config.yaml", "--run.name", "tiny")
-    assert llm_train("fit", *saved, "--ckpt_path", "last").code == 0
+    saved = tmp_path / "saved.yaml"  # a copy: in its folder, the configuration would mean the run `whole`
+    shutil.copyfile(whole / "config.yaml", saved)
+    assert llm_train("fit", "-c", saved, "--run.name", "tiny", "--ckpt_path", "last").code == 0
     assert_same_files(RUNS / "tiny", whole)
 
 
