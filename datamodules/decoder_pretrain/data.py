@@ -1,5 +1,6 @@
 """Text for pretraining a decoder: any source, any tokenizer, windows of one length."""
 
+from functools import cached_property
 from typing import Literal
 
 from torch.utils.data import DataLoader
@@ -64,15 +65,14 @@ class PretrainDataModule(TokenDataModule):
 
     def prepare_data(self) -> None:
         """Tokenise the text, in one process on each machine."""
-        self._prepare()
+        _ = self.files
 
     def setup(self, stage: str) -> None:
-        """Map the token files into memory.
+        """Check that the splits of a stage have enough text.
 
         Raises:
             MisconfigurationException: If a split that this stage needs has too little text.
         """
-        self.files = self._prepare()
         self.require_text(self.files, stage, self.held_out)
 
     def train_dataloader(self) -> DataLoader:
@@ -89,7 +89,9 @@ class PretrainDataModule(TokenDataModule):
         """Return the loader of the test text, each token predicted once; an empty list if none is held out."""
         return self._covering("test")
 
-    def _prepare(self) -> dict[str, TokenFile]:
+    @cached_property
+    def files(self) -> dict[str, TokenFile]:
+        """The token file of each split; the text is read, and tokenised if need be, at the first access."""
         files = self.tokenize(self.source, self.split, self.val_fraction, self.test_fraction)
         return files | {side: self.tokenize(source)["train"] for side, source in self.held_out.items()}
 

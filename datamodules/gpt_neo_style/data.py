@@ -81,15 +81,14 @@ class GPTNeoStyleDataModule(TokenDataModule):
 
     def prepare_data(self) -> None:
         """Download the books and tokenise all text, on one process of each machine."""
-        self._prepare()
+        _ = self.files
 
     def setup(self, stage: str) -> None:
-        """Map the token files into memory.
+        """Check that the splits of a stage have enough text.
 
         Raises:
             MisconfigurationException: If a split that this stage needs has too little text.
         """
-        self.files = self._prepare()
         self.require_text(self.files["book"], stage)
 
     def train_dataloader(self) -> DataLoader:
@@ -114,8 +113,9 @@ class GPTNeoStyleDataModule(TokenDataModule):
                 passages[side].append(text)
         return passages
 
-    def _prepare(self) -> dict[str, dict[str, TokenFile]]:
-        """Return the token file of each text and split."""
+    @cached_property
+    def files(self) -> dict[str, dict[str, TokenFile]]:
+        """The token file of each text and split; the texts are read, and tokenised if need be, at the first access."""
         texts = {"book": self.book_passages}
         if self.other_books:
             texts["other"] = self._passages(self.other_books)

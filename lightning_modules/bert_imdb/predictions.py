@@ -1,14 +1,15 @@
 """The output of `llm-train predict` for classifiers: a line for each text, on the screen and in a table."""
 
 import textwrap
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import lightning as L
-import torch
 
 from lightning_modules.base import ExperimentModule
 from lightning_modules.common.files import write_csv
+from lightning_modules.runtime.processes import gathered
 
 
 class PredictedLabels(L.Callback):
@@ -27,24 +28,16 @@ class PredictedLabels(L.Callback):
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: ExperimentModule) -> None:
         """Print and write the predictions of all processes, ordered by position."""
-        predictions, self._predictions = _of_all_processes(trainer, self._predictions), []
+        shares, self._predictions = gathered(trainer, self._predictions), []
         if not trainer.is_global_zero:
             return
         data = pl_module.data
         width = max(map(len, data.classes))
         rows = []
-        for position, probabilities in sorted(predictions):
+        for position, probabilities in sorted(chain.from_iterable(shares)):
             probability = max(probabilities)
             label, text = data.classes[probabilities.index(probability)], data.texts["predict"][position].text
             rows.append((label, f"{probability:.6f}", text))
             print(f"{label:<{width}}  {probability:.4f}  {textwrap.shorten(text, 80, placeholder=' ...')}")
         if not trainer.fast_dev_run:
             write_csv(Path(trainer.default_root_dir) / "predictions.csv", ("label", "probability", "text"), rows)
-
-
-def _of_all_processes(trainer: L.Trainer, rows: list[Any]) -> list[Any]:
-    if trainer.world_size == 1:
-        return rows
-    parts: list[list[Any]] = [[] for _ in range(trainer.world_size)]
-    torch.distributed.all_gather_object(parts, rows)
-    return [row for part in parts for row in part]

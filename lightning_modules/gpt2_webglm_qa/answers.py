@@ -9,7 +9,6 @@ from typing import Any
 
 import lightning as L
 import numpy as np
-import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
@@ -17,6 +16,7 @@ from lightning_modules.common.files import write_text
 from lightning_modules.common.ranges import NonNegativeInt, PositiveInt
 from lightning_modules.gpt2_webglm_qa import citations
 from lightning_modules.runtime.drawing import log_before_training, show_table
+from lightning_modules.runtime.processes import gathered
 
 # The systems that answer the questions, and their names in the tables.
 SYSTEMS = {
@@ -132,11 +132,8 @@ class AnswerQuestions(L.Callback):
             for start in range(0, len(numbers), self.batch_size):
                 batch = numbers[start : start + self.batch_size]
                 mine |= zip(batch, self._answer_batch(trainer, pl_module, batch), strict=True)
-        if world_size > 1:
-            shares: list[Any] = [None] * world_size
-            torch.distributed.all_gather_object(shares, mine)
-            mine = {number: answer for share in shares for number, answer in share.items()}
-        return [mine[number] for number in range(len(self._examples))]
+        answers = {number: answer for part in gathered(trainer, mine) for number, answer in part.items()}
+        return [answers[number] for number in range(len(self._examples))]
 
     def _answer_batch(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Sequence[int]) -> list[Answer]:
         tokenizer = pl_module.data.tokenizer
