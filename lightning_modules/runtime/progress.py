@@ -39,7 +39,8 @@ class RunProgress(ProgressBar):
 
     def _open(self, description: str, total: float | None, initial: int = 0) -> None:
         terminal = sys.stderr.isatty()
-        length = None if total is None or total == float("inf") else int(total)  # a stream has no length
+        # A stream has no length: Lightning says None, infinity, or -1 where the number of steps is not limited.
+        length = None if total is None or total in (-1, float("inf")) else int(total)
         self._seconds = self.refresh_seconds if terminal else 10 * self.refresh_seconds
         self._drawn = time.monotonic()
         self._bar = tqdm(
