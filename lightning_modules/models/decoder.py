@@ -107,17 +107,47 @@ class Decoder(nn.Module):
         """Return the scores of the next token at each position.
 
         Args:
+            input_ids: Token ids, (B, T) int64; see `hidden_states` for this and the next three.
+            attention_mask: (B, S), 0 at padding, whose logits are meaningless, and 1 elsewhere.
+            position_ids: Positions of the tokens, (B, T) int64.
+            cache: Result of `new_cache`.
+            last_only: Whether to score only the last position, as generation needs.
+
+        Returns:
+            Logits, (B, T, V), or (B, 1, V) if `last_only`.
+        """
+        x = self.hidden_states(input_ids, attention_mask, position_ids, cache)  # (B, T, C)
+        if last_only:
+            x = x[:, -1:]
+        return F.linear(x, self.output_weight)  # (B, T, C) @ (C, V)
+
+    @property
+    def output_weight(self) -> Tensor:
+        """The output matrix, (V, C): the token embedding."""
+        return self.token_embedding.weight
+
+    def hidden_states(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cache: list[KeyValueCache] | None = None,
+    ) -> Tensor:
+        """Return the states whose products with the output matrix are the logits.
+
+        A loss over a large vocabulary computes those products itself, see `linear_cross_entropy`.
+
+        Args:
             input_ids: Token ids, (B, T) int64; with a cache, only the tokens that follow the cached ones.
-            attention_mask: (B, S), 0 at padding and 1 elsewhere, for the cached positions and the T new ones. Logits at
+            attention_mask: (B, S), 0 at padding and 1 elsewhere, for the cached positions and the T new ones. States at
                 padding are meaningless. `None` means no padding. Padding on the right needs no mask, because no token
                 attends to later positions.
             position_ids: (B, T) int64, in [0, block_size). `None` counts from the start of the row; with padding on the
                 left, pass positions that count from the first token.
             cache: Result of `new_cache`; the T positions are appended.
-            last_only: Whether to score only the last position, as generation needs.
 
         Returns:
-            Logits, (B, T, V), or (B, 1, V) if `last_only`.
+            Output of the final layer norm, (B, T, C).
 
         Raises:
             ValueError: If the sequence with its cached part is longer than the context.
@@ -137,9 +167,7 @@ class Decoder(nn.Module):
         caches: Sequence[KeyValueCache | None] = cache or [None] * len(self.blocks)
         for block, layer_cache in zip(self.blocks, caches, strict=True):
             x = block(x, mask, layer_cache)
-        if last_only:
-            x = x[:, -1:]
-        return F.linear(self.final_norm(x), self.token_embedding.weight)  # (B, T, C) @ (C, V)
+        return self.final_norm(x)
 
     def new_cache(self) -> list[KeyValueCache]:
         """Return an empty cache for each block; the first update of a cache allocates its memory."""

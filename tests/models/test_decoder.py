@@ -39,6 +39,14 @@ def test_future_tokens_do_not_change_the_past(attention):
         assert (after[:, t] - before[:, t]).abs().max() > 1e-3
 
 
+def test_logits_are_the_products_of_the_hidden_states_and_the_output_matrix():
+    decoder = tiny_decoder()
+    ids = random_ids()
+    hidden = decoder.hidden_states(ids)
+    assert hidden.shape == (2, 10, 8)
+    torch.testing.assert_close(F.linear(hidden, decoder.output_weight), decoder(ids))
+
+
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
 def test_implementations_agree_with_gradients(bias, padded):
