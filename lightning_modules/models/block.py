@@ -21,7 +21,8 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from lightning_modules.models.attention import KeyValueCache, MultiHeadAttention
+from lightning_modules.models.attention import MultiHeadAttention
+from lightning_modules.models.cache import KeyValueCache
 
 LAYER_NORM_EPSILON = 1e-5  # GPT-2's
 

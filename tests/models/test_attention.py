@@ -7,13 +7,13 @@ import torch
 import torch.nn.functional as F
 
 from lightning_modules.models.attention import (
-    KeyValueCache,
     MultiHeadAttention,
     causal_mask,
     recorded_weights,
     scaled_dot_product_attention,
 )
 from lightning_modules.models.block import Block
+from lightning_modules.models.cache import KeyValueCache
 
 
 def both_implementations(n_embd=12, n_head=3, **kwargs):

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import nn
 
-from lightning_modules.models.attention import KeyValueCache
+from lightning_modules.models.cache import KeyValueCache
 from lightning_modules.models.block import Block, FeedForward
 
 
