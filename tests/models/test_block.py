@@ -5,8 +5,8 @@ import math
 import torch
 from torch import nn
 
-from lightning_modules.models.cache import KeyValueCache
 from lightning_modules.models.block import Block, FeedForward
+from lightning_modules.models.cache import KeyValueCache
 
 
 def test_feed_forward_by_hand():
