@@ -121,11 +121,15 @@ class ExperimentModule(L.LightningModule):
         """Return the optimiser over the weight-decay groups, and the schedule, which steps with the optimiser.
 
         Raises:
-            MisconfigurationException: Without an optimiser, or if the length of the run is unknown.
+            MisconfigurationException: Without an optimiser, if it refuses its arguments, or if the length of the run is
+                unknown.
         """
         if self.optimizer_factory is None:
             raise MisconfigurationException("no optimizer: section; set one, or module.optimizer_factory")
-        optimizer = self.optimizer_factory(weight_decay_groups(self, self.learning_rate_shares))
+        try:
+            optimizer = self.optimizer_factory(weight_decay_groups(self, self.learning_rate_shares))
+        except ValueError as error:
+            raise MisconfigurationException(f"optimizer: {error}") from error
         for group in optimizer.param_groups:
             group["lr"] = group["lr"] * group.get("lr_share", 1.0)
         if self.schedule_factory is None:

@@ -8,11 +8,12 @@ from collections.abc import Callable, Iterable
 
 from torch.optim import Optimizer
 
-from lightning_modules.optim.groups import weight_decay_groups
+from lightning_modules.optim.groups import ParameterGroups, weight_decay_groups
+from lightning_modules.optim.muon import Muon
 from lightning_modules.optim.schedules import StepSchedule
 
 OptimizerFactory = Callable[[Iterable], Optimizer]
 # Only our own schedules: those of torch have other second arguments (OneCycleLR would take the total as its max_lr).
 ScheduleFactory = Callable[[Optimizer, int], StepSchedule]
 
-__all__ = ["OptimizerFactory", "ScheduleFactory", "StepSchedule", "weight_decay_groups"]
+__all__ = ["Muon", "OptimizerFactory", "ParameterGroups", "ScheduleFactory", "StepSchedule", "weight_decay_groups"]

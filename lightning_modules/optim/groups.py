@@ -1,12 +1,26 @@
 """Parameter groups of the optimiser: weight decay for matrices but not for vectors, and separate learning rates."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import nn
 
+from lightning_modules.finetuning.selection import ModelParts
 
-def weight_decay_groups(module: nn.Module, lr_shares: Mapping[str, float] | None = None) -> list[dict[str, Any]]:
+
+class ParameterGroups(list[dict[str, Any]]):
+    """Optimiser groups of named parameters, which also say which parameters are matrices of hidden layers.
+
+    Attributes:
+        hidden_matrices: Names of these parameters, for an optimiser that treats them differently.
+    """
+
+    def __init__(self, groups: Iterable[dict[str, Any]], hidden_matrices: Iterable[str]) -> None:
+        super().__init__(groups)
+        self.hidden_matrices = frozenset(hidden_matrices)
+
+
+def weight_decay_groups(module: nn.Module, lr_shares: Mapping[str, float] | None = None) -> ParameterGroups:
     """Split the trainable parameters of a module into groups with and without weight decay.
 
     Weight decay is a prior on the matrices that multiply activations. Biases and the gains of norms, which are vectors,
@@ -26,9 +40,23 @@ def weight_decay_groups(module: nn.Module, lr_shares: Mapping[str, float] | None
     for name, parameter in module.named_parameters():  # yields a shared parameter once
         if parameter.requires_grad:
             groups.setdefault((lr_shares.get(name, 1.0), parameter.ndim >= 2), []).append((name, parameter))
-    return [
-        {"params": parameters}
-        | ({} if decays else {"weight_decay": 0.0})
-        | ({} if share == 1.0 else {"lr_share": share})
-        for (share, decays), parameters in sorted(groups.items(), reverse=True)
-    ]
+    return ParameterGroups(
+        (
+            {"params": parameters}
+            | ({} if decays else {"weight_decay": 0.0})
+            | ({} if share == 1.0 else {"lr_share": share})
+            for (share, decays), parameters in sorted(groups.items(), reverse=True)
+        ),
+        hidden_matrices(module),
+    )
+
+
+def hidden_matrices(module: nn.Module) -> list[str]:
+    """Return the names of the matrices of the hidden layers of a module.
+
+    These are the two-dimensional parameters of its layers (see `ModelParts`) that are not embeddings. Parameters before
+    the layers (embeddings of tokens and positions) and after them (the output matrix, a classifier) are not included.
+    """
+    embeddings = {p for part in module.modules() if isinstance(part, nn.Embedding) for p in part.parameters()}
+    layers = ModelParts(module).layers
+    return [name for layer in layers for name, p in layer.items() if p.ndim == 2 and p not in embeddings]

@@ -5,10 +5,12 @@ accumulated, or to switch off its own handling of SIGTERM, which hangs with seve
 """
 
 from argparse import ArgumentParser
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Self
 
 import lightning as L
+import torch
+from jsonargparse._common import default_import_path_denylist, parsing_settings
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
@@ -88,6 +90,21 @@ def option_names(parser: ArgumentParser) -> list[str]:
     return [action.dest for action in parser._actions]
 
 
+# Standard modules that run commands, write files or unpickle: entries of the verdicts below.
+NEVER_IMPORTED: tuple[str, ...] = default_import_path_denylist
+
+
+def restrict_imports(verdicts: Mapping[str, bool]) -> None:
+    """Set which names in configurations can be imported, in place of those that were set before.
+
+    Args:
+        verdicts: Whether an import path and the names below it are allowed; the longest entry decides, and `*` is for
+            those without an entry.
+    """
+    parsing_settings["import_path_verdicts"] = dict(verdicts)
+    parsing_settings["import_paths_enforced"] = True
+
+
 # --- metrics ----------------------------------------------------------------------------------------------------------
 
 
@@ -147,3 +164,12 @@ class OpenWandbLogger(WandbLogger):
 def use_artifact(run: "wandb.Run", artifact: "wandb.Artifact") -> None:
     """Log an artifact as an input of a run, as `Run.use_artifact` does, which refuses offline runs."""
     run._log_artifact(artifact, aliases=[], is_user_created=True, use_after_commit=True)
+
+
+# --- torch ------------------------------------------------------------------------------------------------------------
+
+# One kernel for a whole list of tensors; torch 2.11 has no public name for these.
+foreach_add_ = torch._foreach_add_
+foreach_lerp = torch._foreach_lerp
+foreach_lerp_ = torch._foreach_lerp_
+foreach_mul_ = torch._foreach_mul_

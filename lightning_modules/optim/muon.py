@@ -1,0 +1,197 @@
+r"""Muon: steps of equal size in all directions of a matrix, and AdamW for the parameters that are no hidden matrices.
+
+The gradient of a matrix is dominated by a few directions. Muon keeps the directions of the momentum and gives all of
+them the same length: it replaces the momentum matrix by the orthogonal matrix that is closest to it.
+
+    B ← μ B + (1 - μ) G                           momentum of the gradient G, a matrix
+    U Σ Vᵀ = (1 - μ) G + μ B                      singular value decomposition (Nesterov's momentum)
+    W ← (1 - η λ) W - η s U Vᵀ                    learning rate η, weight decay λ, scale s of the shape
+
+`orthogonalized` computes U Vᵀ without a decomposition. The iteration X ← a X + b (X Xᵀ) X + c (X Xᵀ)² X applies the
+polynomial p(σ) = a σ + b σ³ + c σ⁵ to each singular value σ, and leaves U and V as they are. Five iterations with the
+coefficients below bring all σ that are not tiny between about 0.7 and 1.2, which is close enough to 1.
+
+An orthogonal matrix of r rows and c columns has entries of size 1 / √max(r, c). The scale s corrects for it:
+
+| scale             | s                   | meaning                                                                |
+|-------------------|---------------------|------------------------------------------------------------------------|
+| `original`        | √max(1, r / c)      | a step changes the output of the layer equally whatever its shape      |
+| `match_rms_adamw` | 0.2 √max(r, c)      | entries of a step are as large as AdamW's, whose learning rates fit    |
+
+Papers: Jordan et al., "Muon: An optimizer for hidden layers in neural networks" (2024),
+https://kellerjordan.github.io/posts/muon/; Liu et al., "Muon is Scalable for LLM Training" (2025),
+https://arxiv.org/abs/2502.16982 (`match_rms_adamw`); Loshchilov and Hutter, "Decoupled Weight Decay Regularization"
+(2019), https://arxiv.org/abs/1711.05101 (AdamW).
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.optim import AdamW, Optimizer
+
+from lightning_modules.common.ranges import NonNegativeFloat, PositiveInt, Probability
+from lightning_modules.finetuning.selection import matching
+from lightning_modules.optim.groups import ParameterGroups
+from lightning_modules.runtime.private_names import foreach_add_, foreach_lerp, foreach_lerp_, foreach_mul_
+
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # a, b, c of Jordan et al. (2024)
+SCALES: dict[str, Callable[[int, int], float]] = {
+    "original": lambda r, c: math.sqrt(max(1.0, r / c)),
+    "match_rms_adamw": lambda r, c: 0.2 * math.sqrt(max(r, c)),
+}
+_EPSILON = 1e-7  # of the norm, for a gradient of zeros
+
+
+class Muon(Optimizer):
+    """Muon for the matrices of the hidden layers, and AdamW for embeddings, output matrices, biases and norms.
+
+    Muon updates the two-dimensional parameters within the layers of a model (its stack of blocks), other than
+    embeddings; see `lightning_modules.optim.groups`. Matrices of one shape are orthogonalised together. A schedule
+    scales both learning rates. A matrix that is sharded over processes is gathered for its step.
+
+    Args:
+        params: Filled in by the framework: groups of named parameters.
+        lr: Learning rate of Muon; with `scale: match_rms_adamw`, one that suits AdamW.
+        weight_decay: Decoupled weight decay of the matrices: a step shrinks them by `lr * weight_decay`.
+        momentum: Share of the momentum that a step keeps (0 to less than 1).
+        nesterov: Whether to orthogonalise the mean of gradient and momentum, in place of the momentum alone.
+        ns_steps: Iterations of the orthogonalisation.
+        scale: Factor of the steps by the shape of the matrix: `original` or `match_rms_adamw`.
+        adamw_lr: Learning rate of AdamW; `null` means `lr`.
+        adamw_weight_decay: Weight decay of AdamW on embeddings and output matrices; `null` means `weight_decay`.
+        betas: Shares of the two running means that a step of AdamW keeps (0 to less than 1).
+        eps: Number that AdamW adds to its denominator.
+        matrices: Glob patterns of the names of the parameters that Muon updates; `null` means the rule above.
+        fused: Whether AdamW updates all its parameters in one kernel.
+        dtype: Number type of the orthogonalisation, which needs little precision; `null` means `bfloat16` on a GPU and
+            `float32` on a CPU, where `bfloat16` is faster only if the processor has instructions for it (AMX).
+
+    Raises:
+        ValueError: If a pattern matches no matrix.
+    """
+
+    def __init__(
+        self,
+        params: ParameterGroups,
+        lr: NonNegativeFloat = 1e-3,
+        weight_decay: NonNegativeFloat = 0.1,
+        momentum: Probability = 0.95,
+        nesterov: bool = True,
+        ns_steps: PositiveInt = 5,
+        scale: Literal["original", "match_rms_adamw"] = "match_rms_adamw",
+        adamw_lr: NonNegativeFloat | None = None,
+        adamw_weight_decay: NonNegativeFloat | None = None,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: NonNegativeFloat = 1e-8,
+        matrices: list[str] | None = None,
+        fused: bool = True,
+        dtype: Literal["float32", "bfloat16"] | None = None,
+    ) -> None:
+        of_muon = {
+            "lr": lr,
+            "weight_decay": weight_decay,
+            "momentum": momentum,
+            "nesterov": nesterov,
+            "ns_steps": ns_steps,
+            "scale": scale,
+            "dtype": dtype,
+        }
+        of_adamw = {
+            "lr": lr if adamw_lr is None else adamw_lr,
+            "weight_decay": weight_decay if adamw_weight_decay is None else adamw_weight_decay,
+        }
+        # AdamW gets its groups at each step. Its defaults hold what it looks up in a group.
+        self._adamw = AdamW([torch.empty(0)], betas=betas, eps=eps, fused=fused)
+        of_adamw = self._adamw.defaults | of_adamw
+        chosen = params.hidden_matrices if matrices is None else _matching(params, matrices)
+        split = []
+        for group in params:
+            for algorithm, defaults in (("muon", of_muon), ("adamw", of_adamw)):
+                own = [(name, p) for name, p in group["params"] if (name in chosen) == (algorithm == "muon")]
+                if own:
+                    split.append(defaults | group | {"params": own, "algorithm": algorithm})
+        super().__init__(split, {})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:  # type: ignore[override]
+        """Update all parameters that have a gradient; return the loss of the closure, if there is one."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            if group["algorithm"] == "muon":
+                _step_of_muon(group, self.state)
+        # AdamW works on the state and the groups of this optimiser, which schedules and checkpoints replace.
+        self._adamw.state = self.state
+        self._adamw.param_groups = [group for group in self.param_groups if group["algorithm"] == "adamw"]
+        self._adamw.step()
+        return loss
+
+
+def _step_of_muon(group: dict[str, Any], state: dict[Tensor, Any]) -> None:
+    """Update the matrices of a group by the formula at the top; each call of a `foreach` function is one kernel."""
+    params = [p for p in group["params"] if p.grad is not None]
+    if not params:
+        return
+    gradients: list[Tensor] = [p.grad for p in params]
+    for p in params:
+        if not state[p]:
+            state[p]["momentum_buffer"] = torch.zeros_like(p)
+    momenta = [state[p]["momentum_buffer"] for p in params]
+    foreach_lerp_(momenta, gradients, 1 - group["momentum"])
+    updates = list(foreach_lerp(gradients, momenta, group["momentum"])) if group["nesterov"] else momenta
+    default = "float32" if updates[0].device.type == "cpu" else "bfloat16"
+    steps = _orthogonal_factors(updates, group["ns_steps"], getattr(torch, group["dtype"] or default))
+    foreach_mul_(steps, [SCALES[group["scale"]](*p.shape) for p in params])
+    foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+    foreach_add_(params, steps, alpha=-group["lr"])
+
+
+def _orthogonal_factors(updates: list[Tensor], ns_steps: int, dtype: torch.dtype) -> list[Tensor]:
+    """Return U Vᵀ of each matrix; those of one shape, and those of the transposed shape, are computed together."""
+    whole = [update.full_tensor() if isinstance(update, DTensor) else update for update in updates]
+    by_shape: dict[tuple[int, ...], list[int]] = {}
+    for i, matrix in enumerate(whole):
+        by_shape.setdefault(tuple(sorted(matrix.shape)), []).append(i)
+    factors = list(whole)
+    for members in by_shape.values():
+        wide = torch.stack([whole[i] if whole[i].size(0) <= whole[i].size(1) else whole[i].mT for i in members])
+        for i, factor in zip(members, orthogonalized(wide.to(dtype), ns_steps).to(wide.dtype).unbind(), strict=True):
+            factors[i] = factor if factor.shape == whole[i].shape else factor.mT.contiguous()
+    return [
+        distribute_tensor(factor, update.device_mesh, update.placements, src_data_rank=None)
+        if isinstance(update, DTensor)
+        else factor
+        for factor, update in zip(factors, updates, strict=True)
+    ]
+
+
+def orthogonalized(matrices: Tensor, steps: int = 5) -> Tensor:
+    """Return the orthogonal factor U Vᵀ of each matrix, approximately: singular values between about 0.7 and 1.2.
+
+    Args:
+        matrices: (N, r, c) with r ≤ c.
+        steps: Number of iterations.
+
+    Returns:
+        (N, r, c), of the dtype of `matrices`.
+    """
+    a, b, c = COEFFICIENTS
+    # The iteration converges if all singular values are at most 1; their largest is at most the Frobenius norm.
+    X = matrices / matrices.norm(dim=(-2, -1), keepdim=True).clamp(min=_EPSILON)  # noqa: N806
+    for _ in range(steps):
+        A = X @ X.mT  # noqa: N806  # (N, r, r)
+        B = torch.baddbmm(A, A, A, beta=b, alpha=c)  # noqa: N806  # b A + c A²
+        X = torch.baddbmm(X, B, X, beta=a)  # noqa: N806  # a X + B X
+    return X
+
+
+def _matching(groups: ParameterGroups, patterns: list[str]) -> set[str]:
+    """Return the names of the two-dimensional parameters that match one of the patterns; raise `ValueError` if none."""
+    names = [name for group in groups for name, p in group["params"] if p.ndim == 2]
+    return {name for pattern in patterns for name in matching(names, pattern, "matrix")}
