@@ -1,13 +1,18 @@
-"""Caches of the keys and values that attention has computed, for generation."""
+"""Cache of the keys and values that attention has computed, so that generation computes each only once."""
 
 from torch import Tensor
 
 
 class KeyValueCache:
-    """Keys and values of the positions that one attention layer has processed, so that each is computed only once.
+    """Keys and values of the positions that one attention layer has processed.
 
-    The first update allocates memory for the whole context, with the batch size, dtype and device of its arguments.
-    Later updates write only their own positions. The cache is for inference: gradients do not flow across updates.
+    The first update allocates memory for `max_length` positions, with the batch size, the number of heads, the dtype
+    and the device of its arguments. Later updates write only their own positions. The cache is for inference: gradients
+    do not flow across updates.
+
+    A CUDA graph repeats the same operations on the same memory, so a step of it cannot write to another slice or return
+    a longer view each time. `fix` makes the shapes of a step constant: its position is a tensor, and attention reads
+    the first `n_read` positions, of which a mask must exclude those that are not written yet.
 
     Args:
         max_length: Number of positions to allocate memory for.
@@ -15,20 +20,38 @@ class KeyValueCache:
 
     def __init__(self, max_length: int) -> None:
         self.max_length = max_length
-        self.length = 0
+        self.length = 0  # positions processed
         self._keys: Tensor | None = None  # (B, H, max_length, D)
         self._values: Tensor | None = None
+        self._place: Tensor | None = None  # position to write to if the shapes are fixed, (1,) int64
+        self._n_read = 0
 
     def update(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Append keys and values, (B, H, T, D), and return those of all positions, (B, H, S, D), as views."""
-        start, self.length = self.length, self.length + key.size(2)
+        """Write the keys and values of T positions, (B, H, T, D), and return those that attention reads, (B, H, S, D).
+
+        They are appended, and those of all S positions are returned as views. After `fix`, T is 1 and S is `n_read`.
+        """
         if self._keys is None or self._values is None:
             B, H, _, D = key.shape  # noqa: N806
-            self._keys = key.new_empty(B, H, self.max_length, D)
-            self._values = value.new_empty(B, H, self.max_length, D)
+            # Zeros, because attention reads positions before they are written, and a weight of 0 times NaN is NaN.
+            self._keys = key.new_zeros(B, H, self.max_length, D)
+            self._values = value.new_zeros(B, H, self.max_length, value.size(3))
+        if self._place is not None:
+            self._keys.index_copy_(2, self._place, key)
+            self._values.index_copy_(2, self._place, value)
+            return self._keys[:, :, : self._n_read], self._values[:, :, : self._n_read]
+        start, self.length = self.length, self.length + key.size(2)
         self._keys[:, :, start : self.length] = key
         self._values[:, :, start : self.length] = value
         return self._keys[:, :, : self.length], self._values[:, :, : self.length]
+
+    def fix(self, place: Tensor, n_read: int) -> None:
+        """Make the next updates write one position, `place` (1,) int64, and return the first `n_read` positions."""
+        self._place, self._n_read = place, n_read
+
+    def release(self, length: int) -> None:
+        """Append again in the next updates, after `length` positions."""
+        self._place, self.length = None, length
 
     def clear(self) -> None:
         """Remove all positions, and keep the memory for the next update."""

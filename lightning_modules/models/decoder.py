@@ -19,8 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_modules.models.attention import KeyValueCache, causal_mask
+from lightning_modules.models.attention import causal_mask
 from lightning_modules.models.block import LAYER_NORM_EPSILON, Block
+from lightning_modules.models.cache import KeyValueCache
 
 
 @dataclass(frozen=True)
@@ -141,7 +142,7 @@ class Decoder(nn.Module):
             input_ids: Token ids, (B, T) int64; with a cache, only the tokens that follow the cached ones.
             attention_mask: (B, S), 0 at padding and 1 elsewhere, for the cached positions and the T new ones. States at
                 padding are meaningless. `None` means no padding. Padding on the right needs no mask, because no token
-                attends to later positions.
+                attends to later positions. Or the whole mask, (B, 1, T, S) bool, true where a token attends.
             position_ids: (B, T) int64, in [0, block_size). `None` counts from the start of the row; with padding on the
                 left, pass positions that count from the first token.
             cache: Result of `new_cache`; the T positions are appended.
@@ -160,7 +161,9 @@ class Decoder(nn.Module):
             )
         if position_ids is None:
             position_ids = torch.arange(past, past + T, device=input_ids.device)  # (T,), the same for every row
-        mask = None if attention_mask is None else _padding_and_causal_mask(attention_mask, T)
+        mask = attention_mask
+        if mask is not None and mask.dim() == 2:
+            mask = _padding_and_causal_mask(mask, T)
 
         x = self.token_embedding(input_ids) + self.position_embedding(position_ids)  # (B, T, C)
         x = self.embedding_dropout(x)
@@ -169,9 +172,12 @@ class Decoder(nn.Module):
             x = block(x, mask, layer_cache)
         return self.final_norm(x)
 
-    def new_cache(self) -> list[KeyValueCache]:
-        """Return an empty cache for each block; the first update of a cache allocates its memory."""
-        return [KeyValueCache(self.config.block_size) for _ in self.blocks]
+    def new_cache(self, max_length: int | None = None) -> list[KeyValueCache]:
+        """Return an empty cache for each block, of at most `max_length` positions; by default for the whole context.
+
+        The first update of a cache allocates its memory.
+        """
+        return [KeyValueCache(max_length or self.config.block_size) for _ in self.blocks]
 
     def num_parameters(self, embedding: bool = True) -> int:
         """Return the number of weights, with or without the two embeddings; tied weights count once."""
