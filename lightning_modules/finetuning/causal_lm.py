@@ -1,12 +1,13 @@
 """Fine-tuning of causal language models of Transformers, and generation with a cache."""
 
+import inspect
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_modules.base import ExperimentModule
 from lightning_modules.finetuning.bases import architecture_of, check_fit, evaluating, load_pretrained, save_pretrained
@@ -58,37 +59,50 @@ class FineTunedCausalLM(ExperimentModule):
 
 
 class CachedHubModel:
-    """Adapter of a causal language model of Transformers to the interface `models.generation.CachedModel`."""
+    """Adapter of a causal language model of Transformers to the interface `models.generation.CachedModel`.
+
+    Args:
+        model: Model of Transformers.
+    """
 
     def __init__(self, model: "PreTrainedModel") -> None:
         self.model = model
         self.training = model.training
         context = getattr(model.config, "max_position_embeddings", None) or torch.iinfo(torch.int64).max
         self.config = SimpleNamespace(vocab_size=model.config.vocab_size, block_size=context)
+        accepted = inspect.signature(model.forward).parameters
+        self._last_only = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
+        self._takes_positions = "position_ids" in accepted
 
-    def new_cache(self) -> list["HubCache"]:
-        """Return a list with an empty cache for all layers; our decoder has a cache for each layer."""
-        return [HubCache(self.model.config)]
+    def modules(self) -> Iterator[nn.Module]:
+        """Return the modules of the model."""
+        return self.model.modules()
 
-    def __call__(self, input_ids: Tensor, *, cache: list["HubCache"], last_only: bool = True) -> Tensor:
+    def new_cache(self, max_length: int) -> list[Any]:
+        """Return an empty cache for at most `max_length` positions."""
+        from lightning_modules.finetuning.hub_cache import new_hub_cache
+
+        return new_hub_cache(self.model, max_length)
+
+    def __call__(
+        self,
+        input_ids: Tensor,
+        *,
+        cache: list[Any],
+        last_only: bool = True,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+    ) -> Tensor:
         """Return the scores of the token after the last: (B, T) to (B, 1, V)."""
-        return self.model(input_ids, past_key_values=cache[0].past, use_cache=True).logits[:, -1:]
+        from lightning_modules.finetuning.hub_cache import hub_cache
 
-
-class HubCache:
-    """Cache of the keys and values of the tokens that a model of Transformers has read."""
-
-    def __init__(self, config: Any) -> None:
-        self.config = config
-        self.clear()
-
-    @property
-    def length(self) -> int:
-        """Number of positions read."""
-        return self.past.get_seq_length()
-
-    def clear(self) -> None:
-        """Remove all positions."""
-        from transformers import DynamicCache
-
-        self.past = DynamicCache(config=self.config)
+        positions = {"position_ids": position_ids} if position_ids is not None and self._takes_positions else {}
+        output = self.model(
+            input_ids,
+            attention_mask=attention_mask,
+            past_key_values=hub_cache(cache),
+            use_cache=True,
+            **positions,
+            **self._last_only,
+        )
+        return output.logits[:, -1:]

@@ -12,13 +12,20 @@ al., "The Curious Case of Neural Text Degeneration" (top-p, 2020), https://arxiv
 """
 
 import math
+from collections import deque
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+
+from lightning_modules.models.cache import KeyValueCache
+
+_SHORTEST_READ = 256  # positions of the cache that the first graph reads; each further graph reads twice as many
+_ROUND = 64  # positions; the memory of a cache and the length of a read are multiples, for the alignment of the kernels
 
 
 class CachedModel(Protocol):
@@ -27,11 +34,34 @@ class CachedModel(Protocol):
     config: Any  # with the `vocab_size` and the `block_size` of the model
     training: bool
 
-    def new_cache(self) -> list[Any]:
-        """Return an empty cache: a list of objects with a `length` and a method `clear()`."""
+    def modules(self) -> Iterator[nn.Module]:
+        """Return the modules of the model."""
 
-    def __call__(self, input_ids: Tensor, *, cache: list[Any], last_only: bool) -> Tensor:
-        """Return the scores of the next token, (B, 1, V), after tokens (B, T) that follow the cached ones."""
+    def new_cache(self, max_length: int) -> list[Any]:
+        """Return an empty cache for at most `max_length` positions: `KeyValueCache` objects, or others that only grow.
+
+        The others have a `length` and a method `clear()`; generation with them is not recorded.
+        """
+
+    def __call__(
+        self,
+        input_ids: Tensor,
+        *,
+        cache: list[Any],
+        last_only: bool,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+    ) -> Tensor:
+        """Return the scores of the next token, (B, 1, V), after tokens (B, T) that follow the cached ones.
+
+        Args:
+            input_ids: Tokens, (B, T) int64.
+            cache: Result of `new_cache`.
+            last_only: Whether to return the scores of the last position only; true.
+            attention_mask: `None`; or (B, S), 0 at padding and 1 elsewhere, of the cached positions and the new ones;
+                or the whole mask, (B, 1, T, S) bool, true where a token attends to a position.
+            position_ids: Positions of the tokens, (B, T) int64; `None` counts from the start of the row.
+        """
 
 
 def next_token_distribution(
@@ -78,8 +108,12 @@ def sample_next(
     generator: torch.Generator | None = None,
 ) -> Tensor:
     """Draw a token for each row from `next_token_distribution`: logits (B, V) -> tokens (B,)."""
+    if temperature == 0:
+        return logits.argmax(dim=-1)
     probabilities = next_token_distribution(logits, temperature, top_k, top_p)
-    return torch.multinomial(probabilities, num_samples=1, generator=generator).squeeze(-1)
+    # The smallest of exponential variables with rates p is the i-th with probability p_i. `torch.multinomial` draws the
+    # same tokens, but waits for the device to check its argument, which a CUDA graph must not.
+    return (probabilities / torch.empty_like(probabilities).exponential_(generator=generator)).argmax(dim=-1)
 
 
 def generate(
@@ -91,6 +125,7 @@ def generate(
     top_p: float | None = None,
     generator: torch.Generator | None = None,
     stop_token: int | None = None,
+    attention_mask: Tensor | None = None,
 ) -> Iterator[Tensor]:
     """Continue each row of `input_ids`, and yield the new tokens one step at a time.
 
@@ -98,19 +133,24 @@ def generate(
     embedding of its position is part of each cached key. A full cache can therefore not be shifted; it is cleared, and
     the last half of the context is read again from position 0.
 
+    On a GPU, a step is recorded as a CUDA graph: its kernels take less time than the Python code that starts them. The
+    GPU computes the next step while the caller uses the tokens of the last.
+
     Args:
         decoder: A model with a cache, in evaluation mode.
-        input_ids: Token ids, (B, T) int64, T at least 1, without padding, on the device of the decoder. If T is larger
-            than the context, only the end is read.
+        input_ids: Token ids, (B, T) int64, T at least 1, on the device of the decoder. If T is larger than the context,
+            only the end is read.
         max_new_tokens: Largest number of tokens to generate, at least 0.
         temperature: As in `next_token_distribution`.
         top_k: As in `next_token_distribution`.
         top_p: As in `next_token_distribution`.
         generator: Generator of random numbers on the device of the decoder; `None` means torch's global one.
         stop_token: Token that ends a row. The row then repeats it, and the iteration stops when all rows have ended.
+        attention_mask: (B, T), 0 at padding and 1 at tokens; the padding of a row precedes its tokens. `None` means no
+            padding.
 
     Returns:
-        An iterator over the new tokens of each step, (B,) int64, stop tokens included.
+        An iterator over the new tokens of each step, (B,) int64 on the CPU, stop tokens included.
 
     Raises:
         ValueError: If an argument is out of range, or the decoder is in training mode; raised by the call itself, not
@@ -126,7 +166,29 @@ def generate(
     if decoder.training:
         raise ValueError("the decoder is in training mode, in which dropout is active: call decoder.eval() first")
     sample = partial(sample_next, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
-    return _generate(decoder, input_ids, max_new_tokens, sample, stop_token)
+    n_padding = None if attention_mask is None else _left_padding(attention_mask, input_ids)
+    cache = decoder.new_cache(_memory(min(decoder.config.block_size, input_ids.size(1) + max_new_tokens)))
+    choose = _Choice(sample, stop_token, len(input_ids), input_ids.device)
+    step = RecordedStep(decoder, cache, choose, generator) if _is_recorded(decoder, cache, input_ids.device) else None
+    return _read_behind(_generate(decoder, cache, input_ids, n_padding, max_new_tokens, choose, step), stop_token)
+
+
+class _Choice:
+    """Choice of the tokens of a step from the logits; rows that have ended repeat the stop token."""
+
+    def __init__(
+        self, sample: Callable[[Tensor], Tensor], stop_token: int | None, n_rows: int, device: torch.device
+    ) -> None:
+        self._sample, self._stop_token = sample, stop_token
+        self._ended = torch.zeros(n_rows, dtype=torch.bool, device=device)  # (B,)
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        """Return the next tokens, (B,), from the scores (B, 1, V)."""
+        tokens = self._sample(logits[:, -1])
+        if self._stop_token is not None:
+            tokens = tokens.masked_fill(self._ended, self._stop_token)
+            self._ended |= tokens == self._stop_token  # in place, as a CUDA graph needs
+        return tokens
 
 
 # As a decorator, no_grad covers only the steps of the generator; the caller's code between two tokens keeps its mode.
@@ -134,30 +196,180 @@ def generate(
 @torch.no_grad()
 def _generate(
     decoder: CachedModel,
+    cache: list[Any],
     input_ids: Tensor,
+    n_padding: Tensor | None,
     max_new_tokens: int,
-    sample: Callable[[Tensor], Tensor],
-    stop_token: int | None,
+    choose: Callable[[Tensor], Tensor],
+    step: "RecordedStep | None",
 ) -> Iterator[Tensor]:
+    """Yield the new tokens of each step, (B,), on the device; the next step may overwrite them."""
     block_size = decoder.config.block_size
-    context = unread = input_ids[:, -block_size:]  # (B, <= block_size)
-    cache = decoder.new_cache()
-    ended = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)  # (B,)
+    context = input_ids[:, -block_size:]  # (B, <= block_size)
+    known = input_ids.size(1)  # tokens of a row, with padding
+    first = known - context.size(1)  # number of the first token in the cache
     for _ in range(max_new_tokens):
-        if cache[0].length + unread.size(1) > block_size:
-            unread = context[:, -max(1, block_size // 2) :]
+        if known - first > block_size:
+            first = known - max(1, block_size // 2)
             for layer_cache in cache:
                 layer_cache.clear()
-        logits = decoder(unread, cache=cache, last_only=True).squeeze(1)  # (B, V)
-        tokens = sample(logits)  # (B,)
-        if stop_token is not None:
-            tokens = tokens.masked_fill(ended, stop_token)
-            ended |= tokens == stop_token
+        read = cache[0].length
+        unread = context[:, first + read - known :]  # (B, T)
+        padding = None if n_padding is None else (n_padding - first).clamp_min(0)  # (B,), of the cached tokens
+        if step is not None and read:
+            tokens = step(unread, padding)
+        else:
+            mask, position_ids = _padded(padding, read, unread.size(1)) if padding is not None else (None, None)
+            tokens = choose(
+                decoder(unread, cache=cache, last_only=True, attention_mask=mask, position_ids=position_ids)
+            )
         yield tokens
-        if stop_token is not None and ended.all():
-            return
-        unread = tokens[:, None]
-        context = torch.cat([context, unread], dim=1)[:, -block_size:]
+        context = torch.cat([context, tokens[:, None]], dim=1)[:, -block_size:]
+        known += 1
+
+
+def _padded(padding: Tensor, read: int, n_new: int) -> tuple[Tensor, Tensor]:
+    """Return the mask (B, read + n_new) and the positions of the new tokens (B, n_new) of rows with padding (B,)."""
+    places = torch.arange(read + n_new, device=padding.device)
+    positions = places[read:] - padding[:, None]
+    return (places >= padding[:, None]).long(), positions.clamp_min(0)
+
+
+class RecordedStep:
+    """A step of generation with constant shapes, recorded as a CUDA graph for each number of positions that it reads.
+
+    On other devices it runs without a graph.
+
+    Args:
+        decoder: Model of the `cache`.
+        cache: Cache of all layers, with the prompt read.
+        choose: Function from scores, (B, 1, V), to the next tokens, (B,), on the device alone.
+        generator: Generator that `choose` draws from, if it is not torch's global one.
+    """
+
+    def __init__(
+        self,
+        decoder: CachedModel,
+        cache: list[KeyValueCache],
+        choose: Callable[[Tensor], Tensor],
+        generator: torch.Generator | None,
+    ) -> None:
+        self._decoder, self._cache, self._choose, self._generator = decoder, cache, choose, generator
+        self._inputs: tuple[Tensor, Tensor, Tensor] | None = None
+        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor] | None] = {}  # by the number of positions read
+
+    def __call__(self, tokens: Tensor, padding: Tensor | None) -> Tensor:
+        """Read the last tokens, (B, 1), of rows with padding, (B,), and return the next, (B,)."""
+        read = self._cache[0].length
+        if padding is None:
+            padding = tokens.new_zeros(len(tokens))
+        if self._inputs is None:
+            self._inputs = torch.empty_like(tokens), torch.empty_like(padding), tokens.new_empty(1)
+        self._inputs[0].copy_(tokens)
+        self._inputs[1].copy_(padding)
+        self._inputs[2].fill_(read)
+        n_read = self._n_read(read + 1)
+        for layer_cache in self._cache:
+            layer_cache.fix(self._inputs[2], n_read)
+        chosen = self._run(n_read)
+        for layer_cache in self._cache:
+            layer_cache.release(read + 1)
+        return chosen
+
+    def _n_read(self, needed: int) -> int:
+        """Return the number of positions to read: a power of two times the shortest, or the whole cache."""
+        n_read = _SHORTEST_READ
+        while n_read < needed:
+            n_read *= 2
+        return min(n_read, self._cache[0].max_length)
+
+    def _run(self, n_read: int) -> Tensor:
+        if not self._inputs[0].is_cuda:
+            return self._step(n_read)
+        if n_read not in self._graphs:  # kernels must be loaded before they are recorded
+            self._graphs[n_read] = None
+            return self._step(n_read)
+        if self._graphs[n_read] is None:
+            self._graphs[n_read] = self._record(n_read)
+        graph, chosen = self._graphs[n_read]
+        graph.replay()
+        return chosen
+
+    def _step(self, n_read: int) -> Tensor:
+        tokens, padding, place = self._inputs  # (B, 1), (B,), (1,)
+        keys = torch.arange(n_read, device=place.device)
+        mask = (keys <= place) & (keys >= padding[:, None])  # (B, n_read)
+        logits = self._decoder(
+            tokens,
+            cache=self._cache,
+            last_only=True,
+            attention_mask=mask[:, None, None],
+            position_ids=place - padding[:, None],
+        )
+        return self._choose(logits)
+
+    def _record(self, n_read: int) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+        graph = torch.cuda.CUDAGraph()
+        if self._generator is not None:
+            graph.register_generator_state(self._generator)
+        # Weights that autocast has converted are not kept, because they would be memory of the first graph.
+        precision = torch.autocast(
+            "cuda", torch.get_autocast_dtype("cuda"), torch.is_autocast_enabled("cuda"), cache_enabled=False
+        )
+        with precision, torch.cuda.graph(graph):
+            chosen = self._step(n_read)
+        return graph, chosen
+
+
+def _read_behind(steps: Iterator[Tensor], stop_token: int | None) -> Iterator[Tensor]:
+    """Yield the tokens of each step on the CPU until all are stop tokens.
+
+    A GPU is one step ahead, so that it works while the caller uses the tokens.
+    """
+    waiting: deque[tuple[Tensor, torch.cuda.Event | None]] = deque()
+
+    def arrived() -> Tensor:
+        tokens, event = waiting.popleft()
+        if event is not None:
+            event.synchronize()
+        return tokens
+
+    for tokens in steps:
+        event = None
+        copied = tokens.to("cpu", non_blocking=True)
+        if tokens.is_cuda:
+            event = torch.cuda.Event()
+            event.record()
+        waiting.append((copied, event))
+        if event is None or len(waiting) > 1:
+            yield (ready := arrived())
+            if stop_token is not None and bool((ready == stop_token).all()):
+                return
+    while waiting:
+        yield arrived()
+
+
+def _memory(n_positions: int) -> int:
+    """Return the number of positions to allocate memory for."""
+    return -(-n_positions // _ROUND) * _ROUND
+
+
+def _is_recorded(decoder: CachedModel, cache: list[Any], device: torch.device) -> bool:
+    """Return whether to record steps; FSDP's hooks may do different things in each."""
+    if device.type != "cuda" or not isinstance(cache[0], KeyValueCache):
+        return False
+    return not any(isinstance(part, FSDPModule) for part in decoder.modules())
+
+
+def _left_padding(attention_mask: Tensor, input_ids: Tensor) -> Tensor:
+    """Return the number of padding positions in each row, (B,) int64, which must precede the tokens."""
+    shape = tuple(attention_mask.shape)
+    if shape != tuple(input_ids.shape):
+        raise ValueError(f"attention_mask has shape {shape}: must have that of input_ids, {tuple(input_ids.shape)}")
+    mask = attention_mask.long()
+    if not bool((mask.diff(dim=1) >= 0).all() & (mask[:, -1] == 1).all()):
+        raise ValueError("attention_mask: the padding of a row must precede its tokens, of which there is at least one")
+    return mask.size(1) - mask.sum(dim=1)
 
 
 def _check_sampling(temperature: float, top_k: int | None, top_p: float | None) -> None:

@@ -1,4 +1,4 @@
-"""All uses of private names of Lightning, jsonargparse, torchmetrics, W&B and PyTorch; each has a test.
+"""All uses of private names of Lightning, jsonargparse, torchmetrics, W&B, Transformers and PyTorch; each has a test.
 
 Lightning 2.6 has no public way to resume an epoch at the right batch, to test whether gradients are being
 accumulated, or to switch off its own handling of SIGTERM, which hangs with several processes.
@@ -19,8 +19,9 @@ from torch.distributed._composable import checkpoint as recompute_in_backward
 from torch.utils.data import DataLoader
 from torchmetrics import Metric
 
-if TYPE_CHECKING:  # wandb is imported where it is used: it is slow to import
+if TYPE_CHECKING:  # imported where they are used: they are slow to import
     import wandb
+    from transformers import PreTrainedModel
 
 __all__ = ["recompute_in_backward"]
 
@@ -173,3 +174,16 @@ foreach_add_ = torch._foreach_add_
 foreach_lerp = torch._foreach_lerp
 foreach_lerp_ = torch._foreach_lerp_
 foreach_mul_ = torch._foreach_mul_
+
+
+# --- Transformers -----------------------------------------------------------------------------------------------------
+
+
+def attention_implementation(model: "PreTrainedModel") -> str:
+    """Return the name of the attention that a model of Transformers runs, such as `sdpa` for torch's kernels."""
+    return model.config._attn_implementation
+
+
+def takes_static_caches(model: "PreTrainedModel") -> bool:
+    """Return whether a model of Transformers is right with keys and values beyond the last position, under a mask."""
+    return model._can_compile_fullgraph
