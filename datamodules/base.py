@@ -134,6 +134,11 @@ class ExperimentDataModule(LightningDataModule):
         kwargs = getattr(strategy, "distributed_sampler_kwargs", {"rank": 0, "num_replicas": 1})
         return kwargs["rank"], kwargs["num_replicas"]
 
+    @property
+    def _is_on_gpu(self) -> bool:
+        """Whether batches go to a GPU; pinned memory would otherwise start CUDA in a run on the CPU."""
+        return self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
+
     def _loader(self, dataset: Dataset, n: int, order: Order, drop_last: bool) -> DataLoader:
         return DataLoader(
             dataset,
@@ -142,7 +147,7 @@ class ExperimentDataModule(LightningDataModule):
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
             worker_init_fn=leave_signals_to_the_parent,
-            pin_memory=torch.cuda.is_available(),
+            pin_memory=self._is_on_gpu,
             # By default, a loader draws the seed of its workers from the global generator, whose state must not change.
             generator=torch.Generator().manual_seed(self.seed),
         )

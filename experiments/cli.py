@@ -40,6 +40,7 @@ _NOISE = (  # warnings of Lightning that do not hold here, or that a user cannot
     ".*treespec, LeafSpec.*",
     ".*LightningCLI`?'s args parameter is intended.*",
     ".*was configured without a validation dataloader.*",
+    ".*GPU available but not used.*",  # `trainer.accelerator: cpu` says so
     ".*The number of training batches .* is smaller than the logging interval.*",
     ".*when logging on epoch level in distributed setting to accumulate the metric across devices.*",
 )
@@ -89,6 +90,12 @@ class ExperimentCLI(SettingsGoOverCheckpoint):
             type=optim.ScheduleFactory | None,
             default={"class_path": "lightning_modules.optim.schedules.Constant", "init_args": {}},
             help="Learning-rate schedule, stepped every optimiser step and told the length of the run.",
+        )
+        parser.add_argument(
+            "--allow",
+            type=str | None,
+            help="Packages, separated by commas, whose classes the config.yaml of a run folder may name. Classes that "
+            "a flag or another YAML names need no permission.",
         )
         if parser.prog == "llm-train fit":
             parser.add_argument(

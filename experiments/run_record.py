@@ -46,6 +46,8 @@ class RunRecord(SaveConfigCallback):
 
     def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Write the configuration and the environment at the start of a run; called on rank 0 only."""
+        if trainer.strategy.root_device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(trainer.strategy.root_device)
         run = self._run
         whole = yaml.safe_load(self.parser.dump(self.config, skip_none=False))
         config = {key: value for key, value in whole.items() if key not in _NOT_RECORDED}
@@ -121,8 +123,10 @@ class RunRecord(SaveConfigCallback):
             "best": best,
             "metrics": {name: float(value) for name, value in trainer.callback_metrics.items()},
             "seconds": round(time.monotonic() - self._began, 1),
-            "peak_memory_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
+            "peak_memory_mib": round(peak_memory() / 2**20),
         }
+        if (device := trainer.strategy.root_device).type == "cuda":
+            summary["peak_gpu_memory_mib"] = round(torch.cuda.max_memory_allocated(device) / 2**20)
         write_text(self._summary_file, json.dumps(summary, indent=2) + "\n")
         sync_command = None
         for logger in _of(WandbRecorder, trainer.loggers):
@@ -142,6 +146,8 @@ class RunRecord(SaveConfigCallback):
         lines = [("run", f"{folder} ({summary['status']}{where}, {summary['seconds']:.0f} s)")]
         if summary["best"]:
             lines.append(("best", "{metric} {value:.4f} at step {step}".format(**summary["best"])))
+        if "peak_gpu_memory_mib" in summary:
+            lines.append(("memory", f"{summary['peak_gpu_memory_mib']:,} MiB on the GPU at most"))
         if not is_fit:
             lines += [("result", f"{name} {value:.4f}") for name, value in sorted(summary["metrics"].items())]
         if sync_command:
@@ -179,11 +185,24 @@ def environment(trainer: L.Trainer) -> dict[str, Any]:
         "processor": platform.processor() or platform.machine(),
         "cpu_count": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "devices": _gpus(trainer),
         "world_size": trainer.world_size,
         "precision": str(trainer.precision),
         "seed": int(os.environ.get("PL_GLOBAL_SEED", 0)),
     }
+
+
+def peak_memory() -> int:
+    """Return the largest resident memory of this process so far, in bytes."""
+    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux counts KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _gpus(trainer: L.Trainer) -> list[str]:
+    """Return the names of the GPUs of the machine; asking for them on a CPU run would take memory on each."""
+    if trainer.strategy.root_device.type != "cuda":
+        return []
+    return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
 
 
 def _commit() -> str | None:

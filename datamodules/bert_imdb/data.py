@@ -66,8 +66,9 @@ def truncate(ids: np.ndarray, n: int, how: Truncation) -> np.ndarray:
 class TokenizedReviews(Dataset):
     """Reviews as rows of token ids, padded to the longest row of a batch.
 
-    A batch is `{"input_ids": (B, T), "attention_mask": (B, T), "labels": (B,), "positions": (B,)}`, all int64. If
-    `features` is set, a batch has `features`, (B, F) float32, in place of the first two.
+    A batch is `{"input_ids": (B, T), "attention_mask": (B, T), "n_tokens": (), "labels": (B,), "positions": (B,)}`,
+    all int64; `n_tokens` is the number of tokens without padding. If `features` is set, a batch has `features`, (B, F)
+    float32, in place of the first three.
 
     Args:
         rows: Token ids of each review with special tokens, (T,) each.
@@ -110,7 +111,11 @@ class TokenizedReviews(Dataset):
         for b, i in enumerate(positions.tolist()):
             input_ids[b, : lengths[b]] = self.rows[i]
         mask = np.arange(input_ids.shape[1]) < lengths[:, None]  # (B, T)
-        return {"input_ids": torch.from_numpy(input_ids), "attention_mask": torch.from_numpy(mask.astype(np.int64))}
+        return {
+            "input_ids": torch.from_numpy(input_ids),
+            "attention_mask": torch.from_numpy(mask.astype(np.int64)),
+            "n_tokens": torch.tensor(int(lengths.sum())),
+        }
 
 
 class MaskedReviews(TokenizedReviews):
@@ -120,8 +125,8 @@ class MaskedReviews(TokenizedReviews):
     Position `p` of an epoch of `n` reviews is `epoch * n + p`. The targets of a review depend on this number and the
     seed only, not on the batch or the process.
 
-    A batch is `{"input_ids": (B, T), "attention_mask": (B, T), "targets": (B, T), "mean_targets": ()}`. A target is
-    `IGNORED` if its token was not chosen; `mean_targets` is the mean number of targets of B reviews.
+    A batch is `{"input_ids": (B, T), "attention_mask": (B, T), "n_tokens": (), "targets": (B, T), "mean_targets": ()}`.
+    A target is `IGNORED` if its token was not chosen; `mean_targets` is the mean number of targets of B reviews.
 
     Args:
         rows: Token ids of each review with special tokens, (T,) each.

@@ -29,7 +29,8 @@ _DONE = {"keep": "marks kept", "strip": "marks stripped", "drop": "records skipp
 _SUMMARY = (
     "{side}: {records:,} records in {rows:,} rows, {fill:.1%} full; "
     "references shortened {references_shortened:,}, removed {references_removed:,} of {references:,}; answers that "
-    "cite a reference that never existed {answers_citing_missing:,}, that was cut {answers_citing_cut:,} ({done})"
+    "cite a reference that was cut {answers_citing_cut:,} ({done}), with a number in brackets above those of the "
+    "references {answers_citing_missing:,} (kept as text)"
 )
 
 
@@ -49,8 +50,9 @@ class GPT2WebGLMQADataModule(WithTokenizer, ExperimentDataModule):
             training split, the seed; `none` removes them. The citation marks follow their references.
         citations: Treatment of the citation marks: `keep` keeps them, `strip` removes them, and `renumber` moves the
             cited references to the front, in the order of their first citation.
-        missing_citations: Treatment of citation marks whose reference never existed or was cut: `keep` keeps the mark,
-            `strip` removes it, and `drop` skips the record. They are counted.
+        missing_citations: Treatment of citation marks whose reference was cut or removed: `keep` keeps the mark,
+            `strip` removes it, and `drop` skips the record. They are counted. A number in brackets that no reference
+            ever had, such as `[2019]`, is text and stays.
         prompt_loss_weight: Weight of a token of the prompt in the training loss, 0 to 1; a token of the answer has 1.
         packing: Whether to put several records into a row. If not, a row is one record and padding.
         max_record_tokens: Largest number of positions of a record, at most and by default `block_size`. A longer record
@@ -185,7 +187,8 @@ class Rows(Dataset):
     - `targets`: (B, T) int64, the next token, or `IGNORED` if it carries no loss;
     - `loss_weights`: (B, T) float32, the weight of each target in the loss, or 0 without a target;
     - `mean_weight`: (), B times the mean weight of a row over the split;
-    - `target_bytes`: (), the number of UTF-8 bytes of the targets.
+    - `target_bytes`: (), the number of UTF-8 bytes of the targets;
+    - `n_tokens`: (), the number of tokens without padding.
     """
 
     examples: Sequence[Example]
@@ -214,6 +217,7 @@ class Rows(Dataset):
         position_ids = np.zeros(shape, dtype=np.int64)
         targets = np.full(shape, IGNORED, dtype=np.int64)
         loss_weights = np.zeros(shape, dtype=np.float32)
+        n_tokens = 0
         for b, row in enumerate(positions.tolist()):
             begin = 0
             for example in (self.examples[number] for number in self.rows[row]):
@@ -223,6 +227,7 @@ class Rows(Dataset):
                 loss_weights[place] = self.weights_of(example)
                 position_ids[b, begin:] = np.arange(self.block_size - begin)
                 begin += example.n_places
+            n_tokens += begin
         targets[loss_weights == 0] = IGNORED
         return {
             "input_ids": torch.from_numpy(input_ids),
@@ -231,4 +236,5 @@ class Rows(Dataset):
             "loss_weights": torch.from_numpy(loss_weights),
             "mean_weight": torch.tensor(len(positions) * self.weight_of_a_row, dtype=torch.float32),
             "target_bytes": torch.tensor(int(self.byte_lengths[targets[targets >= 0]].sum())),
+            "n_tokens": torch.tensor(n_tokens),
         }

@@ -1,58 +1,77 @@
-"""Speed of a run: tokens per second, tokens seen, and model FLOP utilisation."""
+"""Speed and memory of a run: tokens per second, tokens seen, model FLOP utilisation, and peak GPU memory."""
 
 import time
 from typing import Any
 
 import lightning as L
 import torch
-from lightning.fabric.utilities.throughput import get_available_flops
 from torch import Tensor
 
 from lightning_modules.runtime import private_names
+from lightning_modules.runtime.peak_flops import format_of, peak_flops
 
 
 class Throughput(L.Callback):
-    """Callback that logs `perf/tokens_per_second`, `train/tokens_seen` and, if the peak FLOPS are known, `perf/mfu`.
+    """Callback that logs the speed of the training, and on a GPU its use of the device, over all processes.
 
-    Tokens are counted over all processes. The time from the start of a validation to the next training batch is not
-    counted. Model FLOP utilisation (Chowdhery et al., 2022, appendix B) is the number of FLOPs of the model (see its
-    `flops_per_token`), divided by the number that the devices can do in the same time.
+    - `perf/tokens_per_second`: the time from the start of a validation to the next training batch is not counted.
+    - `train/tokens_seen`: tokens of all training batches so far. Padding is no token: a batch with padding has the
+      number of its tokens as `n_tokens`, a scalar; otherwise every entry of its `input_ids`, or `targets`, is one.
+    - `perf/mfu`: model FLOP utilisation (Chowdhery et al., 2022, appendix B, https://arxiv.org/abs/2204.02311), the
+      FLOPs of the model (see its `flops_per_token`) divided by those that the devices can do in the same time; only if
+      the peak of the device is known, see `peak_flops`.
+    - `perf/gpu_memory_mib`: largest memory of tensors on the first device so far.
     """
 
     def __init__(self) -> None:
         self.tokens_seen = 0
         self.tokens_per_second = float("nan")
-        self._tokens_since = 0
-        self._clock = 0.0
+        self._uncounted: list[Tensor | int] = []  # of the batches since the last count, on this process
+        self._seen_at_clock, self._clock = 0, 0.0  # tokens and time at the last logging
         self._stopped_at: float | None = None
         self._peak_flops: float | None = None
+        self._trainer: L.Trainer | None = None
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Look up the peak of the device and start the clock."""
-        if pl_module.device.type == "cuda":
-            dtype = {"16": torch.float16, "bf": torch.bfloat16}.get(str(trainer.precision)[:2], torch.float32)
-            self._peak_flops = get_available_flops(pl_module.device, dtype)
+        self._trainer = trainer
+        if pl_module.device.type == "cuda" and (number_format := format_of(str(trainer.precision))):
+            self._peak_flops = peak_flops(torch.cuda.get_device_name(pl_module.device), number_format)
         self._stopped_at = None  # by a validation before the first step
-        self._tokens_since, self._clock = 0, time.perf_counter()
+        self._uncounted, self._seen_at_clock, self._clock = [], self.tokens_seen, time.perf_counter()
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Count the tokens of the batch, and log if logging is due."""
-        tokens = _tokens_in(batch) * trainer.world_size
-        self.tokens_seen += tokens
-        self._tokens_since += tokens
+        """Remember the tokens of the batch, and log if logging is due."""
+        self._uncounted.append(_tokens_in(batch))
         if trainer.global_step % trainer.log_every_n_steps or private_names.is_accumulating(trainer):
             return
-        if pl_module.device.type == "cuda":
+        on_gpu = pl_module.device.type == "cuda"
+        if on_gpu:
             torch.cuda.synchronize(pl_module.device)
-        self.tokens_per_second = self._tokens_since / (time.perf_counter() - self._clock)
+        seconds, before = time.perf_counter() - self._clock, self._seen_at_clock
+        self._count()
+        self.tokens_per_second = (self.tokens_seen - before) / seconds
         metrics = {"perf/tokens_per_second": self.tokens_per_second, "train/tokens_seen": float(self.tokens_seen)}
         flops_per_token = getattr(pl_module, "flops_per_token", None)
         if self._peak_flops and flops_per_token:
             metrics["perf/mfu"] = self.tokens_per_second * flops_per_token / (self._peak_flops * trainer.world_size)
+        if on_gpu:
+            metrics["perf/gpu_memory_mib"] = torch.cuda.max_memory_allocated(pl_module.device) / 2**20
         pl_module.log_dict(metrics)
-        self._tokens_since, self._clock = 0, time.perf_counter()
+        self._seen_at_clock, self._clock = self.tokens_seen, time.perf_counter()
+
+    def _count(self) -> None:
+        """Add the tokens of the batches since the last count, of all processes."""
+        if not self._uncounted or self._trainer is None:
+            return
+        device = self._trainer.strategy.root_device
+        known = sum(n for n in self._uncounted if isinstance(n, int))
+        counted = [n.to(device) for n in self._uncounted if isinstance(n, Tensor)]
+        own = torch.stack([torch.tensor(known, device=device), *counted]).sum()
+        self.tokens_seen += int(self._trainer.strategy.reduce(own, reduce_op="sum"))
+        self._uncounted = []
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Stop the clock."""
@@ -65,7 +84,8 @@ class Throughput(L.Callback):
             self._stopped_at = None
 
     def state_dict(self) -> dict[str, int]:
-        """Return the tokens seen so far."""
+        """Return the tokens seen so far; Lightning calls this on every process."""
+        self._count()
         return {"tokens_seen": self.tokens_seen}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
@@ -73,6 +93,10 @@ class Throughput(L.Callback):
         self.tokens_seen = state_dict["tokens_seen"]
 
 
-def _tokens_in(batch: Any) -> int:
-    tokens = batch.get("input_ids", batch.get("targets")) if isinstance(batch, dict) else None
+def _tokens_in(batch: Any) -> Tensor | int:
+    if not isinstance(batch, dict):
+        return 0
+    if "n_tokens" in batch:
+        return batch["n_tokens"]
+    tokens = batch.get("input_ids", batch.get("targets"))
     return tokens.numel() if isinstance(tokens, Tensor) else 0

@@ -1,0 +1,105 @@
+"""Speed and memory of a run: what counts as a token, peak rates, and no trace of CUDA in a run on the CPU."""
+
+import csv
+import json
+import sys
+
+import pytest
+import torch
+from helpers import RUNS
+from torch.utils.data import DataLoader
+
+import datamodules.base
+from datamodules.bert_imdb.data import TokenizedReviews
+from experiments import run_record
+from lightning_modules.runtime.peak_flops import format_of, peak_flops
+from lightning_modules.runtime.throughput import Throughput
+
+
+@pytest.mark.parametrize(
+    ("name", "number_format", "teraflops"),
+    [
+        ("NVIDIA H100 80GB HBM3", "bfloat16", 989.4),
+        ("NVIDIA H100 NVL", "bfloat16", 835.5),
+        ("NVIDIA H100 PCIe", "bfloat16", 756.0),
+        ("NVIDIA H200", "bfloat16", 989.4),
+        ("NVIDIA GH200 480GB", "bfloat16", 989.4),
+        ("NVIDIA B200", "bfloat16", 2250.0),
+        ("NVIDIA L40S", "bfloat16", 362.05),
+        ("NVIDIA L40", "bfloat16", 181.05),
+        ("NVIDIA L4", "bfloat16", 121.0),
+        ("NVIDIA RTX 6000 Ada Generation", "bfloat16", 364.2),
+        ("NVIDIA A100-SXM4-80GB", "tf32", 156.0),
+        ("NVIDIA A100 80GB PCIe", "float32", 19.5),
+        ("Tesla V100-SXM2-16GB", "float16", 125.0),
+        ("Tesla T4", "float16", 65.0),
+        ("AMD Instinct MI300X", "bfloat16", 1307.4),
+        ("Tesla T4", "bfloat16", None),  # it computes bfloat16 without its matrix units
+        ("NVIDIA A10G", "bfloat16", None),  # other GPUs than those whose names begin alike
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", "bfloat16", None),
+        ("a GPU of the future", "bfloat16", None),
+    ],
+)
+def test_the_peak_of_a_gpu_is_that_of_dense_matrices(name, number_format, teraflops):
+    assert peak_flops(name, number_format) == pytest.approx(teraflops and teraflops * 1e12)
+
+
+def test_the_peak_in_float32_depends_on_tf32():
+    assert [format_of(p) for p in ("bf16-mixed", "16-true", "64-true")] == ["bfloat16", "float16", None]
+    assert format_of("32-true") == "float32"
+    torch.set_float32_matmul_precision("high")
+    try:
+        assert format_of("32-true") == "tf32"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+def test_padding_is_not_counted():
+    reviews = TokenizedReviews([torch.arange(n).numpy() for n in (3, 9)], [0, 1], pad_token_id=0)
+    assert reviews[torch.tensor([0, 1])]["n_tokens"] == 12
+    counter = Throughput()
+    counter._trainer = type("T", (), {"strategy": _OneProcess()})
+    counter._uncounted = [reviews[torch.tensor([0, 1])]["n_tokens"], 5]
+    assert counter.state_dict() == {"tokens_seen": 17}
+    assert counter.state_dict() == {"tokens_seen": 17}
+
+
+class _OneProcess:
+    root_device = torch.device("cpu")
+
+    def reduce(self, tensor, reduce_op):
+        return tensor
+
+
+def test_a_run_on_the_cpu_leaves_cuda_alone_and_records_its_memory(tiny, llm_train, monkeypatch, recwarn):
+    def start_cuda(*_):
+        raise AssertionError("CUDA was started")
+
+    def load(*args, pin_memory, **kwargs):
+        assert not pin_memory
+        return DataLoader(*args, **kwargs)
+
+    monkeypatch.setattr(datamodules.base, "DataLoader", load)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # as on a machine with a GPU
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    for name in ("_lazy_init", "get_device_name"):
+        monkeypatch.setattr(torch.cuda, name, start_cuda)
+    done = llm_train("fit", "-c", tiny(trainer__max_steps=4, trainer__val_check_interval=4))
+    assert done.code == 0, done.err
+    assert "GPU" not in done.err + done.out + "".join(str(warning.message) for warning in recwarn)
+    summary = json.loads((RUNS / "tiny/summary.json").read_text())
+    assert 50 < summary["peak_memory_mib"] < 20_000
+    assert "peak_gpu_memory_mib" not in summary
+    with (RUNS / "tiny/metrics.csv").open() as file:
+        (row,) = csv.DictReader(file)
+    assert float(row["train/tokens_seen"]) == 4 * 4 * 16
+    assert not {"perf/mfu", "perf/gpu_memory_mib"} & row.keys()
+    assert json.loads((RUNS / "tiny/environment.json").read_text())[0]["devices"] == []
+
+
+def test_peak_memory_is_in_bytes_on_linux_and_macos(monkeypatch):
+    usage = type("usage", (), {"ru_maxrss": 4096})
+    monkeypatch.setattr(run_record.resource, "getrusage", lambda who: usage)
+    for platform, n_bytes in (("linux", 4096 * 1024), ("darwin", 4096)):
+        monkeypatch.setattr(sys, "platform", platform)
+        assert run_record.peak_memory() == n_bytes
