@@ -2,9 +2,8 @@
 
 import json
 import random
-import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -14,13 +13,11 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from datamodules.hub_datasets import load_hub_dataset
 from datamodules.splits import Side, require_fractions, side_of
+from lightning_modules.common.citation_marks import cited, renumber
 from lightning_modules.common.ranges import PositiveInt, Probability
 
 Order = Literal["given", "shuffled", "none"]
 Citations = Literal["keep", "strip", "renumber"]
-
-_MARK = re.compile(r"\[(\d+)\]")
-_MARKS_AND_SPACE = re.compile(r"(\s*)((?:\[\d+\])+)")
 
 
 @dataclass(frozen=True)
@@ -31,25 +28,12 @@ class Record:
     answer: str
     references: tuple[str, ...]
     place: str = "record"
+    n_removed: int = 0  # references that the answer may still cite: they followed those above and were removed
 
-
-def citations(answer: str) -> list[int]:
-    """Return the numbers of all citation marks of a text, in order and with repetitions."""
-    return [int(number) for number in _MARK.findall(answer)]
-
-
-def renumber(answer: str, new_number: Callable[[int], int | None]) -> str:
-    """Return an answer with new numbers in its citation marks; a mark whose new number is `None` is removed.
-
-    The space before adjacent marks is removed if all of them are removed.
-    """
-
-    def change(marks: re.Match[str]) -> str:
-        numbers = map(new_number, citations(marks[2]))
-        left = "".join(f"[{number}]" for number in numbers if number is not None)
-        return left and marks[1] + left
-
-    return _MARKS_AND_SPACE.sub(change, answer)
+    @property
+    def n_numbered(self) -> int:
+        """Number of references that a mark can cite; a larger number in brackets, such as a year, is no citation."""
+        return len(self.references) + self.n_removed
 
 
 def arrange(record: Record, order: Order, marks: Citations, seed: int = 0) -> Record:
@@ -58,7 +42,7 @@ def arrange(record: Record, order: Order, marks: Citations, seed: int = 0) -> Re
     Args:
         record: Record to arrange.
         order: `given` keeps the order, `shuffled` draws one from the seed and the question, and `none` removes the
-            references, so that the marks cite references that do not exist.
+            references, so that the marks cite references that were removed.
         marks: `keep` keeps the marks, `strip` removes them, and `renumber` moves the cited references to the front, in
             the order of their first citation, so that the first mark is `[1]`.
         seed: Seed of the order `shuffled`.
@@ -69,12 +53,17 @@ def arrange(record: Record, order: Order, marks: Citations, seed: int = 0) -> Re
     elif order == "shuffled":
         random.Random(f"{seed} {record.question}").shuffle(numbers)
     if marks == "renumber":
-        cited = [number for number in dict.fromkeys(citations(record.answer)) if number in numbers]
-        numbers = cited + [number for number in numbers if number not in cited]
-    place_of = {old: new for new, old in enumerate(numbers, start=1)}
-    # A mark without a reference keeps its number, which is not the number of another reference.
-    answer = renumber(record.answer, lambda number: None if marks == "strip" else place_of.get(number, number))
-    return replace(record, answer=answer, references=tuple(record.references[number - 1] for number in numbers))
+        first = [number for number in dict.fromkeys(cited(record.answer)) if number in numbers]
+        numbers = first + [number for number in numbers if number not in first]
+    new_number: dict[int, int | None] = {old: new for new, old in enumerate(numbers, start=1)}
+    if marks == "strip":
+        new_number = dict.fromkeys(range(1, record.n_numbered + 1))
+    return replace(
+        record,
+        answer=renumber(record.answer, lambda number: new_number.get(number, number)),
+        references=tuple(record.references[number - 1] for number in numbers),
+        n_removed=record.n_numbered - len(numbers),
+    )
 
 
 def parse_record(row: Any, place: str) -> Record:

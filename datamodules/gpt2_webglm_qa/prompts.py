@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 import numpy as np
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from datamodules.gpt2_webglm_qa.cited_answers import Record, citations, renumber
+from datamodules.gpt2_webglm_qa.cited_answers import Record
 from datamodules.tokenizers import encode
+from lightning_modules.common.citation_marks import cited, renumber
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -118,13 +119,12 @@ class PromptEncoder:
         if prompt is None:
             self._skip(f"whose question and answer are longer than {self.block_size} tokens", record)
             return None
-        answer, cited, n_kept = record.answer, citations(record.answer), len(prompt.references)
-        was_cut = any(n_kept < number <= len(record.references) for number in cited)
-        never_was = any(not 0 < number <= len(record.references) for number in cited)
-        self.counts["answers_citing_missing"] += never_was
-        self.counts["answers_citing_cut"] += was_cut
-        if (never_was or was_cut) and self.missing_citations != "keep":
-            answer = renumber(answer, lambda number: number if 0 < number <= n_kept else None)
+        answer, numbers, n_kept = record.answer, cited(record.answer), len(prompt.references)
+        gone = {number for number in numbers if n_kept < number <= record.n_numbered}
+        self.counts["answers_citing_missing"] += any(number > record.n_numbered for number in numbers)
+        self.counts["answers_citing_cut"] += bool(gone)
+        if gone and self.missing_citations != "keep":
+            answer = renumber(answer, lambda number: None if number in gone else number)
             if self.missing_citations == "drop" or not answer.strip():
                 self._skip("whose answer cites a reference that is not there", record)
                 return None

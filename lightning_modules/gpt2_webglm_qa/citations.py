@@ -18,12 +18,13 @@ from typing import NamedTuple
 
 import numpy as np
 
+from lightning_modules.common.citation_marks import MARK, cited, without_marks
+
 SUPPORT = 0.5  # share of the content words of a sentence that passages must contain to support it
 LEVEL, N_RESAMPLES = 0.95, 1000  # of the bootstrap intervals
 
-_MARK = re.compile(r"\s*\[(\d+)\]")
 # A sentence with its marks, which may precede or follow the full stop: `It is so [1].`, `It is so.[1]`.
-_SENTENCE = re.compile(r"\S.*?(?:[.!?][\"')]*(?:\s*\[\d+\])*(?=\s+[\"'`(*]*[A-Z`])|\s*$)", re.DOTALL)
+_SENTENCE = re.compile(rf"\S.*?(?:[.!?][\"')]*(?:\s*{MARK})*(?=\s+[\"'`(*]*[A-Z`])|\s*$)", re.DOTALL)
 _WORD = re.compile(r"\w+")
 _FUNCTION_WORDS = frozenset(
     _WORD.findall(
@@ -55,16 +56,6 @@ def score(answer: str, gold: str, references: Sequence[str]) -> Scores:
     words, pairs, subsequence = (float(rouge[f"{key}_fmeasure"]) for key in keys)
     missing = float(any(not 0 < number <= len(references) for number in cited(answer)))
     return Scores(words, pairs, subsequence, *citation_scores(answer, references), missing, repetition(answer))
-
-
-def cited(text: str) -> list[int]:
-    """Return the numbers of the citation marks of a text, in order."""
-    return [int(number) for number in _MARK.findall(text)]
-
-
-def without_marks(text: str) -> str:
-    """Return a text without its citation marks and the space before them."""
-    return _MARK.sub("", text)
 
 
 def sentences(text: str) -> list[str]:

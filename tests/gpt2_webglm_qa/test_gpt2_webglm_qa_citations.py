@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from lightning_modules.common.citation_marks import cited, renumber, without_marks
 from lightning_modules.gpt2_webglm_qa.citations import (
     best_reference,
     bootstrap,
@@ -12,7 +13,6 @@ from lightning_modules.gpt2_webglm_qa.citations import (
     score,
     sentences,
     supports,
-    without_marks,
 )
 
 SKY = "The sky is blue because molecules scatter short waves most."
@@ -23,6 +23,26 @@ def test_sentences_keep_the_marks_that_follow_them():
     text = "It is so [1]. It was so.[2][3] `f` is (e.g. 3.5) so! And so [4]"
     assert sentences(text) == ["It is so [1].", "It was so.[2][3]", "`f` is (e.g. 3.5) so!", "And so [4]"]
     assert without_marks(text) == "It is so. It was so. `f` is (e.g. 3.5) so! And so"
+
+
+@pytest.mark.parametrize(
+    ("text", "numbers", "plain"),
+    [
+        ("It is so[1], and so [2][3].", [1, 2, 3], "It is so, and so."),
+        ("Read `row[1]` [2].", [2], "Read `row[1]`."),
+        ("Read ``a`[1]`` [2] `b[3]`", [2], "Read ``a`[1]`` `b[3]`"),
+        ("Run\n```python\nx[1] = y[2]\n```\n[3]", [3], "Run\n```python\nx[1] = y[2]\n```"),
+        ("Run\n```\nx[1]", [], "Run\n```\nx[1]"),  # cut off within the code
+        ("A lone ` is no code [1].", [1], "A lone ` is no code."),
+        ("[0] [01] [1, 2] [1-2] [[1]] [١] [１] ［1］ [¹]", [], "[0] [01] [1, 2] [1-2] [[1]] [١] [１] ［1］ [¹]"),
+        (f"So [{'9' * 5000}].", [], f"So [{'9' * 5000}]."),
+        (f"So{' ' * 100_000}[1]", [1], "So"),
+    ],
+)
+def test_marks_are_numbers_in_brackets_outside_of_code(text, numbers, plain):
+    assert cited(text) == numbers
+    assert without_marks(text) == plain
+    assert renumber(text, lambda number: number) == text
 
 
 def test_half_of_the_content_words_support_a_sentence():

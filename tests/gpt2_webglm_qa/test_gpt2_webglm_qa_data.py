@@ -10,12 +10,13 @@ from hypothesis import strategies as st
 from jsonargparse import ArgumentError, ArgumentParser
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from datamodules.gpt2_webglm_qa.cited_answers import HubRecords, JSONLines, Record, RecordSource, arrange, citations
+from datamodules.gpt2_webglm_qa.cited_answers import HubRecords, JSONLines, Record, RecordSource, arrange
 from datamodules.gpt2_webglm_qa.data import GPT2WebGLMQADataModule
 from datamodules.gpt2_webglm_qa.packing import best_fit
 from datamodules.gpt2_webglm_qa.prompts import PromptEncoder
 from datamodules.gpt2_webglm_qa.python_questions import PythonQuestions
 from datamodules.tokenizers import byte_tokenizer
+from lightning_modules.common.citation_marks import cited
 
 END = 256  # of the byte tokenizer
 LONG = Record("Why?", "As it is [2][1]. So [3].", ("one", "two", "three"))
@@ -52,7 +53,7 @@ def test_shuffled_references_take_their_marks_along():
         record = arrange(LONG, "shuffled", "keep", seed)
         orders.add(record.references)
         assert sorted(record.references) == ["one", "three", "two"]
-        assert [record.references[n - 1] for n in citations(record.answer)] == ["two", "one", "three"]
+        assert [record.references[n - 1] for n in cited(record.answer)] == ["two", "one", "three"]
         assert record == arrange(LONG, "shuffled", "keep", seed)
     assert len(orders) == 6
 
@@ -246,26 +247,36 @@ def test_what_is_too_long_without_any_reference_or_empty_is_skipped_and_said(cap
         module(long)
 
 
-NEVER = Record("Who?", "Ann [1]. Or Bob [2].", ("Ann did.",))
+NEVER = Record("Who?", "Ann [1], in [2019].", ("Ann did.",))
+
+
+@pytest.mark.parametrize("what", ["keep", "strip", "drop"])
+def test_a_number_that_no_reference_had_is_counted_and_stays(what, capsys):
+    data = module(SHORT, NEVER, missing_citations=what)
+    assert [example.record.answer for example in data.rows["train"].examples] == [SHORT.answer, NEVER.answer]
+    assert data.counts["train"]["answers_citing_missing"] == 1
+    assert data.counts["train"]["answers_citing_cut"] == 0
+    assert "that was cut 0 (" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
-    ("what", "answer"), [("keep", "Ann [1]. Or Bob [2]."), ("strip", "Ann [1]. Or Bob."), ("drop", None)]
+    ("what", "answer"), [("keep", "Ann [1], in [2019]."), ("strip", "Ann, in [2019]."), ("drop", None)]
 )
-def test_an_answer_that_cites_what_is_not_there_is_counted_and_kept_stripped_or_skipped(what, answer, capsys):
-    data = module(SHORT, NEVER, missing_citations=what)
-    answers = [example.record.answer for example in data.rows["train"].examples]
-    assert answers == ["Ann [1]."] + ([answer] if answer else [])
-    assert data.counts["train"]["answers_citing_missing"] == 1
-    assert data.counts["train"]["answers_citing_cut"] == 0
-    assert "that never existed 1, that was cut 0" in capsys.readouterr().err
+def test_a_mark_whose_reference_was_removed_is_kept_stripped_or_skipped(what, answer):
+    bare = Record("Who?", "Ann.", ("Ann did.",))
+    data = module(bare, NEVER, references="none", missing_citations=what)
+    assert [example.record.answer for example in data.rows["train"].examples] == ["Ann."] + [answer] * bool(answer)
+    stripped = module(NEVER, references="none", citations="strip")
+    assert stripped.rows["train"].examples[0].record.answer == "Ann, in [2019]."
 
+
+@pytest.mark.parametrize(("what", "answer"), [("keep", LONG.answer), ("strip", "As it is [1]. So."), ("drop", None)])
+def test_a_mark_whose_reference_was_cut_is_counted_and_kept_stripped_or_skipped(what, answer):
     cut = PromptEncoder(byte_tokenizer(), block_size=60, missing_citations=what)
     examples = cut.examples([LONG])
     assert cut.counts["answers_citing_cut"] == 1
     assert cut.counts["answers_citing_missing"] == 0
-    if what == "keep":
-        assert examples[0].record.answer == LONG.answer
+    assert [example.record.answer for example in examples] == [answer] * bool(answer)
 
 
 def test_questions_leave_room_for_the_answer_that_is_to_come():

@@ -12,7 +12,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from datamodules.cache import cache_root
 from datamodules.gpt2_webglm_qa import python_questions
-from datamodules.gpt2_webglm_qa.cited_answers import Record, citations
+from datamodules.gpt2_webglm_qa.cited_answers import Record
 from datamodules.gpt2_webglm_qa.python_questions import (
     Entry,
     PythonQuestions,
@@ -21,6 +21,7 @@ from datamodules.gpt2_webglm_qa.python_questions import (
     entries,
     sentences,
 )
+from lightning_modules.common.citation_marks import cited
 
 SIDES = ("train", "val", "test")
 STATED = re.compile(r"(?:It takes|It derives from|The default of) .*`")  # answers that are read off a signature
@@ -57,9 +58,9 @@ def test_answers_are_word_for_word_in_the_passages_that_they_cite(library, sides
         assert 1 <= len(record.references) <= 3
         assert all(len(reference) <= 300 for reference in record.references)
         assert len(set(record.references)) == len(record.references)
-        cited = citations(record.answer)
-        assert cited == list(range(1, len(cited) + 1))
-        n_citing_two += len(cited) == 2
+        numbers = cited(record.answer)
+        assert numbers == list(range(1, len(numbers) + 1))
+        n_citing_two += len(numbers) == 2
         for passage, part in zip(record.references, re.split(r" \[\d+\]\. ?", record.answer)[:-1], strict=False):
             if STATED.fullmatch(part):
                 n_stated += 1
