@@ -22,6 +22,8 @@ COMMANDS = {
     "completion": ("experiments.editor", "print a completion script for the shell"),
 }
 
+_REFUSALS = (ValueError, TypeError, AttributeError, ImportError)  # of Lightning, for settings that it does not accept
+
 HELP = f"""usage: llm-train COMMAND [options]
 
 Train language models from YAML. Try it:
@@ -64,9 +66,10 @@ def _mistake_behind(error: BaseException) -> BaseException | None:
     """Return the mistake of the user that an error comes from, or `None`.
 
     A mistake is a `UserError`, a `MisconfigurationException`, also one that a library has wrapped, or an `OSError`: a
-    missing file, a full disk, a folder that cannot be written.
+    missing file, a full disk, a folder that cannot be written. It is also an error that Lightning itself raises: it
+    refuses settings of the trainer with several classes of exceptions.
     """
-    if isinstance(error, OSError):
+    if isinstance(error, OSError) or _is_refused_by_lightning(error):
         return error
     lightning = sys.modules.get("lightning.pytorch.utilities.exceptions")  # not imported: not raised
     mistakes = (UserError, lightning.MisconfigurationException) if lightning else UserError
@@ -74,6 +77,14 @@ def _mistake_behind(error: BaseException) -> BaseException | None:
     while behind is not None and not isinstance(behind, mistakes):
         behind = behind.__cause__ or behind.__context__
     return behind
+
+
+def _is_refused_by_lightning(error: BaseException) -> bool:
+    places = error.__traceback__
+    while places is not None and places.tb_next is not None:
+        places = places.tb_next
+    module = places.tb_frame.f_globals.get("__name__", "") if places else ""
+    return isinstance(error, _REFUSALS) and module.startswith("lightning.")
 
 
 def _error(message: str, code: int) -> int:

@@ -21,6 +21,8 @@ from lightning_modules.runtime.private_names import option_names
 # Without this, the help and the JSON schema list all tensor classes for `lr: float | Tensor`.
 set_parsing_settings(subclasses_disabled=[torch.Tensor, type])
 accept_moved_classes()
+# A default of Lightning can be text of an enumeration, as `Timer(interval=...)`.
+yaml.SafeDumper.add_multi_representer(str, lambda dumper, text: dumper.represent_str(str.__str__(text)))
 
 _UNKNOWN_OPTION = re.compile(r"(?:does not accept option|Option) '([\w.]+)'|unrecognized arguments: --([\w.]+)")
 _NO_ATTRIBUTE = re.compile(r"module '([\w.]+)' has no attribute '(\w+)'")
