@@ -54,30 +54,15 @@ class GPT2WebGLMQAModule(FineTunedCausalLM):
         scores = scores_of_share(self, batch, counted, 1)
         metrics.update(scores[None], batch["targets"][counted][None], batch["target_bytes"])
 
-    @torch.no_grad()
-    def answer(
-        self, prompts: Sequence[np.ndarray], max_new_tokens: int, end: int, use_cache: bool = True
-    ) -> list[list[int]]:
-        """Return an answer to each prompt, (T,), decoded greedily; it ends with `end` or has `max_new_tokens` tokens.
-
-        `use_cache` keeps the keys and values from token to token; without it they are computed again.
-        """
+    def answer(self, prompts: Sequence[np.ndarray], max_new_tokens: int, end: int) -> list[list[int]]:
+        """Return a greedy answer to each prompt, (T,), that ends with `end` or has `max_new_tokens` tokens."""
         longest = max(len(prompt) for prompt in prompts)
         # The padding precedes the prompts, so that all of them end at the same position.
         input_ids = torch.tensor([[end] * (longest - len(p)) + p.tolist() for p in prompts], device=self.device)
         lengths = torch.tensor([[len(prompt)] for prompt in prompts], device=self.device)
         attention_mask = (torch.arange(longest, device=self.device) >= longest - lengths).long()  # (B, T)
-        with evaluating(self.model):
-            output = self.model.generate(
-                input_ids=input_ids,
-                attention_mask=attention_mask,
-                max_new_tokens=max_new_tokens,
-                do_sample=False,
-                use_cache=use_cache,
-                eos_token_id=end,
-                pad_token_id=end,
-            )
-        answers = output[:, longest:].tolist()
+        steps = self.generate(input_ids, max_new_tokens, temperature=0, stop_token=end, attention_mask=attention_mask)
+        answers = torch.stack(list(steps), dim=1).tolist()
         return [tokens[: tokens.index(end) + 1] if end in tokens else tokens for tokens in answers]
 
     @torch.no_grad()

@@ -236,7 +236,7 @@ def test_an_empty_share_of_a_batch_adds_nothing_to_the_metrics(records):
 
 
 @pytest.mark.parametrize("model_type", ["gpt2", "gpt_neo", "llama"])
-def test_answers_together_alone_without_a_cache_and_streamed_are_the_same(records, model_type):
+def test_answers_together_alone_streamed_and_of_transformers_are_the_same(records, model_type):
     tuned = module(model_type)
     prompts = [example.prompt_ids for example in datamodule(records).questions("val", 4)]
     assert len({len(prompt) for prompt in prompts}) > 1
@@ -248,9 +248,14 @@ def test_answers_together_alone_without_a_cache_and_streamed_are_the_same(record
     ]
     assert len({len(answer) for answer in together}) > 1
     assert together == [tuned.answer([prompt], 12, end)[0] for prompt in prompts]
-    assert together == tuned.answer(prompts, 12, end, use_cache=False)
     for prompt, answer in zip(prompts, together, strict=True):
         ids = torch.from_numpy(prompt.astype("int64"))[None]
+        tuned.model.eval()
+        alone = tuned.model.generate(
+            ids, max_new_tokens=12, do_sample=False, use_cache=False, eos_token_id=end, pad_token_id=end
+        )
+        tuned.model.train()
+        assert alone[0, len(prompt) :].tolist() == answer
         assert [int(t) for t in tuned.generate(ids, 12, temperature=0, stop_token=end)] == answer
     assert tuned.model.training
 
