@@ -13,6 +13,7 @@ from typing import Any
 import lightning as L
 import yaml
 from jsonargparse import ActionYesNo, Namespace
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
@@ -119,6 +120,8 @@ class ExperimentCLI(SettingsGoOverCheckpoint):
         arguments, model = self.arguments["run"], self.arguments["model"]
         if self._trainer_arguments.get("default_root_dir") is not None:
             raise MisconfigurationException("trainer.default_root_dir: leave it out, and set run.root and run.name")
+        if (n_batches := self._trainer_arguments["accumulate_grad_batches"]) < 1:
+            raise MisconfigurationException(f"trainer.accumulate_grad_batches is {n_batches}: give 1 or more")
         files = self.arguments["config"] or []
         name = arguments.name or arm_of_agent() or (Path(str(files[0])).stem if files else "unnamed")
         topic = arguments.topic or model.class_path.split(".")[-2]
@@ -198,6 +201,10 @@ class ExperimentCLI(SettingsGoOverCheckpoint):
             self.run = run_folder.temporary(self._claim_as[1])
         elif self.run is None:
             self.run = run_folder.claim(*self._claim_as)
+        built = self.config_init[self.subcommand]
+        if built["trainer"]["enable_progress_bar"] is False:
+            callbacks = built["trainer"]["callbacks"] or []
+            built["trainer"]["callbacks"] = [c for c in callbacks if not isinstance(c, ProgressBar)]
         try:
             trainer = super().instantiate_trainer(default_root_dir=str(self.run.path), **kwargs)
         except ValueError as error:
@@ -206,7 +213,6 @@ class ExperimentCLI(SettingsGoOverCheckpoint):
             if isinstance(logger, RunLogger):
                 logger.attach(self.run.path, self.run.topic, self.run.name, self.subcommand, self.run.study)
         self.model.data = self.datamodule
-        built = self.config_init[self.subcommand]
         self.model.optimizer_factory, self.model.schedule_factory = built["optimizer"], built["lr_scheduler"]
         return trainer
 

@@ -135,11 +135,13 @@ class ExperimentModule(L.LightningModule):
         if self.schedule_factory is None:
             return optimizer
         total_steps = self.trainer.estimated_stepping_batches
-        if total_steps == float("inf"):
+        is_limited = total_steps != float("inf")
+        schedule = self.schedule_factory(optimizer, int(total_steps) if is_limited else sys.maxsize)
+        if not is_limited and (schedule.needs_length or 0 < schedule.warmup < 1):
             raise MisconfigurationException(
-                "lr_scheduler: the length of the run is unknown; set trainer.max_steps or trainer.max_epochs"
+                f"lr_scheduler: {type(schedule).__name__} depends on the length of the run, which is unknown; set "
+                "trainer.max_steps or trainer.max_epochs, or take Constant with a warmup in steps"
             )
-        schedule = self.schedule_factory(optimizer, int(total_steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step", "name": "lr"}}
 
     def configure_model(self) -> None:
@@ -189,7 +191,8 @@ class ExperimentModule(L.LightningModule):
     @property
     def logging_is_due(self) -> bool:
         """Whether the metrics of the optimiser step in progress are written (`trainer.log_every_n_steps`)."""
-        return (self.trainer.global_step + 1) % self.trainer.log_every_n_steps == 0
+        every = self.trainer.log_every_n_steps
+        return every > 0 and (self.trainer.global_step + 1) % every == 0
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Set an attribute; skip the look-up of `nn.Module` for one that Lightning sets many times a step."""

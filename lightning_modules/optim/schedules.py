@@ -38,6 +38,7 @@ class StepSchedule(LRScheduler):
     optimizer: Optimizer
     total_steps: int
     warmup: NonNegativeFloat = 0.0
+    needs_length = False  # whether the multiplier after the warm-up depends on the length of the run
 
     def __post_init__(self) -> None:
         self.warmup_steps = round(self.warmup * self.total_steps) if self.warmup < 1 else int(self.warmup)
@@ -93,6 +94,7 @@ class Decay(StepSchedule):
     """
 
     final: ClosedUnitInterval = 0.0
+    needs_length = True
 
 
 class Linear(Decay):

@@ -45,7 +45,8 @@ class Throughput(L.Callback):
     ) -> None:
         """Remember the tokens of the batch, and log if logging is due."""
         self._uncounted.append(_tokens_in(batch))
-        if trainer.global_step % trainer.log_every_n_steps or private_names.is_accumulating(trainer):
+        every = trainer.log_every_n_steps
+        if not every or trainer.global_step % every or private_names.is_accumulating(trainer):
             return
         on_gpu = pl_module.device.type == "cuda"
         if on_gpu:
