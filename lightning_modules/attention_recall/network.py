@@ -22,7 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_modules.models.attention import MultiHeadAttention
-from lightning_modules.models.block import LAYER_NORM_EPSILON, FeedForward
+from lightning_modules.models.feed_forward import FeedForward
+from lightning_modules.models.norms import LAYER_NORM_EPSILON
 
 Part = Literal["scale", "mask", "positions", "residual", "norm", "feed_forward"]
 

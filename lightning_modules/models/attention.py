@@ -14,10 +14,18 @@ n_embd / n_head dimensions of its own, and mixes the outputs of the heads with o
 
 In a decoder, a position attends only to itself and to earlier positions (causal attention); a mask excludes the others.
 
-Paper: Vaswani et al., "Attention Is All You Need" (2017), sections 3.2.1 and 3.2.2. https://arxiv.org/abs/1706.03762
+Two changes were found later. In grouped-query attention, H / H_kv heads share the keys and values of one, so that a
+cache holds H_kv heads in place of H (H_kv = 1 is multi-query attention). With QK-norm, queries and keys have a fixed
+length, so the scores are cosines and cannot grow during training:
+
+    Attention(Q, K, V) = softmax(RMSNorm(Q) RMSNorm(K)ᵀ / √d) V        scores = √d cos(q, k)
+
+Papers: Vaswani et al., "Attention Is All You Need" (2017), sections 3.2.1 and 3.2.2, https://arxiv.org/abs/1706.03762;
+Ainslie et al., "GQA: Training Generalized Multi-Query Transformer Models" (2023), https://arxiv.org/abs/2305.13245;
+Henry et al., "Query-Key Normalization for Transformers" (2020), https://arxiv.org/abs/2010.04245.
 
 Shapes: B batch size, T number of queries, S number of keys (T plus the positions in a cache), C = n_embd, H = n_head,
-D = C / H.
+H_kv = n_kv_head, D = C / H.
 """
 
 import math
@@ -30,6 +38,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_modules.models.cache import KeyValueCache
+from lightning_modules.models.norms import rms_unweighted
+from lightning_modules.models.positions import Rotation, rotate
+from lightning_modules.models.value_embedding import ValueMix
 
 
 def causal_mask(n_query: int, n_key: int, device: torch.device | None = None) -> Tensor:
@@ -82,9 +93,13 @@ class MultiHeadAttention(nn.Module):
         implementation: `fused` calls torch's kernels (flash attention if the device has it), which never store the
             (T, S) weights; `explicit` calls `scaled_dot_product_attention` above. Both compute the same function.
         scale: Factor on the dot products; `None` means 1 / √D.
+        n_kv_head: Number of heads H_kv of keys and values; divides `n_head`. `None` means `n_head`.
+        qk_norm: Whether queries and keys are normalised, each head by itself.
+        value_embeddings: Whether the values of a position include an embedding of its token.
 
     Raises:
-        ValueError: If `n_head` does not divide `n_embd`, or the implementation is unknown.
+        ValueError: If `n_head` does not divide `n_embd`, `n_kv_head` does not divide `n_head`, or the implementation is
+            unknown.
     """
 
     def __init__(
@@ -95,21 +110,38 @@ class MultiHeadAttention(nn.Module):
         bias: bool = True,
         implementation: Literal["fused", "explicit"] = "fused",
         scale: float | None = None,
+        n_kv_head: int | None = None,
+        qk_norm: bool = False,
+        value_embeddings: bool = False,
     ) -> None:
         super().__init__()
         if n_embd % n_head:
             raise ValueError(f"n_embd={n_embd} is not divisible by n_head={n_head}: each head gets n_embd / n_head")
+        n_kv_head = n_head if n_kv_head is None else n_kv_head
+        if n_head % n_kv_head:
+            raise ValueError(f"n_head={n_head} is not divisible by n_kv_head={n_kv_head}: groups of heads share a key")
         if implementation not in ("fused", "explicit"):
             raise ValueError(f"attention implementation {implementation!r}: choose 'fused' or 'explicit'")
         self.n_head = n_head
+        self.n_kv_head = n_kv_head
         self.head_dim = n_embd // n_head
         self.dropout = dropout
         self.implementation = implementation
         self.scale = scale
-        self.qkv = nn.Linear(n_embd, 3 * n_embd, bias=bias)  # W_Q, W_K and W_V of all heads in one matrix product
+        # W_Q, W_K and W_V of all heads in one matrix product
+        self.qkv = nn.Linear(n_embd, (n_head + 2 * n_kv_head) * self.head_dim, bias=bias)
         self.projection = nn.Linear(n_embd, n_embd, bias=bias)  # W_O
+        self.qk_norm = rms_unweighted(self.head_dim, bias) if qk_norm else nn.Identity()
+        self.value_mix = ValueMix() if value_embeddings else None
 
-    def forward(self, x: Tensor, mask: Tensor | None = None, cache: KeyValueCache | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        cache: KeyValueCache | None = None,
+        rotation: Rotation | None = None,
+        token_values: Tensor | None = None,
+    ) -> Tensor:
         """Attend from each position of x to itself and to earlier positions.
 
         Args:
@@ -117,11 +149,13 @@ class MultiHeadAttention(nn.Module):
             mask: Bool, broadcastable to (B, H, T, S), true where a query attends to a key. It replaces the causal mask,
                 so a mask for a decoder must be causal too. `None` means causal.
             cache: Keys and values of the S - T positions before x; those of x are appended.
+            rotation: Angles of the positions of x, for rotary positions. `None` means no rotation.
+            token_values: Value embeddings of the tokens of x, (B, T, H_kv D), if the layer has `value_embeddings`.
 
         Returns:
             (B, T, C).
         """
-        query, key, value = self._heads(x)
+        query, key, value = self._heads(x, rotation, token_values)
         if cache is not None:
             key, value = cache.update(key, value)  # (B, H, S, D)
         if self.implementation == "fused":
@@ -130,22 +164,29 @@ class MultiHeadAttention(nn.Module):
             output, _ = self._attend_explicit(query, key, value, mask)
         return self.projection(output.transpose(1, 2).reshape(x.shape))  # heads concatenated: (B, T, C)
 
-    def weights(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+    def weights(self, x: Tensor, mask: Tensor | None = None, rotation: Rotation | None = None) -> Tensor:
         """Return the weights of `forward` without a cache, before dropout: (B, T, C) -> (B, H, T, T)."""
-        return self._attend_explicit(*self._heads(x), mask)[1]
+        return self._attend_explicit(*self._heads(x, rotation), mask)[1]
 
-    def _heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the queries, keys and values of all heads; the heads become a batch dimension."""
-        B, T, C = x.shape  # noqa: N806
-        # (B, T, 3C) -> three of (B, T, C) -> three of (B, H, T, D)
-        query, key, value = (
-            part.view(B, T, self.n_head, self.head_dim).transpose(1, 2) for part in self.qkv(x).split(C, dim=-1)
-        )
+    def _heads(
+        self, x: Tensor, rotation: Rotation | None = None, token_values: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return queries, (B, H, T, D), and keys and values, (B, H_kv, T, D); the heads are a batch dimension."""
+        H, H_kv = self.n_head, self.n_kv_head  # noqa: N806
+        heads = self.qkv(x).unflatten(-1, (H + 2 * H_kv, self.head_dim)).transpose(1, 2)  # (B, H + 2 H_kv, T, D)
+        query_key, value = heads.split([H + H_kv, H_kv], dim=1)
+        if rotation is not None:
+            query_key = rotate(query_key, rotation)
+        query, key = self.qk_norm(query_key).split([H, H_kv], dim=1)
+        if self.value_mix is not None and token_values is not None:
+            value = self.value_mix(value, token_values)
         return query, key, value
 
     def _attend_explicit(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         if mask is None:
             mask = causal_mask(query.size(2), key.size(2), query.device)
+        if self.n_kv_head != self.n_head:
+            key, value = (part.repeat_interleave(self.n_head // self.n_kv_head, dim=1) for part in (key, value))
         return scaled_dot_product_attention(query, key, value, mask, self._dropout_p, self.scale)
 
     def _attend_fused(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
@@ -155,7 +196,10 @@ class MultiHeadAttention(nn.Module):
         if mask is None and 1 < T < S:
             mask = causal_mask(T, S, query.device)
         is_causal = mask is None and T == S
-        return F.scaled_dot_product_attention(query, key, value, mask, self._dropout_p, is_causal, scale=self.scale)
+        grouped = self.n_head != self.n_kv_head
+        return F.scaled_dot_product_attention(
+            query, key, value, mask, self._dropout_p, is_causal, scale=self.scale, enable_gqa=grouped
+        )
 
     @property
     def _dropout_p(self) -> float:
@@ -172,8 +216,8 @@ def recorded_weights(model: nn.Module) -> Iterator[list[Tensor]]:
 
     @torch.no_grad()
     def record(attention: MultiHeadAttention, arguments: tuple, output: Tensor) -> None:
-        x, mask, *_ = *arguments, None
-        recorded.append(attention.weights(x, mask))
+        x, mask, _, rotation, *_ = *arguments, None, None, None
+        recorded.append(attention.weights(x, mask, rotation))
 
     layers = (layer for layer in model.modules() if isinstance(layer, MultiHeadAttention))
     hooks = [layer.register_forward_hook(record) for layer in layers]

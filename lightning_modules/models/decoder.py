@@ -2,16 +2,26 @@
 
     x_0 = Dropout(E[token] + P[position])          E: V x C,  P: block_size x C
     x_l = Block_l(x_{l-1})                         l = 1 ... n_layer
-    logits = LayerNorm(x_{n_layer}) Eᵀ             softmax(logits[t]) predicts token t + 1
+    logits = Norm(x_{n_layer}) Wᵀ                  softmax(logits[t]) predicts token t + 1
 
-The matrix E both embeds the input tokens and scores the output tokens (tied embeddings). Tokens of similar use need
-similar rows in both places, and tying saves a large part of the parameters of a small model.
+In GPT-2, the matrix E both embeds the input tokens and scores the output tokens (tied embeddings, W = E). Tokens of
+similar use need similar rows in both places, and tying saves a large part of the parameters of a small model. A model
+with many more weights than the table learns better with a matrix W of its own.
+
+The parts of a decoder have names in its configuration; the defaults are those of GPT-2. Later decoders have rotary
+positions (`positions.py`), RMSNorm (`norms.py`), other feed-forward networks (`feed_forward.py`), fewer heads of keys
+and values, normalised queries and keys (`attention.py`), value embeddings (`value_embedding.py`), a norm after the
+embedding, and a soft cap on the logits, which keeps them within (-cap, cap):
+
+    logits = cap tanh(logits / cap)
 
 Papers: Radford et al., "Language Models are Unsupervised Multitask Learners" (GPT-2, 2019); Press and Wolf, "Using the
-Output Embedding to Improve Language Models" (2017), https://arxiv.org/abs/1608.05859.
+Output Embedding to Improve Language Models" (2017), https://arxiv.org/abs/1608.05859; Bello et al., "Neural
+Combinatorial Optimization with Reinforcement Learning" (2017), https://arxiv.org/abs/1611.09940, and Gemma Team, "Gemma
+2" (2024), https://arxiv.org/abs/2408.00118 (soft cap).
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -20,8 +30,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_modules.models.attention import causal_mask
-from lightning_modules.models.block import LAYER_NORM_EPSILON, Block
+from lightning_modules.models.block import Block
 from lightning_modules.models.cache import KeyValueCache
+from lightning_modules.models.feed_forward import ACTIVATIONS, FeedForwardName
+from lightning_modules.models.norms import NORMS, NormName
+from lightning_modules.models.positions import POSITIONS, PositionsName
+
+_PARTS: dict[str, Collection[str]] = {
+    "attention": ("fused", "explicit"),
+    "positions": POSITIONS,
+    "norm": NORMS,
+    "feed_forward": ACTIVATIONS,
+}
 
 
 @dataclass(frozen=True)
@@ -39,10 +59,20 @@ class DecoderConfig:
         residual_dropout: Probability of dropping a value that half a block adds to the stream in training, in [0, 1).
         bias: Whether linear layers and layer norms have biases.
         attention: `fused` (torch's kernels) or `explicit` (each step of the formula); both compute the same function.
+        n_kv_head: Number of heads of keys and values; divides `n_head`. `None` means `n_head`.
+        positions: `learned` or `rotary`.
+        norm: `layer`, `rms` or `rms_unweighted`.
+        feed_forward: `gelu`, `relu2` or `swiglu`.
+        qk_norm: Whether queries and keys are normalised.
+        embedding_norm: Whether the embeddings are normalised before the first block.
+        value_embeddings: Whether every block adds an embedding of the token to its values.
+        tied_embeddings: Whether the output matrix is the token embedding.
+        logit_soft_cap: Bound of the absolute values of the logits, above 0. `None` means no bound.
 
     Raises:
-        ValueError: If a size is below 1, `n_head` does not divide `n_embd`, a dropout is outside [0, 1), or the
-            attention is unknown.
+        ValueError: If a size is below 1, `n_head` does not divide `n_embd`, `n_kv_head` does not divide `n_head`, the
+            heads of rotary positions have an odd width, a dropout is outside [0, 1), the soft cap is not above 0, or a
+            name is unknown.
     """
 
     vocab_size: int
@@ -55,6 +85,15 @@ class DecoderConfig:
     residual_dropout: float = 0.0
     bias: bool = True
     attention: Literal["fused", "explicit"] = "fused"
+    n_kv_head: int | None = None
+    positions: PositionsName = "learned"
+    norm: NormName = "layer"
+    feed_forward: FeedForwardName = "gelu"
+    qk_norm: bool = False
+    embedding_norm: bool = False
+    value_embeddings: bool = False
+    tied_embeddings: bool = True
+    logit_soft_cap: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd"):
@@ -65,12 +104,30 @@ class DecoderConfig:
                 raise ValueError(f"{name}={getattr(self, name)}: must be in [0, 1)")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}")
-        if self.attention not in ("fused", "explicit"):
-            raise ValueError(f"attention={self.attention!r}: choose 'fused' or 'explicit'")
+        if self.n_kv_head is not None and (self.n_kv_head < 1 or self.n_head % self.n_kv_head):
+            raise ValueError(f"n_kv_head={self.n_kv_head}: must divide n_head={self.n_head}")
+        if self.positions == "rotary" and self.head_dim % 2:
+            raise ValueError(f"positions=rotary needs heads of an even width, and n_embd / n_head is {self.head_dim}")
+        if self.logit_soft_cap is not None and not self.logit_soft_cap > 0:
+            raise ValueError(f"logit_soft_cap={self.logit_soft_cap}: must be above 0, or None for no bound")
+        for name, choices in _PARTS.items():
+            if getattr(self, name) not in choices:
+                names = " or ".join(map(repr, choices))
+                raise ValueError(f"{name}={getattr(self, name)!r}: choose {names}")
+
+    @property
+    def head_dim(self) -> int:
+        """Number of features of an attention head."""
+        return self.n_embd // self.n_head
+
+    @property
+    def kv_width(self) -> int:
+        """Number of features of the keys of all heads."""
+        return (self.n_kv_head or self.n_head) * self.head_dim
 
 
 class Decoder(nn.Module):
-    """The decoder of GPT-2.
+    """The decoder of GPT-2, or one of other parts.
 
     The layers initialise their weights by torch's defaults. Apply a function of `initialization` or load a checkpoint.
 
@@ -82,7 +139,9 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         self.token_embedding = nn.Embedding(config.vocab_size, config.n_embd)
-        self.position_embedding = nn.Embedding(config.block_size, config.n_embd)
+        self.position_embedding = POSITIONS[config.positions](config.block_size, config.n_embd, config.head_dim)
+        self.value_embedding = nn.Embedding(config.vocab_size, config.kv_width) if config.value_embeddings else None
+        self.embedding_norm = NORMS[config.norm](config.n_embd, config.bias) if config.embedding_norm else nn.Identity()
         self.embedding_dropout = nn.Dropout(config.embedding_dropout)
         self.blocks = nn.ModuleList(
             Block(
@@ -92,10 +151,16 @@ class Decoder(nn.Module):
                 config.residual_dropout,
                 config.bias,
                 config.attention,
+                config.n_kv_head,
+                config.norm,
+                config.feed_forward,
+                config.qk_norm,
+                config.value_embeddings,
             )
             for _ in range(config.n_layer)
         )
-        self.final_norm = nn.LayerNorm(config.n_embd, LAYER_NORM_EPSILON, bias=config.bias)
+        self.final_norm = NORMS[config.norm](config.n_embd, config.bias)
+        self.output = None if config.tied_embeddings else nn.Linear(config.n_embd, config.vocab_size, bias=False)
 
     def forward(
         self,
@@ -120,12 +185,12 @@ class Decoder(nn.Module):
         x = self.hidden_states(input_ids, attention_mask, position_ids, cache)  # (B, T, C)
         if last_only:
             x = x[:, -1:]
-        return F.linear(x, self.output_weight)  # (B, T, C) @ (C, V)
+        return soft_capped(F.linear(x, self.output_weight), self.config.logit_soft_cap)  # (B, T, C) @ (C, V)
 
     @property
     def output_weight(self) -> Tensor:
-        """The output matrix, (V, C): the token embedding."""
-        return self.token_embedding.weight
+        """The output matrix, (V, C): the token embedding, or a matrix of its own."""
+        return self.token_embedding.weight if self.output is None else self.output.weight
 
     def hidden_states(
         self,
@@ -134,7 +199,7 @@ class Decoder(nn.Module):
         position_ids: Tensor | None = None,
         cache: list[KeyValueCache] | None = None,
     ) -> Tensor:
-        """Return the states whose products with the output matrix are the logits.
+        """Return the states whose products with the output matrix are the logits, before the soft cap.
 
         A loss over a large vocabulary computes those products itself, see `linear_cross_entropy`.
 
@@ -148,7 +213,7 @@ class Decoder(nn.Module):
             cache: Result of `new_cache`; the T positions are appended.
 
         Returns:
-            Output of the final layer norm, (B, T, C).
+            Output of the final norm, (B, T, C).
 
         Raises:
             ValueError: If the sequence with its cached part is longer than the context.
@@ -165,11 +230,13 @@ class Decoder(nn.Module):
         if mask is not None and mask.dim() == 2:
             mask = _padding_and_causal_mask(mask, T)
 
-        x = self.token_embedding(input_ids) + self.position_embedding(position_ids)  # (B, T, C)
-        x = self.embedding_dropout(x)
+        x = self.position_embedding.add_to(self.token_embedding(input_ids), position_ids)  # (B, T, C)
+        x = self.embedding_dropout(self.embedding_norm(x))
+        rotation = self.position_embedding.rotation(position_ids)
+        token_values = None if self.value_embedding is None else self.value_embedding(input_ids)  # (B, T, H_kv D)
         caches: Sequence[KeyValueCache | None] = cache or [None] * len(self.blocks)
         for block, layer_cache in zip(self.blocks, caches, strict=True):
-            x = block(x, mask, layer_cache)
+            x = block(x, mask, layer_cache, rotation, token_values)
         return self.final_norm(x)
 
     def new_cache(self, max_length: int | None = None) -> list[KeyValueCache]:
@@ -180,8 +247,8 @@ class Decoder(nn.Module):
         return [KeyValueCache(max_length or self.config.block_size) for _ in self.blocks]
 
     def num_parameters(self, embedding: bool = True) -> int:
-        """Return the number of weights, with or without the two embeddings; tied weights count once."""
-        tables = 0 if embedding else self.token_embedding.weight.numel() + self.position_embedding.weight.numel()
+        """Return the number of weights, with or without the embedding tables; tied weights count once."""
+        tables = 0 if embedding else sum(table.weight.numel() for table in self._tables())
         return sum(parameter.numel() for parameter in self.parameters()) - tables
 
     def flops_per_token(self) -> int:
@@ -189,12 +256,21 @@ class Decoder(nn.Module):
 
         The formula is 6 N + 12 L C T (Chowdhery et al., "PaLM", 2022, appendix B, https://arxiv.org/abs/2204.02311).
         Each weight costs a multiplication and an addition in the forward pass, and twice as many in the backward pass.
-        The second term is Q Kᵀ and the product of the weights with V, without a saving for causality. N includes the
-        token embedding, which is the output matrix too, but not the position embedding, which is only looked up.
+        The second term is Q Kᵀ and the product of the weights with V, without a saving for causality. N is the number
+        of weights that multiply: a token embedding that is the output matrix too counts, tables that are only looked up
+        do not.
         """
         config = self.config
-        n_multiplied = self.num_parameters() - self.position_embedding.weight.numel()
-        return 6 * n_multiplied + 12 * config.n_layer * config.n_embd * config.block_size
+        looked_up = sum(table.weight.numel() for table in self._tables() if table.weight is not self.output_weight)
+        return 6 * (self.num_parameters() - looked_up) + 12 * config.n_layer * config.n_embd * config.block_size
+
+    def _tables(self) -> list[nn.Embedding]:
+        return [module for module in self.modules() if isinstance(module, nn.Embedding)]
+
+
+def soft_capped(logits: Tensor, cap: float | None) -> Tensor:
+    """Return cap tanh(logits / cap), or the logits as they are if there is no cap."""
+    return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
 def _padding_and_causal_mask(attention_mask: Tensor, n_query: int) -> Tensor:

@@ -23,8 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_modules.models.block import LAYER_NORM_EPSILON
 from lightning_modules.models.decoder import Decoder, DecoderConfig
+from lightning_modules.models.norms import LAYER_NORM_EPSILON
 
 _OURS_TO_GPT2 = {
     "token_embedding": "wte",

@@ -30,6 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_modules.models.decoder import Decoder
+from lightning_modules.models.value_embedding import ValueMix
 
 InitializationName = Literal[
     "gpt2", "gpt2_unscaled", "zero_residual", "xavier", "kaiming", "pytorch_default", "too_small", "too_large"
@@ -94,7 +95,7 @@ def kaiming(decoder: Decoder) -> None:
 def pytorch_default(decoder: Decoder) -> None:
     """Initialise as torch does: embeddings N(0, 1); linear layers and their biases U(-a, a), a = 1 / √fan_in."""
     for module in decoder.modules():
-        if isinstance(module, nn.Linear | nn.Embedding | nn.LayerNorm):
+        if isinstance(module, nn.Linear | nn.Embedding | nn.LayerNorm | nn.RMSNorm | ValueMix):
             module.reset_parameters()
 
 
@@ -117,7 +118,7 @@ def _initialize(decoder: Decoder, draw: Callable[[str, Tensor], object]) -> None
     for name, module in decoder.named_modules():
         if isinstance(module, nn.Linear | nn.Embedding):
             draw(name, module.weight)
-        elif isinstance(module, nn.LayerNorm):
-            nn.init.ones_(module.weight)
+        elif isinstance(module, nn.LayerNorm | nn.RMSNorm | ValueMix):
+            module.reset_parameters()
         if getattr(module, "bias", None) is not None:
             nn.init.zeros_(module.bias)
