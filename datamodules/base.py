@@ -22,7 +22,7 @@ import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, SequentialSampler
 
 from lightning_modules.common.ranges import NonNegativeInt, PositiveInt
 
@@ -44,11 +44,13 @@ def leave_signals_to_the_parent(worker: int) -> None:
         signal.signal(signal_number, signal.SIG_IGN)
 
 
-class GlobalBatches(Sampler[Tensor]):
+class GlobalBatches(SequentialSampler):
     """The positions of one process's share of each global batch, (share,) int64.
 
     A global batch is the same for any number of processes, so two processes train on the same batches as one. The order
     depends on the epoch alone: a resumed run calls `set_epoch` and sets `skip`, and continues where it stopped.
+
+    It is a `SequentialSampler` because Lightning replaces samplers of other classes if `trainer.overfit_batches` is set.
 
     Args:
         n: Number of positions in an epoch.
@@ -114,7 +116,10 @@ class ExperimentDataModule(LightningDataModule):
                 f"an epoch has {n} training examples, too few for one batch of data.batch_size {self.batch_size}: "
                 "give more data or a smaller batch"
             )
-        return self._loader(dataset, n, order or shuffled(n, self.seed), drop_last=True)
+        order = order or shuffled(n, self.seed)
+        if self.trainer is not None and self.trainer.overfit_batches:  # the same batches in each epoch
+            order = partial(order, 0)  # type: ignore[call-arg]
+        return self._loader(dataset, n, order, drop_last=True)
 
     def evaluation_loader(self, dataset: Dataset, positions: Tensor) -> DataLoader:
         """Return the loader of a validation or test split, which visits these positions in this order, (n,) int64.

@@ -184,6 +184,7 @@ class ReduceOnPlateau(Decay):
     factor: ClosedUnitInterval = 0.5
     patience: NonNegativeInt = 2
     threshold: ClosedUnitInterval = 1e-3
+    needs_length = False
 
     def __post_init__(self) -> None:
         self.reduction = 1.0
