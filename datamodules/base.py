@@ -35,6 +35,10 @@ def shuffled(n: int, seed: int) -> Order:
     return lambda epoch: torch.from_numpy(np.random.default_rng([seed, epoch]).permutation(n))
 
 
+def _as_in_the_first_epoch(order: Order) -> Order:
+    return lambda epoch: order(0)
+
+
 def leave_signals_to_the_parent(worker: int) -> None:
     """Ignore Ctrl-C and SIGTERM in the worker of a loader: the training process saves the run and ends its workers.
 
@@ -50,7 +54,7 @@ class GlobalBatches(SequentialSampler):
     A global batch is the same for any number of processes, so two processes train on the same batches as one. The order
     depends on the epoch alone: a resumed run calls `set_epoch` and sets `skip`, and continues where it stopped.
 
-    It is a `SequentialSampler` because Lightning replaces samplers of other classes if `trainer.overfit_batches` is set.
+    It is a `SequentialSampler` because Lightning replaces other samplers if `trainer.overfit_batches` is set.
 
     Args:
         n: Number of positions in an epoch.
@@ -117,8 +121,8 @@ class ExperimentDataModule(LightningDataModule):
                 "give more data or a smaller batch"
             )
         order = order or shuffled(n, self.seed)
-        if self.trainer is not None and self.trainer.overfit_batches:  # the same batches in each epoch
-            order = partial(order, 0)  # type: ignore[call-arg]
+        if self.trainer is not None and self.trainer.overfit_batches:
+            return self._loader(dataset, n, _as_in_the_first_epoch(order), drop_last=True)
         return self._loader(dataset, n, order, drop_last=True)
 
     def evaluation_loader(self, dataset: Dataset, positions: Tensor) -> DataLoader:
