@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lightning_modules.models import generation
 from lightning_modules.models.decoder import Decoder, DecoderConfig
 from lightning_modules.models.generation import generate, next_token_distribution, sample_next
 
@@ -117,6 +118,13 @@ class TestSampleNext:
         frequencies = draws.bincount(minlength=5) / len(draws)
         torch.testing.assert_close(frequencies, LOGITS.exp()[0], atol=0.015, rtol=0)
 
+    def test_draws_are_those_of_multinomial(self):
+        logits = torch.randn(500, 9, generator=torch.Generator().manual_seed(0))
+        draws = sample_next(logits, 0.7, 5, generator=torch.Generator().manual_seed(1))
+        probabilities = next_token_distribution(logits, 0.7, 5)
+        expected = torch.multinomial(probabilities, 1, generator=torch.Generator().manual_seed(1))
+        assert torch.equal(draws, expected[:, 0])
+
     def test_greedy_takes_the_first_of_the_best(self):
         assert sample_next(torch.tensor([[0.0, 2.0, 1.0], [5.0, 2.0, 5.0]]), temperature=0).tolist() == [1, 0]
 
@@ -134,6 +142,16 @@ def greedy_without_cache(decoder, context, max_new_tokens):
     return torch.stack(tokens, dim=1)
 
 
+@pytest.fixture(params=["growing", "fixed"])
+def shapes(request, monkeypatch):
+    """Run the steps with a cache that grows, or with the fixed shapes that a CUDA graph records, here on the CPU."""
+    if request.param == "fixed":
+        monkeypatch.setattr(generation, "_is_recorded", lambda *_: True)
+        monkeypatch.setattr(generation, "_SHORTEST_READ", 3)
+        monkeypatch.setattr(generation, "_ROUND", 4)
+
+
+@pytest.mark.usefixtures("shapes")
 class TestGenerate:
     @pytest.mark.parametrize("prompt_length", [1, 7, 15, 16, 25])
     @pytest.mark.parametrize("attention", ["fused", "explicit"])
@@ -174,6 +192,34 @@ class TestGenerate:
         state = torch.get_rng_state()
         generated(decoder, ids, 3, generator=torch.Generator().manual_seed(5))
         assert torch.equal(torch.get_rng_state(), state)
+
+    @pytest.mark.parametrize("prompt_length", [6, 16, 25])
+    def test_padding_on_the_left_changes_nothing(self, prompt_length):
+        decoder = tiny_decoder()
+        ids, n_padding = random_ids(4, prompt_length), [0, 2, 4, 5]
+        mask = torch.stack([(torch.arange(prompt_length) >= n).long() for n in n_padding])
+        for n_tokens in (8, 40):  # some rows are full after others
+            together = generated(decoder, ids, n_tokens, temperature=0, attention_mask=mask)
+            for row, n, tokens in zip(ids, n_padding, together, strict=True):
+                # The whole batch reads the end of its context again at once: earlier than a row with padding alone.
+                n_equal = n_tokens if n == 0 or prompt_length - n >= 16 else 16 - prompt_length + 1
+                alone = generated(decoder, row[None, n:], n_tokens, temperature=0)[0]
+                assert torch.equal(tokens[:n_equal], alone[:n_equal])
+
+    def test_steps_of_fixed_shapes_equal_those_of_a_growing_cache(self, monkeypatch):
+        decoder = tiny_decoder()
+        mask = torch.ones(3, 5, dtype=torch.long)
+        mask[0, :3] = 0
+
+        def run():
+            torch.manual_seed(4)
+            return generated(
+                decoder, random_ids(3, 5), 60, temperature=1.2, top_k=20, stop_token=30, attention_mask=mask
+            )
+
+        fixed = run()
+        monkeypatch.setattr(generation, "_is_recorded", lambda *_: False)
+        assert torch.equal(fixed, run())
 
     def test_top_k_one_is_greedy(self):
         decoder = tiny_decoder()
@@ -239,6 +285,12 @@ class TestGenerate:
         ({"input_ids": torch.empty(1, 0, dtype=torch.long)}, r"shape \(1, 0\): generation needs \(B, T\)"),
         ({"input_ids": torch.zeros(3, dtype=torch.long)}, r"shape \(3,\): generation needs \(B, T\)"),
         ({"stop_token": 31}, r"stop_token=31: must be in \[0, vocab_size=31\)"),
+        (
+            {"attention_mask": torch.ones(1, 2)},
+            r"attention_mask has shape \(1, 2\): must have",
+        ),
+        ({"attention_mask": torch.tensor([[1, 0, 1]])}, r"padding of a row must precede its tokens"),
+        ({"attention_mask": torch.zeros(1, 3)}, r"padding of a row must precede its tokens"),
         ({"decoder": Decoder(TINY).train()}, r"in training mode.*decoder\.eval\(\)"),
     ],
 )
