@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: install demo test bench lint format clean
+.PHONY: install demo test test-gpu bench bench-gpu lint format clean
 
 install: $(READY)  ## Set up the environment in .venv; the other targets do so too
 
@@ -22,8 +22,14 @@ demo: $(READY)  ## Run the commands of experiments/demo.yaml: a tokenizer, a dec
 test: $(READY)  ## Run the tests, which need no network, no GPU and no account
 	$(BIN)/python -m pytest --numprocesses auto --dist worksteal
 
+test-gpu: $(READY)  ## Run the tests that need a GPU (two minutes)
+	$(BIN)/python -m pytest tests/gpu -m gpu --numprocesses 4 --dist worksteal
+
 bench: $(READY)  ## Run the timings and fault tests that the READMEs report (minutes each)
 	for benchmark in tests/benchmarks/*.py tests/*/benchmarks/*.py; do echo "## $$benchmark"; $(BIN)/python $$benchmark || exit 1; done
+
+bench-gpu: $(READY)  ## Measure speed and exactness on one GPU beside nanoGPT and Transformers; ARGS="--rows a,b"
+	PYTHONPATH=tests $(BIN)/python -m gpu.bench $(ARGS)
 
 lint: $(READY)  ## Check style and docstrings, one-way imports, types
 	$(BIN)/ruff check .

@@ -1,0 +1,153 @@
+"""Speed and exactness of the project on one GPU, beside what a user would take instead.
+
+    make bench-gpu                                     all rows: minutes on one GPU, under a minute on a CPU
+    make bench-gpu ARGS="--rows a,b --nanogpt FOLDER"  rows a and b, also with the model of a clone of nanoGPT
+
+All data are random and no network is needed. The variants of a row run in turn in one process, and the rows one after
+the other in a process each. Times are medians over windows of steps after a warm-up; compilation is reported apart.
+On a CPU, or with `--short`, the same code runs with tiny sizes, whose figures mean nothing.
+"""
+
+import os
+
+os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # looks for a GPU without starting CUDA, before the forks
+
+import argparse
+import contextlib
+import json
+import multiprocessing
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from gpu.rows import ROWS, Line, Settings
+
+
+def run_row(name: str, settings: Settings, folder: Path, log: Path, seconds: float) -> dict[str, Any]:
+    """Run a row in a process of its own; return its lines, or the error, and its time."""
+    parent, child = multiprocessing.get_context("fork").Pipe(duplex=False)
+    process = multiprocessing.get_context("fork").Process(target=_in_child, args=(name, settings, folder, log, child))
+    began = time.perf_counter()
+    process.start()
+    child.close()
+    report: dict[str, Any] = {"lines": [], "error": None}
+    try:
+        while parent.poll(max(0.0, seconds - (time.perf_counter() - began))):
+            line, report["error"] = parent.recv()
+            if line is None:
+                break
+            report["lines"].append(line)
+        else:
+            report["error"] = f"stopped after {seconds:.0f} s"
+    except EOFError:
+        report["error"] = "its process died"
+    if process.is_alive() and report["error"]:
+        process.kill()
+    process.join()
+    return report | {"seconds": round(time.perf_counter() - began, 1)}
+
+
+def _in_child(name: str, settings: Settings, folder: Path, log: Path, pipe: Any) -> None:
+    with log.open("a", buffering=1) as output, _printing_to(output):
+        print(f"## row {name}")
+        folder.mkdir()
+        os.chdir(folder)
+        os.environ |= {"WANDB_MODE": "offline", "HF_HUB_OFFLINE": "1", "LLM_TRAIN_CACHE": str(folder / "cache")}
+        error = None
+        try:
+            for line in ROWS[name].measure(settings):
+                pipe.send((line, None))
+        except BaseException as failure:
+            traceback.print_exc()
+            error = f"{type(failure).__name__}: {str(failure).splitlines()[0] if str(failure) else ''}"
+        pipe.send((None, error))
+
+
+@contextlib.contextmanager
+def _printing_to(output: Any) -> Iterator[None]:
+    """Send everything that this process and its children print to a file."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.dup2(output.fileno(), 1)
+    os.dup2(output.fileno(), 2)
+    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+        yield
+
+
+def table(lines: Sequence[Line]) -> str:
+    """Return the lines of a row as a Markdown table."""
+    names = list(dict.fromkeys(name for line in lines for name in line.figures))
+    rows = [["", *names], ["---", *["---:"] * len(names)]]
+    rows += [[line.who, *(_shown(line.figures.get(name, "")) for name in names)] for line in lines]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def _shown(value: Any) -> str:
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Measure the rows, print their tables, write the JSON, and return the number of rows that failed."""
+    parser = argparse.ArgumentParser(description="Benchmarks on one GPU.")
+    parser.add_argument("--rows", help=f"rows to measure, by default all: {','.join(ROWS)}")
+    parser.add_argument("--short", action="store_true", help="tiny sizes; always on a CPU")
+    parser.add_argument("--nanogpt", type=Path, metavar="FOLDER", help="a clone of nanoGPT to compare with")
+    parser.add_argument("--out", type=Path, default=Path("bench_gpu.json"), help="file for the figures (JSON)")
+    parser.add_argument("--seconds", type=float, default=300, help="time for all rows together (default: 300)")
+    options = parser.parse_args(args)
+    wanted = options.rows.split(",") if options.rows else list(ROWS)
+    if unknown := [name for name in wanted if name not in ROWS]:
+        parser.error(f"--rows: no row {', '.join(unknown)}; there are {', '.join(ROWS)}")
+    on_gpu = torch.cuda.is_available()
+    settings = Settings(short=options.short or not on_gpu, nanogpt=options.nanogpt and options.nanogpt.resolve())
+    out = options.out.resolve()
+    log = out.with_suffix(".log")
+    log.unlink(missing_ok=True)
+    memory_disk = Path("/dev/shm")
+    reports: dict[str, Any] = {}
+    ends = time.perf_counter() + options.seconds
+    with tempfile.TemporaryDirectory(dir=memory_disk if memory_disk.is_dir() else None, prefix="bench") as folder:
+        for name in wanted:
+            left = ends - time.perf_counter()
+            if left < 5:
+                reports[name] = {"lines": [], "error": "not run: the time was used up", "seconds": 0.0}
+            else:
+                reports[name] = run_row(name, settings, Path(folder, name), log, left)
+            report = reports[name]
+            print(f"\n## {name}: {ROWS[name].title} ({report['seconds']:.0f} s)\n", flush=True)
+            if report["lines"]:
+                print(table(report["lines"]), flush=True)
+            if report["error"]:
+                print(f"\nfailed: {report['error']} (see {log})", flush=True)
+            _write(out, settings, reports)
+    return sum(bool(report["error"]) for report in reports.values())
+
+
+def _write(out: Path, settings: Settings, reports: dict[str, Any]) -> None:
+    written = {
+        "date": time.strftime("%Y-%m-%d"),
+        "torch": torch.__version__,
+        "short": settings.short,
+        "devices": sorted({line.device for report in reports.values() for line in report["lines"]}),
+        "rows": {
+            name: {
+                "title": ROWS[name].title,
+                "seconds": report["seconds"],
+                "error": report["error"],
+                "lines": [{"who": line.who, **line.figures} for line in report["lines"]],
+            }
+            for name, report in reports.items()
+        },
+    }
+    out.write_text(json.dumps(written, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
