@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,13 +10,17 @@ from torch import Tensor
 
 from lightning_modules.base import ExperimentModule
 from lightning_modules.common.files import write_text
-from lightning_modules.common.ranges import PositiveInt, Probability
-from lightning_modules.finetuning.bases import check_fit, evaluating, load_pretrained
+from lightning_modules.common.messages import say
+from lightning_modules.common.ranges import PositiveFloat, PositiveInt, Probability
+from lightning_modules.finetuning.bases import check_fit, check_sizes, evaluating, load_pretrained, local_folder
 from lightning_modules.metrics import CorpusLoss, next_token_loss
-from lightning_modules.models import gpt2_format
 from lightning_modules.models.decoder import Decoder, DecoderConfig
+from lightning_modules.models.feed_forward import FeedForwardName
+from lightning_modules.models.formats import OWN_MODEL_TYPE, exported, imported
 from lightning_modules.models.generation import generate
 from lightning_modules.models.initialization import INITIALIZATIONS, InitializationName
+from lightning_modules.models.norms import NormName
+from lightning_modules.models.positions import PositionsName
 
 Batch = dict[str, Tensor]  # input_ids and targets, (B, T) int64; target_bytes, a scalar
 
@@ -31,6 +34,15 @@ class PretrainModule(ExperimentModule):
         n_layer: Number of blocks.
         n_head: Number of attention heads in a block; divides `n_embd`.
         n_embd: Width of the residual stream.
+        n_kv_head: Number of heads of keys and values; divides `n_head`. `null` means `n_head`.
+        positions: `learned` (a table) or `rotary` (queries and keys are rotated).
+        norm: `layer`, `rms`, or `rms_unweighted` (RMSNorm without weights).
+        feed_forward: `gelu`, `relu2` or `swiglu`; all have about the same number of weights.
+        qk_norm: Whether queries and keys are normalised.
+        embedding_norm: Whether the embeddings are normalised before the first block.
+        value_embeddings: Whether every block adds an embedding of the token to its values.
+        tied_embeddings: Whether the output matrix is the token embedding.
+        logit_soft_cap: Bound of the absolute values of the logits (above 0). `null` means no bound.
         dropout: Probability of dropping a value of the embeddings, the attention weights and the residual branches in
             training (0 to less than 1).
         embedding_dropout: Dropout of the embeddings; `null` means `dropout`.
@@ -39,8 +51,9 @@ class PretrainModule(ExperimentModule):
         bias: Whether linear layers and norms have biases.
         attention: `fused` (torch's kernels) or `explicit` (each step of the formula written out; slower).
         initialization: Name of the weight initialisation; a function of `lightning_modules.models.initialization`.
-        pretrained: GPT-2 weights to start from: a folder in Hugging Face's format, a run that has exported one, or a
-            name on the hub. Its sizes replace the sizes above. `null` starts from the initialisation.
+        pretrained: Weights to start from, of GPT-2 or another class that `lightning_modules.models.formats` reads: a
+            folder in Hugging Face's format, a run that has exported one, or a name on the hub. Its sizes and parts
+            replace those above. `null` starts from the initialisation.
         vocab_multiple: Multiple to which the rows of the embedding are rounded up, for the matrix units of a GPU (64 is
             usual).
         compile: Whether to compile the decoder with `torch.compile`; takes about a minute at the start.
@@ -56,6 +69,15 @@ class PretrainModule(ExperimentModule):
         n_layer: PositiveInt = 12,
         n_head: PositiveInt = 12,
         n_embd: PositiveInt = 768,
+        n_kv_head: PositiveInt | None = None,
+        positions: PositionsName = "learned",
+        norm: NormName = "layer",
+        feed_forward: FeedForwardName = "gelu",
+        qk_norm: bool = False,
+        embedding_norm: bool = False,
+        value_embeddings: bool = False,
+        tied_embeddings: bool = True,
+        logit_soft_cap: PositiveFloat | None = None,
         dropout: Probability = 0.0,
         embedding_dropout: Probability | None = None,
         attention_dropout: Probability | None = None,
@@ -80,11 +102,27 @@ class PretrainModule(ExperimentModule):
         try:
             if pretrained is None:
                 n_rows = -(-vocab_size // vocab_multiple) * vocab_multiple
-                config = DecoderConfig(n_rows, n_layer=n_layer, n_head=n_head, n_embd=n_embd, bias=bias, **common)
+                config = DecoderConfig(
+                    n_rows,
+                    n_layer=n_layer,
+                    n_head=n_head,
+                    n_embd=n_embd,
+                    bias=bias,
+                    n_kv_head=n_kv_head,
+                    positions=positions,
+                    norm=norm,
+                    feed_forward=feed_forward,
+                    qk_norm=qk_norm,
+                    embedding_norm=embedding_norm,
+                    value_embeddings=value_embeddings,
+                    tied_embeddings=tied_embeddings,
+                    logit_soft_cap=logit_soft_cap,
+                    **common,
+                )
                 self.decoder = Decoder(config)
                 INITIALIZATIONS[initialization](self.decoder)
             else:
-                self.decoder = load_gpt2(pretrained, vocab_size, **common)
+                self.decoder = load_decoder(pretrained, vocab_size, **common)
         except ValueError as error:
             raise MisconfigurationException(f"model: {error}") from error
         if compile:
@@ -116,20 +154,20 @@ class PretrainModule(ExperimentModule):
         return f'llm-train generate --run {run} --prompt "The"'
 
     def save_pretrained(self, folder: Path) -> None:
-        """Write the decoder as a GPT-2 of Transformers: `config.json` and `model.safetensors`."""
+        """Write `config.json` and `model.safetensors` for Transformers, or in our own format if it has no class."""
         from safetensors.torch import save_file
 
+        config, state, reason = exported(self.decoder)
+        if reason:
+            say(f"{folder.name}/: {reason}; --model.pretrained reads it, AutoModelForCausalLM does not")
         folder.mkdir(parents=True)
-        state = gpt2_format.to_gpt2_state_dict(self.decoder)
-        del state["lm_head.weight"]  # the token embedding again; a safetensors file holds each tensor once
         state = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
         save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-        config = gpt2_format.gpt2_config(self.decoder.config)
         write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
 
 
-def load_gpt2(pretrained: str, vocab_size: int, block_size: int, **changes: Any) -> Decoder:
-    """Return a decoder with GPT-2 weights in Hugging Face's format.
+def load_decoder(pretrained: str, vocab_size: int, block_size: int, **changes: Any) -> Decoder:
+    """Return a decoder with the weights of a folder or of a model on the hub.
 
     Args:
         pretrained: What `load_pretrained` accepts, such as a folder with `config.json` and weights.
@@ -139,12 +177,15 @@ def load_gpt2(pretrained: str, vocab_size: int, block_size: int, **changes: Any)
 
     Raises:
         MisconfigurationException: If there is no such model, or its vocabulary or context is smaller.
-        ValueError: If the model is not a GPT-2.
+        ValueError: If our decoder has not the parts of the model.
     """
+    folder = local_folder(pretrained, "model.pretrained")
+    own = None if folder is None else json.loads((folder / "config.json").read_text())
+    if folder is not None and own is not None and own.get("model_type") == OWN_MODEL_TYPE:
+        from safetensors.torch import load_file
+
+        check_sizes(own["vocab_size"], own["block_size"], pretrained, vocab_size, block_size)
+        return imported(own, load_file(folder / "model.safetensors"), block_size, **changes)
     model = load_pretrained(pretrained, argument="model.pretrained")
     check_fit(model, pretrained, vocab_size, block_size)
-    config = gpt2_format.decoder_config_from_gpt2(model.config.to_dict())
-    config = replace(config, block_size=block_size, **changes)
-    decoder = Decoder(config)
-    decoder.load_state_dict(gpt2_format.from_gpt2_state_dict(model.state_dict(), config))
-    return decoder
+    return imported(model.config.to_dict(), model.state_dict(), block_size, **changes)

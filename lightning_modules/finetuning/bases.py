@@ -47,7 +47,7 @@ def load_pretrained(
     if architecture is not None:
         config = transformers.AutoConfig.for_model(**architecture | changes)
         return auto.from_config(config).float().train()
-    folder = _local_folder(base, argument)
+    folder = local_folder(base, argument)
     on_disk = folder is not None or not hub_answers()
     try:
         with _quietly():
@@ -93,8 +93,12 @@ def _quietly() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _local_folder(base: str, argument: str) -> Path | None:
-    """Return the folder with `config.json`, or `None` if `base` is a name on the hub."""
+def local_folder(base: str, argument: str) -> Path | None:
+    """Return the folder with `config.json`, or `None` if `base` is a name on the hub.
+
+    Raises:
+        MisconfigurationException: If `base` is a local path, and holds no such folder.
+    """
     path = Path(base).expanduser()
     for folder in (path / "model", path):
         if (folder / "config.json").is_file():
@@ -127,12 +131,17 @@ def check_fit(model: "PreTrainedModel", base: str, vocab_size: int, block_size: 
     Raises:
         MisconfigurationException: If the vocabulary is larger than the model's, or a sequence longer than its context.
     """
-    if vocab_size > model.config.vocab_size:
+    context = getattr(model.config, "max_position_embeddings", None)
+    check_sizes(model.config.vocab_size, context, base, vocab_size, block_size)
+
+
+def check_sizes(n_rows: int, context: int | None, base: str, vocab_size: int, block_size: int) -> None:
+    """Refuse data with token ids or lengths beyond `n_rows` or `context`, the sizes of a model; see `check_fit`."""
+    if vocab_size > n_rows:
         raise MisconfigurationException(
-            f"data.tokenizer: it has {vocab_size} tokens, more than the {model.config.vocab_size} of {base}; give the "
+            f"data.tokenizer: it has {vocab_size} tokens, more than the {n_rows} of {base}; give the "
             "tokenizer that this model was trained with"
         )
-    context = getattr(model.config, "max_position_embeddings", None)
     if context is not None and block_size > context:
         raise MisconfigurationException(
             f"data.block_size: {block_size} is longer than the context of {base}, {context} tokens"

@@ -1,94 +1,174 @@
-"""The softmax cross entropy of a linear layer over a large vocabulary, for models that spend most of their time in it.
+"""The cross entropy of a linear layer over a large vocabulary, without the scores of a whole batch in memory.
 
-`F.linear` and `F.cross_entropy` pass over the scores (B, V) about ten times, in float32. This implementation makes four
-passes: one product for all terms of the layer, the softmax, and the two products of its gradient, p - one_hot(target),
-which overwrites the softmax. Under autocast all four run in low precision, whose matrix units are several times as
-fast, with sums in float32. Two further savings are in memory: rows are padded to a round number of columns, and the
-large tensors are reused from step to step, because new memory from the system costs a page fault for every 4 KiB.
+For rows x_i, (C,), with target classes t_i and weights w_i, an output matrix W, (V, C), and a bias b,
+
+    z_i = W x_i + b,    s_i = z_i  or  cap tanh(z_i / cap),    nats_i = log Σ_j exp(s_ij) - s_it,
+
+the loss is Σ_i w_i nats_i. Its gradients are
+
+    ∂/∂s_ij = w_i (softmax(s_i)_j - [j = t_i]),    ∂/∂x_i = ∂/∂z_i W,    ∂/∂W = Σ_i ∂/∂z_i x_iᵀ.
+
+The scores (N, V) are the largest tensor of a training step: with 65,536 tokens and the vocabulary of GPT-2, 13 GB in
+float32, and `F.cross_entropy` keeps two or three such tensors. But neither gradient needs the scores of other rows. So
+the rows are processed in chunks, and the forward pass computes the gradients of a chunk while it has the scores; the
+backward pass multiplies the sums by the gradient of the loss. Hsu et al., "Liger Kernel" (2024, arXiv:2410.10989,
+https://arxiv.org/abs/2410.10989), section 3.2, do the same in Triton. Here `torch.compile` fuses the operations.
+
+The matrix products are in the precision of autocast, or else of the inputs; everything else is at least in float32.
+The softmax is computed from differences of scores, s_ij - max_k s_ik, and the logarithm is never taken of a rounded
+probability: in float16 probabilities below 6e-8 are 0.
 """
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-Terms = list[tuple[Tensor, Tensor]]  # inputs (B, k) and weights (V, k); the scores are the sum of inputs @ weights.T
+from lightning_modules.common.targets import IGNORED
 
-_ROUND = 32  # columns; matrix units run at less than half their speed unless their number is a multiple of this
-
-
-class LinearCrossEntropy:
-    """Mean cross entropy of the scores `sum of inputs @ weights.T`; it reuses its memory from call to call."""
-
-    def __init__(self) -> None:
-        self._kept: dict[str, Tensor] = {}
-
-    def __call__(self, terms: Terms, targets: Tensor) -> Tensor:
-        """Return the mean loss in nats, a scalar; it can be differentiated once, before the next call.
-
-        Args:
-            terms: Pairs of inputs (B, k) and weights (V, k), whose products are summed to the scores (B, V).
-            targets: True classes, (B,) int64.
-        """
-        device = targets.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else terms[0][1].dtype
-        return _LinearCrossEntropy.apply(self, dtype, targets, *(tensor for term in terms for tensor in term))
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "LinearCrossEntropy":
-        return LinearCrossEntropy()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"_kept": {}}
-
-    def empty(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Return a tensor to write to: the one of that name from an earlier call, if it fits."""
-        kept = self._kept.get(name)
-        if kept is None or kept.shape != shape or kept.dtype != dtype or kept.device != device:
-            kept = self._kept[name] = torch.zeros(shape, dtype=dtype, device=device)
-        return kept
-
-    def side_by_side(self, name: str, parts: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
-        """Return the columns of several tensors in one, followed by columns of zeros up to a round number."""
-        width = sum(part.shape[1] for part in parts)
-        shape = (len(parts[0]), -(-width // _ROUND) * _ROUND)
-        joined = self.empty(name, shape, dtype, parts[0].device)
-        start = 0
-        for part in parts:
-            joined[:, start : start + part.shape[1]] = part
-            start += part.shape[1]
-        joined[:, start:] = 0
-        return joined
+# Scores in a chunk. On a CPU they stay in the cache, and the memory allocator keeps the memory from chunk to chunk. On
+# a GPU they are 1 GiB in bfloat16, with enough rows for its matrix units.
+_SCORES_ON_CPU, _SCORES_ON_ACCELERATOR = 2**22, 2**29
+_MIN_ROWS = 256  # in a chunk: with fewer, reading W and adding to its gradient take longer than the products
+_MAX_COMPILED_CHUNKS = 16  # in a compiled function, which holds the code of each chunk
 
 
-class _LinearCrossEntropy(torch.autograd.Function):
-    """The forward and backward pass of `LinearCrossEntropy`."""
+def linear_cross_entropy(
+    inputs: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None = None,
+    *,
+    row_weights: Tensor | None = None,
+    soft_cap: float | None = None,
+    reduction: Literal["mean", "sum", "none"] = "mean",
+) -> Tensor:
+    """Return the cross entropy of the scores `F.linear(inputs, weight, bias)` in nats, at least in float32.
+
+    Args:
+        inputs: Inputs of the linear layer, (..., C).
+        weight: Output matrix W, (V, C).
+        targets: True classes, (...) int64; `IGNORED` where a row has no loss.
+        bias: Bias of the linear layer, (V,).
+        row_weights: Weight of the loss of each row, (...), not negative; 1 by default. It gets no gradient.
+        soft_cap: If given, the scores z become `soft_cap * tanh(z / soft_cap)` (Gemma 2, 2024, arXiv:2408.00118).
+        reduction: `mean`, weighted, over the rows with a target; `sum`, weighted; or `none`, the loss of each row
+            without its weight, (...), which cannot be differentiated and is 0 without a target.
+    """
+    flat = inputs.flatten(0, -2), weight, bias, targets.flatten()
+    if reduction == "none":
+        with torch.no_grad():
+            nats, _ = _nats_and_gradients(*flat, None, soft_cap, (False, False, False))
+        return nats.view(targets.shape)
+    counted = (flat[-1] != IGNORED).to(_sum_dtype(weight))
+    weights = counted if row_weights is None else counted * row_weights.detach().flatten()
+    total = _WeightedSum.apply(*flat, weights, soft_cap)
+    return total if reduction == "sum" else total / weights.sum()
+
+
+class _WeightedSum(torch.autograd.Function):
+    """The weighted sum of the loss over rows; its forward pass computes the gradients too."""
 
     @staticmethod
-    def forward(ctx: Any, memory: LinearCrossEntropy, dtype: torch.dtype, targets: Tensor, *parts: Tensor) -> Tensor:
-        inputs = memory.side_by_side("inputs", parts[0::2], dtype)  # (B, K)
-        weights = memory.side_by_side("weights", parts[1::2], dtype)  # (V, K)
-        shape = (len(inputs), len(weights))
-        scores = memory.empty("scores", shape, dtype, inputs.device)
-        softmax = memory.empty("softmax", shape, dtype, inputs.device)
-        torch.mm(inputs, weights.T, out=scores)
-        torch.softmax(scores, dim=1, out=softmax)
-        ctx.inputs, ctx.weights, ctx.softmax, ctx.targets = inputs, weights, softmax, targets
-        ctx.columns = [(part.shape[1], part.dtype) for part in parts[0::2]]
-        return -softmax.gather(1, targets[:, None]).float().clamp_min(1e-30).log().mean()
+    def forward(
+        ctx: Any,
+        inputs: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        row_weights: Tensor,
+        soft_cap: float | None,
+    ) -> Tensor:
+        wanted = ctx.needs_input_grad[:3]
+        nats, gradients = _nats_and_gradients(inputs, weight, bias, targets, row_weights, soft_cap, wanted)
+        ctx.save_for_backward(*gradients)
+        ctx.dtypes = [tensor.dtype if tensor is not None else None for tensor in (inputs, weight, bias)]
+        return (nats * row_weights).sum()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        scale = gradient / len(ctx.targets)
-        error = ctx.softmax  # (B, V); becomes p - one_hot(target), the gradient of the summed loss by the scores
-        error[torch.arange(len(error), device=error.device), ctx.targets] -= 1
-        by_inputs = (error @ ctx.weights) * scale  # (B, K)
-        by_weights = error.T @ (ctx.inputs * scale).to(error.dtype)  # (V, K)
-        gradients: list[Tensor] = []
-        start = 0
-        for width, dtype in ctx.columns:
-            columns = slice(start, start + width)
-            gradients += [by_inputs[:, columns].to(dtype), by_weights[:, columns].float()]
-            start += width
-        return None, None, None, *gradients
+        scaled = [
+            None if saved is None else (saved * gradient).to(dtype)
+            for saved, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        ]
+        return *scaled, None, None, None
+
+
+def _nats_and_gradients(
+    inputs: Tensor,  # (N, C)
+    weight: Tensor,  # (V, C)
+    bias: Tensor | None,  # (V,)
+    targets: Tensor,  # (N,)
+    row_weights: Tensor | None,  # (N,)
+    soft_cap: float | None,
+    wanted: Sequence[bool],
+) -> tuple[Tensor, tuple[Tensor | None, Tensor | None, Tensor | None]]:
+    """Return the loss of each row, (N,), and the wanted gradients of its weighted sum by inputs, weight and bias."""
+    dtype = _product_dtype(weight)
+    x, w, b = inputs.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    n_rows = _rows_in_a_chunk(len(x), len(w), x.device.type)
+    nats, by_inputs = [], []
+    by_weight = by_bias = None
+    with torch.autocast(x.device.type, enabled=False):
+        for start in range(0, max(1, len(x)), n_rows):  # one empty chunk if there are no rows
+            rows = slice(start, start + n_rows)
+            scores = F.linear(x[rows], w, b)  # (n, V)
+            if soft_cap is not None:
+                slope = torch.tanh(scores.to(_sum_dtype(w)) / soft_cap)
+                scores = soft_cap * slope
+            target = targets[rows, None].clamp_min(0)  # (n, 1), any class where there is none
+            log_p = torch.log_softmax(scores, dim=1, dtype=_sum_dtype(w))
+            log_p_target = log_p.gather(1, target)  # (n, 1)
+            nats.append(torch.where(targets[rows] == IGNORED, 0.0, -log_p_target[:, 0]))
+            if not any(wanted):
+                continue
+            error = log_p.exp_().scatter_(1, target, log_p_target.expm1())  # softmax - one_hot(target)
+            if soft_cap is not None:
+                error = error * (1 - slope.square())
+            error = torch.mul(error, row_weights[rows, None]).to(dtype)
+            if wanted[0]:
+                by_inputs.append(error @ w)
+            if wanted[1]:
+                by_weight = _add_product(by_weight, error.T, x[rows])
+            if wanted[2]:
+                part = error.sum(0, dtype=_sum_dtype(w))
+                by_bias = part if by_bias is None else by_bias + part
+    return torch.cat(nats), (torch.cat(by_inputs) if wanted[0] else None, by_weight, by_bias)
+
+
+def _add_product(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
+    """Return `total + a @ b`, where the total is at least in float32."""
+    if a.dtype == _sum_dtype(a):
+        return a @ b if total is None else total.addmm_(a, b)
+    if a.device.type == "cuda":
+        product = torch.mm(a, b, out_dtype=_sum_dtype(a))
+    else:
+        product = (a @ b).to(_sum_dtype(a))
+    return product if total is None else total.add_(product)
+
+
+def _product_dtype(weight: Tensor) -> torch.dtype:
+    """Return the precision of the matrix products: that of autocast, or else of the weight."""
+    device, dtype = weight.device.type, weight.dtype
+    if torch.is_autocast_enabled(device) and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+    # On a CPU, float16 is slower than float32, and a sum over rows may exceed its largest number.
+    return torch.float32 if device == "cpu" and dtype == torch.float16 else dtype
+
+
+def _sum_dtype(tensor: Tensor) -> torch.dtype:
+    """Return the precision of losses and of sums over rows."""
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def _rows_in_a_chunk(n_rows: int, n_classes: int, device: str) -> int:
+    """Return the number of rows whose scores are computed at a time."""
+    limit = (_SCORES_ON_CPU if device == "cpu" else _SCORES_ON_ACCELERATOR) // n_classes
+    n_chunks = -(-n_rows // max(limit, _MIN_ROWS))
+    if torch.compiler.is_compiling():
+        n_chunks = min(n_chunks, _MAX_COMPILED_CHUNKS)
+    return max(1, -(-n_rows // max(1, n_chunks)))

@@ -1,0 +1,154 @@
+"""Decoders of other parts as classes of Transformers: the same logits, gradients and greedy tokens, and back."""
+
+import dataclasses
+import json
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from lightning_modules.models.decoder import Decoder, DecoderConfig
+from lightning_modules.models.formats import FORMATS, OWN_MODEL_TYPE, exported, imported
+from lightning_modules.models.generation import generate
+
+SIZES = {"vocab_size": 31, "block_size": 24, "n_layer": 2, "n_head": 4, "n_embd": 32}
+LLAMA: dict[str, Any] = {"positions": "rotary", "norm": "rms", "feed_forward": "swiglu"}
+NANOCHAT: dict[str, Any] = {
+    "positions": "rotary",
+    "norm": "rms_unweighted",
+    "feed_forward": "relu2",
+    "qk_norm": True,
+    "embedding_norm": True,
+    "bias": False,
+}
+CONFIGS = {
+    "llama": DecoderConfig(**SIZES, **LLAMA),
+    "llama, few keys, untied, no bias": DecoderConfig(
+        **SIZES, **LLAMA, n_kv_head=2, tied_embeddings=False, bias=False, attention_dropout=0.1
+    ),
+    "nanochat": DecoderConfig(**SIZES, **NANOCHAT, tied_embeddings=False, logit_soft_cap=3.0),
+    "nanochat, few keys, tied, no cap": DecoderConfig(**SIZES, **NANOCHAT, n_kv_head=1),
+}
+
+
+def random_decoder(config: DecoderConfig) -> Decoder:
+    torch.manual_seed(0)
+    decoder = Decoder(config).eval()
+    for parameter in decoder.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    return decoder
+
+
+def random_ids(T: int = 12) -> Tensor:  # noqa: N803
+    return torch.randint(31, (3, T), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(params=CONFIGS, ids=str)
+def pair(request, tmp_path):
+    """(our decoder, the model that `AutoModelForCausalLM` loads from its folder)."""
+    decoder = random_decoder(CONFIGS[request.param])
+    config, state, reason = exported(decoder)
+    assert reason is None
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    model, found = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, output_loading_info=True)
+    assert not any(found[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert type(model).__name__ == {"l": "LlamaForCausalLM", "n": "NanoChatForCausalLM"}[request.param[0]]
+    return decoder, model.eval()
+
+
+def test_transformers_gives_the_same_logits_and_greedy_tokens(pair):
+    ours, theirs = pair
+    ids = random_ids()
+    with torch.inference_mode():
+        logits = theirs(ids).logits
+        torch.testing.assert_close(ours(ids), logits, atol=1e-5, rtol=1e-5)
+        assert logits.std() > 0.1
+        mask = torch.ones_like(ids)
+        mask[1, :3] = 0
+        positions = {"attention_mask": mask, "position_ids": (mask.cumsum(dim=1) - 1).clamp(min=0)}
+        padded = theirs(ids, **positions).logits[mask.bool()]
+        torch.testing.assert_close(ours(ids, **positions)[mask.bool()], padded, atol=1e-5, rtol=1e-5)
+        tokens = theirs.generate(ids[:1], max_new_tokens=12, do_sample=False)[0, 12:]
+    assert torch.stack(list(generate(ours, ids[:1], 12, temperature=0)))[:, 0].tolist() == tokens.tolist()
+
+
+def test_back_to_our_decoder(pair):
+    ours, theirs = pair
+    again = imported(theirs.config.to_dict(), theirs.state_dict(), block_size=24)
+    assert again.config == dataclasses.replace(ours.config, n_kv_head=ours.config.n_kv_head or ours.config.n_head)
+    assert all(torch.equal(again.state_dict()[name], tensor) for name, tensor in ours.state_dict().items())
+    assert (
+        imported(theirs.config.to_dict(), theirs.state_dict(), block_size=7, attention="explicit").config.block_size
+        == 7
+    )
+
+
+def test_the_same_gradients():
+    ours = random_decoder(CONFIGS["nanochat"])
+    config, state, _ = exported(ours)
+    theirs = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
+    theirs.load_state_dict(state)
+    ours(random_ids()).square().mean().backward()
+    theirs(random_ids()).logits.square().mean().backward()
+    gradients = {name: parameter.grad for name, parameter in theirs.named_parameters()}
+    for name, gradient in FORMATS["nanochat"].decoder_state(gradients, ours.config).items():
+        torch.testing.assert_close(ours.get_parameter(name).grad, gradient, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "missing"),
+    [
+        (NANOCHAT | {"value_embeddings": True}, "NanoChatForCausalLM has no value_embeddings=True"),
+        (NANOCHAT | {"bias": True}, "NanoChatForCausalLM has no bias=True"),
+        (LLAMA | {"qk_norm": True}, "LlamaForCausalLM has no qk_norm=True"),
+        ({"n_kv_head": 2, "tied_embeddings": False}, "GPT2LMHeadModel has no n_kv_head=2, tied_embeddings=False"),
+        ({"norm": "rms"}, "GPT2LMHeadModel has no norm=rms"),
+    ],
+)
+def test_a_decoder_without_a_class_is_saved_in_our_own_format(changes, missing):
+    ours = random_decoder(DecoderConfig(**SIZES, **changes))
+    config, state, reason = exported(ours)
+    assert config["model_type"] == OWN_MODEL_TYPE
+    assert reason == f"Transformers has no class for this decoder: {missing}"
+    again = imported(json.loads(json.dumps(config)), state, block_size=24)
+    assert again.config == ours.config
+    assert torch.equal(again(random_ids()), ours(random_ids()))
+    shorter = imported(config, state, block_size=12, attention="explicit")
+    torch.testing.assert_close(shorter(random_ids()), ours(random_ids()))
+    with pytest.raises(ValueError, match="is longer than the context: block_size=12"):
+        shorter(random_ids(13))
+
+
+@pytest.mark.parametrize(
+    ("name", "field", "value", "message"),
+    [
+        ("llama", "intermediate_size", 100, "has intermediate_size=100: our decoder has only 88"),
+        ("llama", "hidden_act", "gelu", "has hidden_act='gelu': our decoder has only 'silu'"),
+        ("llama", "mlp_bias", False, "has mlp_bias=False: our decoder has only True"),
+        ("llama", "head_dim", 16, "has head_dim=16: our decoder has only 8"),
+        ("llama", "rope_parameters", {"rope_type": "default", "rope_theta": 5e5}, "has rope_parameters={.*5"),
+        ("nanochat", "rms_norm_eps", 1e-5, "has rms_norm_eps=1e-05: our decoder has only 1e-06"),
+        ("nanochat", "attention_bias", True, "has attention_bias=True: our decoder has biases everywhere or nowhere"),
+        ("llama", "model_type", "mamba", "a mamba model: our decoder reads gpt2, llama, nanochat"),
+    ],
+)
+def test_configurations_that_we_do_not_have(name, field, value, message):
+    config, state, _ = exported(random_decoder(CONFIGS[name]))
+    whole = AutoConfig.for_model(**config).to_dict()
+    with pytest.raises(ValueError, match=message) as error:
+        imported(whole | {field: value}, state, block_size=24)
+    assert "\n" not in str(error.value)
+
+
+def test_damaged_weights():
+    config, state, _ = exported(random_decoder(CONFIGS["nanochat"]))
+    whole = AutoConfig.for_model(**config).to_dict()
+    with pytest.raises(ValueError, match=r"has extra\.weight, for which the decoder has no place"):
+        imported(whole, state | {"extra.weight": torch.zeros(1)}, block_size=24)
+    del state["model.layers.1.mlp.fc1.weight"]
+    with pytest.raises(ValueError, match=r"has no model\.layers\.1\.mlp\.fc1\.weight: it is damaged"):
+        imported(whole, state, block_size=24)
