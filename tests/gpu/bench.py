@@ -14,6 +14,7 @@ os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # looks for a GPU w
 
 import argparse
 import contextlib
+import importlib
 import json
 import multiprocessing
 import sys
@@ -25,7 +26,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gpu.rows import ROWS, Line, Settings
+from gpu.runs import Line, Row, Settings
+
+TESTS = Path(__file__).parents[1]
+
+
+def rows() -> dict[str, Row]:
+    """Return the rows by name, from the files `gpu_rows.py` of the topics."""
+    modules = (importlib.import_module(f"{file.parent.name}.gpu_rows") for file in TESTS.glob("*/gpu_rows.py"))
+    return dict(sorted((name, row) for module in modules for name, row in module.ROWS.items()))
+
+
+ROWS = rows()
 
 
 def run_row(name: str, settings: Settings, folder: Path, log: Path, seconds: float) -> dict[str, Any]:

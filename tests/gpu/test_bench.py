@@ -3,8 +3,8 @@
 import json
 
 import pytest
-from gpu.bench import main
-from gpu.rows import ROWS, Settings
+from gpu.bench import ROWS, main
+from gpu.runs import Settings
 
 
 @pytest.mark.parametrize("row", ["a", "e"])

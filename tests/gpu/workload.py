@@ -1,6 +1,5 @@
 """Random texts, records, reviews, tokenizers and models of real sizes, which need no network."""
 
-import json
 import random
 from pathlib import Path
 from typing import Any
@@ -43,37 +42,6 @@ def write_letters(file: Path, n: int) -> Path:
     """Write random characters, and return the file."""
     file.write_text("".join(random.Random(2).choices(LETTERS, k=n)))
     return file
-
-
-def write_reviews(file: Path, n: int, longest: int, vocabulary: int) -> Path:
-    """Write reviews of random words with random labels; most are as long as a row, as those of IMDB at 512 tokens."""
-    draw = random.Random(3)
-    with file.open("w") as lines:
-        for number in range(n):
-            text = words(draw.randint(longest // 2, 2 * longest), vocabulary - 6, draw)
-            lines.write(json.dumps({"text": text, "label": number % 2, "film": f"film {number}"}) + "\n")
-    return file
-
-
-def write_records(file: Path, n: int, block_size: int, vocabulary: int) -> Path:
-    """Write questions with five references and an answer that cites them; most take a third of a row."""
-    draw, unit = random.Random(4), block_size // 128
-    with file.open("w") as lines:
-        for number in range(n):
-            references = [words(draw.randint(3 * unit, 15 * unit), vocabulary - 6, draw) for _ in range(5)]
-            question = f"q{number} {words(draw.randint(unit, 2 * unit), vocabulary - 6, draw)}"
-            answer = f"{words(draw.randint(2 * unit, 12 * unit), vocabulary - 6, draw)} [1] w7 [3]"
-            lines.write(json.dumps({"question": question, "answer": answer, "references": references}) + "\n")
-    return file
-
-
-def save_bert(folder: Path, vocabulary: int, **sizes: int) -> Path:
-    """Write a BERT with random weights, by default of the sizes of BERT-base, and return its folder."""
-    from transformers import BertConfig, BertModel
-
-    torch.manual_seed(0)
-    BertModel(BertConfig(vocab_size=vocabulary, **sizes)).save_pretrained(folder)
-    return folder
 
 
 def save_gpt2(folder: Path, vocabulary: int, **sizes: Any) -> Path:

@@ -10,10 +10,9 @@ from helpers import RUNS
 from torch.utils.data import DataLoader
 
 import datamodules.base
-from datamodules.bert_imdb.data import TokenizedReviews
 from experiments import run_record
 from lightning_modules.runtime.peak_flops import format_of, peak_flops
-from lightning_modules.runtime.throughput import Throughput
+from lightning_modules.runtime.throughput import Throughput, _tokens_in
 
 
 @pytest.mark.parametrize(
@@ -54,12 +53,11 @@ def test_the_peak_in_float32_depends_on_tf32():
         torch.set_float32_matmul_precision("highest")
 
 
-def test_padding_is_not_counted():
-    reviews = TokenizedReviews([torch.arange(n).numpy() for n in (3, 9)], [0, 1], pad_token_id=0)
-    assert reviews[torch.tensor([0, 1])]["n_tokens"] == 12
+def test_the_tokens_of_a_batch_are_those_that_it_names_or_all():
     counter = Throughput()
     counter._trainer = type("T", (), {"strategy": _OneProcess()})
-    counter._uncounted = [reviews[torch.tensor([0, 1])]["n_tokens"], 5]
+    for batch in ({"input_ids": torch.zeros(2, 9), "n_tokens": torch.tensor(12)}, {"targets": torch.zeros(5)}, [1]):
+        counter._uncounted.append(_tokens_in(batch))
     assert counter.state_dict() == {"tokens_seen": 17}
     assert counter.state_dict() == {"tokens_seen": 17}
 

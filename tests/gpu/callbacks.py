@@ -1,0 +1,59 @@
+"""Callbacks that tests add to a run."""
+
+from typing import Any
+
+import lightning as L
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+# Operations whose result the host must read before it goes on: values, and shapes that depend on values.
+_READS = {"_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "_unique2", "unique_dim", "bincount"}
+
+
+class NoSync(L.Callback):
+    """Callback that refuses operations for which the host waits for the device, in steps without logging.
+
+    On a GPU, CUDA itself finds them. On the CPU, the operations that would wait on a GPU are refused by name.
+
+    Args:
+        first: First batch that is checked; optimisers make their state in the first step.
+    """
+
+    checked = 0  # steps of the last run
+
+    def __init__(self, first: int = 2) -> None:
+        self.first, self._mode = first, None
+        NoSync.checked = 0
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """Refuse from here on."""
+        if batch_idx < self.first or (trainer.global_step + 1) % trainer.log_every_n_steps == 0:
+            return
+        NoSync.checked += 1
+        if pl_module.device.type == "cuda":
+            torch.cuda.set_sync_debug_mode("error")
+        else:
+            self._mode = _RefuseReads().__enter__()
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
+        """Allow what follows."""
+        if pl_module.device.type == "cuda":
+            torch.cuda.set_sync_debug_mode("default")
+        elif self._mode is not None:
+            self._mode.__exit__(None, None, None)
+            self._mode = None
+
+    def on_exception(self, trainer: L.Trainer, pl_module: Any, exception: BaseException) -> None:
+        """Allow what follows, for the next run of this process."""
+        self.on_train_batch_end(trainer, pl_module)
+
+
+class _RefuseReads(TorchDispatchMode):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        by_mask = name in ("index", "index_put", "index_put_") and any(
+            index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1]
+        )
+        if name in _READS or by_mask:
+            raise RuntimeError(f"{name}{' by a mask' * by_mask}: the host would wait for the device")
+        return func(*args, **(kwargs or {}))
