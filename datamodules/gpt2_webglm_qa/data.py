@@ -178,12 +178,14 @@ class Rows(Dataset):
 
     A record of n tokens takes n - 1 positions: the last token is a target only. The position ids of each record start
     at 0. That separates the records of a row: the models of Transformers attend only within a sequence of increasing
-    position ids (`masking_utils.find_packed_sequence_indices`). The padding follows the last record and continues its
-    position ids; as attention is causal, no record attends to it.
+    position ids (`masking_utils.find_packed_sequence_indices`). On a GPU, `cu_seqlens` separates them. The padding
+    follows the last record and continues its position ids; as attention is causal, no record attends to it.
 
     A batch is:
 
     - `input_ids`, `position_ids`: (B, T) int64;
+    - `cu_seqlens`: (N,) int32, 0 and the ends of the records and paddings in the B T positions of the batch, one row
+      after another; the last is repeated, so that N is the same for all batches of B rows;
     - `targets`: (B, T) int64, the next token, or `IGNORED` if it carries no loss;
     - `loss_weights`: (B, T) float32, the weight of each target in the loss, or 0 without a target;
     - `mean_weight`: (), B times the mean weight of a row over the split;
@@ -201,6 +203,7 @@ class Rows(Dataset):
     def __post_init__(self) -> None:
         total = sum(self.weights_of(example).sum() for example in self.examples)
         self.weight_of_a_row = total / max(1, len(self.rows))
+        self.most_records = max(map(len, self.rows), default=0)  # in a row
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -217,7 +220,7 @@ class Rows(Dataset):
         position_ids = np.zeros(shape, dtype=np.int64)
         targets = np.full(shape, IGNORED, dtype=np.int64)
         loss_weights = np.zeros(shape, dtype=np.float32)
-        n_tokens = 0
+        n_tokens, ends = 0, [0]
         for b, row in enumerate(positions.tolist()):
             begin = 0
             for example in (self.examples[number] for number in self.rows[row]):
@@ -227,11 +230,16 @@ class Rows(Dataset):
                 loss_weights[place] = self.weights_of(example)
                 position_ids[b, begin:] = np.arange(self.block_size - begin)
                 begin += example.n_places
+                ends.append(b * self.block_size + begin)
             n_tokens += begin
+            ends.append((b + 1) * self.block_size)
         targets[loss_weights == 0] = IGNORED
+        cu_seqlens = np.full(1 + len(positions) * (self.most_records + 1), input_ids.size, dtype=np.int32)
+        cu_seqlens[: len(ends)] = ends
         return {
             "input_ids": torch.from_numpy(input_ids),
             "position_ids": torch.from_numpy(position_ids),
+            "cu_seqlens": torch.from_numpy(cu_seqlens),
             "targets": torch.from_numpy(targets),
             "loss_weights": torch.from_numpy(loss_weights),
             "mean_weight": torch.tensor(len(positions) * self.weight_of_a_row, dtype=torch.float32),

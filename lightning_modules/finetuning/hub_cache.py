@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
 
+from lightning_modules.finetuning.packed_attention import NAME
 from lightning_modules.models.cache import KeyValueCache
 from lightning_modules.runtime.private_names import attention_implementation, takes_static_caches
 
@@ -74,7 +75,7 @@ def new_hub_cache(model: "PreTrainedModel", max_length: int) -> list[KeyValueCac
     """Return an empty cache of each layer of a model, or one cache for all layers that only grows."""
     layers = DynamicCache(config=model.config).layers
     plain = bool(layers) and all(type(layer) is DynamicLayer for layer in layers)  # attend to all earlier positions
-    if plain and takes_static_caches(model) and attention_implementation(model) == "sdpa":
+    if plain and takes_static_caches(model) and attention_implementation(model) in ("sdpa", NAME):
         return [KeyValueCache(max_length) for _ in layers]
     return [GrowingHubCache(model)]
 

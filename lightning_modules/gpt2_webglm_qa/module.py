@@ -24,17 +24,26 @@ class GPT2WebGLMQAModule(FineTunedCausalLM):
     the batch would give the tokens of short answers a larger weight.
     """
 
+    within_records = False  # whether the attention takes the ends of the records, `cu_seqlens`
+
     def setup(self, stage: str) -> None:
         """Refuse packing if the model does not keep the records of a row apart."""
-        if getattr(self.data, "packing", False) and not keeps_records_apart(self.model):
+        if self.trainer.strategy.root_device.type == "cuda":
+            from lightning_modules.finetuning.packed_attention import use_attention_within_records
+
+            self.within_records = use_attention_within_records(self.model)
+        if getattr(self.data, "packing", False) and not keeps_records_apart(self.model, self.within_records):
             raise MisconfigurationException(
                 f"data.packing: a {type(self.model).__name__} does not keep the records of a row apart; set it to false"
             )
 
     def forward(self, batch: Batch) -> Tensor:
         """Return the scores of the N targets of a batch, (N, V), from ids, positions and targets, each (B, T)."""
+        mask = _record_mask(batch["cu_seqlens"]) if self.within_records and "cu_seqlens" in batch else None
         with scored_at(self.model, batch["targets"] != IGNORED):
-            return self.model(batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits
+            return self.model(
+                batch["input_ids"], attention_mask=mask, position_ids=batch["position_ids"], use_cache=False
+            ).logits
 
     def _nats(self, batch: Batch) -> Tensor:
         """Return the cross entropy of each target in nats, (N,)."""
@@ -85,11 +94,24 @@ class GPT2WebGLMQAModule(FineTunedCausalLM):
 
 
 @torch.no_grad()
-def keeps_records_apart(model: nn.Module) -> bool:
-    """Return whether a model attends only within a sequence of increasing position ids, tested on two records."""
+def keeps_records_apart(model: nn.Module, within_records: bool = False) -> bool:
+    """Return whether a model attends only within a record, tested on two records in a row.
+
+    Args:
+        model: Causal language model of Transformers.
+        within_records: Whether the model takes the ends of the records; otherwise position ids that start again at 0
+            separate them.
+    """
     ids = torch.arange(4, device=model.device)[None] % model.config.vocab_size  # two records of two tokens
     positions = torch.tensor([[0, 1, 0, 1]], device=model.device)
+    ends = torch.tensor([0, 2, 4], dtype=torch.int32, device=model.device)
+    mask = _record_mask(ends) if within_records else None
     with evaluating(model):
-        packed = model(ids, position_ids=positions, use_cache=False).logits[:, 2:]
+        packed = model(ids, attention_mask=mask, position_ids=positions, use_cache=False).logits[:, 2:]
         alone = model(ids[:, 2:], position_ids=positions[:, 2:], use_cache=False).logits
     return torch.allclose(packed, alone, rtol=1e-3, atol=1e-4)
+
+
+def _record_mask(cu_seqlens: Tensor) -> Tensor:
+    """Return the ends of records in the form of a mask, (1, 1, 1, N), as `packed_attention` takes them."""
+    return cu_seqlens[None, None, None]

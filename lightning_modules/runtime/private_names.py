@@ -6,6 +6,7 @@ accumulated, or to switch off its own handling of SIGTERM, which hangs with seve
 
 from argparse import ArgumentParser
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, Self
 
 import lightning as L
@@ -106,6 +107,12 @@ def restrict_imports(verdicts: Mapping[str, bool]) -> None:
     parsing_settings["import_paths_enforced"] = True
 
 
+def built_class(factory: Any) -> type | None:
+    """Return the class that a factory of jsonargparse builds, or `None` for another callable."""
+    arguments = factory.args if isinstance(factory, partial) else ()
+    return next((argument for argument in arguments if isinstance(argument, type)), None)
+
+
 # --- metrics ----------------------------------------------------------------------------------------------------------
 
 
@@ -187,3 +194,36 @@ def attention_implementation(model: "PreTrainedModel") -> str:
 def takes_static_caches(model: "PreTrainedModel") -> bool:
     """Return whether a model of Transformers is right with keys and values beyond the last position, under a mask."""
     return model._can_compile_fullgraph
+
+
+# --- PyTorch ----------------------------------------------------------------------------------------------------------
+
+
+def flash_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens: Tensor,
+    longest: int,
+    dropout: float,
+    scale: float | None,
+    sliding_window: int | None,
+) -> Tensor:
+    """Return causal attention within sequences that follow one another, (N, H, D) in half precision, on a GPU.
+
+    `torch.nn.attention.varlen.varlen_attn` has no dropout.
+
+    Args:
+        query: (N, H, D), N the length of all sequences together.
+        key: As `query`.
+        value: As `query`.
+        cu_seqlens: 0 and the end of each sequence, int32.
+        longest: Length of the longest sequence, or more.
+        dropout: Probability of dropping an attention weight, in [0, 1).
+        scale: Factor on the dot products; `None` means 1 / √D.
+        sliding_window: Number of positions that each attends to, itself included; `None` means all.
+    """
+    window = {} if sliding_window is None else {"window_size_left": sliding_window - 1, "window_size_right": 0}
+    return torch.ops.aten._flash_attention_forward(
+        query, key, value, cu_seqlens, cu_seqlens, longest, longest, dropout, True, False, scale=scale, **window
+    )[0]

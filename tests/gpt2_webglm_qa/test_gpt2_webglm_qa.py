@@ -179,10 +179,19 @@ def assert_costs_of_rows(tuned: GPT2WebGLMQAModule, rows: object) -> None:
     torch.testing.assert_close(given, expected, rtol=1e-5, atol=1e-5)
 
 
+def run_on(device: str) -> SimpleNamespace:
+    """Return what `setup` reads of a trainer."""
+    return SimpleNamespace(strategy=SimpleNamespace(root_device=torch.device(device)))
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])  # the set-up for a GPU; the model stays on the CPU
 @pytest.mark.parametrize("model_type", ["gpt2", "gpt_neo", "llama"])
-def test_a_packed_record_has_the_loss_that_it_has_alone(records, model_type):
+def test_a_packed_record_has_the_loss_that_it_has_alone(records, model_type, device):
     tuned = module(model_type).eval()
     assert keeps_records_apart(tuned.model)
+    tuned.trainer, tuned.data = run_on(device), datamodule(records)
+    tuned.setup("fit")
+    assert tuned.within_records == (device == "cuda" and model_type != "gpt_neo")
     packed = datamodule(records).rows["train"]
     assert len(packed) < len(packed.examples) / 1.5
     assert_costs_of_rows(tuned, packed)
@@ -190,7 +199,7 @@ def test_a_packed_record_has_the_loss_that_it_has_alone(records, model_type):
 
 def test_a_model_that_mixes_packed_records_is_refused_and_trains_without_packing(records):
     tuned = module("bloom").eval()
-    tuned.data = SimpleNamespace(packing=True)
+    tuned.trainer, tuned.data = run_on("cpu"), SimpleNamespace(packing=True)
     with pytest.raises(MisconfigurationException, match=r"data.packing: a BloomForCausalLM does not keep the records"):
         tuned.setup("fit")
     tuned.data = datamodule(records, packing=False)

@@ -347,6 +347,23 @@ def test_best_fit_by_hand():
     assert best_fit([], 10) == []
 
 
+@pytest.mark.parametrize("packing", [True, False])
+def test_the_ends_of_the_records_are_where_their_positions_start_again(packing):
+    records = [Record(f"Who is {i}?", "Ann " * (1 + i % 7), ()) for i in range(60)]
+    rows = module(*records, packing=packing).rows["train"]
+    shapes = set()
+    for positions in torch.arange(len(rows) // 4 * 4).view(-1, 4):
+        batch = rows[positions]
+        found = set(batch["cu_seqlens"].tolist())
+        starts = {place for place, position in enumerate(batch["position_ids"].flatten()) if position == 0}
+        lengths = [sum(rows.examples[number].n_places for number in rows.rows[row]) for row in positions]
+        padding = {row * rows.block_size + length for row, length in enumerate(lengths)}
+        assert found == starts | padding | {4 * rows.block_size}
+        assert batch["cu_seqlens"].diff().min() >= 0
+        shapes.add(batch["cu_seqlens"].shape)
+    assert len(shapes) == 1
+
+
 def test_rows_are_shuffled_anew_in_each_epoch_and_always_hold_the_same_records():
     records = [Record(f"Who is {i}?", "Ann " * (1 + i % 7), ()) for i in range(60)]
     data = module(*records, batch_size=4, seed=3)

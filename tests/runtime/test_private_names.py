@@ -4,13 +4,16 @@ import ast
 import functools
 import inspect
 import re
-from argparse import ArgumentParser, _ActionsContainer
+from argparse import ArgumentError, ArgumentParser, _ActionsContainer
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import pytest
 import torch
 import wandb
+from jsonargparse import ArgumentParser as JSONArgumentParser
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.demos.boring_classes import BoringModel, RandomDataset
 from lightning.pytorch.loggers import WandbLogger
@@ -43,6 +46,12 @@ HELD = {
     PreTrainedModel: ["_can_compile_fullgraph"],
 }
 
+OPERATORS = {  # of torch, with the names of the arguments that are passed
+    "_flash_attention_forward": [
+        *("query", "key", "value", "cum_seq_q", "cum_seq_k", "max_q", "max_k", "dropout_p", "is_causal"),
+        *("return_debug_mask", "scale", "window_size_left", "window_size_right"),
+    ],
+}
 FOREACH = ["_foreach_add_", "_foreach_lerp", "_foreach_lerp_", "_foreach_mul_"]  # functions of torch, without a source
 
 
@@ -54,6 +63,13 @@ def test_torch_has_functions_over_lists_of_tensors():
     private_names.foreach_lerp_(values, [torch.ones(2), torch.ones(3)], 0.5)
     halfway = private_names.foreach_lerp(values, [torch.zeros(2), torch.zeros(3)], 0.5)
     assert [value.tolist() for value in halfway] == [[0.25] * 2, [0.75] * 3]
+
+
+@pytest.mark.parametrize(("name", "arguments"), OPERATORS.items())
+def test_torch_has_operators(name, arguments):
+    schema = getattr(torch.ops.aten, name).default._schema
+    assert [argument.name for argument in schema.arguments][: len(arguments)] == arguments
+    assert schema.returns[0].name == "output"
 
 
 @pytest.mark.parametrize(("owner", "names"), HELD.items(), ids=lambda value: getattr(value, "__name__", ""))
@@ -83,12 +99,12 @@ def private_attributes(file: Path) -> set[str]:
 
 def test_every_private_name_of_the_file_is_held_here():
     file = ROOT / "lightning_modules/runtime/private_names.py"
-    held = {name for names in HELD.values() for name in names} | set(FOREACH)
+    held = {name for names in HELD.values() for name in names} | {*FOREACH, *OPERATORS}
     assert private_attributes(file) == held
 
 
 def test_no_other_file_uses_them():
-    held = {name for names in HELD.values() for name in names} - {"_id"} | set(FOREACH)
+    held = {name for names in HELD.values() for name in names} - {"_id"} | {*FOREACH, *OPERATORS}
     found = []
     for room in ("lightning_modules", "experiments", "datamodules"):
         for file in (ROOT / room).rglob("*.py"):
@@ -226,6 +242,29 @@ def test_names_of_options():
     parser = ArgumentParser(add_help=False)
     parser.add_argument("--width")
     assert private_names.option_names(parser) == ["width"]
+
+
+def test_names_in_configurations_are_imported_if_the_longest_entry_allows_it():
+    assert {"os", "subprocess", "pickle", "builtins.exec"} <= set(private_names.NEVER_IMPORTED)
+    parser = JSONArgumentParser(exit_on_error=False)
+    parser.add_argument("--make", type=Callable[[], Any])
+    before = dict(private_names.parsing_settings)
+    try:
+        private_names.restrict_imports({"*": False, "torch.nn": True, "torch.nn.init": False})
+        assert parser.parse_args(["--make=torch.nn.ReLU"])
+        for denied in ("collections.Counter", "torch.nn.init.ones_"):
+            with pytest.raises(ArgumentError, match=r"Importing '[\w.]+' is not allowed, denied by the '[\w.*]+' entry "):
+                parser.parse_args([f"--make={denied}"])
+    finally:
+        private_names.parsing_settings.update(before)
+
+
+def test_the_class_that_a_factory_builds():
+    parser = JSONArgumentParser()
+    parser.add_argument("--optimizer", type=Callable[[Iterable], torch.optim.Optimizer])
+    factory = parser.instantiate(parser.parse_args(["--optimizer=torch.optim.SGD", "--optimizer.lr=0.1"])).optimizer
+    assert private_names.built_class(factory) is torch.optim.SGD
+    assert private_names.built_class(torch.optim.SGD) is None
 
 
 def test_a_wandb_logger_is_set_up_after_it_is_built(tmp_path):
