@@ -10,10 +10,17 @@ import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torchmetrics import Metric
 
 from lightning_modules.finetuning.adapters import adapted_layers, add_adapters
-from lightning_modules.optim import OptimizerFactory, ScheduleFactory, weight_decay_groups
+from lightning_modules.optim import (
+    OptimizerFactory,
+    OptimizerSettings,
+    ScheduleFactory,
+    build_schedule,
+    weight_decay_groups,
+)
 from lightning_modules.runtime.sharded import FullyShardedStrategy
 
 
@@ -134,15 +141,14 @@ class ExperimentModule(L.LightningModule):
             group["lr"] = group["lr"] * group.get("lr_share", 1.0)
         if self.schedule_factory is None:
             return optimizer
-        total_steps = self.trainer.estimated_stepping_batches
-        is_limited = total_steps != float("inf")
-        schedule = self.schedule_factory(optimizer, int(total_steps) if is_limited else sys.maxsize)
-        if not is_limited and (schedule.needs_length or 0 < schedule.warmup < 1):
-            raise MisconfigurationException(
-                f"lr_scheduler: {type(schedule).__name__} depends on the length of the run, which is unknown; set "
-                "trainer.max_steps or trainer.max_epochs, or take Constant with a warmup in steps"
-            )
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step", "name": "lr"}}
+        try:
+            schedule = build_schedule(self.schedule_factory, optimizer, self.trainer.estimated_stepping_batches)
+        except ValueError as error:
+            raise MisconfigurationException(f"lr_scheduler: {error}") from error
+        config = {"scheduler": schedule, "interval": "step", "name": "lr"}
+        if isinstance(schedule, ReduceLROnPlateau):  # stepped by `OptimizerSettings` after each validation
+            config |= {"reduce_on_plateau": True, "monitor": "val/loss", "frequency": sys.maxsize}
+        return {"optimizer": optimizer, "lr_scheduler": config}
 
     def configure_model(self) -> None:
         """Shard the weights over the processes if the strategy does."""
@@ -150,8 +156,8 @@ class ExperimentModule(L.LightningModule):
             self.trainer.strategy.shard(self)
 
     def configure_callbacks(self) -> list[L.Callback]:
-        """Return the callback that passes the metrics of a validation to the schedules, before its checkpoint."""
-        return [_ScheduleObserver()]
+        """Return the callback of the optimiser and the schedule; it runs before the checkpoint of a validation."""
+        return [OptimizerSettings()]
 
     def configure_gradient_clipping(
         self,
@@ -282,13 +288,3 @@ def total_norm(gradients: list[Tensor]) -> Tensor:
     """Return the norm of several gradients together, over all processes if they are sharded."""
     norm = nn.utils.get_total_norm(gradients)
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
-
-
-class _ScheduleObserver(L.Callback):
-    """Callback that passes the metrics of each validation to the schedules that depend on them."""
-
-    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if not trainer.sanity_checking:
-            for config in trainer.lr_scheduler_configs:
-                if hasattr(config.scheduler, "observe"):
-                    config.scheduler.observe(trainer.callback_metrics)

@@ -6,23 +6,35 @@ follows a curve over the rest of the run, along which `progress` increases from 
 | schedule             | multiplier after the warm-up                                       |
 |----------------------|--------------------------------------------------------------------|
 | `Constant`           | 1                                                                  |
-| `Linear`             | a straight line from 1 to `final`                                  |
+| `Linear`             | a straight line from 1 to `final`; to 0, the best end of a run     |
+|                      | that Bergsma et al. (2025) found                                   |
 | `Cosine`             | half a cosine from 1 to `final` (Loshchilov and Hutter, 2017)      |
 | `InverseTime`        | 1 / (1 + `decay` * steps since warm-up) (Robbins and Monro, 1951)  |
 | `WarmupStableDecay`  | 1, then a decay over the last part (Hu et al., 2024)               |
 | `OneCycle`           | a cosine down to `final`, after a cosine warm-up (Smith, 2018)     |
 | `ReduceOnPlateau`    | multiplied by `factor` when a validation metric stops improving    |
+
+A run that is resumed with another length keeps the rate that it has: see `StepSchedule.load_state_dict`.
+
+Papers: Loshchilov and Hutter, "SGDR" (2017), https://arxiv.org/abs/1608.03983; Robbins and Monro, "A Stochastic
+Approximation Method" (1951); Smith and Topin, "Super-Convergence" (2018), https://arxiv.org/abs/1708.07120; Hu et al.,
+"MiniCPM" (2024), https://arxiv.org/abs/2404.06395; Haegele et al., "Scaling Laws and Compute-Optimal Training Beyond
+Fixed Training Durations" (2024), https://arxiv.org/abs/2405.18392; Bergsma et al., "Straight to Zero" (2025),
+https://arxiv.org/abs/2502.15938.
 """
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from inspect import signature
 from typing import Any
 
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from lightning_modules.common.ranges import ClosedUnitInterval, NonNegativeFloat, NonNegativeInt
+from lightning_modules.runtime.private_names import built_class
 
 
 @dataclass(eq=False, repr=False)
@@ -41,15 +53,34 @@ class StepSchedule(LRScheduler):
     needs_length = False  # whether the multiplier after the warm-up depends on the length of the run
 
     def __post_init__(self) -> None:
-        self.warmup_steps = round(self.warmup * self.total_steps) if self.warmup < 1 else int(self.warmup)
+        self.stretches: list[tuple[int, float, int]] = []  # of resumed runs: step, its place, and the new length
+        self.change_of_length = ""  # what `load_state_dict` did, in words
+        self._set_length(self.total_steps)
         super().__init__(self.optimizer)
 
-    def multiplier(self, step: int) -> float:
+    def _set_length(self, total_steps: int) -> None:
+        self.total_steps = total_steps
+        self.warmup_steps = round(self.warmup * total_steps) if self.warmup < 1 else int(self.warmup)
+
+    @property
+    def planned_steps(self) -> int:
+        """Number of optimiser steps of the whole run, also after a change of it."""
+        return self.stretches[-1][2] if self.stretches else self.total_steps
+
+    def multiplier(self, step: float) -> float:
         """Return the learning rate of a step, counted from 0, as a share of the peak."""
+        step = self._place(step)
         if step < self.warmup_steps:
             return self.warm(step / self.warmup_steps, 1 / self.warmup_steps)
         rest = max(1, self.total_steps - self.warmup_steps)
         return self.after_warmup(min(1.0, (step - self.warmup_steps) / rest))
+
+    def _place(self, step: float) -> float:
+        """Return the step of the schedule of `total_steps` whose rate a step has: another one if it was stretched."""
+        for start, place, length in reversed(self.stretches):
+            if step >= start:
+                return place + (step - start) * (self.total_steps - place) / max(1, length - start)
+        return step
 
     def warm(self, progress: float, step: float) -> float:
         """Return the multiplier in the warm-up; it is not 0 at the first step, so that this step learns too.
@@ -73,8 +104,49 @@ class StepSchedule(LRScheduler):
         return [base_lr * multiplier for base_lr in self.base_lrs]
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state without the length of the run, so that a run can be resumed with more steps."""
-        return {k: v for k, v in super().state_dict().items() if k not in ("total_steps", "warmup", "warmup_steps")}
+        """Return the state of the schedule, and the arguments that it is compared with when the run is resumed."""
+        arguments = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "optimizer"}
+        state = super().state_dict()
+        state = {key: value for key, value in state.items() if key not in arguments and key != "change_of_length"}
+        return state | {"schedule": type(self).__name__, "arguments": arguments}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue from a checkpoint with the arguments of this schedule and the learning rates of its optimiser.
+
+        If the length of the run has changed, the schedule of the new length is followed if it has the same rate at this
+        step, as one that is still flat has. Otherwise the rest of the old schedule is stretched or compressed to the
+        steps that are left, so that the rate does not jump. If the class or another argument has changed, the new
+        schedule is followed from this step on.
+        """
+        new = self.state_dict()
+        arguments = dict(state_dict.get("arguments", new["arguments"]))  # earlier versions saved none
+        saved_length = arguments.pop("total_steps")
+        own = {name: value for name, value in new["arguments"].items() if name != "total_steps"}
+        if state_dict.get("schedule", new["schedule"]) == new["schedule"] and arguments == own:
+            not_kept = ("base_lrs", "warmup_steps", "schedule", "arguments")
+            kept = [key for key in new if key in state_dict and key not in not_kept]
+            self.__dict__.update({key: state_dict[key] for key in kept})
+            self._change_length(saved_length, new["arguments"]["total_steps"])
+        else:
+            self.last_epoch, self._step_count = state_dict["last_epoch"], state_dict["_step_count"]
+        self._last_lr = self.get_lr()
+        for group, base_lr, lr in zip(self.optimizer.param_groups, self.base_lrs, self._last_lr, strict=True):
+            group |= {"initial_lr": base_lr, "lr": lr}
+
+    def _change_length(self, saved: int, planned: int) -> None:
+        """Go on to `planned` steps with a schedule of `saved` steps."""
+        step, rate_of_new = self.last_epoch, self.multiplier(self.last_epoch)
+        self._set_length(saved)
+        before = self.planned_steps
+        if planned == before or planned <= step:
+            return
+        if not self.stretches and self.multiplier(step) == rate_of_new:
+            self._set_length(planned)
+            self.change_of_length = f"the schedule is that of {planned} steps in place of {before}"
+        else:
+            self.stretches.append((step, self._place(step), planned))
+            what = "stretched" if planned > before else "compressed"
+            self.change_of_length = f"the rest of the schedule of {before} steps is {what} to end at step {planned}"
 
 
 class Constant(StepSchedule):
@@ -98,7 +170,7 @@ class Decay(StepSchedule):
 
 
 class Linear(Decay):
-    """Schedule that decays along a straight line."""
+    """Schedule that decays along a straight line; to zero by default (Bergsma et al., 2025)."""
 
     def after_warmup(self, progress: float) -> float:
         """Decay from 1 to `final`."""
@@ -123,7 +195,7 @@ class InverseTime(StepSchedule):
 
     decay: NonNegativeFloat = 1e-8
 
-    def multiplier(self, step: int) -> float:
+    def multiplier(self, step: float) -> float:
         """Return the learning rate of a step as a share of the peak."""
         since = step - self.warmup_steps
         return super().multiplier(step) if since < 0 else 1.0 / (1.0 + self.decay * since)
@@ -202,12 +274,7 @@ class ReduceOnPlateau(Decay):
         Raises:
             ValueError: If the validation did not log `monitor`.
         """
-        if self.monitor not in metrics:
-            raise ValueError(
-                f"lr_scheduler: ReduceOnPlateau monitors {self.monitor!r}, which the validation did not log; "
-                f"it logged {', '.join(sorted(metrics)) or 'nothing'}"
-            )
-        value = float(metrics[self.monitor])
+        value = monitored(metrics, self.monitor)
         if value < self.best - abs(self.best if math.isfinite(self.best) else 0.0) * self.threshold:
             self.best = value
             self.validations_without_improvement = 0
@@ -216,3 +283,50 @@ class ReduceOnPlateau(Decay):
         if self.validations_without_improvement > self.patience:
             self.reduction *= self.factor
             self.validations_without_improvement = 0
+
+
+def monitored(metrics: Mapping[str, Any], name: str) -> float:
+    """Return the metric of a validation that a schedule depends on.
+
+    Raises:
+        ValueError: If the validation did not log it.
+    """
+    if name not in metrics:
+        raise ValueError(
+            f"monitors {name!r}, which the validation did not log; it logged {', '.join(sorted(metrics)) or 'nothing'}"
+        )
+    return float(metrics[name])
+
+
+def build_schedule(factory: Callable[..., LRScheduler], optimizer: Optimizer, total_steps: float) -> LRScheduler:
+    """Return the schedule of an optimiser.
+
+    Args:
+        factory: Class of a schedule with its other arguments: ours takes the optimiser and the length of the run; one
+            of torch takes the optimiser, and the length if it has an argument `total_steps` that is not set.
+        optimizer: Its learning rates are the peaks.
+        total_steps: Number of optimiser steps of the whole run; infinity if it is not known.
+
+    Raises:
+        ValueError: If an argument is wrong, or the schedule depends on a length that is not known.
+    """
+    length = sys.maxsize if total_steps == math.inf else int(total_steps)
+    built = built_class(factory)
+    if built is None or issubclass(built, StepSchedule):
+        schedule = factory(optimizer, length)
+    else:
+        takes_length = "total_steps" in signature(built).parameters and factory.keywords.get("total_steps") is None
+        by_epochs = takes_length and factory.keywords.get("epochs") is not None
+        schedule = factory(optimizer, **({"total_steps": length} if takes_length and not by_epochs else {}))
+    if total_steps == math.inf and _needs_length(schedule):
+        raise ValueError(
+            f"{type(schedule).__name__} depends on the length of the run, which is unknown; set trainer.max_steps or "
+            "trainer.max_epochs, or take Constant with a warmup in steps"
+        )
+    return schedule
+
+
+def _needs_length(schedule: LRScheduler) -> bool:
+    if isinstance(schedule, StepSchedule):
+        return schedule.needs_length or 0 < schedule.warmup < 1
+    return hasattr(schedule, "total_steps")

@@ -140,7 +140,7 @@ def test_the_parser_gives_plain_numbers_that_a_checkpoint_can_hold(tmp_path):
     schedule = parser.instantiate_classes(parsed).schedule(optimizer(), 10)
     torch.save(schedule.state_dict(), tmp_path / "state")
     state = torch.load(tmp_path / "state", weights_only=True)
-    assert (state["factor"], state["patience"]) == (0.25, 3)
+    assert (state["arguments"]["factor"], state["arguments"]["patience"]) == (0.25, 3)
     assert schedule.warmup_steps == 2
 
 

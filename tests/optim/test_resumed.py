@@ -1,0 +1,208 @@
+"""What a resumed run changes of its optimiser and schedule: it is applied and said, or refused."""
+
+import csv
+import shutil
+
+import pytest
+import torch
+from helpers import LAST, RUNS
+from torch import nn
+
+from lightning_modules.optim.schedules import Constant, Cosine, InverseTime, Linear, ReduceOnPlateau, WarmupStableDecay
+
+PEAK = 0.5
+
+
+def rates_of(schedule: torch.optim.lr_scheduler.LRScheduler, steps: int) -> list[float]:
+    """The learning rates of the next steps, as shares of the peak."""
+    seen = []
+    for _ in range(steps):
+        seen.append(schedule.optimizer.param_groups[0]["lr"] / PEAK)
+        schedule.optimizer.step()
+        schedule.step()
+    return seen
+
+
+def new(schedule_class: type, total_steps: int, lr: float = PEAK, **arguments: object):
+    return schedule_class(torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=lr), total_steps, **arguments)
+
+
+def resumed(first, steps: int, second):
+    """Run a schedule, and return another one that continues from its checkpoint."""
+    rates_of(first, steps)
+    second.optimizer.load_state_dict(first.optimizer.state_dict())
+    second.load_state_dict(first.state_dict())
+    return second
+
+
+def test_a_cosine_made_longer_goes_on_at_its_rate_and_is_stretched():
+    second = resumed(new(Cosine, 8), 4, new(Cosine, 12))
+    whole = rates_of(new(Cosine, 16), 16)
+    assert rates_of(second, 9) == pytest.approx([*whole[8:], 0.0])  # half of the cosine in twice as many steps
+    assert second.change_of_length == "the rest of the schedule of 8 steps is stretched to end at step 12"
+
+
+def test_a_schedule_is_compressed_into_a_shorter_run_and_stretched_twice():
+    second = resumed(new(Linear, 8), 4, new(Linear, 6))
+    assert rates_of(second, 2) == pytest.approx([0.5, 0.25])
+    third = resumed(new(Linear, 8), 4, new(Linear, 12))
+    fourth = resumed(third, 4, new(Linear, 10))
+    assert rates_of(fourth, 3) == pytest.approx([0.25, 0.125, 0.0])
+    assert fourth.planned_steps == 10
+
+
+def test_a_schedule_that_is_still_flat_takes_the_new_length():
+    second = resumed(new(WarmupStableDecay, 10, decay=0.4), 5, new(WarmupStableDecay, 20, decay=0.4))
+    assert rates_of(second, 16) == pytest.approx(rates_of(new(WarmupStableDecay, 20, decay=0.4), 21)[5:])
+    assert second.change_of_length == "the schedule is that of 20 steps in place of 10"
+
+
+def test_a_decay_that_has_begun_is_stretched():
+    second = resumed(new(WarmupStableDecay, 10, decay=0.4), 8, new(WarmupStableDecay, 14, decay=0.4))
+    assert rates_of(second, 7)[0] == pytest.approx(1 - 0.5**0.5)
+    assert second.optimizer.param_groups[0]["lr"] == pytest.approx(0.0)
+
+
+@pytest.mark.parametrize("schedule", [Constant, InverseTime, ReduceOnPlateau])
+def test_schedules_without_a_length_do_not_change(schedule):
+    second = resumed(new(schedule, 10), 4, new(schedule, 50))
+    assert rates_of(second, 3) == pytest.approx(rates_of(new(schedule, 10), 7)[4:])
+
+
+def test_a_new_schedule_or_argument_or_peak_is_followed_from_the_step_on():
+    assert rates_of(resumed(new(Cosine, 8), 4, new(Linear, 8, final=0.2)), 2) == pytest.approx([0.6, 0.5])
+    assert rates_of(resumed(new(Linear, 8), 4, new(Linear, 8, final=0.2)), 2) == pytest.approx([0.6, 0.5])
+    assert rates_of(resumed(new(Linear, 8), 4, new(Linear, 8, lr=2 * PEAK)), 2) == pytest.approx([1.0, 0.75])
+
+
+def test_a_checkpoint_of_an_earlier_version_is_followed_as_before():
+    first, second = new(Linear, 8, final=0.2), new(Linear, 16, final=0.2)
+    rates_of(first, 4)
+    state = {"last_epoch": 4, "_step_count": 5, "base_lrs": [PEAK], "_last_lr": [0.3], "final": 0.2}
+    second.load_state_dict(state)
+    assert rates_of(second, 2) == pytest.approx([0.8, 0.75])
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+SCHEDULES = "lightning_modules.optim.schedules"
+TORCH = "torch.optim.lr_scheduler"
+
+
+def logged(run: str, name: str = "train/lr") -> dict[int, float]:
+    with (RUNS / run / "metrics.csv").open() as file:
+        return {int(row["step"]): float(row[name]) for row in csv.DictReader(file) if row.get(name)}
+
+
+@pytest.fixture
+def continued(llm_train, tiny, whole, tmp_path):
+    """Return a function that continues a copy of a finished run of 24 steps with other flags."""
+
+    def run(*flags: str, **settings: object):
+        shutil.rmtree(RUNS, ignore_errors=True)
+        shutil.copytree(whole(**settings), RUNS / "run")
+        config = tiny(**settings)
+        return llm_train("fit", "-c", config, "--run.name", "run", "--ckpt_path", "last", *flags)
+
+    return run
+
+
+def settings_in_checkpoint() -> dict:
+    return torch.load(RUNS / "run" / LAST, weights_only=True)["optimizer_states"][0]["param_groups"][0]
+
+
+def test_changed_settings_of_the_optimiser_are_applied_and_said(continued):
+    done = continued("--trainer.max_steps=28", "--optimizer.lr=0.5", "--optimizer.weight_decay=0.3")
+    assert done.code == 0, done.err
+    assert (
+        "from step 24 on: lr 0.5 in place of 0.01; weight_decay 0.3 in place of 0.1; "
+        "the rest of the schedule of 24 steps is stretched to end at step 28\n"
+    ) in done.err
+    assert logged("run")[28] == pytest.approx(0.05)  # the end of the schedule is a tenth of the peak
+    assert logged("run")[24] < 0.01
+    assert settings_in_checkpoint()["weight_decay"] == 0.3
+
+
+def test_another_schedule_is_followed_from_the_step_on(continued):
+    done = continued("--trainer.max_steps=28", f"--lr_scheduler={SCHEDULES}.Constant")
+    assert done.code == 0, done.err
+    assert "from step 24 on: lightning_modules.Constant in place of lightning_modules.Cosine" in done.err
+    assert logged("run")[28] == 0.01
+
+
+def test_a_schedule_that_ended_at_zero_cannot_be_made_longer(continued):
+    schedule = {"class_path": f"{SCHEDULES}.Linear", "init_args": {}}
+    refused = continued("--trainer.max_steps=28", lr_scheduler=schedule)
+    assert refused.code == 1
+    assert refused.err.splitlines()[-1].startswith("error: lr_scheduler: the schedule ended before step 24 with a rate")
+
+
+@pytest.mark.parametrize(
+    ("flags", "reason"),
+    [
+        (
+            ["--optimizer=torch.optim.SGD"],
+            "optimizer: the checkpoint has the state of torch.AdamW, from which torch.SGD",
+        ),
+        (["--optimizer=lightning_modules.optim.Muon"], "optimizer: the checkpoint has the state of torch.AdamW, from"),
+        (
+            [f"--lr_scheduler={TORCH}.ConstantLR"],
+            "lr_scheduler: torch.ConstantLR cannot take over at step 24 with other",
+        ),
+    ],
+)
+def test_what_cannot_be_changed_is_refused(continued, flags, reason):
+    refused = continued("--trainer.max_steps=28", *flags)
+    assert (refused.code, refused.err.splitlines()[-1].startswith(f"error: {reason}")) == (1, True), refused.err
+
+
+# --- torch's schedules ------------------------------------------------------------------------------------------------
+
+
+def by_class(name: str, **init_args: object) -> dict:
+    return {"class_path": f"{TORCH}.{name}", "init_args": init_args}
+
+
+@pytest.mark.parametrize(
+    ("schedule", "rates"),
+    [
+        (by_class("StepLR", step_size=7, gamma=0.1), {4: 0.01, 8: 0.001, 16: 1e-4}),
+        (by_class("OneCycleLR", max_lr=0.02, pct_start=0.5, cycle_momentum=False), {12: 0.02, 24: 8e-8}),
+        (by_class("ReduceLROnPlateau", patience=0, threshold=0.999), {8: 0.01, 16: 0.01, 20: 0.001}),
+    ],
+    ids=lambda value: value.get("class_path", "").rpartition(".")[-1],
+)
+def test_schedules_of_torch_step_with_the_optimiser_and_resume(llm_train, tiny, schedule, rates):
+    command = ("fit", "-c", tiny(lr_scheduler=schedule, **{"trainer__callbacks+": []}), "--run.name", "run")
+    done = llm_train(*command)
+    assert done.code == 0, done.err
+    assert {step: logged("run")[step] for step in rates} == pytest.approx(rates, rel=0.01)
+    longer = llm_train(*command, "--ckpt_path", "last", "--trainer.max_steps=28")
+    if "OneCycleLR" in schedule["class_path"]:
+        assert longer.err.splitlines()[-1].startswith(
+            "error: lr_scheduler: torch.OneCycleLR cannot take over at step 24"
+        )
+    else:
+        assert longer.code == 0, longer.err
+        assert logged("run")[28] == pytest.approx(1e-4 if "Plateau" in schedule["class_path"] else 1e-5)
+
+
+def test_rates_that_differ_are_logged_by_their_groups(llm_train, tiny):
+    muon = {"class_path": "lightning_modules.optim.Muon", "init_args": {"lr": 0.02, "adamw_lr": 0.004}}
+    done = llm_train("fit", "-c", tiny(optimizer=muon, trainer__max_steps=4, lr_scheduler=None), "--run.name", "run")
+    assert done.code == 0, done.err
+    assert (logged("run", "train/lr/muon"), logged("run", "train/lr/adamw")) == ({4: 0.02}, {4: 0.004})
+
+
+def test_a_wrong_argument_of_a_schedule_is_one_line(llm_train, tiny):
+    for schedule, code, reason in (
+        (by_class("StepLR", step_siz=3), 2, "Option 'step_siz' is not accepted (did you mean 'step_size'?)"),
+        (
+            {"class_path": "torch.nn.Linear"},
+            2,
+            "lr_scheduler: Expected 'torch.nn.Linear' to be a subclass of <class 'L",
+        ),
+        (by_class("LinearLR", start_factor=2.0), 1, "error: lr_scheduler: Starting multiplicative factor"),
+    ):
+        done = llm_train("fit", "-c", tiny(lr_scheduler=schedule))
+        assert (done.code, reason in done.err.splitlines()[-1]) == (code, True), done.err
