@@ -197,6 +197,11 @@ class MultiHeadAttention(nn.Module):
             mask = causal_mask(T, S, query.device)
         is_causal = mask is None and T == S
         grouped = self.n_head != self.n_kv_head
+        if grouped and T == 1:
+            # The queries of a group attend as T queries of one head: torch's fast kernels take a mask or groups.
+            query = query.reshape(len(query), self.n_kv_head, -1, self.head_dim)  # (B, H_kv, H / H_kv, D)
+            output = F.scaled_dot_product_attention(query, key, value, mask, self._dropout_p, scale=self.scale)
+            return output.reshape(len(query), self.n_head, 1, self.head_dim)
         return F.scaled_dot_product_attention(
             query, key, value, mask, self._dropout_p, is_causal, scale=self.scale, enable_gqa=grouped
         )

@@ -13,6 +13,17 @@ from lightning_modules.models.generation import generate, next_token_distributio
 
 TINY = DecoderConfig(vocab_size=31, block_size=16, n_layer=2, n_head=2, n_embd=8)
 
+MODERN = {
+    "n_head": 4,
+    "n_kv_head": 2,
+    "positions": "rotary",
+    "norm": "rms",
+    "feed_forward": "swiglu",
+    "qk_norm": True,
+    "value_embeddings": True,
+    "logit_soft_cap": 15.0,
+}
+
 
 def tiny_decoder(**changes):
     torch.manual_seed(0)
@@ -206,8 +217,10 @@ class TestGenerate:
                 alone = generated(decoder, row[None, n:], n_tokens, temperature=0)[0]
                 assert torch.equal(tokens[:n_equal], alone[:n_equal])
 
-    def test_steps_of_fixed_shapes_equal_those_of_a_growing_cache(self, monkeypatch):
-        decoder = tiny_decoder()
+    @pytest.mark.parametrize("parts", [{}, MODERN], ids=["classic", "modern"])
+    @pytest.mark.parametrize("attention", ["fused", "explicit"])
+    def test_steps_of_fixed_shapes_equal_those_of_a_growing_cache(self, monkeypatch, attention, parts):
+        decoder = tiny_decoder(attention=attention, **parts)
         mask = torch.ones(3, 5, dtype=torch.long)
         mask[0, :3] = 0
 
