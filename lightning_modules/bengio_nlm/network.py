@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_modules.models.linear_cross_entropy import LinearCrossEntropy
+from lightning_modules.models.linear_cross_entropy import linear_cross_entropy
 
 
 class BengioNLM(nn.Module):
@@ -48,7 +48,6 @@ class BengioNLM(nn.Module):
         self.U = nn.Parameter(0.05 * torch.randn(vocab_size, h)) if h else None
         self.W = nn.Parameter(torch.zeros(vocab_size, width)) if direct else None
         self.b = nn.Parameter(torch.zeros(vocab_size))
-        self._cross_entropy = LinearCrossEntropy()
 
     def features(self, context: Tensor) -> Tensor:
         """Return x, (B, (n - 1) m), the concatenated features of the words before, (B, n - 1), the nearest first."""
@@ -74,9 +73,10 @@ class BengioNLM(nn.Module):
     def loss(self, context: Tensor, targets: Tensor) -> Tensor:
         """Return the mean of -log P(w_t | context) in nats: the cross entropy of `forward`, computed in less time."""
         x = self.features(context)
-        terms = [(x.new_ones(len(x), 1), self.b[:, None])]  # b is the weight of an input that is always 1
+        terms = []  # inputs (B, k) and weights (V, k), whose products are summed
         if self.W is not None:
             terms.append((x, self.W))
         if self.U is not None:
             terms.append((self.hidden(x), self.U))
-        return self._cross_entropy(terms, targets)
+        inputs, weights = (torch.cat(parts, dim=1) for parts in zip(*terms, strict=True))
+        return linear_cross_entropy(inputs, weights, targets, self.b)
