@@ -1,9 +1,14 @@
 """The command: `llm-train`, the same as `python -m experiments`."""
 
+import sys
+
+if __name__ == "__main__" and sys.path and not sys.flags.safe_path:
+    # `python -m` imports from the working folder, which can be a stranger's; `llm-train` does not.
+    sys.path[0] = __file__.rpartition("experiments")[0]
+
 import difflib
 import importlib
 import os
-import sys
 from collections.abc import Sequence
 
 from experiments.errors import UserError

@@ -9,13 +9,21 @@ from typing import Any
 import yaml
 from jsonargparse import get_loader, set_loader
 
+from experiments import trust
+from experiments.yaml_files import check_yaml
+
 _ROOT = Path(__file__).parents[1]
 _FOLDERS = ("lightning_modules", "datamodules")
 
 
 def import_class(class_path: str) -> type:
-    """Return the class that a configuration names, such as `lightning_modules.TOPIC.MODULE`."""
-    module, name = current(class_path).rsplit(".", 1)
+    """Return the class that a configuration names, such as `lightning_modules.TOPIC.MODULE`.
+
+    Raises:
+        MisconfigurationException: If the configuration may not name it, see `experiments.trust`.
+    """
+    trust.check(current(class_path))
+    module, _, name = current(class_path).rpartition(".")
     return getattr(importlib.import_module(module), name)
 
 
@@ -44,17 +52,27 @@ def _source(module: str) -> str:
 
 
 def accept_moved_classes() -> None:
-    """Make jsonargparse accept the class paths of earlier versions in every YAML that it reads."""
+    """Make jsonargparse accept the class paths of earlier versions, and refuse a key twice, in all YAML it reads."""
     load = get_loader("yaml")
-    set_loader("yaml", lambda text: _with_current_paths(load(text)), exceptions=(yaml.YAMLError,))
+
+    def load_checked(text: str) -> Any:
+        check_yaml(text)
+        return _current(load(text))
+
+    set_loader("yaml", load_checked, exceptions=(yaml.YAMLError,))
 
 
-def _with_current_paths(value: Any) -> Any:
+def _current(value: Any) -> Any:
+    """Return a configuration with current class paths, and with each list `key+` added to a list `key` beside it."""
     if isinstance(value, list):
-        return [_with_current_paths(item) for item in value]
+        return [_current(item) for item in value]
     if not isinstance(value, dict):
         return value
-    return {
-        key: current(item) if key == "class_path" and isinstance(item, str) else _with_current_paths(item)
+    config = {
+        key: current(item) if key == "class_path" and isinstance(item, str) else _current(item)
         for key, item in value.items()
     }
+    for key in [key for key in config if isinstance(key, str) and f"{key}+" in config]:
+        first, more = config[key], config.pop(f"{key}+")  # jsonargparse would lose the first
+        config[key] = [*(first if isinstance(first, list) else [first]), *(more if isinstance(more, list) else [more])]
+    return config

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import yaml
 from jsonargparse import ActionYesNo, Namespace
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -23,6 +22,7 @@ from experiments.parser import ExperimentParser
 from experiments.run_folder import RunArguments, RunFolder
 from experiments.run_record import RunRecord
 from experiments.study.names import arm_of_agent
+from experiments.yaml_files import read_yaml
 from lightning_modules import optim
 from lightning_modules.base import ExperimentModule
 from lightning_modules.common.messages import say
@@ -126,12 +126,17 @@ class ExperimentCLI(SettingsGoOverCheckpoint):
         name = arguments.name or arm_of_agent() or (Path(str(files[0])).stem if files else "unnamed")
         topic = arguments.topic or model.class_path.split(".")[-2]
         study = arguments.study or os.environ.get("WANDB_SWEEP_ID")
-        if name in (".", "..") or Path(name).name != name:
-            raise MisconfigurationException(f"run.name: {name!r} is not a name of a folder; leave out slashes")
+        for key, value in (("name", name), ("topic", topic), ("study", study)):
+            if value is not None and (value in (".", "..") or Path(value).name != value):
+                raise MisconfigurationException(f"run.{key}: {value!r} is not a name of a folder; leave out slashes")
         self._claim_as = (Path(arguments.root), topic, name, study)
         self._recorded = run_folder.of_config(Path(str(files[0])), arguments) if files else None
         self._given = {key: model.get("init_args", {}).get(key) for key in LINKED}
         self._resolve_checkpoint()
+        if self.run is not None:
+            run_folder.check_links(self.run.path)
+        if "weights_only" in self.arguments:
+            self.arguments["weights_only"] = True  # a checkpoint runs no code, whatever reads it
         if "verbose" in self.arguments:
             self.arguments["verbose"] = False  # Lightning's table of results; the closing lines have them
 
@@ -162,6 +167,8 @@ class ExperimentCLI(SettingsGoOverCheckpoint):
         if not file.is_file():
             raise MisconfigurationException(f"ckpt_path: {file} does not exist; {advice}")
         arguments["ckpt_path"] = str(file)
+        if not any("AtomicCheckpointIO" in str(plugin) for plugin in self._trainer_arguments.get("plugins") or []):
+            AtomicCheckpointIO().load_checkpoint(file, map_location="meta")  # refuse what Lightning would fail on
 
     def _newest_checkpoint(self) -> str | None:
         """Return the newest readable checkpoint of the named run, or `None`; exit if the run is finished."""
@@ -191,7 +198,7 @@ class ExperimentCLI(SettingsGoOverCheckpoint):
         summary, config = run.path / "summary.json", run.path / run_folder.CONFIG
         if not summary.is_file() or json.loads(summary.read_text())["status"] != "finished":
             return False
-        saved = yaml.safe_load(config.read_text())["trainer"]
+        saved = read_yaml(config)["trainer"]
         return all(saved[key] == self._trainer_arguments[key] for key in _LENGTH)
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:

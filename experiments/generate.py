@@ -9,13 +9,14 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from datamodules.tokenizers import encode
+from experiments import trust
 from experiments.class_paths import import_class
 from experiments.errors import CommandParser
 from experiments.run_folder import CHECKPOINTS, CONFIG
+from experiments.yaml_files import read_yaml
 from lightning_modules.base import ExperimentModule
 from lightning_modules.runtime.checkpoint_io import AtomicCheckpointIO
 
@@ -26,7 +27,7 @@ def read_config(run: Path) -> dict[str, Any]:
         raise MisconfigurationException(
             f"--run {run}: no {CONFIG} in it; give the folder of a run, such as runs/TOPIC/NAME"
         )
-    return yaml.safe_load((run / CONFIG).read_text(encoding="utf-8"))
+    return read_yaml(run / CONFIG)
 
 
 def load_run(run: Path, checkpoint: str, device: torch.device) -> ExperimentModule:
@@ -94,6 +95,7 @@ def chat(answer: Callable[[str, Sequence[str]], None], references: Sequence[str]
 def main(args: Sequence[str]) -> None:
     """Print a prompt and its continuation, or the answers to questions, token by token."""
     options = _parse(args)
+    trust.trust_run(trust.allowed(args))
 
     from transformers import PreTrainedTokenizerFast
 
@@ -181,6 +183,7 @@ def _parse(args: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of the samples (default: 0)")
     parser.add_argument("--checkpoint", choices=["best", "last"], default="best", help="which weights (default: best)")
+    parser.add_argument("--allow", metavar="PACKAGE", help="package of your own whose classes the run may name")
     options = parser.parse_args(args[1:])
     if options.prompt == "":
         raise MisconfigurationException("--prompt is empty: give at least one character to continue")

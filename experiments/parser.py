@@ -15,11 +15,12 @@ import yaml
 from jsonargparse import Namespace, set_parsing_settings
 from lightning.pytorch.cli import LightningArgumentParser
 
+from experiments import trust
 from experiments.class_paths import accept_moved_classes, import_class
 from lightning_modules.runtime.private_names import option_names
 
 # Without this, the help and the JSON schema list all tensor classes for `lr: float | Tensor`.
-set_parsing_settings(subclasses_disabled=[torch.Tensor, type])
+set_parsing_settings(subclasses_disabled=[torch.Tensor, type], instantiate_subclass_spec_in_any=False)
 accept_moved_classes()
 # A default of Lightning can be text of an enumeration, as `Timer(interval=...)`.
 yaml.SafeDumper.add_multi_representer(str, lambda dumper, text: dumper.represent_str(str.__str__(text)))
@@ -27,6 +28,7 @@ yaml.SafeDumper.add_multi_representer(str, lambda dumper, text: dumper.represent
 _UNKNOWN_OPTION = re.compile(r"(?:does not accept option|Option) '([\w.]+)'|unrecognized arguments: --([\w.]+)")
 _NO_ATTRIBUTE = re.compile(r"module '([\w.]+)' has no attribute '(\w+)'")
 _CLASS_PATH = re.compile(r"class_path[ =]'([\w.]+)'")
+_DENIED = re.compile(r"Importing '([\w.]+)' is not allowed, denied by the '([\w.*]+)' entry ")
 _KEY = re.compile(r'Parser key "([^"]+)":')
 # Lines of a message of jsonargparse that are not the reason: the types it tried, and the whole value.
 _AROUND = re.compile(
@@ -44,8 +46,9 @@ class ExperimentParser(LightningArgumentParser):
         super().__init__(*args, **kwargs)
 
     def parse_args(self, args: Sequence[str], *rest: Any, **kwargs: Any) -> Namespace:
-        """Parse, and keep the command line for error messages."""
+        """Parse, with the classes that the command line trusts, and keep the command line for error messages."""
         ExperimentParser.command_line = list(args)
+        trust.trust(args)
         return super().parse_args(args, *rest, **kwargs)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
@@ -65,10 +68,14 @@ def one_line(message: str, options: Sequence[str], command_line: Sequence[str]) 
         options: Names of the options of the subcommand.
         command_line: The command line; its configuration files are searched for the wrong key.
     """
-    key = ".".join(_KEY.findall(message))
+    key = ".".join(_nested_keys(message))
     reasons = [line.strip().removeprefix("- ") for line in _KEY.sub("", message).splitlines()]
     reasons = [_plain(reason) for reason in reasons if not _AROUND.match(reason)]
+    # Of several types, those of which the class is no subclass do not matter.
+    reasons = [reason for reason in reasons if " to be a subclass of " not in reason] or reasons[-1:]
     what = "; ".join(dict.fromkeys(reason for reason in reasons if reason)) or "is not valid"
+    if denied := _DENIED.search(message):  # the other types that were tried do not matter
+        what = trust.refusal(*denied.groups())
 
     # The name that is probably misspelt: a class, an option of a class, or an option of the command.
     typed = key.rsplit(".", 1)[-1]
@@ -85,7 +92,35 @@ def one_line(message: str, options: Sequence[str], command_line: Sequence[str]) 
             candidates = options
     close = difflib.get_close_matches(typed, candidates, n=1)
     hint = f" (did you mean {close[0]!r}?)" if close else ""
-    return f"{_place(typed, command_line)}{key + ': ' if key else ''}{what}{hint}"
+    flag = _flag_of(key, typed, command_line)
+    where = "--" if flag and key else "" if flag else _place(typed, command_line)
+    return f"{where}{key + ': ' if key else ''}{what}{hint}"
+
+
+def _nested_keys(message: str) -> list[str]:
+    """Return the keys of a message that lie in one another; those of further types that were tried are left out."""
+    keys: list[str] = []
+    depth = -1
+    for line in message.splitlines():
+        found, indent = _KEY.findall(line), len(line) - len(line.lstrip())
+        if found and indent <= depth:
+            break
+        if found:
+            keys, depth = keys + found, indent
+    return keys
+
+
+def _flag_of(key: str, typed: str, command_line: Sequence[str]) -> str | None:
+    """Return the flag that sets a key, or, if the message has none, the flag with the misspelt name."""
+    for word in command_line:
+        flag = word.partition("=")[0].removeprefix("--").rstrip("+").replace(".init_args", "")
+        if not word.startswith("--") or flag == "config":
+            continue
+        if key and (flag == key or key.startswith(f"{flag}.") or (typed and flag.startswith(f"{key}.{typed}"))):
+            return word
+        if not key and typed and f".{flag}".endswith(f".{typed}"):
+            return word
+    return None
 
 
 def _plain(reason: str) -> str:

@@ -1,18 +1,21 @@
 """The folder of a run: `runs/<topic>/<name>/`."""
 
 import glob
+import os
 import re
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
+from experiments.yaml_files import read_yaml
+
 CHECKPOINTS = "checkpoints"
 CONFIG = "config.yaml"
+_MARKS = ("environment.json", "metrics.csv", "summary.json", CHECKPOINTS)  # a folder with one of them is a run's
 
 
 @dataclass
@@ -118,7 +121,7 @@ def of_config(config: Path, arguments: RunArguments) -> RunFolder | None:
 
     The folder may have been moved since, and newer runs of the same name may exist.
     """
-    if not (config.parent / "environment.json").is_file() or not config.is_file():
+    if not is_run(config.parent) or not config.is_file():
         return None
     recorded = _recorded(config)
     if any(recorded.get(name) != getattr(arguments, name) for name in ("name", "root", "topic", "study")):
@@ -126,9 +129,27 @@ def of_config(config: Path, arguments: RunArguments) -> RunFolder | None:
     return RunFolder(config.parent, recorded["topic"], is_new=False, study=recorded["study"])
 
 
+def is_run(folder: Path) -> bool:
+    """Return whether a folder holds the files of a run."""
+    return any((folder / mark).exists() for mark in _MARKS)
+
+
+def check_links(folder: Path) -> None:
+    """Raise a `MisconfigurationException` if a link leads out of the folder of a run: its target would be written."""
+    for parent, folders, files in os.walk(folder):
+        for path in (Path(parent, name) for name in (*folders, *files)):
+            if path.is_symlink() and not path.resolve().is_relative_to(folder.resolve()):
+                raise MisconfigurationException(
+                    f"{path} is a link to {path.resolve()}, outside of the run folder; replace it by what it links to"
+                )
+        folders[:] = [name for name in folders if name != "wandb"]  # W&B links to its own logs
+
+
 def _recorded(config: Path) -> dict[str, Any]:
     """Return the section `run:` of a recorded configuration."""
-    return (yaml.safe_load(config.read_text(encoding="utf-8")) or {}).get("run", {})
+    content = read_yaml(config)
+    section = content.get("run") if isinstance(content, dict) else None
+    return section if isinstance(section, dict) else {}
 
 
 def temporary(topic: str) -> RunFolder:

@@ -21,6 +21,7 @@ from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from experiments.run_folder import CONFIG, RunFolder
+from experiments.trust import SESSION_KEYS, unknown_packages
 from lightning_modules.common.files import write_text
 from lightning_modules.common.messages import say
 from lightning_modules.runtime.checkpoint import RunCheckpoint
@@ -29,8 +30,6 @@ from lightning_modules.runtime.loggers import MetricsCSV, WandbRecorder
 if TYPE_CHECKING:
     from experiments.cli import ExperimentCLI
 
-# The saved configuration repeats the run from the start, so it has neither a checkpoint nor options of the output.
-_NOT_RECORDED = ("config", "ckpt_path", "auto_resume", "weights_only", "verbose", "return_predictions")
 _UNWRITTEN = "unwritten_metrics"  # in a checkpoint
 _PACKAGES = ("torch", "lightning", "transformers", "tokenizers", "datasets", "jsonargparse", "wandb", "numpy")
 
@@ -43,6 +42,7 @@ class RunRecord(SaveConfigCallback):
         self.cli = cli
         self._began = time.monotonic()
         self._unwritten: list[dict[str, Any]] = []
+        self._unknown_packages: list[str] = []  # whose classes the configuration names
 
     def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Write the configuration and the environment at the start of a run; called on rank 0 only."""
@@ -50,7 +50,8 @@ class RunRecord(SaveConfigCallback):
             torch.cuda.reset_peak_memory_stats(trainer.strategy.root_device)
         run = self._run
         whole = yaml.safe_load(self.parser.dump(self.config, skip_none=False))
-        config = {key: value for key, value in whole.items() if key not in _NOT_RECORDED}
+        config = {key: value for key, value in whole.items() if key not in SESSION_KEYS}
+        self._unknown_packages = unknown_packages(config)
         config["run"] |= {"name": run.name, "topic": run.topic, "study": run.study}
         is_fit = self.cli.subcommand == "fit"
         self._summary_file.unlink(missing_ok=True)  # that of an earlier session
@@ -153,10 +154,14 @@ class RunRecord(SaveConfigCallback):
         if sync_command:
             lines.append(("wandb", sync_command))
         quoted = shlex.quote(str(folder))
+        following = None
         if is_fit and summary["status"] == "finished":
-            lines.append(("next", pl_module.next_command(quoted)))
+            following = pl_module.next_command(quoted)
         elif is_fit and self._run.checkpoint("last").is_file():
-            lines.append(("next", f"llm-train fit -c {quoted}/{CONFIG} --ckpt_path last"))
+            following = f"llm-train fit -c {quoted}/{CONFIG} --ckpt_path last"
+        if following:
+            packages = ",".join(self._unknown_packages)
+            lines.append(("next", following + (f" --allow {packages}" if packages else "")))
         say("\n" + "\n".join(f"{what:<8}{text}" for what, text in lines))
 
 

@@ -82,6 +82,8 @@ def _parse(args: Sequence[str]) -> argparse.Namespace:
         parser.error("give either run folders or --wandb")
     if options.out is None:
         options.out = (options.runs[0] if len(options.runs) == 1 else Path()) / "comparison"
+        if options.out.is_symlink():
+            raise UserError(f"{options.out} is a link to {options.out.resolve()}: give --out to choose where to write")
     return options
 
 

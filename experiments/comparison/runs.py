@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-import yaml
 
 from experiments.errors import UserError
+from experiments.yaml_files import read_yaml
 
 FINISHED = "finished"
 UNFINISHED = "unfinished"  # without a summary: the run is alive, or was killed
@@ -21,7 +21,6 @@ _MARKS = {"config.yaml", "environment.json", "metrics.csv"}  # a folder with one
 _NO_SETTING = re.compile(r"(run|environment|trainer\.logger|trainer\.default_root_dir)(\.|$)")  # names and places
 _SEEDS = ("seed", "seed_everything")
 _MONITOR = re.compile(r"trainer\.callbacks\.\w*Checkpoint(\.\d+)?\.monitor")
-_YAML_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's is ten times as fast
 _STEP = "trainer/global_step"  # optimiser steps done, in W&B's history
 
 
@@ -72,8 +71,7 @@ def find_runs(paths: Iterable[Path]) -> list[Path]:
 def read_folder(folder: Path) -> Run:
     """Read the folder of a run; raise a `UserError` if something is missing or damaged."""
     try:
-        with (folder / "config.yaml").open(encoding="utf-8") as file:
-            config = yaml.load(file, _YAML_LOADER)
+        config = read_yaml(folder / "config.yaml")
         if not isinstance(config, dict):
             raise ValueError("config.yaml holds no settings")
         summary = _read_json(folder / "summary.json", {"status": UNFINISHED})
@@ -87,7 +85,7 @@ def read_folder(folder: Path) -> Run:
         return _run(str(folder), str(summary["status"]), summary.get("error"), config, metrics)
     except FileNotFoundError as error:
         raise UserError(f"{Path(error.filename).name} is missing") from error
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, csv.Error, yaml.YAMLError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, csv.Error) as error:
         raise UserError(" ".join(str(error).split()) or type(error).__name__) from error
 
 
@@ -140,7 +138,8 @@ def flatten(value: Any, key: str = "") -> dict[str, Any]:
 
 
 def _run(name: str, status: str, error: str | None, config: Mapping[str, Any], metrics: Mapping[str, Series]) -> Run:
-    settings = {key: value for key, value in flatten(dict(config)).items() if not _NO_SETTING.match(key)}
+    flat = {_printable(key): _printable(value) for key, value in flatten(dict(config)).items()}
+    settings = {key: value for key, value in flat.items() if not _NO_SETTING.match(key)}
     # A callback's seed is a setting like any other: it chooses the samples that the callback uses.
     is_seed = [key for key in settings if key.rsplit(".", 1)[-1] in _SEEDS and not key.startswith("trainer.")]
     seeds = {key: settings.pop(key) for key in is_seed}
@@ -149,7 +148,15 @@ def _run(name: str, status: str, error: str | None, config: Mapping[str, Any], m
         for key, monitor in settings.items()
         if monitor and _MONITOR.fullmatch(key)
     }
-    return Run(name, status, error or "", settings, seeds, modes, dict(metrics))
+    shown = {_printable(metric): series for metric, series in metrics.items()}
+    return Run(_printable(name), _printable(status), _printable(error or ""), settings, seeds, modes, shown)
+
+
+def _printable(value: Any) -> Any:
+    """Return a value without the characters that control a terminal, if it is text."""
+    if not isinstance(value, str):
+        return value
+    return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in value)
 
 
 def _read_csv(file: Path) -> dict[str, Series]:

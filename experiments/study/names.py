@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
+from experiments.yaml_files import read_yaml
 
 _MAX_LENGTH = 100  # of an arm's name: folders take 255 bytes, tables in W&B much less
 
@@ -33,7 +33,7 @@ def arm_of_agent() -> str | None:
     file = os.environ.get("WANDB_SWEEP_PARAM_PATH")
     if file is None or "WANDB_SWEEP_ID" not in os.environ or not Path(file).is_file():
         return None
-    given = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+    given = read_yaml(Path(file))
     return arm_name({key: item["value"] for key, item in given.items() if key != "wandb_version"}) or None
 
 

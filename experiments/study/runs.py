@@ -15,11 +15,10 @@ from pathlib import Path
 from subprocess import DEVNULL, STDOUT, Popen
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-import yaml
-
 from experiments.errors import UserError
 from experiments.study.names import folder_name
 from experiments.study.sweep_file import Sweep
+from experiments.yaml_files import read_yaml
 
 if TYPE_CHECKING:  # optuna is slow to import
     import optuna
@@ -78,11 +77,9 @@ def study_folder(sweep: Sweep, flags: Sequence[str], name: str | None) -> Path:
 
 def _config(sweep: Sweep, file: Path) -> dict[str, Any]:
     try:
-        config = yaml.safe_load(file.read_text(encoding="utf-8"))
+        config = read_yaml(file)
     except FileNotFoundError:
         raise UserError(f"{sweep.path}: its command runs {file}, and there is no such file in {Path.cwd()}") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"{file}: {error}") from error
     return config if isinstance(config, dict) else {}
 
 

@@ -143,7 +143,7 @@ def draw_word_vectors(word_vectors_txt: Path, figure: Path, method: str, first: 
     axes.scatter(places[:, 0], places[:, 1], s=4, color="tab:orange", linewidths=0)
     style: dict[str, Any] = {"fontsize": 8, "ha": "center", "textcoords": "offset points", "xytext": (0, 2)}
     for word, place in zip(words, places, strict=True):
-        axes.annotate(word.replace("$", r"\$"), place, **style)
+        axes.annotate(word, place, **style)
     axes.set_title(title, fontsize=10)
     axes.set_axis_off()
     return save_figure(drawing, figure)

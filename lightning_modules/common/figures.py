@@ -11,8 +11,10 @@ if TYPE_CHECKING:  # matplotlib is imported where it is used: it is slow to impo
 
 def new_figure(width: float, height: float) -> "Figure":
     """Return an empty figure of a size in inches, without the window and the global state of pyplot."""
+    from matplotlib import rcParams
     from matplotlib.figure import Figure
 
+    rcParams["text.parse_math"] = False  # a dollar in a name is a dollar
     return Figure(figsize=(width, height), layout="constrained")
 
 

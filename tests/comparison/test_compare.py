@@ -386,7 +386,7 @@ def list_summary(run: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "reason"),
     [
-        (damage_config, 'in "runs/bad/config.yaml", line'),
+        (damage_config, "runs/bad/config.yaml, line 2: "),
         (remove_config, "config.yaml is missing"),
         (empty_config, "config.yaml holds no settings"),
         (remove_metrics, "it has finished, and metrics.csv is missing or empty"),

@@ -253,7 +253,9 @@ def test_names_in_configurations_are_imported_if_the_longest_entry_allows_it():
         private_names.restrict_imports({"*": False, "torch.nn": True, "torch.nn.init": False})
         assert parser.parse_args(["--make=torch.nn.ReLU"])
         for denied in ("collections.Counter", "torch.nn.init.ones_"):
-            with pytest.raises(ArgumentError, match=r"Importing '[\w.]+' is not allowed, denied by the '[\w.*]+' entry "):
+            with pytest.raises(
+                ArgumentError, match=r"Importing '[\w.]+' is not allowed, denied by the '[\w.*]+' entry "
+            ):
                 parser.parse_args([f"--make={denied}"])
     finally:
         private_names.parsing_settings.update(before)

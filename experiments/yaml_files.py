@@ -1,0 +1,80 @@
+"""YAML as this project reads it: with plain types only, and without a key that is there twice."""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from experiments.errors import UserError
+
+_Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's is ten times as fast
+_MOST_VALUES = 1_000_000  # of a document whose aliases are written out
+
+
+def read_yaml(file: Path) -> Any:
+    """Return the content of a YAML file.
+
+    Raises:
+        UserError: If it is not YAML in UTF-8; the message has the line.
+    """
+    try:
+        return load_yaml(file.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file}: is not UTF-8 text (byte {error.start})") from error
+    except yaml.YAMLError as error:
+        raise UserError(f"{file}{describe(error)}") from error
+
+
+def load_yaml(text: str) -> Any:
+    """Return the content of a YAML document; raise a `yaml.YAMLError` if a key of a mapping is there twice."""
+    loader = _Loader(text)
+    try:
+        node = loader.get_single_node()
+        _check(node, {})
+        return None if node is None else loader.construct_document(node)
+    finally:
+        loader.dispose()
+
+
+def check_yaml(text: str) -> None:
+    """Raise a `yaml.YAMLError` if a document is not YAML, or if a key of a mapping is there twice."""
+    _check(yaml.compose(text, _Loader), {})
+
+
+def describe(error: yaml.YAMLError) -> str:
+    """Return the line and the problem of an error of YAML, in one line, to follow the name of the file."""
+    mark = getattr(error, "problem_mark", None)
+    problem = getattr(error, "problem", None) or " ".join(str(error).split())
+    return f"{f', line {mark.line + 1}' if mark else ''}: {problem}"
+
+
+def _check(node: yaml.Node | None, sizes: dict[int, int]) -> int:
+    """Check the keys of a node and of all below it, and return the number of its values with aliases written out.
+
+    Args:
+        node: The node; an alias is the node that it stands for.
+        sizes: Numbers of the nodes that were counted before, by their identity; 0 for those around this one.
+    """
+    if node is None:
+        return 0
+    if id(node) in sizes:
+        if sizes[id(node)] == 0:
+            raise yaml.MarkedYAMLError(problem="an alias contains itself", problem_mark=node.start_mark)
+        return sizes[id(node)]
+    sizes[id(node)], size, lines = 0, 1, {}
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                if (key.tag, key.value) in lines:
+                    first = lines[key.tag, key.value]
+                    problem = f"{key.value!r} is there twice, first in line {first}; remove one of the two"
+                    raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
+                lines[key.tag, key.value] = key.start_mark.line + 1
+            size += _check(key, sizes) + _check(value, sizes)
+    elif isinstance(node, yaml.SequenceNode):
+        size += sum(_check(item, sizes) for item in node.value)
+    if size > _MOST_VALUES:
+        problem = f"holds more than {_MOST_VALUES:,} values if its aliases are written out"
+        raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
+    sizes[id(node)] = size
+    return size
