@@ -7,7 +7,16 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 # Operations whose result the host must read before it goes on: values, and shapes that depend on values.
-_READS = {"_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "_unique2", "unique_dim", "bincount"}
+_READS = {
+    "_local_scalar_dense",
+    "nonzero",
+    "masked_select",
+    "is_nonzero",
+    "equal",
+    "_unique2",
+    "unique_dim",
+    "bincount",
+}
 
 
 class NoSync(L.Callback):
@@ -16,7 +25,7 @@ class NoSync(L.Callback):
     On a GPU, CUDA itself finds them. On the CPU, the operations that would wait on a GPU are refused by name.
 
     Args:
-        first: First batch that is checked; optimisers make their state in the first step.
+        first: Optimiser steps before the first that is checked; optimisers make their state in step 1.
     """
 
     checked = 0  # steps of the last run
@@ -27,7 +36,7 @@ class NoSync(L.Callback):
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Refuse from here on."""
-        if batch_idx < self.first or (trainer.global_step + 1) % trainer.log_every_n_steps == 0:
+        if trainer.global_step < self.first or (trainer.global_step + 1) % trainer.log_every_n_steps == 0:
             return
         NoSync.checked += 1
         if pl_module.device.type == "cuda":
@@ -49,11 +58,14 @@ class NoSync(L.Callback):
 
 
 class _RefuseReads(TorchDispatchMode):
+    refused = False  # what follows an error reads values too
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
         by_mask = name in ("index", "index_put", "index_put_") and any(
             index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1]
         )
-        if name in _READS or by_mask:
+        if (name in _READS or by_mask) and not self.refused:
+            self.refused = True
             raise RuntimeError(f"{name}{' by a mask' * by_mask}: the host would wait for the device")
         return func(*args, **(kwargs or {}))
