@@ -17,7 +17,7 @@ from gpu.callbacks import NoSync
 from gpu.conftest import preset
 from gpu.runs import Settings, fit
 from helpers import LAST, RUNS, TINY, assert_same_weights
-from shortened import ROOT, offline_experiments, run_of, shortened
+from shortened import offline_experiments, run_of, shortened
 
 from experiments.class_paths import import_class
 from lightning_modules.runtime.checkpoint import RunCheckpoint
@@ -31,10 +31,6 @@ TRAINED = [path for path in OFFLINE if "\noptimizer:" in path.read_text()]  # th
 
 TINY_RUN = yaml.safe_load(TINY.read_text())
 DECODER = TINY_RUN["model"]["class_path"]
-    path
-    for path in (ROOT / "experiments").glob("*/*.yaml")
-    if "fineweb-edu" in path.read_text() and "124m" in path.stem and "speed" not in path.stem
-)
 
 
 def name(path: Path) -> str:
