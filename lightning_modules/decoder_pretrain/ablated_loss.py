@@ -130,7 +130,7 @@ def units_switched_off(decoder: Decoder, share: float, seed: int, number: int) -
     generator = torch.Generator().manual_seed(seed * _STRIDE + number)
     hooks = []
     for block in decoder.blocks:
-        n_units = block.feed_forward.expansion.out_features
+        n_units = block.feed_forward.projection.in_features
         factors = torch.full((n_units,), 1 / (1 - share))
         factors[torch.randperm(n_units, generator=generator)[: round(share * n_units)]] = 0
         factors = factors.to(block.feed_forward.expansion.weight)  # dtype and device
@@ -143,7 +143,7 @@ def units_switched_off(decoder: Decoder, share: float, seed: int, number: int) -
 
 
 def _scale(factors: Tensor, module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
-    return output * factors  # (B, T, 4C) * (4C,)
+    return output * factors  # (B, T, hidden) * (hidden,)
 
 
 def _name(split: str, share: float) -> str:

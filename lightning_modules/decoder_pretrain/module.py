@@ -159,7 +159,7 @@ class PretrainModule(ExperimentModule):
 
         config, state, reason = exported(self.decoder)
         if reason:
-            say(f"{folder.name}/: {reason}; --model.pretrained reads it, AutoModelForCausalLM does not")
+            say(f"export: {reason}; --model.pretrained reads the exported model, AutoModelForCausalLM does not")
         folder.mkdir(parents=True)
         state = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
         save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
