@@ -66,7 +66,7 @@ def scaled_dot_product_attention(
         key: Keys, (..., S, D).
         value: Values, (..., S, D).
         mask: Bool, broadcastable to (..., T, S), true where the query attends to the key: at least one key for each
-            query, because softmax over no scores is NaN. `None` means everywhere.
+            query, because softmax over no scores is NaN. Or float, added to the scores. `None` means everywhere.
         dropout_p: Probability of dropping a weight, in [0, 1); pass 0 outside training.
         scale: Factor on the dot products; `None` means 1 / √D.
 
@@ -75,7 +75,9 @@ def scaled_dot_product_attention(
     """
     scale = 1 / math.sqrt(query.size(-1)) if scale is None else scale
     scores = query @ key.transpose(-2, -1) * scale  # (..., T, D) @ (..., D, S) -> (..., T, S)
-    if mask is not None:
+    if mask is not None and mask.is_floating_point():
+        scores = scores + mask
+    elif mask is not None:
         scores = scores.masked_fill(~mask, -math.inf)  # e^-inf = 0
     weights = scores.softmax(dim=-1)  # (..., T, S)
     output = F.dropout(weights, dropout_p) @ value  # (..., T, S) @ (..., S, D) -> (..., T, D)
@@ -146,8 +148,8 @@ class MultiHeadAttention(nn.Module):
 
         Args:
             x: (B, T, C).
-            mask: Bool, broadcastable to (B, H, T, S), true where a query attends to a key. It replaces the causal mask,
-                so a mask for a decoder must be causal too. `None` means causal.
+            mask: Bool, broadcastable to (B, H, T, S), true where a query attends to a key, or float, added to the
+                scores. It replaces the causal mask, so a mask for a decoder must be causal too. `None` means causal.
             cache: Keys and values of the S - T positions before x; those of x are appended.
             rotation: Angles of the positions of x, for rotary positions. `None` means no rotation.
             token_values: Value embeddings of the tokens of x, (B, T, H_kv D), if the layer has `value_embeddings`.

@@ -1,5 +1,6 @@
 """Cache of the keys and values that attention has computed, so that generation computes each only once."""
 
+import torch
 from torch import Tensor
 
 
@@ -44,6 +45,11 @@ class KeyValueCache:
         self._keys[:, :, start : self.length] = key
         self._values[:, :, start : self.length] = value
         return self._keys[:, :, : self.length], self._values[:, :, : self.length]
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """Dtype of the keys, which is that of the queries; `None` before the first update."""
+        return None if self._keys is None else self._keys.dtype
 
     def fix(self, place: Tensor, n_read: int) -> None:
         """Make the next updates write one position, `place` (1,) int64, and return the first `n_read` positions."""

@@ -207,7 +207,7 @@ class Decoder(nn.Module):
             input_ids: Token ids, (B, T) int64; with a cache, only the tokens that follow the cached ones.
             attention_mask: (B, S), 0 at padding and 1 elsewhere, for the cached positions and the T new ones. States at
                 padding are meaningless. `None` means no padding. Padding on the right needs no mask, because no token
-                attends to later positions. Or the whole mask, (B, 1, T, S) bool, true where a token attends.
+                attends to later positions. Or the whole mask, (B, 1, T, S), as in `MultiHeadAttention.forward`.
             position_ids: (B, T) int64, in [0, block_size). `None` counts from the start of the row; with padding on the
                 left, pass positions that count from the first token.
             cache: Result of `new_cache`; the T positions are appended.

@@ -14,7 +14,7 @@ al., "The Curious Case of Neural Text Degeneration" (top-p, 2020), https://arxiv
 import math
 from collections import deque
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, Protocol
 
 import torch
@@ -24,7 +24,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from lightning_modules.models.cache import KeyValueCache
 
-_SHORTEST_READ = 256  # positions of the cache that the first graph reads; each further graph reads twice as many
+_SHORTEST_READ = 512  # positions of the cache that the first graph reads; each further graph reads twice as many
 _ROUND = 64  # positions; the memory of a cache and the length of a read are multiples, for the alignment of the kernels
 
 
@@ -59,7 +59,7 @@ class CachedModel(Protocol):
             cache: Result of `new_cache`.
             last_only: Whether to return the scores of the last position only; true.
             attention_mask: `None`; or (B, S), 0 at padding and 1 elsewhere, of the cached positions and the new ones;
-                or the whole mask, (B, 1, T, S) bool, true where a token attends to a position.
+                or the whole mask, (B, 1, T, S) in the dtype of the keys, which is added to the scores.
             position_ids: Positions of the tokens, (B, T) int64; `None` counts from the start of the row.
         """
 
@@ -298,7 +298,10 @@ class RecordedStep:
     def _step(self, n_read: int) -> Tensor:
         tokens, padding, place = self._inputs  # (B, 1), (B,), (1,)
         keys = torch.arange(n_read, device=place.device)
-        mask = (keys <= place) & (keys >= padding[:, None])  # (B, n_read)
+        hidden = (keys > place) | (keys < padding[:, None])  # (B, n_read)
+        # Added to the scores; torch would convert a mask of booleans once in each layer.
+        mask = torch.zeros(hidden.shape, dtype=self._cache[0].dtype, device=place.device)
+        mask = mask.masked_fill_(hidden, -math.inf)
         logits = self._decoder(
             tokens,
             cache=self._cache,
@@ -316,9 +319,18 @@ class RecordedStep:
         precision = torch.autocast(
             "cuda", torch.get_autocast_dtype("cuda"), torch.is_autocast_enabled("cuda"), cache_enabled=False
         )
-        with precision, torch.cuda.graph(graph):
+        # Not with `torch.cuda.graph`, which first returns all unused memory to the device.
+        with precision, torch.cuda.stream(_recording_stream(self._inputs[0].device)):
+            graph.capture_begin(capture_error_mode="thread_local")  # others, such as a loader's, may use the device
             chosen = self._step(n_read)
+            graph.capture_end()
         return graph, chosen
+
+
+@lru_cache
+def _recording_stream(device: torch.device) -> torch.cuda.Stream:
+    """Return the stream on which graphs are recorded: one, because cuBLAS keeps memory for each stream."""
+    return torch.cuda.Stream(device)
 
 
 def _read_behind(steps: Iterator[Tensor], stop_token: int | None) -> Iterator[Tensor]:
