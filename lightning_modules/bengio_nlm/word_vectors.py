@@ -85,7 +85,7 @@ class WordVectors(L.Callback):
             state = AtomicCheckpointIO().load_checkpoint(best)["state_dict"]
             vectors = state[next(k for k, p in pl_module.named_parameters() if p is vectors)]
         file = folder / "word_vectors.txt"
-        write_text(file, to_word2vec(words, vectors.detach().cpu().numpy()))
+        write_text(file, to_word2vec(words, vectors.detach().float().cpu().numpy()))
         last = min(self.skip + self.n_drawn, len(words))
         for method in ("pca", "tsne") if last - self.skip >= 3 else ():
             figure = folder / "figures" / f"word_vectors_{method}.png"

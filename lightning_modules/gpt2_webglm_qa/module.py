@@ -86,7 +86,7 @@ class GPT2WebGLMQAModule(FineTunedCausalLM):
         targets = ids[:, 1:].masked_fill(~counted, IGNORED)
         with evaluating(self.model):
             nats = self._nats({"input_ids": ids[:, :-1], "position_ids": places.expand_as(targets), "targets": targets})
-        return torch.zeros(len(rows), device=self.device).index_add(0, counted.nonzero()[:, 0], nats)
+        return nats.new_zeros(len(rows)).index_add(0, counted.nonzero()[:, 0], nats)
 
     def next_command(self, run: str) -> str:
         """Return the command that starts a chat with the model of a run."""
