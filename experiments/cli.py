@@ -13,12 +13,13 @@ from typing import Any
 import lightning as L
 from jsonargparse import ActionYesNo, Namespace
 from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from datamodules.base import ExperimentDataModule
-from experiments import run_folder
-from experiments.parser import ExperimentParser
+from experiments import run_folder, trust
+from experiments.parser import ExperimentParser, check_nulls
 from experiments.run_folder import RunArguments, RunFolder
 from experiments.run_record import RunRecord
 from experiments.study.names import arm_of_agent
@@ -110,6 +111,12 @@ class ExperimentCLI(SettingsGoOverCheckpoint):
         for name in LINKED:
             parser.link_arguments("data", f"model.init_args.{name}", compute_fn=_reader(name), apply_on="instantiate")
 
+    def parse_arguments(self, parser: LightningArgumentParser, args: Sequence[str]) -> None:  # type: ignore[override]
+        """Parse, with the classes that the command line trusts."""
+        ExperimentParser.command_line = self._args
+        trust.trust(self._args)
+        super().parse_arguments(parser, args)
+
     @property
     def arguments(self) -> Namespace:
         """The parsed arguments of the subcommand."""
@@ -117,6 +124,7 @@ class ExperimentCLI(SettingsGoOverCheckpoint):
 
     def before_instantiate_classes(self) -> None:
         """Find the checkpoint and its run, and keep the linked arguments that the YAML sets."""
+        check_nulls(self.arguments)
         arguments, model = self.arguments["run"], self.arguments["model"]
         if self._trainer_arguments.get("default_root_dir") is not None:
             raise MisconfigurationException("trainer.default_root_dir: leave it out, and set run.root and run.name")

@@ -6,17 +6,20 @@ import inspect
 import itertools
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, NoReturn
+from typing import Any, ClassVar, NoReturn, get_args, get_type_hints
 
 import torch
 import yaml
 from jsonargparse import Namespace, set_parsing_settings
 from lightning.pytorch.cli import LightningArgumentParser
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from experiments import trust
 from experiments.class_paths import accept_moved_classes, import_class
+from experiments.errors import UserError
+from experiments.yaml_files import read_yaml
 from lightning_modules.runtime.private_names import option_names
 
 # Without this, the help and the JSON schema list all tensor classes for `lr: float | Tensor`.
@@ -39,17 +42,11 @@ _AROUND = re.compile(
 class ExperimentParser(LightningArgumentParser):
     """The parser of LightningCLI, with errors of one line and without abbreviations."""
 
-    command_line: ClassVar[list[str]] = []
+    command_line: ClassVar[list[str]] = []  # for error messages
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         kwargs.setdefault("allow_abbrev", False)  # --trainer.max_epoch is an error, not --trainer.max_epochs
         super().__init__(*args, **kwargs)
-
-    def parse_args(self, args: Sequence[str], *rest: Any, **kwargs: Any) -> Namespace:
-        """Parse, with the classes that the command line trusts, and keep the command line for error messages."""
-        ExperimentParser.command_line = list(args)
-        trust.trust(args)
-        return super().parse_args(args, *rest, **kwargs)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print one line and exit with code 2."""
@@ -68,6 +65,8 @@ def one_line(message: str, options: Sequence[str], command_line: Sequence[str]) 
         options: Names of the options of the subcommand.
         command_line: The command line; its configuration files are searched for the wrong key.
     """
+    if broken := _broken_file(command_line):
+        return broken
     key = ".".join(_nested_keys(message))
     reasons = [line.strip().removeprefix("- ") for line in _KEY.sub("", message).splitlines()]
     reasons = [_plain(reason) for reason in reasons if not _AROUND.match(reason)]
@@ -84,8 +83,8 @@ def one_line(message: str, options: Sequence[str], command_line: Sequence[str]) 
         typed, candidates = missing[2], dir(importlib.import_module(missing[1]))
     elif unknown := _UNKNOWN_OPTION.search(message):
         typed = unknown[1] or unknown[2]
-        if class_path := _CLASS_PATH.search(message):
-            candidates = list(inspect.signature(import_class(class_path[1])).parameters)
+        if class_paths := _CLASS_PATH.findall(message[: unknown.start()]):  # the last one is around the option
+            candidates = list(inspect.signature(import_class(class_paths[-1])).parameters)
         elif (section := typed.split(".")[0]) not in {option.split(".")[0] for option in options}:
             typed, candidates = section, [option.split(".")[0] for option in options]
         else:
@@ -138,19 +137,67 @@ def _plain(reason: str) -> str:
 
 
 def _place(typed: str, command_line: Sequence[str]) -> str:
-    """Return the configuration file and line of the first key of this name, or the file that is not YAML."""
-    key = re.compile(rf"\b{re.escape(typed.rsplit('.', 1)[-1])}\+?:") if typed else None
-    for flag, value in itertools.pairwise(command_line):
-        if flag not in ("-c", "--config") or not Path(value).is_file():
-            continue
-        text = Path(value).read_text(errors="replace")
-        try:
-            content = yaml.safe_load(text)
-        except yaml.YAMLError:
-            return f"{value}: "
-        if not isinstance(content, dict | None):
-            return f"{value}: "
-        for number, line in enumerate(text.splitlines(), start=1):
-            if key and key.search(line.split("#")[0]):
-                return f"{value}, line {number}: "
+    """Return the configuration file and line of the first key of this name, or an empty text."""
+    key = re.compile(rf"\b{re.escape(typed.rsplit('.', 1)[-1])}\+?:")
+    for file in _config_files(command_line) if typed else ():
+        for number, line in enumerate(file.read_text(errors="replace").splitlines(), start=1):
+            if key.search(line.split("#")[0]):
+                return f"{file}, line {number}: "
     return ""
+
+
+def _config_files(command_line: Sequence[str]) -> Iterator[Path]:
+    for flag, value in itertools.pairwise(command_line):
+        if flag in ("-c", "--config") and Path(value).is_file():
+            yield Path(value)
+
+
+def _broken_file(command_line: Sequence[str]) -> str | None:
+    """Return what is wrong with the first configuration file that is not a mapping in YAML."""
+    for file in _config_files(command_line):
+        try:
+            if not isinstance(read_yaml(file), dict | None):
+                return f"{file}: holds no settings, such as `trainer: {{max_steps: 100}}`"
+        except UserError as error:
+            return str(error)
+    return None
+
+
+def check_nulls(config: Any, key: str = "") -> None:
+    """Refuse arguments of classes that are set to null although their type has no null and they have a default.
+
+    jsonargparse passes the null on. An empty value in YAML, `tokenizer:`, is null.
+
+    Raises:
+        MisconfigurationException: If there is such an argument.
+    """
+    if isinstance(config, list):
+        for number, item in enumerate(config):
+            check_nulls(item, f"{key}.{number}")
+    if not isinstance(config, Namespace | dict):
+        return
+    config = dict(vars(config) if isinstance(config, Namespace) else config)
+    if isinstance(config.get("class_path"), str) and config.get("init_args"):
+        arguments = config["init_args"]
+        nulls = [name for name, value in dict(vars(arguments)).items() if value is None]
+        for name in nulls:
+            if not _takes_null(import_class(config["class_path"]), name):
+                raise MisconfigurationException(
+                    f"{_place(name, ExperimentParser.command_line)}{key}.{name}: is null, which is no value of it; "
+                    "give a value, or leave the key out for the default"
+                )
+    for name, value in config.items():
+        check_nulls(value, key if name == "init_args" else f"{key}.{name}".removeprefix("."))
+
+
+def _takes_null(kind: type, name: str) -> bool:
+    """Return whether an argument of a class has null as a value or default, or is unknown or without a type."""
+    for base in kind.__mro__:
+        parameter = inspect.signature(base.__init__).parameters.get(name) if "__init__" in vars(base) else None
+        if parameter is not None:
+            try:
+                hint = get_type_hints(base.__init__).get(name, Any)
+            except (NameError, TypeError):  # names that are imported for type checkers only
+                return True
+            return parameter.default is None or hint is Any or type(None) in get_args(hint)
+    return True

@@ -39,7 +39,7 @@ COMMANDS = [
     ("fti", [], 2, ["no such command: 'fti' (did you mean 'fit'?)"]),
     ("fit", [], 2, ["model"]),
     ("fit", ["-c", "lost.yaml"], 2, ["lost.yaml", "does not exist"]),
-    ("fit", ["-c", "broken.yaml"], 2, ["broken.yaml: ", "line 2"]),
+    ("fit", ["-c", "broken.yaml"], 2, ["broken.yaml, line 2: "]),
     ("fit", ["-c", "list.yaml"], 2, ["list.yaml"]),
     ("fit tiny", ["-c", "unknown.yaml"], 2, ["unknown.yaml, line 1: ", "modle", "did you mean 'model'"]),
     (
