@@ -13,6 +13,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from lightning_modules.common.messages import say
 from lightning_modules.optim.schedules import StepSchedule, monitored
+from lightning_modules.runtime.averaging import TRAINED, AveragedWeights
 from lightning_modules.runtime.stages import validates_a_fit
 
 _SETTINGS = "optimizer_settings"  # in a checkpoint
@@ -77,8 +78,19 @@ class OptimizerSettings(L.Callback):
         checkpoint[_SETTINGS] = self._own
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Compare the settings with those of this run, in `on_fit_start` if its optimiser is not built yet."""
-        if trainer.state.fn == TrainerFn.FITTING and checkpoint.get("optimizer_states"):
+        """Compare the settings with those of this run, in `on_fit_start` if its optimiser is not built yet.
+
+        Raises:
+            MisconfigurationException: If a setting cannot be changed.
+        """
+        if trainer.state.fn != TrainerFn.FITTING:
+            return
+        if TRAINED in checkpoint and not any(isinstance(callback, AveragedWeights) for callback in trainer.callbacks):
+            raise MisconfigurationException(
+                "trainer.callbacks: the checkpoint has averaged weights, and this run does not average them; keep the "
+                "callback AveragedWeights"
+            )
+        if checkpoint.get("optimizer_states"):
             self._checkpoint = checkpoint
             self._compare(trainer)
 
