@@ -1,5 +1,6 @@
 """The command line: what it accepts, links and records."""
 
+import argparse
 import json
 import shutil
 import subprocess
@@ -11,6 +12,7 @@ import torch
 import yaml
 from helpers import RUNS, weights
 
+from experiments import generate
 from experiments.parser import one_line
 from lightning_modules.runtime.private_names import option_names
 
@@ -123,6 +125,31 @@ def test_generate_prints_the_same_text_for_the_same_seed(llm_train, whole):
     assert len(first) > 20
     assert first == again
     assert first != other
+
+
+@pytest.mark.parametrize(
+    ("asked", "trained", "device", "expected"),
+    [
+        (None, "bf16-mixed", "cuda", torch.bfloat16),
+        (None, "bf16-mixed", "cpu", torch.float32),
+        (None, "16-mixed", "cuda", torch.float32),
+        (None, None, "cuda", torch.float32),
+        ("32", "bf16-mixed", "cuda", torch.float32),
+        ("bf16", None, "cpu", torch.bfloat16),
+    ],
+)
+def test_generate_takes_the_precision_of_the_run_on_a_gpu(tmp_path, asked, trained, device, expected):
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"trainer": {"precision": trained}}))
+    options = argparse.Namespace(run=tmp_path, precision=asked)
+    assert generate.dtype_of_weights(options, torch.device(device)) == expected
+
+
+def test_generate_in_bfloat16(llm_train, whole, monkeypatch):
+    modules, load_run = [], generate.load_run
+    monkeypatch.setattr(generate, "load_run", lambda *given: modules.append(load_run(*given)) or modules[-1])
+    done = llm_train("generate", "--run", whole(), "--prompt", "ae", "--precision", "bf16")
+    assert len(done.out) > 20
+    assert {parameter.dtype for parameter in modules[0].parameters()} == {torch.bfloat16}
 
 
 DESCRIBE = """
