@@ -29,6 +29,7 @@ import torch
 from gpu.runs import Line, Row, Settings
 
 TESTS = Path(__file__).parents[1]
+SECONDS_OF_A_ROW = 110  # a row that takes longer is stopped
 
 
 def rows() -> dict[str, Row]:
@@ -40,10 +41,25 @@ def rows() -> dict[str, Row]:
 ROWS = rows()
 
 
-def run_row(name: str, settings: Settings, folder: Path, log: Path, seconds: float) -> dict[str, Any]:
+def processes() -> Any:
+    """Return how to start the process of a row: a copy of this one, which has all imports, if it can use the GPU."""
+    for module in ("experiments.cli", "transformers", "transformers.trainer", "transformers.models.gpt2.modeling_gpt2"):
+        importlib.import_module(module)
+    if torch.cuda.is_available():
+        probe = multiprocessing.get_context("fork").Process(target=torch.zeros, args=(1,), kwargs={"device": "cuda"})
+        probe.start()
+        probe.join()
+        if probe.exitcode:  # an import has started CUDA
+            return multiprocessing.get_context("spawn")
+    return multiprocessing.get_context("fork")
+
+
+def run_row(
+    name: str, settings: Settings, folder: Path, log: Path, seconds: float, start: Any = multiprocessing
+) -> dict[str, Any]:
     """Run a row in a process of its own; return its lines, or the error, and its time."""
-    parent, child = multiprocessing.get_context("fork").Pipe(duplex=False)
-    process = multiprocessing.get_context("fork").Process(target=_in_child, args=(name, settings, folder, log, child))
+    parent, child = start.Pipe(duplex=False)
+    process = start.Process(target=_in_child, args=(name, settings, folder, log, child))
     began = time.perf_counter()
     process.start()
     child.close()
@@ -124,6 +140,7 @@ def main(args: Sequence[str] | None = None) -> int:
     log.unlink(missing_ok=True)
     memory_disk = Path("/dev/shm")
     reports: dict[str, Any] = {}
+    start = processes()
     ends = time.perf_counter() + options.seconds
     with tempfile.TemporaryDirectory(dir=memory_disk if memory_disk.is_dir() else None, prefix="bench") as folder:
         for name in wanted:
@@ -131,7 +148,7 @@ def main(args: Sequence[str] | None = None) -> int:
             if left < 5:
                 reports[name] = {"lines": [], "error": "not run: the time was used up", "seconds": 0.0}
             else:
-                reports[name] = run_row(name, settings, Path(folder, name), log, left)
+                reports[name] = run_row(name, settings, Path(folder, name), log, min(left, SECONDS_OF_A_ROW), start)
             report = reports[name]
             print(f"\n## {name}: {ROWS[name].title} ({report['seconds']:.0f} s)\n", flush=True)
             if report["lines"]:

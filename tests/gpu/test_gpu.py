@@ -27,10 +27,7 @@ from lightning_modules.runtime.stop import StopOnNonFiniteLoss
 
 OFFLINE = offline_experiments()
 TRAINED = [path for path in OFFLINE if "\noptimizer:" in path.read_text()]  # the others count, on the host
-
-
-TINY_RUN = yaml.safe_load(TINY.read_text())
-DECODER = TINY_RUN["model"]["class_path"]
+DECODER = yaml.safe_load(TINY.read_text())["model"]["class_path"]
 
 
 def name(path: Path) -> str:
@@ -180,22 +177,9 @@ def test_the_record_of_a_run_on_a_gpu_has_its_memory_and_speed(llm_train, small)
 
 @pytest.mark.gpu
 def test_a_run_on_the_cpu_does_not_start_cuda(small):
-    script = (
-        "import sys, torch\nfrom experiments.__main__ import main\nmain(sys.argv[1:])\n"
-        "assert torch.cuda.is_available() and not torch.cuda.is_initialized()\n"
-    )
-    command = [
-        sys.executable,
-        "-c",
-        script,
-        "fit",
-        "-c",
-        str(small("on_cpu", trainer__max_steps=4)),
-        "--trainer.accelerator=cpu",
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=110, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "GPU" not in done.stderr
+    command = ("fit", "-c", small("on_cpu", trainer__max_steps=4), "--trainer.accelerator=cpu")
+    printed = in_own_process(command, then="assert torch.cuda.is_available() and not torch.cuda.is_initialized()")
+    assert "GPU" not in printed
 
 
 @pytest.mark.gpu
