@@ -95,7 +95,7 @@ def next_token_distribution(
         probabilities /= probabilities.sum(dim=-1, keepdim=True)
     if top_p is not None and top_p < 1:
         mass_before = probabilities.cumsum(dim=-1) - probabilities  # total probability of more probable tokens
-        probabilities[mass_before >= top_p] = 0
+        probabilities.masked_fill_(mass_before >= top_p, 0)
         probabilities /= probabilities.sum(dim=-1, keepdim=True)
     return torch.zeros_like(probabilities).scatter_(-1, order, probabilities)  # in the order of the vocabulary
 
@@ -322,8 +322,10 @@ class RecordedStep:
         # Not with `torch.cuda.graph`, which first returns all unused memory to the device.
         with precision, torch.cuda.stream(_recording_stream(self._inputs[0].device)):
             graph.capture_begin(capture_error_mode="thread_local")  # others, such as a loader's, may use the device
-            chosen = self._step(n_read)
-            graph.capture_end()
+            try:
+                chosen = self._step(n_read)
+            finally:
+                graph.capture_end()
         return graph, chosen
 
 

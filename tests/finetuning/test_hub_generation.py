@@ -77,3 +77,14 @@ def test_tokens_are_those_of_transformers(family, monkeypatch):
         assert torch.equal(generated(model, ids, 30), expected[False])
         assert torch.equal(generated(model, ids, 30, attention_mask=mask), expected[True])
         assert len(steps) == 2 * 29 * fixed
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", FAMILIES)
+def test_tokens_on_a_gpu_are_those_of_transformers(family):
+    model = model_of(family).cuda()
+    ids = torch.randint(VOCAB, (3, 9), generator=torch.Generator().manual_seed(1)).cuda()
+    mask = torch.ones_like(ids)
+    mask[1, :4] = mask[2, :8] = 0
+    expected = model.generate(ids, attention_mask=mask, max_new_tokens=40, do_sample=False)[:, 9:]
+    assert torch.equal(generated(model, ids, 40, attention_mask=mask), expected.cpu())

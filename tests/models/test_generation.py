@@ -285,6 +285,55 @@ class TestGenerate:
         assert list(generate(tiny_decoder(), random_ids(1, 3), 0)) == []
 
 
+@pytest.mark.gpu
+class TestRecorded:
+    """Steps recorded as CUDA graphs."""
+
+    @pytest.mark.parametrize("parts", [{}, MODERN], ids=["classic", "modern"])
+    @pytest.mark.parametrize("autocast", [False, True], ids=["float32", "autocast"])
+    def test_greedy_equals_the_steps_without_a_graph(self, monkeypatch, parts, autocast):
+        monkeypatch.setattr(generation, "_SHORTEST_READ", 64)
+        decoder = tiny_decoder(block_size=200, **parts).cuda()
+        ids = random_ids(3, 20).cuda()
+        mask = torch.ones_like(ids)
+        mask[0, :7] = 0
+        graphs = []
+        record = generation.RecordedStep._record
+        monkeypatch.setattr(
+            generation.RecordedStep, "_record", lambda *given: graphs.append(given[1]) or record(*given)
+        )
+
+        def run():
+            with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
+                return generated(decoder, ids, 300, temperature=0, attention_mask=mask)  # past the context
+
+        recorded = run()
+        assert graphs == [64, 128, 256]
+        monkeypatch.setattr(generation, "_is_recorded", lambda *_: False)
+        equal = (recorded == run()).all(dim=0)
+        assert equal[:20].all() if autocast else equal.all()
+
+    def test_sampling_and_stopping(self):
+        decoder, ids = tiny_decoder().cuda(), random_ids(4, 3).cuda()
+
+        def run(seed, stop_token=None):
+            generator = torch.Generator("cuda").manual_seed(seed)
+            options = {"temperature": 1.5, "top_k": 25, "top_p": 0.95}
+            return generated(decoder, ids, 80, generator=generator, stop_token=stop_token, **options)
+
+        free, stopped = run(1), run(1, stop_token=7)
+        assert torch.equal(free, run(1))
+        assert not torch.equal(free, run(2))
+        assert len(set(free[0].tolist())) > 10
+        ends = [row.tolist().index(7) for row in free]
+        assert stopped.size(1) == max(ends) + 1
+        for row, free_row, end in zip(stopped.tolist(), free.tolist(), ends, strict=True):
+            assert row[: end + 1] == free_row[: end + 1]
+            assert set(row[end:]) == {7}
+        first = generated(decoder, ids, 20)  # from torch's global generator
+        assert not torch.equal(first, generated(decoder, ids, 20))
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
