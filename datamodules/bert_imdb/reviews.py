@@ -1,19 +1,17 @@
 """Sources of labelled reviews: the hub, the folder of the original data set, JSON lines, and tables."""
 
-import csv
-import gzip
-import json
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from datamodules.hub_datasets import load_hub_dataset
+from datamodules.rows import json_rows, table_rows
 from datamodules.splits import Side, require_fractions, side_of
 from lightning_modules.common.ranges import Probability
 
@@ -92,8 +90,8 @@ def parse_review(
 ) -> Review:
     """Return the review in a row, a dictionary of fields that was read at `place`.
 
-    `text`, `label` and `film` are the names of its fields; the film may be missing. The label is the name of a class or
-    its index; it is ignored if `classes` is `None`.
+    `text`, `label` and `film` are the names of its fields; the film may be missing. The label is the name of a class,
+    or its index unless a class has the index of another one as its name; it is ignored if `classes` is `None`.
 
     Raises:
         MisconfigurationException: If the text or the label is missing, the text is empty, or the label is not a class.
@@ -116,12 +114,20 @@ def parse_review(
 
 
 def _label(given: Any, place: str, classes: Sequence[str]) -> int:
-    if given in classes:
-        return classes.index(given)
-    if not isinstance(given, bool) and str(given) in (numbers := list(map(str, range(len(classes))))):
-        return numbers.index(str(given))
+    """Return the index of a label, which is the name of a class or its index; `1` and `"1"` mean the same.
+
+    If a class has the index of another one as its name, a label must be a name: `1` could mean either.
+    """
+    indices = [str(index) for index in range(len(classes))]
+    only_names = any(name in indices and name != index for index, name in zip(indices, classes, strict=True))
+    label = str(given) if isinstance(given, str | int) and not isinstance(given, bool) else None
+    if label in classes:
+        return classes.index(label)
+    if label in indices and not only_names:
+        return indices.index(label)
+    numbers = "" if only_names else f"0 to {len(classes) - 1} or "
     raise MisconfigurationException(
-        f"{place}: the label is {given!r}, and must be 0 to {len(classes) - 1} or one of {', '.join(classes)}"
+        f"{place}: the label is {given!r}, and must be {numbers}one of {', '.join(classes)}"
     )
 
 
@@ -133,40 +139,9 @@ def read_reviews(path: Path, classes: Sequence[str] | None = CLASSES, **fields: 
     Raises:
         MisconfigurationException: If the file is missing, or a line is not a review; the message has its number.
     """
-    if not path.is_file():
-        raise MisconfigurationException(f"{path} does not exist: give a file of JSON lines, or a table (.csv)")
-    rows = _table_rows if ".csv" in path.suffixes else _json_rows
-    with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig", newline="") as file:
-        try:
-            for number, row in rows(file, path):
-                yield parse_review(row, f"{path}, line {number}", classes, **fields)
-        except (UnicodeDecodeError, gzip.BadGzipFile, EOFError, csv.Error) as error:
-            raise MisconfigurationException(f"{path} could not be read: {error}") from error
-
-
-def _json_rows(file: IO[str], path: Path) -> Iterator[tuple[int, Any]]:
-    for number, line in enumerate(file, start=1):
-        if line.strip():
-            try:
-                yield number, json.loads(line)
-            except ValueError as error:
-                place = f"{path}, line {number}"
-                raise MisconfigurationException(f"{place}: is no JSON object on one line ({error})") from error
-
-
-def _table_rows(file: IO[str], path: Path) -> Iterator[tuple[int, dict[str, str]]]:
-    reader = csv.reader(file)
-    columns = next(reader, [])
-    begins = reader.line_num + 1  # a text may span several lines
-    for row in reader:
-        if row and len(row) != len(columns):
-            raise MisconfigurationException(
-                f"{path}, line {begins}: {len(row)} columns, where the first line names {len(columns)}; put text with "
-                "commas in quotation marks"
-            )
-        if row:
-            yield begins, dict(zip(columns, row, strict=True))
-        begins = reader.line_num + 1
+    rows = table_rows(path) if ".csv" in path.suffixes else json_rows(path)
+    for place, row in rows:
+        yield parse_review(row, place, classes, **fields)
 
 
 class ReviewFiles(PartedSource):
@@ -180,7 +155,8 @@ class ReviewFiles(PartedSource):
         val_fraction: Fraction of `train` that is held out for validation, in [0, 1); no film is in two splits.
         test_fraction: Fraction of `train` that is held out for the test, in [0, 1).
         text_field: Name of the field, or column, with the text.
-        label_field: Name of the field with the label: the index of a class, or its name.
+        label_field: Name of the field with the label: the name of a class or, unless a class has the index of another
+            one as its name, its index.
         film_field: Name of the field with the film; it may be missing.
         classes: Names of the classes, at least two.
 
@@ -241,7 +217,7 @@ class AclImdb(PartedSource):
                     f"{folder} does not exist: give the folder aclImdb, unpacked from aclImdb_v1.tar.gz"
                 )
             urls = folder.with_name(f"urls_{name}.txt")  # line i is the film of review i
-            films = urls.read_text().split() if urls.is_file() else []
+            films = urls.read_text(encoding="utf-8").split() if urls.is_file() else []
             files = sorted(folder.glob("*_*.txt"), key=lambda file: int(file.stem.split("_")[0]))
             for file, film in zip_longest(files, films[: len(files)]):
                 row = {"text": file.read_text(encoding="utf-8"), "label": label, "film": film}

@@ -1,6 +1,5 @@
 """Questions, references, and answers with citation marks: `[1]` cites the first reference, `[2][3]` cites two."""
 
-import json
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -12,6 +11,7 @@ from typing import Any, Literal
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from datamodules.hub_datasets import load_hub_dataset
+from datamodules.rows import json_rows
 from datamodules.splits import Side, require_fractions, side_of
 from lightning_modules.common.citation_marks import cited, renumber
 from lightning_modules.common.ranges import PositiveInt, Probability
@@ -164,16 +164,6 @@ class JSONLines(RecordSource):
 
 
 def read_json_lines(path: Path) -> Iterator[Record]:
-    """Yield the records of a UTF-8 file with one JSON object in each line, and skip empty lines."""
-    if not path.is_file():
-        raise MisconfigurationException(f"{path} does not exist: give a file of JSON lines")
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            place = f"{path}, line {number}"
-            try:
-                row = json.loads(line.decode("utf-8-sig"))
-            except ValueError as error:  # malformed JSON, or not UTF-8
-                raise MisconfigurationException(f"{place}: is no JSON object on one line ({error})") from error
-            yield parse_record(row, place)
+    """Yield the records of a UTF-8 file with one JSON object in each line, optionally compressed (`.gz`)."""
+    for place, row in json_rows(path):
+        yield parse_record(row, place)

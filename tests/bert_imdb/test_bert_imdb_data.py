@@ -202,6 +202,30 @@ def test_a_bad_line_is_named_by_its_number(tmp_path, line, message):
         splits_of(ReviewFiles(str(tmp_path / "bad.jsonl")))
 
 
+@pytest.mark.parametrize(
+    ("classes", "labels", "found"),
+    [
+        (["1", "0"], ["0", "1"], [1, 0]),  # names
+        (["0", "1"], ["0", "1"], [0, 1]),
+        (["no", "yes"], ["0", "yes", "1"], [0, 1, 1]),
+        (["10", "20"], ["20", "0"], [1, 0]),
+        (["1", "2"], ["1", "0"], "the label is .?0.?, and must be one of 1, 2"),  # 1 is a name, so 0 is no index
+        (["1", "2"], ["2", "1"], [1, 0]),
+    ],
+)
+def test_a_label_means_the_same_in_json_and_in_a_table(tmp_path, classes, labels, found):
+    numbers = [int(label) if label.isdigit() else label for label in labels]
+    (tmp_path / "a.jsonl").write_text(as_json([{"text": f"{n} so", "label": label} for n, label in enumerate(numbers)]))
+    (tmp_path / "a.csv").write_text("text,label\n" + "".join(f"{n} so,{label}\n" for n, label in enumerate(labels)))
+    for name in ("a.jsonl", "a.csv"):
+        source = ReviewFiles(str(tmp_path / name), val_fraction=0, test_fraction=0, classes=classes)
+        if isinstance(found, list):
+            assert [review.label for review in source.reviews("train")] == found
+        else:
+            with pytest.raises(MisconfigurationException, match=f"{name}, line [23]: {found}"):
+                list(source.reviews("train"))
+
+
 def test_a_bad_line_of_a_table_is_named_by_its_first_line(tmp_path):
     (tmp_path / "bad.csv").write_text('text,label,movie\n"over two\nlines",1,2\nfine, and more,1,2\n')
     message = "line 4: 4 columns, where the first line names 3; put text with commas in quotation"
@@ -213,7 +237,7 @@ def test_other_bad_files_are_one_line(tmp_path):
     (tmp_path / "latin.csv").write_bytes("text,label\ncaf\xe9,1\n".encode("latin-1"))
     (tmp_path / "plain.jsonl.gz").write_text("{}")
     for name, message in {
-        "latin.csv": "could not be read",
+        "latin.csv": "latin.csv, line 2: is not UTF-8",
         "plain.jsonl.gz": "could not be read",
         "gone.csv": "does not exist",
     }.items():
