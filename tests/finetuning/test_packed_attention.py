@@ -102,7 +102,7 @@ def test_flash_attention_within_records_equals_the_masked_one(n_keys, sliding_wi
         return output, *torch.autograd.grad((output.float() * weights).sum(), given)
 
     for flash, masked in zip(outputs(torch.bfloat16), outputs(torch.float32), strict=True):
-        torch.testing.assert_close(flash.float(), masked, rtol=0.03, atol=0.03)
+        torch.testing.assert_close(flash.float(), masked, rtol=0.03, atol=0.1)
     dropped = attend_within_records(Layer(), *[part.bfloat16() for part in given], ends[None, None, None], dropout=0.5)[
         0
     ]
