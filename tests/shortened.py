@@ -15,7 +15,7 @@ def needs(path: Path) -> list[Path]:
 
 
 def offline_experiments() -> list[Path]:
-    """Return all offline experiments, each after those that it needs."""
+    """Return all experiments `offline*` and `modern*`, which download nothing, each after those that it needs."""
     ordered: list[Path] = []
 
     def add(path: Path) -> None:
@@ -24,7 +24,7 @@ def offline_experiments() -> list[Path]:
         if path not in ordered:
             ordered.append(path)
 
-    for path in sorted((ROOT / "experiments").glob("*/offline*.yaml")):
+    for path in sorted(path for name in ("offline", "modern") for path in ROOT.glob(f"experiments/*/{name}*.yaml")):
         add(path)
     return ordered
 
