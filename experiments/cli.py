@@ -18,12 +18,12 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from datamodules.base import ExperimentDataModule
-from experiments import run_folder, trust
+from experiments import resume, run_folder, trust
 from experiments.parser import ExperimentParser, check_nulls
 from experiments.run_folder import RunArguments, RunFolder
 from experiments.run_record import RunRecord
 from experiments.study.names import arm_of_agent
-from experiments.yaml_files import read_yaml
+from experiments.yaml_files import load_yaml, read_yaml
 from lightning_modules import optim
 from lightning_modules.base import ExperimentModule
 from lightning_modules.common.messages import say
@@ -52,10 +52,12 @@ class ExperimentCLI(SettingsGoOverCheckpoint):
     """Fits, validates, tests or predicts from YAML; ARCHITECTURE.md says how it differs from LightningCLI."""
 
     run: RunFolder | None = None
+    _lock: run_folder.Lock | None = None
 
     def __init__(self, args: Sequence[str]) -> None:
         self._args = list(args)
         self.closed = False  # whether the run's record is complete
+        self.changes: resume.Changes = {}  # of a resumed run
         configured = {"default_config_files": [str(DEFAULTS)]}
         super().__init__(
             model_class=ExperimentModule,
@@ -141,8 +143,8 @@ class ExperimentCLI(SettingsGoOverCheckpoint):
         self._recorded = run_folder.of_config(Path(str(files[0])), arguments) if files else None
         self._given = {key: model.get("init_args", {}).get(key) for key in LINKED}
         self._resolve_checkpoint()
-        if self.run is not None:
-            run_folder.check_links(self.run.path)
+        self._lock_run()
+        self._compare_with_the_run_to_resume()
         if "weights_only" in self.arguments:
             self.arguments["weights_only"] = True  # a checkpoint runs no code, whatever reads it
         if "verbose" in self.arguments:
@@ -178,11 +180,19 @@ class ExperimentCLI(SettingsGoOverCheckpoint):
         if not any("AtomicCheckpointIO" in str(plugin) for plugin in self._trainer_arguments.get("plugins") or []):
             AtomicCheckpointIO().load_checkpoint(file, map_location="meta")  # refuse what Lightning would fail on
 
+    def _compare_with_the_run_to_resume(self) -> None:
+        """Find what a resumed run changes, and refuse what it cannot change, before anything is written."""
+        checkpoint = self.arguments.get("ckpt_path")
+        if self.subcommand == "fit" and checkpoint and (resumed := run_folder.of_checkpoint(Path(checkpoint))):
+            now = load_yaml(self.parser_of("fit").dump(self.arguments, skip_none=False))
+            self.changes = resume.changes(read_yaml(resumed.path / run_folder.CONFIG), now)
+
     def _newest_checkpoint(self) -> str | None:
         """Return the newest readable checkpoint of the named run, or `None`; exit if the run is finished."""
         self.run = self._recorded or run_folder.newest(*self._claim_as)
         if self.run is None:
             return None
+        self._lock_run()
         if self._is_finished(self.run):
             say(f"{self.run.path} is finished: nothing is left to do")
             raise SystemExit
@@ -209,6 +219,15 @@ class ExperimentCLI(SettingsGoOverCheckpoint):
         saved = read_yaml(config)["trainer"]
         return all(saved[key] == self._trainer_arguments[key] for key in _LENGTH)
 
+    def _lock_run(self) -> None:
+        """Lock the folder that this run continues or starts, so that no other process trains in it."""
+        if self.run is None or self._lock is not None:
+            return
+        if not self.run.is_new:
+            run_folder.check_links(self.run.path)
+        if self.subcommand == "fit" and rank_zero_only.rank == 0:
+            self._lock = run_folder.Lock(self.run.path)
+
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """Build the trainer with the run folder, once model and data are built and agree."""
         self._check_links()
@@ -216,6 +235,7 @@ class ExperimentCLI(SettingsGoOverCheckpoint):
             self.run = run_folder.temporary(self._claim_as[1])
         elif self.run is None:
             self.run = run_folder.claim(*self._claim_as)
+            self._lock_run()
         built = self.config_init[self.subcommand]
         if built["trainer"]["enable_progress_bar"] is False:
             callbacks = built["trainer"]["callbacks"] or []
@@ -239,8 +259,10 @@ class ExperimentCLI(SettingsGoOverCheckpoint):
                     f"model.{name}: the YAML says {given}, but the data has {actual}; leave it out, it is linked"
                 )
 
-    def remove_empty_folder(self) -> None:
-        """Remove the folder of a trial run, or of a run that failed before it wrote a file."""
+    def close(self) -> None:
+        """Unlock the run, and remove the folder of a trial run, or of a run that failed before it wrote a file."""
+        if self._lock is not None:
+            self._lock.release()
         if self.run is None or not self.run.is_new or rank_zero_only.rank != 0:
             return
         if self._trainer_arguments.get("fast_dev_run"):
@@ -270,4 +292,4 @@ def main(args: Sequence[str]) -> None:
             ) from error
         raise
     finally:
-        cli.remove_empty_folder()
+        cli.close()

@@ -182,8 +182,10 @@ def check_nulls(config: Any, key: str = "") -> None:
         nulls = [name for name, value in dict(vars(arguments)).items() if value is None]
         for name in nulls:
             if not _takes_null(import_class(config["class_path"]), name):
+                flag = _flag_of(f"{key}.{name}", "", ExperimentParser.command_line)
+                where = "--" if flag else _place(name, ExperimentParser.command_line)
                 raise MisconfigurationException(
-                    f"{_place(name, ExperimentParser.command_line)}{key}.{name}: is null, which is no value of it; "
+                    f"{where}{key}.{name}: is null, which is no value of it; "
                     "give a value, or leave the key out for the default"
                 )
     for name, value in config.items():

@@ -1,8 +1,11 @@
 """The folder of a run: `runs/<topic>/<name>/`."""
 
+import contextlib
+import fcntl
 import glob
 import os
 import re
+import socket
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,6 +57,46 @@ class RunFolder:
     def checkpoint(self, name: str) -> Path:
         """Return the path of the checkpoint `last` or `best`."""
         return self.path / CHECKPOINTS / f"{name}.ckpt"
+
+
+class Lock:
+    """The right to write into a run folder, which one process at a time has, and which ends with the process.
+
+    Args:
+        folder: Folder of the run.
+
+    Raises:
+        MisconfigurationException: If another process has it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._file = folder / ".lock"
+        while True:
+            self._open = self._file.open("a+")
+            try:
+                # A lock of fcntl is not inherited by forked processes, and works on NFS.
+                fcntl.lockf(self._open, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except (BlockingIOError, PermissionError):
+                self._open.seek(0)
+                holder = self._open.read().strip() or "another process"
+                self._open.close()
+                raise MisconfigurationException(
+                    f"{folder} is being trained by {holder}; wait for it or stop it, or give another --run.name"
+                ) from None
+            except OSError:  # a file system without locks
+                break
+            with contextlib.suppress(FileNotFoundError):
+                if self._file.stat().st_ino == os.fstat(self._open.fileno()).st_ino:
+                    break
+            self._open.close()  # the holder has just removed the file
+        self._open.truncate(0)
+        self._open.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        self._open.flush()
+
+    def release(self) -> None:
+        """Give the right back."""
+        self._file.unlink(missing_ok=True)
+        self._open.close()
 
 
 def numbered(parent: Path, name: str, mark: str = ".") -> list[Path]:

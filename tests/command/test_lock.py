@@ -1,0 +1,84 @@
+"""Two processes and one run: the second is refused, and a killed run's folder is free."""
+
+import multiprocessing
+
+import pytest
+from forks import signal_after_step, start
+from helpers import RUNS
+
+from experiments.run_folder import Lock, MisconfigurationException
+from lightning_modules.runtime.checkpoint import RunCheckpoint
+
+RUN = RUNS / "tiny"
+
+
+def hold_after_step(step: int, reached: multiprocessing.Event, go_on: multiprocessing.Event) -> None:
+    """For `prepare`: the process waits after an optimiser step."""
+    end = RunCheckpoint.on_train_batch_end
+
+    def end_and_wait(self: RunCheckpoint, trainer: object, *args: object) -> None:
+        end(self, trainer, *args)
+        if trainer.global_step == step:
+            reached.set()
+            go_on.wait(60)
+
+    RunCheckpoint.on_train_batch_end = end_and_wait
+
+
+def test_the_second_process_is_refused_in_one_line(llm_train, tiny):
+    config = tiny()
+    context = multiprocessing.get_context("fork")
+    reached, go_on = context.Event(), context.Event()
+    first = start("fit", "-c", config, "--auto_resume", prepare=lambda: hold_after_step(12, reached, go_on))
+    assert reached.wait(60)
+    before = {path: path.read_bytes() for path in RUN.rglob("*") if path.is_file()}
+    for flags in (["--auto_resume"], ["--ckpt_path", "last"]):
+        second = llm_train("fit", "-c", config, *flags)
+        assert (second.code, len(second.err.splitlines())) == (1, 1), second.err
+        assert f"{RUN} is being trained by process {first.pid} on " in second.err
+    assert before == {path: path.read_bytes() for path in RUN.rglob("*") if path.is_file()}
+    validated = llm_train("validate", "-c", config, "--ckpt_path", "last")  # needs no lock
+    assert validated.code == 0, validated.err
+    go_on.set()
+    first.join()
+    assert first.exitcode == 0
+    assert not (RUN / ".lock").exists()
+
+
+def test_the_folder_of_a_killed_run_is_free(llm_train, forked, tiny):
+    config = tiny(data__init_args__num_workers=1)
+    assert forked("fit", "-c", config, prepare=lambda: signal_after_step(12)) < 0
+    assert (RUN / ".lock").is_file()
+    assert llm_train("fit", "-c", config, "--auto_resume").code == 0
+
+
+def test_a_lock_whose_file_was_removed_meanwhile_is_taken_again(tmp_path, monkeypatch):
+    removed = []
+
+    def remove_once(file: object, how: int) -> None:
+        if not removed:
+            removed.append((tmp_path / ".lock").unlink())
+
+    monkeypatch.setattr("experiments.run_folder.fcntl.lockf", remove_once)
+    lock = Lock(tmp_path)
+    assert removed
+    assert (tmp_path / ".lock").is_file()
+    lock.release()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_system_without_locks_is_no_error(tmp_path, monkeypatch):
+    def refuse(file: object, how: int) -> None:
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr("experiments.run_folder.fcntl.lockf", refuse)
+    Lock(tmp_path).release()
+
+
+def test_a_lock_says_who_holds_it(tmp_path, monkeypatch):
+    def held(file: object, how: int) -> None:
+        raise BlockingIOError
+
+    monkeypatch.setattr("experiments.run_folder.fcntl.lockf", held)
+    with pytest.raises(MisconfigurationException, match=r"is being trained by another process; wait for it"):
+        Lock(tmp_path)
