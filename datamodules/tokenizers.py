@@ -5,7 +5,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -24,6 +24,8 @@ if TYPE_CHECKING:  # imported where used: transformers is slow to import
     from transformers import PreTrainedTokenizerFast
 
 END_OF_TEXT = "<|endoftext|>"
+
+_BYTE_FALLBACK = re.compile(r"<0x[0-9A-F]{2}>")  # of SentencePiece, for characters that are not in the vocabulary
 
 
 def load_tokenizer(name: str, source: Source | None = None, cache_dir: Path | None = None) -> "PreTrainedTokenizerFast":
@@ -72,6 +74,10 @@ class WithTokenizer:
     def encode(self, text: str) -> Tensor:
         """Return the token ids of a text, (T,) int64."""
         return torch.from_numpy(encode(self.tokenizer, [text])[0].astype("int64"))
+
+    def decode(self, tokens: Iterable[int], before: Sequence[int] = ()) -> str:
+        """Return the text of tokens that follow others."""
+        return "".join(decode_stream(self.tokenizer, tokens, before))
 
 
 def byte_tokenizer() -> "PreTrainedTokenizerFast":
@@ -125,6 +131,49 @@ def encode(tokenizer: "PreTrainedTokenizerFast", texts: Sequence[str]) -> list[n
     return [np.array(encoding.ids, dtype=np.uint32) for encoding in encodings]
 
 
+def decode_stream(
+    tokenizer: "PreTrainedTokenizerFast", tokens: Iterable[int], before: Sequence[int] = ()
+) -> Iterator[str]:
+    """Yield the text of tokens as they come: the parts joined are what decoding all tokens at once adds to the text.
+
+    A part is held back while a later token can change it: an incomplete character, and the last words of a tokenizer
+    that removes spaces before punctuation.
+
+    Args:
+        tokenizer: Tokenizer of the tokens.
+        tokens: Tokens as they are generated.
+        before: Tokens before them, such as the prompt. Some tokenizers drop the space before a first token.
+    """
+    ids, n_whole = list(before), len(before)
+    text = tokenizer.decode(ids)
+    printed = n_printed = len(text)
+    for token in tokens:
+        ids.append(token)
+        if _is_byte(tokenizer, token):  # it can change the text of the bytes before it
+            continue
+        n_whole = len(ids)
+        text = tokenizer.decode(ids[:n_whole])
+        n_printed = max(printed, _settled(tokenizer, text))
+        yield text[printed:n_printed]
+        printed = n_printed
+    yield tokenizer.decode(ids)[printed:]
+
+
+def _is_byte(tokenizer: "PreTrainedTokenizerFast", token: int) -> bool:
+    """Return whether a token is a byte of SentencePiece's byte fallback."""
+    return _BYTE_FALLBACK.fullmatch(tokenizer.convert_ids_to_tokens(token) or "") is not None
+
+
+def _settled(tokenizer: "PreTrainedTokenizerFast", text: str) -> int:
+    """Return the number of characters that no later token changes."""
+    from tokenizers import decoders
+
+    cleans = tokenizer.clean_up_tokenization_spaces or isinstance(tokenizer.backend_tokenizer.decoder, decoders.WordPiece)
+    if cleans and (last_words := re.search(r"(\s+\S*){1,3}$", text)):
+        return last_words.start()
+    return 0 if cleans else len(text.rstrip("\N{REPLACEMENT CHARACTER}"))
+
+
 def token_byte_lengths(tokenizer: "PreTrainedTokenizerFast") -> np.ndarray:
     """Return the number of UTF-8 bytes of each token, (vocab,) int64; 0 for special tokens.
 
@@ -138,8 +187,8 @@ def token_byte_lengths(tokenizer: "PreTrainedTokenizerFast") -> np.ndarray:
     for token, i in tokenizer.get_vocab().items():
         if byte_level:
             lengths[i] = len(token)  # each character of a byte-level token is one byte
-        elif re.fullmatch(r"<0x[0-9A-F]{2}>", token):
-            lengths[i] = 1  # SentencePiece's byte fallback
+        elif _BYTE_FALLBACK.fullmatch(token):
+            lengths[i] = 1
         else:
             lengths[i] = len(token.removeprefix("##").replace("▁", " ").encode())
     for i, added in tokenizer.added_tokens_decoder.items():

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from datamodules.tokenizers import encode
+from datamodules.tokenizers import decode_stream, encode
 from experiments import trust
 from experiments.class_paths import import_class
 from experiments.errors import CommandParser
@@ -40,18 +40,6 @@ def load_run(run: Path, checkpoint: str, device: torch.device) -> ExperimentModu
     if not hasattr(module_class, "generate"):
         raise MisconfigurationException(f"--run {run}: a {module_class.__name__} does not generate text")
     return module_class.of_checkpoint(loaded).to(device).eval()
-
-
-def decode_stream(tokenizer: Any, tokens: Iterable[int]) -> Iterator[str]:
-    """Yield text as it is generated; the tokens of a character are held back until the character is complete."""
-    held: list[int] = []
-    for token in tokens:
-        held.append(token)
-        text = tokenizer.decode(held)
-        if not text.endswith("\N{REPLACEMENT CHARACTER}") or len(held) == 4:  # the longest character has four bytes
-            yield text
-            held = []
-    yield tokenizer.decode(held)
 
 
 def read_references(files: Iterable[Path]) -> list[str]:
@@ -115,7 +103,8 @@ def main(args: Sequence[str]) -> None:
             generator=generator,
             stop_token=tokenizer.eos_token_id,
         )
-        return decode_stream(tokenizer, takewhile(lambda token: token != tokenizer.eos_token_id, map(int, tokens)))
+        answer = takewhile(lambda token: token != tokenizer.eos_token_id, map(int, tokens))
+        return decode_stream(tokenizer, answer, prompt.tolist())
 
     try:
         if options.chat:

@@ -94,7 +94,7 @@ class SampleText(L.Callback):
         generator = torch.Generator(pl_module.device).manual_seed(self.seed)
         tokens = pl_module.generate(ids, generator=generator, **self.how)
         rows = torch.stack(list(tokens), dim=1).tolist()  # (n_samples, max_new_tokens)
-        return [pl_module.data.tokenizer.decode(row) for row in rows]
+        return [pl_module.data.decode(row, before=ids[0].tolist()) for row in rows]
 
     def state_dict(self) -> dict[str, Any]:
         """Return the samples so far."""
