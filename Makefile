@@ -23,7 +23,7 @@ test: $(READY)  ## Run the tests, which need no network, no GPU and no account
 	$(BIN)/python -m pytest --numprocesses auto --dist worksteal
 
 test-gpu: $(READY)  ## Run the tests that need a GPU (two minutes)
-	$(BIN)/python -m pytest tests/gpu -m gpu --numprocesses 4 --dist worksteal
+	$(BIN)/python -m pytest -m gpu --numprocesses 4 --dist worksteal
 
 bench: $(READY)  ## Run the timings and fault tests that the READMEs report (minutes each)
 	for benchmark in tests/benchmarks/*.py tests/*/benchmarks/*.py; do echo "## $$benchmark"; $(BIN)/python $$benchmark || exit 1; done

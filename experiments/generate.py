@@ -36,7 +36,7 @@ def load_run(run: Path, checkpoint: str, device: torch.device) -> ExperimentModu
     path = run / CHECKPOINTS / f"{checkpoint}.ckpt"
     if checkpoint == "best" and not path.is_file():
         path = path.with_name("last.ckpt")
-    loaded = AtomicCheckpointIO().load_checkpoint(path, map_location=device)
+    loaded = AtomicCheckpointIO().load_model(path)
     if not hasattr(module_class, "generate"):
         raise MisconfigurationException(f"--run {run}: a {module_class.__name__} does not generate text")
     return module_class.of_checkpoint(loaded).to(device).eval()
@@ -88,7 +88,7 @@ def main(args: Sequence[str]) -> None:
     from transformers import PreTrainedTokenizerFast
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    module = load_run(options.run, options.checkpoint, device)
+    module = load_run(options.run, options.checkpoint, device).to(dtype_of_weights(options, device))
     tokenizer = PreTrainedTokenizerFast.from_pretrained(options.run / "tokenizer")
     generator = torch.Generator(device).manual_seed(options.seed)
 
@@ -115,6 +115,14 @@ def main(args: Sequence[str]) -> None:
             _print(chain([options.prompt], text))
     except ValueError as error:
         raise MisconfigurationException(f"generate: {error}") from error
+
+
+def dtype_of_weights(options: argparse.Namespace, device: torch.device) -> torch.dtype:
+    """Return the dtype of the weights: the one asked for, or on a GPU bfloat16 if the run was trained with it."""
+    precision = options.precision
+    if precision is None and device.type == "cuda":
+        precision = str(read_config(options.run).get("trainer", {}).get("precision"))
+    return torch.bfloat16 if str(precision).startswith("bf16") else torch.float32
 
 
 def _print(texts: Iterable[str]) -> None:
@@ -169,6 +177,9 @@ def _parse(args: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--top_k", type=int, help="sample from this many likeliest tokens only")
     parser.add_argument(
         "--top_p", type=float, help="sample from the smallest set of tokens with this probability (0 to 1)"
+    )
+    parser.add_argument(
+        "--precision", choices=["32", "bf16"], help="of the weights (default: 32; on a GPU, bf16 if the run had it)"
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of the samples (default: 0)")
     parser.add_argument("--checkpoint", choices=["best", "last"], default="best", help="which weights (default: best)")

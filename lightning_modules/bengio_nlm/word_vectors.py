@@ -82,7 +82,7 @@ class WordVectors(L.Callback):
         words, vectors = pl_module.data.text.words, pl_module.word_vectors
         best = folder / "checkpoints" / "best.ckpt"
         if best.is_file():
-            state = AtomicCheckpointIO().load_checkpoint(best)["state_dict"]
+            state = AtomicCheckpointIO().load_model(best)["state_dict"]
             vectors = state[next(k for k, p in pl_module.named_parameters() if p is vectors)]
         file = folder / "word_vectors.txt"
         write_text(file, to_word2vec(words, vectors.detach().float().cpu().numpy()))

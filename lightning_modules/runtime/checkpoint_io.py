@@ -41,17 +41,31 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         Raises:
             MisconfigurationException: If the file is missing, damaged, not a checkpoint, or holds pickled code.
         """
-        path = Path(path)
+        return self._load(Path(path), map_location=map_location)
+
+    def load_model(self, path: str | Path) -> dict[str, Any]:
+        """Load a checkpoint for inference: without the states of its optimisers, which are most of it.
+
+        The weights are on the CPU and mapped from the file, so what is not used takes no memory.
+
+        Raises:
+            MisconfigurationException: As in `load_checkpoint`.
+        """
+        checkpoint = self._load(Path(path), map_location="cpu", mmap=True)
+        return {name: part for name, part in checkpoint.items() if name != "optimizer_states"}
+
+    def _load(self, path: Path, **options: Any) -> dict[str, Any]:
         if not path.is_file():
             raise MisconfigurationException(f"{path}: no such checkpoint")
         try:
             with zipfile.ZipFile(path) as archive:
-                # torch.load does not compare the checksums, and reads a member marked as a folder as empty memory.
-                folders = (entry.filename for entry in archive.infolist() if entry.external_attr & _FOLDER)
-                damaged = archive.testzip() or next(folders, None)
+                # torch.load does not compare the checksums. It reads a member that is marked as a folder as empty memory,
+                # and maps a compressed member as it is.
+                odd = (e.filename for e in archive.infolist() if e.external_attr & _FOLDER or e.compress_type)
+                damaged = archive.testzip() or next(odd, None)
             if damaged:
                 raise MisconfigurationException(f"{path}: the checkpoint is damaged (checksum of {damaged} is wrong)")
-            checkpoint = torch.load(path, map_location=map_location, weights_only=True)
+            checkpoint = torch.load(path, weights_only=True, **options)
         except pickle.UnpicklingError as error:
             named = re.search(r"GLOBAL (\S+)", str(error))
             code = named[1] if named else "not plain tensors"

@@ -1,22 +1,29 @@
 """Export of the trained model in the format of Hugging Face."""
 
+import copy
+import json
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import lightning as L
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from lightning_modules.base import ExperimentModule
-from lightning_modules.common.files import replace_folder
+from lightning_modules.common.files import replace_folder, write_text
 from lightning_modules.finetuning.adapters import merged
 from lightning_modules.runtime.checkpoint import save_last
 from lightning_modules.runtime.checkpoint_io import AtomicCheckpointIO
+
+if TYPE_CHECKING:  # imported where used: transformers is slow to import
+    from transformers import PreTrainedTokenizerFast
 
 
 class ExportModel(L.Callback):
     """Callback that writes the tokenizer when the training starts, and `model/` for Transformers when it ends.
 
     `model/` holds the weights of `best.ckpt`, or of `last.ckpt` if no checkpoint is the best, and the tokenizer. The
-    data of the run must have a `tokenizer`, and the module `save_pretrained`.
+    data of the run must have a `tokenizer`, and the module `save_pretrained`. A module with `generate` makes a model
+    that generates: other programs stop it at the end-of-text token and at the context.
     """
 
     @rank_zero_only
@@ -36,12 +43,48 @@ class ExportModel(L.Callback):
         if trainer.is_global_zero:
             run = Path(trainer.default_root_dir)
             best, last = run / "checkpoints/best.ckpt", run / "checkpoints/last.ckpt"
-            checkpoint = AtomicCheckpointIO().load_checkpoint(best if best.is_file() else last)
+            checkpoint = AtomicCheckpointIO().load_model(best if best.is_file() else last)
             module = type(pl_module).of_checkpoint(checkpoint)
+            tokenizer = pl_module.data.tokenizer
+            replace_folder(run / "model", lambda folder: export_model(module, tokenizer, folder))
 
-            def save(folder: Path) -> None:
-                with merged(module):
-                    module.save_pretrained(folder)
-                pl_module.data.tokenizer.save_pretrained(folder)
 
-            replace_folder(run / "model", save)
+def export_model(module: ExperimentModule, tokenizer: "PreTrainedTokenizerFast", folder: Path) -> None:
+    """Write a model and its tokenizer, with what other programs need to truncate, to pad and to stop.
+
+    Args:
+        module: Module with `save_pretrained`.
+        tokenizer: Tokenizer that it was trained with.
+        folder: Folder to create.
+    """
+    with merged(module):
+        module.save_pretrained(folder)
+    config = _read(folder / "config.json")
+    # GPT-2 has its own name for the context.
+    context = config.get("max_position_embeddings") or config.get("n_positions")
+    tokenizer = copy.deepcopy(tokenizer)
+    if context:
+        tokenizer.model_max_length = min(context, tokenizer.model_max_length)
+    tokens = {"pad_token_id": tokenizer.pad_token_id}
+    if hasattr(module, "generate"):
+        end = tokenizer.eos_token_id
+        tokens["eos_token_id"] = end
+        tokenizer.padding_side = "left"  # so that all prompts of a batch end at one position
+        if tokenizer.pad_token_id is None and end is not None:
+            tokenizer.pad_token = tokenizer.eos_token
+        settings = {"eos_token_id": end, "pad_token_id": tokenizer.pad_token_id, "max_length": context}
+        _update(folder / "generation_config.json", settings)
+    _update(folder / "config.json", tokens)
+    tokenizer.save_pretrained(folder)
+    for file in folder.iterdir():  # weights are written for the owner alone, whatever the umask
+        file.chmod((folder / "config.json").stat().st_mode)
+
+
+def _read(file: Path) -> dict[str, Any]:
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+
+def _update(file: Path, fields: dict[str, Any]) -> None:
+    """Set fields of a JSON file; `None` leaves a field as it is."""
+    given = {name: value for name, value in fields.items() if value is not None}
+    write_text(file, json.dumps(_read(file) | given, indent=2) + "\n")

@@ -242,6 +242,8 @@ def modern(settings: Settings) -> Iterator[Line]:
     speeds: dict[str, float] = {}
     for name, experiment in (("classic", "gpt2_124m.yaml"), ("modern", "speedrun_124m.yaml")):
         model = {"init_args": settings.choose({"compile": True}, _TINY | {"compile": False})}
+        if name == "modern":
+            model["init_args"] |= {"tied_embeddings": True}  # as in the classic decoder
         adamw = {"class_path": "torch.optim.AdamW", "init_args": {"lr": 6e-4, "fused": True}}
         overlay = {"model": model, "data": data, "optimizer": adamw}
         clock = fit(settings, f"decoder_pretrain/{experiment}", steps, every, **overlay)

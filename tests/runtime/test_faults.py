@@ -8,6 +8,7 @@ import stat
 import subprocess
 from pathlib import Path
 from types import SimpleNamespace
+from zipfile import ZIP_DEFLATED, ZipFile
 
 import pytest
 import torch
@@ -165,3 +166,28 @@ def test_a_loss_on_another_device_is_checked_every_few_steps_and_before_a_checkp
         stop.on_train_batch_end(SimpleNamespace(global_step=4), None, {"loss": loss(1.0)}, None, 0)
     with pytest.raises(MisconfigurationException, match="not finite at step 2"):
         stop.on_train_end(None, None)
+
+
+def test_the_states_of_optimisers_take_no_memory_where_only_the_model_is_needed(tmp_path):
+    n = 4 * 2**20  # 16 MiB a tensor
+    states = [{"state": {0: {"exp_avg": torch.ones(n), "exp_avg_sq": torch.ones(n)}}}]
+    file = tmp_path / "large.ckpt"
+    AtomicCheckpointIO().save_checkpoint({"state_dict": {"w": torch.ones(8)}, "optimizer_states": states}, file)
+
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    before = resident()
+    checkpoint = AtomicCheckpointIO().load_model(file)
+    assert resident() - before < n
+    assert checkpoint.keys() == {"state_dict"}
+    assert checkpoint["state_dict"]["w"].sum() == 8
+
+
+def test_a_compressed_checkpoint_is_refused(tmp_path):
+    AtomicCheckpointIO().save_checkpoint({"state_dict": {"w": torch.zeros(1000)}}, tmp_path / "whole.ckpt")
+    with ZipFile(tmp_path / "whole.ckpt") as whole, ZipFile(tmp_path / "packed.ckpt", "w", ZIP_DEFLATED) as packed:
+        for entry in whole.infolist():
+            packed.writestr(entry.filename, whole.read(entry))
+    with pytest.raises(MisconfigurationException, match="damaged"):
+        AtomicCheckpointIO().load_model(tmp_path / "packed.ckpt")
