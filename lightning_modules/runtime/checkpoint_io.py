@@ -59,8 +59,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             raise MisconfigurationException(f"{path}: no such checkpoint")
         try:
             with zipfile.ZipFile(path) as archive:
-                # torch.load does not compare the checksums. It reads a member that is marked as a folder as empty memory,
-                # and maps a compressed member as it is.
+                # torch.load does not compare the checksums. It reads a member that is marked as a folder as empty
+                # memory, and maps a compressed member as it is.
                 odd = (e.filename for e in archive.infolist() if e.external_attr & _FOLDER or e.compress_type)
                 damaged = archive.testzip() or next(odd, None)
             if damaged:
