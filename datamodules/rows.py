@@ -32,7 +32,7 @@ def json_rows(path: Path) -> Iterator[tuple[str, Any]]:
             except (ValueError, RecursionError) as error:
                 raise MisconfigurationException(f"{place}: is no JSON object on one line ({error})") from error
             if "\\u" in line:
-                _check_text(row, place)
+                check_characters(json.dumps(row, ensure_ascii=False), place)
             yield place, row
 
 
@@ -92,11 +92,16 @@ def _check_decoded(line: str, place: str) -> None:
         ) from error
 
 
-def _check_text(row: Any, place: str) -> None:
+def check_characters(text: str, place: str) -> None:
+    """Check that a text can be encoded.
+
+    Raises:
+        MisconfigurationException: If it has half of a surrogate pair; `place` says where the text is.
+    """
     try:
-        json.dumps(row, ensure_ascii=False).encode()
+        text.encode()
     except UnicodeEncodeError as error:
-        code = ord(error.object[error.start])
+        code = ord(text[error.start])
         raise MisconfigurationException(
             f"{place}: a text has \\u{code:04x}, half of a surrogate pair, which is no character; remove it"
         ) from error

@@ -27,6 +27,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from datamodules.cache import cache_root, digest
 from datamodules.hub_datasets import hub_errors, load_hub_dataset
+from datamodules.rows import check_characters
 from lightning_modules.common.files import atomic_file
 from lightning_modules.common.messages import first_line, say
 from lightning_modules.common.ranges import PositiveInt
@@ -317,6 +318,10 @@ class ListText(Source):
     """Texts given as a list, for tests and tiny experiments."""
 
     texts: list[str]
+
+    def __post_init__(self) -> None:
+        for number, text in enumerate(self.texts):
+            check_characters(text, f"text {number} of the list")
 
     def pieces(self) -> Iterator[Piece]:
         """Yield the texts in pieces."""

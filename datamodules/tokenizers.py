@@ -15,6 +15,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from datamodules.cache import cache_root
+from datamodules.rows import check_characters
 from datamodules.sources import Source
 from lightning_modules.common.files import write_text
 from lightning_modules.common.hub import hub_answers
@@ -76,8 +77,8 @@ class WithTokenizer:
         return torch.from_numpy(encode(self.tokenizer, [text])[0].astype("int64"))
 
     def decode(self, tokens: Iterable[int], before: Sequence[int] = ()) -> str:
-        """Return the text of tokens that follow others."""
-        return "".join(decode_stream(self.tokenizer, tokens, before))
+        """Return what decoding tokens that follow others adds to the text of the others."""
+        return self.tokenizer.decode([*before, *tokens])[len(self.tokenizer.decode(list(before))) :]
 
 
 def byte_tokenizer() -> "PreTrainedTokenizerFast":
@@ -118,6 +119,8 @@ def tokenizer_fingerprint(tokenizer: "PreTrainedTokenizerFast") -> str:
 
 def encode(tokenizer: "PreTrainedTokenizerFast", texts: Sequence[str]) -> list[np.ndarray]:
     """Return the token ids of each text, (T,). No special token is added, and none is recognised in the text."""
+    for text in texts:
+        check_characters(text, f"text {text[:30]!r}")
     unit = tokenizer.init_kwargs.get("unit")
     if unit is not None:  # a look-up gives the same ids about a hundred times as fast
         return [_look_up(tokenizer, unit, text) for text in texts]
@@ -144,18 +147,15 @@ def decode_stream(
         tokens: Tokens as they are generated.
         before: Tokens before them, such as the prompt. Some tokenizers drop the space before a first token.
     """
-    ids, n_whole = list(before), len(before)
-    text = tokenizer.decode(ids)
-    printed = n_printed = len(text)
+    ids = list(before)
+    printed = len(tokenizer.decode(ids))
     for token in tokens:
         ids.append(token)
-        if _is_byte(tokenizer, token):  # it can change the text of the bytes before it
-            continue
-        n_whole = len(ids)
-        text = tokenizer.decode(ids[:n_whole])
-        n_printed = max(printed, _settled(tokenizer, text))
-        yield text[printed:n_printed]
-        printed = n_printed
+        if not _is_byte(tokenizer, token):  # a byte can change the text of the bytes before it
+            text = tokenizer.decode(ids)
+            end = max(printed, _settled(tokenizer, text))
+            yield text[printed:end]
+            printed = end
     yield tokenizer.decode(ids)[printed:]
 
 
@@ -166,12 +166,10 @@ def _is_byte(tokenizer: "PreTrainedTokenizerFast", token: int) -> bool:
 
 def _settled(tokenizer: "PreTrainedTokenizerFast", text: str) -> int:
     """Return the number of characters that no later token changes."""
-    from tokenizers import decoders
-
-    cleans = tokenizer.clean_up_tokenization_spaces or isinstance(tokenizer.backend_tokenizer.decoder, decoders.WordPiece)
-    if cleans and (last_words := re.search(r"(\s+\S*){1,3}$", text)):
-        return last_words.start()
-    return 0 if cleans else len(text.rstrip("\N{REPLACEMENT CHARACTER}"))
+    if not tokenizer.clean_up_tokenization_spaces:
+        return len(text.rstrip("\N{REPLACEMENT CHARACTER}"))
+    last_words = re.search(r"(\s+\S*){1,3}$", text)  # a space before punctuation may be removed
+    return last_words.start() if last_words else 0
 
 
 def token_byte_lengths(tokenizer: "PreTrainedTokenizerFast") -> np.ndarray:

@@ -26,7 +26,7 @@ class SampleText(L.Callback):
 
     The prompts and the random numbers are the same at each validation, so that only the model changes. A run that
     validates before its first step (see `LossBeforeTraining`) has samples of the untrained model too. The data of the
-    run must have `encode` and a `tokenizer`, and the module `generate`.
+    run must have `encode` and `decode`, and the module `generate`.
 
     Args:
         prompts: Texts to continue.

@@ -16,6 +16,7 @@ from datamodules.tokenizers import (
     END_OF_TEXT,
     byte_tokenizer,
     character_tokenizer,
+    decode_stream,
     encode,
     load_tokenizer,
     token_byte_lengths,
@@ -245,3 +246,80 @@ def test_pieces_have_the_tokens_of_the_whole(byte_pairs, lines):
         pieces = [piece.text for piece in ListText([text]).pieces()]
     assert len(pieces) > 1 or len(text) <= 12
     assert np.concatenate(encode(byte_pairs, pieces)).tolist() == byte_pairs(text)["input_ids"]
+
+
+# --- streams ---------------------------------------------------------------------------------------------------------
+
+
+def _wrapped(backend, **settings):
+    from transformers import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **settings)
+
+
+def _metaspace():
+    pieces = ["▁on", "▁small", "▁fam", "ily", "▁", "é", "▁終", "s"]
+    backend = Tokenizer(models.Unigram([(piece, -1.0) for piece in pieces], unk_id=4))
+    backend.decoder = decoders.Metaspace()
+    return _wrapped(backend)
+
+
+def _byte_fallback():
+    vocab = {f"<0x{byte:02X}>": byte for byte in range(256)} | {"▁so": 256, "▁": 257, "k": 258}
+    backend = Tokenizer(models.BPE(vocab=vocab, merges=[], byte_fallback=True))
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    backend.decoder = decoders.Sequence(steps)
+    return _wrapped(backend)
+
+
+def _wordpiece(**settings):
+    words = ["don", "'", "t", "it", "s", "##ily", "fam", ".", "!", "do", "not", "m", "n't", ","]
+    backend = Tokenizer(models.WordPiece({word: i for i, word in enumerate(words)}, unk_token="."))
+    backend.decoder = decoders.WordPiece()
+    return _wrapped(backend, **settings)
+
+
+KINDS = {
+    "byte": byte_tokenizer,
+    "character": lambda: character_tokenizer("aé終 \n", True),
+    "metaspace": _metaspace,
+    "byte fallback": _byte_fallback,
+    "wordpiece": _wordpiece,
+    "without spaces before punctuation": lambda: _wordpiece(clean_up_tokenization_spaces=True),
+}
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def any_kind(request):
+    return KINDS[request.param]()
+
+
+@given(data=st.data())
+@settings(deadline=None, max_examples=60)
+def test_streamed_text_is_the_decoded_text(any_kind, data):
+    some = st.integers(0, vocab_size(any_kind) - 1)
+    if "unit" in any_kind.init_kwargs and vocab_size(any_kind) > 200:  # bytes of two to four that make a character
+        some = st.one_of(some, st.sampled_from([*"é終😀".encode()]))
+    before, tokens = data.draw(st.lists(some, max_size=4)), data.draw(st.lists(some, max_size=12))
+    parts = list(decode_stream(any_kind, tokens, before))
+    assert "".join(parts) == any_kind.decode([*before, *tokens])[len(any_kind.decode(before)) :]
+
+
+def test_streamed_text_comes_word_by_word_and_keeps_its_spaces(byte_pairs):
+    metaspace = _metaspace()
+    assert list(decode_stream(metaspace, [1, 2, 3], [0])) == [" small", " fam", "ily", ""]
+    assert list(decode_stream(metaspace, [0, 1])) == ["on", " small", ""]
+    assert list(decode_stream(byte_tokenizer(), "é終".encode())) == ["", "é", "", "", "終", ""]
+    assert list(decode_stream(_wordpiece(), [6, 5, 7, 9])) == ["fam", "ily", ".", " do", ""]
+    clean = KINDS["without spaces before punctuation"]()
+    assert "".join(decode_stream(clean, [3, 1, 4, 9, 10, 7])) == "it's do not."
+    text = "The naïve café — 終."
+    assert "".join(decode_stream(byte_pairs, encode(byte_pairs, [text])[0].tolist())) == text
+
+
+@pytest.mark.parametrize("tokenizer", [byte_tokenizer, lambda: character_tokenizer("ab", False), _metaspace])
+def test_half_of_a_surrogate_pair_is_no_text(tokenizer):
+    with pytest.raises(MisconfigurationException, match=r"a text has \\ud83d, half of a surrogate pair"):
+        encode(tokenizer(), ["fine", "not \ud83d"])
+    with pytest.raises(MisconfigurationException, match=r"text 1 of the list: a text has \\udc00"):
+        ListText(["fine", "\udc00"])
