@@ -2,8 +2,8 @@
 
 import inspect
 import sys
-from collections.abc import Mapping
-from typing import Any, Self
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 import lightning as L
 import torch
@@ -21,26 +21,49 @@ from lightning_modules.optim import (
     build_schedule,
     weight_decay_groups,
 )
+from lightning_modules.runtime import private_names
 from lightning_modules.runtime.sharded import FullyShardedStrategy
+
+# Whether to compile the loss, and the mode of `torch.compile`; `true` is its default mode.
+CompileMode = bool | Literal["reduce-overhead", "max-autotune"]
+
+
+class Loss(NamedTuple):
+    """The loss of a batch, if `train/loss` is another number: all are scalars."""
+
+    value: Tensor  # is differentiated
+    mean: Tensor  # is logged, after averaging over micro-batches and ranks
+    weight: Tensor  # of this batch in that average, such as its number of targets
 
 
 class ExperimentModule(L.LightningModule):
     """Base of the modules.
 
-    A subclass builds its network, names the metric of a split with `track`, and implements `training_step` (which
-    calls `log_train_loss`) and `evaluation_step`. Validation, test, optimiser, schedule, gradient norm and checkpoints
-    come with this class.
+    A subclass builds its network, names the metric of a split with `track`, and implements `loss` and
+    `evaluation_step`. Training step, validation, test, optimiser, schedule, gradient norm and checkpoints come with
+    this class.
 
     The command sets `optimizer_factory` and `schedule_factory` from the `optimizer:` and `lr_scheduler:` of the YAML,
     and `data`. To use a module without the command, set them, or override `configure_optimizers`.
+
+    Args:
+        compile: Whether to compile the function `loss`, and so the forward and backward pass of a training step, with
+            `torch.compile`: `true` for its default mode, `reduce-overhead` for CUDA graphs, which small models need,
+            or `max-autotune`. The first step then takes a minute or more. Validation and generation are not compiled.
     """
 
     optimizer_factory: OptimizerFactory | None = None
     schedule_factory: ScheduleFactory | None = None
+    # Dimensions of the entries of a batch whose sizes vary in training. They are variables in a compiled loss; each
+    # other size is a constant, and a new one compiles the loss again.
+    varying_sizes: ClassVar[Mapping[str, int]] = {}
+    compile_backend = "inductor"
     _data: Any = None
 
-    def __init__(self) -> None:
+    def __init__(self, compile: CompileMode = False) -> None:
         super().__init__()
+        self.compile_mode = compile
+        self._compiled_loss: Callable[[Any], Tensor | Loss] | None = None
         self.learning_rate_shares: dict[str, float] = {}  # by parameter, 1 for others; callbacks set it in `setup`
         self._losses_of_step: list[Tensor] = []
         self.val_metrics: Metric | None = None
@@ -123,6 +146,38 @@ class ExperimentModule(L.LightningModule):
         metrics.reset()
 
     # --- training -----------------------------------------------------------------------------------------------------
+
+    def loss(self, batch: Any) -> Tensor | Loss:
+        """Return the loss of a batch: a scalar, in nats, or a `Loss`.
+
+        This function is compiled: it computes with tensors only, has no effect, and depends on no value of a tensor.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no loss")
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Return the loss of a batch, and log it."""
+        found = self._loss_function(batch)
+        if isinstance(found, Loss):
+            self.log_train_loss(found.mean, found.weight)
+            return found.value
+        self.log_train_loss(found)
+        return found
+
+    def _loss_function(self, batch: Any) -> Tensor | Loss:
+        if not self.compile_mode:
+            return self.loss(batch)
+        if self._compiled_loss is None:
+            self._compiled_loss = torch.compile(self.loss, **self._compile_options)
+        for name, dimension in self.varying_sizes.items():
+            if name in batch:
+                private_names.make_size_a_variable(batch[name], dimension)
+        return self._compiled_loss(batch)
+
+    @property
+    def _compile_options(self) -> dict[str, Any]:
+        """Arguments of `torch.compile`."""
+        options: dict[str, Any] = {"backend": self.compile_backend, "dynamic": None if self.varying_sizes else False}
+        return options if self.compile_mode is True else options | {"mode": self.compile_mode}
 
     def configure_optimizers(self) -> Any:
         """Return the optimiser over the weight-decay groups, and the schedule, which steps with the optimiser.

@@ -8,7 +8,7 @@ from torch import Tensor
 from torchmetrics.functional.classification import multiclass_auroc, multiclass_calibration_error, multiclass_f1_score
 from torchmetrics.utilities import dim_zero_cat
 
-from lightning_modules.base import ExperimentModule
+from lightning_modules.base import CompileMode, ExperimentModule
 from lightning_modules.finetuning.bases import scores_of_share
 from lightning_modules.metrics import SplitMetric
 
@@ -83,21 +83,20 @@ class ClassifierModule(ExperimentModule):
 
     Args:
         n_classes: Number of classes K, at least 2.
+        compile: See `ExperimentModule`.
     """
 
     # Of the latest evaluation, for callbacks: probabilities (n, K), labels (n,) and positions (n,), by position.
     predictions: tuple[Tensor, ...]
 
-    def __init__(self, n_classes: int) -> None:
-        super().__init__()
+    def __init__(self, n_classes: int, compile: CompileMode = False) -> None:
+        super().__init__(compile)
         self.n_classes = n_classes
         self.track(ClassificationMeasures(n_classes))
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+    def loss(self, batch: Batch) -> Tensor:
         """Return the mean cross entropy of a batch in nats, a scalar."""
-        loss = F.cross_entropy(self(batch).float(), batch["labels"])
-        self.log_train_loss(loss)
-        return loss
+        return F.cross_entropy(self(batch).float(), batch["labels"])
 
     def evaluation_step(self, batch: Batch, metrics: ClassificationMeasures) -> None:
         """Update the metrics with a batch, which may be empty."""

@@ -44,15 +44,15 @@ class CorpusLoss(SplitMetric):
         for name in ("nats", "tokens", "bytes"):
             self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
 
-    def update(self, logits: Tensor, targets: Tensor, target_bytes: Tensor | int = 0) -> None:
+    def update(self, nats: Tensor, targets: Tensor, target_bytes: Tensor | int = 0) -> None:
         """Add a batch.
 
         Args:
-            logits: Scores of the next token, (B, T, V).
-            targets: Token ids, (B, T); `IGNORED` where a position carries no loss.
+            nats: Cross entropy of each target, of any shape, or its sum; 0 where a position carries no loss.
+            targets: Token ids, of any shape; `IGNORED` where a position carries no loss.
             target_bytes: UTF-8 bytes that the targets stand for, a scalar; 0 if unknown.
         """
-        self.nats += next_token_loss(logits, targets, reduction="sum")
+        self.nats += nats.sum(dtype=torch.float64)
         self.tokens += (targets != IGNORED).sum()
         self.bytes += target_bytes
 

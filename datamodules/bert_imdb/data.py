@@ -18,7 +18,7 @@ from datamodules.cache import cache_root, cached_array, digest
 from datamodules.splits import Side
 from datamodules.tokenizers import WithTokenizer, encode, load_tokenizer, vocab_size
 from lightning_modules.common.ranges import NonNegativeInt, OpenUnitInterval, PositiveInt, ThreeOrMore
-from lightning_modules.common.targets import IGNORED
+from lightning_modules.common.targets import IGNORED, places_of_targets
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -125,8 +125,9 @@ class MaskedReviews(TokenizedReviews):
     Position `p` of an epoch of `n` reviews is `epoch * n + p`. The targets of a review depend on this number and the
     seed only, not on the batch or the process.
 
-    A batch is `{"input_ids": (B, T), "attention_mask": (B, T), "n_tokens": (), "targets": (B, T), "mean_targets": ()}`.
-    A target is `IGNORED` if its token was not chosen; `mean_targets` is the mean number of targets of B reviews.
+    A batch is `{"input_ids": (B, T), "attention_mask": (B, T), "n_tokens": (), "targets": (B, T), "places": (N,),
+    "mean_targets": ()}`. A target is `IGNORED` if its token was not chosen; `places` are those of the targets, see
+    `places_of_targets`; `mean_targets` is the mean number of targets of B reviews.
 
     Args:
         rows: Token ids of each review with special tokens, (T,) each.
@@ -164,7 +165,8 @@ class MaskedReviews(TokenizedReviews):
             targets[b, chosen] = input_ids[b, chosen]
             input_ids[b, chosen] = instead
         mean_targets = torch.tensor(len(positions) * self.mean_targets)
-        return batch | {"targets": torch.from_numpy(targets), "mean_targets": mean_targets}
+        places = torch.from_numpy(places_of_targets(targets))
+        return batch | {"targets": torch.from_numpy(targets), "places": places, "mean_targets": mean_targets}
 
     def _mask(self, ids: np.ndarray, draw: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """Choose the targets of a row (T,): return their places (N,), and the tokens that replace them (N,)."""

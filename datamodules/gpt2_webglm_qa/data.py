@@ -19,7 +19,7 @@ from datamodules.splits import Side
 from datamodules.tokenizers import WithTokenizer, load_tokenizer, token_byte_lengths
 from lightning_modules.common.messages import say
 from lightning_modules.common.ranges import ClosedUnitInterval, NonNegativeInt, PositiveInt
-from lightning_modules.common.targets import IGNORED
+from lightning_modules.common.targets import IGNORED, places_of_targets
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -187,6 +187,7 @@ class Rows(Dataset):
     - `cu_seqlens`: (N,) int32, 0 and the ends of the records and paddings in the B T positions of the batch, one row
       after another; the last is repeated, so that N is the same for all batches of B rows;
     - `targets`: (B, T) int64, the next token, or `IGNORED` if it carries no loss;
+    - `places`: (N,) int64, the places of the targets in the B T positions, see `places_of_targets`;
     - `loss_weights`: (B, T) float32, the weight of each target in the loss, or 0 without a target;
     - `mean_weight`: (), B times the mean weight of a row over the split;
     - `target_bytes`: (), the number of UTF-8 bytes of the targets;
@@ -241,6 +242,7 @@ class Rows(Dataset):
             "position_ids": torch.from_numpy(position_ids),
             "cu_seqlens": torch.from_numpy(cu_seqlens),
             "targets": torch.from_numpy(targets),
+            "places": torch.from_numpy(places_of_targets(targets)),
             "loss_weights": torch.from_numpy(loss_weights),
             "mean_weight": torch.tensor(len(positions) * self.weight_of_a_row, dtype=torch.float32),
             "target_bytes": torch.tensor(int(self.byte_lengths[targets[targets >= 0]].sum())),

@@ -7,7 +7,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from lightning_modules.attention_recall.network import AttentionNetwork, Part
-from lightning_modules.base import ExperimentModule, total_norm
+from lightning_modules.base import CompileMode, ExperimentModule, total_norm
 from lightning_modules.common.ranges import PositiveInt
 from lightning_modules.common.targets import IGNORED
 from lightning_modules.metrics import SplitMetric, next_token_loss
@@ -33,6 +33,9 @@ class AttentionRecallModule(ExperimentModule):
         without: Parts to leave out, any of: `scale` (the division of dot products by the root of their length,
             `n_embd / n_head`), `mask` (without it a position attends to the future, too), `positions` (the position
             embedding), `residual` (without it the output of a layer replaces its input), `norm`, `feed_forward`.
+        compile: Whether to compile the loss, and so the forward and backward pass of a training step: `true` for the
+            default mode of `torch.compile`, `reduce-overhead` for CUDA graphs, or `max-autotune`. The first step then
+            takes a minute or more.
     """
 
     def __init__(
@@ -43,8 +46,9 @@ class AttentionRecallModule(ExperimentModule):
         n_head: PositiveInt = 1,
         n_embd: PositiveInt = 64,
         without: Sequence[Part] = (),
+        compile: CompileMode = False,
     ) -> None:
-        super().__init__()
+        super().__init__(compile)
         self.save_hyperparameters()
         vocab_size, block_size = self.linked(vocab_size=vocab_size, block_size=block_size)
         try:
@@ -73,14 +77,16 @@ class AttentionRecallModule(ExperimentModule):
         log_before_training(self.trainer, means)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Return the mean loss of the answers; before the first step, log the entropy of attention."""
+        """Return the loss of a batch, and log it; before the first step, log the entropy of attention."""
         if self.global_step == 0 and batch_idx == 0:
             with torch.no_grad(), recorded_weights(self.network) as weights:
                 self(batch["input_ids"])
             self._log_at_start({"attention_entropy": attention_entropy(weights, batch["targets"]).mean()})
-        loss = next_token_loss(self(batch["input_ids"]), batch["targets"])
-        self.log_train_loss(loss)
-        return loss
+        return super().training_step(batch, batch_idx)
+
+    def loss(self, batch: Batch) -> Tensor:
+        """Return the mean loss of the answers."""
+        return next_token_loss(self(batch["input_ids"]), batch["targets"])
 
     def evaluation_step(self, batch: Batch, metrics: "RecallMetrics") -> None:
         """Update the metrics with a batch."""

@@ -10,7 +10,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torchmetrics.utilities import dim_zero_cat
 
-from lightning_modules.base import ExperimentModule
+from lightning_modules.base import CompileMode, ExperimentModule
 from lightning_modules.bengio_nlm.network import BengioNLM
 from lightning_modules.bengio_nlm.trigram import N_GROUPS, InterpolatedTrigram, fit_mixture
 from lightning_modules.common.ranges import NonNegativeInt, PositiveInt, Probability
@@ -41,6 +41,9 @@ class BengioNLMModule(KeepsBufferDtypes, ExperimentModule):
         dropout: Probability of dropping a feature in training.
         hidden_dropout: Probability of dropping a hidden unit in training.
         word_dropout: Probability of dropping all features of a word of the context in training.
+        compile: Whether to compile the loss, and so the forward and backward pass of a training step: `true` for the
+            default mode of `torch.compile`, `reduce-overhead` for CUDA graphs, or `max-autotune`. The first step then
+            takes a minute or more.
 
     Raises:
         MisconfigurationException: If `h` is 0 and `direct` is false.
@@ -57,8 +60,9 @@ class BengioNLMModule(KeepsBufferDtypes, ExperimentModule):
         dropout: Probability = 0.0,
         hidden_dropout: Probability = 0.0,
         word_dropout: Probability = 0.0,
+        compile: CompileMode = False,
     ) -> None:
-        super().__init__()
+        super().__init__(compile)
         self.save_hyperparameters()
         vocab_size, block_size = self.linked(vocab_size=vocab_size, block_size=block_size)
         if h == 0 and not direct:
@@ -89,11 +93,9 @@ class BengioNLMModule(KeepsBufferDtypes, ExperimentModule):
         """Return the scores of the next word, (B, V), for a context (B, n - 1), the nearest word first."""
         return self.network(context)
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+    def loss(self, batch: Batch) -> Tensor:
         """Return the mean loss of the words of the batch."""
-        loss = self.network.loss(batch["context"], batch["targets"])
-        self.log_train_loss(loss)
-        return loss
+        return self.network.loss(batch["context"], batch["targets"])
 
     def evaluation_step(self, batch: Batch, metrics: "Likelihoods") -> None:
         """Record the log-probability of each target by each model, and the group of its history."""

@@ -1,13 +1,12 @@
 """An encoder that is pretrained on masked tokens: a new BERT, or any encoder of Transformers trained further."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-import torch.nn.functional as F
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
-from lightning_modules.base import ExperimentModule
+from lightning_modules.base import CompileMode, ExperimentModule, Loss
 from lightning_modules.common.ranges import PositiveInt, Probability
 from lightning_modules.common.targets import IGNORED
 from lightning_modules.finetuning.bases import (
@@ -15,9 +14,8 @@ from lightning_modules.finetuning.bases import (
     check_fit,
     load_pretrained,
     save_pretrained,
-    scored_at,
-    scores_of_share,
 )
+from lightning_modules.finetuning.output_layer import OutputLayer
 from lightning_modules.metrics import CorpusLoss
 
 Batch = dict[str, Tensor]
@@ -31,7 +29,8 @@ class BertMaskedLMModule(ExperimentModule):
     number of processes.
 
     A batch is a dictionary with `input_ids`, `attention_mask` and `targets`, (B, T) int64, where a target is `IGNORED`
-    if its token is not predicted; and `mean_targets`, the mean number of targets of B reviews, a scalar.
+    if its token is not predicted; `places`, the positions of the targets in these B T, (N,) int64, see
+    `common.targets`; and `mean_targets`, the mean number of targets of B reviews, a scalar.
 
     Args:
         base: Encoder to train further: a folder, the folder of a run, or a name on the hub; `null` creates a new BERT.
@@ -44,11 +43,16 @@ class BertMaskedLMModule(ExperimentModule):
         pad_token_id: Token that pads a row; linked from the data.
         architecture: Configuration of the model; leave it out. A checkpoint holds it, so that the model can be built
             without the base.
+        compile: Whether to compile the loss, and so the forward and backward pass of a training step: `true` for the
+            default mode of `torch.compile`, `reduce-overhead` for CUDA graphs, or `max-autotune`. The first step then
+            takes a minute or more.
 
     Raises:
         MisconfigurationException: If the base is not an encoder or does not fit the data, or `n_head` does not divide
             `n_embd`.
     """
+
+    varying_sizes: ClassVar = {"input_ids": 1, "attention_mask": 1, "targets": 1, "places": 0}
 
     def __init__(
         self,
@@ -61,8 +65,9 @@ class BertMaskedLMModule(ExperimentModule):
         block_size: int | None = None,
         pad_token_id: int | None = None,
         architecture: dict[str, Any] | None = None,
+        compile: CompileMode = False,
     ) -> None:
-        super().__init__()
+        super().__init__(compile)
         vocab_size, block_size = self.linked(vocab_size=vocab_size, block_size=block_size)
         if n_embd % n_head:
             raise MisconfigurationException(f"model.n_head: {n_head} does not divide n_embd, {n_embd}")
@@ -84,24 +89,18 @@ class BertMaskedLMModule(ExperimentModule):
         check_fit(self.model, name, vocab_size, block_size)
         self.save_hyperparameters()
         self.hparams["architecture"] = architecture_of(self.model)
+        self.output_layer = OutputLayer(self.model)
         self.track(CorpusLoss())
 
-    def forward(self, batch: Batch) -> Tensor:
-        """Return the scores of all tokens at the N targets of a batch, (N, V)."""
-        with scored_at(self.model, batch["targets"] != IGNORED):
-            return self.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Return the loss of a batch, a scalar; log the mean over its targets, in nats a token."""
-        targets = _targets(batch)
-        nats = F.cross_entropy(self(batch).float(), targets, reduction="sum")
-        self.log_train_loss(nats / max(1, len(targets)), len(targets))
-        return nats / batch["mean_targets"]
+    def loss(self, batch: Batch) -> Loss:
+        """Return the loss of a batch; `train/loss` is the mean over its targets, in nats a token."""
+        nats = self.output_layer.cross_entropy(**_arguments(batch), reduction="sum")
+        n_targets = (batch["targets"] != IGNORED).sum()
+        return Loss(nats / batch["mean_targets"], nats / n_targets.clamp_min(1), n_targets)
 
     def evaluation_step(self, batch: Batch, metrics: CorpusLoss) -> None:
         """Update the metrics with the targets of a batch, which may be empty."""
-        scores = scores_of_share(self, batch, batch["targets"], 1)
-        metrics.update(scores[None], _targets(batch)[None])
+        metrics.update(self.output_layer.nats_of_share(**_arguments(batch)), batch["targets"])
 
     def next_command(self, run: str) -> str:
         """Return the command that trains a classifier on this encoder."""
@@ -114,5 +113,6 @@ class BertMaskedLMModule(ExperimentModule):
         save_pretrained(self.model, folder)
 
 
-def _targets(batch: Batch) -> Tensor:
-    return batch["targets"][batch["targets"] != IGNORED]  # (N,)
+def _arguments(batch: Batch) -> Batch:
+    """Return the arguments of `OutputLayer.cross_entropy`."""
+    return {name: batch[name] for name in ("targets", "places", "input_ids", "attention_mask")}

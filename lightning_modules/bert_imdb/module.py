@@ -1,11 +1,12 @@
 """BERT, or any other encoder, that classifies film reviews."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
+from lightning_modules.base import CompileMode
 from lightning_modules.classification import Batch, ClassifierModule
 from lightning_modules.common.ranges import Probability
 from lightning_modules.finetuning.bases import architecture_of, check_fit, load_pretrained, save_pretrained
@@ -36,10 +37,15 @@ class BertImdbModule(ClassifierModule):
         classes: Names of the classes; linked from the data.
         architecture: Configuration of the encoder; leave it out. A checkpoint holds it, so that the model can be built
             without the base.
+        compile: Whether to compile the loss, and so the forward and backward pass of a training step: `true` for the
+            default mode of `torch.compile`, `reduce-overhead` for CUDA graphs, or `max-autotune`. The first step then
+            takes a minute or more.
 
     Raises:
         MisconfigurationException: If the base is not an encoder, or does not fit the data.
     """
+
+    varying_sizes: ClassVar = {"input_ids": 1, "attention_mask": 1}  # the length of the longest review of a batch
 
     def __init__(
         self,
@@ -51,9 +57,10 @@ class BertImdbModule(ClassifierModule):
         block_size: int | None = None,
         classes: list[str] | None = None,
         architecture: dict[str, Any] | None = None,
+        compile: CompileMode = False,
     ) -> None:
         vocab_size, block_size, classes = self.linked(vocab_size=vocab_size, block_size=block_size, classes=classes)
-        super().__init__(len(classes))
+        super().__init__(len(classes), compile)
         from lightning_modules.bert_imdb.encoder_classifier import EncoderClassifier, EncoderClassifierConfig
 
         encoder = load_pretrained(base, "AutoModel", architecture)

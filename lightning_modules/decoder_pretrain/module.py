@@ -8,17 +8,18 @@ from typing import Any, Literal
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
-from lightning_modules.base import ExperimentModule
+from lightning_modules.base import CompileMode, ExperimentModule
 from lightning_modules.common.files import write_text
 from lightning_modules.common.messages import say
 from lightning_modules.common.ranges import PositiveFloat, PositiveInt, Probability
 from lightning_modules.finetuning.bases import check_fit, check_sizes, evaluating, load_pretrained, local_folder
-from lightning_modules.metrics import CorpusLoss, next_token_loss
+from lightning_modules.metrics import CorpusLoss
 from lightning_modules.models.decoder import Decoder, DecoderConfig
 from lightning_modules.models.feed_forward import FeedForwardName
 from lightning_modules.models.formats import OWN_MODEL_TYPE, exported, imported
 from lightning_modules.models.generation import generate
 from lightning_modules.models.initialization import INITIALIZATIONS, InitializationName
+from lightning_modules.models.linear_cross_entropy import linear_cross_entropy
 from lightning_modules.models.norms import NormName
 from lightning_modules.models.positions import PositionsName
 
@@ -56,7 +57,9 @@ class PretrainModule(ExperimentModule):
             replace those above. `null` starts from the initialisation.
         vocab_multiple: Multiple to which the rows of the embedding are rounded up, for the matrix units of a GPU (64 is
             usual).
-        compile: Whether to compile the decoder with `torch.compile`; takes about a minute at the start.
+        compile: Whether to compile the loss, and so the forward and backward pass of a training step: `true` for the
+            default mode of `torch.compile`; `reduce-overhead` for CUDA graphs, which save small models most of the time
+            between kernels; or `max-autotune`. The first step then takes a minute or more.
 
     Raises:
         MisconfigurationException: If the sizes do not fit each other or the pretrained weights.
@@ -87,9 +90,9 @@ class PretrainModule(ExperimentModule):
         initialization: InitializationName = "gpt2",
         pretrained: str | None = None,
         vocab_multiple: PositiveInt = 1,
-        compile: bool = False,
+        compile: CompileMode = False,
     ) -> None:
-        super().__init__()
+        super().__init__(compile)
         self.save_hyperparameters()
         vocab_size, block_size = self.linked(vocab_size=vocab_size, block_size=block_size)
         common = {
@@ -125,8 +128,6 @@ class PretrainModule(ExperimentModule):
                 self.decoder = load_decoder(pretrained, vocab_size, **common)
         except ValueError as error:
             raise MisconfigurationException(f"model: {error}") from error
-        if compile:
-            self.decoder.compile()
         self.flops_per_token = self.decoder.flops_per_token()
         self.track(CorpusLoss())
 
@@ -134,15 +135,22 @@ class PretrainModule(ExperimentModule):
         """Return the scores of the next token: (B, T) to (B, T, V)."""
         return self.decoder(input_ids)
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+    def loss(self, batch: Batch) -> Tensor:
         """Return the mean loss of the targets of a batch."""
-        loss = next_token_loss(self(batch["input_ids"]), batch["targets"])
-        self.log_train_loss(loss)
-        return loss
+        return self._cross_entropy(batch, "mean")
 
     def evaluation_step(self, batch: Batch, metrics: CorpusLoss) -> None:
         """Update the loss of the validation or test text with a batch."""
-        metrics.update(self(batch["input_ids"]), batch["targets"], batch["target_bytes"])
+        metrics.update(self._cross_entropy(batch, "none"), batch["targets"], batch["target_bytes"])
+
+    def _cross_entropy(self, batch: Batch, reduction: Literal["mean", "none"]) -> Tensor:
+        return linear_cross_entropy(
+            self.decoder.hidden_states(batch["input_ids"]),
+            self.decoder.output_weight,
+            batch["targets"],
+            soft_cap=self.decoder.config.logit_soft_cap,
+            reduction=reduction,
+        )
 
     def generate(self, input_ids: Tensor, max_new_tokens: int, **sampling: Any) -> Iterator[Tensor]:
         """Continue token ids of shape (B, T), one step of shape (B,) at a time; see `models.generation.generate`."""

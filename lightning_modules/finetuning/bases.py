@@ -164,23 +164,6 @@ def scores_of_share(forward: Callable[[Batch], Tensor], batch: Batch, rows: Tens
 
 
 @contextmanager
-def scored_at(model: "PreTrainedModel", places: Tensor) -> Iterator[None]:
-    """Restrict the output layer of a model to some positions within the context: its logits become (N, V).
-
-    The logits of all positions are the largest tensor of a training step, and most positions carry no loss.
-
-    Args:
-        model: Model of Transformers with an output layer.
-        places: Positions to score, (B, T) bool, N of them true.
-    """
-    handle = model.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: (inputs[0][places],))
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-@contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Put a model into evaluation mode within the context."""
     training = model.training

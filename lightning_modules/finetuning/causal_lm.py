@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lightning_modules.base import ExperimentModule
+from lightning_modules.base import CompileMode, ExperimentModule
 from lightning_modules.finetuning.bases import architecture_of, check_fit, evaluating, load_pretrained, save_pretrained
+from lightning_modules.finetuning.output_layer import OutputLayer
 from lightning_modules.metrics import CorpusLoss
 from lightning_modules.models.generation import generate
 
@@ -28,6 +29,9 @@ class FineTunedCausalLM(ExperimentModule):
         block_size: Length of a block, in tokens; linked from the data.
         architecture: Configuration of the model; leave it out. A checkpoint holds it, so that the module can be built
             without the base.
+        compile: Whether to compile the loss, and so the forward and backward pass of a training step: `true` for the
+            default mode of `torch.compile`, `reduce-overhead` for CUDA graphs, or `max-autotune`. The first step then
+            takes a minute or more.
 
     Raises:
         MisconfigurationException: If the base cannot be loaded, or does not fit the data.
@@ -39,11 +43,13 @@ class FineTunedCausalLM(ExperimentModule):
         vocab_size: int | None = None,
         block_size: int | None = None,
         architecture: dict[str, Any] | None = None,
+        compile: CompileMode = False,
     ) -> None:
-        super().__init__()
+        super().__init__(compile)
         vocab_size, block_size = self.linked(vocab_size=vocab_size, block_size=block_size)
         self.model = load_pretrained(base, architecture=architecture)
         check_fit(self.model, base, vocab_size, block_size)
+        self.output_layer = OutputLayer(self.model)
         self.save_hyperparameters()
         self.hparams["architecture"] = architecture_of(self.model)
         self.track(CorpusLoss())

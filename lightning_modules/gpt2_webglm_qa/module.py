@@ -1,15 +1,16 @@
 """Instruction tuning of a pretrained model to answer a question from references, and to cite them."""
 
 from collections.abc import Sequence
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
+from lightning_modules.base import Loss
 from lightning_modules.common.targets import IGNORED
-from lightning_modules.finetuning.bases import evaluating, scored_at, scores_of_share
+from lightning_modules.finetuning.bases import evaluating
 from lightning_modules.finetuning.causal_lm import FineTunedCausalLM
 from lightning_modules.metrics import CorpusLoss
 
@@ -24,6 +25,7 @@ class GPT2WebGLMQAModule(FineTunedCausalLM):
     the batch would give the tokens of short answers a larger weight.
     """
 
+    varying_sizes: ClassVar = {"places": 0}
     within_records = False  # whether the attention takes the ends of the records, `cu_seqlens`
 
     def setup(self, stage: str) -> None:
@@ -37,31 +39,27 @@ class GPT2WebGLMQAModule(FineTunedCausalLM):
                 f"data.packing: a {type(self.model).__name__} does not keep the records of a row apart; set it to false"
             )
 
-    def forward(self, batch: Batch) -> Tensor:
-        """Return the scores of the N targets of a batch, (N, V), from ids, positions and targets, each (B, T)."""
-        mask = _record_mask(batch["cu_seqlens"]) if self.within_records and "cu_seqlens" in batch else None
-        with scored_at(self.model, batch["targets"] != IGNORED):
-            return self.model(
-                batch["input_ids"], attention_mask=mask, position_ids=batch["position_ids"], use_cache=False
-            ).logits
-
-    def _nats(self, batch: Batch) -> Tensor:
-        """Return the cross entropy of each target in nats, (N,)."""
-        targets = batch["targets"]
-        return F.cross_entropy(self(batch).float(), targets[targets != IGNORED], reduction="none")
-
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Return the loss, and log the weighted mean of the cross entropy in nats a token as `train/loss`."""
-        total = self._nats(batch) @ batch["loss_weights"][batch["targets"] != IGNORED]
+    def loss(self, batch: Batch) -> Loss:
+        """Return the loss of a batch; `train/loss` is the weighted mean of the cross entropy, in nats a token."""
+        total = self.output_layer.cross_entropy(
+            row_weights=batch["loss_weights"], reduction="sum", **self._arguments(batch)
+        )
         weight = batch["loss_weights"].sum()
-        self.log_train_loss(total / weight, weight)
-        return total / batch["mean_weight"]
+        return Loss(total / batch["mean_weight"], total / weight, weight)
 
     def evaluation_step(self, batch: Batch, metrics: CorpusLoss) -> None:
         """Add the answers of a batch to the metrics."""
-        counted = batch["targets"] != IGNORED
-        scores = scores_of_share(self, batch, counted, 1)
-        metrics.update(scores[None], batch["targets"][counted][None], batch["target_bytes"])
+        metrics.update(self.nats(batch), batch["targets"], batch["target_bytes"])
+
+    def nats(self, batch: Batch) -> Tensor:
+        """Return the cross entropy of the targets of a batch, in the order of its `places`, (N,)."""
+        return self.output_layer.nats_of_share(**self._arguments(batch))
+
+    def _arguments(self, batch: Batch) -> dict[str, Any]:
+        """Return the arguments of `OutputLayer.cross_entropy`: targets and their places, and those of the model."""
+        mask = _record_mask(batch["cu_seqlens"]) if self.within_records and "cu_seqlens" in batch else None
+        names = ("targets", "places", "input_ids", "position_ids")
+        return {name: batch[name] for name in names} | {"attention_mask": mask, "use_cache": False}
 
     def answer(self, prompts: Sequence[np.ndarray], max_new_tokens: int, end: int) -> list[list[int]]:
         """Return a greedy answer to each prompt, (T,), that ends with `end` or has `max_new_tokens` tokens."""
@@ -85,7 +83,14 @@ class GPT2WebGLMQAModule(FineTunedCausalLM):
         counted = (places >= begin) & (places < stop)  # (B, T)
         targets = ids[:, 1:].masked_fill(~counted, IGNORED)
         with evaluating(self.model):
-            nats = self._nats({"input_ids": ids[:, :-1], "position_ids": places.expand_as(targets), "targets": targets})
+            nats = self.output_layer.cross_entropy(
+                targets,
+                counted.flatten().nonzero()[:, 0],
+                reduction="none",
+                input_ids=ids[:, :-1],
+                position_ids=places.expand_as(targets),
+                use_cache=False,
+            )
         return nats.new_zeros(len(rows)).index_add(0, counted.nonzero()[:, 0], nats)
 
     def next_command(self, run: str) -> str:

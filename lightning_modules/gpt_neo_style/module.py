@@ -6,9 +6,8 @@ from typing import Any
 from torch import Tensor
 from torchmetrics import MetricCollection
 
-from lightning_modules.finetuning.bases import scores_of_share
 from lightning_modules.finetuning.causal_lm import FineTunedCausalLM
-from lightning_modules.metrics import CorpusLoss, next_token_loss
+from lightning_modules.metrics import CorpusLoss
 
 
 class GPTNeoStyleModule(FineTunedCausalLM):
@@ -28,17 +27,15 @@ class GPTNeoStyleModule(FineTunedCausalLM):
         """Return the scores of the next token: (B, T) to (B, T, V)."""
         return self.model(input_ids, use_cache=False).logits
 
-    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+    def loss(self, batch: dict[str, Any]) -> Tensor:
         """Return the mean loss of the targets of a batch."""
-        loss = next_token_loss(self(batch["input_ids"]), batch["targets"])
-        self.log_train_loss(loss)
-        return loss
+        return self.output_layer.cross_entropy(batch["targets"], input_ids=batch["input_ids"], use_cache=False)
 
     def evaluation_step(self, batch: dict[str, Any], metrics: MetricCollection) -> None:
         """Update the metrics of the text that the batch is from."""
-        ids = batch["input_ids"]
-        scores = scores_of_share(self, ids, ids, 1, 1)
-        metrics[batch.get("text", "book")].update(scores, batch["targets"], batch["target_bytes"])
+        targets = batch["targets"]
+        nats = self.output_layer.nats_of_share(targets, input_ids=batch["input_ids"], use_cache=False)
+        metrics[batch.get("text", "book")].update(nats, targets, batch["target_bytes"])
 
     def evaluation_results(self, metrics: MetricCollection, split: str) -> Mapping[str, Tensor]:
         """Return the results of each text that the data has: `loss`, `other/loss`, and so on."""

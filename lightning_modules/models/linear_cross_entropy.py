@@ -58,14 +58,15 @@ def linear_cross_entropy(
         reduction: `mean`, weighted, over the rows with a target; `sum`, weighted; or `none`, the loss of each row
             without its weight, (...), which cannot be differentiated and is 0 without a target.
     """
-    flat = inputs.flatten(0, -2), weight, bias, targets.flatten()
+    weights = (targets != IGNORED).flatten().to(_sum_dtype(weight))
+    if row_weights is not None:
+        weights = weights * row_weights.detach().flatten()
+    arguments = inputs.flatten(0, -2), weight, bias, targets.flatten(), weights, soft_cap
     if reduction == "none":
         with torch.no_grad():
-            nats, _ = _nats_and_gradients(*flat, None, soft_cap, (False, False, False))
+            nats, _ = _nats_and_gradients(*arguments, (False, False, False))
         return nats.view(targets.shape)
-    counted = (flat[-1] != IGNORED).to(_sum_dtype(weight))
-    weights = counted if row_weights is None else counted * row_weights.detach().flatten()
-    total = _WeightedSum.apply(*flat, weights, soft_cap)
+    total = _WeightedSum.apply(*arguments)
     return total if reduction == "sum" else total / weights.sum()
 
 
@@ -103,7 +104,7 @@ def _nats_and_gradients(
     weight: Tensor,  # (V, C)
     bias: Tensor | None,  # (V,)
     targets: Tensor,  # (N,)
-    row_weights: Tensor | None,  # (N,)
+    row_weights: Tensor,  # (N,)
     soft_cap: float | None,
     wanted: Sequence[bool],
 ) -> tuple[Tensor, tuple[Tensor | None, Tensor | None, Tensor | None]]:
@@ -144,10 +145,7 @@ def _add_product(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
     """Return `total + a @ b`, where the total is at least in float32."""
     if a.dtype == _sum_dtype(a):
         return a @ b if total is None else total.addmm_(a, b)
-    if a.device.type == "cuda":
-        product = torch.mm(a, b, out_dtype=_sum_dtype(a))
-    else:
-        product = (a @ b).to(_sum_dtype(a))
+    product = torch.mm(a, b, out_dtype=_sum_dtype(a)) if a.device.type == "cuda" else (a @ b).to(_sum_dtype(a))
     return product if total is None else total.add_(product)
 
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_modules.base import ExperimentModule
+from lightning_modules.base import CompileMode, ExperimentModule, Loss
 from lightning_modules.common.ranges import PositiveInt
 from lightning_modules.position_probe.measures import RANDOM_LABELS, REAL, SIDES, ProbeMeasures
 from lightning_modules.position_probe.probes import ORDER, PROBES, TARGETS, standardized, targets_of
@@ -24,10 +24,18 @@ class PositionProbeModule(ExperimentModule):
     Args:
         probe: `linear`, `bilinear` or `mlp`.
         width: Rank of the bilinear form, or hidden units of the mlp, of each probe; unused by the linear probe.
+        compile: Whether to compile the loss, and so the forward and backward pass of a training step: `true` for the
+            default mode of `torch.compile`, `reduce-overhead` for CUDA graphs, or `max-autotune`. The first step then
+            takes a minute or more.
     """
 
-    def __init__(self, probe: Literal["linear", "bilinear", "mlp"] = "mlp", width: PositiveInt = 16) -> None:
-        super().__init__()
+    def __init__(
+        self,
+        probe: Literal["linear", "bilinear", "mlp"] = "mlp",
+        width: PositiveInt = 16,
+        compile: CompileMode = False,
+    ) -> None:
+        super().__init__(compile)
         self.save_hyperparameters()
         self.scores: dict[str, Tensor] = {}  # of the last validation, see `ProbeMeasures.compute`
 
@@ -57,15 +65,17 @@ class PositionProbeModule(ExperimentModule):
         outputs = self.probes(self.rows, pairs[:, 0], pairs[:, 1])  # (C F, B, K)
         return outputs.unflatten(0, self.centre.shape[:2])
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Return the sum of the losses of all probes, each over the training pairs of its fold."""
+    def loss(self, batch: Batch) -> Loss:
+        """Return the sum of the losses of all probes, each over the training pairs of its fold.
+
+        `train/loss` is the mean loss of the probes of the matrix.
+        """
         # The sum over the pairs of a fold is divided by the size of the whole batch. So the gradients of several
         # processes average to that of the global batch, even if the processes have different shares of a fold's pairs.
         trains_on = (batch["side"] == SIDES.index("seen"))[None, :, :, None]  # (1, F, B, 1)
         losses = (self._losses(batch["pairs"])[0] * trains_on).mean(dim=2)  # (C, F, K)
         share = trains_on.float().mean()
-        self.log_train_loss(losses[REAL].mean() / share, share)
-        return losses.sum()
+        return Loss(losses.sum(), losses[REAL].mean() / share, share)
 
     def evaluation_step(self, batch: Batch, metrics: ProbeMeasures) -> None:
         """Add a batch to the measures."""

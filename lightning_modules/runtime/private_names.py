@@ -199,6 +199,11 @@ def takes_static_caches(model: "PreTrainedModel") -> bool:
 # --- PyTorch ----------------------------------------------------------------------------------------------------------
 
 
+def make_size_a_variable(tensor: Tensor, dimension: int) -> None:
+    """Make the size of a dimension a variable of the functions that `torch.compile` compiles for the tensor."""
+    torch._dynamo.maybe_mark_dynamic(tensor, dimension)
+
+
 def flash_attention(
     query: Tensor,
     key: Tensor,

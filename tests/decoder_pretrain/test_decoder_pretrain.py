@@ -15,9 +15,8 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from datamodules.decoder_pretrain import PretrainDataModule
 from datamodules.sources import ListText
 from lightning_modules.decoder_pretrain import AblatedLoss, PretrainModule, SignalPropagation
-from lightning_modules.decoder_pretrain import module as decoder_pretrain
 from lightning_modules.metrics import CorpusLoss, next_token_loss
-from lightning_modules.models.decoder import Decoder, DecoderConfig
+from lightning_modules.models.decoder import DecoderConfig
 from lightning_modules.runtime.generalization import GeneralizationGap
 
 SIZES = {"n_layer": 2, "n_head": 2, "n_embd": 16}
@@ -35,11 +34,9 @@ def test_the_loss_is_float32_and_skips_ignored_targets():
 
 def test_the_corpus_loss_gives_every_token_the_same_weight():
     metrics = CorpusLoss()
-    uniform = torch.zeros(1, 4, 8)  # ln 8 nats a token
-    certain = torch.full((1, 1, 8), -1e9).index_fill_(2, torch.tensor([3]), 0.0)  # 0 nats
-    metrics.update(uniform, torch.tensor([[0, 1, 2, -100]]), torch.tensor(9))
-    metrics.update(certain, torch.tensor([[3]]), torch.tensor(3))
-    metrics.update(torch.zeros(0, 4, 8), torch.zeros(0, 4, dtype=torch.long), torch.tensor(0))  # an empty share
+    metrics.update(torch.tensor([[3.0, 3.0, 3.0, 0.0]]) * math.log(2), torch.tensor([[0, 1, 2, -100]]), torch.tensor(9))
+    metrics.update(torch.tensor(0.0), torch.tensor([[3]]), torch.tensor(3))  # the sum of one certain token
+    metrics.update(torch.zeros(0, 4), torch.zeros(0, 4, dtype=torch.long), torch.tensor(0))  # an empty share
     results = metrics.compute()
     assert results["loss"].item() == pytest.approx(3 * math.log(8) / 4)
     assert results["perplexity"].item() == pytest.approx(8 ** (3 / 4))
@@ -208,15 +205,6 @@ def test_the_vocabulary_can_be_padded_for_the_hardware():
     assert module.decoder.config == DecoderConfig(vocab_size=320, block_size=8, **SIZES)
 
 
-def test_the_decoder_is_compiled_if_asked_for(monkeypatch):
-    compiled = []
-    monkeypatch.setattr(Decoder, "compile", lambda self: compiled.append(self))
-    module = PretrainModule(vocab_size=9, block_size=8, compile=True, **SIZES)
-    assert compiled == [module.decoder]
-    PretrainModule(vocab_size=9, block_size=8, **SIZES)
-    assert len(compiled) == 1
-
-
 def test_generating_leaves_the_mode_as_it_was():
     module = PretrainModule(vocab_size=20, block_size=8, dropout=0.5, **SIZES).train()
     tokens = [int(t) for t in module.generate(torch.tensor([[1]]), max_new_tokens=12, temperature=0)]
@@ -227,11 +215,13 @@ def test_generating_leaves_the_mode_as_it_was():
 def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_good_checkpoint(llm_train, tiny, monkeypatch):
     calls = []
 
-    def explode(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        calls.append(1)
-        return next_token_loss(logits, targets) * (float("nan") if len(calls) == 4 else 1.0)
+    loss = PretrainModule.loss
 
-    monkeypatch.setattr(decoder_pretrain, "next_token_loss", explode)
+    def explode(self: PretrainModule, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        calls.append(1)
+        return loss(self, batch) * (float("nan") if len(calls) == 4 else 1.0)
+
+    monkeypatch.setattr(PretrainModule, "loss", explode)
     done = llm_train("fit", "-c", tiny(trainer__val_check_interval=2, trainer__limit_val_batches=1))
     assert done.code == 1
     assert "the training loss was not finite at step 4" in done.err.splitlines()[-1]

@@ -8,7 +8,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from tiny_bases import CONTEXT, save_gpt_neo
 from torch import Tensor, nn
 
-from lightning_modules.finetuning.bases import load_pretrained, scored_at, scores_of_share
+from lightning_modules.finetuning.bases import load_pretrained, scores_of_share
 from lightning_modules.finetuning.causal_lm import CachedHubModel, FineTunedCausalLM
 from lightning_modules.models.generation import generate
 
@@ -72,17 +72,6 @@ def test_a_share_without_rows_has_empty_scores():
     assert torch.equal(scores_of_share(forward, ids, ids, 1, 1), forward(ids))
     assert scores_of_share(forward, ids[:0], ids[:0], 1, 1).shape == (0, 1, 1)
     assert scores_of_share(forward, ids[:0], ids[:0], 7).shape == (0, 7)
-
-
-def test_some_positions_are_scored_within_the_context_only(base):
-    model = load_pretrained(str(base)).eval()
-    ids = torch.arange(8).view(2, 4)
-    places = torch.tensor([[True, False, False, True], [False, True, False, False]])
-    with torch.no_grad():
-        everywhere = model(ids).logits
-        with scored_at(model, places):
-            assert torch.equal(model(ids).logits, everywhere[places])
-        assert torch.equal(model(ids).logits, everywhere)
 
 
 def test_cached_generation_equals_uncached_generation_also_past_the_context(base):

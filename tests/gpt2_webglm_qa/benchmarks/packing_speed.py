@@ -16,7 +16,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 
 from datamodules.gpt2_webglm_qa.cited_answers import JSONLines, Record, RecordSource
 from datamodules.gpt2_webglm_qa.data import GPT2WebGLMQADataModule, Rows
@@ -61,7 +60,7 @@ def losses(module: GPT2WebGLMQAModule, rows: Rows, numbers: list[int]) -> dict[i
     with torch.no_grad():
         for number in numbers:
             batch = rows[torch.tensor([number])]
-            nats = F.cross_entropy(module(batch), batch["targets"][batch["targets"] >= 0], reduction="none")
+            nats = module.nats(batch)[: int((batch["targets"] >= 0).sum())]
             lengths = [len(rows.examples[i].answer_ids) for i in rows.rows[number]]
             found |= {
                 i: part.double().mean().item() for i, part in zip(rows.rows[number], nats.split(lengths), strict=True)
