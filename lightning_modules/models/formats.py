@@ -21,10 +21,16 @@ from lightning_modules.models.decoder import Decoder, DecoderConfig
 
 OWN_MODEL_TYPE = "llm_train_decoder"
 
-_SIZES_AND_DROPOUTS = ("vocab_size", "block_size", "n_layer", "n_head", "n_embd", "attention")
-_SIZES_AND_DROPOUTS += ("embedding_dropout", "attention_dropout", "residual_dropout")
-_CLASSIC = {
-    field.name: field.default for field in fields(DecoderConfig) if field.name not in (*_SIZES_AND_DROPOUTS, "bias")
+_CLASSIC: dict[str, Any] = {
+    "n_kv_head": None,
+    "positions": "learned",
+    "norm": "layer",
+    "feed_forward": "gelu",
+    "qk_norm": False,
+    "embedding_norm": False,
+    "value_embeddings": False,
+    "tied_embeddings": True,
+    "logit_soft_cap": None,
 }
 _LLAMA = _CLASSIC | {"positions": "rotary", "norm": "rms", "feed_forward": "swiglu"}
 _NANOCHAT = _CLASSIC | {
@@ -59,9 +65,9 @@ class Format:
 
     def misfits(self, config: DecoderConfig) -> list[str]:
         """Return the parts of a decoder that the class does not have, such as `qk_norm=True`."""
-        return [
-            f"{name}={getattr(config, name)}" for name, value in self.parts.items() if getattr(config, name) != value
-        ]
+        if config.n_kv_head == config.n_head:
+            config = replace(config, n_kv_head=None)
+        return [f"{name}={own}" for name, value in self.parts.items() if (own := getattr(config, name)) != value]
 
 
 def _of_llama(name: str, parts: Mapping[str, Any], free: tuple[str, ...], model_type: llama_format.ModelType) -> Format:

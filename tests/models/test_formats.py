@@ -123,6 +123,11 @@ def test_a_decoder_without_a_class_is_saved_in_our_own_format(changes, missing):
         shorter(random_ids(13))
 
 
+def test_as_many_heads_of_keys_as_of_queries_are_no_part_of_their_own():
+    config, _, reason = exported(random_decoder(DecoderConfig(**SIZES, n_kv_head=4)))
+    assert (config["model_type"], reason) == ("gpt2", None)
+
+
 @pytest.mark.parametrize(
     ("name", "field", "value", "message"),
     [
