@@ -314,6 +314,7 @@ def test_rows_are_those_of_the_tokenizer(tokenizer, tokenizer_folder):
     expected = tokenizer(texts, truncation=True, max_length=40, padding=True, return_tensors="pt")
     assert torch.equal(batch["input_ids"], expected["input_ids"])
     assert torch.equal(batch["attention_mask"], expected["attention_mask"])
+    assert batch["n_tokens"] == expected["attention_mask"].sum()
     assert batch["labels"].tolist() == [1, 0, 1, 1]
     assert batch["positions"].tolist() == [3, 0, 7, 11]
     empty = data.datasets["train"][torch.tensor([], dtype=torch.int64)]

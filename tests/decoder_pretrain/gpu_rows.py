@@ -84,7 +84,7 @@ def pretraining(settings: Settings) -> Iterator[Line]:
     """GPT-2 124M: the command, a bare loop over the same compiled step, and nanoGPT."""
     steps, every = settings.choose((80, 10), (6, 2))
     data, vocabulary, block_size, batch_size = _decoder_data(settings, settings.choose(1_400_000, 5_000))
-    model = {"init_args": settings.choose({}, _TINY | {"compile": False})}
+    model = {"init_args": settings.choose({}, _TINY)}
     clock = fit(settings, "decoder_pretrain/gpt2_124m.yaml", steps, every, model=model, data=data)
     tokens, flops = block_size * batch_size, clock.module.flops_per_token
     ours = speed(clock.times, tokens, flops)
@@ -105,7 +105,7 @@ def characters(settings: Settings) -> Iterator[Line]:
     steps, every = settings.choose((600, 100), (6, 2))
     text = workload.write_letters(Path("letters.txt").resolve(), settings.choose(1_100_000, 5_000))
     block_size, batch_size = settings.choose((256, 64), (32, 4))
-    model = {"init_args": settings.choose({"compile": "reduce-overhead"}, _TINY | {"compile": False})}
+    model = {"init_args": settings.choose({}, _TINY) | {"compile": "reduce-overhead"}}
     data = {"init_args": {"source": {"init_args": {"paths": str(text)}}}}
     data["init_args"] |= {"block_size": block_size, "batch_size": batch_size}
     clock = fit(settings, "decoder_pretrain/char_shakespeare.yaml", steps, every, model=model, data=data)
@@ -218,7 +218,7 @@ def compilations(settings: Settings) -> Iterator[Line]:
     text = workload.write_letters(Path("letters.txt").resolve(), settings.choose(300_000, 5_000))
     block_size, batch_size = settings.choose((256, 64), (32, 4))
     sizes = {"n_layer": 2} if not settings.short else _TINY
-    model = {"init_args": sizes | {"compile": not settings.short}}
+    model = {"init_args": sizes | {"compile": True}}
     data = {"init_args": {"source": {"init_args": {"paths": str(text)}}}}
     data["init_args"] |= {"block_size": block_size, "batch_size": batch_size}
     samples = {
@@ -241,7 +241,7 @@ def modern(settings: Settings) -> Iterator[Line]:
     data, _, block_size, batch_size = _decoder_data(settings, settings.choose(1_400_000, 5_000))
     speeds: dict[str, float] = {}
     for name, experiment in (("classic", "gpt2_124m.yaml"), ("modern", "speedrun_124m.yaml")):
-        model = {"init_args": settings.choose({"compile": True}, _TINY | {"compile": False})}
+        model = {"init_args": settings.choose({}, _TINY) | {"compile": True}}
         if name == "modern":
             model["init_args"] |= {"tied_embeddings": True}  # as in the classic decoder
         adamw = {"class_path": "torch.optim.AdamW", "init_args": {"lr": 6e-4, "fused": True}}

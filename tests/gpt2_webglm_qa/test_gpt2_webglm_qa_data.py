@@ -191,6 +191,7 @@ def test_exactly_the_answer_and_the_end_carry_the_loss(template, packing, weight
     filled[:, : 2 * n if packing else n] = True
     assert (batch["targets"][~filled] == -100).all()
     assert (batch["loss_weights"][~filled] == 0).all()
+    assert batch["n_tokens"] == 2 * n
     assert batch["target_bytes"] == 2 * (len(answer) + (len(prompt) - 1 if weight else 0))
     assert batch["mean_weight"] == pytest.approx(2 * (n_answer + weight * (n_prompt - 1)))
 

@@ -93,7 +93,9 @@ def fit(settings: Settings, experiment: str, steps: int, every: int, **overlay: 
     overlay["trainer"] = trainer | overlay.get("trainer", {})
     file = Path(f"overlay_{len(list(Path().glob('overlay_*')))}.yaml")
     file.write_text(yaml.safe_dump(overlay, sort_keys=False))
-    llm_train(["fit", "-c", str(EXPERIMENTS / experiment), "-c", str(file), "--run.name", file.stem])
+    backend = settings.choose("inductor", "eager")  # the compiler of a CPU takes a minute
+    with mock.patch.object(ExperimentModule, "compile_backend", backend):
+        llm_train(["fit", "-c", str(EXPERIMENTS / experiment), "-c", str(file), "--run.name", file.stem])
     return Clock.last
 
 
