@@ -1,10 +1,13 @@
 """Loggers of a run: a CSV file in the run folder, and Weights & Biases, online or offline."""
 
+import contextlib
 import csv
 import io
 import json
 import netrc
 import os
+import shlex
+import tempfile
 from argparse import Namespace
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -25,6 +28,7 @@ if TYPE_CHECKING:  # wandb is imported where it is used: it is slow to import
 _ARTIFACTS = {"config": "config.yaml", "tokenizer": "tokenizer", "model": "checkpoints/best.ckpt"}  # in the run folder
 _RECORD = Path("wandb", "id.json")  # the id of the W&B run, and the kinds of its artifacts
 _LONGEST_TAG = 64  # W&B refuses longer ones
+_MODES = ("online", "offline", "shared", "disabled", "dryrun", "run")
 
 
 @runtime_checkable
@@ -194,10 +198,29 @@ class WandbRecorder(OpenWandbLogger):
         if self.run is not None:
             return self.run
         os.environ.setdefault("WANDB_SILENT", "true")  # the closing lines of the run say what is needed
-        run = super().experiment
-        if self.run is not None and self._folder is not None:
-            _record(self._folder, run.id, _recorded(self._folder)["artifacts"])
-        return run
+        with self.tolerated():
+            self._prepare()
+            run = super().experiment
+            if self.run is not None and self._folder is not None:
+                _record(self._folder, run.id, _recorded(self._folder)["artifacts"])
+            return run
+        return self.run  # it has failed
+
+    @rank_zero_only
+    def _prepare(self) -> None:
+        """Choose a mode that can work, and read W&B's settings."""
+        import wandb
+
+        os.environ |= {"WANDB_MODE": self.settings["mode"]} if self.settings.get("mode") else {}
+        if not os.environ.get("WANDB_API_KEY"):
+            os.environ.pop("WANDB_API_KEY", None)  # W&B refuses an empty one
+        if self.settings.get("mode") == "online" and not _answers(_address()):
+            say(f"W&B: {_address()} does not answer: the record of the run is kept offline")
+            self.settings["mode"] = os.environ["WANDB_MODE"] = "offline"
+        # W&B reads wandb/settings of the working folder; in a run folder they could be a stranger's.
+        elsewhere = tempfile.gettempdir() if _RECORD.is_file() or Path("config.yaml").is_file() else os.getcwd()
+        with contextlib.chdir(elsewhere):
+            wandb.setup()
 
     @contextmanager
     def tolerated(self) -> Iterator[None]:
@@ -205,10 +228,8 @@ class WandbRecorder(OpenWandbLogger):
         try:
             yield
         except Exception as error:
-            import wandb
-
-            say(f"W&B failed ({type(error).__name__}: {error}): the run goes on without it")
-            self.run = wandb.init(mode="disabled")
+            say(f"W&B failed ({' '.join(f'{type(error).__name__}: {error}'.split())}): the run goes on without it")
+            self.run = _NoRun()
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Add metrics to the history, at the number of optimiser steps done (`trainer/global_step`)."""
@@ -269,7 +290,19 @@ class WandbRecorder(OpenWandbLogger):
         if self._folder is None or self.settings.get("mode") != "offline":
             return None
         folders = sorted(self._folder.glob("wandb/offline-run-*"))
-        return f"wandb sync {' '.join(map(str, folders))}" if folders else None
+        return f"wandb sync {shlex.join(map(str, folders))}" if folders else None
+
+
+class _NoRun:
+    """A W&B run that does nothing, for when W&B cannot make one."""
+
+    disabled = True
+
+    def __getattr__(self, name: str) -> Any:
+        return self
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self
 
 
 def _artifact(kind: str, folder: Path, run_id: str) -> "wandb.Artifact":
@@ -301,11 +334,30 @@ def steps_done(step: int | None) -> int:
 
 def _mode() -> str:
     """Return W&B's mode: online if an account is known, offline otherwise; there is never a prompt."""
-    if mode := os.environ.get("WANDB_MODE"):
-        return mode
-    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
+    if mode := os.environ.get("WANDB_MODE", "").strip().lower():
+        if mode in _MODES:
+            return mode
+        say(f"WANDB_MODE: there is no {mode!r}, only {', '.join(_MODES)}; the record of the run is kept offline")
+        return "offline"
+    host = urlsplit(_address()).hostname
     try:
-        logged_in = "WANDB_API_KEY" in os.environ or netrc.netrc().authenticators(host or "") is not None
+        logged_in = bool(os.environ.get("WANDB_API_KEY")) or netrc.netrc().authenticators(host or "") is not None
     except (OSError, netrc.NetrcParseError):  # no such file, or one that wandb cannot read either
         logged_in = False
     return "online" if logged_in else "offline"
+
+
+def _address() -> str:
+    """Return the address of the W&B server."""
+    return os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai"
+
+
+def _answers(address: str) -> bool:
+    """Return whether a server answers within five seconds; W&B would try for three minutes."""
+    import requests
+
+    try:
+        requests.head(address, timeout=5)
+    except requests.RequestException:
+        return False
+    return True

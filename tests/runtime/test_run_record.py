@@ -250,6 +250,9 @@ def test_a_run_of_wandbs_agent_is_named_after_its_settings_and_grouped_by_its_st
     [
         ({}, "", "offline"),
         ({"WANDB_API_KEY": "x"}, "", "online"),
+        ({"WANDB_API_KEY": ""}, "", "offline"),
+        ({"WANDB_MODE": "Offline"}, "", "offline"),
+        ({"WANDB_MODE": "ofline", "WANDB_API_KEY": "x"}, "", "offline"),
         ({"WANDB_MODE": "shared"}, "", "shared"),
         ({}, "machine api.wandb.ai login user password key\n", "online"),
         ({"WANDB_BASE_URL": "https://wandb.example.org"}, "machine api.wandb.ai login user password key\n", "offline"),
