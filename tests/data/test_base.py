@@ -11,7 +11,7 @@ import pytest
 import torch
 from jsonargparse import ArgumentError, ArgumentParser
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, SequentialSampler
 
 import datamodules
 from datamodules.base import ExperimentDataModule, GlobalBatches, shuffled
@@ -37,10 +37,11 @@ def flat(lists):
     return list(chain.from_iterable(lists))
 
 
-def attach(datamodule, rank, world_size):
+def attach(datamodule, rank, world_size, overfit_batches=0.0):
     """Give a datamodule the trainer of one process of several."""
-    strategy = SimpleNamespace(distributed_sampler_kwargs={"num_replicas": world_size, "rank": rank})
-    datamodule.trainer = SimpleNamespace(strategy=strategy)
+    share = {"distributed_sampler_kwargs": {"num_replicas": world_size, "rank": rank}} if world_size > 1 else {}
+    strategy = SimpleNamespace(root_device=torch.device("cpu"), **share)  # strategies of one device have no sampler
+    datamodule.trainer = SimpleNamespace(strategy=strategy, overfit_batches=overfit_batches)
     return datamodule
 
 
@@ -154,9 +155,15 @@ def test_a_process_may_get_an_empty_share_of_the_last_evaluation_batch():
 
 
 def test_a_trainer_of_one_process_takes_whole_batches():
-    datamodule = ExperimentDataModule(4)
-    datamodule.trainer = SimpleNamespace(strategy=SimpleNamespace())  # single-device strategies have no sampler
+    datamodule = attach(ExperimentDataModule(4), 0, 1)
     assert [len(batch) for batch in loaded(datamodule.training_loader(Squares(), 8))] == [4, 4]
+
+
+def test_a_run_that_overfits_has_the_batches_of_the_first_epoch_in_each():
+    plain = ExperimentDataModule(2, seed=5).training_loader(Squares(), 8)
+    overfits = attach(ExperimentDataModule(2, seed=5), 0, 1, overfit_batches=2).training_loader(Squares(), 8)
+    assert isinstance(overfits.sampler, SequentialSampler)  # Lightning replaces others
+    assert loaded(overfits, epoch=3) == loaded(overfits) == loaded(plain) != loaded(plain, epoch=3)
 
 
 # --- errors ----------------------------------------------------------------------------------------------------------
