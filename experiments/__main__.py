@@ -8,6 +8,7 @@ if __name__ == "__main__" and sys.path and not sys.flags.safe_path:
 
 import difflib
 import importlib
+import io
 import os
 from collections.abc import Sequence
 
@@ -45,6 +46,8 @@ Every command has its own --help. LLM_TRAIN_TRACEBACK=1 shows where in the code 
 
 def main(args: Sequence[str] | None = None) -> None:
     """Run a command; a mistake of the user prints one line and exits with code 1 or 2."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as standard error: some consoles have few characters
     args = list(sys.argv[1:] if args is None else args)
     if not args or args[0] in ("-h", "--help", "help"):
         print(HELP, end="")
