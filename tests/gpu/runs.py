@@ -120,7 +120,7 @@ def bare_loop(clock: Clock, n_steps: int, every: int) -> Times:
     parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
 
     def step(number: int) -> None:
-        with torch.autocast(device, torch.bfloat16):
+        with trainer.precision_plugin.forward_context():  # other settings of autocast would compile the loss again
             loss = module.training_step(batches[number % len(batches)], number)
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
