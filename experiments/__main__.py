@@ -49,6 +49,9 @@ def main(args: Sequence[str] | None = None) -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # as standard error: some consoles have few characters
     args = list(sys.argv[1:] if args is None else args)
+    if unreadable := next((arg for arg in args if not _is_text(arg)), None):
+        encoding = sys.getfilesystemencoding()
+        sys.exit(_error(f"argument {unreadable!r} is not {encoding}; use UTF-8, with PYTHONUTF8=1 if need be", 2))
     if not args or args[0] in ("-h", "--help", "help"):
         print(HELP, end="")
         return
@@ -93,6 +96,15 @@ def _is_refused_by_lightning(error: BaseException) -> bool:
         places = places.tb_next
     module = places.tb_frame.f_globals.get("__name__", "") if places else ""
     return isinstance(error, _REFUSALS) and module.startswith("lightning.")
+
+
+def _is_text(argument: str) -> bool:
+    """Return whether an argument is text; bytes that the console's encoding does not have are surrogates in it."""
+    try:
+        argument.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _error(message: str, code: int) -> int:
