@@ -9,6 +9,7 @@ if __name__ == "__main__" and sys.path and not sys.flags.safe_path:
 import difflib
 import importlib
 import io
+import locale
 import os
 from collections.abc import Sequence
 
@@ -48,6 +49,9 @@ def main(args: Sequence[str] | None = None) -> None:
     """Run a command; a mistake of the user prints one line and exits with code 1 or 2."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # as standard error: some consoles have few characters
+    if args is None and os.name == "posix" and locale.getpreferredencoding(False).lower() not in ("utf-8", "utf8"):
+        # In another locale, libraries would read and write files in its encoding. Python 3.15 always has this mode.
+        os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
     args = list(sys.argv[1:] if args is None else args)
     if unreadable := next((arg for arg in args if not _is_text(arg)), None):
         encoding = sys.getfilesystemencoding()
