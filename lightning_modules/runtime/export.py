@@ -69,7 +69,8 @@ def export_model(module: ExperimentModule, tokenizer: "PreTrainedTokenizerFast",
     if hasattr(module, "generate"):
         end = tokenizer.eos_token_id
         tokens["eos_token_id"] = end
-        tokenizer.padding_side = "left"  # so that all prompts of a batch end at one position
+        # So that all prompts of a batch end at one position. Only what is in init_kwargs too is saved.
+        tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"
         if tokenizer.pad_token_id is None and end is not None:
             tokenizer.pad_token = tokenizer.eos_token
         settings = {"eos_token_id": end, "pad_token_id": tokenizer.pad_token_id, "max_length": context}

@@ -148,15 +148,31 @@ def some_batch(base: Path, n: int = 6) -> dict[str, torch.Tensor]:
     return data.datasets["train"][torch.arange(n)]
 
 
+def test_the_exported_classifier_truncates_and_pads_in_other_programs(classified):
+    from transformers import AutoTokenizer, pipeline
+
+    folder = classified.run / "model"
+    assert AutoTokenizer.from_pretrained(folder).model_max_length == 48
+    classify = pipeline("text-classification", model=str(folder), device="cpu", top_k=None)
+    texts = ["I would see it again. " * 40, "Never again.", "It was long, and then it was longer still."]
+    alone = [{row["label"]: row["score"] for row in classify([text], truncation=True)[0]} for text in texts]
+    together = classify(texts, truncation=True, padding=True, batch_size=3)
+    for scores, rows in zip(alone, together, strict=True):
+        assert set(scores) == {"negative", "positive"}
+        assert {row["label"]: row["score"] for row in rows} == pytest.approx(scores, abs=1e-5)
+
+
 # --- pretraining -----------------------------------------------------------------------------------------------------
 
 
 def test_pretraining_lowers_the_loss_and_is_exported(pretrained):
-    from transformers import AutoModelForMaskedLM
+    from transformers import AutoModelForMaskedLM, pipeline
 
     assert pretrained.loss < np.log(400) - 0.3
     model = AutoModelForMaskedLM.from_pretrained(pretrained.run / "model")
     assert model.config.max_position_embeddings == 48
+    fill = pipeline("fill-mask", model=str(pretrained.run / "model"), device="cpu")
+    assert len(fill("a [MASK] film")) == 5
 
     further = BertMaskedLMModule(str(pretrained.run), vocab_size=400, block_size=48)
     for name, weight in model.state_dict().items():
