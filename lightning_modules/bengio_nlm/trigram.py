@@ -7,10 +7,14 @@ Most trigrams are too rare for a reliable relative frequency, so it is mixed wit
 The more often a history (u, v) occurs, the more reliable are its longer n-grams. So each order of magnitude `q` of its
 frequency has separate weights. The relative frequencies are those of the training text; EM finds the
 weights on held-out text.
+
+A weight is at least `LEAST_WEIGHT`. EM alone drives the weight of a model that never helps on the held-out text to
+zero, at any speed: a word that only this model expects would then cost hundreds of nats.
 """
 
 import numpy as np
 
+LEAST_WEIGHT = 1e-6  # so no word is less likely than 1e-6 times what one of the models says: 14 nats more
 N_GROUPS = 45  # groups of histories by the logarithm of their frequency: enough for any text that has 64-bit keys
 
 
@@ -18,6 +22,8 @@ def fit_mixture(
     probabilities: np.ndarray, groups: np.ndarray, n_groups: int, tolerance: float = 1e-7, max_steps: int = 200
 ) -> np.ndarray:
     """Return the weights (G, K) of a mixture that maximise the likelihood, by EM (Dempster, Laird and Rubin, 1977).
+
+    Each weight is at least `LEAST_WEIGHT` before the weights of a group are scaled to sum to one.
 
     Args:
         probabilities: Probability of each of N observations by each of K models, (N, K); positive for at least one.
@@ -41,7 +47,8 @@ def fit_mixture(
         expected = np.stack([np.bincount(groups, shares[:, k], n_groups) for k in range(n_models)], axis=1)  # (G, K)
         overall = expected.sum(axis=0) / max(1, len(groups))
         weights = np.where(sizes > 0, expected / np.maximum(sizes, 1), overall)
-    return weights
+    weights = np.maximum(weights, LEAST_WEIGHT)
+    return weights / weights.sum(axis=1, keepdims=True)
 
 
 class InterpolatedTrigram:

@@ -54,6 +54,15 @@ def test_one_step_of_em_by_hand():
     assert weights == pytest.approx(np.array([[1.65 / 3, 1.35 / 3]]))
 
 
+def test_a_word_that_the_held_out_text_lacks_stays_possible():
+    trigram = InterpolatedTrigram(np.array([0, 1, 2] * 50), vocab_size=5)
+    trigram.fit(np.array([[1, 0]] * 100), np.array([2] * 100))  # the uniform distribution never helps
+    assert trigram.weights.min() > 0.9e-6
+    assert trigram.weights.sum(axis=1) == pytest.approx(np.ones(N_GROUPS))
+    (unseen,) = np.log(trigram.probabilities(np.array([[1, 0]]), np.array([4])))
+    assert np.log(1e-6 / 5) - 1e-3 < unseen < np.log(1e-6 / 5) + 1
+
+
 def test_em_never_lowers_the_likelihood_and_finds_its_maximum():
     rng = np.random.default_rng(0)
     probabilities = rng.uniform(0.01, 1, (400, 2))
