@@ -12,7 +12,7 @@ from typing import Any
 
 import lightning as L
 from jsonargparse import ActionYesNo, Namespace
-from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.callbacks import BatchSizeFinder, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
@@ -237,8 +237,10 @@ class ExperimentCLI(SettingsGoOverCheckpoint):
             self.run = run_folder.claim(*self._claim_as)
             self._lock_run()
         built = self.config_init[self.subcommand]
+        callbacks = built["trainer"]["callbacks"] or []
+        if any(isinstance(callback, BatchSizeFinder) for callback in callbacks):
+            raise MisconfigurationException("BatchSizeFinder: data.batch_size is a setting of the experiment; set it")
         if built["trainer"]["enable_progress_bar"] is False:
-            callbacks = built["trainer"]["callbacks"] or []
             built["trainer"]["callbacks"] = [c for c in callbacks if not isinstance(c, ProgressBar)]
         try:
             trainer = super().instantiate_trainer(default_root_dir=str(self.run.path), **kwargs)
