@@ -31,6 +31,7 @@ class RunProgress(ProgressBar):
         self.refresh_seconds = refresh_seconds
         self._bar: tqdm | None = None
         self._drawn = 0.0
+        self._shown: dict[str, str] = {}  # metrics, as they were last read
         self._enabled = True
 
     def disable(self) -> None:
@@ -58,13 +59,18 @@ class RunProgress(ProgressBar):
     def _show(self, trainer: L.Trainer, position: float, now: bool = False) -> None:
         if self._bar is None or self._bar.disable or not (now or time.monotonic() - self._drawn > self._seconds):
             return
+        if now:
+            self._read(trainer)
         self._drawn, self._bar.n = time.monotonic(), position
-        metrics = trainer.callback_metrics
-        values = {short: float(metrics[name]) for name, short in _SHOWN.items() if name in metrics}
-        shown = {name: f"{value:,.0f}" if value >= 1000 else f"{value:.3f}" for name, value in values.items()}
-        self._bar.set_postfix(shown, refresh=True)
+        self._bar.set_postfix(self._shown, refresh=True)
         if not sys.stderr.isatty():
             self._bar.fp.write("\n")
+
+    def _read(self, trainer: L.Trainer) -> None:
+        """Read the metrics; on a GPU this waits for the last step."""
+        metrics = trainer.callback_metrics
+        values = {short: float(metrics[name]) for name, short in _SHOWN.items() if name in metrics}
+        self._shown = {name: f"{value:,.0f}" if value >= 1000 else f"{value:.3f}" for name, value in values.items()}
 
     def _close(self, trainer: L.Trainer, position: float) -> None:
         if self._bar is not None:
@@ -77,7 +83,10 @@ class RunProgress(ProgressBar):
         self._open("train", trainer.estimated_stepping_batches, initial=trainer.global_step)
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: object) -> None:
-        """Advance the bar."""
+        """Advance the bar; the metrics change at the steps that are logged."""
+        every = trainer.log_every_n_steps
+        if self._enabled and every > 0 and trainer.global_step % every == 0:
+            self._read(trainer)
         self._show(trainer, trainer.global_step)
 
     def on_train_end(self, trainer: L.Trainer, *_: object) -> None:
