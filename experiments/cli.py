@@ -267,10 +267,8 @@ class ExperimentCLI(SettingsGoOverCheckpoint):
             self._lock.release()
         if self.run is None or not self.run.is_new or rank_zero_only.rank != 0:
             return
-        if self._trainer_arguments.get("fast_dev_run"):
+        if self._trainer_arguments.get("fast_dev_run") or not any(self.run.path.glob("config*.yaml")):
             shutil.rmtree(self.run.path, ignore_errors=True)
-        elif self.run.path.is_dir() and not any(self.run.path.iterdir()):
-            self.run.path.rmdir()
 
 
 def _reader(attribute: str) -> Callable[[ExperimentDataModule], Any]:

@@ -22,7 +22,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from experiments.run_folder import CONFIG, RunFolder
 from experiments.trust import SESSION_KEYS, unknown_packages
-from lightning_modules.common.files import write_text
+from lightning_modules.common.files import write_json, write_text
 from lightning_modules.common.messages import say
 from lightning_modules.runtime.checkpoint import RunCheckpoint
 from lightning_modules.runtime.loggers import MetricsCSV, WandbRecorder
@@ -42,10 +42,23 @@ class RunRecord(SaveConfigCallback):
         self.cli = cli
         self._began = time.monotonic()
         self._unwritten: list[dict[str, Any]] = []
+        self._is_recorded = False
         self._unknown_packages: list[str] = []  # whose classes the configuration names
 
     def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Write the configuration and the environment at the start of a run; called on rank 0 only."""
+        """Write the configuration and the environment at the start of a run; called on rank 0 only.
+
+        The record of a resumed run is changed when its training starts: until then it may be refused.
+        """
+        if not self._is_resumed:
+            self._record(trainer)
+
+    @property
+    def _is_resumed(self) -> bool:
+        return self.cli.subcommand == "fit" and bool(self.cli.arguments.get("ckpt_path"))
+
+    def _record(self, trainer: L.Trainer) -> None:
+        self._is_recorded = True
         if trainer.strategy.root_device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(trainer.strategy.root_device)
         run = self._run
@@ -63,7 +76,10 @@ class RunRecord(SaveConfigCallback):
         environment_file = run.path / "environment.json"
         sessions = json.loads(environment_file.read_text()) if environment_file.is_file() else []
         session = environment(trainer)
-        write_text(environment_file, json.dumps([*sessions, session], indent=2) + "\n")
+        if self._is_resumed:
+            checkpoint = str(self.cli.arguments["ckpt_path"])
+            session["resumed"] = {"checkpoint": checkpoint, "step": trainer.global_step, "changed": self.cli.changes}
+        write_json(environment_file, [*sessions, session])
         for logger in _of(WandbRecorder, trainer.loggers):
             with logger.tolerated():
                 logger.experiment.config.update(config, allow_val_change=True)
@@ -81,7 +97,9 @@ class RunRecord(SaveConfigCallback):
         return self._run.path / ("summary.json" if command == "fit" else f"summary_{command}.json")
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Drop the metrics of steps that a resumed run repeats."""
+        """Write the record of a resumed run, and drop the metrics of steps that it repeats."""
+        if self._is_resumed and trainer.is_global_zero:
+            self._record(trainer)
         for logger in _of(MetricsCSV, trainer.loggers) if trainer.is_global_zero else ():
             logger.go_on_from(trainer.global_step, self._unwritten)
 
@@ -109,6 +127,10 @@ class RunRecord(SaveConfigCallback):
         if self.cli.closed:
             return
         self.cli.closed = True
+        if not self._is_recorded:  # a resumed run that did not begin to train keeps its record
+            if status == "finished":
+                say(f"{self._run.path} is finished: nothing is left to do")
+            return
         is_fit = self.cli.subcommand == "fit"
         checkpoints = [c for c in _of(RunCheckpoint, trainer.checkpoint_callbacks) if c.best_score is not None]
         best, shown = None, {}
@@ -128,7 +150,7 @@ class RunRecord(SaveConfigCallback):
         }
         if (device := trainer.strategy.root_device).type == "cuda":
             summary["peak_gpu_memory_mib"] = round(torch.cuda.max_memory_allocated(device) / 2**20)
-        write_text(self._summary_file, json.dumps(summary, indent=2) + "\n")
+        write_json(self._summary_file, summary)
         sync_command = None
         for logger in _of(WandbRecorder, trainer.loggers):
             if shown:

@@ -3,6 +3,8 @@
 import csv
 import io
 import itertools
+import json
+import math
 import os
 import shutil
 import uuid
@@ -21,6 +23,10 @@ def atomic_file(target: Path) -> Iterator[BinaryIO]:
         with open(temporary, "wb") as file:
             yield file
         os.replace(temporary, target)
+    except OSError as error:
+        if error.errno is None or error.filename not in (None, str(temporary)):
+            raise
+        raise OSError(error.errno, error.strerror, str(target)) from error  # a full disk names no file
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -29,6 +35,19 @@ def write_text(target: Path, text: str) -> None:
     """Create or replace a UTF-8 text file."""
     with atomic_file(target) as file:
         file.write(text.encode("utf-8"))
+
+
+def write_json(target: Path, value: Any, indent: int | None = 2) -> None:
+    """Create or replace a JSON file; numbers that JSON does not have, which are not finite, become null."""
+    write_text(target, json.dumps(_with_nulls(value), indent=indent, allow_nan=False) + "\n")
+
+
+def _with_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _with_nulls(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_with_nulls(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_csv(target: Path, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:

@@ -1,5 +1,6 @@
 """The optimiser and the schedule of a run: the logged rate, validations, and what a resumed run changes."""
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -149,6 +150,7 @@ class OptimizerSettings(L.Callback):
                     for name, value in own_settings.items()
                     if saved_settings.get(name, value) != value
                 ]
+            self._compare_lengths(schedule, checkpoint["lr_schedulers"][0])
         elif schedule is not None and (before != now or saved_settings != own_settings):
             raise MisconfigurationException(
                 f"lr_scheduler: {now} cannot take over at step {checkpoint['global_step']} with other settings, "
@@ -157,26 +159,21 @@ class OptimizerSettings(L.Callback):
         elif schedule is None and before is not None:
             self._changes.append(f"no schedule in place of {before}")
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Say what the resumed run changes.
-
-        Raises:
-            MisconfigurationException: If the schedule has ended at a rate of 0, and the run is made longer.
-        """
-        schedule, step = _schedule(trainer), trainer.global_step
-        if isinstance(schedule, StepSchedule) and (change := schedule.change_of_length):
-            if not any(schedule.get_last_lr()):
-                raise MisconfigurationException(
-                    f"lr_scheduler: the schedule ended before step {step} with a rate of 0, so a longer run would "
-                    f"learn nothing; take another, such as --lr_scheduler {_OUR_SCHEDULES}.Constant, or start a new run"
-                )
-            self._changes.append(change)
-        self._say(step)
+    def _compare_lengths(self, schedule: StepSchedule, state: dict[str, Any]) -> None:
+        trial = copy.copy(schedule)  # what it changes in the optimiser, Lightning restores next
+        trial.load_state_dict(state)
+        if trial.change_of_length and not any(trial.get_last_lr()):
+            raise MisconfigurationException(
+                f"lr_scheduler: the schedule ended before step {trial.last_epoch} with a rate of 0, so a longer run "
+                f"would learn nothing; take another ({_OUR_SCHEDULES}.Constant, for example), or start a new run"
+            )
+        self._changes += [trial.change_of_length] if trial.change_of_length else []
 
     @rank_zero_only
-    def _say(self, step: int) -> None:
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Say what the resumed run changes."""
         if self._changes:
-            say(f"from step {step} on: {'; '.join(dict.fromkeys(self._changes))}")
+            say(f"from step {trainer.global_step} on: {'; '.join(dict.fromkeys(self._changes))}")
             self._changes = []
 
 

@@ -144,7 +144,7 @@ class StepSchedule(LRScheduler):
             self._set_length(planned)
             self.change_of_length = f"the schedule is that of {planned} steps in place of {before}"
         else:
-            self.stretches.append((step, self._place(step), planned))
+            self.stretches = [*self.stretches, (step, self._place(step), planned)]
             what = "stretched" if planned > before else "compressed"
             self.change_of_length = f"the rest of the schedule of {before} steps is {what} to end at step {planned}"
 

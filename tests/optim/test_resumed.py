@@ -1,10 +1,12 @@
 """What a resumed run changes of its optimiser and schedule: it is applied and said, or refused."""
 
 import csv
+import json
 import shutil
 
 import pytest
 import torch
+import yaml
 from helpers import LAST, RUNS
 from torch import nn
 
@@ -121,6 +123,14 @@ def test_changed_settings_of_the_optimiser_are_applied_and_said(continued):
     assert logged("run")[28] == pytest.approx(0.05)  # the end of the schedule is a tenth of the peak
     assert logged("run")[24] < 0.01
     assert settings_in_checkpoint()["weight_decay"] == 0.3
+    config = yaml.safe_load((RUNS / "run/config.yaml").read_text())
+    assert config["optimizer"]["init_args"]["lr"] == 0.5
+    first, second = json.loads((RUNS / "run/environment.json").read_text())
+    assert "resumed" not in first
+    assert (second["resumed"]["checkpoint"], second["resumed"]["step"]) == (str(RUNS / "run" / LAST), 24)
+    changed = {"trainer.max_steps": [24, 28], "optimizer.lr": [0.01, 0.5], "optimizer.weight_decay": [0.1, 0.3]}
+    paths = "data.source.paths"  # of a copy of the text
+    assert {name: both for name, both in second["resumed"]["changed"].items() if name != paths} == changed
 
 
 def test_another_schedule_is_followed_from_the_step_on(continued):
@@ -134,26 +144,24 @@ def test_a_schedule_that_ended_at_zero_cannot_be_made_longer(continued):
     schedule = {"class_path": f"{SCHEDULES}.Linear", "init_args": {}}
     refused = continued("--trainer.max_steps=28", lr_scheduler=schedule)
     assert refused.code == 1
+    assert '"status": "finished"' in (RUNS / "run/summary.json").read_text()
+    assert "max_steps: 24" in (RUNS / "run/config.yaml").read_text()
     assert refused.err.splitlines()[-1].startswith("error: lr_scheduler: the schedule ended before step 24 with a rate")
 
 
 @pytest.mark.parametrize(
     ("flags", "reason"),
     [
-        (
-            ["--optimizer=torch.optim.SGD"],
-            "optimizer: the checkpoint has the state of torch.AdamW, from which torch.SGD",
-        ),
+        (["--optimizer=torch.optim.SGD"], "optimizer: the checkpoint has the state of torch.AdamW, from which torch.S"),
         (["--optimizer=lightning_modules.optim.Muon"], "optimizer: the checkpoint has the state of torch.AdamW, from"),
-        (
-            [f"--lr_scheduler={TORCH}.ConstantLR"],
-            "lr_scheduler: torch.ConstantLR cannot take over at step 24 with other",
-        ),
+        ([f"--lr_scheduler={TORCH}.ConstantLR"], "lr_scheduler: torch.ConstantLR cannot take over at step 24"),
     ],
 )
-def test_what_cannot_be_changed_is_refused(continued, flags, reason):
-    refused = continued("--trainer.max_steps=28", *flags)
+def test_what_cannot_be_changed_is_refused(llm_train, tiny, whole, tmp_path, flags, reason):
+    copied = shutil.copy(whole() / LAST, tmp_path / "copied.ckpt")  # without the configuration of its run
+    refused = llm_train("fit", "-c", tiny(), "--ckpt_path", copied, "--trainer.max_steps=28", *flags)
     assert (refused.code, refused.err.splitlines()[-1].startswith(f"error: {reason}")) == (1, True), refused.err
+    assert not list(RUNS.glob("*"))
 
 
 # --- torch's schedules ------------------------------------------------------------------------------------------------

@@ -176,8 +176,10 @@ def test_a_configuration_in_a_run_folder_means_that_run_also_beside_a_newer_one(
     assert llm_train("fit", "-c", config, "--ckpt_path", "last", "--trainer.max_steps", "26").code == 0
     assert saved_step("moved") == 26
     assert {path: path.read_bytes() for path in (RUNS / "whole.2").rglob("*") if path.is_file()} == before
-    assert llm_train("fit", "-c", config, "--ckpt_path", "last", "--run.name", "whole").code == 0  # names another run
-    assert (RUNS / "whole.2/environment.json").read_bytes() != before[RUNS / "whole.2/environment.json"]
+    flags = ("--ckpt_path", "last", "--run.name", "whole", "--trainer.max_steps", "24")  # names another run
+    other = llm_train("fit", "-c", config, *flags)
+    assert (other.code, other.err) == (0, f"{RUNS}/whole.2 is finished: nothing is left to do\n")
+    assert {path: path.read_bytes() for path in (RUNS / "whole.2").rglob("*") if path.is_file()} == before
 
 
 @pytest.mark.parametrize("name", ["lr[1e-2]", "Étude № 1"])

@@ -1,0 +1,115 @@
+"""What a resumed run may change of its configuration.
+
+The configuration of a resumed run is compared with the `config.yaml` of the run that its checkpoint belongs to. A
+change applies from the step of the checkpoint on, and `environment.json` records it with that step; or it is refused in
+one line, because the state in the checkpoint would not be that of the new configuration. Three kinds are refused:
+
+- the seed and the data, except how they are loaded: the checkpoint knows how many batches are done, and the same
+  batches must follow. A file or folder that was moved or copied may have another path;
+- the model, except its dropout and how it is computed: the weights are those of the model as it was built;
+- the class of the optimiser, and any change of a schedule of torch: their states fit no other.
+
+Learning rate, weight decay and other settings of the optimiser, the schedules of this project, the length of the run,
+devices, strategy, precision, clipping, validation, loggers and callbacks may change. `OptimizerSettings` says what
+becomes of the rate.
+"""
+
+import filecmp
+from collections.abc import Iterator, Mapping
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from experiments.class_paths import current
+
+Changes = dict[str, list[Any]]  # by the name of a setting as in a flag: the value before and now
+
+_DATA = "the checkpoint counts the batches that are done, and others would follow"
+_MODEL = "the weights in the checkpoint are those of the model as it was built"
+_STATE = "the state in the checkpoint fits no other"
+# The first pattern that matches a setting decides: why it cannot change, or `None` if it can.
+_RULES: tuple[tuple[str, str | None], ...] = (
+    ("seed_everything", _DATA),
+    ("data.num_workers", None),
+    ("data.cache_dir", None),
+    ("data*", _DATA),
+    ("model.compile", None),
+    ("model.attention", None),
+    ("model.*dropout", None),
+    ("model*", _MODEL),
+    ("trainer.accumulate_grad_batches", _DATA),
+    ("trainer.limit_train_batches", _DATA),
+    ("trainer.overfit_batches", _DATA),
+    ("optimizer", _STATE),
+    ("*", None),
+)
+
+
+def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> Changes:
+    """Return the settings of a resumed run that differ from those of its saved configuration.
+
+    Args:
+        before: The saved configuration. An earlier version may have written it: settings that it lacks are not
+            compared, and a class that has moved is the same class.
+        now: The configuration of the resumed run.
+
+    Raises:
+        MisconfigurationException: If one of them cannot change.
+    """
+    saved, own = (dict(_settings(config)) for config in (before, now))
+    changed = {name: [saved[name], own[name]] for name in own if name in saved and saved[name] != own[name]}
+    for name, (was, wanted) in changed.items():
+        reason = next(reason for pattern, reason in _RULES if fnmatchcase(name, pattern))
+        if reason and not _have_moved(was, wanted):
+            raise MisconfigurationException(
+                f"{name}: it is {wanted}, and the run to resume has {was}: {reason}; keep it, or start a new run"
+            )
+    return changed
+
+
+def _settings(config: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the settings of a configuration by their names as flags; a class is the setting of its section.
+
+    Callbacks, loggers and other classes in a list go by the names of the classes, since their order does not matter.
+    """
+    if isinstance(config, Mapping) and "class_path" in config:
+        class_path = current(config["class_path"])
+        yield name, class_path
+        yield from _settings(config.get("init_args") or {}, name)
+    elif isinstance(config, Mapping):
+        for key, value in config.items():
+            if name or key != "run":
+                yield from _settings(value, f"{name}.{key}" if name else key)
+    elif isinstance(config, list) and any(isinstance(item, Mapping) and "class_path" in item for item in config):
+        yield name, sorted(str(_class_name(item)) for item in config)
+        for item in config:
+            yield from _settings(item, f"{name}.{_class_name(item)}")
+    else:
+        yield name, config
+
+
+def _class_name(item: Any) -> Any:
+    return item["class_path"].rpartition(".")[-1] if isinstance(item, Mapping) and "class_path" in item else item
+
+
+def _have_moved(was: Any, wanted: Any) -> bool:
+    """Return whether a setting names files of the same names elsewhere, of the same content if the old ones exist."""
+    before, now = ([value] if isinstance(value, str) else value for value in (was, wanted))
+    if not isinstance(before, list) or not isinstance(now, list) or len(before) != len(now):
+        return False
+    if not all(isinstance(value, str) for value in (*before, *now)):
+        return False
+    return all(_is_moved(Path(old), Path(new)) for old, new in zip(before, now, strict=True))
+
+
+def _is_moved(old: Path, new: Path) -> bool:
+    if old.name != new.name or not new.exists():
+        return False
+    if old.is_dir() and new.is_dir():
+        files = sorted(path.relative_to(old) for path in old.rglob("*") if path.is_file())
+        return files == sorted(path.relative_to(new) for path in new.rglob("*") if path.is_file()) and all(
+            filecmp.cmp(old / file, new / file, shallow=False) for file in files
+        )
+    return not old.exists() or (old.is_file() and new.is_file() and filecmp.cmp(old, new, shallow=False))
