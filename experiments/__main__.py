@@ -31,6 +31,8 @@ COMMANDS = {
 
 _REFUSALS = (ValueError, TypeError, AttributeError, ImportError)  # of Lightning, for settings that it does not accept
 
+_FULL_DISK = "No space left on device"
+
 HELP = f"""usage: llm-train COMMAND [options]
 
 Train language models from YAML. Try it:
@@ -84,7 +86,8 @@ def _mistake_behind(error: BaseException) -> BaseException | None:
     missing file, a full disk, a folder that cannot be written. It is also an error that Lightning itself raises: it
     refuses settings of the trainer with several classes of exceptions.
     """
-    if isinstance(error, OSError) or _is_refused_by_lightning(error):
+    # Libraries in Rust have errors of their own.
+    if isinstance(error, OSError) or _FULL_DISK in str(error) or _is_refused_by_lightning(error):
         return error
     lightning = sys.modules.get("lightning.pytorch.utilities.exceptions")  # not imported: not raised
     mistakes = (UserError, lightning.MisconfigurationException) if lightning else UserError

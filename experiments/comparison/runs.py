@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import os
 import re
 from collections import defaultdict
@@ -81,7 +82,7 @@ def read_folder(folder: Path) -> Run:
         # The result of `llm-train test` is in a file of its own.
         last_step = max((int(series.steps[-1]) for series in metrics.values()), default=0)
         for name, value in _read_json(folder / "summary_test.json", {}).get("metrics", {}).items():
-            metrics[name] = Series(np.array([last_step]), np.array([float(value)]))
+            metrics[name] = Series(np.array([last_step]), np.array([math.nan if value is None else float(value)]))
         return _run(str(folder), str(summary["status"]), summary.get("error"), config, metrics)
     except FileNotFoundError as error:
         raise UserError(f"{Path(error.filename).name} is missing") from error

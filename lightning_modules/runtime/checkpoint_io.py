@@ -5,8 +5,10 @@ import pickle
 import re
 import zipfile
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
@@ -15,6 +17,34 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning_modules.common.files import atomic_file
 
 _FOLDER = 0x10  # among the attributes of a member of a zip archive
+
+
+class _Recorded:
+    """A file that keeps the error of a write, in place of which torch raises a `RuntimeError` without a reason."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._write, self.flush = file.write, file.flush
+        self.error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        """Write bytes."""
+        try:
+            return self._write(data)
+        except OSError as error:
+            self.error = error
+            raise
+
+
+@contextmanager
+def _errors_of(file: BinaryIO) -> Iterator[Any]:
+    """Yield the file for `torch.save`, and raise the error of the file if one of its writes fails."""
+    recorded = _Recorded(file)
+    try:
+        yield recorded
+    except Exception:
+        if recorded.error is not None:
+            raise recorded.error from None
+        raise
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -27,8 +57,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             OSError: If the disk is full or the folder cannot be written; the earlier file is untouched.
         """
         try:
-            with atomic_file(Path(path)) as file:
-                torch.save(checkpoint, file)
+            with atomic_file(Path(path)) as file, _errors_of(file) as recorded:
+                torch.save(checkpoint, recorded)
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:

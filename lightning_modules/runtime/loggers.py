@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from lightning_modules.common.files import write_text
+from lightning_modules.common.files import write_json, write_text
 from lightning_modules.common.messages import say
 from lightning_modules.runtime.private_names import OpenWandbLogger, use_artifact
 
@@ -132,12 +132,13 @@ class MetricsCSV(Logger):
     def _rewrite(self, rows: list[dict[str, Any]], columns_of: list[dict[str, Any]]) -> None:
         """Replace the file by one with these rows, and with new columns for the metrics in `columns_of`."""
         assert self._path is not None
-        self._columns += dict.fromkeys(name for row in columns_of for name in row if name not in self._columns)
+        new = dict.fromkeys(name for row in columns_of for name in row if name not in self._columns)
         text = io.StringIO()
-        writer = csv.DictWriter(text, self._columns)
+        writer = csv.DictWriter(text, [*self._columns, *new])
         writer.writeheader()
         writer.writerows(rows)
         write_text(self._path, text.getvalue())
+        self._columns += new  # the file has them now
 
 
 class WandbRecorder(OpenWandbLogger):
@@ -324,7 +325,7 @@ def _recorded(folder: Path) -> dict[str, Any]:
 
 
 def _record(folder: Path, run_id: str, artifacts: list[str]) -> None:
-    write_text(folder / _RECORD, json.dumps({"id": run_id, "artifacts": artifacts}))
+    write_json(folder / _RECORD, {"id": run_id, "artifacts": artifacts})
 
 
 def steps_done(step: int | None) -> int:

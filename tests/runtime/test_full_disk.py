@@ -1,0 +1,119 @@
+"""A disk that is full: one line says where, and files that were saved stay; numbers that JSON does not have."""
+
+import contextlib
+import io
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import RUNS
+
+from experiments import __main__ as command
+from lightning_modules.common import files
+from lightning_modules.common.files import atomic_file, write_json, write_text
+from lightning_modules.runtime.checkpoint_io import AtomicCheckpointIO
+from lightning_modules.runtime.loggers import MetricsCSV
+
+FULL = (28, "No space left on device")
+
+
+class FullAfter(io.FileIO):
+    """A file on a disk with room for some bytes."""
+
+    room = 0
+
+    def write(self, data: bytes) -> int:
+        FullAfter.room -= len(data)
+        if FullAfter.room < 0:
+            raise OSError(*FULL)
+        return super().write(data)
+
+
+@pytest.fixture
+def disk_with_room_for(monkeypatch):
+    """Return a function that limits the bytes which atomic files can still write."""
+
+    def limit(n_bytes: int) -> None:
+        FullAfter.room = n_bytes
+        monkeypatch.setattr(files, "open", FullAfter, raising=False)
+
+    return limit
+
+
+@pytest.mark.parametrize("room", [0, 1_000, 60_000])
+def test_a_checkpoint_that_does_not_fit_leaves_the_earlier_one(disk_with_room_for, room):
+    file, checkpoints = Path("checkpoints/last.ckpt"), AtomicCheckpointIO()
+    checkpoints.save_checkpoint({"state_dict": {}, "global_step": 8}, file)
+    disk_with_room_for(room)
+    with pytest.raises(OSError, match=r"No space left on device: .*the earlier one is whole: 'checkpoints/last\.ckpt'"):
+        checkpoints.save_checkpoint({"state_dict": {"w": torch.zeros(20_000)}, "global_step": 16}, file)
+    assert checkpoints.load_checkpoint(file)["global_step"] == 8
+    assert [path.name for path in file.parent.iterdir()] == ["last.ckpt"]
+
+
+def test_an_error_of_a_checkpoint_that_is_not_of_the_disk_stays():
+    with pytest.raises(Exception, match="pickle"):
+        AtomicCheckpointIO().save_checkpoint({"state_dict": lambda: None}, "last.ckpt")
+
+
+def test_any_other_file_that_does_not_fit_is_named(disk_with_room_for):
+    write_text(Path("a.json"), "whole")
+    disk_with_room_for(3)
+    with pytest.raises(OSError, match=r"No space left on device: 'a\.json'"):
+        write_text(Path("a.json"), "longer")
+    assert Path("a.json").read_text() == "whole"
+
+
+def test_an_error_of_another_file_keeps_its_name():
+    with pytest.raises(FileNotFoundError, match="lost"), atomic_file(Path("a.txt")):
+        Path("lost").read_text()
+
+
+def test_metrics_whose_file_could_not_be_written_are_written_later(disk_with_room_for, monkeypatch, tmp_path):
+    logger = MetricsCSV()
+    logger.attach(tmp_path, "topic", "name", "fit")
+    logger.log_metrics({"loss": 1.0}, 0)
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "open", FullAfter, raising=False)
+        FullAfter.room = 0
+        with pytest.raises(OSError, match=r"metrics could not be written: .*metrics\.csv"):
+            logger.flush()
+    logger.log_metrics({"loss": 2.0}, 1)
+    logger.flush()
+    assert (tmp_path / "metrics.csv").read_text().splitlines() == ["step,epoch,loss", "2,0,2.0"]
+
+
+def test_an_error_of_a_library_without_a_number_is_one_line(monkeypatch, capsys):
+    def main(args: object) -> None:
+        raise ValueError("Os { code: 28, kind: StorageFull, message: 'No space left on device' }")
+
+    monkeypatch.setattr("experiments.generate.main", main)
+    with contextlib.suppress(SystemExit):
+        command.main(["generate"])
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_numbers_that_json_does_not_have_become_null(tmp_path):
+    nan, inf = float("nan"), float("inf")
+    write_json(tmp_path / "a.json", {"a": nan, "b": [inf, -inf, 1.5], "c": {"d": (nan,)}, "e": "NaN"})
+    text = (tmp_path / "a.json").read_text()
+    assert json.loads(text, parse_constant=pytest.fail) == {
+        "a": None,
+        "b": [None, None, 1.5],
+        "c": {"d": [None]},
+        "e": "NaN",
+    }
+
+
+def test_the_summary_of_a_run_with_a_metric_that_is_not_a_number_is_json(llm_train, tiny, monkeypatch):
+    from lightning_modules.runtime.checkpoint import RunCheckpoint
+
+    def log_nan(self: RunCheckpoint, trainer: object, pl_module: object) -> None:
+        pl_module.log("val/odd", torch.tensor(float("nan")))
+
+    monkeypatch.setattr(RunCheckpoint, "on_validation_epoch_end", log_nan, raising=False)
+    assert llm_train("fit", "-c", tiny(trainer__max_steps=8)).code == 0
+    summary = json.loads((RUNS / "tiny/summary.json").read_text(), parse_constant=pytest.fail)
+    assert summary["metrics"]["val/odd"] is None
+    assert llm_train("compare", RUNS / "tiny").code == 0
