@@ -138,7 +138,7 @@ class OptimizerSettings(L.Callback):
         self, schedule: LRScheduler | None, checkpoint: dict[str, Any], saved: dict[str, Any]
     ) -> None:
         before, now, states = saved.get("schedule"), self._own.get("schedule"), checkpoint["lr_schedulers"]
-        own_settings, saved_settings = self._own.get("schedule_settings"), saved.get("schedule_settings")
+        own_settings, saved_settings = self._own.get("schedule_settings", {}), saved.get("schedule_settings")
         if isinstance(schedule, StepSchedule):
             if before != now:
                 self._changes.append(f"{now} in place of {before or 'no schedule'}")

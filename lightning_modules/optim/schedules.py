@@ -315,9 +315,10 @@ def build_schedule(factory: Callable[..., LRScheduler], optimizer: Optimizer, to
     if built is None or issubclass(built, StepSchedule):
         schedule = factory(optimizer, length)
     else:
-        takes_length = "total_steps" in signature(built).parameters and factory.keywords.get("total_steps") is None
-        by_epochs = takes_length and factory.keywords.get("epochs") is not None
-        schedule = factory(optimizer, **({"total_steps": length} if takes_length and not by_epochs else {}))
+        given = getattr(factory, "keywords", {})
+        is_given = any(given.get(name) is not None for name in ("total_steps", "epochs"))
+        takes_length = "total_steps" in signature(built).parameters and not is_given
+        schedule = factory(optimizer, **({"total_steps": length} if takes_length else {}))
     if total_steps == math.inf and _needs_length(schedule):
         raise ValueError(
             f"{type(schedule).__name__} depends on the length of the run, which is unknown; set trainer.max_steps or "
