@@ -66,9 +66,10 @@ def truncate(ids: np.ndarray, n: int, how: Truncation) -> np.ndarray:
 class TokenizedReviews(Dataset):
     """Reviews as rows of token ids, padded to the longest row of a batch.
 
-    A batch is `{"input_ids": (B, T), "attention_mask": (B, T), "n_tokens": (), "labels": (B,), "positions": (B,)}`,
-    all int64; `n_tokens` is the number of tokens without padding. If `features` is set, a batch has `features`, (B, F)
-    float32, in place of the first three.
+    A batch is `{"input_ids": (B, T), "attention_mask": (B, T), "cu_seqlens": (2B + 1,), "n_tokens": (), "labels": (B,),
+    "positions": (B,)}`, all integers; `cu_seqlens` is 0 and the ends of each review and its padding in the B T places
+    of the batch, one row after another, and `n_tokens` is the number of tokens without padding. If `features` is set,
+    a batch has `features`, (B, F) float32, in place of the first four.
 
     Args:
         rows: Token ids of each review with special tokens, (T,) each.
@@ -111,9 +112,12 @@ class TokenizedReviews(Dataset):
         for b, i in enumerate(positions.tolist()):
             input_ids[b, : lengths[b]] = self.rows[i]
         mask = np.arange(input_ids.shape[1]) < lengths[:, None]  # (B, T)
+        parts = np.stack([lengths, input_ids.shape[1] - lengths], axis=1)  # (B, 2): review and padding
+        cu_seqlens = np.concatenate([[0], parts.cumsum()]).astype(np.int32)
         return {
             "input_ids": torch.from_numpy(input_ids),
             "attention_mask": torch.from_numpy(mask.astype(np.int64)),
+            "cu_seqlens": torch.from_numpy(cu_seqlens),
             "n_tokens": torch.tensor(int(lengths.sum())),
         }
 
@@ -125,9 +129,9 @@ class MaskedReviews(TokenizedReviews):
     Position `p` of an epoch of `n` reviews is `epoch * n + p`. The targets of a review depend on this number and the
     seed only, not on the batch or the process.
 
-    A batch is `{"input_ids": (B, T), "attention_mask": (B, T), "n_tokens": (), "targets": (B, T), "places": (N,),
-    "mean_targets": ()}`. A target is `IGNORED` if its token was not chosen; `places` are those of the targets, see
-    `places_of_targets`; `mean_targets` is the mean number of targets of B reviews.
+    A batch is `{"input_ids": (B, T), "attention_mask": (B, T), "cu_seqlens": (2B + 1,), "n_tokens": (), "targets":
+    (B, T), "places": (N,), "mean_targets": ()}`. A target is `IGNORED` if its token was not chosen; `places` are those
+    of the targets, see `places_of_targets`; `mean_targets` is the mean number of targets of B reviews.
 
     Args:
         rows: Token ids of each review with special tokens, (T,) each.

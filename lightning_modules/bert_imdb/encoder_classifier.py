@@ -92,9 +92,16 @@ class EncoderClassifier(PreTrainedModel):
             nn.init.normal_(module.weight, std=0.02)
             nn.init.zeros_(module.bias)
 
-    def features(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Return the features of texts, (B, F), for token ids and a mask of shape (B, T)."""
-        hidden = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state  # (B, T, C)
+    def features(self, input_ids: Tensor, attention_mask: Tensor, of_encoder: Tensor | None = None) -> Tensor:
+        """Return the features of texts, (B, F).
+
+        Args:
+            input_ids: Token ids, (B, T).
+            attention_mask: 0 at padding and 1 elsewhere, (B, T).
+            of_encoder: Mask of the encoder, if it takes another form than `attention_mask`.
+        """
+        mask = attention_mask if of_encoder is None else of_encoder
+        hidden = self.encoder(input_ids=input_ids, attention_mask=mask).last_hidden_state  # (B, T, C)
         first = hidden[:, 0]
         if self.config.pooling == "cls":
             return first

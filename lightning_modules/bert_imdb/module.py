@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from lightning_modules.base import CompileMode
 from lightning_modules.classification import Batch, ClassifierModule
 from lightning_modules.common.ranges import Probability
-from lightning_modules.finetuning.bases import architecture_of, check_fit, load_pretrained, save_pretrained
+from lightning_modules.finetuning.bases import architecture_of, as_mask, check_fit, load_pretrained, save_pretrained
 
 if TYPE_CHECKING:  # imported where used: transformers is slow to import
     from transformers import PreTrainedModel
@@ -78,9 +78,19 @@ class BertImdbModule(ClassifierModule):
         self.save_hyperparameters()
         self.hparams["architecture"] = config.encoder
 
+    within_reviews = False  # whether the attention takes the ends of the reviews, `cu_seqlens`, in place of a mask
+
+    def setup(self, stage: str) -> None:
+        """Let the encoder attend within the reviews by a kernel without a mask, on a GPU."""
+        if self.trainer.strategy.root_device.type == "cuda":
+            from lightning_modules.finetuning.packed_attention import use_attention_within_records
+
+            self.within_reviews = use_attention_within_records(self.model.encoder)
+
     def features(self, batch: Batch) -> Tensor:
         """Return the input of the head for the reviews of a batch, (B, F)."""
-        return self.model.features(batch["input_ids"], batch["attention_mask"])
+        ends = as_mask(batch["cu_seqlens"]) if self.within_reviews and "cu_seqlens" in batch else None
+        return self.model.features(batch["input_ids"], batch["attention_mask"], ends)
 
     def forward(self, batch: Batch) -> Tensor:
         """Return the scores of the classes, (B, K), from the features of a batch if it has them, else its tokens."""

@@ -163,6 +163,11 @@ def scores_of_share(forward: Callable[[Batch], Tensor], batch: Batch, rows: Tens
     return forward(batch) if len(rows) else torch.zeros(0, *shape, device=rows.device)
 
 
+def as_mask(cu_seqlens: Tensor) -> Tensor:
+    """Return the ends of records, (N,), in the form that passes for a mask, (1, 1, 1, N); see `packed_attention`."""
+    return cu_seqlens[None, None, None]
+
+
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Put a model into evaluation mode within the context."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lightning_modules.base import Loss
 from lightning_modules.common.targets import IGNORED
-from lightning_modules.finetuning.bases import evaluating
+from lightning_modules.finetuning.bases import as_mask, evaluating
 from lightning_modules.finetuning.causal_lm import FineTunedCausalLM
 from lightning_modules.metrics import CorpusLoss
 
@@ -57,7 +57,7 @@ class GPT2WebGLMQAModule(FineTunedCausalLM):
 
     def _arguments(self, batch: Batch) -> dict[str, Any]:
         """Return the arguments of `OutputLayer.cross_entropy`: targets and their places, and those of the model."""
-        mask = _record_mask(batch["cu_seqlens"]) if self.within_records and "cu_seqlens" in batch else None
+        mask = as_mask(batch["cu_seqlens"]) if self.within_records and "cu_seqlens" in batch else None
         names = ("targets", "places", "input_ids", "position_ids")
         return {name: batch[name] for name in names} | {"attention_mask": mask, "use_cache": False}
 
@@ -110,13 +110,8 @@ def keeps_records_apart(model: nn.Module, within_records: bool = False) -> bool:
     ids = torch.arange(4, device=model.device)[None] % model.config.vocab_size  # two records of two tokens
     positions = torch.tensor([[0, 1, 0, 1]], device=model.device)
     ends = torch.tensor([0, 2, 4], dtype=torch.int32, device=model.device)
-    mask = _record_mask(ends) if within_records else None
+    mask = as_mask(ends) if within_records else None
     with evaluating(model):
         packed = model(ids, attention_mask=mask, position_ids=positions, use_cache=False).logits[:, 2:]
         alone = model(ids[:, 2:], position_ids=positions[:, 2:], use_cache=False).logits
     return torch.allclose(packed, alone, rtol=1e-3, atol=1e-4)
-
-
-def _record_mask(cu_seqlens: Tensor) -> Tensor:
-    """Return the ends of records in the form of a mask, (1, 1, 1, N), as `packed_attention` takes them."""
-    return cu_seqlens[None, None, None]

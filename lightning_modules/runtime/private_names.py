@@ -211,10 +211,11 @@ def flash_attention(
     cu_seqlens: Tensor,
     longest: int,
     dropout: float,
+    is_causal: bool,
     scale: float | None,
     sliding_window: int | None,
 ) -> Tensor:
-    """Return causal attention within sequences that follow one another, (N, H, D) in half precision, on a GPU.
+    """Return attention within sequences that follow one another, (N, H, D) in half precision, on a GPU.
 
     `torch.nn.attention.varlen.varlen_attn` has no dropout.
 
@@ -225,10 +226,11 @@ def flash_attention(
         cu_seqlens: 0 and the end of each sequence, int32.
         longest: Length of the longest sequence, or more.
         dropout: Probability of dropping an attention weight, in [0, 1).
+        is_causal: Whether a position attends to earlier ones only.
         scale: Factor on the dot products; `None` means 1 / √D.
         sliding_window: Number of positions that each attends to, itself included; `None` means all.
     """
     window = {} if sliding_window is None else {"window_size_left": sliding_window - 1, "window_size_right": 0}
     return torch.ops.aten._flash_attention_forward(
-        query, key, value, cu_seqlens, cu_seqlens, longest, longest, dropout, True, False, scale=scale, **window
+        query, key, value, cu_seqlens, cu_seqlens, longest, longest, dropout, is_causal, False, scale=scale, **window
     )[0]

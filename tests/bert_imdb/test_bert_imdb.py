@@ -24,7 +24,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from shared_runs import own_world, run_command
 
-from datamodules.bert_imdb.data import BertImdbDataModule, MaskedReviewsDataModule
+from datamodules.bert_imdb.data import BertImdbDataModule, MaskedReviewsDataModule, TokenizedReviews
 from datamodules.bert_imdb.film_reviews import FilmReviews
 from datamodules.bert_imdb.reviews import ReviewFiles
 from lightning_modules.bert_imdb.bag_of_words import BagOfWords
@@ -146,6 +146,22 @@ def some_batch(base: Path, n: int = 6) -> dict[str, torch.Tensor]:
     data = reviews_of(base)
     data.setup("fit")
     return data.datasets["train"][torch.arange(n)]
+
+
+@pytest.mark.parametrize("pooling", ["cls", "both"])
+def test_the_ends_of_the_reviews_replace_the_mask_on_a_gpu(base, pooling):
+    lengths = [7, 20, 11]
+    rows = [np.arange(100, 100 + n) for n in lengths]
+    batch = TokenizedReviews(rows, labels=[0, 1, 0], pad_token_id=0)[torch.arange(3)]
+    assert batch["cu_seqlens"].diff()[::2].tolist() == lengths
+    assert batch["cu_seqlens"][::2].diff().tolist() == [20, 20, 20]
+    module = BertImdbModule(str(base), pooling, vocab_size=400, block_size=48, classes=["bad", "good"]).eval()
+    expected = module(batch)
+    for device in ("cpu", "cuda"):  # the set-up for a GPU; the model stays on the CPU
+        module.trainer = SimpleNamespace(strategy=SimpleNamespace(root_device=torch.device(device)))
+        module.setup("fit")
+        assert module.within_reviews == (device == "cuda")
+        torch.testing.assert_close(module(batch), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_the_exported_classifier_truncates_and_pads_in_other_programs(classified):

@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import nn
 
+from lightning_modules.finetuning.bases import as_mask
 from lightning_modules.finetuning.packed_attention import (
     attend_within_records,
     records_mask,
-    takes_records,
     use_attention_within_records,
 )
 
@@ -52,9 +52,8 @@ def test_the_ends_of_records_replace_the_mask_of_transformers(family):
     expected = outputs(position_ids=POSITIONS_WITH_PADDING_APART)
     mixed = outputs(position_ids=POSITIONS_WITH_PADDING_APART, attention_mask=torch.ones_like(ids))
     padded = model(ids, attention_mask=(torch.arange(LENGTH) > 3).long().expand(2, -1)).logits
-    assert not takes_records(model)
     assert use_attention_within_records(model)
-    found = outputs(position_ids=POSITIONS_WITH_PADDING_APART, attention_mask=ENDS[None, None, None])
+    found = outputs(position_ids=POSITIONS_WITH_PADDING_APART, attention_mask=as_mask(ENDS))
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     assert not torch.allclose(mixed[0], expected[0], atol=1e-2)
     # Other masks work as before, and the name is not saved.
@@ -74,18 +73,47 @@ def test_a_model_with_an_attention_of_its_own_stays_as_it_is(family):
     assert torch.equal(model(ids).logits, before)
 
 
+def test_an_encoder_takes_the_ends_of_the_texts_and_their_padding():
+    from transformers import BertConfig, BertModel
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_hidden_layers": 2}
+    encoder = BertModel(BertConfig(vocab_size=50, max_position_embeddings=16, **sizes)).eval()
+    ids = torch.randint(50, (2, LENGTH))
+    mask = (torch.arange(LENGTH) < torch.tensor([[7], [LENGTH]])).long()
+    expected = encoder(ids, attention_mask=mask).last_hidden_state
+    assert use_attention_within_records(encoder)
+    ends = torch.tensor([0, 7, 12, 24, 24], dtype=torch.int32)
+    found = encoder(ids, attention_mask=as_mask(ends)).last_hidden_state
+    torch.testing.assert_close(found[mask.bool()], expected[mask.bool()], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(encoder(ids, attention_mask=mask).last_hidden_state, expected)
+
+
+def test_an_encoder_whose_layers_differ_stays_as_it_is():
+    from transformers import ModernBertConfig, ModernBertModel
+
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_hidden_layers": 2}
+    encoder = ModernBertModel(ModernBertConfig(vocab_size=50, pad_token_id=0, **sizes))
+    assert not use_attention_within_records(encoder)
+
+
 def test_mask_of_records():
     expected = torch.zeros(2, LENGTH, LENGTH, dtype=torch.bool)
     for row, begin, end in ((0, 0, 5), (0, 5, 9), (0, 9, 12), (1, 0, 12)):
         expected[row, begin:end, begin:end] = torch.ones(end - begin, end - begin).tril().bool()
     assert torch.equal(records_mask(ENDS, 2, LENGTH), expected[:, None])
-    assert torch.equal(records_mask(ENDS, 2, LENGTH, 3), expected[:, None].triu(-2))
+    assert torch.equal(records_mask(ENDS, 2, LENGTH, sliding_window=3), expected[:, None].triu(-2))
+    both_sides = records_mask(ENDS, 2, LENGTH, is_causal=False)
+    assert torch.equal(both_sides, (expected | expected.mT)[:, None])
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("sliding_window", [None, 40])
+@pytest.mark.parametrize("is_causal", [True, False])
 @pytest.mark.parametrize("n_keys", [4, 2])
-def test_flash_attention_within_records_equals_the_masked_one(n_keys, sliding_window):
+def test_flash_attention_within_records_equals_the_masked_one(n_keys, is_causal, sliding_window):
+    if sliding_window is not None and not is_causal:
+        pytest.skip("an encoder has no sliding window")
     torch.manual_seed(0)
     ends = torch.tensor([0, 100, 130, 256, 456, 512, 512, 512], dtype=torch.int32, device="cuda")
     shapes = [(2, heads, 256, 64) for heads in (4, n_keys, n_keys)]
@@ -94,16 +122,17 @@ def test_flash_attention_within_records_equals_the_masked_one(n_keys, sliding_wi
 
     class Layer(nn.Module):
         num_key_value_groups = 4 // n_keys
-        is_causal = True
+
+        def __init__(self):
+            super().__init__()
+            self.is_causal = is_causal
 
     def outputs(dtype):
         converted = [part.to(dtype) for part in given]
-        output, _ = attend_within_records(Layer(), *converted, ends[None, None, None], sliding_window=sliding_window)
+        output, _ = attend_within_records(Layer(), *converted, as_mask(ends), sliding_window=sliding_window)
         return output, *torch.autograd.grad((output.float() * weights).sum(), given)
 
     for flash, masked in zip(outputs(torch.bfloat16), outputs(torch.float32), strict=True):
         torch.testing.assert_close(flash.float(), masked, rtol=0.03, atol=0.1)
-    dropped = attend_within_records(Layer(), *[part.bfloat16() for part in given], ends[None, None, None], dropout=0.5)[
-        0
-    ]
+    dropped = attend_within_records(Layer(), *[part.bfloat16() for part in given], as_mask(ends), dropout=0.5)[0]
     assert not torch.allclose(dropped.float(), outputs(torch.float32)[0], atol=0.1)
