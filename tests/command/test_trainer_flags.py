@@ -1,0 +1,70 @@
+"""Every argument of Lightning's Trainer: it runs, or is refused in one line.
+
+A small model runs with many arguments at a time. `tests/benchmarks/arguments_of_the_trainer.py` runs every argument
+alone, over every topic.
+"""
+
+import inspect
+
+import lightning as L
+import pytest
+import torch
+from helpers import RUNS
+from trainer_flags import ALONE_VALUES, CALLBACKS, CASES, FLAGS, combinations, fault, flags_of
+
+# Of the values alone, those that the suite runs; a benchmark runs all.
+IN_THE_SUITE = [
+    ("callbacks", "null"),
+    ("callbacks", f"+{CALLBACKS}Timer callbacks.duration=00:00:00:00"),
+    ("callbacks", f"+{CALLBACKS}BatchSizeFinder refused: data.batch_size"),
+    ("fast_dev_run", "2"),
+    ("enable_checkpointing", "false refused: "),
+    ("limit_train_batches", "0"),
+    ("accumulate_grad_batches", "0 refused: "),
+    ("accelerator", "tpu refused: "),
+    ("devices", "many refused: "),
+    ("precision", "transformer-engine refused: "),
+    ("barebones", "true refused: barebones"),
+]
+
+
+@pytest.fixture(autouse=True)
+def _global_settings():
+    """Restore the settings of torch that the trainer changes for the whole process."""
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.backends.cudnn.benchmark = False
+    torch.set_default_dtype(torch.float32)
+    assert not torch.is_anomaly_enabled()
+
+
+def test_the_table_has_every_argument_of_the_trainer():
+    assert set(FLAGS) == set(inspect.signature(L.Trainer).parameters)
+
+
+@pytest.mark.parametrize("flags", combinations(), ids=range(len(combinations())))
+def test_arguments_run_together(llm_train, tiny, flags):
+    done = llm_train("fit", "-c", tiny(trainer__max_steps=4, trainer__val_check_interval=2), *flags)
+    assert fault(done.code, done.err, RUNS / "tiny") == ""
+    assert done.code == 0, done.err.splitlines()[-1]
+
+
+def test_the_table_has_the_values_of_the_suite():
+    assert set(IN_THE_SUITE) <= set(CASES)
+    assert set(CASES) >= ALONE_VALUES
+
+
+@pytest.mark.parametrize(("name", "value"), IN_THE_SUITE, ids=lambda part: str(part).removeprefix("+" + CALLBACKS))
+def test_an_argument_alone_runs_or_is_refused_in_one_line(llm_train, tiny, name, value):
+    flags, refusal = flags_of(name, value)
+    done = llm_train("fit", "-c", tiny(trainer__max_steps=4, trainer__val_check_interval=2), *flags)
+    assert fault(done.code, done.err, RUNS / "tiny") == ""
+    assert (done.code != 0) == (refusal is not None), done.err
+    assert (refusal or "") in done.err.splitlines()[-1]
+
+
+def test_a_time_alone_ends_a_run_whose_schedule_does_not_need_the_length(llm_train, tiny):
+    constant = {"class_path": "lightning_modules.optim.schedules.Constant", "init_args": {"warmup": 2}}
+    config = tiny(lr_scheduler=constant, trainer__max_steps=-1, trainer__max_time="00:00:00:00")
+    done = llm_train("fit", "-c", config)
+    assert (done.code, "finished at step" in done.err) == (0, True), done.err
