@@ -169,7 +169,9 @@ def generate(
     n_padding = None if attention_mask is None else _left_padding(attention_mask, input_ids)
     cache = decoder.new_cache(_memory(min(decoder.config.block_size, input_ids.size(1) + max_new_tokens)))
     choose = _Choice(sample, stop_token, len(input_ids), input_ids.device)
-    step = RecordedStep(decoder, cache, choose, generator) if _is_recorded(decoder, cache, input_ids.device) else None
+    step = None
+    if _is_recorded(decoder, cache, input_ids.device):
+        step = RecordedStep(decoder, cache, choose, generator, len(input_ids), input_ids.device)
     return _read_behind(_generate(decoder, cache, input_ids, n_padding, max_new_tokens, choose, step), stop_token)
 
 
@@ -242,9 +244,11 @@ class RecordedStep:
 
     Args:
         decoder: Model of the `cache`.
-        cache: Cache of all layers, with the prompt read.
+        cache: Cache of all layers, in which the prompt is read before the first step.
         choose: Function from scores, (B, 1, V), to the next tokens, (B,), on the device alone.
         generator: Generator that `choose` draws from, if it is not torch's global one.
+        n_rows: Number of rows B.
+        device: Device of the decoder.
     """
 
     def __init__(
@@ -253,24 +257,27 @@ class RecordedStep:
         cache: list[KeyValueCache],
         choose: Callable[[Tensor], Tensor],
         generator: torch.Generator | None,
+        n_rows: int,
+        device: torch.device,
     ) -> None:
         self._decoder, self._cache, self._choose, self._generator = decoder, cache, choose, generator
-        self._inputs: tuple[Tensor, Tensor, Tensor] | None = None
-        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor] | None] = {}  # by the number of positions read
+        # The inputs of a step, in memory that the graphs read.
+        self._tokens = torch.zeros(n_rows, 1, dtype=torch.long, device=device)
+        self._padding = torch.zeros(n_rows, dtype=torch.long, device=device)
+        self._place = torch.zeros(1, dtype=torch.long, device=device)  # position of the tokens in the cache
+        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}  # by the number of positions read
+        self._is_loaded: set[int] = set()  # numbers of positions that a step without a graph has read
 
     def __call__(self, tokens: Tensor, padding: Tensor | None) -> Tensor:
         """Read the last tokens, (B, 1), of rows with padding, (B,), and return the next, (B,)."""
         read = self._cache[0].length
-        if padding is None:
-            padding = tokens.new_zeros(len(tokens))
-        if self._inputs is None:
-            self._inputs = torch.empty_like(tokens), torch.empty_like(padding), tokens.new_empty(1)
-        self._inputs[0].copy_(tokens)
-        self._inputs[1].copy_(padding)
-        self._inputs[2].fill_(read)
+        self._tokens.copy_(tokens)
+        self._place.fill_(read)
+        if padding is not None:
+            self._padding.copy_(padding)
         n_read = self._n_read(read + 1)
         for layer_cache in self._cache:
-            layer_cache.fix(self._inputs[2], n_read)
+            layer_cache.fix(self._place, n_read)
         chosen = self._run(n_read)
         for layer_cache in self._cache:
             layer_cache.release(read + 1)
@@ -284,30 +291,27 @@ class RecordedStep:
         return min(n_read, self._cache[0].max_length)
 
     def _run(self, n_read: int) -> Tensor:
-        if not self._inputs[0].is_cuda:
+        if n_read not in self._is_loaded or self._tokens.device.type != "cuda":
+            self._is_loaded.add(n_read)  # kernels must be loaded before they are recorded
             return self._step(n_read)
-        if n_read not in self._graphs:  # kernels must be loaded before they are recorded
-            self._graphs[n_read] = None
-            return self._step(n_read)
-        if self._graphs[n_read] is None:
+        if n_read not in self._graphs:
             self._graphs[n_read] = self._record(n_read)
         graph, chosen = self._graphs[n_read]
         graph.replay()
         return chosen
 
     def _step(self, n_read: int) -> Tensor:
-        tokens, padding, place = self._inputs  # (B, 1), (B,), (1,)
-        keys = torch.arange(n_read, device=place.device)
-        hidden = (keys > place) | (keys < padding[:, None])  # (B, n_read)
+        keys = torch.arange(n_read, device=self._place.device)
+        hidden = (keys > self._place) | (keys < self._padding[:, None])  # (B, n_read)
         # Added to the scores; torch would convert a mask of booleans once in each layer.
-        mask = torch.zeros(hidden.shape, dtype=self._cache[0].dtype, device=place.device)
+        mask = torch.zeros(hidden.shape, dtype=self._cache[0].dtype, device=self._place.device)
         mask = mask.masked_fill_(hidden, -math.inf)
         logits = self._decoder(
-            tokens,
+            self._tokens,
             cache=self._cache,
             last_only=True,
             attention_mask=mask[:, None, None],
-            position_ids=place - padding[:, None],
+            position_ids=self._place - self._padding[:, None],
         )
         return self._choose(logits)
 
@@ -320,7 +324,7 @@ class RecordedStep:
             "cuda", torch.get_autocast_dtype("cuda"), torch.is_autocast_enabled("cuda"), cache_enabled=False
         )
         # Not with `torch.cuda.graph`, which first returns all unused memory to the device.
-        with precision, torch.cuda.stream(_recording_stream(self._inputs[0].device)):
+        with precision, torch.cuda.stream(_recording_stream(self._tokens.device)):
             graph.capture_begin(capture_error_mode="thread_local")  # others, such as a loader's, may use the device
             try:
                 chosen = self._step(n_read)
