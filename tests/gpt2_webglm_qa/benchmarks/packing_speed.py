@@ -19,6 +19,7 @@ import torch
 
 from datamodules.gpt2_webglm_qa.cited_answers import JSONLines, Record, RecordSource
 from datamodules.gpt2_webglm_qa.data import GPT2WebGLMQADataModule, Rows
+from lightning_modules.common.targets import places_of_targets
 from lightning_modules.gpt2_webglm_qa.module import GPT2WebGLMQAModule
 
 BLOCK_SIZE, BATCH_SIZE, ROUNDS, COMPARED_ROWS = 1024, 2, 4, 8
@@ -78,6 +79,7 @@ def step(
     if way == "trimmed":
         longest = max(example.n_places for example in members)
         batch = {name: values[:, :longest] if values.dim() == 2 else values for name, values in batch.items()}
+        batch["places"] = torch.from_numpy(places_of_targets(batch["targets"].numpy()))
     module.training_step(batch, 0).backward()
     optimizer.step()
     optimizer.zero_grad()
