@@ -224,6 +224,12 @@ def test_padding_on_the_left_does_not_change_the_text(changes):
     torch.testing.assert_close(left[:, 4:], decoder(ids))
 
 
+def test_the_modern_decoder_is_one_graph():
+    decoder = decoder_of(**MODERN)
+    compiled = torch.compile(decoder.hidden_states, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(random_ids()), decoder.hidden_states(random_ids()))
+
+
 def test_only_distances_matter_to_a_decoder_with_rotary_positions():
     decoder = decoder_of(**MODERN)
     ids = random_ids()
