@@ -163,10 +163,14 @@ class ExperimentModule(L.LightningModule):
         self.log_train_loss(found)
         return found
 
+    def before_compilation(self) -> None:
+        """Do what `loss` does at its first call and cannot be compiled."""
+
     def _loss_function(self, batch: Any) -> Tensor | Loss:
         if not self.compile_mode:
             return self.loss(batch)
         if self._compiled_loss is None:
+            self.before_compilation()
             self._compiled_loss = torch.compile(self.loss, **self._compile_options)
         for name, dimension in self.varying_sizes.items():
             if name in batch:
@@ -213,6 +217,21 @@ class ExperimentModule(L.LightningModule):
     def configure_callbacks(self) -> list[L.Callback]:
         """Return the callback of the optimiser and the schedule; it runs before the checkpoint of a validation."""
         return [OptimizerSettings()]
+
+    def on_after_backward(self) -> None:
+        """Make the gradient that of the mean loss of the optimiser step, before it is read, clipped or used.
+
+        Lightning divides each loss by `accumulate_grad_batches`, but the last step of an epoch may have fewer batches.
+        """
+        trainer = self.trainer
+        if private_names.is_accumulating(trainer):
+            return
+        private_names.unscale_gradients(trainer)
+        n, n_whole = private_names.batches_of_step(trainer), trainer.accumulate_grad_batches
+        if n < n_whole:
+            for parameter in self.parameters():
+                if parameter.grad is not None:
+                    parameter.grad.mul_(n_whole / n)
 
     def configure_gradient_clipping(
         self,

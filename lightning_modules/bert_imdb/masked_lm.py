@@ -92,6 +92,10 @@ class BertMaskedLMModule(ExperimentModule):
         self.output_layer = OutputLayer(self.model)
         self.track(CorpusLoss())
 
+    def before_compilation(self) -> None:
+        """Find the output layer."""
+        self.output_layer.prepare()
+
     def loss(self, batch: Batch) -> Loss:
         """Return the loss of a batch; `train/loss` is the mean over its targets, in nats a token."""
         nats = self.output_layer.cross_entropy(**_arguments(batch), reduction="sum")

@@ -54,6 +54,10 @@ class FineTunedCausalLM(ExperimentModule):
         self.hparams["architecture"] = architecture_of(self.model)
         self.track(CorpusLoss())
 
+    def before_compilation(self) -> None:
+        """Find the output layer."""
+        self.output_layer.prepare()
+
     def generate(self, input_ids: Tensor, max_new_tokens: int, **sampling: Any) -> Iterator[Tensor]:
         """Continue token ids of shape (B, T), one step of shape (B,) at a time; see `models.generation.generate`."""
         with evaluating(self.model):

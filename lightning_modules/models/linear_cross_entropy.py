@@ -32,8 +32,8 @@ from lightning_modules.common.targets import IGNORED
 # Scores in a chunk. On a CPU they stay in the cache, and the memory allocator keeps the memory from chunk to chunk. On
 # a GPU they are 1 GiB in bfloat16, with enough rows for its matrix units.
 _SCORES_ON_CPU, _SCORES_ON_ACCELERATOR = 2**22, 2**29
+_SCORES_COMPILED = 2**26  # at least, in a compiled function, which holds the code of each chunk
 _MIN_ROWS = 256  # in a chunk: with fewer, reading W and adding to its gradient take longer than the products
-_MAX_COMPILED_CHUNKS = 16  # in a compiled function, which holds the code of each chunk
 
 
 def linear_cross_entropy(
@@ -111,12 +111,13 @@ def _nats_and_gradients(
     """Return the loss of each row, (N,), and the wanted gradients of its weighted sum by inputs, weight and bias."""
     dtype = _product_dtype(weight)
     x, w, b = inputs.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-    n_rows = _rows_in_a_chunk(len(x), len(w), x.device.type)
+    n_chunks = max(1, _number_of_chunks(len(x), len(w), x.device.type))
+    n_rows = -(-len(x) // n_chunks)
     nats, by_inputs = [], []
     by_weight = by_bias = None
     with torch.autocast(x.device.type, enabled=False):
-        for start in range(0, max(1, len(x)), n_rows):  # one empty chunk if there are no rows
-            rows = slice(start, start + n_rows)
+        for chunk in range(n_chunks):
+            rows = slice(chunk * n_rows, (chunk + 1) * n_rows)
             scores = F.linear(x[rows], w, b)  # (n, V)
             if soft_cap is not None:
                 slope = torch.tanh(scores.to(_sum_dtype(w)) / soft_cap)
@@ -163,10 +164,9 @@ def _sum_dtype(tensor: Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
-def _rows_in_a_chunk(n_rows: int, n_classes: int, device: str) -> int:
-    """Return the number of rows whose scores are computed at a time."""
-    limit = (_SCORES_ON_CPU if device == "cpu" else _SCORES_ON_ACCELERATOR) // n_classes
-    n_chunks = -(-n_rows // max(limit, _MIN_ROWS))
+def _number_of_chunks(n_rows: int, n_classes: int, device: str) -> int:
+    """Return the number of chunks of rows; in a compiled function it is constant for a range of numbers of rows."""
+    n_scores = _SCORES_ON_CPU if device == "cpu" else _SCORES_ON_ACCELERATOR
     if torch.compiler.is_compiling():
-        n_chunks = min(n_chunks, _MAX_COMPILED_CHUNKS)
-    return max(1, -(-n_rows // max(1, n_chunks)))
+        n_scores = max(n_scores, _SCORES_COMPILED)
+    return -(-n_rows // max(n_scores // n_classes, _MIN_ROWS))

@@ -54,9 +54,45 @@ def is_accumulating(trainer: L.Trainer) -> bool:
     return trainer.fit_loop._should_accumulate()
 
 
+def batches_of_step(trainer: L.Trainer) -> int:
+    """Return the number of batches whose gradients the next optimiser step uses, in a step of the last of them."""
+    return batches_done_in_epoch(trainer) % trainer.accumulate_grad_batches or trainer.accumulate_grad_batches
+
+
+def go_back_to_last_step(trainer: L.Trainer) -> None:
+    """Count only the batches up to the last optimiser step as done, when a run is resumed.
+
+    A validation, and its checkpoint, may fall between the batches of one optimiser step. The gradients of the batches
+    since the step before are not in the checkpoint.
+    """
+    loop = trainer.fit_loop.epoch_loop
+    surplus = batches_done_in_epoch(trainer) % trainer.accumulate_grad_batches
+    if surplus and is_accumulating(trainer):
+        for counts in (loop.batch_progress.current, loop.batch_progress.total):
+            for name in ("ready", "started", "processed", "completed"):
+                setattr(counts, name, getattr(counts, name) - surplus)
+        # Lightning would skip a validation that it takes for that of the checkpoint, and count its step.
+        loop.reset_restart_stage()
+        shift_logged_step(trainer, -1)
+
+
+def shift_logged_step(trainer: L.Trainer, by: int) -> None:
+    """Change the step that loggers are given; Lightning counts it up after the validation that follows a step."""
+    trainer.fit_loop.epoch_loop._batches_that_stepped += by
+
+
 def skip_sigterm_broadcast(trainer: L.Trainer) -> None:
     """Skip Lightning's broadcast of SIGTERM at every batch: it costs time, and hangs if ranks make different steps."""
     trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
+
+
+def unscale_gradients(trainer: L.Trainer) -> None:
+    """Divide gradients in float16 by the factor of their scaler, for optimisers that Lightning leaves it to."""
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    if scaler is not None:
+        for optimizer in trainer.optimizers:
+            if getattr(optimizer, "_step_supports_amp_scaling", False):
+                scaler.unscale_(optimizer)
 
 
 # --- Lightning's strategies -------------------------------------------------------------------------------------------
@@ -201,7 +237,9 @@ def takes_static_caches(model: "PreTrainedModel") -> bool:
 
 def make_size_a_variable(tensor: Tensor, dimension: int) -> None:
     """Make the size of a dimension a variable of the functions that `torch.compile` compiles for the tensor."""
-    torch._dynamo.maybe_mark_dynamic(tensor, dimension)
+    from torch._dynamo import maybe_mark_dynamic  # here, because the import takes a second
+
+    maybe_mark_dynamic(tensor, dimension)
 
 
 def flash_attention(

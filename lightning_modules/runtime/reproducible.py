@@ -27,9 +27,10 @@ class ReproducibleSteps(L.Callback):
         self.seed = seed
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Skip the batches of the current epoch that were done before the checkpoint."""
+        """Skip the batches of the current epoch that the last optimiser step before the checkpoint had used."""
         if self.seed is None:
             self.seed = int(os.environ.get("PL_GLOBAL_SEED", 0))  # set by seed_everything
+        private_names.go_back_to_last_step(trainer)
         done = private_names.batches_done_in_epoch(trainer)
         if 0 < done < trainer.num_training_batches:
             for loader in private_names.train_dataloaders(trainer):
@@ -49,3 +50,13 @@ class ReproducibleSteps(L.Callback):
         torch.default_generator.manual_seed(seed)
         if pl_module.device.type == "cuda":
             torch.cuda.manual_seed(seed)
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Log a validation between the batches of an optimiser step with the number of the step before."""
+        if private_names.is_accumulating(trainer):
+            private_names.shift_logged_step(trainer, -1)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Undo it, before the checkpoint of the validation."""
+        if private_names.is_accumulating(trainer):
+            private_names.shift_logged_step(trainer, 1)

@@ -26,7 +26,8 @@ class Throughput(L.Callback):
     def __init__(self) -> None:
         self.tokens_seen = 0
         self.tokens_per_second = float("nan")
-        self._uncounted: list[Tensor | int] = []  # of the batches since the last count, on this process
+        self._of_step: list[Tensor | int] = []  # of the batches of the optimiser step in progress, on this process
+        self._uncounted: list[Tensor | int] = []  # of the steps since the last count
         self._seen_at_clock, self._clock = 0, 0.0  # tokens and time at the last logging
         self._stopped_at: float | None = None
         self._peak_flops: float | None = None
@@ -38,15 +39,20 @@ class Throughput(L.Callback):
         if pl_module.device.type == "cuda" and (number_format := format_of(str(trainer.precision))):
             self._peak_flops = peak_flops(torch.cuda.get_device_name(pl_module.device), number_format)
         self._stopped_at = None  # by a validation before the first step
-        self._uncounted, self._seen_at_clock, self._clock = [], self.tokens_seen, time.perf_counter()
+        self._of_step, self._uncounted = [], []
+        self._seen_at_clock, self._clock = self.tokens_seen, time.perf_counter()
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Remember the tokens of the batch, and log if logging is due."""
-        self._uncounted.append(_tokens_in(batch))
+        self._of_step.append(_tokens_in(batch))
+        if private_names.is_accumulating(trainer):  # a resumed run repeats the batches of an unfinished step
+            return
+        self._uncounted += self._of_step
+        self._of_step = []
         every = trainer.log_every_n_steps
-        if not every or trainer.global_step % every or private_names.is_accumulating(trainer):
+        if not every or trainer.global_step % every:
             return
         on_gpu = pl_module.device.type == "cuda"
         if on_gpu:

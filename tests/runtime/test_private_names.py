@@ -7,6 +7,7 @@ import re
 from argparse import ArgumentError, ArgumentParser, _ActionsContainer
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
@@ -34,7 +35,7 @@ ROOT = Path(__file__).parents[2]
 # owner: the private names that it must have, as attributes or in its source
 HELD = {
     _FitLoop: ["_combined_loader", "_data_fetcher", "_should_accumulate"],
-    _TrainingEpochLoop: ["_broadcast_sigterm_tensor"],
+    _TrainingEpochLoop: ["_broadcast_sigterm_tensor", "_batches_that_stepped"],
     DDPStrategy: ["_ddp_kwargs"],
     ModelParallelStrategy: ["_data_parallel_size"],
     LightningCLI: ["_parse_ckpt_path", "_subcommand_parsers"],
@@ -63,6 +64,33 @@ def test_torch_has_functions_over_lists_of_tensors():
     private_names.foreach_lerp_(values, [torch.ones(2), torch.ones(3)], 0.5)
     halfway = private_names.foreach_lerp(values, [torch.zeros(2), torch.zeros(3)], 0.5)
     assert [value.tolist() for value in halfway] == [[0.25] * 2, [0.75] * 3]
+
+
+def test_a_size_can_be_made_a_variable_of_compiled_functions():
+    from torch._dynamo.testing import CompileCounter
+
+    counter = CompileCounter()
+    double = torch.compile(lambda x: x * 2, backend=counter)
+    for size in (3, 4, 5):
+        x = torch.ones(2, size)
+        private_names.make_size_a_variable(x, 1)
+        double(x)
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_gradients_are_unscaled_once(fused):
+    weight = torch.nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.AdamW([weight], fused=fused)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    trainer = SimpleNamespace(precision_plugin=SimpleNamespace(scaler=scaler), optimizers=[optimizer])
+    scaler.scale((weight * 3).sum()).backward()
+    if not fused:
+        scaler.unscale_(optimizer)  # Lightning does it
+    private_names.unscale_gradients(trainer)
+    assert weight.grad.tolist() == [3.0] * 3
+    scaler.step(optimizer)
+    assert weight.tolist() == pytest.approx([0.999 * 0.99999] * 3, abs=1e-5)
 
 
 @pytest.mark.parametrize(("name", "arguments"), OPERATORS.items())
