@@ -1,5 +1,7 @@
 """The commands fit, validate, test and predict: a LightningCLI with linked arguments and a run folder."""
 
+import ast
+import contextlib
 import json
 import logging
 import os
@@ -22,7 +24,7 @@ from experiments import resume, run_folder, trust
 from experiments.parser import ExperimentParser, check_nulls
 from experiments.run_folder import RunArguments, RunFolder
 from experiments.run_record import RunRecord
-from experiments.study.names import arm_of_agent
+from experiments.study.names import arm_of_agent, flag_value
 from experiments.yaml_files import load_yaml, read_yaml
 from lightning_modules import optim
 from lightning_modules.base import ExperimentModule
@@ -275,12 +277,23 @@ def _reader(attribute: str) -> Callable[[ExperimentDataModule], Any]:
     return lambda datamodule: getattr(datamodule, attribute, None)
 
 
+def _with_nulls(flag: str) -> str:
+    """Return a flag of `wandb agent` with null in place of None; it writes settings as Python does."""
+    name, equals, value = flag.partition("=")
+    with contextlib.suppress(ValueError, SyntaxError):
+        if equals and (value == "None" or value.startswith(("[", "{"))):
+            return f"{name}={flag_value(ast.literal_eval(value))}"
+    return flag
+
+
 def main(args: Sequence[str]) -> None:
     """Run the subcommand that the command line begins with."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     for message in _NOISE:
         warnings.filterwarnings("ignore", message)
+    if arm_of_agent():
+        args = [_with_nulls(arg) for arg in args]
     cli = ExperimentCLI.__new__(ExperimentCLI)  # LightningCLI runs in its constructor, which may raise
     try:
         cli.__init__(args)  # type: ignore[misc]

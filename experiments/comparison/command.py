@@ -16,6 +16,7 @@ from experiments.comparison.runs import Run, find_runs, read_folder, read_wandb
 from experiments.comparison.statistics import estimate
 from experiments.comparison.tables import Table, as_markdown, as_text
 from experiments.errors import CommandParser, UserError
+from experiments.study.journal import goal_of
 from lightning_modules.common.figures import save_figure
 from lightning_modules.common.files import csv_text, write_text
 from lightning_modules.common.messages import say
@@ -37,14 +38,12 @@ def main(args: Sequence[str]) -> None:
         raise UserError(f"none of these runs has finished ({how_they_ended(left_out)}); --unfinished counts them all")
 
     metrics, more_metrics = choose_metrics(counting, options.metrics)
+    goals = dict(filter(None, (goal_of(folder) for folder in {Path(run.name).parent for run in counting})))
     for name in (*options.maximize, *options.minimize):
         if name not in metrics:
             raise UserError(f"--maximize, --minimize: {name} is not compared; there is {', '.join(metrics)}")
-    measures = [
-        measure
-        for metric in metrics
-        for measure in measures_of(metric, mode_of(metric, counting, options.maximize, options.minimize), counting)
-    ]
+    modes = {name: mode_of(name, counting, options.maximize, options.minimize, goals) for name in metrics}
+    measures = [measure for name in metrics for measure in measures_of(name, modes[name], counting)]
     ranking = _rank(arms, measures[0])
     results = tables.results(arms, measures)
     differences = tables.differences(compared(arms, options.baseline), measures)

@@ -2,7 +2,7 @@
 
 import difflib
 import re
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -80,10 +80,27 @@ def choose_metrics(runs: Sequence[Run], asked: Sequence[str]) -> tuple[list[str]
     return chosen[:_MOST_METRICS], chosen[_MOST_METRICS:]
 
 
-def mode_of(metric: str, runs: Sequence[Run], maximize: Collection[str], minimize: Collection[str]) -> Mode | None:
-    """Return whether small or large values of a metric are good: by the user's word, the runs, or its name."""
+def mode_of(
+    metric: str,
+    runs: Sequence[Run],
+    maximize: Collection[str],
+    minimize: Collection[str],
+    goals: Mapping[str, str] | None = None,
+) -> Mode | None:
+    """Return whether small or large values of a metric are good.
+
+    Args:
+        metric: Name of the metric.
+        runs: Runs that have logged it; the best checkpoint of one is by its smallest or largest value.
+        maximize: Metrics whose large values are good by the user's word, which decides.
+        minimize: Metrics whose small values are good by the user's word.
+        goals: Goal of the metrics of studies, `minimize` or `maximize`, which decides next. The runs are after it, and
+            the name of the metric is last.
+    """
     if metric in maximize or metric in minimize:
         return "max" if metric in maximize else "min"
+    if goals and metric in goals:
+        return "max" if goals[metric] == "maximize" else "min"
     for run in runs:
         if metric in run.modes:
             return run.modes[metric]

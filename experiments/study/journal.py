@@ -117,6 +117,17 @@ class Journal:
         return sum(outcome in outcomes for outcome in self.outcomes.values())
 
 
+def goal_of(folder: Path) -> tuple[str, str] | None:
+    """Return the metric of the study in a folder and its goal, or `None` if there is no study, or it has no goal."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+        for line in (folder / _FILE).read_text(encoding="utf-8").splitlines():
+            record = json.loads(line)
+            if "asked" in record.get("user_attr", {}):
+                metric = record["user_attr"]["asked"]["metric"]
+                return metric["name"], metric["goal"]
+    return None
+
+
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[BinaryIO]:
     """Lock a study's folder and yield the lock; repair the journal if the last line is incomplete after a kill."""

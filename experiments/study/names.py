@@ -4,18 +4,47 @@ import hashlib
 import json
 import os
 import re
+import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from experiments.yaml_files import read_yaml
 
-_MAX_LENGTH = 100  # of an arm's name: folders take 255 bytes, tables in W&B much less
+_MAX_LENGTH = 100  # bytes of an arm's name: folders take 255, tables in W&B much less
 
 
 def folder_name(text: str) -> str:
-    """Return the text with every character replaced that a folder, a shell or W&B would not accept."""
-    return re.sub(r"[^A-Za-z0-9._=,-]+", "-", text).strip(".-")
+    """Return the text with every character replaced that a folder, a shell or W&B would not accept.
+
+    Letters and digits of every script are kept. A text without any gets a name from its hash.
+    """
+    return _shortened(_plain(text) or f"name-{_digest(text)}")
+
+
+def _plain(text: str) -> str:
+    return re.sub(r"[^\w.=,-]+", "-", unicodedata.normalize("NFC", text)).strip(".-")
+
+
+def _shortened(name: str) -> str:
+    if len(name.encode()) <= _MAX_LENGTH:
+        return name
+    return f"{name.encode()[: _MAX_LENGTH - 9].decode(errors='ignore')}-{_digest(name)}"
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def flag_value(value: Any) -> str:
+    """Return a setting as the text of a flag: that of `wandb agent`, but for null, which that writes as `None`."""
+    return json.dumps(value) if _has_null(value) else str(value)
+
+
+def _has_null(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return any(map(_has_null, value.values()))
+    return any(map(_has_null, value)) if isinstance(value, list) else value is None
 
 
 def arm_name(settings: Mapping[str, Any]) -> str:
@@ -23,9 +52,7 @@ def arm_name(settings: Mapping[str, Any]) -> str:
     flat = dict(_flatten(settings))
     keys = {key: "seed" if key == "seed_everything" else shortest_ending(key, flat) for key in flat}
     name = ",".join(f"{keys[key]}={_short_value(value)}" for key, value in flat.items())
-    if len(name) > _MAX_LENGTH:
-        name = f"{name[: _MAX_LENGTH - 9]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
-    return name
+    return _shortened(name)
 
 
 def arm_of_agent() -> str | None:
@@ -59,9 +86,9 @@ def _short_value(value: Any) -> str:
     if isinstance(value, float):
         return min(repr(value), f"{value:.4g}", key=len).replace("e+", "e")
     if not isinstance(value, str):
-        value = json.dumps(value, separators=(",", ":"))
+        value = json.dumps(value, separators=(",", ":"), ensure_ascii=False)
     if re.fullmatch(r"([A-Za-z_]\w*\.)+[A-Za-z_]\w*", value):  # a class
         value = value.rsplit(".", 1)[-1]
     elif value.endswith(".yaml"):
         value = Path(value).stem
-    return re.sub(r"[,=-]+", "-", folder_name(value)) or "none"
+    return re.sub(r"[,=-]+", "-", _plain(value)) or "none"

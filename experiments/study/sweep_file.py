@@ -16,6 +16,7 @@ from pydantic import Discriminator, Field, PositiveInt, PrivateAttr, Tag, Valida
 
 from experiments.errors import UserError
 from experiments.study.distributions import ABSENT, Distribution, Number, Section, SectionError, did_you_mean
+from experiments.study.names import flag_value
 
 Key = tuple[str | int, ...]
 _FOR_LAUNCH = ("job", "image_uri", "scheduler", "metrics")
@@ -152,14 +153,14 @@ class Sweep(Section):
 
 
 def _macros(settings: Mapping[str, Any], json_file: Path, program: str) -> dict[str, list[str]]:
-    pairs = {key: f"{key}={value}" for key, value in settings.items()}
+    pairs = {key: f"{key}={flag_value(value)}" for key, value in settings.items()}
     return {
         "env": ["/usr/bin/env"],
         "interpreter": [sys.executable],
         "program": [program],
         "args": [f"--{pair}" for pair in pairs.values()],
         "args_no_hyphens": list(pairs.values()),
-        "args_no_equals": [word for key, value in settings.items() for word in (f"--{key}", str(value))],
+        "args_no_equals": [word for key, value in settings.items() for word in (f"--{key}", flag_value(value))],
         "args_no_boolean_flags": [
             f"--{key if settings[key] is True else pair}" for key, pair in pairs.items() if settings[key] is not False
         ],

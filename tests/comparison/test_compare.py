@@ -29,6 +29,7 @@ from experiments.comparison.measures import Measure, choose_metrics, measures_of
 from experiments.comparison.runs import Run, Series, find_runs, flatten, read_folder, read_wandb
 from experiments.comparison.statistics import difference, estimate, welch
 from experiments.errors import UserError
+from experiments.study.journal import goal_of
 from experiments.study.names import shortest_ending
 from lightning_modules.common.files import csv_text
 
@@ -260,6 +261,19 @@ def test_arms_are_in_the_order_of_their_values():
 def test_the_name_of_a_metric_tells_which_value_is_best(metric, mode):
     assert mode_of(metric, [run_with()], maximize=["val/mine"], minimize=[]) == mode
     assert mode_of(metric, [run_with()], maximize=[], minimize=[metric]) == "min"
+
+
+def test_the_goal_of_a_study_decides_which_value_is_best(llm_train, write_run):
+    for number, values in enumerate([(3.0, 1.0), (2.5, 2.0)]):
+        write_run(f"study/arm={number}", values, model__init_args__n_layer=number)
+    asked = {"op_code": 2, "user_attr": {"asked": {"metric": {"name": "val/loss", "goal": "maximize"}}}}
+    Path("runs/study/journal.log").write_text('{"op_code": 0}\n' + json.dumps(asked) + "\n{half")
+    assert goal_of(Path("runs/study")) == ("val/loss", "maximize")
+    assert llm_train("compare", "runs/study").code == 0
+    with Path("runs/study/comparison/runs.csv").open() as file:
+        best = [float(row["val/loss, best"]) for row in csv.DictReader(file)]
+    assert best == [3.0, 2.5]
+    assert mode_of("val/loss", [run_with()], [], ["val/loss"], {"val/loss": "maximize"}) == "min"  # the user's word
 
 
 def test_the_best_value_is_by_the_mode_and_ignores_nan():

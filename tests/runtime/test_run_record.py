@@ -232,7 +232,9 @@ def test_a_run_of_wandbs_agent_is_named_after_its_settings_and_grouped_by_its_st
     monkeypatch.setenv("WANDB_SWEEP_ID", "sweep1")
     monkeypatch.setenv("WANDB_SWEEP_PARAM_PATH", str(given))
     monkeypatch.setenv("WANDB_RUN_ID", "abc")
-    command = ("fit", "-c", tiny(trainer__max_steps=4), "--optimizer.lr=0.02", "--seed_everything=7")
+    # The agent writes null as Python does.
+    settings = ("--optimizer.lr=0.02", "--seed_everything=7", "--data.cache_dir=None", "--trainer={'max_time': None}")
+    command = ("fit", "-c", tiny(trainer__max_steps=4), *settings)
     assert llm_train(*command, "--run.study=rates").code == 0
     run = session(RUNS / "rates/lr=0.02,seed=7")["run"][0]
     assert (run["run_id"], run["run_group"], run["display_name"]) == ("abc", "rates", "lr=0.02,seed=7")
@@ -243,6 +245,7 @@ def test_a_run_of_wandbs_agent_is_named_after_its_settings_and_grouped_by_its_st
         assert llm_train(*command, *([f"--run.study={study}"] if study else [])).code == 0
         recorded = yaml.safe_load((RUNS / folder / "config.yaml").read_text())["run"]
         assert recorded["study"] == (study or "sweep1")
+    assert not Path("None").exists()
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from experiments.errors import UserError
 from experiments.study import runs
 from experiments.study.distributions import Distribution
 from experiments.study.journal import Journal
-from experiments.study.names import arm_name
+from experiments.study.names import arm_name, folder_name
 from experiments.study.runs import Plan, study_folder
 from experiments.study.sweep_file import read_sweep_file
 
@@ -280,7 +280,7 @@ def test_the_command_of_a_run_is_word_for_word_that_of_wandbs_agent(sweep, monke
     from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
 
     monkeypatch.setenv("WHERE", "there")
-    settings = {"lr": 1e-5, "flag": True, "off": False, "none": None, "list": [1, "a"], "optimizer": {"lr": 0.1}}
+    settings = {"lr": 1e-5, "flag": True, "off": False, "list": [1, "a"], "optimizer": {"lr": 0.1}}
     macros = ["args", "args_no_hyphens", "args_no_equals", "args_no_boolean_flags", "args_json"]
     macros += ["args_append_hydra", "args_override_hydra"]
     command = ["run", 3, "${envvar:WHERE}/x", *(f"${{{macro}}}" for macro in macros)]
@@ -290,9 +290,34 @@ def test_the_command_of_a_run_is_word_for_word_that_of_wandbs_agent(sweep, monke
     assert ours == list(map(str, expected))
 
 
+def test_null_is_null_for_the_runs_and_not_the_text_none(sweep):
+    settings = {"clip": None, "trainer": {"clip": None, "check": False}, "list": [None, "a"]}
+    words = read_sweep_file(sweep(command=["run", "${args}", "${args_no_equals}"])).words(settings, Path())
+    section, values = '{"clip": null, "check": false}', '[null, "a"]'
+    assert words[1:4] == ["--clip=null", f"--trainer={section}", f"--list={values}"]
+    assert words[4:] == ["--clip", "null", "--trainer", section, "--list", values]
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("学習率", "学習率"),
+        ("Étude № 1", "Étude-1"),
+        ("E\N{COMBINING ACUTE ACCENT}tude", "Étude"),
+        ("../a b/", "a-b"),
+        ("№", "name-a01afe1c"),
+        ("", "name-e3b0c442"),
+    ],
+)
+def test_a_study_has_a_folder_of_its_own_whatever_its_name(text, name):
+    assert folder_name(text) == name
+    assert len(folder_name(text * 200).encode()) <= 100
+
+
 @pytest.mark.parametrize(
     ("settings", "name"),
     [
+        ({"a": "größer", "b": ["\u5b66", None], "c": "★"}, "a=größer,b=学-null,c=none"),
         ({"model.initialization": "xavier", "seed_everything": 2}, "initialization=xavier,seed=2"),
         ({"model.dropout": 0.1, "model.attention.dropout": 0.25}, "model.dropout=0.1,attention.dropout=0.25"),
         ({"optimizer": "torch.optim.SGD", "optimizer.lr": 1e-05}, "optimizer=SGD,lr=1e-05"),
