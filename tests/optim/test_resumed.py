@@ -3,11 +3,13 @@
 import csv
 import json
 import shutil
+import signal
 
+import forks
 import pytest
 import torch
 import yaml
-from helpers import LAST, RUNS
+from helpers import LAST, RUNS, assert_same_weights
 from torch import nn
 
 from lightning_modules.optim.schedules import Constant, Cosine, InverseTime, Linear, ReduceOnPlateau, WarmupStableDecay
@@ -131,6 +133,26 @@ def test_changed_settings_of_the_optimiser_are_applied_and_said(continued):
     changed = {"trainer.max_steps": [24, 28], "optimizer.lr": [0.01, 0.5], "optimizer.weight_decay": [0.1, 0.3]}
     paths = "data.source.paths"  # of a copy of the text
     assert {name: both for name, both in second["resumed"]["changed"].items() if name != paths} == changed
+
+
+def test_a_checkpoint_of_an_earlier_version_resumes_as_before_or_with_other_settings(llm_train, forked, tiny, whole):
+    command = ("fit", "-c", tiny(), "--run.name")
+    assert forked(*command, "kept", prepare=lambda: forks.die_after_step(16)) == -signal.SIGKILL
+    checkpoint = torch.load(RUNS / "kept" / LAST, weights_only=True)
+    del checkpoint["optimizer_settings"]
+    state = checkpoint["lr_schedulers"][0]
+    for name in ("schedule", "arguments", "stretches"):
+        del state[name]
+    state["final"] = 0.1  # arguments were among the state
+    torch.save(checkpoint, RUNS / "kept" / LAST)
+    shutil.copytree(RUNS / "kept", RUNS / "changed")
+
+    kept = llm_train(*command, "kept", "--ckpt_path", "last")
+    assert (kept.code, "from step" in kept.err) == (0, False), kept.err
+    assert_same_weights(whole() / LAST, RUNS / "kept" / LAST)
+    changed = llm_train(*command, "changed", "--ckpt_path", "last", "--optimizer.lr=0.5")
+    assert (changed.code, "from step 16 on: lr 0.5 in place of 0.01" in changed.err) == (0, True), changed.err
+    assert logged("changed")[20] == pytest.approx(50 * logged("kept")[20])
 
 
 def test_another_schedule_is_followed_from_the_step_on(continued):
