@@ -11,6 +11,8 @@ from lightning_modules.common.ranges import PositiveInt, Probability
 from lightning_modules.common.targets import IGNORED
 from lightning_modules.finetuning.bases import (
     architecture_of,
+    as_mask,
+    attends_within_records,
     check_fit,
     load_pretrained,
     save_pretrained,
@@ -53,6 +55,7 @@ class BertMaskedLMModule(ExperimentModule):
     """
 
     varying_sizes: ClassVar = {"input_ids": 1, "attention_mask": 1, "targets": 1, "places": 0}
+    within_records = False  # whether the attention takes the ends of the reviews, `cu_seqlens`, in place of a mask
 
     def __init__(
         self,
@@ -96,15 +99,24 @@ class BertMaskedLMModule(ExperimentModule):
         """Find the output layer."""
         self.output_layer.prepare()
 
+    def setup(self, stage: str) -> None:
+        """Let the model attend within the reviews by a kernel without a mask, on a GPU."""
+        self.within_records = attends_within_records(self.trainer, self.model)
+
     def loss(self, batch: Batch) -> Loss:
         """Return the loss of a batch; `train/loss` is the mean over its targets, in nats a token."""
-        nats = self.output_layer.cross_entropy(**_arguments(batch), reduction="sum")
+        nats = self.output_layer.cross_entropy(**self._arguments(batch), reduction="sum")
         n_targets = (batch["targets"] != IGNORED).sum()
         return Loss(nats / batch["mean_targets"], nats / n_targets.clamp_min(1), n_targets)
 
     def evaluation_step(self, batch: Batch, metrics: CorpusLoss) -> None:
         """Update the metrics with the targets of a batch, which may be empty."""
-        metrics.update(self.output_layer.nats_of_share(**_arguments(batch)), batch["targets"])
+        metrics.update(self.output_layer.nats_of_share(**self._arguments(batch)), batch["targets"])
+
+    def _arguments(self, batch: Batch) -> Batch:
+        """Return the arguments of `OutputLayer.cross_entropy`: targets and their places, and those of the model."""
+        mask = as_mask(batch["cu_seqlens"]) if self.within_records else batch["attention_mask"]
+        return {name: batch[name] for name in ("targets", "places", "input_ids")} | {"attention_mask": mask}
 
     def next_command(self, run: str) -> str:
         """Return the command that trains a classifier on this encoder."""
@@ -115,8 +127,3 @@ class BertMaskedLMModule(ExperimentModule):
     def save_pretrained(self, folder: Path) -> None:
         """Write the model in the format of Transformers; `AutoModel` loads its encoder."""
         save_pretrained(self.model, folder)
-
-
-def _arguments(batch: Batch) -> Batch:
-    """Return the arguments of `OutputLayer.cross_entropy`."""
-    return {name: batch[name] for name in ("targets", "places", "input_ids", "attention_mask")}

@@ -9,7 +9,14 @@ from torch import Tensor, nn
 from lightning_modules.base import CompileMode
 from lightning_modules.classification import Batch, ClassifierModule
 from lightning_modules.common.ranges import Probability
-from lightning_modules.finetuning.bases import architecture_of, as_mask, check_fit, load_pretrained, save_pretrained
+from lightning_modules.finetuning.bases import (
+    architecture_of,
+    as_mask,
+    attends_within_records,
+    check_fit,
+    load_pretrained,
+    save_pretrained,
+)
 
 if TYPE_CHECKING:  # imported where used: transformers is slow to import
     from transformers import PreTrainedModel
@@ -46,6 +53,7 @@ class BertImdbModule(ClassifierModule):
     """
 
     varying_sizes: ClassVar = {"input_ids": 1, "attention_mask": 1}  # the length of the longest review of a batch
+    within_records = False  # whether the attention takes the ends of the reviews, `cu_seqlens`, in place of a mask
 
     def __init__(
         self,
@@ -78,18 +86,13 @@ class BertImdbModule(ClassifierModule):
         self.save_hyperparameters()
         self.hparams["architecture"] = config.encoder
 
-    within_reviews = False  # whether the attention takes the ends of the reviews, `cu_seqlens`, in place of a mask
-
     def setup(self, stage: str) -> None:
         """Let the encoder attend within the reviews by a kernel without a mask, on a GPU."""
-        if self.trainer.strategy.root_device.type == "cuda":
-            from lightning_modules.finetuning.packed_attention import use_attention_within_records
-
-            self.within_reviews = use_attention_within_records(self.model.encoder)
+        self.within_records = attends_within_records(self.trainer, self.model.encoder)
 
     def features(self, batch: Batch) -> Tensor:
         """Return the input of the head for the reviews of a batch, (B, F)."""
-        ends = as_mask(batch["cu_seqlens"]) if self.within_reviews and "cu_seqlens" in batch else None
+        ends = as_mask(batch["cu_seqlens"]) if self.within_records and "cu_seqlens" in batch else None
         return self.model.features(batch["input_ids"], batch["attention_mask"], ends)
 
     def forward(self, batch: Batch) -> Tensor:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import lightning as L
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
@@ -163,8 +164,20 @@ def scores_of_share(forward: Callable[[Batch], Tensor], batch: Batch, rows: Tens
     return forward(batch) if len(rows) else torch.zeros(0, *shape, device=rows.device)
 
 
+def attends_within_records(trainer: L.Trainer, model: "PreTrainedModel") -> bool:
+    """Let a model take `cu_seqlens` in the place of a mask if the run is on a GPU, and return whether it does.
+
+    See `packed_attention`.
+    """
+    if trainer.strategy.root_device.type != "cuda":
+        return False
+    from lightning_modules.finetuning.packed_attention import use_attention_within_records
+
+    return use_attention_within_records(model)
+
+
 def as_mask(cu_seqlens: Tensor) -> Tensor:
-    """Return the ends of records, (N,), in the form that passes for a mask, (1, 1, 1, N); see `packed_attention`."""
+    """Return the ends of records, (N,), in the form that passes for a mask, (1, 1, 1, N)."""
     return cu_seqlens[None, None, None]
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lightning_modules.base import Loss
 from lightning_modules.common.targets import IGNORED
-from lightning_modules.finetuning.bases import as_mask, evaluating
+from lightning_modules.finetuning.bases import as_mask, attends_within_records, evaluating
 from lightning_modules.finetuning.causal_lm import FineTunedCausalLM
 from lightning_modules.metrics import CorpusLoss
 
@@ -30,10 +30,7 @@ class GPT2WebGLMQAModule(FineTunedCausalLM):
 
     def setup(self, stage: str) -> None:
         """Refuse packing if the model does not keep the records of a row apart."""
-        if self.trainer.strategy.root_device.type == "cuda":
-            from lightning_modules.finetuning.packed_attention import use_attention_within_records
-
-            self.within_records = use_attention_within_records(self.model)
+        self.within_records = attends_within_records(self.trainer, self.model)
         if getattr(self.data, "packing", False) and not keeps_records_apart(self.model, self.within_records):
             raise MisconfigurationException(
                 f"data.packing: a {type(self.model).__name__} does not keep the records of a row apart; set it to false"

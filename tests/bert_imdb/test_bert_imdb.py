@@ -160,7 +160,7 @@ def test_the_ends_of_the_reviews_replace_the_mask_on_a_gpu(base, pooling):
     for device in ("cpu", "cuda"):  # the set-up for a GPU; the model stays on the CPU
         module.trainer = SimpleNamespace(strategy=SimpleNamespace(root_device=torch.device(device)))
         module.setup("fit")
-        assert module.within_reviews == (device == "cuda")
+        assert module.within_records == (device == "cuda")
         torch.testing.assert_close(module(batch), expected, rtol=1e-5, atol=1e-5)
 
 
