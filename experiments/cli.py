@@ -31,7 +31,7 @@ from lightning_modules.base import ExperimentModule
 from lightning_modules.common.messages import say
 from lightning_modules.runtime.checkpoint_io import AtomicCheckpointIO
 from lightning_modules.runtime.loggers import RunLogger
-from lightning_modules.runtime.private_names import SettingsGoOverCheckpoint
+from lightning_modules.runtime.private_names import SettingsGoOverCheckpoint, leave_unused_gpus_alone
 
 LINKED = ("vocab_size", "pad_token_id", "block_size", "classes")  # attributes of the data, arguments of a module
 DEFAULTS = Path(__file__).parent / "trainer" / "defaults.yaml"
@@ -232,6 +232,7 @@ class ExperimentCLI(SettingsGoOverCheckpoint):
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """Build the trainer with the run folder, once model and data are built and agree."""
+        leave_unused_gpus_alone()
         self._check_links()
         if self._trainer_arguments.get("fast_dev_run"):
             self.run = run_folder.temporary(self._claim_as[1])

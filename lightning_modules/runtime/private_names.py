@@ -15,6 +15,8 @@ from jsonargparse._common import default_import_path_denylist, parsing_settings
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from lightning.pytorch.trainer import trainer as trainer_module
+from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 from torch.distributed._composable import checkpoint as recompute_in_backward
 from torch.utils.data import DataLoader
@@ -93,6 +95,14 @@ def unscale_gradients(trainer: L.Trainer) -> None:
         for optimizer in trainer.optimizers:
             if getattr(optimizer, "_step_supports_amp_scaling", False):
                 scaler.unscale_(optimizer)
+
+
+def leave_unused_gpus_alone() -> None:
+    """Make Lightning keep the random states of GPUs around its sanity check only if they are in use.
+
+    Otherwise it starts CUDA on each GPU of the machine, in a run on the CPU too.
+    """
+    trainer_module.isolate_rng = lambda: isolate_rng(include_cuda=torch.cuda.is_initialized())
 
 
 # --- Lightning's strategies -------------------------------------------------------------------------------------------

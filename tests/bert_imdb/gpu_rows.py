@@ -64,15 +64,15 @@ def reviews(settings: Settings) -> Iterator[Line]:
         collator = DataCollatorWithPadding(AutoTokenizer.from_pretrained(tokenizer))
         return batch_size / hf_trainer(settings, model, rows(), collator, batch_size, steps).seconds
 
-    batch_size, steps, every = settings.choose((32, 60, 10), (4, 4, 1))
+    batch_size, steps, every = settings.choose((32, 50, 10), (4, 4, 1))
     clock = fit(settings, "bert_imdb/full.yaml", steps, every, **overlay(batch_size))
     ours = batch_size / clock.times.seconds
     yield Line("all weights: `llm-train fit`", {"reviews/s": ours, "peak GiB": clock.times.peak})
     free(clock)
-    rate = theirs(False, batch_size, settings.choose(48, 4))
+    rate = theirs(False, batch_size, settings.choose(36, 4))
     yield Line("all weights: HF Trainer", {"reviews/s": rate, "fit / this": ours / rate})
 
-    batch_size, steps, every = settings.choose((64, 400, 50), (4, 8, 2))
+    batch_size, steps, every = settings.choose((64, 200, 25), (4, 8, 2))
     freeze = {
         "class_path": "lightning_modules.finetuning.freeze.Freeze",
         "init_args": {"patterns": ["model.encoder.*"]},
@@ -82,7 +82,7 @@ def reviews(settings: Settings) -> Iterator[Line]:
     ours = batch_size / clock.times.seconds
     yield Line("frozen base: `llm-train fit`, cached features", {"reviews/s": ours, "peak GiB": clock.times.peak})
     free(clock)
-    rate = theirs(True, batch_size, settings.choose(30, 4))
+    rate = theirs(True, batch_size, settings.choose(24, 4))
     yield Line("frozen base: HF Trainer", {"reviews/s": rate, "fit / this": ours / rate})
 
 

@@ -82,7 +82,7 @@ _TINY = {"n_layer": 2, "n_head": 2, "n_embd": 32}
 
 def pretraining(settings: Settings) -> Iterator[Line]:
     """GPT-2 124M: the command, a bare loop over the same compiled step, and nanoGPT."""
-    steps, every = settings.choose((80, 10), (6, 2))
+    steps, every = settings.choose((50, 10), (6, 2))
     data, vocabulary, block_size, batch_size = _decoder_data(settings, settings.choose(1_400_000, 5_000))
     model = {"init_args": settings.choose({}, _TINY)}
     clock = fit(settings, "decoder_pretrain/gpt2_124m.yaml", steps, every, model=model, data=data)
@@ -102,7 +102,7 @@ def pretraining(settings: Settings) -> Iterator[Line]:
 
 def characters(settings: Settings) -> Iterator[Line]:
     """10.7 million weights on characters: the command with CUDA graphs, a bare loop, and nanoGPT."""
-    steps, every = settings.choose((600, 100), (6, 2))
+    steps, every = settings.choose((300, 50), (6, 2))
     text = workload.write_letters(Path("letters.txt").resolve(), settings.choose(1_100_000, 5_000))
     block_size, batch_size = settings.choose((256, 64), (32, 4))
     model = {"init_args": settings.choose({}, _TINY) | {"compile": "reduce-overhead"}}
@@ -237,7 +237,7 @@ def compilations(settings: Settings) -> Iterator[Line]:
 
 def modern(settings: Settings) -> Iterator[Line]:
     """Decoders with equally many weights, classic and modern, compiled."""
-    steps, every = settings.choose((60, 10), (6, 2))
+    steps, every = settings.choose((40, 10), (6, 2))
     data, _, block_size, batch_size = _decoder_data(settings, settings.choose(1_400_000, 5_000))
     speeds: dict[str, float] = {}
     for name, experiment in (("classic", "gpt2_124m.yaml"), ("modern", "speedrun_124m.yaml")):

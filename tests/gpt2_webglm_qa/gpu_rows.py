@@ -44,7 +44,7 @@ def cited_answers(settings: Settings) -> Iterator[Line]:
         "batch_size": settings.choose(16, 2),
         "num_workers": settings.choose(4, 0),
     }
-    steps, every = settings.choose((60, 10), (6, 2))
+    steps, every = settings.choose((50, 10), (6, 2))
     overlay = {"model": {"init_args": {"base": base}}, "data": {"init_args": data}}
     clock = fit(settings, "gpt2_webglm_qa/full.yaml", steps, every, **overlay)
     counts = clock.trainer.datamodule.counts["train"]
@@ -66,7 +66,7 @@ def cited_answers(settings: Settings) -> Iterator[Line]:
     free(clock)
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     batch_size = max(1, round(data["batch_size"] * records_a_row))
-    times = hf_trainer(settings, model, rows, _PadToLongest(), batch_size, settings.choose(48, 6))
+    times = hf_trainer(settings, model, rows, _PadToLongest(), batch_size, settings.choose(36, 6))
     rate = batch_size / times.seconds
     yield Line("HF Trainer, padded", {"records/s": rate, "fit / this": ours / rate, "peak GiB": times.peak})
     yield _same_loss(settings, base, vocabulary, block_size, packed, [rows[number] for number in of_packed])

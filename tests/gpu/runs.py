@@ -127,8 +127,13 @@ def bare_loop(clock: Clock, n_steps: int, every: int) -> Times:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    with mock.patch.object(ExperimentModule, "logging_is_due", False):
-        return timed(step, n_steps, every)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")  # as the callback TF32 of the run; another value compiles again
+    try:
+        with mock.patch.object(ExperimentModule, "logging_is_due", False):
+            return timed(step, n_steps, every)
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def moved(batch: dict[str, Any], device: str) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.loops.fit_loop import _FitLoop
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
+from lightning.pytorch.trainer import trainer as trainer_module
 from lightning.pytorch.trainer.connectors.logger_connector import logger_connector
 from torch import nn
 from torch.utils.data import DataLoader
@@ -312,6 +313,19 @@ def test_a_wandb_logger_is_set_up_after_it_is_built(tmp_path):
     assert logger.experiment is other
     expected = {"artifact_or_path", "aliases", "is_user_created", "use_after_commit"}
     assert expected <= set(inspect.signature(wandb.Run._log_artifact).parameters)
+
+
+def test_the_random_states_of_unused_gpus_are_left_alone(monkeypatch):
+    assert "with isolate_rng():" in inspect.getsource(L.Trainer._run_stage)
+    monkeypatch.setattr(trainer_module, "isolate_rng", trainer_module.isolate_rng)
+    private_names.leave_unused_gpus_alone()
+    asked = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: asked.append("cuda") or False)
+    before = torch.get_rng_state()
+    with trainer_module.isolate_rng():
+        torch.rand(1)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert not asked
 
 
 def test_loggers_are_given_the_number_of_the_step():

@@ -79,7 +79,8 @@ def test_a_run_on_the_cpu_leaves_cuda_alone_and_records_its_memory(tiny, llm_tra
 
     monkeypatch.setattr(datamodules.base, "DataLoader", load)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # as on a machine with a GPU
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    for module in (torch.cuda, torch.cuda.random):
+        monkeypatch.setattr(module, "device_count", lambda: 1)
     for name in ("_lazy_init", "get_device_name"):
         monkeypatch.setattr(torch.cuda, name, start_cuda)
     done = llm_train("fit", "-c", tiny(trainer__max_steps=4, trainer__val_check_interval=4))
