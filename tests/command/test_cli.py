@@ -3,8 +3,6 @@
 import argparse
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -150,30 +148,6 @@ def test_generate_in_bfloat16(llm_train, whole, monkeypatch):
     done = llm_train("generate", "--run", whole(), "--prompt", "ae", "--precision", "bf16")
     assert len(done.out) > 20
     assert {parameter.dtype for parameter in modules[0].parameters()} == {torch.bfloat16}
-
-
-DESCRIBE = """
-import contextlib, io, json
-from experiments.__main__ import main
-printed = []
-for arguments in (["schema"], ["completion", "bash"]):
-    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.suppress(SystemExit):
-        main(arguments)
-    printed.append(out.getvalue())
-print(json.dumps(printed))
-"""
-
-
-def test_schema_and_completion():
-    # In a process of its own: they describe every class that is loaded, and tests load a great many.
-    done = subprocess.run([sys.executable, "-c", DESCRIBE], cwd=ROOT, capture_output=True, check=True, text=True)
-    written, completion = json.loads(done.stdout.splitlines()[-1])
-    schema = json.loads(written)
-    assert {"model", "data", "optimizer", "trainer"} <= set(schema["properties"])
-    assert schema["$defs"]["Module"] == {}  # any network
-    assert len(written) < 1e6  # editors read it whole
-    assert "llm-train" in completion
-    assert all(subcommand in completion for subcommand in ("fit", "validate", "test", "predict"))
 
 
 def test_messages_of_the_parser_are_shortened_to_the_reason():
