@@ -56,6 +56,8 @@ def test_the_ends_of_records_replace_the_mask_of_transformers(family):
     found = outputs(position_ids=POSITIONS_WITH_PADDING_APART, attention_mask=as_mask(ENDS))
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     assert not torch.allclose(mixed[0], expected[0], atol=1e-2)
+    whole = outputs(attention_mask=as_mask(torch.tensor([0, 12, 24], dtype=torch.int32)))  # each row is one record
+    torch.testing.assert_close(whole, outputs(), rtol=1e-5, atol=1e-5)
     # Other masks work as before, and the name is not saved.
     torch.testing.assert_close(
         model(ids, attention_mask=(torch.arange(LENGTH) > 3).long().expand(2, -1)).logits, padded

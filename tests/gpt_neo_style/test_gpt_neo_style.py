@@ -241,6 +241,23 @@ def datamodule(tmp_path: Path, **arguments: object) -> GPTNeoStyleDataModule:
     return made
 
 
+@pytest.mark.parametrize("model_type", ["gpt2", "gpt_neo"])
+def test_the_loss_of_a_run_on_a_gpu_is_that_of_a_run_on_a_cpu(tmp_path, model_type):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_layers": 2, "num_heads": 2, "attention_types": [[["global", "local"], 1]]}
+    sizes = sizes if model_type == "gpt_neo" else {"n_embd": 16, "n_layer": 2, "n_head": 2}
+    architecture = {"model_type": model_type, "vocab_size": 257, "max_position_embeddings": 16} | sizes
+    module = GPTNeoStyleModule("none", 257, 16, architecture | {"bos_token_id": None, "eos_token_id": None}).eval()
+    batch = next(iter(datamodule(tmp_path).train_dataloader()))
+    losses = []
+    for device in ("cpu", "cuda"):  # the set-up for a GPU; the model stays on the CPU
+        module.trainer = SimpleNamespace(strategy=SimpleNamespace(root_device=torch.device(device)))
+        module.setup("fit")
+        losses.append(module.loss(batch))
+    assert module.within_records == (model_type == "gpt2")
+    torch.testing.assert_close(losses[1], losses[0])
+
+
 def read_back(batches: object) -> str:
     """The text whose tokens are the targets of a loader's batches: bytes, and 256 between passages."""
     targets = torch.cat([batch["targets"].flatten() for batch in batches])
