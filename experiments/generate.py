@@ -89,7 +89,12 @@ def main(args: Sequence[str]) -> None:
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     module = load_run(options.run, options.checkpoint, device).to(dtype_of_weights(options, device))
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(options.run / "tokenizer")
+    if not (options.run / "tokenizer").is_dir():  # its name must not become one on the hub
+        raise MisconfigurationException(
+            f"--run {options.run}: there is no tokenizer in it; train with the callback "
+            "lightning_modules.runtime.export.ExportModel, which saves it"
+        )
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(options.run / "tokenizer", local_files_only=True)
     generator = torch.Generator(device).manual_seed(options.seed)
 
     def stream(prompt: np.ndarray, max_new_tokens: int, temperature: float) -> Iterator[str]:

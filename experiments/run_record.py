@@ -178,13 +178,28 @@ class RunRecord(SaveConfigCallback):
         quoted = shlex.quote(str(folder))
         following = None
         if is_fit and summary["status"] == "finished":
-            following = pl_module.next_command(quoted)
+            following = self._next_command(pl_module)
         elif is_fit and self._run.checkpoint("last").is_file():
             following = f"llm-train fit -c {quoted}/{CONFIG} --ckpt_path last"
         if following:
             packages = ",".join(self._unknown_packages)
             lines.append(("next", following + (f" --allow {packages}" if packages else "")))
         say("\n" + "\n".join(f"{what:<8}{text}" for what, text in lines))
+
+    def _next_command(self, pl_module: L.LightningModule) -> str | None:
+        """Return the command that the module proposes after a run, or one for which the run has the files."""
+        run, quoted = self._run, shlex.quote(str(self._run.path))
+        proposed = pl_module.next_command(quoted)
+        needs = {
+            "llm-train generate": run.path / "tokenizer",
+            f"{quoted}/tokenizer": run.path / "tokenizer",
+            f"--model.base {quoted}": run.path / "model",
+            "--ckpt_path best": run.checkpoint("best"),
+        }
+        if all(path.exists() for text, path in needs.items() if text in proposed):
+            return proposed
+        name = next((name for name in ("best", "last") if run.checkpoint(name).is_file()), None)
+        return name and f"llm-train validate -c {quoted}/{CONFIG} --ckpt_path {name}"
 
 
 def _of(kind: type, objects: Iterable[object]) -> list[Any]:
