@@ -28,6 +28,7 @@ from experiments.study.names import arm_of_agent, flag_value
 from experiments.yaml_files import load_yaml, read_yaml
 from lightning_modules import optim
 from lightning_modules.base import ExperimentModule
+from lightning_modules.common.files import read_json
 from lightning_modules.common.messages import say
 from lightning_modules.runtime.checkpoint_io import AtomicCheckpointIO
 from lightning_modules.runtime.loggers import RunLogger
@@ -216,10 +217,10 @@ class ExperimentCLI(SettingsGoOverCheckpoint):
     def _is_finished(self, run: RunFolder) -> bool:
         """Return whether a run is finished, and the command asks for the same length."""
         summary, config = run.path / "summary.json", run.path / run_folder.CONFIG
-        if not summary.is_file() or json.loads(summary.read_text())["status"] != "finished":
+        if read_json(summary, {}).get("status") != "finished":
             return False
-        saved = read_yaml(config)["trainer"]
-        return all(saved[key] == self._trainer_arguments[key] for key in _LENGTH)
+        saved = (read_yaml(config) or {}).get("trainer") or {}
+        return all(saved.get(key) == self._trainer_arguments[key] for key in _LENGTH)
 
     def _lock_run(self) -> None:
         """Lock the folder that this run continues or starts, so that no other process trains in it."""

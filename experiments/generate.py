@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from datamodules.tokenizers import decode_stream, encode
+from datamodules.tokenizers import decode_stream, encode, load_tokenizer
 from experiments import trust
 from experiments.class_paths import import_class
 from experiments.errors import CommandParser
@@ -85,8 +85,6 @@ def main(args: Sequence[str]) -> None:
     options = _parse(args)
     trust.trust_run(trust.allowed(args))
 
-    from transformers import PreTrainedTokenizerFast
-
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     module = load_run(options.run, options.checkpoint, device).to(dtype_of_weights(options, device))
     if not (options.run / "tokenizer").is_dir():  # its name must not become one on the hub
@@ -94,7 +92,7 @@ def main(args: Sequence[str]) -> None:
             f"--run {options.run}: there is no tokenizer in it; train with the callback "
             "lightning_modules.runtime.export.ExportModel, which saves it"
         )
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(options.run / "tokenizer", local_files_only=True)
+    tokenizer = load_tokenizer(str((options.run / "tokenizer").resolve()))
     generator = torch.Generator(device).manual_seed(options.seed)
 
     def stream(prompt: np.ndarray, max_new_tokens: int, temperature: float) -> Iterator[str]:

@@ -48,6 +48,13 @@ class ExperimentParser(LightningArgumentParser):
         kwargs.setdefault("allow_abbrev", False)  # --trainer.max_epoch is an error, not --trainer.max_epochs
         super().__init__(*args, **kwargs)
 
+    def parse_args(self, *args: Any, **kwargs: Any) -> Namespace:
+        """Parse; a configuration file that is not UTF-8 is an error too."""
+        try:
+            return super().parse_args(*args, **kwargs)
+        except UnicodeDecodeError as error:
+            self.error(str(error), error)
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print one line and exit with code 2."""
         if not self.exit_on_error:

@@ -22,7 +22,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from experiments.run_folder import CONFIG, RunFolder
 from experiments.trust import SESSION_KEYS, unknown_packages
-from lightning_modules.common.files import write_json, write_text
+from lightning_modules.common.files import read_json, write_json, write_text
 from lightning_modules.common.messages import say
 from lightning_modules.runtime.checkpoint import RunCheckpoint
 from lightning_modules.runtime.loggers import MetricsCSV, WandbRecorder
@@ -74,7 +74,7 @@ class RunRecord(SaveConfigCallback):
         )
 
         environment_file = run.path / "environment.json"
-        sessions = json.loads(environment_file.read_text()) if environment_file.is_file() else []
+        sessions = read_json(environment_file, [])
         session = environment(trainer)
         if self._is_resumed:
             checkpoint = str(self.cli.arguments["ckpt_path"])

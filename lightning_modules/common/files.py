@@ -11,7 +11,9 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
+
+_Value = TypeVar("_Value", dict[str, Any], list[Any])
 
 
 @contextmanager
@@ -35,6 +37,23 @@ def write_text(target: Path, text: str) -> None:
     """Create or replace a UTF-8 text file."""
     with atomic_file(target) as file:
         file.write(text.encode("utf-8"))
+
+
+def read_json(file: Path, empty: _Value) -> _Value:
+    """Return the content of a JSON file, or `empty` if there is no such file.
+
+    Raises:
+        OSError: If it cannot be read, or its content is of another type than `empty`.
+    """
+    if not file.is_file():
+        return empty
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise OSError(f"{file} is damaged ({error}): remove it, or restore it from a copy") from error
+    if not isinstance(value, type(empty)):
+        raise OSError(f"{file} is damaged (it holds no {type(empty).__name__}): remove it, or restore it from a copy")
+    return value
 
 
 def write_json(target: Path, value: Any, indent: int | None = 2) -> None:

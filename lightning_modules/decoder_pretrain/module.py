@@ -9,7 +9,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from lightning_modules.base import CompileMode, ExperimentModule
-from lightning_modules.common.files import write_text
+from lightning_modules.common.files import read_json, write_text
 from lightning_modules.common.messages import say
 from lightning_modules.common.ranges import PositiveFloat, PositiveInt, Probability
 from lightning_modules.finetuning.bases import check_fit, check_sizes, evaluating, load_pretrained, local_folder
@@ -188,8 +188,8 @@ def load_decoder(pretrained: str, vocab_size: int, block_size: int, **changes: A
         ValueError: If our decoder has not the parts of the model.
     """
     folder = local_folder(pretrained, "model.pretrained")
-    own = None if folder is None else json.loads((folder / "config.json").read_text())
-    if folder is not None and own is not None and own.get("model_type") == OWN_MODEL_TYPE:
+    own = {} if folder is None else read_json(folder / "config.json", {})
+    if folder is not None and own.get("model_type") == OWN_MODEL_TYPE:
         from safetensors.torch import load_file
 
         check_sizes(own["vocab_size"], own["block_size"], pretrained, vocab_size, block_size)

@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from lightning_modules.common.files import write_json, write_text
+from lightning_modules.common.files import read_json, write_json, write_text
 from lightning_modules.common.messages import say
 from lightning_modules.runtime.private_names import OpenWandbLogger, use_artifact
 
@@ -320,8 +320,7 @@ def _artifact(kind: str, folder: Path, run_id: str) -> "wandb.Artifact":
 
 
 def _recorded(folder: Path) -> dict[str, Any]:
-    file = folder / _RECORD
-    return {"artifacts": []} | (json.loads(file.read_text()) if file.is_file() else {})
+    return {"artifacts": []} | read_json(folder / _RECORD, {})
 
 
 def _record(folder: Path, run_id: str, artifacts: list[str]) -> None:
