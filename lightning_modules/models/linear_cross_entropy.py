@@ -12,14 +12,16 @@ The scores (N, V) are the largest tensor of a training step: with 65,536 tokens 
 float32, and `F.cross_entropy` keeps two or three such tensors. But neither gradient needs the scores of other rows. So
 the rows are processed in chunks, and the forward pass computes the gradients of a chunk while it has the scores; the
 backward pass multiplies the sums by the gradient of the loss. Hsu et al., "Liger Kernel" (2024, arXiv:2410.10989,
-https://arxiv.org/abs/2410.10989), section 3.2, do the same in Triton. Here `torch.compile` fuses the operations.
+https://arxiv.org/abs/2410.10989), section 3.2, do the same in Triton. Here `torch.compile` makes one kernel of the
+operations on the scores of a chunk.
 
 The matrix products are in the precision of autocast, or else of the inputs; everything else is at least in float32.
 The softmax is computed from differences of scores, s_ij - max_k s_ik, and the logarithm is never taken of a rounded
 probability: in float16 probabilities below 6e-8 are 0.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any, Literal
 
 import torch
@@ -30,8 +32,8 @@ from torch.autograd.function import once_differentiable
 from lightning_modules.common.targets import IGNORED
 
 # Scores in a chunk. On a CPU they stay in the cache, and the memory allocator keeps the memory from chunk to chunk. On
-# a GPU they are 1 GiB in bfloat16, with enough rows for its matrix units.
-_SCORES_ON_CPU, _SCORES_ON_ACCELERATOR = 2**22, 2**29
+# a GPU they are 0.5 GiB in bfloat16, with enough rows for its matrix units.
+_SCORES_ON_CPU, _SCORES_ON_ACCELERATOR = 2**22, 2**28
 _SCORES_COMPILED = 2**26  # at least, in a compiled function, which holds the code of each chunk
 _MIN_ROWS = 256  # in a chunk: with fewer, reading W and adding to its gradient take longer than the products
 
@@ -107,10 +109,33 @@ def _nats_and_gradients(
     row_weights: Tensor,  # (N,)
     soft_cap: float | None,
     wanted: Sequence[bool],
-) -> tuple[Tensor, tuple[Tensor | None, Tensor | None, Tensor | None]]:
+) -> tuple[Tensor, tuple[Tensor | None, ...]]:
     """Return the loss of each row, (N,), and the wanted gradients of its weighted sum by inputs, weight and bias."""
     dtype = _product_dtype(weight)
     x, w, b = inputs.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    arguments = x, w, b, targets, row_weights, soft_cap, wanted
+    # In one graph with the model, the compiler would keep the scores of many chunks at once.
+    if torch.compiler.is_compiling() and x.device.type == "cuda":
+        nats, *gradients = _opaque_chunks(*arguments)
+    else:
+        nats, *gradients = _chunks(*arguments)
+    return nats, tuple(found if wants else None for found, wants in zip(gradients, wanted, strict=True))
+
+
+def _chunks(
+    x: Tensor,  # (N, C)
+    w: Tensor,  # (V, C)
+    b: Tensor | None,  # (V,)
+    targets: Tensor,  # (N,)
+    row_weights: Tensor,  # (N,)
+    soft_cap: float | None,
+    wanted: Sequence[bool],
+    of_scores: Callable[..., tuple[Tensor, Tensor]] | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the loss of each row and the three gradients, or a tensor without elements for one that is not wanted.
+
+    `of_scores` returns the loss of the rows of a chunk, and the gradient by its scores; `None` means `_of_scores`.
+    """
     n_chunks = max(1, _number_of_chunks(len(x), len(w), x.device.type))
     n_rows = -(-len(x) // n_chunks)
     nats, by_inputs = [], []
@@ -119,19 +144,9 @@ def _nats_and_gradients(
         for chunk in range(n_chunks):
             rows = slice(chunk * n_rows, (chunk + 1) * n_rows)
             scores = F.linear(x[rows], w, b)  # (n, V)
-            if soft_cap is not None:
-                slope = torch.tanh(scores.to(_sum_dtype(w)) / soft_cap)
-                scores = soft_cap * slope
-            target = targets[rows, None].clamp_min(0)  # (n, 1), any class where there is none
-            log_p = torch.log_softmax(scores, dim=1, dtype=_sum_dtype(w))
-            log_p_target = log_p.gather(1, target)  # (n, 1)
-            nats.append(torch.where(targets[rows] == IGNORED, 0.0, -log_p_target[:, 0]))
-            if not any(wanted):
-                continue
-            error = log_p.exp_().scatter_(1, target, log_p_target.expm1())  # softmax - one_hot(target)
-            if soft_cap is not None:
-                error = error * (1 - slope.square())
-            error = torch.mul(error, row_weights[rows, None]).to(dtype)
+            weights = row_weights[rows, None] if any(wanted) else None
+            found, error = (of_scores or _of_scores)(scores, targets[rows, None], weights, soft_cap)
+            nats.append(found)
             if wanted[0]:
                 by_inputs.append(error @ w)
             if wanted[1]:
@@ -139,7 +154,96 @@ def _nats_and_gradients(
             if wanted[2]:
                 part = error.sum(0, dtype=_sum_dtype(w))
                 by_bias = part if by_bias is None else by_bias + part
-    return torch.cat(nats), (torch.cat(by_inputs) if wanted[0] else None, by_weight, by_bias)
+    nothing = [x.new_empty(0) for _ in range(3)]
+    return (
+        torch.cat(nats),
+        torch.cat(by_inputs) if wanted[0] else nothing[0],
+        nothing[1] if by_weight is None else by_weight,
+        nothing[2] if by_bias is None else by_bias,
+    )
+
+
+def _of_scores(
+    scores: Tensor, targets: Tensor, row_weights: Tensor | None, soft_cap: float | None
+) -> tuple[Tensor, Tensor]:
+    """Return the loss of each row, (n,), and the gradient of its weighted sum by the scores, (n, V), if it has weights.
+
+    Args:
+        scores: z, (n, V).
+        targets: True classes, (n, 1).
+        row_weights: (n, 1).
+        soft_cap: As above.
+    """
+    dtype = _sum_dtype(scores)
+    if soft_cap is not None:
+        slope = torch.tanh(scores.to(dtype) / soft_cap)
+    log_p = torch.log_softmax(scores if soft_cap is None else soft_cap * slope, dim=1, dtype=dtype)
+    target = targets.clamp_min(0)  # any class where there is none
+    log_p_target = log_p.gather(1, target)  # (n, 1)
+    nats = torch.where(targets == IGNORED, 0.0, -log_p_target)[:, 0]
+    if row_weights is None:
+        return nats, scores
+    error = log_p.exp_().scatter_(1, target, log_p_target.expm1())  # softmax - one_hot(target)
+    if soft_cap is not None:
+        error = error * (1 - slope.square())
+    return nats, torch.mul(error, row_weights).to(scores.dtype)
+
+
+def _of_scores_without_scatter(
+    scores: Tensor, targets: Tensor, row_weights: Tensor | None, soft_cap: float | None
+) -> tuple[Tensor, Tensor]:
+    """Return what `_of_scores` does, in a form of which a compiler makes one kernel."""
+    s = scores.to(_sum_dtype(scores))
+    if soft_cap is not None:
+        slope = torch.tanh(s / soft_cap)
+        s = soft_cap * slope
+    is_target = torch.arange(s.size(1), device=s.device) == targets  # (n, V)
+    log_p = s - s.logsumexp(1, keepdim=True)
+    nats = -torch.where(is_target, log_p, 0.0).sum(1)
+    if row_weights is None:
+        return nats, scores
+    error = torch.where(is_target, log_p.expm1(), log_p.exp()) * row_weights
+    if soft_cap is not None:
+        error = error * (1 - slope.square())
+    return nats, error.to(scores.dtype)
+
+
+@cache
+def _compiled_of_scores() -> Callable[..., tuple[Tensor, Tensor]]:
+    return torch.compile(_of_scores_without_scatter)
+
+
+@torch.library.custom_op("llm_train::cross_entropy_chunks", mutates_args=())
+def _opaque_chunks(
+    x: Tensor,
+    w: Tensor,
+    b: Tensor | None,
+    targets: Tensor,
+    row_weights: Tensor,
+    soft_cap: float | None,
+    wanted: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return what `_chunks` does, as one operation that a compiler does not look into."""
+    return _chunks(x, w, b, targets, row_weights, soft_cap, wanted, _compiled_of_scores())
+
+
+@_opaque_chunks.register_fake
+def _(
+    x: Tensor,
+    w: Tensor,
+    b: Tensor | None,
+    targets: Tensor,
+    row_weights: Tensor,
+    soft_cap: float | None,
+    wanted: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dtype = _sum_dtype(w)
+    return (
+        x.new_empty(len(x), dtype=dtype),
+        torch.empty_like(x) if wanted[0] else x.new_empty(0),
+        w.new_empty(w.shape, dtype=dtype) if wanted[1] else x.new_empty(0),
+        w.new_empty(len(w), dtype=dtype) if wanted[2] else x.new_empty(0),
+    )
 
 
 def _add_product(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
