@@ -2,7 +2,6 @@
 
 import ast
 import contextlib
-import json
 import logging
 import os
 import re

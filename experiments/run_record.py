@@ -1,7 +1,6 @@
 """The record of a run: its configuration, environment and summary, and the closing lines for the user."""
 
 import importlib.metadata
-import json
 import os
 import platform
 import resource
