@@ -10,6 +10,7 @@ from typing import Any, Literal
 import numpy as np
 
 from lightning_modules.common.files import atomic_file
+from lightning_modules.common.messages import first_line
 
 
 def cache_root() -> Path:
@@ -33,8 +34,26 @@ def cached_array(target: Path, compute: Callable[[], np.ndarray], mmap_mode: Lit
     A file that is damaged, or that holds pickled objects, is replaced; nothing is unpickled.
     """
     try:
-        return np.load(target, mmap_mode=mmap_mode)
-    except (OSError, ValueError, EOFError):
+        return read_array(target, mmap_mode)
+    except (OSError, ValueError):
         with atomic_file(target) as file:
             np.save(file, compute())
-    return np.load(target, mmap_mode=mmap_mode)
+    return read_array(target, mmap_mode)
+
+
+def read_array(file: Path, mmap_mode: Literal["r"] | None = None) -> np.ndarray:
+    """Return the array of a `.npy` file, mapped into memory with mode `r`; nothing is unpickled.
+
+    Raises:
+        OSError: If the file cannot be opened.
+        ValueError: If it holds no array of numbers.
+    """
+    try:
+        array = np.load(file, mmap_mode=mmap_mode, allow_pickle=False)
+    except OSError:
+        raise
+    except Exception as error:  # NumPy parses the header as Python, and allocates what it says
+        raise ValueError(first_line(error)) from error
+    if not isinstance(array, np.ndarray):
+        raise ValueError("it is an archive of arrays")
+    return array

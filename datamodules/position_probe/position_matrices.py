@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from datamodules.cache import cache_root, cached_array, digest
+from datamodules.cache import cache_root, cached_array, digest, read_array
 from lightning_modules.common.hub import hub_answers
 
 INITIAL_STD = 0.02  # of the normal distribution of new embeddings in GPT-2, GPT-Neo, BERT and RoBERTa
@@ -91,8 +91,8 @@ def _read_array(path: Path) -> np.ndarray:
     if not path.is_file():
         raise _unusable(f"{path} does not exist (working folder: {Path.cwd()})")
     try:
-        array = np.load(path, allow_pickle=False)  # loading an array of objects can run code
-    except (ValueError, EOFError, OSError) as error:
+        array = read_array(path)
+    except (ValueError, OSError) as error:
         raise _unusable(f"{path} could not be read as an array of numbers ({error}): use numpy.save") from error
     if array.ndim != 2 or not np.issubdtype(array.dtype, np.floating):
         raise _unusable(
