@@ -1,5 +1,6 @@
 """Every YAML in the repository: it parses, and what needs no network runs through the real command."""
 
+import io
 import itertools
 import shlex
 import shutil
@@ -96,6 +97,25 @@ def test_every_offline_experiment_runs_shortened_and_would_not_make_the_host_wai
     assert (run / "config.yaml").is_file()
     assert (run / "summary.json").is_file()
     assert str(run) in done.err
+    follow(llm_train, monkeypatch, run, done.err)
+
+
+def follow(llm_train, monkeypatch, run: Path, printed: str) -> None:
+    """Run the command that a run prints as the next one, beside a newer run of the same name that it must not touch."""
+    sibling = run.with_name(f"{run.name}.2")
+    shutil.copytree(run, sibling)
+    before = {path: path.read_bytes() for path in sibling.rglob("*") if path.is_file()}
+    (command,) = (line.split("llm-train ", 1)[1] for line in printed.splitlines() if line.startswith("next "))
+    words = shlex.split(command)
+    if words[0] == "generate":
+        words += ["--max_new_tokens", "2"]
+        monkeypatch.setattr("sys.stdin", io.StringIO())  # a chat ends with its input
+    if words[0] == "fit":  # another experiment, which reads this run
+        Path("experiments").symlink_to(ROOT / "experiments")
+        words += shortened(ROOT / words[2])
+    followed = llm_train(*words)
+    assert followed.code == 0, f"{command}: {followed.err}"
+    assert before == {path: path.read_bytes() for path in sibling.rglob("*") if path.is_file()}
 
 
 @pytest.mark.parametrize("path", STUDIES, ids=name)
