@@ -86,6 +86,13 @@ class ExperimentModule(L.LightningModule):
     def data(self, data: Any) -> None:
         self._data = data
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """Return a copy with the same data, which is not copied; callbacks that average weights copy modules."""
+        memo[id(self._data)] = self._data
+        copied = memo[id(self)] = self.__class__.__new__(self.__class__)
+        object.__setattr__(copied, "__dict__", copy.deepcopy(self.__dict__, memo))
+        return copied
+
     @staticmethod
     def linked(**values: Any) -> tuple[Any, ...]:
         """Return the values of arguments that are linked from the data, in the order given.
