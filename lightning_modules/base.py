@@ -1,5 +1,6 @@
 """Base classes of the modules: optimiser and schedule from YAML, the evaluation protocol, checkpoints."""
 
+import copy
 import inspect
 import sys
 from collections.abc import Callable, Mapping
