@@ -17,6 +17,7 @@ from experiments.__main__ import main as llm_train
 from lightning_modules.base import ExperimentModule
 from lightning_modules.optim import weight_decay_groups
 from lightning_modules.runtime.peak_flops import peak_flops
+from lightning_modules.runtime.tf32 import TF32
 
 ROOT = Path(__file__).parents[2]
 EXPERIMENTS = ROOT / "experiments"
@@ -75,6 +76,8 @@ def fit(settings: Settings, experiment: str, steps: int, every: int, **overlay: 
         **overlay: Sections of YAML to go over the experiment; `callbacks` are added to the default ones.
     """
     defaults = yaml.safe_load((EXPERIMENTS / "trainer/defaults.yaml").read_text())["trainer"]["callbacks"]
+    # Without a checkpoint at the end, which takes ten seconds for 124 million weights and is not timed.
+    defaults = [callback for callback in defaults if "RunCheckpoint" not in callback["class_path"]]
     clock = {"class_path": "gpu.clock.Clock", "init_args": {"every": every}}
     tf32 = {"class_path": "lightning_modules.runtime.tf32.TF32"}
     trainer = {
@@ -85,6 +88,7 @@ def fit(settings: Settings, experiment: str, steps: int, every: int, **overlay: 
         "max_epochs": -1,
         "check_val_every_n_epoch": None,
         "val_check_interval": steps,
+        "enable_checkpointing": False,
         "limit_val_batches": 0,
         "accumulate_grad_batches": 1,
         "log_every_n_steps": every,
@@ -127,13 +131,13 @@ def bare_loop(clock: Clock, n_steps: int, every: int) -> Times:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high")  # as the callback TF32 of the run; another value compiles again
+    tf32 = TF32()
+    tf32.setup(trainer, module, "fit")  # as in the run: another precision would compile the loss again
     try:
         with mock.patch.object(ExperimentModule, "logging_is_due", False):
             return timed(step, n_steps, every)
     finally:
-        torch.set_float32_matmul_precision(before)
+        tf32.teardown(trainer, module, "fit")
 
 
 def moved(batch: dict[str, Any], device: str) -> dict[str, Any]:
