@@ -91,7 +91,7 @@ class ExperimentModule(L.LightningModule):
         """Return a copy with the same data, which is not copied; callbacks that average weights copy modules."""
         memo[id(self._data)] = self._data
         copied = memo[id(self)] = self.__class__.__new__(self.__class__)
-        object.__setattr__(copied, "__dict__", copy.deepcopy(self.__dict__, memo))
+        object.__setattr__(copied, "__dict__", copy.deepcopy(self.__getstate__(), memo))  # without the trainer
         return copied
 
     @staticmethod
