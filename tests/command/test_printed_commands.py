@@ -2,18 +2,15 @@
 
 import re
 import shlex
-import signal
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from forks import signal_after_step
 from helpers import RUNS, TINY
 
 from experiments.__main__ import COMMANDS, HELP
 from experiments.comparison import command as compare
 from experiments.generate import _parse as parse_generate
-from experiments.run_folder import numbered
 from experiments.study import command as study
 
 ROOT = Path(__file__).parents[2]
@@ -82,14 +79,3 @@ def test_the_next_command_of_a_run_without_a_tokenizer_works(llm_train, tiny):
     generated = llm_train("generate", "--run", RUNS / "tiny", "--prompt", "a")
     assert (generated.code, len(generated.err.splitlines())) == (1, 1)
     assert "there is no tokenizer in it; train with the callback" in generated.err
-
-
-def test_the_next_command_of_a_stopped_run_continues_that_run(llm_train, tiny, forked):
-    config = tiny()
-    assert forked("fit", "-c", config, prepare=lambda: signal_after_step(12, signal.SIGTERM)) == 143
-    assert llm_train("fit", "-c", config, "--trainer.max_steps=4").code == 0  # a newer run of the name
-    first, newer = numbered(RUNS, "tiny")
-    before = (newer / "config.yaml").read_bytes(), (newer / "metrics.csv").read_bytes()
-    continued = llm_train("fit", "-c", first / "config.yaml", "--ckpt_path", "last")
-    assert f"{first} (finished at step 24" in continued.err
-    assert before == ((newer / "config.yaml").read_bytes(), (newer / "metrics.csv").read_bytes())
