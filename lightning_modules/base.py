@@ -88,8 +88,8 @@ class ExperimentModule(L.LightningModule):
         self._data = data
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        """Return a copy with the same data, which is not copied; callbacks that average weights copy modules."""
-        memo[id(self._data)] = self._data
+        """Return a copy that shares the data and the factories; callbacks that average weights copy modules."""
+        memo |= {id(shared): shared for shared in (self._data, self.optimizer_factory, self.schedule_factory)}
         copied = memo[id(self)] = self.__class__.__new__(self.__class__)
         object.__setattr__(copied, "__dict__", copy.deepcopy(self.__getstate__(), memo))  # without the trainer
         return copied
