@@ -47,6 +47,7 @@ def check_generation(module: Any, tokenizer: Any, folder: Path, context: int, pr
     ours = free[: free.index(end) + 1]
     model, read = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     assert read.model_max_length == context
+    assert model.config.eos_token_id == model.generation_config.eos_token_id == end
     assert len(read(LONG, truncation=True)["input_ids"]) == context
     found = model.generate(first, do_sample=False)[0, first.shape[1] :].tolist()
     assert found == ours
