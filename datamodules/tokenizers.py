@@ -269,7 +269,7 @@ def _from_hub(name: str) -> "PreTrainedTokenizerFast":
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=not hub_answers())
+        tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=not hub_answers(), trust_remote_code=False)
     except Exception as error:  # OSError, ValueError or ImportError, depending on the cause
         raise MisconfigurationException(
             f"tokenizer {name} is no local folder or file, and could not be loaded from the Hugging Face hub "

@@ -202,10 +202,11 @@ def check_nulls(config: Any, key: str = "") -> None:
 def _takes_null(kind: type, name: str) -> bool:
     """Return whether an argument of a class has null as a value or default, or is unknown or without a type."""
     for base in kind.__mro__:
-        parameter = inspect.signature(base.__init__).parameters.get(name) if "__init__" in vars(base) else None
+        constructor = vars(base).get("__init__", object.__init__)
+        parameter = inspect.signature(constructor).parameters.get(name)
         if parameter is not None:
             try:
-                hint = get_type_hints(base.__init__).get(name, Any)
+                hint = get_type_hints(constructor).get(name, Any)
             except (NameError, TypeError):  # names that are imported for type checkers only
                 return True
             return parameter.default is None or hint is Any or type(None) in get_args(hint)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lightning_modules.common.hub import hub_answers
 from lightning_modules.common.messages import first_line, say
+from lightning_modules.runtime.private_names import configured_attention
 
 if TYPE_CHECKING:  # imported where used: transformers is slow to import
     from transformers import PreTrainedModel
@@ -47,22 +48,27 @@ def load_pretrained(
     auto = getattr(transformers, auto_class)
     if architecture is not None:
         config = transformers.AutoConfig.for_model(**architecture | changes)
+        _check_kernels(config, argument)
         return auto.from_config(config).float().train()
     folder = local_folder(base, argument)
     on_disk = folder is not None or not hub_answers()
     try:
         with _quietly():
-            config = transformers.AutoConfig.from_pretrained(folder or base, local_files_only=on_disk, **changes)
+            config = transformers.AutoConfig.from_pretrained(
+                folder or base, local_files_only=on_disk, trust_remote_code=False, **changes
+            )
+            _check_kernels(config, argument)
             model, found = auto.from_pretrained(
                 folder or base,
                 config=config,
                 dtype=torch.float32,
                 output_loading_info=True,
                 local_files_only=on_disk,
+                trust_remote_code=False,
                 adapter_kwargs={"local_files_only": on_disk},  # without it, adapters are looked up on the hub
             )
     # A missing file, an unknown architecture, a damaged config.json, or pickled weights that would run code.
-    except (OSError, ValueError, KeyError, pickle.UnpicklingError) as error:
+    except (OSError, ValueError, KeyError, ImportError, pickle.UnpicklingError) as error:
         where = "" if folder else ", which is no local folder, from the Hugging Face hub: check the name and network"
         raise MisconfigurationException(
             f"{argument}: {auto_class} could not load {base}{where} ({first_line(error)})"
@@ -70,6 +76,15 @@ def load_pretrained(
     if missing := sorted(found["missing_keys"]):
         say(f"{base} has no {', '.join(missing)}: initialised at random")
     return model.train()  # from_pretrained returns it in evaluation mode, and Lightning keeps the mode
+
+
+def _check_kernels(config: Any, argument: str) -> None:
+    """Refuse a configuration whose attention is a name on the hub: Transformers would run the code of that name."""
+    if "/" in str(configured_attention(config)):
+        raise MisconfigurationException(
+            f"{argument}: the configuration of the model asks for {configured_attention(config)}, which is code of the "
+            "hub and is not run; remove attn_implementation from its config.json"
+        )
 
 
 def save_pretrained(model: "PreTrainedModel", folder: Path) -> None:

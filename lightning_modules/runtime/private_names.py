@@ -234,7 +234,12 @@ foreach_mul_ = torch._foreach_mul_
 
 def attention_implementation(model: "PreTrainedModel") -> str:
     """Return the name of the attention that a model of Transformers runs, such as `sdpa` for torch's kernels."""
-    return model.config._attn_implementation
+    return configured_attention(model.config)
+
+
+def configured_attention(config: Any) -> str | None:
+    """Return the name of the attention that a configuration of Transformers asks for."""
+    return config._attn_implementation
 
 
 def takes_static_caches(model: "PreTrainedModel") -> bool:

@@ -1,5 +1,6 @@
 """The run folder of a stranger: every command reads it, and none runs its code or writes outside of it."""
 
+import json
 import os
 import pickle
 import shutil
@@ -12,8 +13,10 @@ from typing import Any
 import pytest
 import yaml
 from helpers import LAST
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from experiments import trust
+from lightning_modules.finetuning.bases import load_pretrained
 
 CODE = """open("it_ran", "w")
 import lightning as L
@@ -162,7 +165,7 @@ def test_an_installed_package_can_declare_its_classes(monkeypatch):
     monkeypatch.setattr(trust.importlib.metadata, "entry_points", lambda group: [Point] if group else [])
     trust.trust_run([])
     trust.check("my_package.classes.Module")
-    with pytest.raises(trust.MisconfigurationException):
+    with pytest.raises(MisconfigurationException):
         trust.check("my_package.other.Module")
 
 
@@ -216,6 +219,37 @@ def test_a_checkpoint_that_lightning_itself_would_read_runs_no_code(llm_train, s
     (stranger / LAST).write_bytes(pickle.dumps({"state_dict": Malicious()}, protocol=2))
     done = llm_train("validate", "-c", stranger / "config.yaml", "--ckpt_path", "last", "--weights_only", "false")
     assert done.code != 0
+    assert not it_ran()
+
+
+OWN_CODE = {"auto_map": {name: ["hostile.Hostile", None] for name in ("AutoTokenizer", "AutoConfig", "AutoModel")}}
+
+
+def test_a_tokenizer_with_code_of_its_own_runs_without_it(llm_train, stranger):
+    file = stranger / "tokenizer/tokenizer_config.json"
+    template = {"chat_template": "{{ cycler.__init__.__globals__.os.system('touch it_ran') }}"}
+    file.write_text(json.dumps(json.loads(file.read_text()) | OWN_CODE | template))
+    shutil.copy(stranger / "hostile.py", stranger / "tokenizer")
+    for command in (["generate", "--run", stranger, "--prompt", "a"], ["fit", "-c", stranger / "config.yaml"]):
+        flags = ["--data.tokenizer", stranger / "tokenizer"] if command[0] == "fit" else ["--max_new_tokens", "2"]
+        assert llm_train(*command, *flags).code == 0
+    assert not it_ran()
+
+
+@pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation"])
+def test_a_base_that_asks_for_code_of_the_hub_is_refused(tmp_path, key):
+    config = {"model_type": "gpt2", "n_layer": 1, "n_head": 1, "n_embd": 8, "vocab_size": 9, key: "owner/kernel"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    for arguments in ({}, {"architecture": config}):
+        with pytest.raises(MisconfigurationException, match=r"model\.base: .*owner/kernel, which is code of the hub"):
+            load_pretrained(str(tmp_path), **arguments)
+
+
+def test_a_base_with_code_of_its_own_is_not_asked_about(llm_train, stranger, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("a question"))
+    (stranger / "model/config.json").write_text(json.dumps({"model_type": "unknown"} | OWN_CODE))
+    with pytest.raises(MisconfigurationException, match="AutoModelForCausalLM could not load"):
+        load_pretrained(str(stranger))
     assert not it_ran()
 
 
