@@ -41,6 +41,16 @@ def test_every_experiment_parses_and_opens_with_hardware_and_command(parse, path
     assert path.name in (path.parent / "README.md").read_text()
 
 
+@pytest.mark.parametrize("path", [path for path in EXPERIMENTS if "# Hardware: one GPU" in opening(path)], ids=name)
+def test_experiments_for_a_gpu_train_in_bfloat16_and_tf32(parse, path):
+    preset = ROOT / "experiments/trainer/gpu.yaml"
+    with_preset = f"-c {preset.relative_to(ROOT)}" in opening(path)
+    trainer = parse("fit", "-c", path, *(("-c", preset) if with_preset else ()))["trainer"]
+    assert trainer["precision"] == "bf16-mixed"
+    tf32 = [callback for callback in trainer["callbacks"] if callback["class_path"].endswith(".TF32")]
+    assert tf32, "the callback TF32 speeds up the products that stay in float32"
+
+
 @pytest.fixture(scope="module")
 def plain(parse) -> dict[str, Any]:
     return parse("fit", "-c", TINY)

@@ -84,12 +84,11 @@ class _Killed(BaseException):
     """The process was killed."""
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("compile", ["false", "true", "reduce-overhead"])
-def test_a_killed_run_resumes_bit_for_bit_with_deterministic_true(llm_train, small, monkeypatch, device, on, compile):
-    if device == "cpu" and compile != "false":
-        pytest.skip("the compiler of the CPU takes a minute; tests of the step run it with another backend")
+def test_a_killed_run_resumes_bit_for_bit_with_deterministic_true(llm_train, small, monkeypatch, compile):
     config = small("exact", trainer__deterministic=True)
-    flags = ("fit", "-c", config, *on, f"--model.compile={compile}")
+    flags = ("fit", "-c", config, "--trainer.accelerator=gpu", f"--model.compile={compile}")
     for name in ("whole", "again"):
         done = llm_train(*flags, "--run.name", name)
         assert done.code == 0, done.err

@@ -3,6 +3,7 @@
 import csv
 import json
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch.utils.data import DataLoader
 import datamodules.base
 from experiments import run_record
 from lightning_modules.runtime.peak_flops import format_of, peak_flops
+from lightning_modules.runtime.tf32 import TF32
 from lightning_modules.runtime.throughput import Throughput, _tokens_in
 
 
@@ -102,3 +104,15 @@ def test_peak_memory_is_in_bytes_on_linux_and_macos(monkeypatch):
     for platform, n_bytes in (("linux", 4096 * 1024), ("darwin", 4096)):
         monkeypatch.setattr(sys, "platform", platform)
         assert run_record.peak_memory() == n_bytes
+
+
+@pytest.mark.parametrize(("device", "within"), [("cuda", "high"), ("cpu", "highest")])
+def test_tf32_is_allowed_within_a_run_on_a_gpu(device, within):
+    trainer = SimpleNamespace(strategy=SimpleNamespace(root_device=torch.device(device)))
+    callback = TF32()
+    callback.setup(trainer, None, "fit")
+    try:
+        assert torch.get_float32_matmul_precision() == within
+    finally:
+        callback.teardown(trainer, None, "fit")
+    assert torch.get_float32_matmul_precision() == "highest"
