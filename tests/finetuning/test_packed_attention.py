@@ -138,3 +138,25 @@ def test_flash_attention_within_records_equals_the_masked_one(n_keys, is_causal,
         torch.testing.assert_close(flash.float(), masked, rtol=0.03, atol=0.1)
     dropped = attend_within_records(Layer(), *[part.bfloat16() for part in given], as_mask(ends), dropout=0.5)[0]
     assert not torch.allclose(dropped.float(), outputs(torch.float32)[0], atol=0.1)
+
+
+@pytest.mark.gpu
+def test_flash_attention_within_records_can_be_compiled():
+    torch.manual_seed(0)
+    model = model_of("gpt2").cuda().bfloat16()
+    assert use_attention_within_records(model)
+    ids = torch.randint(50, (2, LENGTH), device="cuda")
+    positions, ends = POSITIONS_WITH_PADDING_APART.cuda(), ENDS.cuda()
+
+    def loss():
+        logits = model(ids, attention_mask=as_mask(ends), position_ids=positions, use_cache=False).logits
+        return logits.float().square().mean()
+
+    def outputs(function):
+        model.zero_grad()
+        value = function()
+        value.backward()
+        return value.detach(), model.transformer.wte.weight.grad.float().clone()
+
+    eager, compiled = outputs(loss), outputs(torch.compile(loss))
+    torch.testing.assert_close(compiled, eager, rtol=0.1, atol=0.05)
