@@ -1,91 +1,151 @@
-"""Tests of the cross entropy over a large vocabulary, against `F.cross_entropy` in float64."""
+"""The cross entropy of a linear layer, in chunks, against the scores of the whole batch."""
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 
-from lightning_modules.common.targets import IGNORED
-from lightning_modules.models import linear_cross_entropy as module
+from lightning_modules.models import linear_cross_entropy as file
 from lightning_modules.models.linear_cross_entropy import linear_cross_entropy
 
-N, C, V = 40, 16, 300
+N, C, V = 50, 8, 37
 
 
-@pytest.fixture
-def problem(monkeypatch):
-    """Inputs, weight, bias, targets of which some are ignored, and row weights, 0 there; seven chunks of rows."""
-    monkeypatch.setattr(module, "_SCORES_ON_CPU", 6 * V)
-    monkeypatch.setattr(module, "_MIN_ROWS", 1)
+@pytest.fixture(params=["one chunk", "many chunks"])
+def _chunks(request, monkeypatch):
+    if request.param == "many chunks":
+        monkeypatch.setattr(file, "_SCORES_ON_CPU", 7 * V)
+        monkeypatch.setattr(file, "_SCORES_COMPILED", 7 * V)
+        monkeypatch.setattr(file, "_MIN_ROWS", 1)
+
+
+def example(dtype=torch.float32):
     generator = torch.Generator().manual_seed(0)
-    inputs, weight, bias = (torch.randn(shape, generator=generator) for shape in ((N, C), (V, C), (V,)))
+    shapes = {"inputs": (N, C), "weight": (V, C), "bias": (V,)}
+    tensors = {
+        name: torch.randn(shape, generator=generator, dtype=dtype).requires_grad_() for name, shape in shapes.items()
+    }
     targets = torch.randint(V, (N,), generator=generator)
-    targets[::5] = IGNORED
-    return inputs, weight, bias, targets, torch.rand(N, generator=generator) * (targets != IGNORED)
+    targets[::5] = -100
+    return tensors, targets
 
 
-def expected(inputs: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, cap: float | None) -> Tensor:
-    """Return the loss of each row in float64."""
-    scores = F.linear(inputs.double(), weight.double(), bias.double())
-    if cap is not None:
-        scores = cap * torch.tanh(scores / cap)
-    return F.cross_entropy(scores, targets, ignore_index=IGNORED, reduction="none")
+def reference(tensors, targets, soft_cap=None, reduction="mean"):
+    scores = F.linear(*(tensor.double() for tensor in tensors.values()))
+    if soft_cap is not None:
+        scores = soft_cap * torch.tanh(scores / soft_cap)
+    return F.cross_entropy(scores, targets, reduction=reduction)
 
 
-@pytest.mark.parametrize("cap", [None, 5.0])
+def gradients(loss, tensors):
+    return torch.autograd.grad(3 * loss, list(tensors.values()))  # the loss is scaled, as by a float16 scaler
+
+
+@pytest.mark.usefixtures("_chunks")
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("soft_cap", [None, 2.0])
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
-def test_loss_and_gradients_are_those_of_all_scores_at_once(problem, cap, reduction):
-    *tensors, targets, row_weights = problem
-    for tensor in tensors:
-        tensor.requires_grad_()
-    loss = linear_cross_entropy(
-        tensors[0], tensors[1], targets, tensors[2], row_weights=row_weights, soft_cap=cap, reduction=reduction
+def test_loss_and_gradients_are_exact_in_float32(compiled, soft_cap, reduction):
+    tensors, targets = example()
+    function = linear_cross_entropy
+    if compiled:
+        torch._dynamo.reset()
+        function = torch.compile(linear_cross_entropy, backend="aot_eager", fullgraph=True)
+    options = {"soft_cap": soft_cap, "reduction": reduction}
+    found = function(tensors["inputs"], tensors["weight"], targets, tensors["bias"], **options)
+    expected = reference(tensors, targets, soft_cap, reduction)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, expected.float(), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(gradients(found, tensors), gradients(expected, tensors), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.usefixtures("_chunks")
+def test_the_loss_of_each_row():
+    tensors, targets = example()
+    shape = (5, 10)
+    nats = linear_cross_entropy(
+        tensors["inputs"].view(*shape, C), tensors["weight"], targets.view(shape), tensors["bias"], reduction="none"
     )
-    found = torch.autograd.grad(3 * loss, tensors)
-    rows = expected(*tensors, targets, cap) * row_weights
-    whole = rows.sum() / (row_weights.sum() if reduction == "mean" else 1)
-    torch.testing.assert_close(loss.double(), whole, rtol=1e-5, atol=1e-6)
-    for mine, true in zip(found, torch.autograd.grad(3 * whole, tensors), strict=True):
-        torch.testing.assert_close(mine, true.float(), rtol=1e-4, atol=1e-5)
+    assert not nats.requires_grad
+    torch.testing.assert_close(nats, reference(tensors, targets, reduction="none").float().view(shape))
+    none = linear_cross_entropy(tensors["inputs"][:0], tensors["weight"], targets[:0], reduction="none")
+    assert none.shape == (0,)
 
 
-def test_the_loss_of_each_row_is_zero_without_a_target(problem):
-    inputs, weight, bias, targets, _ = problem
-    rows = linear_cross_entropy(inputs, weight, targets, bias, reduction="none")
-    torch.testing.assert_close(rows.double(), expected(inputs, weight, bias, targets, None), rtol=1e-5, atol=1e-6)
-    assert (rows[::5] == 0).all()
+@pytest.mark.usefixtures("_chunks")
+def test_rows_have_weights_and_only_what_is_trained_gets_a_gradient():
+    tensors, targets = example()
+    weights = torch.rand(N, generator=torch.Generator().manual_seed(1), requires_grad=True)
+    tensors["weight"].requires_grad_(False)
+    arguments = tensors["inputs"], tensors["weight"], targets, tensors["bias"]
+    nats = reference(tensors, targets, reduction="none").float()
+    expected = (nats * weights.detach()).sum() / weights[targets >= 0].sum().detach()
+    found = linear_cross_entropy(*arguments, row_weights=weights)
+    torch.testing.assert_close(found, expected)
+    found.backward()
+    assert tensors["weight"].grad is None
+    assert weights.grad is None
+    (by_inputs,) = torch.autograd.grad(expected, [tensors["inputs"]])
+    torch.testing.assert_close(tensors["inputs"].grad, by_inputs, rtol=1e-5, atol=1e-6)
 
 
-def test_a_probability_below_the_smallest_float16_has_its_logarithm(problem):
-    inputs, weight, *_ = problem
-    inputs, weight = torch.ones(1, C), torch.cat([torch.full((1, C), 2.5), torch.zeros(V - 1, C)])
-    with torch.autocast("cpu", torch.float16):
+@pytest.mark.parametrize(("dtype", "near"), [(torch.bfloat16, 0.02), (torch.float16, 0.003)])
+def test_under_autocast_the_loss_and_the_gradients_are_close(dtype, near):
+    tensors, targets = example()
+    with torch.autocast("cpu", dtype):
+        found = linear_cross_entropy(tensors["inputs"], tensors["weight"], targets, tensors["bias"])
+    assert found.dtype == torch.float32
+    expected = reference(tensors, targets).float()
+    torch.testing.assert_close(found, expected, rtol=near, atol=near)
+    for one, other in zip(gradients(found, tensors), gradients(expected, tensors), strict=True):
+        assert one.dtype == torch.float32
+        torch.testing.assert_close(one, other, rtol=near, atol=near)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("nats", [0.0, 18.0, 60.0])
+def test_a_small_probability_keeps_its_logarithm(dtype, nats):
+    """In float16, exp(-18) rounds to 0."""
+    inputs, weight = torch.ones(1, 1), torch.tensor([[nats], [0.0]])
+    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
         loss = linear_cross_entropy(inputs, weight, torch.tensor([1]))
-    assert loss.item() == pytest.approx(2.5 * C, rel=1e-3)  # e^-40 is far below 6e-8
+    assert loss.item() == pytest.approx(torch.nn.functional.softplus(torch.tensor(nats)).item(), rel=1e-6)
 
 
-@pytest.mark.parametrize("cap", [None, 5.0])
-def test_the_form_that_is_compiled_to_one_kernel_is_equal(problem, cap):
-    inputs, weight, bias, targets, row_weights = problem
-    scores = F.linear(inputs, weight, bias)
-    arguments = scores, targets[:, None], row_weights[:, None], cap
-    for mine, other in zip(module._of_scores(*arguments), module._of_scores_without_scatter(*arguments), strict=True):
-        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-6)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_other_precisions_of_the_model(dtype):
+    tensors, targets = example(dtype)
+    found = linear_cross_entropy(tensors["inputs"], tensors["weight"], targets, tensors["bias"])
+    assert found.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    tolerance = 0.02 if dtype == torch.bfloat16 else 1e-12
+    torch.testing.assert_close(found.double(), reference(tensors, targets), rtol=tolerance, atol=tolerance)
+    assert {gradient.dtype for gradient in gradients(found, tensors)} == {dtype}
 
 
-@pytest.mark.parametrize("wanted", [(True, True, True), (False, True, False)])
-def test_the_operation_that_is_opaque_to_the_compiler_is_equal(problem, wanted):
-    inputs, weight, bias, targets, row_weights = problem
-    arguments = inputs, weight, bias, targets, row_weights, None, wanted
-    with torch.compiler.set_stance("force_eager"):
-        found = module._opaque_chunks(*arguments)
-    for mine, other in zip(found, module._chunks(*arguments), strict=True):
-        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-6)
-    torch.library.opcheck(module._opaque_chunks, arguments, test_utils=("test_schema", "test_faketensor"))
+def test_a_number_of_rows_that_varies_is_compiled_once():
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    function = torch.compile(linear_cross_entropy, backend=counter, fullgraph=True, dynamic=True)
+    tensors, targets = example()
+    for n in (50, 24, 12):
+        rows = tensors["inputs"].detach()[:n].clone().requires_grad_()
+        function(rows, tensors["weight"], targets[:n].clone()).backward()
+    assert counter.frame_count == 1
 
 
-def test_it_is_one_graph(problem):
-    inputs, weight, bias, targets, _ = problem
-    compiled = torch.compile(linear_cross_entropy, backend="eager", fullgraph=True)
-    loss = compiled(inputs, weight, targets, bias)
-    torch.testing.assert_close(loss, linear_cross_entropy(inputs, weight, targets, bias))
+def test_the_scores_of_a_batch_are_never_whole(monkeypatch):
+    monkeypatch.setattr(file, "_SCORES_ON_CPU", 10 * V)
+    monkeypatch.setattr(file, "_MIN_ROWS", 1)
+    sizes = []
+
+    class Sizes(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            parts = result if isinstance(result, tuple) else (result,)
+            sizes.extend(part.numel() for part in parts if isinstance(part, torch.Tensor))
+            return result
+
+    tensors, targets = example()
+    with Sizes():
+        linear_cross_entropy(tensors["inputs"], tensors["weight"], targets, tensors["bias"]).backward()
+    assert max(sizes) == max(10 * V, N * C)
