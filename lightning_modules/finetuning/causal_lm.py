@@ -69,7 +69,7 @@ class FineTunedCausalLM(ExperimentModule):
 
 
 class CachedHubModel:
-    """Adapter of a causal language model of Transformers to the interface `models.generation.CachedModel`.
+    """Adapter of a causal language model of Transformers to the interface `models.cache.CachedModel`.
 
     Args:
         model: Model of Transformers.

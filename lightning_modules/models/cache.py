@@ -1,7 +1,10 @@
 """Cache of the keys and values that attention has computed, so that generation computes each only once."""
 
+from collections.abc import Iterator
+from typing import Any, Protocol
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class KeyValueCache:
@@ -62,3 +65,39 @@ class KeyValueCache:
     def clear(self) -> None:
         """Remove all positions, and keep the memory for the next update."""
         self.length = 0
+
+
+class CachedModel(Protocol):
+    """Interface of a model that `models.generation.generate` accepts, such as `models.decoder.Decoder`."""
+
+    config: Any  # with the `vocab_size` and the `block_size` of the model
+    training: bool
+
+    def modules(self) -> Iterator[nn.Module]:
+        """Return the modules of the model."""
+
+    def new_cache(self, max_length: int) -> list[Any]:
+        """Return an empty cache for at most `max_length` positions: `KeyValueCache` objects, or others that only grow.
+
+        The others have a `length` and a method `clear()`; generation with them is not recorded.
+        """
+
+    def __call__(
+        self,
+        input_ids: Tensor,
+        *,
+        cache: list[Any],
+        last_only: bool,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+    ) -> Tensor:
+        """Return the scores of the next token, (B, 1, V), after tokens (B, T) that follow the cached ones.
+
+        Args:
+            input_ids: Tokens, (B, T) int64.
+            cache: Result of `new_cache`.
+            last_only: Whether to return the scores of the last position only; true.
+            attention_mask: `None`; or (B, S), 0 at padding and 1 elsewhere, of the cached positions and the new ones;
+                or the whole mask, (B, 1, T, S) in the dtype of the keys, which is added to the scores.
+            position_ids: Positions of the tokens, (B, T) int64; `None` counts from the start of the row.
+        """

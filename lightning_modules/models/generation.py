@@ -14,54 +14,18 @@ al., "The Curious Case of Neural Text Degeneration" (top-p, 2020), https://arxiv
 import math
 from collections import deque
 from collections.abc import Callable, Iterator
-from functools import lru_cache, partial
-from typing import Any, Protocol
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
-from lightning_modules.models.cache import KeyValueCache
+from lightning_modules.models.cache import CachedModel, KeyValueCache
+from lightning_modules.models.recorded_step import RecordedStep
 
-_SHORTEST_READ = 512  # positions of the cache that the first graph reads; each further graph reads twice as many
 _ROUND = 64  # positions; the memory of a cache and the length of a read are multiples, for the alignment of the kernels
-
-
-class CachedModel(Protocol):
-    """Interface of a model that `generate` accepts, such as `models.decoder.Decoder`."""
-
-    config: Any  # with the `vocab_size` and the `block_size` of the model
-    training: bool
-
-    def modules(self) -> Iterator[nn.Module]:
-        """Return the modules of the model."""
-
-    def new_cache(self, max_length: int) -> list[Any]:
-        """Return an empty cache for at most `max_length` positions: `KeyValueCache` objects, or others that only grow.
-
-        The others have a `length` and a method `clear()`; generation with them is not recorded.
-        """
-
-    def __call__(
-        self,
-        input_ids: Tensor,
-        *,
-        cache: list[Any],
-        last_only: bool,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-    ) -> Tensor:
-        """Return the scores of the next token, (B, 1, V), after tokens (B, T) that follow the cached ones.
-
-        Args:
-            input_ids: Tokens, (B, T) int64.
-            cache: Result of `new_cache`.
-            last_only: Whether to return the scores of the last position only; true.
-            attention_mask: `None`; or (B, S), 0 at padding and 1 elsewhere, of the cached positions and the new ones;
-                or the whole mask, (B, 1, T, S) in the dtype of the keys, which is added to the scores.
-            position_ids: Positions of the tokens, (B, T) int64; `None` counts from the start of the row.
-        """
 
 
 def next_token_distribution(
@@ -133,8 +97,7 @@ def generate(
     embedding of its position is part of each cached key. A full cache can therefore not be shifted; it is cleared, and
     the last half of the context is read again from position 0.
 
-    On a GPU, a step is recorded as a CUDA graph: its kernels take less time than the Python code that starts them. The
-    GPU computes the next step while the caller uses the tokens of the last.
+    On a GPU, a step is recorded (see `models.recorded_step`), and the next one runs while the caller uses its tokens.
 
     Args:
         decoder: A model with a cache, in evaluation mode.
@@ -203,7 +166,7 @@ def _generate(
     n_padding: Tensor | None,
     max_new_tokens: int,
     choose: Callable[[Tensor], Tensor],
-    step: "RecordedStep | None",
+    step: RecordedStep | None,
 ) -> Iterator[Tensor]:
     """Yield the new tokens of each step, (B,), on the device; the next step may overwrite them."""
     block_size = decoder.config.block_size
@@ -235,108 +198,6 @@ def _padded(padding: Tensor, read: int, n_new: int) -> tuple[Tensor, Tensor]:
     places = torch.arange(read + n_new, device=padding.device)
     positions = places[read:] - padding[:, None]
     return (places >= padding[:, None]).long(), positions.clamp_min(0)
-
-
-class RecordedStep:
-    """A step of generation with constant shapes, recorded as a CUDA graph for each number of positions that it reads.
-
-    On other devices it runs without a graph.
-
-    Args:
-        decoder: Model of the `cache`.
-        cache: Cache of all layers, in which the prompt is read before the first step.
-        choose: Function from scores, (B, 1, V), to the next tokens, (B,), on the device alone.
-        generator: Generator that `choose` draws from, if it is not torch's global one.
-        n_rows: Number of rows B.
-        device: Device of the decoder.
-    """
-
-    def __init__(
-        self,
-        decoder: CachedModel,
-        cache: list[KeyValueCache],
-        choose: Callable[[Tensor], Tensor],
-        generator: torch.Generator | None,
-        n_rows: int,
-        device: torch.device,
-    ) -> None:
-        self._decoder, self._cache, self._choose, self._generator = decoder, cache, choose, generator
-        # The inputs of a step, in memory that the graphs read.
-        self._tokens = torch.zeros(n_rows, 1, dtype=torch.long, device=device)
-        self._padding = torch.zeros(n_rows, dtype=torch.long, device=device)
-        self._place = torch.zeros(1, dtype=torch.long, device=device)  # position of the tokens in the cache
-        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}  # by the number of positions read
-        self._is_loaded: set[int] = set()  # numbers of positions that a step without a graph has read
-
-    def __call__(self, tokens: Tensor, padding: Tensor | None) -> Tensor:
-        """Read the last tokens, (B, 1), of rows with padding, (B,), and return the next, (B,)."""
-        read = self._cache[0].length
-        self._tokens.copy_(tokens)
-        self._place.fill_(read)
-        if padding is not None:
-            self._padding.copy_(padding)
-        n_read = self._n_read(read + 1)
-        for layer_cache in self._cache:
-            layer_cache.fix(self._place, n_read)
-        chosen = self._run(n_read)
-        for layer_cache in self._cache:
-            layer_cache.release(read + 1)
-        return chosen
-
-    def _n_read(self, needed: int) -> int:
-        """Return the number of positions to read: a power of two times the shortest, or the whole cache."""
-        n_read = _SHORTEST_READ
-        while n_read < needed:
-            n_read *= 2
-        return min(n_read, self._cache[0].max_length)
-
-    def _run(self, n_read: int) -> Tensor:
-        if n_read not in self._is_loaded or self._tokens.device.type != "cuda":
-            self._is_loaded.add(n_read)  # kernels must be loaded before they are recorded
-            return self._step(n_read)
-        if n_read not in self._graphs:
-            self._graphs[n_read] = self._record(n_read)
-        graph, chosen = self._graphs[n_read]
-        graph.replay()
-        return chosen
-
-    def _step(self, n_read: int) -> Tensor:
-        keys = torch.arange(n_read, device=self._place.device)
-        hidden = (keys > self._place) | (keys < self._padding[:, None])  # (B, n_read)
-        # Added to the scores; torch would convert a mask of booleans once in each layer.
-        mask = torch.zeros(hidden.shape, dtype=self._cache[0].dtype, device=self._place.device)
-        mask = mask.masked_fill_(hidden, -math.inf)
-        logits = self._decoder(
-            self._tokens,
-            cache=self._cache,
-            last_only=True,
-            attention_mask=mask[:, None, None],
-            position_ids=self._place - self._padding[:, None],
-        )
-        return self._choose(logits)
-
-    def _record(self, n_read: int) -> tuple[torch.cuda.CUDAGraph, Tensor]:
-        graph = torch.cuda.CUDAGraph()
-        if self._generator is not None:
-            graph.register_generator_state(self._generator)
-        # Weights that autocast has converted are not kept, because they would be memory of the first graph.
-        precision = torch.autocast(
-            "cuda", torch.get_autocast_dtype("cuda"), torch.is_autocast_enabled("cuda"), cache_enabled=False
-        )
-        # Not with `torch.cuda.graph`, which first returns all unused memory to the device.
-        with precision, torch.cuda.stream(_recording_stream(self._tokens.device)):
-            graph.capture_begin(capture_error_mode="thread_local")  # others, such as a loader's, may use the device
-            try:
-                chosen = self._step(n_read)
-            finally:
-                graph.capture_end()
-        return graph, chosen
-
-
-@lru_cache
-def _recording_stream(device: torch.device) -> torch.cuda.Stream:
-    """Return the stream on which graphs are recorded: one, because cuBLAS keeps memory for each stream."""
-    return torch.cuda.Stream(device)
 
 
 def _read_behind(steps: Iterator[Tensor], stop_token: int | None) -> Iterator[Tensor]:

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from lightning_modules.finetuning.causal_lm import CachedHubModel
-from lightning_modules.models import generation
+from lightning_modules.models import generation, recorded_step
 from lightning_modules.models.cache import KeyValueCache
 
 CONTEXT, VOCAB = 64, 61
@@ -73,7 +73,7 @@ def test_tokens_are_those_of_transformers(family, monkeypatch):
     for fixed in (False, True)[: 1 + FAMILIES[family][1]]:
         if fixed:
             monkeypatch.setattr(generation, "_is_recorded", lambda *_: True)
-            monkeypatch.setattr(generation, "_SHORTEST_READ", 16)
+            monkeypatch.setattr(recorded_step, "_SHORTEST_READ", 16)
         assert torch.equal(generated(model, ids, 30), expected[False])
         assert torch.equal(generated(model, ids, 30, attention_mask=mask), expected[True])
         assert len(steps) == 2 * 29 * fixed

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_modules.models import generation
+from lightning_modules.models import generation, recorded_step
 from lightning_modules.models.decoder import Decoder, DecoderConfig
 from lightning_modules.models.generation import generate, next_token_distribution, sample_next
 
@@ -158,7 +158,7 @@ def shapes(request, monkeypatch):
     """Run the steps with a cache that grows, or with the fixed shapes that a CUDA graph records, here on the CPU."""
     if request.param == "fixed":
         monkeypatch.setattr(generation, "_is_recorded", lambda *_: True)
-        monkeypatch.setattr(generation, "_SHORTEST_READ", 3)
+        monkeypatch.setattr(recorded_step, "_SHORTEST_READ", 3)
         monkeypatch.setattr(generation, "_ROUND", 4)
 
 
@@ -292,7 +292,7 @@ class TestRecorded:
     @pytest.mark.parametrize("parts", [{}, MODERN], ids=["classic", "modern"])
     @pytest.mark.parametrize("autocast", [False, True], ids=["float32", "autocast"])
     def test_greedy_equals_the_steps_without_a_graph(self, monkeypatch, parts, autocast):
-        monkeypatch.setattr(generation, "_SHORTEST_READ", 64)
+        monkeypatch.setattr(recorded_step, "_SHORTEST_READ", 64)
         decoder = tiny_decoder(block_size=200, **parts).cuda()
         ids = random_ids(3, 20).cuda()
         mask = torch.ones_like(ids)
