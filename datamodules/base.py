@@ -9,7 +9,7 @@ batch of the module, such as `{"input_ids": (B, T), ...}`. There is no `collate_
    position once. On several processes, each gets a share of every batch; the share of the last batch may be empty
    (B = 0), which dataset and module must accept.
 
-A batch with padding should have `n_tokens`, a scalar tensor with the number of its tokens, for the speed that is logged.
+A batch with padding should have `n_tokens`, a scalar tensor with the number of its tokens, for the logged speed.
 
 If the datamodule has the attributes `vocab_size`, `pad_token_id`, `block_size` or `classes`, the command passes them to
 the arguments of the module that have the same names.
