@@ -1,5 +1,6 @@
 """Callbacks that stop a run: with a checkpoint on SIGTERM and Ctrl-C, and if the loss is infinite or NaN."""
 
+import math
 import signal
 from typing import Any
 
@@ -10,6 +11,8 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning_modules.common.ranges import PositiveInt
 from lightning_modules.runtime import private_names
 from lightning_modules.runtime.checkpoint import save_last
+
+_MOST_UNREAD = 1000  # losses of steps on a GPU, if metrics are logged seldom or never
 
 
 class GracefulStop(L.Callback):
@@ -73,27 +76,31 @@ class GracefulStop(L.Callback):
 class StopOnNonFiniteLoss(L.Callback):
     """Callback that stops the run if the training loss is infinite or NaN, before a checkpoint is written.
 
-    On a GPU the loss is compared on the GPU at every batch, and the result is read every few steps and before every
-    checkpoint, so that the GPU does not have to wait.
+    On a GPU the losses stay there, and are read when metrics are logged and before a checkpoint, so that the GPU does
+    not have to wait.
 
     Args:
-        every_n_steps: Optimiser steps between two readings on a GPU.
+        every_n_steps: Fewest optimiser steps between two readings on a GPU.
     """
 
     def __init__(self, every_n_steps: PositiveInt = 10) -> None:
         self.every_n_steps = every_n_steps
-        self._first_bad_step: torch.Tensor | None = None
+        self._steps: list[int] = []  # whose losses have not been read
+        self._losses: list[torch.Tensor] = []
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: object, batch_idx: int
     ) -> None:
-        """Record the first step whose loss is not finite, and stop if a reading is due."""
+        """Keep the loss, and stop if a reading is due and a loss is not finite."""
         loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
         if loss is None:
             return
-        step = torch.where(torch.isfinite(loss.detach()), torch.inf, float(trainer.global_step))
-        self._first_bad_step = step if self._first_bad_step is None else torch.minimum(self._first_bad_step, step)
-        if loss.device.type == "cpu" or trainer.global_step % self.every_n_steps == 0:
+        on_cpu, every = loss.device.type == "cpu", trainer.log_every_n_steps
+        self._steps.append(trainer.global_step)
+        # A copy, because CUDA graphs use the memory of the loss again.
+        self._losses.append(loss.detach() if on_cpu else loss.detach().clone())
+        logged = every and trainer.global_step % every == 0
+        if on_cpu or (logged and len(self._steps) >= self.every_n_steps) or len(self._steps) >= _MOST_UNREAD:
             self._check()
 
     def on_save_checkpoint(self, *_: object) -> None:
@@ -106,8 +113,13 @@ class StopOnNonFiniteLoss(L.Callback):
 
     def _check(self) -> None:
         """Raise `MisconfigurationException` if the loss of a step was not finite."""
-        if self._first_bad_step is not None and torch.isfinite(self._first_bad_step):
+        if not self._steps:
+            return
+        losses = [self._losses[0].item()] if len(self._losses) == 1 else torch.stack(self._losses).tolist()
+        bad = [step for step, loss in zip(self._steps, losses, strict=True) if not math.isfinite(loss)]
+        if bad:
             raise MisconfigurationException(
-                f"the training loss was not finite at step {int(self._first_bad_step)}: lower optimizer.lr, clip the "
-                "gradients (trainer.gradient_clip_val) or warm the rate up; the last good checkpoint was kept"
+                f"the training loss was not finite at step {bad[0]}: lower optimizer.lr, clip the gradients "
+                "(trainer.gradient_clip_val) or warm the rate up; the last good checkpoint was kept"
             )
+        self._steps, self._losses = [], []

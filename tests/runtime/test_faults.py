@@ -144,12 +144,17 @@ def test_a_run_continues_without_wandb_if_that_fails(llm_train, tiny, monkeypatc
 def test_a_loss_that_is_not_finite_stops_the_run(value):
     stop = StopOnNonFiniteLoss()
     for outputs in (None, torch.tensor(1.0), {"loss": torch.tensor(1.0)}):
-        stop.on_train_batch_end(SimpleNamespace(global_step=2), None, outputs, None, 0)
+        stop.on_train_batch_end(after_step(2), None, outputs, None, 0)
     with pytest.raises(MisconfigurationException, match="not finite at step 3"):
-        stop.on_train_batch_end(SimpleNamespace(global_step=3), None, {"loss": torch.tensor(value)}, None, 0)
+        stop.on_train_batch_end(after_step(3), None, {"loss": torch.tensor(value)}, None, 0)
 
 
-def test_a_loss_on_another_device_is_checked_every_few_steps_and_before_a_checkpoint():
+def after_step(step: int) -> SimpleNamespace:
+    """Return what the callback reads of a trainer, which logs every second step."""
+    return SimpleNamespace(global_step=step, log_every_n_steps=2)
+
+
+def test_a_loss_on_another_device_is_read_when_metrics_are_logged_and_before_a_checkpoint():
     # The device `meta` has no values to read, so a tensor that only claims to be elsewhere stands for one of a GPU.
     class Elsewhere(torch.Tensor):
         device = SimpleNamespace(type="cuda")
@@ -159,11 +164,11 @@ def test_a_loss_on_another_device_is_checked_every_few_steps_and_before_a_checkp
 
     stop = StopOnNonFiniteLoss(every_n_steps=4)
     for step, value in enumerate([1.0, float("nan"), 1.0], start=1):
-        stop.on_train_batch_end(SimpleNamespace(global_step=step), None, {"loss": loss(value)}, None, 0)
+        stop.on_train_batch_end(after_step(step), None, {"loss": loss(value)}, None, 0)
     with pytest.raises(MisconfigurationException, match="not finite at step 2"):
         stop.on_save_checkpoint(None, None, {})
     with pytest.raises(MisconfigurationException, match="not finite at step 2"):
-        stop.on_train_batch_end(SimpleNamespace(global_step=4), None, {"loss": loss(1.0)}, None, 0)
+        stop.on_train_batch_end(after_step(4), None, {"loss": loss(1.0)}, None, 0)
     with pytest.raises(MisconfigurationException, match="not finite at step 2"):
         stop.on_train_end(None, None)
 
