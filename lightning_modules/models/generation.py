@@ -93,9 +93,9 @@ def generate(
 ) -> Iterator[Tensor]:
     """Continue each row of `input_ids`, and yield the new tokens one step at a time.
 
-    The keys and values of earlier tokens are cached, so each step reads a single token. Positions are absolute: the
-    embedding of its position is part of each cached key. A full cache can therefore not be shifted; it is cleared, and
-    the last half of the context is read again from position 0.
+    The keys and values of earlier tokens are cached, so each step reads a single token. Each cached key was computed
+    for its position, by the embedding of a learned position or the rotation of a rotary one. A full cache is therefore
+    not shifted; it is cleared, and the last half of the context is read again from position 0.
 
     On a GPU, a step is recorded (see `models.recorded_step`), and the next one runs while the caller uses its tokens.
 
