@@ -232,7 +232,7 @@ foreach_mul_ = torch._foreach_mul_
 # --- Transformers -----------------------------------------------------------------------------------------------------
 
 
-def attention_implementation(model: "PreTrainedModel") -> str:
+def attention_implementation(model: "PreTrainedModel") -> str | None:
     """Return the name of the attention that a model of Transformers runs, such as `sdpa` for torch's kernels."""
     return configured_attention(model.config)
 
