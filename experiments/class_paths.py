@@ -2,12 +2,14 @@
 
 import functools
 import importlib
+import inspect
 import re
 from pathlib import Path
 from typing import Any
 
 import yaml
 from jsonargparse import get_loader, set_loader
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from experiments import trust
 from experiments.yaml_files import check_yaml
@@ -20,11 +22,19 @@ def import_class(class_path: str) -> type:
     """Return the class that a configuration names, such as `lightning_modules.TOPIC.MODULE`.
 
     Raises:
-        MisconfigurationException: If the configuration may not name it, see `experiments.trust`.
+        MisconfigurationException: If there is no such class, or the configuration may not name it, see
+            `experiments.trust`.
     """
     trust.check(current(class_path))
     module, _, name = current(class_path).rpartition(".")
-    return getattr(importlib.import_module(module), name)
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise MisconfigurationException(f"class_path: {class_path} could not be imported ({error})") from error
+    if not inspect.isclass(found):
+        raise MisconfigurationException(f"class_path: {class_path} is no class")
+    trust.check(f"{found.__module__}.{found.__qualname__}")  # a module may have imported it
+    return found
 
 
 @functools.cache

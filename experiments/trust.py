@@ -48,7 +48,8 @@ _LIBRARIES = ("torch", "lightning", "transformers", "torchmetrics")  # allowed c
 _CONFIG = re.compile(r"config(_\w+)?\.yaml")
 _CLASS_PATH = re.compile(r"([A-Za-z_]\w*\.)+[A-Za-z_]\w*")
 _NOT_CLASSES = ("--allow", "--ckpt_path", "--run.")  # flags whose values are no classes
-_PLACES = ("cache_dir", "dirpath", "filename", "log_dir", "root_dir", "save_dir", "sub_dir")  # arguments to write to
+# Arguments of classes that say where to write.
+_PLACES = ("cache_dir", "dirpath", "filename", "log_dir", "name", "root_dir", "save_dir", "sub_dir", "version")
 # Keys that a run does not record, because they are for one session.
 SESSION_KEYS = ("allow", "auto_resume", "ckpt_path", "config", "return_predictions", "verbose", "weights_only")
 
@@ -159,7 +160,9 @@ def _denies(verdicts: Mapping[str, bool], path: str) -> str | None:
 def _flags(args: Sequence[str]) -> Iterator[tuple[str, str]]:
     """Yield the flags of a command line with their values."""
     for number, word in enumerate(args):
-        if word.startswith("-"):
+        if word.startswith("-c") and len(word) > 2:  # -cFILE
+            yield "-c", word[2:].removeprefix("=")
+        elif word.startswith("-"):
             flag, equals, value = word.partition("=")
             if not equals and number + 1 < len(args):
                 value = args[number + 1]

@@ -64,6 +64,8 @@ class Journal:
         if self._again:
             earlier = self._again.pop(0)
             attributes = {key: earlier.user_attrs[key] for key in ("arm", "settings")}
+            if Path(attributes["arm"]).name != attributes["arm"] or attributes["arm"] == "..":  # it may be removed
+                raise UserError(f"{self._plan.folder / _FILE}: {attributes['arm']!r} is not a name of a run")
             self._optuna.enqueue_trial(earlier.params, attributes)
             run = Run(self._plan, **attributes, trial=self._optuna.ask(self._distributions))
         elif len(self.outcomes) < self._plan.n_runs and not self.reached_target:

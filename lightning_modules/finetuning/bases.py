@@ -49,7 +49,7 @@ def load_pretrained(
     if architecture is not None:
         config = transformers.AutoConfig.for_model(**architecture | changes)
         _check_kernels(config, argument)
-        return auto.from_config(config).float().train()
+        return auto.from_config(config, trust_remote_code=False).float().train()
     folder = local_folder(base, argument)
     on_disk = folder is not None or not hub_answers()
     try:

@@ -49,6 +49,11 @@ ATTACKS: list[tuple[str, Any, str]] = [
     ("trainer__logger", {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": "/"}}, OUTSIDE),
     ("data__init_args__cache_dir", "/outside", OUTSIDE),
     ("data__init_args__cache_dir", "~/outside", OUTSIDE),
+    (
+        "trainer__logger",
+        {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": ".", "name": "../outside"}},
+        OUTSIDE,
+    ),
     ("run__root", "../outside", OUTSIDE),
     ("run__topic", "../outside", "not a name of a folder"),
     ("run__study", "a/b", "not a name of a folder"),
@@ -104,6 +109,8 @@ def test_a_configuration_that_chooses_code_or_places_is_refused_in_one_line(llm_
 
 
 COMMANDS = [
+    ["validate", "-c{run}/config.yaml", "--ckpt_path", "best"],
+    ["validate", "--config={run}/config.yaml", "--ckpt_path", "best"],
     *([name, "-c", "{run}/config.yaml", "--ckpt_path", "best"] for name in ("fit", "validate", "test", "predict")),
     ["fit", "-c", "{run}/config.yaml", "--auto_resume"],
     ["fit", "-c", "{run}/config.yaml"],
@@ -118,6 +125,22 @@ def test_every_command_refuses_a_module_of_a_stranger(llm_train, stranger, comma
     assert (done.code > 0, len(done.err.splitlines())) == (True, 1), done.err
     assert "hostile.Hostile is not imported" in done.err
     assert not it_ran()
+
+
+@pytest.mark.parametrize(
+    ("class_path", "said"),
+    [
+        ("lightning_modules.runtime.loggers.os", "is no class"),
+        ("lightning_modules.common.files.BinaryIO", "typing.BinaryIO is not imported"),
+        ("lightning_modules.lost.Module", "could not be imported"),
+        ("Module", "Module is not imported"),
+    ],
+)
+def test_generate_takes_no_other_object_of_an_allowed_package(llm_train, stranger, class_path, said):
+    configure(stranger, "model__class_path", class_path)
+    done = llm_train("generate", "--run", stranger, "--prompt", "a")
+    assert (done.code, len(done.err.splitlines())) == (1, 1), done.err
+    assert said in done.err
 
 
 def test_compare_reads_a_folder_and_imports_nothing_of_it(llm_train, stranger):

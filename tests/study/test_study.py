@@ -396,6 +396,13 @@ def test_a_grid_runs_in_the_order_of_the_file_and_a_failure_stops_no_other_run(l
     assert "4 runs, 2 of them done" in again.err
     assert [line[:5] for line in again.err.splitlines() if line.startswith("[")] == ["[3/4]", "[4/4]"]
 
+    Path("precious").mkdir()  # the folder of a run that has nothing to resume from is removed
+    journal = STUDY / "journal.log"
+    journal.write_text(journal.read_text().replace("lr=0.3,end=fails", "../../../precious"))
+    hostile = llm_train("study", path, "--extra=1")
+    assert (hostile.code, "'../../../precious' is not a name of a run" in hostile.err) == (1, True)
+    assert Path("precious").is_dir()
+
 
 def test_jobs_run_at_the_same_time_and_share_the_cores(llm_train, sweep, monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
