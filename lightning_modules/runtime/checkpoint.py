@@ -64,10 +64,15 @@ class RunCheckpoint(Checkpoint):
             better = operator.lt if self.mode == "min" else operator.gt
             # If the first score is NaN, no score compares as better, so the first number replaces it.
             if best is None or (math.isnan(best) and not math.isnan(score)) or better(score, best):
+                before = self.state_dict()
                 self.best_score, self.best_step = score, trainer.global_step
                 metrics = trainer.callback_metrics.items()
                 self.best_metrics = {name: float(value) for name, value in metrics if name.startswith("val/")}
-                self._save(trainer, "best")
+                try:
+                    self._save(trainer, "best")
+                except OSError:  # a full disk: `best.ckpt` is still the earlier one
+                    self.load_state_dict(before)
+                    raise
         self._save(trainer, "last")
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -52,6 +52,20 @@ def test_a_checkpoint_that_does_not_fit_leaves_the_earlier_one(disk_with_room_fo
     assert [path.name for path in file.parent.iterdir()] == ["last.ckpt"]
 
 
+def test_the_record_of_a_run_names_the_best_checkpoint_that_was_written(llm_train, tiny, monkeypatch):
+    save = AtomicCheckpointIO.save_checkpoint
+
+    def save_once(self: AtomicCheckpointIO, checkpoint: dict, path: str, *args: object) -> None:
+        if checkpoint["global_step"] > 8:
+            raise OSError(*FULL)
+        save(self, checkpoint, path, *args)
+
+    monkeypatch.setattr(AtomicCheckpointIO, "save_checkpoint", save_once)
+    assert llm_train("fit", "-c", tiny()).code == 1
+    summary = json.loads((RUNS / "tiny/summary.json").read_text())
+    assert (summary["status"], summary["best"]["step"]) == ("failed", 8)
+
+
 def test_an_error_of_a_checkpoint_that_is_not_of_the_disk_stays():
     with pytest.raises(Exception, match="pickle"):
         AtomicCheckpointIO().save_checkpoint({"state_dict": lambda: None}, "last.ckpt")
