@@ -147,8 +147,17 @@ def check_fit(model: "PreTrainedModel", base: str, vocab_size: int, block_size: 
     Raises:
         MisconfigurationException: If the vocabulary is larger than the model's, or a sequence longer than its context.
     """
-    context = getattr(model.config, "max_position_embeddings", None)
-    check_sizes(model.config.vocab_size, context, base, vocab_size, block_size)
+    check_sizes(model.get_input_embeddings().weight.shape[0], context_of(model), base, vocab_size, block_size)
+
+
+def context_of(model: "PreTrainedModel") -> int | None:
+    """Return the length of the longest sequence that a model takes, or `None` if there is no limit."""
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    for name, table in model.named_modules():
+        if name.endswith("position_embeddings") and getattr(table, "padding_idx", None) is not None:
+            # RoBERTa and its relatives give the first token the position after that of the padding token.
+            return table.num_embeddings - table.padding_idx - 1
+    return context if context is not None and context > 0 else None  # XLNet says -1
 
 
 def check_sizes(n_rows: int, context: int | None, base: str, vocab_size: int, block_size: int) -> None:

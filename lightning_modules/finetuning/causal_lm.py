@@ -78,7 +78,7 @@ class CachedHubModel:
     def __init__(self, model: "PreTrainedModel") -> None:
         self.model = model
         self.training = model.training
-        context = getattr(model.config, "max_position_embeddings", None) or torch.iinfo(torch.int32).max
+        context = context_of(model) or torch.iinfo(torch.int32).max
         self.config = SimpleNamespace(vocab_size=model.config.vocab_size, block_size=context)
         accepted = inspect.signature(model.forward).parameters
         self._last_only = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
