@@ -10,7 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from lightning_modules.base import CompileMode, ExperimentModule
-from lightning_modules.finetuning.bases import architecture_of, check_fit, evaluating, load_pretrained, save_pretrained
+from lightning_modules.finetuning.bases import (
+    architecture_of,
+    check_fit,
+    context_of,
+    evaluating,
+    load_pretrained,
+    save_pretrained,
+)
 from lightning_modules.finetuning.output_layer import OutputLayer
 from lightning_modules.metrics import CorpusLoss
 from lightning_modules.models.generation import generate
