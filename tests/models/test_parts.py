@@ -14,7 +14,7 @@ from lightning_modules.models import initialization
 from lightning_modules.models.attention import MultiHeadAttention, recorded_weights
 from lightning_modules.models.cache import KeyValueCache
 from lightning_modules.models.decoder import Decoder, DecoderConfig
-from lightning_modules.models.feed_forward import FeedForward, swiglu_width
+from lightning_modules.models.feed_forward import ACTIVATIONS, FeedForward, swiglu_width
 from lightning_modules.models.generation import generate
 from lightning_modules.models.norms import NORMS
 from lightning_modules.models.positions import RotaryPositions, rotate
@@ -303,3 +303,21 @@ def test_the_counts_of_a_decoder_of_other_parts():
 def test_bad_parts_are_refused_in_one_line(changes, message):
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         dataclasses.replace(DecoderConfig(**SIZES), **changes)
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_a_compiled_network_keeps_the_hidden_layer_once(name):
+    torch._dynamo.reset()
+    network, x = FeedForward(8, name=name), torch.randn(5, 8, requires_grad=True)
+    kept = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tuple(tensor.shape))
+        return tensor
+
+    compiled = torch.compile(network, backend="aot_eager_decomp_partition", fullgraph=True)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        y = compiled(x)
+    assert [shape for shape in kept if shape[0] == 5 and shape[1] > 8] == [(5, network.expansion.out_features)]
+    (found,) = torch.autograd.grad(y.sum(), [x])
+    torch.testing.assert_close(found, torch.autograd.grad(network(x).sum(), [x])[0])
