@@ -142,7 +142,8 @@ class StepSchedule(LRScheduler):
             return
         if not self.stretches and self.multiplier(step) == rate_of_new:
             self._set_length(planned)
-            self.change_of_length = f"the schedule is that of {planned} steps in place of {before}"
+            if _needs_length(self):
+                self.change_of_length = f"the schedule is that of {planned} steps in place of {before}"
         else:
             self.stretches = [*self.stretches, (step, self._place(step), planned)]
             what = "stretched" if planned > before else "compressed"

@@ -74,6 +74,7 @@ def test_a_decay_that_has_begun_is_stretched():
 def test_schedules_without_a_length_do_not_change(schedule):
     second = resumed(new(schedule, 10), 4, new(schedule, 50))
     assert rates_of(second, 3) == pytest.approx(rates_of(new(schedule, 10), 7)[4:])
+    assert second.change_of_length == ""
 
 
 def test_a_new_schedule_or_argument_or_peak_is_followed_from_the_step_on():
