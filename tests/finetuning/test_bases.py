@@ -10,7 +10,7 @@ from tiny_bases import CONTEXT, save_gpt_neo
 from torch import Tensor, nn
 
 from datamodules.tokenizers import byte_tokenizer
-from lightning_modules.finetuning.bases import load_pretrained, scores_of_share
+from lightning_modules.finetuning.bases import check_fit, context_of, load_pretrained, scores_of_share
 from lightning_modules.finetuning.causal_lm import CachedHubModel, FineTunedCausalLM
 from lightning_modules.models.generation import generate
 
@@ -99,3 +99,31 @@ def test_the_exported_model_truncates_pads_and_stops_in_other_programs(base, tmp
     for seed, parameter in enumerate(p for p in module.parameters() if p.dim() == 2):
         nn.init.normal_(parameter, std=0.7, generator=torch.Generator().manual_seed(seed))
     check_generation(module, byte_tokenizer(), tmp_path / "model", CONTEXT, ("Hi", "A longer one"))
+
+
+SMALL = {"vocab_size": 40, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "settings", "context"),
+    [
+        ("bert", {"max_position_embeddings": 20}, 20),
+        ("roberta", {"max_position_embeddings": 20, "pad_token_id": 1}, 18),  # positions begin after the padding's
+        ("xlm-roberta", {"max_position_embeddings": 20, "pad_token_id": 0}, 19),
+        ("xlnet", {"d_model": 8, "n_layer": 1, "n_head": 2, "d_inner": 8}, None),
+        ("bloom", {"n_layer": 1, "n_head": 2}, None),
+    ],
+)
+def test_the_context_is_the_longest_sequence_that_a_model_takes(model_type, settings, context):
+    from transformers import AutoConfig, AutoModel
+
+    model = AutoModel.from_config(AutoConfig.for_model(model_type, **SMALL | settings))
+    assert context_of(model) == context
+    check_fit(model, "base", 40, context or 1000)
+    with torch.no_grad():
+        model(torch.full((1, context or 30), 5))
+    with pytest.raises(MisconfigurationException, match="it has 41 tokens, more than the 40 of base"):
+        check_fit(model, "base", 41, 1)
+    if context is not None:
+        with pytest.raises(MisconfigurationException, match=f"longer than the context of base, {context} tokens"):
+            check_fit(model, "base", 40, context + 1)
