@@ -226,6 +226,21 @@ class ExperimentModule(L.LightningModule):
         """Return the callback of the optimiser and the schedule; it runs before the checkpoint of a validation."""
         return [OptimizerSettings()]
 
+    def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: torch.optim.Optimizer) -> None:
+        """Remove the gradients of the last optimiser step.
+
+        The backward pass of a CUDA graph writes its gradients to the same memory each time. So where gradients are
+        accumulated, they need memory of their own, to which each backward pass adds.
+        """
+        if self.compile_mode in ("reduce-overhead", "max-autotune") and self.trainer.accumulate_grad_batches > 1:
+            for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+                else:
+                    parameter.grad.zero_()
+        else:
+            optimizer.zero_grad()
+
     def on_after_backward(self) -> None:
         """Make the gradient that of the mean loss of the optimiser step, before it is read, clipped or used.
 

@@ -4,6 +4,7 @@ The backend of most tests is `aot_eager`, which traces forward and backward pass
 """
 
 import signal
+from types import SimpleNamespace
 
 import forks
 import lightning as L
@@ -101,3 +102,19 @@ def test_the_modes_are_those_of_torch(monkeypatch):
         fit(Sum(mode), rows(2))
     assert [options.get("mode") for options in calls] == [None, "reduce-overhead", "max-autotune"]
     assert {options["backend"] for options in calls} == {"inductor"}
+
+
+@pytest.mark.parametrize(
+    ("mode", "batches", "kept"), [("reduce-overhead", 2, True), (True, 2, False), (True, 1, False)]
+)
+def test_accumulated_gradients_of_cuda_graphs_have_memory_of_their_own(mode, batches, kept):
+    module = Sum(mode)
+    module.trainer = SimpleNamespace(accumulate_grad_batches=batches)
+    optimizer = module.configure_optimizers()
+    for _ in range(2):  # before the first step, and after one
+        gradient = module.linear.weight.grad
+        module.optimizer_zero_grad(0, 0, optimizer)
+        found = module.linear.weight.grad
+        assert (found is not None) == kept
+        assert not kept or (found.item() == 0 and (gradient is None or found is gradient))
+        module.linear.weight.grad = torch.ones(1, 1) if found is None else found.add_(1)
