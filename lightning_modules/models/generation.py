@@ -58,10 +58,24 @@ def next_token_distribution(
         probabilities[:, top_k:] = 0
         probabilities /= probabilities.sum(dim=-1, keepdim=True)
     if top_p is not None and top_p < 1:
-        mass_before = probabilities.cumsum(dim=-1) - probabilities  # total probability of more probable tokens
+        mass_before = _cumulative(probabilities) - probabilities  # total probability of more probable tokens
         probabilities.masked_fill_(mass_before >= top_p, 0)
         probabilities /= probabilities.sum(dim=-1, keepdim=True)
     return torch.zeros_like(probabilities).scatter_(-1, order, probabilities)  # in the order of the vocabulary
+
+
+def _cumulative(probabilities: Tensor) -> Tensor:
+    """Return the cumulative sum over the last dimension, also if torch is to run deterministic algorithms only.
+
+    On a GPU, the sum may differ by rounding errors between runs, and torch then refuses it.
+    """
+    is_strict = torch.are_deterministic_algorithms_enabled()
+    only_warns = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(False)
+    try:
+        return probabilities.cumsum(dim=-1)
+    finally:
+        torch.use_deterministic_algorithms(is_strict, warn_only=only_warns)
 
 
 def sample_next(

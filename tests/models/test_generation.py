@@ -83,6 +83,16 @@ class TestDistribution:
     def test_top_p(self, top_p, expected):
         assert kept(LOGITS, top_p=top_p) == [expected]
 
+    @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+    def test_top_p_works_with_deterministic_algorithms_and_leaves_them_on(self, device):
+        torch.use_deterministic_algorithms(True, warn_only=False)
+        try:
+            assert kept(LOGITS.to(device), top_p=0.51) == [{1, 3}]
+            assert torch.are_deterministic_algorithms_enabled()
+            assert not torch.is_deterministic_algorithms_warn_only_enabled()
+        finally:
+            torch.use_deterministic_algorithms(False)
+
     def test_what_is_left_sums_to_one(self):
         torch.testing.assert_close(next_token_distribution(LOGITS, top_k=2), torch.tensor([[0, 2 / 3, 0, 1 / 3, 0]]))
         # top_p applies to the rescaled probabilities: that of the first token is 2/3.
