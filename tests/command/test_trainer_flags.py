@@ -4,13 +4,18 @@ A small model runs with many arguments at a time. `tests/benchmarks/arguments_of
 alone, over every topic.
 """
 
+import copy
 import inspect
+import os
+from functools import partial
 
 import lightning as L
 import pytest
 import torch
 from helpers import RUNS
 from trainer_flags import ALONE_VALUES, CALLBACKS, CASES, FLAGS, combinations, fault, flags_of
+
+from lightning_modules.base import ExperimentModule
 
 # Of the values alone, those that the suite runs; a benchmark runs all.
 IN_THE_SUITE = [
@@ -68,3 +73,15 @@ def test_a_time_alone_ends_a_run_whose_schedule_does_not_need_the_length(llm_tra
     config = tiny(lr_scheduler=constant, trainer__max_steps=-1, trainer__max_time="00:00:00:00")
     done = llm_train("fit", "-c", config)
     assert (done.code, "finished at step" in done.err) == (0, True), done.err
+
+
+def test_a_copy_of_a_module_shares_its_data_and_factories():
+    module = ExperimentModule()
+    module.layer = torch.nn.Linear(2, 2)
+    module.data = open(os.devnull)  # noqa: SIM115 - cannot be copied
+    module.optimizer_factory = partial(torch.optim.SGD, [module.data])
+    copied = copy.deepcopy(module)
+    assert copied.data is module.data
+    assert copied.optimizer_factory is module.optimizer_factory
+    assert copied.layer is not module.layer
+    assert torch.equal(copied.layer.weight, module.layer.weight)
