@@ -18,7 +18,8 @@ from experiments.yaml_files import read_yaml
 
 CHECKPOINTS = "checkpoints"
 CONFIG = "config.yaml"
-_MARKS = ("environment.json", "metrics.csv", "summary.json", CHECKPOINTS)  # a folder with one of them is a run's
+# A folder with one of these files is a run's.
+_MARKS = ("environment.json", "metrics.csv", "summary.json", f"{CHECKPOINTS}/last.ckpt", f"{CHECKPOINTS}/best.ckpt")
 
 
 @dataclass

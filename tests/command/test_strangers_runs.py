@@ -170,7 +170,7 @@ def test_a_user_can_allow_a_package_and_the_next_command_says_so(llm_train, stra
     assert following.endswith(" --allow hostile")
 
 
-def test_what_the_user_names_by_a_flag_or_in_a_file_of_his_own_needs_no_permission(llm_train, stranger, tiny):
+def test_what_the_user_names_by_a_flag_or_in_another_file_needs_no_permission(llm_train, stranger, tiny):
     done = llm_train("validate", "-c", stranger / "config.yaml", "--trainer.callbacks+", "hostile.Hostile")
     assert (done.code, it_ran()) == (0, True), done.err
     (stranger / "it_ran").unlink(missing_ok=True)
@@ -194,7 +194,9 @@ def test_an_installed_package_can_declare_its_classes(monkeypatch):
 
 @pytest.mark.parametrize("name", ["config.yaml", "config_test.yaml", "deep/er/any.yaml"])
 def test_a_file_is_of_a_run_folder_wherever_it_lies_in_it(tmp_path, name):
+    (tmp_path / "checkpoints").mkdir()  # a project can have one, too
     (tmp_path / "run/checkpoints").mkdir(parents=True)
+    (tmp_path / "run/checkpoints/last.ckpt").touch()
     assert trust.run_folder_of(tmp_path / "run" / name) == tmp_path / "run"
     assert trust.run_folder_of(tmp_path / "experiment.yaml") is None
     assert trust.run_folder_of(tmp_path / "alone/config.yaml") == tmp_path / "alone"
