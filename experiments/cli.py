@@ -117,7 +117,7 @@ class ExperimentCLI(SettingsGoOverCheckpoint):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Sequence[str]) -> None:  # type: ignore[override]
         """Parse, with the classes that the command line trusts."""
-        ExperimentParser.command_line = self._args
+        ExperimentParser.command_line, ExperimentParser.folder = self._args, Path.cwd()
         trust.trust(self._args)
         super().parse_arguments(parser, args)
 

@@ -1,5 +1,6 @@
 """A parser whose errors are one line: where, what is wrong, and a similar name if there is one."""
 
+import contextlib
 import difflib
 import importlib
 import inspect
@@ -43,6 +44,7 @@ class ExperimentParser(LightningArgumentParser):
     """The parser of LightningCLI, with errors of one line and without abbreviations."""
 
     command_line: ClassVar[list[str]] = []  # for error messages
+    folder: ClassVar[Path] = Path()  # in which the command was called
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         kwargs.setdefault("allow_abbrev", False)  # --trainer.max_epoch is an error, not --trainer.max_epochs
@@ -60,7 +62,8 @@ class ExperimentParser(LightningArgumentParser):
         if not self.exit_on_error:
             super().error(message, ex)
         options = option_names(getattr(ex, "subcommand_parser", None) or self)
-        sys.stderr.write(f"error: {one_line(message, options, self.command_line)}\n")
+        with contextlib.chdir(self.folder):  # jsonargparse works in the folder of the file that it reads
+            sys.stderr.write(f"error: {one_line(message, options, self.command_line)}\n")
         raise SystemExit(2)
 
 

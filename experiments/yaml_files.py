@@ -23,6 +23,8 @@ def read_yaml(file: Path) -> Any:
         raise UserError(f"{file}: is not UTF-8 text (byte {error.start})") from error
     except yaml.YAMLError as error:
         raise UserError(f"{file}{describe(error)}") from error
+    except (ValueError, RecursionError) as error:  # a number or a date that Python does not have
+        raise UserError(f"{file}: {error}") from error
 
 
 def load_yaml(text: str) -> Any:
