@@ -16,8 +16,8 @@ https://arxiv.org/abs/2410.10989), section 3.2, do the same in Triton. Here `tor
 operations on the scores of a chunk.
 
 The matrix products are in the precision of autocast, or else of the inputs; everything else is at least in float32.
-The softmax is computed from differences of scores, s_ij - max_k s_ik, and the logarithm is never taken of a rounded
-probability: in float16 probabilities below 6e-8 are 0.
+The softmax is computed from differences of scores, s_ij - max_k s_ik, and the logarithm is not taken of a probability
+in float16, where those below 6e-8 are 0.
 """
 
 from collections.abc import Callable, Sequence
@@ -31,10 +31,12 @@ from torch.autograd.function import once_differentiable
 
 from lightning_modules.common.targets import IGNORED
 
-# Scores in a chunk. On a CPU they stay in the cache, and the memory allocator keeps the memory from chunk to chunk. On
-# a GPU they are 0.5 GiB in bfloat16, with enough rows for its matrix units.
-_SCORES_ON_CPU, _SCORES_ON_ACCELERATOR = 2**22, 2**28
+# Bytes or numbers of the scores in a chunk. On a CPU they stay in the cache, and the memory allocator keeps the memory
+# from chunk to chunk. On a GPU, in one kernel, they are 0.5 GiB in bfloat16, with enough rows for its matrix units;
+# otherwise there are several tensors of their size, in float32.
+_BYTES_ON_CPU, _SCORES_ON_ACCELERATOR, _SCORES_IN_ONE_KERNEL = 2**24, 2**25, 2**28
 _SCORES_COMPILED = 2**26  # at least, in a compiled function, which holds the code of each chunk
+_MATRIX_UNIT = 32  # columns; the matrix units of a CPU run at half their speed if their number is not a multiple of it
 _MIN_ROWS = 256  # in a chunk: with fewer, reading W and adding to its gradient take longer than the products
 
 
@@ -113,12 +115,16 @@ def _nats_and_gradients(
     """Return the loss of each row, (N,), and the wanted gradients of its weighted sum by inputs, weight and bias."""
     dtype = _product_dtype(weight)
     x, w, b = inputs.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    width = x.size(1)
+    if _on_cpu_in_bfloat16(x):
+        x, w = (F.pad(part, (0, -width % _MATRIX_UNIT)) for part in (x, w))
     arguments = x, w, b, targets, row_weights, soft_cap, wanted
     # In one graph with the model, the compiler would keep the scores of many chunks at once.
     if torch.compiler.is_compiling() and x.device.type == "cuda":
         nats, *gradients = _opaque_chunks(*arguments)
     else:
         nats, *gradients = _chunks(*arguments)
+        gradients[:2] = [part[:, :width] if part.dim() == 2 else part for part in gradients[:2]]
     return nats, tuple(found if wants else None for found, wants in zip(gradients, wanted, strict=True))
 
 
@@ -136,7 +142,7 @@ def _chunks(
 
     `of_scores` returns the loss of the rows of a chunk, and the gradient by its scores; `None` means `_of_scores`.
     """
-    n_chunks = max(1, _number_of_chunks(len(x), len(w), x.device.type))
+    n_chunks = max(1, _number_of_chunks(x, len(w), in_one_kernel=of_scores is not None))
     n_rows = -(-len(x) // n_chunks)
     nats, by_inputs = [], []
     by_weight = by_bias = None
@@ -144,53 +150,75 @@ def _chunks(
         for chunk in range(n_chunks):
             rows = slice(chunk * n_rows, (chunk + 1) * n_rows)
             scores = F.linear(x[rows], w, b)  # (n, V)
-            weights = row_weights[rows, None] if any(wanted) else None
-            found, error = (of_scores or _of_scores)(scores, targets[rows, None], weights, soft_cap)
+            found, error = (of_scores or _of_scores)(scores, targets[rows, None], any(wanted), soft_cap)
             nats.append(found)
+            weights = row_weights[rows, None].to(x.dtype)  # (n, 1)
             if wanted[0]:
-                by_inputs.append(error @ w)
+                by_inputs.append((error @ w).mul_(weights))
             if wanted[1]:
-                by_weight = _add_product(by_weight, error.T, x[rows])
+                by_weight = _add_product(by_weight, error.T, x[rows] * weights)
             if wanted[2]:
-                part = error.sum(0, dtype=_sum_dtype(w))
-                by_bias = part if by_bias is None else by_bias + part
+                by_bias = _add_product(by_bias, error.T, weights)
     nothing = [x.new_empty(0) for _ in range(3)]
     return (
         torch.cat(nats),
         torch.cat(by_inputs) if wanted[0] else nothing[0],
         nothing[1] if by_weight is None else by_weight,
-        nothing[2] if by_bias is None else by_bias,
+        nothing[2] if by_bias is None else by_bias[:, 0],
     )
 
 
-def _of_scores(
-    scores: Tensor, targets: Tensor, row_weights: Tensor | None, soft_cap: float | None
-) -> tuple[Tensor, Tensor]:
-    """Return the loss of each row, (n,), and the gradient of its weighted sum by the scores, (n, V), if it has weights.
+def _of_scores(scores: Tensor, targets: Tensor, differentiate: bool, soft_cap: float | None) -> tuple[Tensor, Tensor]:
+    """Return the loss of each row, (n,), and its gradient by the scores, (n, V), which is meaningless without a target.
 
     Args:
         scores: z, (n, V).
         targets: True classes, (n, 1).
-        row_weights: (n, 1).
+        differentiate: Whether the gradient is needed.
         soft_cap: As above.
     """
     dtype = _sum_dtype(scores)
+    if _on_cpu_in_bfloat16(scores) and differentiate and soft_cap is None:
+        return _of_scores_in_bfloat16(scores, targets)
     if soft_cap is not None:
         slope = torch.tanh(scores.to(dtype) / soft_cap)
     log_p = torch.log_softmax(scores if soft_cap is None else soft_cap * slope, dim=1, dtype=dtype)
     target = targets.clamp_min(0)  # any class where there is none
     log_p_target = log_p.gather(1, target)  # (n, 1)
     nats = torch.where(targets == IGNORED, 0.0, -log_p_target)[:, 0]
-    if row_weights is None:
+    if not differentiate:
         return nats, scores
-    error = log_p.exp_().scatter_(1, target, log_p_target.expm1())  # softmax - one_hot(target)
+    error = _with_targets(log_p.exp_(), target, log_p_target.expm1())  # softmax - one_hot(target)
     if soft_cap is not None:
         error = error * (1 - slope.square())
-    return nats, torch.mul(error, row_weights).to(scores.dtype)
+    return nats, error.to(scores.dtype)
+
+
+def _of_scores_in_bfloat16(scores: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Return what `_of_scores` does, with the softmax rounded to bfloat16, so that a loss is up to 0.004 nats off.
+
+    The matrix units of a CPU are so fast that passes over the scores in float32 would take most of the time. The
+    rounding of the scores themselves changes the loss more.
+    """
+    target = targets.clamp_min(0)
+    p = torch.softmax(scores, dim=1)
+    log_p_target = p.gather(1, target).float().clamp_min(torch.finfo(torch.float32).tiny).log()  # at least -87
+    nats = torch.where(targets == IGNORED, 0.0, -log_p_target)[:, 0]
+    return nats, _with_targets(p, target, log_p_target.expm1())
+
+
+def _with_targets(scores: Tensor, targets: Tensor, values: Tensor) -> Tensor:
+    """Set the value of each row, (n, 1), at its target; `scatter_` would copy bfloat16 twice."""
+    scores[torch.arange(len(scores), device=scores.device), targets[:, 0]] = values[:, 0].to(scores.dtype)
+    return scores
+
+
+def _on_cpu_in_bfloat16(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu" and tensor.dtype == torch.bfloat16 and not torch.compiler.is_compiling()
 
 
 def _of_scores_without_scatter(
-    scores: Tensor, targets: Tensor, row_weights: Tensor | None, soft_cap: float | None
+    scores: Tensor, targets: Tensor, differentiate: bool, soft_cap: float | None
 ) -> tuple[Tensor, Tensor]:
     """Return what `_of_scores` does, in a form of which a compiler makes one kernel."""
     s = scores.to(_sum_dtype(scores))
@@ -200,9 +228,9 @@ def _of_scores_without_scatter(
     is_target = torch.arange(s.size(1), device=s.device) == targets  # (n, V)
     log_p = s - s.logsumexp(1, keepdim=True)
     nats = -torch.where(is_target, log_p, 0.0).sum(1)
-    if row_weights is None:
+    if not differentiate:
         return nats, scores
-    error = torch.where(is_target, log_p.expm1(), log_p.exp()) * row_weights
+    error = torch.where(is_target, log_p.expm1(), log_p.exp())
     if soft_cap is not None:
         error = error * (1 - slope.square())
     return nats, error.to(scores.dtype)
@@ -268,9 +296,14 @@ def _sum_dtype(tensor: Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
-def _number_of_chunks(n_rows: int, n_classes: int, device: str) -> int:
+def _number_of_chunks(x: Tensor, n_classes: int, in_one_kernel: bool) -> int:
     """Return the number of chunks of rows; in a compiled function it is constant for a range of numbers of rows."""
-    n_scores = _SCORES_ON_CPU if device == "cpu" else _SCORES_ON_ACCELERATOR
+    if x.device.type == "cpu":
+        n_scores = _BYTES_ON_CPU // x.itemsize
+        if _on_cpu_in_bfloat16(x):
+            n_scores *= 2  # adding to the gradient of W takes as long as a product, so that fewer chunks are better
+    else:
+        n_scores = _SCORES_IN_ONE_KERNEL if in_one_kernel else _SCORES_ON_ACCELERATOR
     if torch.compiler.is_compiling():
         n_scores = max(n_scores, _SCORES_COMPILED)
-    return -(-n_rows // max(n_scores // n_classes, _MIN_ROWS))
+    return -(-len(x) // max(n_scores // n_classes, _MIN_ROWS))

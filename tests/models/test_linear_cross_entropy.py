@@ -14,7 +14,7 @@ N, C, V = 50, 8, 37
 @pytest.fixture(params=["one chunk", "many chunks"])
 def _chunks(request, monkeypatch):
     if request.param == "many chunks":
-        monkeypatch.setattr(file, "_SCORES_ON_CPU", 7 * V)
+        monkeypatch.setattr(file, "_BYTES_ON_CPU", 7 * V * 4)
         monkeypatch.setattr(file, "_SCORES_COMPILED", 7 * V)
         monkeypatch.setattr(file, "_MIN_ROWS", 1)
 
@@ -57,6 +57,20 @@ def test_loss_and_gradients_are_exact_in_float32(compiled, soft_cap, reduction):
     assert found.dtype == torch.float32
     torch.testing.assert_close(found, expected.float(), rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(gradients(found, tensors), gradients(expected, tensors), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.usefixtures("_chunks")
+@pytest.mark.parametrize("soft_cap", [None, 2.0])
+def test_the_form_that_a_gpu_compiles_computes_the_same(soft_cap):
+    tensors, targets = example()
+    arguments = (*(tensor.detach() for tensor in tensors.values()), targets, (targets != -100).float(), soft_cap)
+    for wanted in ([True, True, True], [False, True, False], [False, False, False]):
+        expected = file._chunks(*arguments, wanted)
+        found = file._chunks(*arguments, wanted, file._of_scores_without_scatter)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+        with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True):
+            described = file._opaque_chunks(*arguments, wanted)
+        assert [(part.shape, part.dtype) for part in described] == [(part.shape, part.dtype) for part in found]
 
 
 @pytest.mark.usefixtures("_chunks")
@@ -106,10 +120,13 @@ def test_under_autocast_the_loss_and_the_gradients_are_close(dtype, near):
 @pytest.mark.parametrize("nats", [0.0, 18.0, 60.0])
 def test_a_small_probability_keeps_its_logarithm(dtype, nats):
     """In float16, exp(-18) rounds to 0."""
-    inputs, weight = torch.ones(1, 1), torch.tensor([[nats], [0.0]])
+    inputs, weight = torch.ones(1, 1), torch.tensor([[nats], [0.0]]).requires_grad_()
     with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
         loss = linear_cross_entropy(inputs, weight, torch.tensor([1]))
-    assert loss.item() == pytest.approx(torch.nn.functional.softplus(torch.tensor(nats)).item(), rel=1e-6)
+        exact = linear_cross_entropy(inputs, weight, torch.tensor([1]), reduction="none")
+    expected = torch.nn.functional.softplus(torch.tensor(nats)).item()
+    assert exact.item() == pytest.approx(expected, rel=1e-6)
+    assert loss.item() == pytest.approx(expected, abs=4e-3 if dtype == torch.bfloat16 else 1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
@@ -134,7 +151,7 @@ def test_a_number_of_rows_that_varies_is_compiled_once():
 
 
 def test_the_scores_of_a_batch_are_never_whole(monkeypatch):
-    monkeypatch.setattr(file, "_SCORES_ON_CPU", 10 * V)
+    monkeypatch.setattr(file, "_BYTES_ON_CPU", 10 * V * 4)
     monkeypatch.setattr(file, "_MIN_ROWS", 1)
     sizes = []
 
