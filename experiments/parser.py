@@ -51,11 +51,15 @@ class ExperimentParser(LightningArgumentParser):
         super().__init__(*args, **kwargs)
 
     def parse_args(self, *args: Any, **kwargs: Any) -> Namespace:
-        """Parse; a configuration file that is not UTF-8 is an error too."""
+        """Parse; a configuration file that is not UTF-8, or has a number that is too long, is an error too."""
         try:
             return super().parse_args(*args, **kwargs)
-        except UnicodeDecodeError as error:
-            self.error(str(error), error)
+        except ValueError as error:
+            with contextlib.chdir(self.folder):
+                broken = _broken_file(self.command_line)
+            if broken is None:
+                raise
+            self.error(broken, error)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print one line and exit with code 2."""
