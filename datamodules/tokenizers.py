@@ -259,7 +259,9 @@ def _from_disk(path: Path) -> "PreTrainedTokenizerFast":
         if path.is_dir():
             return PreTrainedTokenizerFast.from_pretrained(path)
         return PreTrainedTokenizerFast(tokenizer_file=str(file))
-    except Exception as error:  # the Rust library raises plain exceptions
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # the Rust library raises plain exceptions, and panics, which are none
         raise MisconfigurationException(
             f"tokenizer {file} could not be read ({first_line(error)}): make or download it again"
         ) from error

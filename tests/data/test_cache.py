@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from datamodules.cache import cache_root, cached_array
+from datamodules.cache import cache_root, cached_array, read_array
 
 
 def test_the_folder_of_the_cache_follows_the_environment(monkeypatch, tmp_path):
@@ -35,3 +35,21 @@ def test_a_file_that_is_damaged_or_pickled_is_replaced(tmp_path, damage):
         file.write_bytes(file.read_bytes()[: 200 if damage == "torn" else 0])
     assert cached_array(file, lambda: np.ones(2)).tolist() == [1, 1]
     assert np.load(file).tolist() == [1, 1]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"\x93NUMPY\x01\x00v\x00{'descr': '<f8', (",  # its header is parsed as Python
+        b"\x93NUMPY\x01\x00\x10\x00{'a': 1}        ",
+        b"PK\x05\x06" + bytes(18),  # an archive without arrays
+        b"",
+        b"\x80\x04.",
+    ],
+)
+def test_a_file_that_is_no_array_is_a_value_error_and_is_computed_again(tmp_path, content):
+    file = tmp_path / "a.npy"
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=r"\w"):
+        read_array(file)
+    assert cached_array(file, lambda: np.arange(3)).tolist() == [0, 1, 2]
