@@ -29,13 +29,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lightning_modules.common.targets import IGNORED
-
 # Bytes or numbers of the scores in a chunk. On a CPU they stay in the cache, and the memory allocator keeps the memory
 # from chunk to chunk. On a GPU, in one kernel, they are 0.5 GiB in bfloat16, with enough rows for its matrix units;
 # otherwise there are several tensors of their size, in float32.
 _BYTES_ON_CPU, _SCORES_ON_ACCELERATOR, _SCORES_IN_ONE_KERNEL = 2**24, 2**25, 2**28
 _SCORES_COMPILED = 2**26  # at least, in a compiled function, which holds the code of each chunk
+_FEW_SCORES = 2**17  # at most, on a CPU: torch's own functions take less time, as there is next to nothing to save
 _MATRIX_UNIT = 32  # columns; the matrix units of a CPU run at half their speed if their number is not a multiple of it
 _MIN_ROWS = 256  # in a chunk: with fewer, reading W and adding to its gradient take longer than the products
 
@@ -62,6 +61,12 @@ def linear_cross_entropy(
         reduction: `mean`, weighted, over the rows with a target; `sum`, weighted; or `none`, the loss of each row
             without its weight, (...), which cannot be differentiated and is 0 without a target.
     """
+    few = targets.numel() * len(weight) <= _FEW_SCORES and weight.device.type == "cpu"
+    if few and row_weights is None and soft_cap is None and reduction != "none" and not torch.compiler.is_compiling():
+        scores = F.linear(inputs.flatten(0, -2), weight, bias)
+        return F.cross_entropy(
+            scores.to(_sum_dtype(scores)), targets.flatten(), ignore_index=IGNORED, reduction=reduction
+        )
     weights = (targets != IGNORED).flatten().to(_sum_dtype(weight))
     if row_weights is not None:
         weights = weights * row_weights.detach().flatten()
