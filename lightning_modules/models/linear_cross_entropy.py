@@ -29,6 +29,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+IGNORED = -100  # target of a row without a loss: the default `ignore_index` of `F.cross_entropy`
+
 # Bytes or numbers of the scores in a chunk. On a CPU they stay in the cache, and the memory allocator keeps the memory
 # from chunk to chunk. On a GPU, in one kernel, they are 0.5 GiB in bfloat16, with enough rows for its matrix units;
 # otherwise there are several tensors of their size, in float32.
