@@ -36,7 +36,7 @@ IGNORED = -100  # target of a row without a loss: the default `ignore_index` of 
 # otherwise there are several tensors of their size, in float32.
 _BYTES_ON_CPU, _SCORES_ON_ACCELERATOR, _SCORES_IN_ONE_KERNEL = 2**24, 2**25, 2**28
 _SCORES_COMPILED = 2**26  # at least, in a compiled function, which holds the code of each chunk
-_FEW_SCORES = 2**17  # at most, on a CPU: torch's own functions take less time, as there is next to nothing to save
+_FEW_SCORES = 2**19  # at most, on a CPU: torch's own functions take less time, as there is next to nothing to save
 _MATRIX_UNIT = 32  # columns; the matrix units of a CPU run at half their speed if their number is not a multiple of it
 _MIN_ROWS = 256  # in a chunk: with fewer, reading W and adding to its gradient take longer than the products
 

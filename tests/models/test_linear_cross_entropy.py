@@ -11,6 +11,11 @@ from lightning_modules.models.linear_cross_entropy import linear_cross_entropy
 N, C, V = 50, 8, 37
 
 
+@pytest.fixture(autouse=True)
+def _as_with_many_scores(monkeypatch):
+    monkeypatch.setattr(file, "_FEW_SCORES", 0)
+
+
 @pytest.fixture(params=["one chunk", "many chunks"])
 def _chunks(request, monkeypatch):
     if request.param == "many chunks":
@@ -84,6 +89,15 @@ def test_the_loss_of_each_row():
     torch.testing.assert_close(nats, reference(tensors, targets, reduction="none").float().view(shape))
     none = linear_cross_entropy(tensors["inputs"][:0], tensors["weight"], targets[:0], reduction="none")
     assert none.shape == (0,)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_few_scores_are_left_to_torch(monkeypatch, reduction):
+    monkeypatch.setattr(file, "_FEW_SCORES", N * V)
+    monkeypatch.setattr(file, "_chunks", None)
+    tensors, targets = example()
+    found = linear_cross_entropy(tensors["inputs"], tensors["weight"], targets, tensors["bias"], reduction=reduction)
+    torch.testing.assert_close(found, reference(tensors, targets, reduction=reduction).float())
 
 
 @pytest.mark.usefixtures("_chunks")
