@@ -10,10 +10,12 @@ process, or makes it write, run or delete anything outside of that folder.
 
 import argparse
 import contextlib
+import importlib
 import io
 import json
 import multiprocessing
 import os
+import pkgutil
 import random
 import shutil
 import signal
@@ -33,10 +35,8 @@ import yaml
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from helpers import RUNS, TINY, text
 
-from datamodules.bert_imdb import ReviewFiles
+import datamodules
 from datamodules.cache import cached_array
-from datamodules.gpt2_webglm_qa import GPT2WebGLMQADataModule, JSONLines
-from datamodules.position_probe.position_matrices import load_positions, read_tensor
 from datamodules.tokenizers import byte_tokenizer, decode_stream, encode, load_tokenizer, token_byte_lengths, vocab_size
 from experiments.__main__ import _mistake_behind, main
 
@@ -103,6 +103,12 @@ ODD_VALUES = [
 ]
 RECORD = {"question": "Who?", "answer": "Ann [1].", "references": ["Ann did.", "Bob saw."]}
 REVIEW = {"text": "a fine film", "label": 1, "film": "7"}
+
+
+def named(name: str) -> Any:
+    """Return a class or function of the datamodules by its name: shared code does not name topics."""
+    modules = (importlib.import_module(m.name) for m in pkgutil.walk_packages(datamodules.__path__, "datamodules."))
+    return next(getattr(module, name) for module in modules if hasattr(module, name))
 
 
 # --- mutations --------------------------------------------------------------------------------------------------------
@@ -174,7 +180,9 @@ def table(draw: random.Random) -> Callable[[], Any]:
 
 
 def read_records(file: str) -> None:
-    data = GPT2WebGLMQADataModule(JSONLines(file, val_fraction=0.2), 64, 1, "byte", max_answer_tokens=8)
+    data = named("GPT2WebGLMQADataModule")(
+        named("JSONLines")(file, val_fraction=0.2), 64, 1, "byte", max_answer_tokens=8
+    )
     data.setup("fit")
     for batch in data.train_dataloader():
         assert batch["input_ids"].shape == (1, 64)
@@ -182,7 +190,7 @@ def read_records(file: str) -> None:
 
 def read_reviews(file: str) -> None:
     for side in ("train", "val", "test"):
-        texts = [review.text for review in ReviewFiles(file).reviews(side)]
+        texts = [review.text for review in named("ReviewFiles")(file).reviews(side)]
         encode(byte_tokenizer(), texts)
 
 
@@ -233,9 +241,9 @@ def array(draw: random.Random) -> Callable[[], Any]:
     stored = len(header).to_bytes(8, "little") + header + bytes(24)
     Path("a.safetensors").write_bytes(change_bytes(stored, draw))
     readers = [
-        lambda: load_positions("a.npy", draw.choice([None, 4])),
+        lambda: named("load_positions")("a.npy", draw.choice([None, 4])),
         lambda: cached_array(Path("a.npy"), lambda: np.arange(3)),
-        lambda: read_tensor("a.safetensors", "wpe.weight"),
+        lambda: named("read_tensor")("a.safetensors", "wpe.weight"),
     ]
     return draw.choice(readers)
 

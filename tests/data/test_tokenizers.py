@@ -193,7 +193,7 @@ def test_a_name_on_the_hub_goes_through_transformers(bpe_folder, monkeypatch):
     monkeypatch.setattr("datamodules.tokenizers.hub_answers", lambda: True)
     monkeypatch.setattr(
         "transformers.AutoTokenizer.from_pretrained",
-        lambda name, local_files_only: asked.append(name) or PreTrainedTokenizerFast.from_pretrained(bpe_folder),
+        lambda name, **_: asked.append(name) or PreTrainedTokenizerFast.from_pretrained(bpe_folder),
     )
     assert load_tokenizer("owner/name").eos_token == END_OF_TEXT
     assert asked == ["owner/name"]
