@@ -127,12 +127,13 @@ def _nats_and_gradients(
         x, w = (F.pad(part, (0, -width % _MATRIX_UNIT)) for part in (x, w))
     arguments = x, w, b, targets, row_weights, soft_cap, wanted
     # In one graph with the model, the compiler would keep the scores of many chunks at once.
-    if torch.compiler.is_compiling() and x.device.type == "cuda":
-        nats, *gradients = _opaque_chunks(*arguments)
-    else:
-        nats, *gradients = _chunks(*arguments)
-        gradients[:2] = [part[:, :width] if part.dim() == 2 else part for part in gradients[:2]]
-    return nats, tuple(found if wants else None for found, wants in zip(gradients, wanted, strict=True))
+    opaque = torch.compiler.is_compiling() and x.device.type == "cuda"
+    nats, by_inputs, by_weight, by_bias = _opaque_chunks(*arguments) if opaque else _chunks(*arguments)
+    return nats, (
+        by_inputs[:, :width] if wanted[0] else None,
+        by_weight[:, :width] if wanted[1] else None,
+        by_bias if wanted[2] else None,
+    )
 
 
 def _chunks(
