@@ -162,7 +162,8 @@ class OptimizerSettings(L.Callback):
     def _compare_lengths(self, schedule: StepSchedule, state: dict[str, Any]) -> None:
         trial = copy.copy(schedule)  # what it changes in the optimiser, Lightning restores next
         trial.load_state_dict(state)
-        if trial.change_of_length and not any(trial.get_last_lr()):
+        # A peak of 0 is the user's choice, and not the end of a schedule.
+        if trial.change_of_length and any(trial.base_lrs) and not any(trial.get_last_lr()):
             raise MisconfigurationException(
                 f"lr_scheduler: the schedule ended before step {trial.last_epoch} with a rate of 0, so a longer run "
                 f"would learn nothing; take another ({_OUR_SCHEDULES}.Constant, for example), or start a new run"

@@ -18,6 +18,10 @@ FAMILIES = {
     "llama": SMALL | {"num_key_value_heads": 2},
     "mistral": SMALL | {"num_key_value_heads": 2, "sliding_window": 3},
 }
+OWN_ATTENTION = {
+    "gpt_neo": {"hidden_size": 32, "num_heads": 4, "num_layers": 2, "attention_types": [[["global", "local"], 1]]},
+    "bloom": {"hidden_size": 32, "n_head": 4, "n_layer": 2},
+}
 # Two rows: records of 5 and 4 positions and padding; one of 12. The last end is repeated.
 ENDS = torch.tensor([0, 5, 9, 12, 24, 24, 24], dtype=torch.int32)
 POSITIONS = torch.tensor([[*range(5), *range(7)], [*range(12)]])
@@ -29,7 +33,7 @@ def model_of(family):
 
     torch.manual_seed(3)
     config = AutoConfig.for_model(
-        family, vocab_size=50, max_position_embeddings=32, eos_token_id=None, **FAMILIES.get(family, {})
+        family, vocab_size=50, max_position_embeddings=32, eos_token_id=None, **(FAMILIES | OWN_ATTENTION)[family]
     )
     model = AutoModelForCausalLM.from_config(config).float().eval()
     for parameter in model.parameters():
@@ -66,7 +70,7 @@ def test_the_ends_of_records_replace_the_mask_of_transformers(family):
     assert "within_records" not in model.config.to_json_string(use_diff=False)
 
 
-@pytest.mark.parametrize("family", ["gpt_neo", "bloom"])
+@pytest.mark.parametrize("family", OWN_ATTENTION)
 def test_a_model_with_an_attention_of_its_own_stays_as_it_is(family):
     model = model_of(family)
     ids = torch.arange(8)[None]
