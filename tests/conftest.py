@@ -1,23 +1,33 @@
-"""The real command on tiny runs: no network, no account, and no file outside the folder of the test."""
+"""The real command on tiny runs: no network, no account, and no file outside the folder of the test.
 
+Torch and Lightning are imported within functions: the process that distributes the tests to others reads this file too.
+"""
+
+import gc
 import hashlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
-import forks
 import pytest
-import torch
 import yaml
-from helpers import RUNS, TINY, text, with_settings
 from shared_runs import own_world, run_command
 
 from experiments.__main__ import main
 
-# One thread: tiny matrices gain nothing from more, and a process that has not started OpenMP's can be forked.
-torch.set_num_threads(1)
-
 Command = Callable[..., SimpleNamespace]
+
+
+def pytest_collectstart() -> None:
+    """Compute on one thread: tiny matrices gain nothing from more, and a process without OpenMP's can be forked."""
+    import torch
+
+    torch.set_num_threads(1)
+
+
+def pytest_collection_finish() -> None:
+    """Leave the objects of the imported libraries out of later garbage collections."""
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
@@ -51,6 +61,8 @@ def forked() -> Callable[..., int]:
     The copy can be killed. The exit code is then the number of the signal with a minus sign.
     """
 
+    import forks
+
     def run(*args: str | Path, prepare: Callable[[], None] = bool) -> int:
         process = forks.start(*args, prepare=prepare)
         process.join()
@@ -65,6 +77,8 @@ def tiny(tmp_path: Path) -> Callable[..., Path]:
 
     Settings replace values by their key path, see `with_settings`.
     """
+    from helpers import TINY, text, with_settings
+
     (tmp_path / "text.txt").write_text(text(2_000))
 
     def write(name: str = "tiny", **settings: object) -> Path:
@@ -83,6 +97,8 @@ def whole(tiny: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -
 
     The run is made once in a test session; tests read it or copy it.
     """
+
+    from helpers import RUNS
 
     def make(**settings: object) -> Path:
         digest = hashlib.sha256(repr(sorted(settings.items())).encode()).hexdigest()
