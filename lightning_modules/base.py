@@ -178,12 +178,21 @@ class ExperimentModule(L.LightningModule):
         if not self.compile_mode:
             return self.loss(batch)
         if self._compiled_loss is None:
+            self._require_compiler()
             self.before_compilation()
             self._compiled_loss = torch.compile(self.loss, **self._compile_options)
         for name, dimension in self.varying_sizes.items():
             if name in batch:
                 private_names.make_size_a_variable(batch[name], dimension)
         return self._compiled_loss(batch)
+
+    def _require_compiler(self) -> None:
+        on_cpu = self.device.type == "cpu" and self.compile_backend == "inductor"
+        if on_cpu and not private_names.finds_cpp_compiler():
+            raise MisconfigurationException(
+                "model.compile: torch.compile needs a C++ compiler for a CPU and finds none; install g++ or clang, or add "
+                "--model.compile false"
+            )
 
     @property
     def _compile_options(self) -> dict[str, Any]:

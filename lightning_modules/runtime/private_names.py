@@ -257,6 +257,17 @@ def make_size_a_variable(tensor: Tensor, dimension: int) -> None:
     maybe_mark_dynamic(tensor, dimension)
 
 
+def finds_cpp_compiler() -> bool:
+    """Return whether `torch.compile` finds the C++ compiler that it needs for a CPU."""
+    from torch._inductor import cpp_builder, exc  # here, because the import takes seconds
+
+    try:
+        cpp_builder.get_cpp_compiler()
+    except exc.InvalidCxxCompiler:
+        return False
+    return True
+
+
 def flash_attention(
     query: Tensor,
     key: Tensor,

@@ -118,3 +118,10 @@ def test_accumulated_gradients_of_cuda_graphs_have_memory_of_their_own(mode, bat
         assert (found is not None) == kept
         assert not kept or (found.item() == 0 and (gradient is None or found is gradient))
         module.linear.weight.grad = torch.ones(1, 1) if found is None else found.add_(1)
+
+
+def test_a_cpu_without_a_compiler_is_one_line(llm_train, tiny, monkeypatch):
+    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", (None, "no-such-compiler"))
+    done = llm_train("fit", "-c", tiny(model__init_args__compile=True))
+    assert done.code == 1
+    assert "needs a C++ compiler" in done.err.strip().splitlines()[-1]
