@@ -190,8 +190,8 @@ class ExperimentModule(L.LightningModule):
         on_cpu = self.device.type == "cpu" and self.compile_backend == "inductor"
         if on_cpu and not private_names.finds_cpp_compiler():
             raise MisconfigurationException(
-                "model.compile: torch.compile needs a C++ compiler for a CPU and finds none; install g++ or clang, or add "
-                "--model.compile false"
+                "model.compile: torch.compile needs a C++ compiler for a CPU and finds none; install g++ or clang, or "
+                "add --model.compile false"
             )
 
     @property
