@@ -5,6 +5,7 @@ Torch and Lightning are imported within functions: the process that distributes 
 
 import gc
 import hashlib
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,9 +18,13 @@ from experiments.__main__ import main
 
 Command = Callable[..., SimpleNamespace]
 
+# One thread: tiny matrices gain nothing from more, and a process that has not started OpenMP's can be forked. The
+# variable is for NumPy's library, which is not imported yet, and for processes that tests start.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 
 def pytest_collectstart() -> None:
-    """Compute on one thread: tiny matrices gain nothing from more, and a process without OpenMP's can be forked."""
+    """Set the threads of torch, whatever has imported it."""
     import torch
 
     torch.set_num_threads(1)
@@ -60,7 +65,6 @@ def forked() -> Callable[..., int]:
 
     The copy can be killed. The exit code is then the number of the signal with a minus sign.
     """
-
     import forks
 
     def run(*args: str | Path, prepare: Callable[[], None] = bool) -> int:
@@ -97,7 +101,6 @@ def whole(tiny: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -
 
     The run is made once in a test session; tests read it or copy it.
     """
-
     from helpers import RUNS
 
     def make(**settings: object) -> Path:

@@ -19,8 +19,8 @@ def _as_with_many_scores(monkeypatch):
 @pytest.fixture(params=["one chunk", "many chunks"])
 def _chunks(request, monkeypatch):
     if request.param == "many chunks":
-        monkeypatch.setattr(file, "_BYTES_ON_CPU", 7 * V * 4)
-        monkeypatch.setattr(file, "_SCORES_COMPILED", 7 * V)
+        monkeypatch.setattr(file, "_BYTES_ON_CPU", 16 * V * 4)  # 13, 13, 13 and 11 rows
+        monkeypatch.setattr(file, "_SCORES_COMPILED", 16 * V)
         monkeypatch.setattr(file, "_MIN_ROWS", 1)
 
 

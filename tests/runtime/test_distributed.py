@@ -1,5 +1,6 @@
 """Two processes train the model that one does, on the same global batches, and stop together."""
 
+import importlib
 import shutil
 import signal
 import time
@@ -43,6 +44,7 @@ def jobs(tiny, forked, tmp_path_factory, monkeypatch) -> Path:
         return folder
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
+    importlib.import_module("torch._dynamo.backends.debugging")  # once here, and not in each process
     monkeypatch.setattr(ExperimentModule, "compile_backend", "aot_eager")
     fit = ("fit", "-c", tiny(**SETTINGS), "--auto_resume", "--run.name")
     dropout = (*forks.SHARDED, "--model.init_args.dropout=0.1", "--trainer.max_steps=3")
