@@ -120,8 +120,8 @@ def test_accumulated_gradients_of_cuda_graphs_have_memory_of_their_own(mode, bat
         module.linear.weight.grad = torch.ones(1, 1) if found is None else found.add_(1)
 
 
-def test_a_cpu_without_a_compiler_is_one_line(llm_train, tiny, monkeypatch):
-    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", (None, "no-such-compiler"))
-    done = llm_train("fit", "-c", tiny(model__init_args__compile=True))
+def test_a_cpu_without_a_compiler_is_one_line(llm_train, tiny):
+    with torch._inductor.config.patch({"cpp.cxx": (None, "no-such-compiler")}):
+        done = llm_train("fit", "-c", tiny(model__init_args__compile=True))
     assert done.code == 1
     assert "needs a C++ compiler" in done.err.strip().splitlines()[-1]

@@ -332,6 +332,6 @@ def test_loggers_are_given_the_number_of_the_step():
     assert "_batches_that_stepped" in inspect.getsource(logger_connector)
 
 
-def test_torch_says_whether_it_finds_a_compiler(monkeypatch):
-    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", (None, "no-such-compiler"))
-    assert not private_names.finds_cpp_compiler()
+def test_torch_says_whether_it_finds_a_compiler():
+    with torch._inductor.config.patch({"cpp.cxx": (None, "no-such-compiler")}):
+        assert not private_names.finds_cpp_compiler()
