@@ -22,6 +22,8 @@ Command = Callable[..., SimpleNamespace]
 # variable is for NumPy's library, which is not imported yet, and for processes that tests start.
 os.environ["OMP_NUM_THREADS"] = "1"
 
+gc.disable()  # while the tests and the libraries are imported
+
 
 def pytest_collectstart() -> None:
     """Set the threads of torch, whatever has imported it."""
@@ -31,8 +33,9 @@ def pytest_collectstart() -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Leave the objects of the imported libraries out of later garbage collections."""
+    """Leave the objects of the imported libraries out of garbage collections."""
     gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(autouse=True)

@@ -20,7 +20,8 @@ FILES = sorted(
 )
 SWEEPS = [path for path in FILES if "method" in yaml.safe_load(path.read_text())]
 DESCRIBE = """
-import contextlib, io, json
+import contextlib, gc, io, json
+gc.disable()  # nothing of what a short process imports is garbage
 from experiments.__main__ import main
 printed = []
 for arguments in (["schema"], ["completion", "bash"]):
