@@ -32,6 +32,7 @@ class RunProgress(ProgressBar):
         self._bar: tqdm | None = None
         self._drawn = 0.0
         self._shown: dict[str, str] = {}  # metrics, as they were last read
+        self._written: tuple[float, dict[str, str]] | None = None  # the last line in a file
         self._enabled = True
 
     def disable(self) -> None:
@@ -43,7 +44,7 @@ class RunProgress(ProgressBar):
         # A stream has no length: Lightning says None, infinity, or -1 where the number of steps is not limited.
         length = None if total is None or total in (-1, float("inf")) else int(total)
         self._seconds = self.refresh_seconds if terminal else 10 * self.refresh_seconds
-        self._drawn = time.monotonic()
+        self._drawn, self._written = time.monotonic(), None
         self._bar = tqdm(
             desc=description,
             total=length,
@@ -61,9 +62,12 @@ class RunProgress(ProgressBar):
             return
         if now:
             self._read(trainer)
-        self._drawn, self._bar.n = time.monotonic(), position
+        in_file = not sys.stderr.isatty()
+        if in_file and self._written == (position, self._shown):  # by the validation of the last step
+            return
+        self._drawn, self._bar.n, self._written = time.monotonic(), position, (position, self._shown)
         self._bar.set_postfix(self._shown, refresh=True)
-        if not sys.stderr.isatty():
+        if in_file:
             self._bar.fp.write("\n")
 
     def _read(self, trainer: L.Trainer) -> None:

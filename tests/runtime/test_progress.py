@@ -33,3 +33,10 @@ def test_metrics_are_read_when_they_are_logged_and_not_when_the_line_is_drawn(mo
         progress.on_train_batch_end(trainer)
     assert set(read) == {4, 8}  # a reading makes the host wait for the GPU
     progress._bar.close()
+
+
+def test_the_last_step_has_one_line_in_a_file(llm_train, tiny):
+    done = llm_train("fit", "-c", tiny())  # validates at the last step
+    lines = [line.strip() for line in done.err.splitlines() if line.startswith("train")]
+    assert "24/24" in lines[-1]
+    assert len(lines) == len(set(lines))
