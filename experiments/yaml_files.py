@@ -11,6 +11,10 @@ _Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's is ten
 _MOST_VALUES = 1_000_000  # of a document whose aliases are written out
 
 
+class RepeatedKey(yaml.MarkedYAMLError):
+    """A key of a mapping that is there twice."""
+
+
 def read_yaml(file: Path) -> Any:
     """Return the content of a YAML file.
 
@@ -70,7 +74,7 @@ def _check(node: yaml.Node | None, sizes: dict[int, int]) -> int:
                 if (key.tag, key.value) in lines:
                     first = lines[key.tag, key.value]
                     problem = f"{key.value!r} is there twice, first in line {first}; remove one of the two"
-                    raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
+                    raise RepeatedKey(problem=problem, problem_mark=key.start_mark)
                 lines[key.tag, key.value] = key.start_mark.line + 1
             size += _check(key, sizes) + _check(value, sizes)
     elif isinstance(node, yaml.SequenceNode):

@@ -17,6 +17,7 @@ from pydantic import Discriminator, Field, PositiveInt, PrivateAttr, Tag, Valida
 from experiments.errors import UserError
 from experiments.study.distributions import ABSENT, Distribution, Number, Section, SectionError, did_you_mean
 from experiments.study.names import flag_value
+from experiments.yaml_files import RepeatedKey, describe, load_yaml
 
 Key = tuple[str | int, ...]
 _FOR_LAUNCH = ("job", "image_uri", "scheduler", "metrics")
@@ -187,17 +188,16 @@ def read_sweep_file(path: str | Path) -> Sweep:
     lines: dict[Key, int] = {}
     try:
         text = path.read_text(encoding="utf-8")
-        node = yaml.compose(text, yaml.SafeLoader)
-        content = yaml.safe_load(text)
+        content = load_yaml(text)
         json.dumps(content)
         if not isinstance(content, dict):
             raise UserError(f"{path}: is not a sweep file: it has no `method:` and no `parameters:`")
-        for key, line in _lines(node or yaml.MappingNode("", [])):
-            if lines.setdefault(key, line) != line:
-                raise UserError(f"{path}, line {line}: {key[-1]!r} is there twice, first in line {lines[key]}")
+        lines.update(_lines(yaml.compose(text, yaml.SafeLoader)))
         sweep = Sweep.model_validate(content)
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: is not UTF-8 text (byte {error.start})") from error
+    except RepeatedKey as error:
+        raise UserError(f"{path}{describe(error)}") from error
     except yaml.MarkedYAMLError as error:
         place = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise UserError(f"{path}{place}: is not YAML: {error.problem}") from error
