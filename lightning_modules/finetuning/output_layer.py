@@ -14,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_modules.common.targets import IGNORED
 from lightning_modules.finetuning.bases import evaluating
+from lightning_modules.models.decoder import soft_capped
 from lightning_modules.models.linear_cross_entropy import linear_cross_entropy
 
 if TYPE_CHECKING:  # imported where used: transformers is slow to import
@@ -112,9 +113,7 @@ class OutputLayer:
         with evaluating(self.model):
             scores = self.model(input_ids=ids).logits.float()
             found = F.linear(self._inputs_of_layer(None, {"input_ids": ids}), layer.weight, layer.bias).float()
-        if self._soft_cap is not None:
-            found = self._soft_cap * torch.tanh(found / self._soft_cap)
-        self.reads_inputs = torch.allclose(scores, found, rtol=1e-3, atol=1e-4)
+        self.reads_inputs = torch.allclose(scores, soft_capped(found, self._soft_cap), rtol=1e-3, atol=1e-4)
 
     @property
     def _soft_cap(self) -> float | None:

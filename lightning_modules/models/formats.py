@@ -21,17 +21,12 @@ from lightning_modules.models.decoder import Decoder, DecoderConfig
 
 OWN_MODEL_TYPE = "llm_train_decoder"
 
-_CLASSIC: dict[str, Any] = {
-    "n_kv_head": None,
-    "positions": "learned",
-    "norm": "layer",
-    "feed_forward": "gelu",
-    "qk_norm": False,
-    "embedding_norm": False,
-    "value_embeddings": False,
-    "tied_embeddings": True,
-    "logit_soft_cap": None,
+# Fields of a configuration that every class has. All others are parts, of which a class has some values only.
+_COMMON = {
+    *("vocab_size", "block_size", "n_layer", "n_head", "n_embd", "bias", "attention"),
+    *("embedding_dropout", "attention_dropout", "residual_dropout"),
 }
+_CLASSIC: dict[str, Any] = {field.name: field.default for field in fields(DecoderConfig) if field.name not in _COMMON}
 _LLAMA = _CLASSIC | {"positions": "rotary", "norm": "rms", "feed_forward": "swiglu"}
 _NANOCHAT = _CLASSIC | {
     "positions": "rotary",
