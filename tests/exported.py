@@ -9,6 +9,16 @@ import torch
 
 from lightning_modules.runtime.export import export_model
 
+# Parts of the decoders that Transformers has classes for.
+LLAMA: dict[str, Any] = {"positions": "rotary", "norm": "rms", "feed_forward": "swiglu"}
+NANOCHAT: dict[str, Any] = {
+    "positions": "rotary",
+    "norm": "rms_unweighted",
+    "feed_forward": "relu2",
+    "qk_norm": True,
+    "embedding_norm": True,
+    "bias": False,
+}
 LONG = "A long text that no tiny context holds. " * 20
 
 

@@ -2,22 +2,15 @@
 
 import pytest
 import torch
-from exported import check_generation
+from exported import LLAMA, NANOCHAT, check_generation
 
 from datamodules.tokenizers import byte_tokenizer
 from lightning_modules.decoder_pretrain import PretrainModule
 
 CLASSES = {
     "GPT2LMHeadModel": {},
-    "LlamaForCausalLM": {"positions": "rotary", "norm": "rms", "feed_forward": "swiglu", "n_kv_head": 1},
-    "NanoChatForCausalLM": {
-        "positions": "rotary",
-        "norm": "rms_unweighted",
-        "feed_forward": "relu2",
-        "qk_norm": True,
-        "embedding_norm": True,
-        "bias": False,
-    },
+    "LlamaForCausalLM": LLAMA | {"n_kv_head": 1},
+    "NanoChatForCausalLM": NANOCHAT,
 }
 
 

@@ -2,10 +2,10 @@
 
 import dataclasses
 import json
-from typing import Any
 
 import pytest
 import torch
+from exported import LLAMA, NANOCHAT
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -15,15 +15,6 @@ from lightning_modules.models.formats import FORMATS, OWN_MODEL_TYPE, exported, 
 from lightning_modules.models.generation import generate
 
 SIZES = {"vocab_size": 31, "block_size": 24, "n_layer": 2, "n_head": 4, "n_embd": 32}
-LLAMA: dict[str, Any] = {"positions": "rotary", "norm": "rms", "feed_forward": "swiglu"}
-NANOCHAT: dict[str, Any] = {
-    "positions": "rotary",
-    "norm": "rms_unweighted",
-    "feed_forward": "relu2",
-    "qk_norm": True,
-    "embedding_norm": True,
-    "bias": False,
-}
 CONFIGS = {
     "llama": DecoderConfig(**SIZES, **LLAMA),
     "llama, few keys, untied, no bias": DecoderConfig(
