@@ -245,7 +245,7 @@ def _explain(error: Any) -> tuple[Key, str]:
     return key, f"{error['msg'].replace('Input should be', 'must be')}, got {shown}{hint}"
 
 
-def _lines(node: yaml.Node, *key: str | int) -> Iterator[tuple[Key, int]]:
+def _lines(node: yaml.Node | None, *key: str | int) -> Iterator[tuple[Key, int]]:
     """Yield the line of each key and of each item of a list."""
     items: list[tuple[str | int, yaml.Node, yaml.Node]] = []
     if isinstance(node, yaml.MappingNode):
