@@ -123,10 +123,9 @@ def beginning(settings: dict[str, str], command: str) -> list[str]:
 
 
 @pytest.fixture
-def run_page(llm_train, monkeypatch, capfd, tmp_path):
+def run_page(llm_train, monkeypatch, tmp_path):
     """Return a function that runs a page in the working folder of the test, as a session of a user."""
     imported = set(sys.modules)
-    monkeypatch.setattr(sys, "path", [*sys.path])
     monkeypatch.setattr("sys.stdin", io.StringIO())  # a chat ends with its input
 
     def run(page: str) -> None:
@@ -139,7 +138,9 @@ def run_page(llm_train, monkeypatch, capfd, tmp_path):
                 Path(more).parent.mkdir(parents=True, exist_ok=True)
                 Path(more).write_text(content)
             elif kind == "python":
-                exec(compile(content, "<page>", "exec"), variables)
+                with pytest.MonkeyPatch.context() as patch:
+                    patch.syspath_prepend("")  # Python looks in the working folder; the command does not
+                    exec(compile(content, "<page>", "exec"), variables)
             else:
                 run_line(content, more, settings)
 
@@ -205,8 +206,8 @@ n = 3
 ```
 
 ```python
-from my_package.mine import n
 from pathlib import Path
+from my_package.mine import n
 ```
 
 ```python
@@ -252,8 +253,8 @@ def test_a_wrong_page_fails(run_page, page, wrong):
 def test_files_commands_and_python_of_a_page_share_a_folder(run_page):
     run_page(
         '<!-- test\nfiles:\n  a.txt: {words: 9}\n  b.csv: {head: "x\\n", repeat: "1\\n", times: 2}\n-->\n'
-        "```python\n# mine.py\nn = 3\nopen('seen', 'w').write(__name__)\n```\n"
+        "```python\n# mine.py\nn = 3\nif __name__ == '__main__':\n    open('seen', 'w').write('run')\n```\n"
         "    python mine.py\n    WANDB_MODE=offline llm-train --help\n"
-        "```python\nassert (open('seen').read(), len(open('a.txt').read().split())) == ('__main__', 9)\nm = 4\n```\n"
-        "```python\nassert (m, open('b.csv').read()) == (4, 'x\\n1\\n1\\n')\n```\n"
+        "```python\nassert (open('seen').read(), len(open('a.txt').read().split())) == ('run', 9)\nm = 4\nimport mine\n```\n"
+        "```python\nassert (m, mine.n, open('b.csv').read()) == (4, 3, 'x\\n1\\n1\\n')\n```\n"
     )
