@@ -19,7 +19,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from datamodules.base import ExperimentDataModule
-from experiments import resume, run_folder, trust
+from experiments import names, resume, run_folder, trust
 from experiments.parser import ExperimentParser, check_nulls
 from experiments.run_folder import RunArguments, RunFolder
 from experiments.run_record import RunRecord
@@ -167,9 +167,14 @@ class ExperimentCLI(SettingsGoOverCheckpoint):
         if given is None and self.subcommand == "predict":
             raise MisconfigurationException("predict needs weights. Give --ckpt_path best, last or a file")
         if given is None:
+            if self.subcommand != "fit":
+                say(
+                    f"{self.subcommand} without --ckpt_path: the weights are those before training, random if the "
+                    "model has no base; --ckpt_path best evaluates the trained model"
+                )
             return
         if given in ("last", "best"):
-            self.run = self._recorded or run_folder.find(*self._claim_as)
+            self.run = self._recorded or run_folder.find(*self._claim_as, checkpoint=given)
             file, advice = self.run.checkpoint(given), "this run has saved no checkpoint"
         else:
             file, advice = Path(given), "give a file, `last` or `best`"
@@ -295,6 +300,7 @@ def main(args: Sequence[str]) -> None:
         warnings.filterwarnings("ignore", message)
     if arm_of_agent():
         args = [_with_nulls(arg) for arg in args]
+    args = names.with_files(args)
     cli = ExperimentCLI.__new__(ExperimentCLI)  # LightningCLI runs in its constructor, which may raise
     try:
         cli.__init__(args)  # type: ignore[misc]

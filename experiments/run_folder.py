@@ -7,6 +7,7 @@ import os
 import re
 import socket
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from experiments.yaml_files import read_yaml
+from lightning_modules.common.messages import say
 
 CHECKPOINTS = "checkpoints"
 CONFIG = "config.yaml"
@@ -136,19 +138,47 @@ def claim(root: Path, topic: str, name: str, study: str | None = None) -> RunFol
 
 
 def newest(root: Path, topic: str, name: str, study: str | None = None) -> RunFolder | None:
-    """Return the newest run of a name, or `None`; a name with a number names that run alone."""
-    found = numbered(root / topic / (study or ""), name, _mark(study))
-    return RunFolder(found[-1], topic, is_new=False, study=study) if found else None
+    """Return the newest run of a name that has a checkpoint, or else the newest that began to train, or `None`.
+
+    So neither a start that failed nor an evaluation of untrained weights hides a run that can be continued. A name with
+    a number names that run alone.
+    """
+    runs = _runs(root, topic, name, study)
+    begun = [run for run in runs if (run.path / CONFIG).is_file()]
+    return _newest_with(("last", "best"), runs) or (begun[-1] if begun else None)
 
 
-def find(root: Path, topic: str, name: str, study: str | None = None) -> RunFolder:
-    """Return the newest run of a name, as `newest`; raise a `MisconfigurationException` if there is none."""
-    found = newest(root, topic, name, study)
-    if found is None:
+def find(root: Path, topic: str, name: str, study: str | None = None, checkpoint: str = "last") -> RunFolder:
+    """Return the newest run of a name that has the checkpoint `last` or `best`, or else the newest run.
+
+    Raises:
+        MisconfigurationException: If there is no run of this name.
+    """
+    runs = _runs(root, topic, name, study)
+    if not runs:
         parent = root / topic / (study or "")
         existing = ", ".join(sorted(p.name for p in parent.glob("*"))) or "no run at all"
         raise MisconfigurationException(f"ckpt_path: there is no run {parent / name} to continue; there is {existing}")
-    return found
+    return _newest_with((checkpoint,), runs) or runs[-1]
+
+
+def _runs(root: Path, topic: str, name: str, study: str | None) -> list[RunFolder]:
+    """Return the runs of a name, the newest last."""
+    found = numbered(root / topic / (study or ""), name, _mark(study))
+    return [RunFolder(path, topic, is_new=False, study=study) for path in found]
+
+
+def _newest_with(checkpoints: Sequence[str], runs: Sequence[RunFolder]) -> RunFolder | None:
+    """Return the newest run that has one of the checkpoints, and say which newer ones have none."""
+    having = [run for run in runs if any(run.checkpoint(name).is_file() for name in checkpoints)]
+    if not having:
+        return None
+    newer = runs[runs.index(having[-1]) + 1 :]
+    if newer:
+        passed = ", ".join(str(run.path) for run in newer)
+        what = f"checkpoint `{checkpoints[0]}`" if len(checkpoints) == 1 else "checkpoint"
+        say(f"{having[-1].path} is the newest run with a {what}; without one: {passed}")
+    return having[-1]
 
 
 def of_checkpoint(checkpoint: Path) -> RunFolder | None:

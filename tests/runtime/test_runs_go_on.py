@@ -1,0 +1,56 @@
+"""Runs that go on: which run is continued, and what becomes of its record."""
+
+import shutil
+from pathlib import Path
+
+from helpers import BEST, LAST, RUNS
+
+from experiments.run_folder import find, newest
+
+
+def files_of(run):
+    """Return the contents of the files that a fit writes."""
+    return {name: (run / name).read_bytes() for name in ("config.yaml", "summary.json", "metrics.csv", LAST, BEST)}
+
+
+def test_a_failed_start_and_an_evaluation_of_random_weights_hide_no_run(llm_train, tiny, whole):
+    config, run = tiny(), RUNS / "tiny"
+    shutil.copytree(whole(), run)
+    (RUNS / "tiny.2").mkdir()
+    shutil.copy(run / "config.yaml", RUNS / "tiny.2")  # all that a run leaves which fails before its first checkpoint
+    evaluated = llm_train("validate", "-c", config)
+    assert evaluated.code == 0
+    assert "validate without --ckpt_path: the weights are those before training" in evaluated.err
+    assert (RUNS / "tiny.3/summary_validate.json").is_file()
+
+    before = files_of(run)
+    done = llm_train("fit", "-c", config, "--auto_resume")
+    passed = f"{run} is the newest run with a checkpoint; without one: {run}.2, {run}.3\n"
+    assert (done.code, done.err) == (0, f"{passed}{run} is finished: nothing is left to do\n")
+    trained = llm_train("validate", "-c", config, "--ckpt_path", "best")
+    assert (trained.code, "before training" in trained.err) == (0, False), trained.err
+    assert (run / "summary_validate.json").is_file()
+    assert files_of(run) == before
+    assert sorted(path.name for path in RUNS.iterdir()) == ["tiny", "tiny.2", "tiny.3"]
+
+
+def test_the_run_to_continue_has_the_checkpoint_or_began_to_train(tmp_path):
+    def write(*files: str) -> None:
+        for file in files:
+            path = tmp_path / "topic" / file
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
+
+    def found() -> str | None:
+        run = newest(tmp_path, "topic", "name")
+        return run and run.name
+
+    write("name/config_validate.yaml")
+    assert found() is None  # a fit gets a folder of its own
+    write("name.2/config.yaml", "name.3/config_validate.yaml")
+    assert found() == "name.2"  # a fit that was killed early
+    write("name.4/config.yaml", f"name.4/{LAST}", f"name.5/{BEST}", "name.6/config.yaml")
+    assert found() == "name.5"
+    assert find(tmp_path, "topic", "name", checkpoint="last").path == Path(tmp_path, "topic/name.4")
+    assert find(tmp_path, "topic", "name", checkpoint="best").name == "name.5"
+    assert find(tmp_path, "topic", "name.6").name == "name.6"  # named with its number
