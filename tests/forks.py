@@ -103,9 +103,9 @@ def die_after_step(step: int | None) -> None:
     """For `prepare`: the process kills itself when `last.ckpt` of a step, or the first one, has been written."""
     save = RunCheckpoint._save
 
-    def save_and_die(self: RunCheckpoint, trainer: object, name: str) -> None:
-        save(self, trainer, name)
-        if name == "last" and step in (None, trainer.global_step):
+    def save_and_die(self: RunCheckpoint, trainer: object, *names: str) -> None:
+        save(self, trainer, *names)
+        if "last" in names and step in (None, trainer.global_step):
             os.kill(os.getpid(), signal.SIGKILL)
 
     RunCheckpoint._save = save_and_die

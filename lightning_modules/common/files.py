@@ -33,6 +33,19 @@ def atomic_file(target: Path) -> Iterator[BinaryIO]:
         temporary.unlink(missing_ok=True)
 
 
+def link_or_copy(source: Path, target: Path) -> None:
+    """Make the target a second name of a file, replacing it at once; a copy where a file cannot have two names."""
+    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        try:
+            os.link(source, temporary)
+        except OSError:  # some file systems have no hard links
+            shutil.copyfile(source, temporary)
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def write_text(target: Path, text: str) -> None:
     """Create or replace a UTF-8 text file."""
     with atomic_file(target) as file:

@@ -9,6 +9,7 @@ import lightning as L
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from lightning_modules.common.files import link_or_copy
 from lightning_modules.common.ranges import PositiveInt
 from lightning_modules.runtime import private_names
 from lightning_modules.runtime.stages import validates_a_fit
@@ -17,8 +18,9 @@ from lightning_modules.runtime.stages import validates_a_fit
 class RunCheckpoint(Checkpoint):
     """Callback that writes `best.ckpt` (by a validation metric) and `last.ckpt` to `checkpoints/` in the run folder.
 
-    Both are written after a validation, the best one if the metric improved. The last one is also written when the
-    training ends or is stopped. Lightning's `ModelCheckpoint` writes its last checkpoint only if the best one improves.
+    Both are written after a validation, the best one if the metric improved; then they are one file with two names.
+    The last one is also written when the training ends or is stopped. Lightning's `ModelCheckpoint` writes its last
+    checkpoint only if the best one improves.
 
     Args:
         monitor: Metric that decides which checkpoint is the best; `null` writes `last.ckpt` only.
@@ -69,10 +71,11 @@ class RunCheckpoint(Checkpoint):
                 metrics = trainer.callback_metrics.items()
                 self.best_metrics = {name: float(value) for name, value in metrics if name.startswith("val/")}
                 try:
-                    self._save(trainer, "best")
+                    self._save(trainer, "best", "last")
                 except OSError:  # a full disk: `best.ckpt` is still the earlier one
                     self.load_state_dict(before)
                     raise
+                return
         self._save(trainer, "last")
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -84,11 +87,16 @@ class RunCheckpoint(Checkpoint):
         if self._step_of_last != trainer.global_step and not private_names.is_accumulating(trainer):
             self._save(trainer, "last")
 
-    def _save(self, trainer: L.Trainer, name: str) -> None:
-        if not trainer.fast_dev_run:
-            trainer.save_checkpoint(self._folder / f"{name}.ckpt")
-            if name == "last":
-                self._step_of_last = trainer.global_step
+    def _save(self, trainer: L.Trainer, *names: str) -> None:
+        """Write a checkpoint under the first name; the others become names of the same file."""
+        if trainer.fast_dev_run:
+            return
+        first, *others = (self._folder / f"{name}.ckpt" for name in names)
+        trainer.save_checkpoint(first)
+        for other in others if trainer.is_global_zero else ():
+            link_or_copy(first, other)
+        if "last" in names:
+            self._step_of_last = trainer.global_step
 
     def _score(self, trainer: L.Trainer) -> float:
         if self.monitor not in trainer.callback_metrics:

@@ -10,7 +10,7 @@ import pytest
 from helpers import BEST, LAST, RUNS, assert_same_weights, metrics_that_repeat
 
 from experiments.run_folder import numbered
-from lightning_modules.runtime import checkpoint_io
+from lightning_modules.runtime import checkpoint, checkpoint_io
 
 # settings, step of the kill, step of the checkpoint
 SETTINGS = {
@@ -74,6 +74,39 @@ def die_in_write(nth: int) -> None:
     checkpoint_io.torch.save = half_save
 
 
+def die_before_link() -> None:
+    """For `prepare`: the process kills itself when a checkpoint would get its second name."""
+    checkpoint.link_or_copy = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.parametrize("links", [True, False], ids=["", "a file system without links"])
+def test_a_checkpoint_is_written_once_and_the_best_stays_when_the_last_goes_on(llm_train, tiny, monkeypatch, links):
+    writes = []
+    save = checkpoint_io.AtomicCheckpointIO.save_checkpoint
+
+    def counted(self, content: dict, path: str, **options: object) -> None:
+        writes.append((Path(path).name, content["global_step"]))
+        save(self, content, path, **options)
+
+    def refused(*_: object) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(checkpoint_io.AtomicCheckpointIO, "save_checkpoint", counted)
+    if not links:
+        monkeypatch.setattr(os, "link", refused)
+    assert llm_train("fit", "-c", tiny(), "--run.name", "once", "--trainer.max_steps", 8).code == 0
+    best, last = RUNS / "once" / BEST, RUNS / "once" / LAST
+    assert writes == [("best.ckpt", 8)]
+    assert best.samefile(last) == links
+    assert best.read_bytes() == last.read_bytes()
+    before = best.read_bytes()
+    assert (
+        llm_train("fit", "-c", tiny(), "--run.name", "once", "--ckpt_path", "last", "--trainer.max_steps", 10).code == 0
+    )
+    assert (best.read_bytes() == before, saved_step("once")) == (True, 10)
+    assert sorted(path.name for path in last.parent.iterdir()) == ["best.ckpt", "last.ckpt"]
+
+
 def test_one_command_resumes_after_each_kind_of_kill_and_ends_when_the_run_is_finished(llm_train, tiny, whole):
     command, run = ("fit", "-c", tiny(), "--run.name", "named", "--auto_resume"), RUNS / "named"
     output = Path("output.txt")
@@ -92,16 +125,18 @@ def test_one_command_resumes_after_each_kind_of_kill_and_ends_when_the_run_is_fi
     killed(lambda: forks.signal_after_step(13))
     assert saved_step("named") == 8
     # The checkpoint is damaged, so that the earlier one replaces it; then a kill while best.ckpt of step 16 is written.
-    (run / LAST).write_bytes((run / LAST).read_bytes()[:5000])
+    damaged = (run / LAST).read_bytes()[:5000]
+    (run / LAST).unlink()  # it is the file of best.ckpt too
+    (run / LAST).write_bytes(damaged)
     said = killed(lambda: die_in_write(1)).splitlines()[0]
     assert f"{run / LAST}: the checkpoint is truncated" in said
     assert f"resuming from {run / BEST}, step 8" in said
     assert len(list((run / "checkpoints").glob(".*.ckpt.*"))) == 1  # incomplete, under a temporary name
     assert checkpoint_io.AtomicCheckpointIO().load_checkpoint(run / BEST)["global_step"] == 8
     shutil.copy(run / BEST, run / LAST)
-    # While last.ckpt of step 16 is written.
-    killed(lambda: die_in_write(2))
-    assert len(list((run / "checkpoints").glob(".*.ckpt.*"))) == 2
+    # Between best.ckpt of step 16 and its second name.
+    killed(die_before_link)
+    assert checkpoint_io.AtomicCheckpointIO().load_checkpoint(run / BEST)["global_step"] == 16
     assert saved_step("named") == 8
     # Right after a checkpoint, with an incomplete row of metrics.
     killed(lambda: forks.die_after_step(16))

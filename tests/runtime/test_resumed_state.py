@@ -1,6 +1,8 @@
 """What a resumed run restores from its checkpoint: the best validation so far, and the rows of the metrics."""
 
 import math
+import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -9,20 +11,29 @@ from lightning_modules.runtime.checkpoint import RunCheckpoint
 from lightning_modules.runtime.loggers import MetricsCSV
 
 
+@pytest.fixture(autouse=True)
+def in_an_empty_folder(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+
+
 def files_written(callback: RunCheckpoint, step: int, loss: float) -> list[str]:
-    """The checkpoints that are written after a validation of a step with a loss."""
-    written: list[str] = []
+    """The checkpoints that are there after a validation of a step with a loss, if there were none."""
+    folder = Path("checkpoints")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
     trainer = SimpleNamespace(
         callback_metrics={"val/loss": loss},
         default_root_dir="",
         fast_dev_run=False,
         global_step=step,
         sanity_checking=False,
-        save_checkpoint=lambda file: written.append(file.stem),
+        is_global_zero=True,
+        save_checkpoint=lambda file: file.touch(),
         state=SimpleNamespace(fn="fit"),
     )
+    callback._folder = folder
     callback.on_validation_end(trainer, None)
-    return written
+    return sorted(file.stem for file in folder.iterdir())
 
 
 @pytest.mark.parametrize(("mode", "best", "worse", "better"), [("min", 1.0, 1.5, 0.5), ("max", 1.0, 0.5, 1.5)])
