@@ -10,8 +10,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from lightning_modules.base import ExperimentModule
 from lightning_modules.common.files import replace_folder, write_text
+from lightning_modules.common.messages import say
 from lightning_modules.finetuning.adapters import merged
-from lightning_modules.runtime.checkpoint import save_last
 from lightning_modules.runtime.checkpoint_io import AtomicCheckpointIO
 
 if TYPE_CHECKING:  # imported where used: transformers is slow to import
@@ -21,32 +21,44 @@ if TYPE_CHECKING:  # imported where used: transformers is slow to import
 class ExportModel(L.Callback):
     """Callback that writes the tokenizer when the training starts, and `model/` for Transformers when it ends.
 
-    `model/` holds the weights of `best.ckpt`, or of `last.ckpt` if no checkpoint is the best, and the tokenizer. The
-    data of the run must have a `tokenizer`, and the module `save_pretrained`. A module with `generate` makes a model
-    that generates: other programs stop it at the end-of-text token and at the context.
+    `model/` holds the weights of `best.ckpt`, or of `last.ckpt` if no checkpoint is the best, the tokenizer, and a
+    model card. The data of the run must have a `tokenizer`, and the module `save_pretrained`; otherwise nothing is
+    written. A module with `generate` makes a model that generates: other programs stop it at the end-of-text token and
+    at the context. If `trainer.callbacks` names this class several times, the last one counts.
     """
+
+    def __init__(self) -> None:
+        self._has_trained = False
 
     @rank_zero_only
     def on_train_start(self, trainer: L.Trainer, pl_module: ExperimentModule) -> None:
         """Save the tokenizer, so that text can be generated from an interrupted run too."""
-        if not trainer.fast_dev_run:
+        self._has_trained = True
+        if self._exports(trainer, pl_module):
             pl_module.data.tokenizer.save_pretrained(Path(trainer.default_root_dir) / "tokenizer")
 
-    def on_train_end(self, trainer: L.Trainer, pl_module: ExperimentModule) -> None:
-        """Save the model.
+    @rank_zero_only
+    def on_fit_end(self, trainer: L.Trainer, pl_module: ExperimentModule) -> None:
+        """Save the model, after the last checkpoint.
 
         It is built again from the checkpoint, on the CPU: the trained one may be sharded over many processes.
         """
-        if trainer.fast_dev_run:
+        run = Path(trainer.default_root_dir)
+        if not self._exports(trainer, pl_module) or ((run / "model").is_dir() and not self._has_trained):
             return
-        save_last(trainer)
-        if trainer.is_global_zero:
-            run = Path(trainer.default_root_dir)
-            best, last = run / "checkpoints/best.ckpt", run / "checkpoints/last.ckpt"
-            checkpoint = AtomicCheckpointIO().load_model(best if best.is_file() else last)
-            module = type(pl_module).of_checkpoint(checkpoint)
-            tokenizer = pl_module.data.tokenizer
-            replace_folder(run / "model", lambda folder: export_model(module, tokenizer, folder))
+        files = [file for name in ("best", "last") if (file := run / f"checkpoints/{name}.ckpt").is_file()]
+        if not files:
+            say(f"{run} has no checkpoint, and so no model/: add lightning_modules.runtime.checkpoint.RunCheckpoint")
+            return
+        module = type(pl_module).of_checkpoint(AtomicCheckpointIO().load_model(files[0]))
+        tokenizer = pl_module.data.tokenizer
+        replace_folder(run / "model", lambda folder: export_model(module, tokenizer, folder))
+
+    def _exports(self, trainer: L.Trainer, pl_module: ExperimentModule) -> bool:
+        """Return whether this callback writes files: for this module, and not another callback of its class."""
+        last = [callback for callback in trainer.callbacks if isinstance(callback, ExportModel)][-1]
+        parts = (pl_module, getattr(pl_module.data, "tokenizer", None))
+        return self is last and not trainer.fast_dev_run and all(hasattr(part, "save_pretrained") for part in parts)
 
 
 def export_model(module: ExperimentModule, tokenizer: "PreTrainedTokenizerFast", folder: Path) -> None:
