@@ -11,6 +11,7 @@ import importlib
 import io
 import locale
 import os
+import traceback
 from collections.abc import Sequence
 
 from experiments.errors import UserError
@@ -83,8 +84,8 @@ def _mistake_behind(error: BaseException) -> BaseException | None:
     """Return the mistake of the user that an error comes from, or `None`.
 
     A mistake is a `UserError`, a `MisconfigurationException`, also one that a library has wrapped, or an `OSError`: a
-    missing file, a full disk, a folder that cannot be written. It is also an error that Lightning itself raises: it
-    refuses settings of the trainer with several classes of exceptions.
+    missing file, a full disk, a folder that cannot be written. It is also an error that Lightning itself raises, which
+    refuses settings of the trainer with several classes of exceptions, and any error of one of its callbacks.
     """
     # Libraries in Rust have errors of their own.
     if isinstance(error, OSError) or _FULL_DISK in str(error) or _is_refused_by_lightning(error):
@@ -94,6 +95,9 @@ def _mistake_behind(error: BaseException) -> BaseException | None:
     behind: BaseException | None = error
     while behind is not None and not isinstance(behind, mistakes):
         behind = behind.__cause__ or behind.__context__
+    if behind is None and (callback := _callback_behind(error)):
+        reason = traceback.format_exception_only(error)[-1]
+        return UserError(f"the callback {callback} does not go with this run: {reason}")
     return behind
 
 
@@ -103,6 +107,18 @@ def _is_refused_by_lightning(error: BaseException) -> bool:
         places = places.tb_next
     module = places.tb_frame.f_globals.get("__name__", "") if places else ""
     return isinstance(error, _REFUSALS) and module.startswith("lightning.")
+
+
+def _callback_behind(error: BaseException) -> str | None:
+    """Return the class of the callback of Lightning that raises an error, itself or in a library that it calls."""
+    own = ("lightning", "experiments", "lightning_modules", "datamodules")
+    places = [place for place, _ in traceback.walk_tb(error.__traceback__)]
+    names = [str(place.f_globals.get("__name__")) for place in places]
+    last = max((i for i, name in enumerate(names) if name.split(".")[0] in own), default=None)
+    if last is None or not names[last].startswith("lightning.pytorch.callbacks."):
+        return None
+    callback = type(places[last].f_locals.get("self"))
+    return callback.__name__ if callback.__module__.startswith("lightning.") else None
 
 
 def _is_text(argument: str) -> bool:
