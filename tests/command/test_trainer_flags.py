@@ -7,14 +7,17 @@ alone, over every topic.
 import copy
 import inspect
 import os
+import re
 from functools import partial
 
 import lightning as L
 import pytest
 import torch
 from helpers import RUNS
+from lightning.pytorch import callbacks
 from trainer_flags import ALONE_VALUES, CALLBACKS, CASES, FLAGS, combinations, fault, flags_of
 
+from experiments.__main__ import _mistake_behind
 from lightning_modules.base import ExperimentModule
 
 # Of the values alone, those that the suite runs; a benchmark runs all.
@@ -22,6 +25,8 @@ IN_THE_SUITE = [
     ("callbacks", "null"),
     ("callbacks", f"+{CALLBACKS}Timer callbacks.duration=00:00:00:00"),
     ("callbacks", f"+{CALLBACKS}BatchSizeFinder refused: data.batch_size"),
+    ("callbacks", f"+{CALLBACKS}EarlyStopping callbacks.monitor=val/lost refused: val/lost"),
+    ("callbacks", f"+{CALLBACKS}BackboneFinetuning refused: BackboneFinetuning"),
     ("fast_dev_run", "2"),
     ("enable_checkpointing", "false refused: "),
     ("limit_train_batches", "0"),
@@ -52,6 +57,33 @@ def test_arguments_run_together(llm_train, tiny, flags):
     done = llm_train("fit", "-c", tiny(trainer__max_steps=4, trainer__val_check_interval=2), *flags)
     assert fault(done.code, done.err, RUNS / "tiny") == ""
     assert done.code == 0, done.err.splitlines()[-1]
+
+
+def test_the_table_has_every_callback_of_lightning():
+    named = {value.split(" ")[0].removeprefix(f"+{CALLBACKS}") for value in FLAGS["callbacks"] if value[0] == "+"}
+    assert named == set(callbacks.__all__)
+
+
+class Averaging(callbacks.WeightAveraging):
+    """A callback of the user, on one of Lightning's."""
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (lambda: callbacks.SpikeDetection().on_train_batch_end(None, None, {}, None, 0), "SpikeDetection .*: KeyError"),
+        (lambda: callbacks.BaseFinetuning().setup(None, None, "fit"), "BaseFinetuning .*: NotImplementedError"),
+        (lambda: callbacks.WeightAveraging().on_train_end(None, None), "WeightAveraging"),
+        (lambda: Averaging().on_train_end(None, None), None),
+        (lambda: torch.cat([]), None),
+    ],
+)
+def test_an_error_in_a_callback_of_lightning_names_the_callback(call, said):
+    with pytest.raises(Exception) as raised:  # noqa: PT011 - of any class
+        call()
+    mistake = _mistake_behind(raised.value)
+    assert (mistake is None) == (said is None)
+    assert said is None or re.match(f"the callback {said}", str(mistake))
 
 
 def test_the_table_has_the_values_of_the_suite():
