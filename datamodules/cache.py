@@ -2,25 +2,15 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
+from lightning_modules.common.cache import cache_root as cache_root
 from lightning_modules.common.files import atomic_file
 from lightning_modules.common.messages import first_line
-
-
-def cache_root() -> Path:
-    """Return the folder of the cache, which can be deleted at any time.
-
-    It is `$LLM_TRAIN_CACHE` if that is set, else `llm-train` in `$XDG_CACHE_HOME` or `~/.cache`.
-    """
-    if chosen := os.environ.get("LLM_TRAIN_CACHE"):
-        return Path(chosen).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llm-train"
 
 
 def digest(value: Any) -> str:

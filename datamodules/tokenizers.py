@@ -1,4 +1,4 @@
-"""Fast tokenizers of Transformers: bytes, characters, a tokenizer.json, or a name on the hub."""
+"""Fast tokenizers of Transformers: bytes, characters, those of pretrained models and of runs, or a name on the hub."""
 
 import functools
 import hashlib
@@ -7,7 +7,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -20,11 +20,20 @@ from datamodules.sources import Source
 from lightning_modules.common.files import write_text
 from lightning_modules.common.hub import hub_answers
 from lightning_modules.common.messages import first_line
+from lightning_modules.common.pretrained import PACKAGE, model_folder
 
 if TYPE_CHECKING:  # imported where used: transformers is slow to import
     from transformers import PreTrainedTokenizerFast
 
 END_OF_TEXT = "<|endoftext|>"
+
+# Files with a vocabulary, and the class of Transformers that reads each where nothing else in the folder names one.
+_FORMS = {
+    "tokenizer.json": "PreTrainedTokenizerFast",
+    "vocab.json": "GPT2Tokenizer",
+    "vocab.txt": "BertTokenizer",
+    "tokenizer.model": "LlamaTokenizer",
+}
 
 _BYTE_FALLBACK = re.compile(r"<0x[0-9A-F]{2}>")  # of SentencePiece, for characters that are not in the vocabulary
 
@@ -35,7 +44,9 @@ def load_tokenizer(name: str, source: Source | None = None, cache_dir: Path | No
     Args:
         name: `byte` has the 256 bytes and `<|endoftext|>` as tokens, for any text in any language. `character` has one
             token for each distinct character of the source, and `<|endoftext|>` if the source has several documents.
-            Other names are a folder with a `tokenizer.json`, such a file, or a model on the Hugging Face hub.
+            Other names are a folder with a `tokenizer.json` or the files of an older form (`vocab.json` and
+            `merges.txt`, `vocab.txt`, `tokenizer.model`), such a `tokenizer.json`, the folder of a run, a `.gguf` file,
+            `package:NAME` for a model that an installed package carries, or a model on the Hugging Face hub.
         source: Text with the characters of `character`. It is read once, and its characters are cached.
         cache_dir: Folder of the cache; `cache_root()` by default.
     """
@@ -46,8 +57,12 @@ def load_tokenizer(name: str, source: Source | None = None, cache_dir: Path | No
             raise MisconfigurationException("tokenizer character needs a source of text: give one")
         return character_tokenizer(*_scan(source, cache_dir or cache_root()))
     path = Path(name).expanduser()
-    looks_like_path = name.startswith((".", "/", "~")) or name.endswith(".json") or name.count("/") > 1
-    tokenizer = _from_disk(path) if path.exists() or looks_like_path else _from_hub(name)
+    if name.startswith(PACKAGE) or path.suffix == ".gguf":
+        tokenizer = _from_disk(_folder_of_model(name))
+    elif path.exists() or name.startswith((".", "/", "~")) or name.endswith(".json") or name.count("/") > 1:
+        tokenizer = _from_disk(path)
+    else:
+        tokenizer = _from_hub(name)
     if len(tokenizer) <= 1:
         raise MisconfigurationException(
             f"tokenizer {name} has a vocabulary of {len(tokenizer)}, it is incomplete: make or download it again"
@@ -117,8 +132,15 @@ def tokenizer_fingerprint(tokenizer: "PreTrainedTokenizerFast") -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:20]
 
 
-def encode(tokenizer: "PreTrainedTokenizerFast", texts: Sequence[str]) -> list[np.ndarray]:
-    """Return the token ids of each text, (T,). No special token is added, and none is recognised in the text."""
+def encode(tokenizer: "PreTrainedTokenizerFast", texts: Sequence[str], special: bool = False) -> list[np.ndarray]:
+    """Return the token ids of each text, (T,). No special token is added.
+
+    Args:
+        tokenizer: Tokenizer.
+        texts: Texts to encode.
+        special: Whether the characters of a special token in a text are that token, as in a chat template; otherwise
+            they are text.
+    """
     for text in texts:
         check_characters(text, f"text {text[:30]!r}")
     unit = tokenizer.init_kwargs.get("unit")
@@ -127,7 +149,7 @@ def encode(tokenizer: "PreTrainedTokenizerFast", texts: Sequence[str]) -> list[n
     # Without this variable, the library prints a warning whenever a loader forks its workers.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     backend = tokenizer.backend_tokenizer
-    backend.encode_special_tokens = True  # the characters "<|endoftext|>" in a text are text
+    backend.encode_special_tokens = not special  # this setting of the library means that they are text
     backend.no_truncation()
     backend.no_padding()
     encodings = backend.encode_batch_fast(list(texts), add_special_tokens=False)
@@ -245,26 +267,72 @@ def _scan(source: Source, cache_dir: Path) -> tuple[str, bool]:
     return characters, n_documents > 1
 
 
+def _folder_of_model(name: str) -> Path:
+    """Return the folder of a model in a package or a GGUF file."""
+    try:
+        return model_folder(name) or Path(name)
+    except ValueError as error:
+        raise MisconfigurationException(f"tokenizer {error}") from error
+
+
 def _from_disk(path: Path) -> "PreTrainedTokenizerFast":
     from transformers import PreTrainedTokenizerFast
 
-    file = path / "tokenizer.json" if path.is_dir() else path
-    if not file.exists():
-        problem = f"folder {path} holds no tokenizer.json" if path.is_dir() else f"{path} does not exist"
-        advice = "give a folder that holds a tokenizer.json, byte, character, or a name on the hub"
+    # The tokenizer of a run is in a folder of its own, and with the exported model.
+    folders = [folder for folder in (path, path / "tokenizer", path / "model") if _form(folder)]
+    if path.is_dir() and folders:
+        path = folders[0]
+    elif path.is_dir() or not path.exists():
+        problem = f"folder {path} holds no tokenizer" if path.is_dir() else f"{path} does not exist"
+        advice = (
+            "give a folder with tokenizer.json, vocab.json and merges.txt, or vocab.txt; byte, character, or a name on "
+            "the hub"
+        )
         if run := re.search(r"\bruns/([^/]+)/([^/]+)/", path.as_posix()):
             advice = f"`llm-train fit -c experiments/{run[1]}/{run[2]}.yaml` makes one"
         raise MisconfigurationException(f"tokenizer {problem}: {advice}")
     try:
-        if path.is_dir():
-            return PreTrainedTokenizerFast.from_pretrained(path)
-        return PreTrainedTokenizerFast(tokenizer_file=str(file))
+        return _from_folder(path) if path.is_dir() else PreTrainedTokenizerFast(tokenizer_file=str(path))
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # the Rust library raises plain exceptions, and panics, which are none
+        file = path / _form(path) if path.is_dir() else path
+        needs = " (is the package sentencepiece installed?)" if file.suffix == ".model" else ""
         raise MisconfigurationException(
-            f"tokenizer {file} could not be read ({first_line(error)}): make or download it again"
+            f"tokenizer {file} could not be read ({first_line(error)}){needs}: make or download it again"
         ) from error
+
+
+def _form(folder: Path) -> str:
+    """Return the name of the file in a folder that has the vocabulary, or an empty name without one."""
+    with_merges = (folder / "merges.txt").is_file()
+    return next((name for name in _FORMS if (folder / name).is_file() and (with_merges or name != "vocab.json")), "")
+
+
+def _from_folder(folder: Path) -> "PreTrainedTokenizerFast":
+    """Return the tokenizer of a folder in any of the `_FORMS`."""
+    import transformers
+
+    names_class = (folder / "config.json").is_file() or "tokenizer_class" in _settings(folder)
+    if _form(folder) == "tokenizer.json":
+        tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
+        if tokenizer.all_special_tokens or not names_class:
+            return tokenizer
+        # In older folders, only the class of the model knows which tokens are special.
+    if names_class:
+        return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    kind = _FORMS[_form(folder)]
+    if kind == "BertTokenizer" and "do_lower_case" not in _settings(folder):
+        words = (folder / "vocab.txt").read_text(encoding="utf-8").split()
+        cased = any(word != word.lower() for word in words if not word.startswith("["))
+        return transformers.BertTokenizer.from_pretrained(folder, do_lower_case=not cased)
+    return getattr(transformers, kind).from_pretrained(folder)
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    """Return the content of `tokenizer_config.json`, empty without it."""
+    file = folder / "tokenizer_config.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
 
 def _from_hub(name: str) -> "PreTrainedTokenizerFast":

@@ -2,7 +2,6 @@
 
 import json
 import pickle
-import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 
 from lightning_modules.common.hub import hub_answers
 from lightning_modules.common.messages import first_line, say
+from lightning_modules.common.pretrained import model_folder, quietly
 from lightning_modules.runtime.private_names import configured_attention
 
 if TYPE_CHECKING:  # imported where used: transformers is slow to import
@@ -33,7 +33,8 @@ def load_pretrained(
     """Return a model in float32 and in training mode.
 
     Args:
-        base: A folder with `config.json` and weights, a run folder with such a folder `model/` in it, or a hub name.
+        base: A folder with `config.json` and weights, a run folder with such a folder `model/` in it, a `.gguf` file,
+            `package:NAME` for a model that an installed package carries, or a hub name.
         auto_class: Auto class of Transformers, which chooses the head.
         architecture: Result of `architecture_of`. The model is then built with random weights and without reading
             `base`; the weights of a checkpoint are loaded afterwards.
@@ -53,7 +54,7 @@ def load_pretrained(
     folder = local_folder(base, argument)
     on_disk = folder is not None or not hub_answers()
     try:
-        with _quietly():
+        with quietly():
             config = transformers.AutoConfig.from_pretrained(
                 folder or base, local_files_only=on_disk, trust_remote_code=False, **changes
             )
@@ -89,45 +90,20 @@ def _check_kernels(config: Any, argument: str) -> None:
 
 def save_pretrained(model: "PreTrainedModel", folder: Path) -> None:
     """Write a model in Transformers' format: `config.json` and `model.safetensors`."""
-    with _quietly():
+    with quietly():
         model.save_pretrained(folder)
 
 
-@contextmanager
-def _quietly() -> Iterator[None]:
-    """Suppress Transformers' progress bars, which it shows for files of any size, and its table of missing weights."""
-    from transformers.utils import logging
-
-    had_bars, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if had_bars:
-            logging.enable_progress_bar()
-
-
 def local_folder(base: str, argument: str) -> Path | None:
-    """Return the folder with `config.json`, or `None` if `base` is a name on the hub.
+    """Return the folder with `config.json`, or `None` if `base` is a name on the hub; see `common.pretrained`.
 
     Raises:
-        MisconfigurationException: If `base` is a local path, and holds no such folder.
+        MisconfigurationException: If `base` is a local path or a package, and there is no such model.
     """
-    path = Path(base).expanduser()
-    for folder in (path / "model", path):
-        if (folder / "config.json").is_file():
-            return folder
-    if path.exists() or base.startswith((".", "/", "~")) or base.count("/") > 1:
-        problem = "holds no config.json, nor a model/ that does" if path.exists() else "does not exist"
-        run = re.search(r"\bruns/([^/]+)/([^/]+)", path.as_posix())
-        advice = f"; `llm-train fit -c experiments/{run[1]}/{run[2]}.yaml` makes one" if run else ""
-        raise MisconfigurationException(
-            f"{argument}: {base} {problem}: give a folder with config.json and model.safetensors, the folder of a "
-            f"finished run, or a hub name{advice}"
-        )
-    return None
+    try:
+        return model_folder(base)
+    except ValueError as error:
+        raise MisconfigurationException(f"{argument}: {error}") from error
 
 
 def architecture_of(model: "PreTrainedModel") -> dict[str, Any]:

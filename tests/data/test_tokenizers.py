@@ -169,7 +169,7 @@ def test_a_missing_tokenizer_of_a_run_names_the_command_that_makes_it(tmp_path):
 
 def test_an_incomplete_folder_is_one_line(tmp_path):
     (tmp_path / "vocab.json").write_text("{}")
-    assert "holds no tokenizer.json" in one_line_error(str(tmp_path))
+    assert "holds no tokenizer: give a folder with tokenizer.json, vocab.json and merges.txt" in one_line_error(str(tmp_path))
     (tmp_path / "tokenizer.json").write_text('{"version": "1.0", "mo')
     assert "could not be read" in one_line_error(str(tmp_path))
 

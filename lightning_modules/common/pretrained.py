@@ -1,0 +1,142 @@
+"""Where a pretrained model is on this machine: in a folder, a run, a GGUF file, or an installed package."""
+
+import fcntl
+import hashlib
+import importlib.metadata
+import io
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
+from pathlib import Path
+
+from lightning_modules.common.cache import cache_root
+from lightning_modules.common.files import replace_folder
+from lightning_modules.common.messages import first_line, say
+
+PACKAGE = "package:"  # before the name of an installed package that carries a model
+_MAGIC = b"GGUF"  # first bytes of such a file
+_WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+
+
+def model_folder(name: str) -> Path | None:
+    """Return the folder of a model in the layout of the hub, with `config.json`, or `None` for a name on the hub.
+
+    Args:
+        name: A folder; the folder of a run with such a folder `model/` in it; a GGUF file (`.gguf`); `package:NAME`,
+            for a model in the files of an installed package, whose code is not imported; or a name on the hub. A model
+            in GGUF is dequantised to float32 once, and kept in the cache.
+
+    Raises:
+        ValueError: If `name` is a local path or a package, and there is no such model.
+    """
+    path = _in_package(name.removeprefix(PACKAGE)) if name.startswith(PACKAGE) else Path(name).expanduser()
+    if path.suffix == ".gguf":
+        return _dequantized(path)
+    for folder in (path / "model", path):
+        if (folder / "config.json").is_file():
+            return folder
+    if path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
+        problem = "holds no config.json, nor a model/ that does" if path.exists() else "does not exist"
+        run = re.search(r"\bruns/([^/]+)/([^/]+)", path.as_posix())
+        advice = f"; `llm-train fit -c experiments/{run[1]}/{run[2]}.yaml` makes one" if run else ""
+        raise ValueError(
+            f"{name} {problem}: give a folder with config.json and model.safetensors, the folder of a finished run, a "
+            f".gguf file, or a hub name{advice}"
+        )
+    return None
+
+
+def _in_package(package: str) -> Path:
+    """Return the GGUF file, or the folder with `config.json` and weights, among the files of an installed package."""
+    if not package:
+        raise ValueError(f"{PACKAGE} names no package: write {PACKAGE}NAME")
+    try:
+        files = importlib.metadata.files(package) or []
+    except importlib.metadata.PackageNotFoundError as error:
+        raise ValueError(f"{PACKAGE}{package}: the package is not installed: pip install {package}") from error
+    paths = {Path(str(file.locate())) for file in files}
+    with_weights = {path.parent for path in paths if path.name in _WEIGHTS}
+    found = [path for path in paths if path.suffix == ".gguf"]
+    found += [path.parent for path in paths if path.name == "config.json" and path.parent in with_weights]
+    if not found:
+        raise ValueError(
+            f"{PACKAGE}{package}: the package carries no model, neither a .gguf file nor a config.json with "
+            "model.safetensors: give one that does"
+        )
+    if len(found) > 1:
+        raise ValueError(
+            f"{PACKAGE}{package}: the package carries {len(found)} models: give the path of one, "
+            f"{' or '.join(map(str, sorted(found)))}"
+        )
+    return found[0]
+
+
+def _dequantized(file: Path) -> Path:
+    """Return the folder in the cache with the model and the tokenizer of a GGUF file."""
+    if not file.is_file():
+        raise ValueError(f"{file} does not exist (working folder: {Path.cwd()}): give the path of a .gguf file")
+    with file.open("rb") as opened:
+        if opened.read(len(_MAGIC)) != _MAGIC:
+            raise ValueError(f"{file} is no GGUF file, it does not begin with {_MAGIC.decode()}: download it again")
+        opened.seek(0)
+        fingerprint = hashlib.file_digest(opened, "blake2b").hexdigest()[:20]
+    folder = cache_root() / "gguf" / f"{file.stem}-{fingerprint}"
+    with _locked(folder.with_name(f"{folder.name}.lock")):  # several processes may need it at once
+        if not folder.is_dir():
+            say(f"{file}: dequantising it once, to {folder}")
+            replace_folder(folder, lambda fresh: _dequantize(file, fresh))
+    return folder
+
+
+def _dequantize(file: Path, folder: Path) -> None:
+    """Write the model and the tokenizer of a GGUF file to a folder, in the layout of the hub."""
+    try:
+        importlib.metadata.version("gguf")
+    except importlib.metadata.PackageNotFoundError as error:
+        raise ValueError(f"{file}: the package gguf, which reads such files, is missing: pip install gguf") from error
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    where = {"gguf_file": file.name, "local_files_only": True, "trust_remote_code": False}
+    try:
+        with quietly(), redirect_stderr(io.StringIO()):  # for a bar that ignores the settings of Transformers
+            tokenizer = AutoTokenizer.from_pretrained(file.parent, **where)
+            model, found = AutoModelForCausalLM.from_pretrained(
+                file.parent, dtype="float32", output_loading_info=True, **where
+            )
+    except Exception as error:  # the readers check little: a damaged file fails anywhere in them
+        raise ValueError(
+            f"{file} could not be read ({first_line(error)}): it is damaged, or of an architecture that Transformers "
+            "does not load from GGUF"
+        ) from error
+    if missing := sorted(found["missing_keys"]):
+        raise ValueError(f"{file} has no {', '.join(missing[:3])}: it is incomplete, download it again")
+    model.hf_quantizer = None  # it refuses to save a model in GGUF, whose weights are plain by now
+    vars(model.config).pop("quantization_config", None)
+    with quietly():
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+
+@contextmanager
+def _locked(file: Path) -> Iterator[None]:
+    """Hold a lock of this machine within the context."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Suppress Transformers' progress bars, which it shows for files of any size, and its table of missing weights."""
+    from transformers.utils import logging
+
+    had_bars, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if had_bars:
+            logging.enable_progress_bar()
