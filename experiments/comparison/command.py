@@ -44,10 +44,10 @@ def main(args: Sequence[str]) -> None:
             raise UserError(f"--maximize, --minimize: {name} is not compared; there is {', '.join(metrics)}")
     modes = {name: mode_of(name, counting, options.maximize, options.minimize, goals) for name in metrics}
     measures = [measure for name in metrics for measure in measures_of(name, modes[name], counting)]
-    ranking = _rank(arms, measures[0])
+    ranking = _rank(arms, next(measure for measure in measures if measure.is_fair(counting)))
     results = tables.results(arms, measures)
-    differences = tables.differences(compared(arms, options.baseline), measures)
-    notes = _notes(arms, n_skipped, more_metrics)
+    differences = tables.differences_of(compared(arms, options.baseline), measures)
+    notes = [*_notes(arms, n_skipped, more_metrics), *tables.caption(differences)]
 
     print(as_text(_best_rows(results, ranking)))
     if differences.rows:

@@ -42,6 +42,11 @@ class Measure:
             return float(values[-1])
         return float(np.nanmin(values) if self.mode == "min" else np.nanmax(values))
 
+    def is_fair(self, runs: Iterable[Run]) -> bool:
+        """Return whether the values of these runs can be compared: best ones only at equal numbers of validations."""
+        counts = {len(run.metrics[self.metric].values) for run in runs if self.metric in run.metrics}
+        return self.kind != "best" or len(counts) <= 1
+
     def by_seed(self, runs: Iterable[Run]) -> list[tuple[str, float]]:
         """Return seed and value of each run that has logged the metric."""
         return [(run.seed, value) for run in runs if (value := self.of(run)) is not None]

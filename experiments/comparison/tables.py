@@ -6,9 +6,10 @@ from typing import NamedTuple
 
 from experiments.comparison.arms import Arm, how_they_ended
 from experiments.comparison.measures import Measure
-from experiments.comparison.statistics import Difference, difference, estimate
+from experiments.comparison.statistics import Difference, differences, estimate
 
 NOTHING = "–"
+_UNFAIR = Difference(math.nan, None, "none: unequal numbers of validations")
 
 
 class Table(NamedTuple):
@@ -33,17 +34,38 @@ def results(arms: Sequence[Arm], measures: Sequence[Measure]) -> Table:
     return Table(header, rows)
 
 
-def differences(pairs: Sequence[tuple[Arm, Arm]], measures: Sequence[Measure]) -> Table:
-    """Return a row for each pair of arms and each measure: the difference of the first arm from the second."""
+def differences_of(pairs: Sequence[tuple[Arm, Arm]], measures: Sequence[Measure]) -> Table:
+    """Return a row for each pair of arms and each measure: the difference of the first arm from the second.
+
+    All rows are one family. The best of many validations is better than the best of few for that reason alone, so best
+    values are compared only between runs with equally many.
+    """
+    compared = [(arm, baseline, measure) for arm, baseline in pairs for measure in measures]
+    compared = [each for each in compared if all(each[2].values(arm.runs) for arm in each[:2])]
+    fair = [
+        i for i, (*arms, measure) in enumerate(compared) if measure.is_fair(run for arm in arms for run in arm.runs)
+    ]
+    pairs_by_seed = [(measure.by_seed(arm.runs), measure.by_seed(baseline.runs)) for arm, baseline, measure in compared]
+    found = dict(zip(fair, differences([pairs_by_seed[i] for i in fair]), strict=True))
     rows = []
-    for arm, baseline in pairs:
-        for measure in measures:
-            ours, theirs = measure.by_seed(arm.runs), measure.by_seed(baseline.runs)
-            if ours and theirs:
-                found = difference(ours, theirs)
-                shown = with_interval(found.mean, found.half_width, sign="+")
-                rows.append([arm.label, baseline.label, measure.label, shown, verdict(found, measure), found.how])
-    return Table(["arm", "against", "metric", "difference", "verdict", "95 % interval"], rows)
+    for i, (arm, baseline, measure) in enumerate(compared):
+        each = found.get(i, _UNFAIR)
+        shown = with_interval(each.mean, each.half_width, sign="+") if i in found else NOTHING
+        rows.append([arm.label, baseline.label, measure.label, shown, verdict(each, measure), each.how])
+    return Table(["arm", "against", "metric", "difference", "verdict", "interval"], rows)
+
+
+def caption(differences: Table) -> list[str]:
+    """Return how many comparisons a table has, and what its intervals say."""
+    n = sum(not row[-1].startswith("none") for row in differences.rows)
+    if n == 0:
+        return []
+    if n == 1:
+        return ["One comparison, at a level of 5 %."]
+    return [
+        f"{n} comparisons: with Holm's correction, even one wrong verdict has a probability of at most 5 %, "
+        "so intervals are wider than that of a single comparison; --metrics and --baseline choose fewer."
+    ]
 
 
 def verdict(found: Difference, measure: Measure) -> str:
@@ -64,8 +86,6 @@ def with_interval(mean: float, half_width: float | None, sign: str = "") -> str:
     """
     if half_width is None or not math.isfinite(half_width):
         return _rounded(mean, 4, mean, sign)
-    if half_width <= 1e-6 * abs(mean):  # runs that agree to the last digit of float32
-        return f"{_rounded(mean, 4, mean, sign)} ± 0"
     return f"{_rounded(mean, 2, half_width, sign)} ± {_rounded(half_width, 2, half_width)}"
 
 
