@@ -14,7 +14,7 @@ import os
 import traceback
 from collections.abc import Sequence
 
-from experiments.errors import UserError
+from experiments.errors import UsageError, UserError
 
 # name: (module with main(args), description). A module is imported when its command is called.
 COMMANDS = {
@@ -38,8 +38,8 @@ HELP = f"""usage: llm-train COMMAND [options]
 
 Train language models from YAML. Try it:
 
-  llm-train fit -c experiments/TOPIC/offline.yaml
-  llm-train fit -c experiments/TOPIC/offline.yaml --optimizer.lr 1e-3 --trainer.max_steps 100
+  llm-train fit -c TOPIC/offline
+  llm-train fit -c TOPIC/offline --optimizer.lr 1e-3 --trainer.max_steps 100
 
 commands:
 {chr(10).join(f"  {name:<12}{does}" for name, (_, does) in COMMANDS.items())}
@@ -77,7 +77,7 @@ def main(args: Sequence[str] | None = None) -> None:
         mistake = _mistake_behind(error)
         if mistake is None:  # an error of this program: show the traceback
             raise
-        sys.exit(_error(str(mistake), 1))
+        sys.exit(_error(str(mistake), 2 if isinstance(mistake, UsageError) else 1))
 
 
 def _mistake_behind(error: BaseException) -> BaseException | None:

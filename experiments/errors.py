@@ -13,6 +13,10 @@ class UserError(Exception):
     """
 
 
+class UsageError(UserError):
+    """A mistake in the command line itself; the command exits with code 2."""
+
+
 class CommandParser(argparse.ArgumentParser):
     """A parser that prints errors in one line and accepts no abbreviations."""
 

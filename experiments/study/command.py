@@ -6,8 +6,8 @@ import re
 import shlex
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
+from experiments import names
 from experiments.errors import CommandParser
 from experiments.study.journal import Journal
 from experiments.study.runs import Plan, number_of_runs, study_folder
@@ -22,7 +22,7 @@ _PASSED_ON = re.compile(r"--[\w.]+\+?=.*", re.DOTALL)
 def main(args: Sequence[str]) -> None:
     """Start the runs of a sweep file, resume those that were interrupted, and print how each ends."""
     options, flags = _parse(args)
-    sweep = read_sweep_file(options.file)
+    sweep = read_sweep_file(names.find_or_explain(options.file, "study"))
     n_runs = number_of_runs(sweep, options.runs)
     plan = Plan(sweep, study_folder(sweep, flags, options.name), flags, n_runs, options.jobs, options.seed)
     if options.dry_run:
@@ -54,7 +54,7 @@ def _parse(args: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         epilog="Every run gets --key=value, such as --trainer.max_steps=100, and what follows --. With an account, "
         "`wandb sweep FILE` and `wandb agent` run the same file on any number of machines.",
     )
-    parser.add_argument("file", metavar="FILE", type=Path, help="such as experiments/TOPIC/studies/NAME.yaml")
+    parser.add_argument("file", metavar="FILE", help="sweep file, or the name of a study: TOPIC/STUDY")
     parser.add_argument("--jobs", type=_count, default=1, help="runs at a time, which share the cores (default: 1)")
     parser.add_argument("--runs", type=_count, help="maximum number of runs; random and bayes need it, or run_cap")
     parser.add_argument("--name", help="name of the study (default: `name:` in FILE, or the name of FILE)")

@@ -15,6 +15,7 @@ from pathlib import Path
 from subprocess import DEVNULL, STDOUT, Popen
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+from experiments import names
 from experiments.errors import UserError
 from experiments.study.names import folder_name
 from experiments.study.sweep_file import Sweep
@@ -63,7 +64,7 @@ def study_folder(sweep: Sweep, flags: Sequence[str], name: str | None) -> Path:
     pairs = list(itertools.pairwise(words)) + [word.split("=", 1) for word in words if "=" in word]
     for flag, value in pairs:
         if flag in ("-c", "--config"):
-            config = _config(sweep, Path(value))
+            config = _config(sweep, value)
             model = config.get("model")
             class_path = str(model.get("class_path") if isinstance(model, dict) else model)
             if "." in class_path:
@@ -75,12 +76,17 @@ def study_folder(sweep: Sweep, flags: Sequence[str], name: str | None) -> Path:
     return Path(place["root"]) / place["topic"] / folder_name(name or sweep.name or sweep.path.stem)
 
 
-def _config(sweep: Sweep, file: Path) -> dict[str, Any]:
-    try:
-        config = read_yaml(file)
-    except FileNotFoundError:
-        raise UserError(f"{sweep.path}: its command runs {file}, and there is no such file in {Path.cwd()}") from None
+def _config(sweep: Sweep, name: str) -> dict[str, Any]:
+    config = read_yaml(names.find_or_explain(name, f"{sweep.path}: its command runs"))
     return config if isinstance(config, dict) else {}
+
+
+def _own_package(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return variables with which `python -m experiments` is this project, also in a folder with `experiments/`."""
+    root = str(names.SHIPPED.parent)
+    found = filter(None, [root, environment.get("PYTHONPATH")])
+    is_installed = "site-packages" in root  # this folder must not go before the standard library
+    return {"PYTHONSAFEPATH": "1"} | ({} if is_installed else {"PYTHONPATH": os.pathsep.join(found)})
 
 
 @dataclass
@@ -121,6 +127,8 @@ class Run:
         for name, value in (("WANDB_PROJECT", sweep.project), ("WANDB_ENTITY", sweep.entity)):
             if value is not None:
                 environment.setdefault(name, value)
+        if ["-m", "experiments"] in map(list, itertools.pairwise(words)):
+            environment |= _own_package(environment)
         if self.plan.jobs > 1:
             environment.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // self.plan.jobs)))
         with self._log.open("ab") as output:

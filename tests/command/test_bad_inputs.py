@@ -82,7 +82,7 @@ COMMANDS = [
     ("generate", [f"--run={RUNS}/half", "--prompt="], 1, ["--prompt is empty"]),
     ("generate", [f"--run={RUNS}/half", "--prompt=a", "--references=empty.txt"], 1, ["--references are for --chat"]),
     ("study", ["sweep.yaml"], 1, ["sweep.yaml", "gird", "did you mean 'grid'"]),
-    ("study", ["lost.yaml"], 1, ["lost.yaml"]),
+    ("study", ["lost.yaml"], 2, ["lost.yaml"]),
     ("compare", ["runs/lost"], 1, ["runs/lost"]),
     ("schema", ["--fast"], 2, ["--fast"]),
     ("completion", ["fish"], 2, ["fish", "bash"]),

@@ -559,7 +559,7 @@ def test_what_a_study_cannot_do_costs_one_line(llm_train, sweep, tmp_path):
 
     assert "method random has no end; add run_cap: to the file, or use --runs N" in error(method="random")
     missing = ["${interpreter}", "-m", "experiments", "fit", "-c", "missing.yaml", "${args}"]
-    assert "its command runs missing.yaml, and there is no such file" in error(command=missing)
+    assert "its command runs missing.yaml: does not exist in" in error(command=missing)
     assert "add --run.topic=NAME to it" in error(command=["${interpreter}", "stub.py", "${args}"])
     assert "must be a whole number of at least 1, got 0" in error("--jobs", "0")
     assert "no such option: --trainer.max_steps; write --key=value for the runs" in error("--trainer.max_steps", "3")

@@ -1,0 +1,80 @@
+"""Experiments, presets and studies by name: a file of the working folder, else the one that comes with the project."""
+
+import difflib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from experiments.errors import UsageError
+
+SHIPPED = Path(__file__).parent
+_HERE = "experiments"  # the folder of experiments in a checkout
+
+
+def find(name: str) -> Path | None:
+    """Return the YAML file of a name, or `None` if there is none.
+
+    The name of `experiments/TOPIC/offline.yaml` is `TOPIC/offline`, that of `experiments/TOPIC/studies/STUDY.yaml` is
+    `TOPIC/STUDY`. The path of a file is a name of it too, as is the path with `experiments/` in a folder without one.
+    """
+    path = Path(name)
+    if path.is_file() or path.is_absolute() or name.startswith((".", "~")) or not path.name:
+        return path if path.is_file() else None
+    inside = path.relative_to(_HERE) if path.parts[0] == _HERE else path
+    below = [inside, inside.parent / "studies" / inside.name] if len(inside.parts) == 2 else [inside]
+    places = [path, *(root / part for root in (Path(), Path(_HERE), SHIPPED) for part in below)]
+    files = (file for place in places for file in (place, place.with_name(f"{place.name}.yaml")))
+    return next(filter(Path.is_file, files), None)
+
+
+def find_or_explain(name: str, what: str) -> Path:
+    """Return the YAML file of a name.
+
+    Args:
+        name: The name, see `find`.
+        what: What the user gave it for, such as `-c` or the file that names it.
+
+    Raises:
+        UsageError: If there is none.
+    """
+    if (file := find(name)) is not None:
+        return file
+    known = sorted({*names(), *names(Path(_HERE)), *names(Path()), *(file.stem for file in Path().glob("*.yaml"))})
+    asked = name.removeprefix(f"{_HERE}/").removesuffix(".yaml")
+    close = difflib.get_close_matches(asked, known, n=1)
+    hint = f" (did you mean {close[0]!r}?)" if close else ""
+    raise UsageError(
+        f"{what} {name}: does not exist in {Path.cwd()}, and no experiment has this name{hint}; "
+        "`llm-train list` shows those that come with the project"
+    )
+
+
+def names(root: Path = SHIPPED) -> Iterator[str]:
+    """Yield the names of the experiments, presets and studies in a folder, such as `TOPIC/offline`."""
+    for file in sorted(root.glob("*/*.yaml")):
+        yield f"{file.parent.name}/{file.stem}"
+    for file in sorted(root.glob("*/studies/*.yaml")):
+        yield f"{file.parts[-3]}/{file.stem}"
+
+
+def with_files(args: Sequence[str]) -> list[str]:
+    """Return a command line of `fit` with the files of the names that `-c` and `--config` give.
+
+    Raises:
+        UsageError: If there is no file of a name.
+    """
+    words = list(args)
+    for i, word in enumerate(words):
+        flag, equals, value = word.partition("=")
+        if flag in ("-c", "--config") and equals:
+            words[i] = f"{flag}={_file(value, flag)}"
+        elif flag in ("-c", "--config") and i + 1 < len(words):
+            words[i + 1] = _file(words[i + 1], flag)
+        elif word.startswith("-c") and not word.startswith("-c=") and len(word) > 2:  # -cFILE
+            words[i] = f"-c{_file(word[2:], '-c')}"
+    return words
+
+
+def _file(name: str, flag: str) -> str:
+    if name.startswith(("-", "{", "[")) or ": " in name or "\n" in name:  # a missing value, or settings in YAML
+        return name
+    return str(find_or_explain(name, flag))
