@@ -132,15 +132,8 @@ def tokenizer_fingerprint(tokenizer: "PreTrainedTokenizerFast") -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:20]
 
 
-def encode(tokenizer: "PreTrainedTokenizerFast", texts: Sequence[str], special: bool = False) -> list[np.ndarray]:
-    """Return the token ids of each text, (T,). No special token is added.
-
-    Args:
-        tokenizer: Tokenizer.
-        texts: Texts to encode.
-        special: Whether the characters of a special token in a text are that token, as in a chat template; otherwise
-            they are text.
-    """
+def encode(tokenizer: "PreTrainedTokenizerFast", texts: Sequence[str]) -> list[np.ndarray]:
+    """Return the token ids of each text, (T,). No special token is added, and none is recognised in the text."""
     for text in texts:
         check_characters(text, f"text {text[:30]!r}")
     unit = tokenizer.init_kwargs.get("unit")
@@ -149,7 +142,7 @@ def encode(tokenizer: "PreTrainedTokenizerFast", texts: Sequence[str], special: 
     # Without this variable, the library prints a warning whenever a loader forks its workers.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     backend = tokenizer.backend_tokenizer
-    backend.encode_special_tokens = not special  # this setting of the library means that they are text
+    backend.encode_special_tokens = True  # the characters "<|endoftext|>" in a text are text
     backend.no_truncation()
     backend.no_padding()
     encodings = backend.encode_batch_fast(list(texts), add_special_tokens=False)

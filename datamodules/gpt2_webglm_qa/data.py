@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from datamodules.base import ExperimentDataModule
 from datamodules.gpt2_webglm_qa.cited_answers import Citations, Order, Record, RecordSource, arrange
 from datamodules.gpt2_webglm_qa.packing import best_fit
-from datamodules.gpt2_webglm_qa.prompts import TEMPLATE, Example, MissingCitations, PromptEncoder
+from datamodules.gpt2_webglm_qa.prompts import TEMPLATE, Example, MissingCitations, PromptEncoder, in_chat_template
 from datamodules.splits import Side
 from datamodules.tokenizers import WithTokenizer, load_tokenizer, token_byte_lengths
 from lightning_modules.common.messages import say
@@ -46,6 +46,10 @@ class GPT2WebGLMQADataModule(WithTokenizer, ExperimentDataModule):
         tokenizer: Tokenizer of the base: a folder with a tokenizer.json, such a file, or a name on the hub.
         template: Text of a record, with `{references}`, `{question}` and `{answer}`, each once and the answer last. A
             reference is written as `[1] its text`, on a line of its own.
+        chat_template: Whether to write a record as the chat template of the tokenizer says, which is that of an
+            instruct model: `template` before `{answer}` is the message of the user, the answer that of the assistant,
+            and the token that ends a message ends the answer.
+        system_message: Message of the system in a chat template; `null` leaves it to the template.
         references: Order of the references: `given` as in the record; `shuffled`, drawn from the question and, for the
             training split, the seed; `none` removes them. The citation marks follow their references.
         citations: Treatment of the citation marks: `keep` keeps them, `strip` removes them, and `renumber` moves the
@@ -86,6 +90,8 @@ class GPT2WebGLMQADataModule(WithTokenizer, ExperimentDataModule):
         max_answer_tokens: PositiveInt = 256,
         num_workers: NonNegativeInt = 0,
         seed: NonNegativeInt = 0,
+        chat_template: bool = False,
+        system_message: str | None = None,
     ) -> None:
         super().__init__(batch_size, num_workers, seed)
         max_record_tokens = block_size if max_record_tokens is None else max_record_tokens
@@ -98,6 +104,7 @@ class GPT2WebGLMQADataModule(WithTokenizer, ExperimentDataModule):
                 f"data.max_answer_tokens is {max_answer_tokens}: it must be less than data.block_size {block_size}"
             )
         self.source, self.tokenizer_name, self.template = records, tokenizer, template
+        self.chat_template, self.system_message = chat_template, system_message
         self.references, self.citations, self.missing_citations = references, citations, missing_citations
         self.block_size, self.packing, self.prompt_loss_weight = block_size, packing, prompt_loss_weight
         self.max_record_tokens, self.max_answer_tokens = max_record_tokens, max_answer_tokens
@@ -107,17 +114,22 @@ class GPT2WebGLMQADataModule(WithTokenizer, ExperimentDataModule):
 
     @cached_property
     def tokenizer(self) -> "PreTrainedTokenizerFast":
-        """The tokenizer."""
-        return load_tokenizer(self.tokenizer_name)
+        """The tokenizer; its end-of-text token is the one that ends an answer."""
+        tokenizer = load_tokenizer(self.tokenizer_name)
+        if self.chat_template:
+            tokenizer.eos_token = in_chat_template(tokenizer, self.template, self.system_message)[1]
+        return tokenizer
 
     @staticmethod
     def prompts(tokenizer: "PreTrainedTokenizerFast", arguments: dict[str, Any]) -> PromptEncoder:
         """Return the encoder of the prompts of a finished run, from its tokenizer and its constructor arguments."""
-        return PromptEncoder(tokenizer, arguments["template"], arguments["block_size"])
+        chat = {name: arguments.get(name) for name in ("chat_template", "system_message")}  # older runs have neither
+        return PromptEncoder(tokenizer, arguments["template"], arguments["block_size"], **chat)
 
     def encoder(self, max_tokens: int) -> PromptEncoder:
         """Return an encoder for the template of this datamodule, for examples of at most `max_tokens` positions."""
-        return PromptEncoder(self.tokenizer, self.template, max_tokens, self.missing_citations)
+        chat = self.chat_template, self.system_message
+        return PromptEncoder(self.tokenizer, self.template, max_tokens, self.missing_citations, *chat)
 
     def prepare_data(self) -> None:
         """Download or make the records, on one process of each machine."""

@@ -1,5 +1,11 @@
-"""Records as token ids: a prompt, made with a template, then the answer and the end-of-text token."""
+"""Records as token ids: a prompt, made with a template, then the answer and the token that ends it.
 
+The template is text of the user's, or that text within the chat template of an instruct model. Such a template has
+special tokens, which the tokenizer knows by their characters. Only those of the template become special tokens: the
+same characters in a question or a reference are text, so no record can end a message or begin another.
+"""
+
+import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -11,11 +17,13 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from datamodules.gpt2_webglm_qa.cited_answers import Record
 from datamodules.tokenizers import encode
 from lightning_modules.common.citation_marks import cited, renumber
+from lightning_modules.common.messages import first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 TEMPLATE = "{references}\nQuestion: {question}\nAnswer: {answer}"
+_PLACEHOLDERS = ("{references}", "{question}", "{answer}")
 MissingCitations = Literal["keep", "strip", "drop"]
 
 
@@ -60,8 +68,10 @@ class PromptEncoder:
         template: str = TEMPLATE,
         block_size: int = 1024,
         missing_citations: MissingCitations = "strip",
+        chat_template: bool = False,
+        system_message: str | None = None,
     ) -> None:
-        for placeholder in ("{references}", "{question}", "{answer}"):
+        for placeholder in _PLACEHOLDERS:
             if (times := template.count(placeholder)) != 1:
                 raise MisconfigurationException(
                     f"data.template {template!r} has {placeholder} {times} times: give each placeholder once"
@@ -70,6 +80,12 @@ class PromptEncoder:
             raise MisconfigurationException(
                 f"data.template {template!r} has text after {{answer}}: end it there, the end-of-text token follows"
             )
+        if chat_template:
+            template, _ = in_chat_template(tokenizer, template, system_message)
+        elif system_message is not None:
+            raise MisconfigurationException(
+                "data.system_message is for the chat template of an instruct model: set data.chat_template to true"
+            )
         if tokenizer.eos_token_id is None:
             raise MisconfigurationException(
                 "data.tokenizer has no end-of-text token to end an answer with: choose one that has"
@@ -77,18 +93,38 @@ class PromptEncoder:
         self.tokenizer, self.block_size, self.missing_citations = tokenizer, block_size, missing_citations
         self.counts: Counter[str] = Counter()
         self.skipped: defaultdict[str, list[str]] = defaultdict(list)
-        self._before, after = template.removesuffix("{answer}").split("{references}")
+        before, after = template.removesuffix("{answer}").split("{references}")
         # In GPT-2's vocabulary the token of a word contains the space before it, so that space is part of the answer.
-        self._after = after.rstrip()
-        self._answer_start = after[len(self._after) :]
+        # The line break before an answer is part of a chat template.
+        stripped = after.rstrip(" " if chat_template else None)
+        self._answer_start = after[len(stripped) :]
+        self._special = _special_tokens(tokenizer) if chat_template else {}
+        self._before, self._after = self._parts(before), self._parts(stripped)
         (self._line_end,) = encode(tokenizer, ["\n"])
+
+    def _parts(self, text: str) -> list[str]:
+        """Return the pieces of a text, of which those that are special tokens stand alone."""
+        if not self._special:
+            return [text]
+        longest_first = sorted(self._special, key=len, reverse=True)
+        return [part for part in re.split(f"({'|'.join(map(re.escape, longest_first))})", text) if part]
+
+    def _ids_of(self, parts: Sequence[str], question: str) -> np.ndarray:
+        """Return the token ids of pieces of the template with a question in its place, (T,)."""
+        ids = [
+            np.array([self._special[part]], dtype=np.uint32)
+            if part in self._special
+            else encode(self.tokenizer, [part.replace("{question}", question)])[0]
+            for part in parts
+        ]
+        return np.concatenate([np.empty(0, dtype=np.uint32), *ids])
 
     def prompt(self, question: str, references: Sequence[str], answer_places: int) -> Prompt | None:
         """Return a prompt with room for `answer_places`, or `None` if the question is too long without references."""
-        before, after = (part.replace("{question}", question) for part in (self._before, self._after))
+        before_ids, after_ids = (self._ids_of(parts, question) for parts in (self._before, self._after))
         marks = [f"[{number}]" for number in range(1, len(references) + 1)]
         texts = [" " + " ".join(reference.split()) for reference in references]
-        before_ids, after_ids, *ids = encode(self.tokenizer, [before, after, *marks, *texts])
+        ids = encode(self.tokenizer, [*marks, *texts])
         room = self.block_size - answer_places - len(before_ids) - len(after_ids)
         if room < 0:
             return None
@@ -143,3 +179,54 @@ class PromptEncoder:
     def _skip(self, reason: str, record: Record) -> None:
         self.counts["records_left_out"] += 1
         self.skipped[reason].append(record.place)
+
+
+def in_chat_template(
+    tokenizer: "PreTrainedTokenizerFast", template: str, system_message: str | None = None
+) -> tuple[str, str]:
+    """Return a template within the chat template of a tokenizer, and the token that ends an answer there.
+
+    The text before `{answer}` becomes the message of the user, and `{answer}` that of the assistant.
+
+    Args:
+        tokenizer: Tokenizer of an instruct model.
+        template: Text with `{references}`, `{question}` and, at its end, `{answer}`.
+        system_message: Message of the system; `None` leaves it to the chat template.
+
+    Raises:
+        MisconfigurationException: If there is no chat template, if it refuses the messages or has no place for a part
+            of them, or if no special token ends an answer.
+    """
+    if not tokenizer.chat_template:
+        raise MisconfigurationException(
+            "data.chat_template: the tokenizer has no chat template; give that of an instruct model, or set it to false"
+        )
+    messages = [] if system_message is None else [{"role": "system", "content": system_message}]
+    messages += [
+        {"role": "user", "content": template.removesuffix("{answer}").strip()},
+        {"role": "assistant", "content": "{answer}"},
+    ]
+    try:
+        chat = tokenizer.apply_chat_template(messages, tokenize=False)
+    except Exception as error:  # templates are programs, and raise errors of their own
+        raise MisconfigurationException(
+            f"data.chat_template: the chat template of the tokenizer refuses the messages ({first_line(error)})"
+        ) from error
+    if missing := [placeholder for placeholder in _PLACEHOLDERS if chat.count(placeholder) != 1]:
+        raise MisconfigurationException(
+            f"data.chat_template: the chat template of the tokenizer has no place for {', '.join(missing)}; set it to "
+            "false, or give the tokenizer of another instruct model"
+        )
+    before, _, after = chat.partition("{answer}")
+    end = next((token for token in _special_tokens(tokenizer) if after.lstrip().startswith(token)), None)
+    if end is None:
+        raise MisconfigurationException(
+            "data.chat_template: no special token follows an answer in the chat template of the tokenizer, so the "
+            "model could not learn to stop; set it to false"
+        )
+    return f"{before}{{answer}}", end
+
+
+def _special_tokens(tokenizer: "PreTrainedTokenizerFast") -> dict[str, int]:
+    """Return the ids of the special tokens of a tokenizer by their characters."""
+    return {token.content: i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
