@@ -4,6 +4,7 @@ import functools
 import importlib
 import inspect
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +19,18 @@ _ROOT = Path(__file__).parents[1]
 _FOLDERS = ("lightning_modules", "datamodules")
 
 
-def import_class(class_path: str) -> type:
+def import_class(class_path: str, verdicts: Mapping[str, bool] | None = None) -> type:
     """Return the class that a configuration names, such as `lightning_modules.TOPIC.MODULE`.
+
+    Args:
+        class_path: Name of the class, also one that an earlier version wrote.
+        verdicts: Which classes the configuration may name, see `experiments.trust.check`.
 
     Raises:
         MisconfigurationException: If there is no such class, or the configuration may not name it, see
             `experiments.trust`.
     """
-    trust.check(current(class_path))
+    trust.check(current(class_path), verdicts)
     module, _, name = current(class_path).rpartition(".")
     try:
         found = getattr(importlib.import_module(module), name)
@@ -33,7 +38,7 @@ def import_class(class_path: str) -> type:
         raise MisconfigurationException(f"class_path: {class_path} could not be imported ({error})") from error
     if not inspect.isclass(found):
         raise MisconfigurationException(f"class_path: {class_path} is no class")
-    trust.check(f"{found.__module__}.{found.__qualname__}")  # a module may have imported it
+    trust.check(f"{found.__module__}.{found.__qualname__}", verdicts)  # a module may have imported it
     return found
 
 

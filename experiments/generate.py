@@ -3,43 +3,16 @@
 import argparse
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import chain, takewhile
+from itertools import chain
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from datamodules.tokenizers import decode_stream, encode, load_tokenizer
 from experiments import trust
-from experiments.class_paths import import_class
+from experiments.api import Run, load_run
 from experiments.errors import CommandParser
-from experiments.run_folder import CHECKPOINTS, CONFIG
-from experiments.yaml_files import read_yaml
-from lightning_modules.base import ExperimentModule
-from lightning_modules.runtime.checkpoint_io import AtomicCheckpointIO
-
-
-def read_config(run: Path) -> dict[str, Any]:
-    """Return the resolved configuration of a run."""
-    if not (run / CONFIG).is_file():
-        raise MisconfigurationException(
-            f"--run {run}: no {CONFIG} in it; give the folder of a run, such as runs/TOPIC/NAME"
-        )
-    return read_yaml(run / CONFIG)
-
-
-def load_run(run: Path, checkpoint: str, device: torch.device) -> ExperimentModule:
-    """Build the module of a run with the weights of the checkpoint `best`, or `last`; `last` if there is no `best`."""
-    module_class: Any = import_class(read_config(run)["model"]["class_path"])
-    path = run / CHECKPOINTS / f"{checkpoint}.ckpt"
-    if checkpoint == "best" and not path.is_file():
-        path = path.with_name("last.ckpt")
-    loaded = AtomicCheckpointIO().load_model(path)
-    if not hasattr(module_class, "generate"):
-        raise MisconfigurationException(f"--run {run}: a {module_class.__name__} does not generate text")
-    return module_class.of_checkpoint(loaded).to(device).eval()
 
 
 def read_references(files: Iterable[Path]) -> list[str]:
@@ -83,48 +56,30 @@ def chat(answer: Callable[[str, Sequence[str]], None], references: Sequence[str]
 def main(args: Sequence[str]) -> None:
     """Print a prompt and its continuation, or the answers to questions, token by token."""
     options = _parse(args)
-    trust.trust_run(trust.allowed(args))
+    run = load_run(options.run, options.checkpoint, allow=trust.allowed(args))
+    run.module.to(dtype_of_weights(options.precision, run))
+    generator = torch.Generator(run.module.device).manual_seed(options.seed)
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    module = load_run(options.run, options.checkpoint, device).to(dtype_of_weights(options, device))
-    if not (options.run / "tokenizer").is_dir():  # its name must not become one on the hub
-        raise MisconfigurationException(
-            f"--run {options.run}: there is no tokenizer in it; train with the callback "
-            "lightning_modules.runtime.export.ExportModel, which saves it"
-        )
-    tokenizer = load_tokenizer(str((options.run / "tokenizer").resolve()))
-    generator = torch.Generator(device).manual_seed(options.seed)
-
-    def stream(prompt: np.ndarray, max_new_tokens: int, temperature: float) -> Iterator[str]:
-        """Yield the text that follows a prompt of shape (T,)."""
-        tokens = module.generate(
-            torch.from_numpy(prompt.astype(np.int64))[None].to(device),  # (1, T)
-            max_new_tokens=max_new_tokens,
-            temperature=temperature if options.temperature is None else options.temperature,
-            top_k=options.top_k,
-            top_p=options.top_p,
-            generator=generator,
-            stop_token=tokenizer.eos_token_id,
-        )
-        answer = takewhile(lambda token: token != tokenizer.eos_token_id, map(int, tokens))
-        return decode_stream(tokenizer, answer, prompt.tolist())
+    def stream(prompt: str | np.ndarray, max_new_tokens: int, temperature: float) -> Iterator[str]:
+        """Yield the text that follows a prompt, a text or token ids of shape (T,)."""
+        if options.temperature is not None:
+            temperature = options.temperature
+        return run.stream(prompt, max_new_tokens, temperature, options.top_k, options.top_p, generator)
 
     try:
         if options.chat:
-            chat(_answering(options, tokenizer, stream), read_references(options.references))
+            chat(_answering(options, run, stream), read_references(options.references))
         else:
             longest = 200 if options.max_new_tokens is None else options.max_new_tokens
-            text = stream(encode(tokenizer, [options.prompt])[0], longest, temperature=0.8)
-            _print(chain([options.prompt], text))
+            _print(chain([options.prompt], stream(options.prompt, longest, temperature=0.8)))
     except ValueError as error:
         raise MisconfigurationException(f"generate: {error}") from error
 
 
-def dtype_of_weights(options: argparse.Namespace, device: torch.device) -> torch.dtype:
+def dtype_of_weights(precision: str | None, run: Run) -> torch.dtype:
     """Return the dtype of the weights: the one asked for, or on a GPU bfloat16 if the run was trained with it."""
-    precision = options.precision
-    if precision is None and device.type == "cuda":
-        precision = str(read_config(options.run).get("trainer", {}).get("precision"))
+    if precision is None and run.module.device.type == "cuda":
+        precision = str(run.config.get("trainer", {}).get("precision"))
     return torch.bfloat16 if str(precision).startswith("bf16") else torch.float32
 
 
@@ -135,17 +90,16 @@ def _print(texts: Iterable[str]) -> None:
 
 
 def _answering(
-    options: argparse.Namespace, tokenizer: object, stream: Callable[..., Iterator[str]]
+    options: argparse.Namespace, run: Run, stream: Callable[..., Iterator[str]]
 ) -> Callable[[str, Sequence[str]], None]:
     """Return a function that prints answers, with prompts in the format that the run was trained on."""
-    data = read_config(options.run)["data"]
-    data_class = import_class(data["class_path"])
-    if not hasattr(data_class, "prompts"):
+    arguments = run.config["data"]["init_args"]
+    if not hasattr(run.data_class, "prompts"):
         raise MisconfigurationException(
-            f"--chat: {options.run} has not learned to answer ({data_class.__name__} has no prompts); give --prompt"
+            f"--chat: {run.folder} has not learned to answer ({run.data_class.__name__} has no prompts); give --prompt"
         )
-    prompts = data_class.prompts(tokenizer, data["init_args"])
-    longest = data["init_args"]["max_answer_tokens"] if options.max_new_tokens is None else options.max_new_tokens
+    prompts = run.data_class.prompts(run.tokenizer, arguments)
+    longest = arguments["max_answer_tokens"] if options.max_new_tokens is None else options.max_new_tokens
 
     def answer(question: str, references: Sequence[str]) -> None:
         prompt = prompts.prompt(question, references, longest)

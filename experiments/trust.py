@@ -83,9 +83,9 @@ def trust(args: Sequence[str]) -> None:
     _set(allowed(args), named if recorded else None)
 
 
-def trust_run(packages: Sequence[str]) -> None:
-    """Set that only classes a run folder may name, and these packages, can be imported by name from now on."""
-    _set(packages, [])
+def of_run(packages: Sequence[str]) -> Mapping[str, bool]:
+    """Return the verdicts on the classes that a run folder may name, beside those of these packages; see `check`."""
+    return _verdicts_on(packages, [])
 
 
 def allowed(args: Sequence[str]) -> list[str]:
@@ -96,6 +96,11 @@ def allowed(args: Sequence[str]) -> list[str]:
 def _set(packages: Sequence[str], named: Sequence[str] | None) -> None:
     """Set the verdicts; `named` are further class paths to allow, and `None` allows all but the dangerous ones."""
     global _verdicts
+    _verdicts = _verdicts_on(packages, named)
+    restrict_imports(_verdicts)
+
+
+def _verdicts_on(packages: Sequence[str], named: Sequence[str] | None) -> dict[str, bool]:
     for package in packages:
         if not all(part.isidentifier() for part in package.split(".")):
             raise MisconfigurationException(f"--allow {package}: is not the name of a package, such as my_package")
@@ -106,9 +111,7 @@ def _set(packages: Sequence[str], named: Sequence[str] | None) -> None:
         verdicts |= {point.value: True for point in importlib.metadata.entry_points(group=ENTRY_POINTS)}
         verdicts |= dict.fromkeys(packages, True)
         verdicts |= {where: True for path, allows in [*verdicts.items()] if allows for where in _defined_in(path)}
-    verdicts |= dict.fromkeys(NEVER_IMPORTED, False)
-    _verdicts = verdicts
-    restrict_imports(verdicts)
+    return verdicts | dict.fromkeys(NEVER_IMPORTED, False)
 
 
 def unit(class_path: str) -> str:
@@ -131,9 +134,14 @@ def unknown_packages(config: Any) -> list[str]:
     return sorted({unit(path) for path in _class_paths(config) if _denies({"*": False} | _KNOWN, path)})
 
 
-def check(class_path: str) -> None:
-    """Raise a `MisconfigurationException` if a class may not be imported by this name."""
-    if (entry := _denies(_verdicts, class_path)) is not None:
+def check(class_path: str, verdicts: Mapping[str, bool] | None = None) -> None:
+    """Raise a `MisconfigurationException` if a class may not be imported by this name.
+
+    Args:
+        class_path: Name of the class.
+        verdicts: Result of `of_run`; `None` means what `trust` has set.
+    """
+    if (entry := _denies(_verdicts if verdicts is None else verdicts, class_path)) is not None:
         raise MisconfigurationException(refusal(class_path, entry))
 
 

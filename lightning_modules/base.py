@@ -23,6 +23,7 @@ from lightning_modules.optim import (
     weight_decay_groups,
 )
 from lightning_modules.runtime import private_names
+from lightning_modules.runtime.checkpoint_io import AtomicCheckpointIO
 from lightning_modules.runtime.sharded import FullyShardedStrategy
 
 # Whether to compile the loss, and the mode of `torch.compile`; `true` is its default mode.
@@ -316,14 +317,35 @@ class ExperimentModule(L.LightningModule):
     # --- checkpoints --------------------------------------------------------------------------------------------------
 
     @classmethod
-    def of_checkpoint(cls, checkpoint: dict[str, Any]) -> Self:
-        """Return the module that a checkpoint holds, for inference; it is not compiled."""
+    def of_checkpoint(cls, checkpoint: dict[str, Any], **arguments: Any) -> Self:
+        """Return the module that a checkpoint holds, for inference; it is not compiled.
+
+        Args:
+            checkpoint: Content of a checkpoint file.
+            **arguments: Arguments of the constructor, in place of those in the checkpoint.
+        """
         accepted = inspect.signature(cls).parameters
-        arguments = {name: value for name, value in checkpoint["hyper_parameters"].items() if name in accepted}
-        module = cls(**arguments | ({"compile": False} if "compile" in accepted else {}))
+        saved = {name: value for name, value in checkpoint["hyper_parameters"].items() if name in accepted}
+        module = cls(**saved | ({"compile": False} if "compile" in accepted else {}) | arguments)
         module.on_load_checkpoint(checkpoint)
         module.load_state_dict(checkpoint["state_dict"])
         return module
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Any, map_location: Any = None, *_: Any, **arguments: Any) -> Self:
+        """Return the module of a checkpoint file, as `of_checkpoint`; nothing in the file is run.
+
+        Args:
+            checkpoint_path: Path of the file.
+            map_location: Device of the module; `None` means the CPU.
+            *_: Further arguments of Lightning's method, which are not used: all weights must fit, and only tensors and
+                plain values are read.
+            **arguments: Arguments of the constructor, in place of those in the checkpoint.
+        """
+        for unused in ("hparams_file", "strict", "weights_only"):
+            arguments.pop(unused, None)
+        module = cls.of_checkpoint(AtomicCheckpointIO().load_model(checkpoint_path), **arguments)
+        return module if map_location is None else module.to(map_location)
 
     def next_command(self, run: str) -> str:
         """Return the command that a user is likely to run after a run of this module."""

@@ -1,6 +1,6 @@
 """Reviews as token ids: with labels for a classifier, or with masked tokens to pretrain an encoder."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -188,6 +188,28 @@ class MaskedReviews(TokenizedReviews):
         return chosen, np.where(fate < 0.9, instead, ids[chosen])
 
 
+def framed(
+    tokenizer: "PreTrainedTokenizerFast",
+    texts: Sequence[str],
+    max_tokens: int,
+    parts_of: Callable[[np.ndarray, int], list[np.ndarray]],
+) -> list[np.ndarray]:
+    """Return the token ids of each part of each text, (T,), between `[CLS]` and `[SEP]` as in BERT.
+
+    Args:
+        tokenizer: Tokenizer of an encoder.
+        texts: Texts to tokenise.
+        max_tokens: Largest number of tokens of a part, with special tokens.
+        parts_of: Function from the ids of a text and a length to parts that have at most this length.
+    """
+    plain = encode(tokenizer, ["a"])[0].tolist()
+    frame = tokenizer("a")["input_ids"]  # with the tokens that the tokenizer adds before and after a text
+    begin = next(i for i in range(len(frame)) if frame[i : i + len(plain)] == plain)
+    before, after = np.array(frame[:begin], np.int32), np.array(frame[begin + len(plain) :], np.int32)
+    n = max_tokens - len(before) - len(after)
+    return [np.concatenate([before, part, after]) for row in encode(tokenizer, texts) for part in parts_of(row, n)]
+
+
 class ReviewsDataModule(WithTokenizer, ExperimentDataModule):
     """Base of both datamodules: a source of reviews, a tokenizer, and batches of similar lengths.
 
@@ -274,19 +296,8 @@ class ReviewsDataModule(WithTokenizer, ExperimentDataModule):
     def rows_of(
         self, reviews: list[Review], parts_of: Callable[[np.ndarray, int], list[np.ndarray]]
     ) -> list[np.ndarray]:
-        """Return the token ids of each part of each review, (T,), between `[CLS]` and `[SEP]` as in BERT.
-
-        Args:
-            reviews: Reviews to tokenise.
-            parts_of: Function from the ids of a review and a length to parts that have at most this length.
-        """
-        plain = encode(self.tokenizer, ["a"])[0].tolist()
-        framed = self.tokenizer("a")["input_ids"]  # with the tokens that the tokenizer adds before and after a text
-        begin = next(i for i in range(len(framed)) if framed[i : i + len(plain)] == plain)
-        before, after = np.array(framed[:begin], np.int32), np.array(framed[begin + len(plain) :], np.int32)
-        n = self.max_tokens - len(before) - len(after)
-        ids = encode(self.tokenizer, [review.text for review in reviews])
-        return [np.concatenate([before, part, after]) for row in ids for part in parts_of(row, n)]
+        """Return the token ids of each part of each review, (T,), see `framed`."""
+        return framed(self.tokenizer, [review.text for review in reviews], self.max_tokens, parts_of)
 
 
 class BertImdbDataModule(ReviewsDataModule):
@@ -320,6 +331,15 @@ class BertImdbDataModule(ReviewsDataModule):
     def classes(self) -> list[str]:
         """Names of the classes; a label is an index into them."""
         return list(self.source.classes)
+
+    @staticmethod
+    def batch_of_texts(
+        tokenizer: "PreTrainedTokenizerFast", arguments: Mapping[str, Any], texts: Sequence[str]
+    ) -> Batch:
+        """Return the batch of texts to classify with a finished run, from its tokenizer and constructor arguments."""
+        how = arguments.get("truncation", "head")
+        rows = framed(tokenizer, texts, arguments["max_tokens"], lambda ids, n: [truncate(ids, n, how)])
+        return TokenizedReviews(rows, [-1] * len(rows), tokenizer.pad_token_id)[torch.arange(len(rows))]
 
     def labelled(self, split: Side) -> list[Review]:
         """Return the reviews of a split.

@@ -1,7 +1,7 @@
 """Probing of position embeddings: how well positions, orders and distances can be predicted from their rows."""
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -41,7 +41,7 @@ class PositionProbeModule(ExperimentModule):
 
     def setup(self, stage: str) -> None:
         """Build the probes for the tables of the data."""
-        if hasattr(self, "probes"):
+        if hasattr(self, "rows"):
             return
         data = self.data
         self.cases: list[str] = data.cases
@@ -56,9 +56,17 @@ class PositionProbeModule(ExperimentModule):
             "scale": torch.stack(scale).view(n_cases, n_folds, 1, -1),
         }.items():
             self.register_buffer(name, tensor, persistent=False)
-        sizes = len(rows), data.rows.size(-1), len(TARGETS), self.hparams.width
-        self.probes = PROBES[self.hparams.probe](*sizes)
+        self._build_probes(len(rows), data.rows.size(-1))
         self.track(ProbeMeasures(n_cases, n_folds, n_positions))
+
+    def _build_probes(self, n_tables: int, n_embd: int) -> None:
+        if not hasattr(self, "probes"):
+            self.probes = PROBES[self.hparams.probe](n_tables, n_embd, len(TARGETS), self.hparams.width)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Check that a checkpoint fits; without data, build its probes first."""
+        self._build_probes(*checkpoint["state_dict"].get("probes.first", torch.empty(0, 0)).shape[:2])
+        super().on_load_checkpoint(checkpoint)
 
     def forward(self, pairs: Tensor) -> Tensor:
         """Return the predictions for pairs (B, 2), (C, F, B, K), scaled as in training; logits for the order."""

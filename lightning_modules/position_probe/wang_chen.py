@@ -50,6 +50,12 @@ class WangChenModule(KeepsBufferDtypes, GradientFreeModule):
         self.register_buffer("sums", torch.zeros(len(self.cases), 2, dtype=torch.float64))
         self.register_buffer("repetitions", torch.zeros((), dtype=torch.int64))
 
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Check that a checkpoint fits; without data, register its sums first."""
+        for name in {"sums", "repetitions"} & checkpoint["state_dict"].keys() - dict(self.named_buffers()).keys():
+            self.register_buffer(name, torch.zeros_like(checkpoint["state_dict"][name]))
+        super().on_load_checkpoint(checkpoint)
+
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Log the means over the steps so far: `train/<case>/position_error` in positions, `order_error` as a share."""
         from sklearn.linear_model import LinearRegression, LogisticRegression

@@ -27,6 +27,7 @@ from shared_runs import own_world, run_command
 from datamodules.bert_imdb.data import BertImdbDataModule, MaskedReviewsDataModule, TokenizedReviews
 from datamodules.bert_imdb.film_reviews import FilmReviews
 from datamodules.bert_imdb.reviews import ReviewFiles
+from experiments.api import load_run
 from lightning_modules.bert_imdb.bag_of_words import BagOfWords
 from lightning_modules.bert_imdb.cached_features import CachedFeatures, weights_digest
 from lightning_modules.bert_imdb.classification_report import ClassificationReport, read_predictions
@@ -146,6 +147,17 @@ def some_batch(base: Path, n: int = 6) -> dict[str, torch.Tensor]:
     data = reviews_of(base)
     data.setup("fit")
     return data.datasets["train"][torch.arange(n)]
+
+
+@pytest.mark.parametrize("truncation", ["tail", "head_tail"])
+def test_texts_are_shortened_as_in_training(base, truncation):
+    data = reviews_of(base, truncation=truncation, max_tokens=12)
+    data.setup("fit")
+    texts = [review.text for review in data.texts["val"][:5]]
+    batch = data.batch_of_texts(data.tokenizer, {"truncation": truncation, "max_tokens": 12}, texts)
+    expected = data.datasets["val"][torch.arange(5)]
+    assert batch["input_ids"].shape == (5, 12)
+    assert all(torch.equal(batch[name], expected[name]) for name in batch if name != "labels")
 
 
 @pytest.mark.parametrize("pooling", ["cls", "both"])
@@ -304,10 +316,14 @@ def test_predict_and_the_exported_model_agree(llm_train, classified, tmp_path, m
     with (classified.run / "predictions.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["text"] for row in rows] == texts
+    from_python = load_run(classified.run).classify(texts)
     classifier = pipeline("text-classification", str(classified.run / "model"), truncation=True)
     for row, line, answer in zip(rows, done.out.splitlines(), classifier(texts), strict=True):
         assert row["label"] == answer["label"]
         assert float(row["probability"]) == pytest.approx(answer["score"], abs=1e-5)
+        probabilities = from_python.pop(0)
+        assert probabilities.keys() == set(CLASSES)
+        assert probabilities[row["label"]] == max(probabilities.values()) == pytest.approx(answer["score"], abs=1e-5)
         label, shown, _ = line.split("  ", 2)
         assert label == row["label"]
         assert float(shown) == pytest.approx(float(row["probability"]), abs=5.1e-5)  # both are rounded

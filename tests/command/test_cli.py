@@ -1,9 +1,9 @@
 """The command line: what it accepts, links and records."""
 
-import argparse
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +11,7 @@ import yaml
 from helpers import RUNS, weights
 
 from experiments import generate
+from experiments.api import Run
 from experiments.parser import one_line
 from lightning_modules.runtime.private_names import option_names
 
@@ -137,17 +138,17 @@ def test_generate_prints_the_same_text_for_the_same_seed(llm_train, whole):
     ],
 )
 def test_generate_takes_the_precision_of_the_run_on_a_gpu(tmp_path, asked, trained, device, expected):
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"trainer": {"precision": trained}}))
-    options = argparse.Namespace(run=tmp_path, precision=asked)
-    assert generate.dtype_of_weights(options, torch.device(device)) == expected
+    module = SimpleNamespace(device=torch.device(device))
+    run = Run(tmp_path, {"trainer": {"precision": trained}}, module)
+    assert generate.dtype_of_weights(asked, run) == expected
 
 
 def test_generate_in_bfloat16(llm_train, whole, monkeypatch):
-    modules, load_run = [], generate.load_run
-    monkeypatch.setattr(generate, "load_run", lambda *given: modules.append(load_run(*given)) or modules[-1])
+    runs, load_run = [], generate.load_run
+    monkeypatch.setattr(generate, "load_run", lambda *a, **kw: runs.append(load_run(*a, **kw)) or runs[-1])
     done = llm_train("generate", "--run", whole(), "--prompt", "ae", "--precision", "bf16")
     assert len(done.out) > 20
-    assert {parameter.dtype for parameter in modules[0].parameters()} == {torch.bfloat16}
+    assert {parameter.dtype for parameter in runs[0].module.parameters()} == {torch.bfloat16}
 
 
 def test_messages_of_the_parser_are_shortened_to_the_reason():

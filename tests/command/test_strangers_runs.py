@@ -186,10 +186,10 @@ def test_an_installed_package_can_declare_its_classes(monkeypatch):
         value = "my_package.classes"
 
     monkeypatch.setattr(trust.importlib.metadata, "entry_points", lambda group: [Point] if group else [])
-    trust.trust_run([])
-    trust.check("my_package.classes.Module")
+    verdicts = trust.of_run([])
+    trust.check("my_package.classes.Module", verdicts)
     with pytest.raises(MisconfigurationException):
-        trust.check("my_package.other.Module")
+        trust.check("my_package.other.Module", verdicts)
 
 
 @pytest.mark.parametrize("name", ["config.yaml", "config_test.yaml", "deep/er/any.yaml"])

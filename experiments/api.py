@@ -1,0 +1,176 @@
+"""A finished run from Python: its module, its tokenizer, text that it generates, and the classes that it assigns."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import takewhile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from datamodules.tokenizers import decode_stream, encode, load_tokenizer
+from experiments import trust
+from experiments.class_paths import import_class
+from experiments.run_folder import CHECKPOINTS, CONFIG
+from experiments.yaml_files import read_yaml
+from lightning_modules.base import ExperimentModule
+from lightning_modules.runtime.checkpoint_io import AtomicCheckpointIO
+
+if TYPE_CHECKING:  # imported where used: transformers is slow to import
+    from transformers import PreTrainedTokenizerFast
+
+_AT_ONCE = 32  # texts that are classified together
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run whose model is in memory; `load_run` returns it.
+
+    Attributes:
+        folder: Folder of the run.
+        config: Its resolved configuration, the content of `config.yaml`.
+        module: Its LightningModule with the weights of a checkpoint, in evaluation mode.
+        allow: Packages whose classes the configuration may name.
+    """
+
+    folder: Path
+    config: dict[str, Any]
+    module: ExperimentModule
+    allow: Sequence[str] = field(default=(), repr=False)
+
+    @cached_property
+    def tokenizer(self) -> "PreTrainedTokenizerFast":
+        """The tokenizer that the run was trained with.
+
+        Raises:
+            MisconfigurationException: If the folder holds none.
+        """
+        folder = self.folder / "tokenizer"
+        if not folder.is_dir():  # its name must not become one on the hub
+            raise MisconfigurationException(
+                f"--run {self.folder}: there is no tokenizer in it; train with the callback "
+                "lightning_modules.runtime.export.ExportModel, which saves it"
+            )
+        return load_tokenizer(str(folder.resolve()))
+
+    def generate(self, prompt: str, max_new_tokens: int = 200, **sampling: Any) -> str:
+        """Return the text that the model writes after a prompt, until its end-of-text token.
+
+        Args:
+            prompt: Text to continue, at least one token.
+            max_new_tokens: Largest number of tokens to generate.
+            **sampling: `temperature`, `top_k`, `top_p` and `seed`, see `stream`.
+
+        Raises:
+            MisconfigurationException: If the run has not learned to generate text, or has no tokenizer.
+            ValueError: If an argument is out of range.
+        """
+        return "".join(self.stream(prompt, max_new_tokens, **sampling))
+
+    def stream(
+        self,
+        prompt: str | np.ndarray,
+        max_new_tokens: int = 200,
+        temperature: float = 0.8,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int | torch.Generator = 0,
+    ) -> Iterator[str]:
+        """Yield the parts of the text of `generate` as they are generated.
+
+        Args:
+            prompt: Text to continue, or its token ids, (T,).
+            max_new_tokens: Largest number of tokens to generate.
+            temperature: 0 takes the most probable token; smaller values than 1 sharpen the distribution.
+            top_k: Number of the most probable tokens to draw from; `None` means all.
+            top_p: Total probability of the most probable tokens to draw from (0 to 1); `None` means all.
+            seed: Seed of the random numbers, or a generator on the device of the module.
+
+        Raises:
+            MisconfigurationException: As in `generate`.
+            ValueError: If an argument is out of range.
+        """
+        if not hasattr(self.module, "generate"):
+            raise self._cannot("generate text")
+        device, tokenizer = self.module.device, self.tokenizer
+        ids = encode(tokenizer, [prompt])[0] if isinstance(prompt, str) else prompt
+        generator = torch.Generator(device).manual_seed(seed) if isinstance(seed, int) else seed
+        tokens = self.module.generate(
+            torch.from_numpy(ids.astype(np.int64))[None].to(device),  # (1, T)
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            generator=generator,
+            stop_token=tokenizer.eos_token_id,
+        )
+        new = takewhile(lambda token: token != tokenizer.eos_token_id, map(int, tokens))
+        return decode_stream(tokenizer, new, ids.tolist())
+
+    def classify(self, texts: Sequence[str]) -> list[dict[str, float]]:
+        """Return the probability of each class for each text, by the name of the class.
+
+        A text is tokenised and shortened as in training.
+
+        Raises:
+            MisconfigurationException: If the run has not learned to classify texts, or has no tokenizer.
+        """
+        data = self.data_class
+        if not hasattr(self.module, "predict_step") or not hasattr(data, "batch_of_texts"):
+            raise self._cannot("classify texts")
+        found = []
+        for start in range(0, len(texts), _AT_ONCE):
+            some = list(texts[start : start + _AT_ONCE])
+            batch = data.batch_of_texts(self.tokenizer, self.config["data"]["init_args"], some)
+            batch = {name: tensor.to(self.module.device) for name, tensor in batch.items()}
+            with torch.no_grad():
+                probabilities = self.module.predict_step(batch, 0)["probabilities"]  # (B, K)
+            found += [dict(zip(self.module.hparams["classes"], row, strict=True)) for row in probabilities.tolist()]
+        return found
+
+    @property
+    def data_class(self) -> Any:
+        """Class of the datamodule of the run."""
+        return import_class(self.config["data"]["class_path"], trust.of_run(self.allow))
+
+    def _cannot(self, what: str) -> MisconfigurationException:
+        return MisconfigurationException(f"--run {self.folder}: a {type(self.module).__name__} does not {what}")
+
+
+def load_run(
+    folder: str | Path,
+    checkpoint: str = "best",
+    device: str | torch.device | None = None,
+    allow: Sequence[str] = (),
+) -> Run:
+    """Return a run with its model.
+
+    No code of the run folder is run, so it can be a stranger's: its configuration may name the classes that
+    `experiments.trust` lists, and its checkpoint holds tensors and plain values.
+
+    Args:
+        folder: Folder of the run, such as `runs/TOPIC/NAME`; it may be an interrupted run.
+        checkpoint: `best`, or `last`; `last` if there is no `best`.
+        device: Device of the model; `None` means a GPU if there is one.
+        allow: Packages of your own whose classes the configuration may name.
+
+    Raises:
+        MisconfigurationException: If the folder is not that of a run, names other classes, or its checkpoint is
+            missing or damaged.
+    """
+    folder = Path(folder).expanduser()
+    if not (folder / CONFIG).is_file():
+        raise MisconfigurationException(
+            f"--run {folder}: no {CONFIG} in it; give the folder of a run, such as runs/TOPIC/NAME"
+        )
+    config = read_yaml(folder / CONFIG)
+    module_class: Any = import_class(config["model"]["class_path"], trust.of_run(allow))
+    path = folder / CHECKPOINTS / f"{checkpoint}.ckpt"
+    if checkpoint == "best" and not path.is_file():
+        path = path.with_name("last.ckpt")
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    module = module_class.of_checkpoint(AtomicCheckpointIO().load_model(path)).to(device).eval()
+    return Run(folder, config, module, tuple(allow))
