@@ -7,7 +7,7 @@ from typing import Any
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lightning_modules.common.hub import hub_answers
+from lightning_modules.common.hub import hub_answers, is_path
 from lightning_modules.common.messages import first_line
 
 ADVICE = "offline.yaml of the topic needs no network"
@@ -22,6 +22,11 @@ def load_hub_dataset(
     advice: str = ADVICE,
 ) -> Any:
     """Return a split of a Hugging Face dataset or of a folder with data files; downloads are cached by the library."""
+    if is_path(dataset) and not Path(dataset).is_dir():
+        problem = "is a file" if Path(dataset).exists() else f"does not exist (working folder: {Path.cwd()})"
+        raise MisconfigurationException(
+            f"dataset {dataset} {problem}: give a folder with data files, or a name on the hub"
+        )
     with hub_errors(dataset, split, config, advice):
         from datasets import config as settings
         from datasets import load_dataset

@@ -18,7 +18,7 @@ from datamodules.cache import cache_root
 from datamodules.rows import check_characters
 from datamodules.sources import Source
 from lightning_modules.common.files import write_text
-from lightning_modules.common.hub import hub_answers
+from lightning_modules.common.hub import hub_answers, is_path
 from lightning_modules.common.messages import first_line
 from lightning_modules.common.pretrained import PACKAGE, model_folder
 
@@ -59,7 +59,7 @@ def load_tokenizer(name: str, source: Source | None = None, cache_dir: Path | No
     path = Path(name).expanduser()
     if name.startswith(PACKAGE) or path.suffix == ".gguf":
         tokenizer = _from_disk(_folder_of_model(name))
-    elif path.exists() or name.startswith((".", "/", "~")) or name.endswith(".json") or name.count("/") > 1:
+    elif is_path(name):
         tokenizer = _from_disk(path)
     else:
         tokenizer = _from_hub(name)

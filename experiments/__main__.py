@@ -25,6 +25,7 @@ COMMANDS = {
     "generate": ("experiments.generate", "continue a prompt with the model of a run, or ask it questions"),
     "study": ("experiments.study.command", "run a W&B sweep file on this machine"),
     "compare": ("experiments.comparison.command", "compare runs: tables with intervals, curves, and a page"),
+    "list": ("experiments.listing", "list topics, experiments, studies and classes, one line each"),
     "new-topic": ("experiments.new_topic.command", "write a small working topic, to be replaced by your own"),
     "schema": ("experiments.editor", "print the JSON schema of the YAML files, for editors"),
     "completion": ("experiments.editor", "print a completion script for the shell"),
@@ -32,7 +33,8 @@ COMMANDS = {
 
 _REFUSALS = (ValueError, TypeError, AttributeError, ImportError)  # of Lightning, for settings that it does not accept
 
-_FULL_DISK = "No space left on device"
+# Texts of errors of other classes: of a full disk, and of `~name/file` for a user who does not exist.
+_OF_FILES = ("No space left on device", "Could not determine home directory")
 
 HELP = f"""usage: llm-train COMMAND [options]
 
@@ -88,7 +90,7 @@ def _mistake_behind(error: BaseException) -> BaseException | None:
     refuses settings of the trainer with several classes of exceptions, and any error of one of its callbacks.
     """
     # Libraries in Rust have errors of their own.
-    if isinstance(error, OSError) or _FULL_DISK in str(error) or _is_refused_by_lightning(error):
+    if isinstance(error, OSError) or any(text in str(error) for text in _OF_FILES) or _is_refused_by_lightning(error):
         return error
     lightning = sys.modules.get("lightning.pytorch.utilities.exceptions")  # not imported: not raised
     mistakes = (UserError, lightning.MisconfigurationException) if lightning else UserError

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from lightning_modules.common.cache import cache_root
 from lightning_modules.common.files import replace_folder
+from lightning_modules.common.hub import is_path
 from lightning_modules.common.messages import first_line, say
 
 PACKAGE = "package:"  # before the name of an installed package that carries a model
@@ -35,8 +36,9 @@ def model_folder(name: str) -> Path | None:
     for folder in (path / "model", path):
         if (folder / "config.json").is_file():
             return folder
-    if path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
-        problem = "holds no config.json, nor a model/ that does" if path.exists() else "does not exist"
+    if is_path(name):
+        problem = "holds no config.json, nor a model/ that does" if path.is_dir() else "does not exist"
+        problem = "is a file" if path.is_file() else problem
         run = re.search(r"\bruns/([^/]+)/([^/]+)", path.as_posix())
         advice = f"; `llm-train fit -c experiments/{run[1]}/{run[2]}.yaml` makes one" if run else ""
         raise ValueError(
