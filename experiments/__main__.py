@@ -26,6 +26,7 @@ COMMANDS = {
     "study": ("experiments.study.command", "run a W&B sweep file on this machine"),
     "compare": ("experiments.comparison.command", "compare runs: tables with intervals, curves, and a page"),
     "list": ("experiments.listing", "list topics, experiments, studies and classes, one line each"),
+    "claims": ("experiments.claims.command", "check the claims of the experiments against records of runs"),
     "new-topic": ("experiments.new_topic.command", "write a small working topic, to be replaced by your own"),
     "schema": ("experiments.editor", "print the JSON schema of the YAML files, for editors"),
     "completion": ("experiments.editor", "print a completion script for the shell"),

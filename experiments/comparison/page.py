@@ -38,7 +38,13 @@ document.querySelectorAll('th').forEach(head => head.onclick = () => {
 """
 
 
-def page(command: str, notes: Sequence[str], sections: dict[str, Table | bytes | None], runs: Table) -> str:
+def page(
+    command: str,
+    notes: Sequence[str],
+    sections: dict[str, Table | bytes | None],
+    runs: Table,
+    title: str = "Comparison of runs",
+) -> str:
     """Return the page: sections with a table or a PNG image, notes on the first, and the runs to unfold."""
     shown = [
         f"<h2>{escape(heading)}</h2>\n{_table(content) if isinstance(content, Table) else _image(content, heading)}\n"
@@ -49,7 +55,7 @@ def page(command: str, notes: Sequence[str], sections: dict[str, Table | bytes |
     return (
         f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(command)}</title>'
         f'<meta name="viewport" content="width=device-width"><style>{_STYLE}</style></head>\n'
-        f"<body><h1>Comparison of runs</h1>\n<p><code>{escape(command)}</code></p>\n{''.join(shown)}"
+        f"<body><h1>{escape(title)}</h1>\n<p><code>{escape(command)}</code></p>\n{''.join(shown)}"
         f"<h2>Runs</h2>\n<details><summary>all {len(runs.rows)}</summary>{_table(runs)}</details>\n"
         f"<script>{_SORT}</script>\n</body></html>\n"
     )

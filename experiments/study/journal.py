@@ -130,6 +130,23 @@ def goal_of(folder: Path) -> tuple[str, str] | None:
     return None
 
 
+def settings_of(folder: Path) -> dict[str, dict[str, Any]]:
+    """Return the settings of each arm of the study in a folder, by the name of its run folder.
+
+    Raises:
+        UserError: If there is no journal, or it is damaged.
+    """
+    trials: dict[int, dict[str, Any]] = {}
+    try:
+        for line in (folder / _FILE).read_text(encoding="utf-8").splitlines():
+            record = json.loads(line)
+            if "trial_id" in record:
+                trials.setdefault(record["trial_id"], {}).update(record.get("user_attr", {}))
+        return {trial["arm"]: trial["settings"] for trial in trials.values() if "arm" in trial}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{folder / _FILE}: is not the journal of a study ({type(error).__name__})") from error
+
+
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[BinaryIO]:
     """Lock a study's folder and yield the lock; repair the journal if the last line is incomplete after a kill."""

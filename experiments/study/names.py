@@ -49,7 +49,7 @@ def _has_null(value: Any) -> bool:
 
 def arm_name(settings: Mapping[str, Any]) -> str:
     """Return a name for the run with these settings, such as `initialization=xavier,seed=2`."""
-    flat = dict(_flatten(settings))
+    flat = dict(flatten_settings(settings))
     keys = {key: "seed" if key == "seed_everything" else shortest_ending(key, flat) for key in flat}
     name = ",".join(f"{keys[key]}={_short_value(value)}" for key, value in flat.items())
     return _shortened(name)
@@ -64,10 +64,11 @@ def arm_of_agent() -> str | None:
     return arm_name({key: item["value"] for key, item in given.items() if key != "wandb_version"}) or None
 
 
-def _flatten(settings: Mapping[str, Any], *parents: str) -> Iterator[tuple[str, Any]]:
+def flatten_settings(settings: Mapping[str, Any], *parents: str) -> Iterator[tuple[str, Any]]:
+    """Yield the dotted key and the value of each setting in nested ones."""
     for key, value in settings.items():
         if isinstance(value, Mapping) and value:
-            yield from _flatten(value, *parents, key)
+            yield from flatten_settings(value, *parents, key)
         else:
             yield ".".join((*parents, key)), value
 

@@ -192,7 +192,7 @@ def read_sweep_file(path: str | Path) -> Sweep:
         json.dumps(content)
         if not isinstance(content, dict):
             raise UserError(f"{path}: is not a sweep file: it has no `method:` and no `parameters:`")
-        lines.update(_lines(yaml.compose(text, yaml.SafeLoader)))
+        lines.update(lines_of(yaml.compose(text, yaml.SafeLoader)))
         sweep = Sweep.model_validate(content)
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: is not UTF-8 text (byte {error.start})") from error
@@ -202,15 +202,19 @@ def read_sweep_file(path: str | Path) -> Sweep:
         place = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise UserError(f"{path}{place}: is not YAML: {error.problem}") from error
     except ValidationError as found:
-        errors = sorted(found.errors(), key=lambda error: error["type"] != "extra_forbidden")  # misspelt, then missing
-        key, message = _explain(errors[0])
-        place = next((f", line {lines[key[:n]]}" for n in range(len(key), 0, -1) if key[:n] in lines), "")
-        where = [f"{path}{place}", ".".join(map(str, key)), message]
-        raise UserError(": ".join(filter(None, where))) from found
+        raise mistake(path, lines, found) from found
     except (yaml.YAMLError, TypeError, ValueError) as error:
         raise UserError(f"{path}: holds a value that a sweep cannot have: {error}") from error
     sweep._path = path
     return sweep
+
+
+def mistake(path: Path, lines: Mapping[Key, int], found: ValidationError) -> UserError:
+    """Return the first mistake in a file as one line: the line of its key, the key, and what is wrong."""
+    errors = sorted(found.errors(), key=lambda error: error["type"] != "extra_forbidden")  # misspelt, then missing
+    key, message = _explain(errors[0])
+    place = next((f", line {lines[key[:n]]}" for n in range(len(key), 0, -1) if key[:n] in lines), "")
+    return UserError(": ".join(filter(None, [f"{path}{place}", ".".join(map(str, key)), message])))
 
 
 def _explain(error: Any) -> tuple[Key, str]:
@@ -245,7 +249,7 @@ def _explain(error: Any) -> tuple[Key, str]:
     return key, f"{error['msg'].replace('Input should be', 'must be')}, got {shown}{hint}"
 
 
-def _lines(node: yaml.Node | None, *key: str | int) -> Iterator[tuple[Key, int]]:
+def lines_of(node: yaml.Node | None, *key: str | int) -> Iterator[tuple[Key, int]]:
     """Yield the line of each key and of each item of a list."""
     items: list[tuple[str | int, yaml.Node, yaml.Node]] = []
     if isinstance(node, yaml.MappingNode):
@@ -254,4 +258,4 @@ def _lines(node: yaml.Node | None, *key: str | int) -> Iterator[tuple[Key, int]]
         items = [(i, value, value) for i, value in enumerate(node.value)]
     for name, start, value in items:
         yield (*key, name), start.start_mark.line + 1
-        yield from _lines(value, *key, name)
+        yield from lines_of(value, *key, name)

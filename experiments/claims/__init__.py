@@ -1,0 +1,1 @@
+"""`llm-train claims`: claims of the experiments, checked against records of runs."""

@@ -1,0 +1,184 @@
+"""The claims of a topic: `claims.yaml`, checked when it is read. README.md of this folder explains its keys."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import Field, ValidationError, model_validator
+
+from experiments.study.distributions import ABSENT, Number, PositiveNumber, Section, SectionError
+from experiments.study.sweep_file import Key, lines_of, mistake
+from experiments.yaml_files import read_yaml
+
+FILE = "claims.yaml"
+
+Verdict = Literal["holds", "does not hold here", "not clear"]
+Settings = dict[str, Any]  # a whole key of a setting, or the end of it, and its value; `metric` names another metric
+Name = Annotated[str, Field(pattern=r"^[a-z0-9_]+$", max_length=32)]
+
+
+class Source(Section):
+    """Where a claim comes from: the paper, the place in it, what it says, and its number."""
+
+    paper: str
+    where: str = ""
+    says: str = ""
+    number: Number = ABSENT
+
+
+class Records(Section):
+    """The study that makes the runs, and what is recorded of them.
+
+    Args:
+        file: Name of the sweep file, if it is another than that of the records.
+        flags: Further flags of all runs, such as `--trainer.max_steps=1200`.
+        metrics: Metrics that are recorded; the first is that of the figure.
+        baseline: Settings of the arm with which the table in the README compares the others: `initialization=gpt2`.
+        test: Whether the best checkpoint of each run is tested, for metrics of the test split.
+        deterministic: Whether the seed has no effect, so that one run of an arm is all there is to know.
+        needs: What a run needs besides two CPU cores, such as `the hub`; it runs only if its name is given.
+    """
+
+    file: str = ""
+    flags: list[str] = Field(default_factory=list)
+    metrics: Annotated[list[str], Field(min_length=1)]
+    baseline: list[str] = Field(default_factory=list)
+    test: bool = False
+    deterministic: bool = False
+    needs: str = ""
+
+
+class Bounds(Section):
+    """Where a value must be: above or below a bound, between two, or near a value."""
+
+    above: Number = ABSENT
+    below: Number = ABSENT
+    within: PositiveNumber = ABSENT
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if not self.model_fields_set & {"above", "below", "within", "within_percent"}:
+            raise SectionError("needs above:, below: or within:")
+        if "within" in self.model_fields_set and self.model_fields_set & {"above", "below"}:
+            raise SectionError("has within: and another bound; choose one")
+        return self
+
+
+class Mean(Bounds):
+    """The mean over seeds is in the bounds: its whole 95 % interval is."""
+
+    within_percent: PositiveNumber = ABSENT
+    of: Number = ABSENT  # the value to be near; that of the paper if it is left out
+
+
+class EveryRun(Section):
+    """Each run has at least, or at most, a value."""
+
+    at_least: Number = ABSENT
+    at_most: Number = ABSENT
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if not self.model_fields_set:
+            raise SectionError("needs at_least: or at_most:")
+        return self
+
+
+class Comparison(Bounds):
+    """The difference of some arms from another is in the bounds, or their ratio is: the whole interval of each."""
+
+    arms: Annotated[list[Settings], Field(min_length=1)]
+    against: Settings
+    ratio: bool = False
+
+
+class Order(Section):
+    """Each of these arms is clearly below the next."""
+
+    ascending: Annotated[list[Settings], Field(min_length=2)]
+
+
+class HoldsIf(Section):
+    """The one condition of a claim."""
+
+    every_run: EveryRun = ABSENT
+    mean: Mean = ABSENT
+    difference: Comparison = ABSENT
+    order: Order = ABSENT
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if len(self.model_fields_set) != 1:
+            raise SectionError(f"needs one of {', '.join(type(self).model_fields)}")
+        return self
+
+
+class Claim(Section):
+    """A claim, and the verdict that is expected of it in this setting.
+
+    Args:
+        name: Short name.
+        sentence: The claim in words.
+        source: Its paper.
+        study: Name of the records that decide it.
+        metric: Metric that decides it.
+        value: Whether the last or the best validation counts. The best counts only at equal numbers of validations.
+        where: Settings that all arms of the claim have.
+        holds_if: Condition under which it holds.
+        expected: Expected verdict.
+        because: Why it is expected not to hold here.
+        records: `pending` for a claim whose runs are not recorded yet.
+    """
+
+    name: Name
+    sentence: str
+    source: Source = ABSENT
+    study: str
+    metric: str
+    value: Literal["last", "best"] = "last"
+    where: Settings = Field(default_factory=dict)
+    holds_if: HoldsIf
+    expected: Verdict
+    because: str = ""
+    records: Literal["required", "pending"] = "required"
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        mean = self.holds_if.mean
+        is_near = mean is not None and mean.of is None and mean.model_fields_set & {"within", "within_percent"}
+        if is_near and (self.source is None or self.source.number is None):
+            raise SectionError("needs of:, or a number of the source", "holds_if", "mean")
+        return self
+
+
+class Topic(Section):
+    """The claims of a topic and the studies that decide them."""
+
+    studies: dict[Name, Records]
+    claims: list[Claim]
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        seen: set[str] = set()
+        for i, claim in enumerate(self.claims):
+            if claim.study not in self.studies:
+                raise SectionError(f"there is no study {claim.study!r} in studies:", "claims", i, "study")
+            if claim.name in seen:
+                raise SectionError(f"there are two claims of the name {claim.name!r}", "claims", i, "name")
+            seen.add(claim.name)
+        return self
+
+
+def read_claims(file: Path) -> Topic:
+    """Read a file of claims; raise a `UserError` with the line of the first mistake."""
+    content = read_yaml(file)
+    lines: dict[Key, int] = dict(lines_of(yaml.compose(file.read_text(encoding="utf-8"), yaml.SafeLoader)))
+    try:
+        return Topic.model_validate(content)
+    except ValidationError as found:
+        raise mistake(file, lines, found) from found
+
+
+def claims_files(folder: Path) -> dict[str, Path]:
+    """Return the files of claims of all topics in a folder, by topic."""
+    return {file.parent.name: file for file in sorted(folder.glob(f"*/{FILE}"))}

@@ -1,0 +1,202 @@
+"""`llm-train claims`: run what the claims need, judge them, and say which verdicts are not the expected ones."""
+
+import subprocess
+import sys
+from argparse import Namespace
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from experiments import names
+from experiments.claims import tables
+from experiments.claims.claims_file import FILE, Records, Topic, claims_files, read_claims
+from experiments.claims.judge import Judgement, judge
+from experiments.claims.page import write_page
+from experiments.claims.records import Recorded, make_records, read_records
+from experiments.comparison.runs import FINISHED
+from experiments.errors import CommandParser, UserError
+from experiments.study import command as study_command
+from experiments.study.runs import study_folder
+from experiments.study.sweep_file import Sweep, read_sweep_file
+from lightning_modules.common.files import read_json, write_json, write_text
+from lightning_modules.common.messages import say
+
+
+@dataclass(frozen=True)
+class Study:
+    """A study that decides claims of a topic."""
+
+    topic: str
+    name: str
+    spec: Records
+
+    @property
+    def title(self) -> str:
+        """Its name on the command line."""
+        return f"{self.topic}/{self.name}"
+
+    @property
+    def sweep(self) -> Sweep:
+        """Its sweep file."""
+        name = f"{self.topic}/{self.spec.file or self.name}"
+        return read_sweep_file(names.find_or_explain(name, f"{self.topic}/{FILE}, studies.{self.name}:"))
+
+    def folder(self, root: str) -> Path:
+        """Return the folder of its runs, in a folder of runs."""
+        return study_folder(self.sweep, [*self.spec.flags, f"--run.root={root}"], self.name)
+
+    def run(self, root: str, jobs: int) -> None:
+        """Start the runs that are missing, and test them if the claims need it; exit if one fails or on a signal."""
+        words = [f"{self.topic}/{self.spec.file or self.name}", "--name", self.name, "--jobs", str(jobs)]
+        study_command.main(["study", *words, *self.spec.flags, f"--run.root={root}"])
+        if not self.spec.test:
+            return
+        for folder in sorted(file.parent for file in self.folder(root).glob("*/summary.json")):
+            finished = read_json(folder / "summary.json", {}).get("status") == FINISHED
+            if finished and not (folder / "summary_test.json").is_file():
+                config = str(folder / "config.yaml")
+                command = [sys.executable, "-m", "experiments", "test", "-c", config, "--ckpt_path", "best"]
+                say(f"test    {folder}")
+                if code := subprocess.run(command, stdout=subprocess.DEVNULL).returncode:
+                    raise UserError(f"llm-train test -c {config} --ckpt_path best: ended with code {code}")
+
+
+def main(args: Sequence[str]) -> None:
+    """Judge the claims of topics, or write records and tables."""
+    options = _parse(args)
+    folder = Path("experiments") if claims_files(Path("experiments")) else names.SHIPPED
+    files = claims_files(folder)
+    topics = {topic: read_claims(file) for topic, file in files.items()}
+    studies = _chosen(topics, options.names)
+    if options.record:
+        for study in studies:
+            runs = study.folder(options.runs)
+            if runs.is_dir() or options.names:
+                text = make_records(runs, study.spec, study.sweep)
+                write_text(_file(folder, study), text)
+                print(f"{_file(folder, study)}: {text.count(chr(10)) - 1} runs")
+    if options.write:
+        for topic in dict.fromkeys(study.topic for study in studies):
+            _write_tables(folder, topic, topics[topic])
+    if options.record or options.write:
+        return
+    judgements: list[Judgement] = []
+    recorded: dict[str, Recorded] = {}
+    for study in studies:
+        if options.check:
+            found = committed(folder, study)
+        else:
+            study.run(options.runs, options.jobs)
+            found = read_records(make_records(study.folder(options.runs), study.spec, study.sweep), study.title)
+        if found is not None:
+            recorded[study.title] = found
+        judgements += judged(topics[study.topic], study, found)
+    print(tables.as_text(judgements))
+    if not options.check:
+        write_json(options.out / "claims.json", as_json(judgements, recorded))
+        pages = {study.title: (study.spec, recorded[study.title]) for study in studies if study.title in recorded}
+        write_page(options.out / "index.html", ["llm-train", *args], judgements, pages)
+        print(f"page    {options.out / 'index.html'}\nfiles   {options.out / 'claims.json'}")
+    _conclude(judgements)
+
+
+def _conclude(judgements: Sequence[Judgement]) -> None:
+    n_pending = sum(each.verdict == "no records" for each in judgements)
+    pending = f", {n_pending} without records" if n_pending else ""
+    wrong = [each for each in judgements if not each.is_as_expected]
+    if not wrong:
+        print(f"{len(judgements)} claims: the verdicts are as expected{pending}")
+        return
+    listed = "; ".join(
+        f"{each.topic}, {each.claim.name}: {each.verdict}, expected "
+        + ("no records (`records: pending`)" if each.claim.records == "pending" else each.claim.expected)
+        for each in wrong
+    )
+    raise UserError(f"{len(wrong)} of {len(judgements)} verdicts are not the expected ones{pending}: {listed}")
+
+
+def _parse(args: Sequence[str]) -> Namespace:
+    parser = CommandParser(
+        prog="llm-train claims",
+        description="Check the claims in experiments/TOPIC/claims.yaml: run their studies as far as runs are missing, "
+        "judge each claim by its records, print the verdicts, and leave claims.json and a page. The exit code is 1 if "
+        "a verdict is not the expected one. The same command resumes what was interrupted.",
+    )
+    parser.add_argument("names", nargs="*", metavar="TOPIC[/STUDY]", help="what to check (default: all)")
+    parser.add_argument("--check", action="store_true", help="run nothing: judge the committed records")
+    parser.add_argument("--record", action="store_true", help="run nothing: write the records of finished runs")
+    parser.add_argument("--write", action="store_true", help="run nothing: write the tables of the READMEs")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, which share the cores (default: 1)")
+    parser.add_argument("--runs", default="runs", metavar="FOLDER", help="folder of the runs (default: runs)")
+    parser.add_argument("--out", type=Path, default=Path("runs/claims"), help="folder to write to (runs/claims)")
+    options = parser.parse_args(args[1:])
+    if options.check and (options.record or options.write):
+        parser.error("--check writes nothing: leave out --record and --write")
+    return options
+
+
+def _chosen(topics: dict[str, Topic], asked: Sequence[str]) -> list[Study]:
+    """Return the studies of these names: all of a topic, or one; without names all that need two CPU cores alone."""
+    studies = [Study(name, key, spec) for name, topic in topics.items() for key, spec in topic.studies.items()]
+    for name in asked:
+        if name not in topics and name not in {study.title for study in studies}:
+            there = ", ".join([*topics, *(study.title for study in studies)])
+            raise UserError(f"claims {name}: no topic and no study has claims of this name; there is {there}")
+    return [study for study in studies if not asked or study.topic in asked or study.title in asked]
+
+
+def _file(folder: Path, study: Study) -> Path:
+    return folder / study.topic / "records" / f"{study.name}.csv"
+
+
+def committed(folder: Path, study: Study) -> Recorded | None:
+    """Return the committed records of a study, or `None` if there are none."""
+    file = _file(folder, study)
+    return read_records(file.read_text(encoding="utf-8"), str(file)) if file.is_file() else None
+
+
+def judged(topic: Topic, study: Study, found: Recorded | None) -> list[Judgement]:
+    """Return the verdicts on the claims that a study decides."""
+    return [
+        judge(study.topic, claim, None if found is None else found.runs, study.spec.deterministic)
+        for claim in topic.claims
+        if claim.study == study.name
+    ]
+
+
+def _write_tables(folder: Path, topic: str, claims: Topic) -> None:
+    readme = folder / topic / "README.md"
+    text = filled(folder, topic, claims)
+    if text != readme.read_text(encoding="utf-8"):
+        write_text(readme, text)
+        print(readme)
+
+
+def filled(folder: Path, topic: str, claims: Topic) -> str:
+    """Return the README of a topic with its tables made from the committed records."""
+
+    def make(name: str) -> str:
+        study = Study(topic, name, claims.studies[name]) if name in claims.studies else None
+        found = committed(folder, study) if study else None
+        if study is None or found is None:
+            raise UserError(f"{folder / topic}/README.md: the table of {name} has no records in records/{name}.csv")
+        return tables.block(name, study.spec, found, judged(claims, study, found))
+
+    return tables.fill(folder / topic / "README.md", make)
+
+
+def as_json(judgements: Sequence[Judgement], recorded: dict[str, Recorded]) -> list[dict[str, object]]:
+    """Return the verdicts for `claims.json`."""
+    return [
+        {
+            "topic": each.topic,
+            **each.claim.model_dump(exclude_none=True, by_alias=True),
+            "verdict": each.verdict,
+            "as_expected": each.is_as_expected,
+            "effects": [effect._asdict() for effect in each.effects],
+            "runs": [row | {} for row in recorded[f"{each.topic}/{each.claim.study}"].rows]
+            if f"{each.topic}/{each.claim.study}" in recorded
+            else [],
+        }
+        for each in judgements
+    ]

@@ -1,0 +1,187 @@
+"""Records of a study: one CSV with a row for each run.
+
+The columns are the settings that the study varies, the seed, the metrics (last values, and the best where they differ),
+and where the run comes from: status, steps, validations, seconds, date, commit, versions, hardware.
+"""
+
+import csv
+import hashlib
+import io
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from experiments.claims.claims_file import Records
+from experiments.comparison.measures import Measure, mode_of
+from experiments.comparison.runs import FINISHED, Run, Series, read_folder
+from experiments.errors import UserError
+from experiments.study.journal import goal_of, settings_of
+from experiments.study.names import flatten_settings
+from experiments.study.sweep_file import Sweep
+from lightning_modules.common.files import csv_text, read_json
+
+SEED = "seed"
+PROVENANCE = ("status", "steps", "validations", "seconds", "date", "commit", "python", "torch", "lightning", "hardware")
+_SEEDS = ("seed", "seed_everything")
+_BEST = ", best"  # after the name of a metric
+_DIGITS = 6  # significant ones
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """The runs of a study as their records have them."""
+
+    runs: list[Run]
+    rows: list[dict[str, str]]  # as in the file
+    digest: str  # of the text
+
+    @property
+    def provenance(self) -> str:
+        """The runs in one line: how many, when, from which commit, with which versions, on which hardware."""
+
+        def all_of(column: str) -> str:
+            values = list(dict.fromkeys(row[column] for row in self.rows if row[column]))
+            return ", ".join(values if len(values) < 4 else [values[0], "…", values[-1]])
+
+        dates = sorted(row["date"] for row in self.rows if row["date"])
+        when = " to ".join(dict.fromkeys([dates[0], dates[-1]])) if dates else "no date"
+        return (
+            f"{len(self.rows)} {'run' if len(self.rows) == 1 else 'runs'}, {when}, commit {all_of('commit')}, "
+            f"Python {all_of('python')}, torch {all_of('torch')}, Lightning {all_of('lightning')}, {all_of('hardware')}"
+        )
+
+
+def make_records(folder: Path, study: Records, sweep: Sweep) -> str:
+    """Return the records of the runs of a study as CSV.
+
+    Args:
+        folder: Folder of the study.
+        study: What is recorded.
+        sweep: The sweep file of the study.
+
+    Raises:
+        UserError: If no run has finished, or one cannot be read or lacks a metric.
+    """
+    runs, settings = [], settings_of(folder)
+    for name in sorted(settings):
+        if (folder / name / "summary.json").is_file():
+            try:
+                runs.append((read_folder(folder / name), name))
+            except UserError as error:
+                raise UserError(f"{folder / name}: {error}") from error
+    if not any(run.status == FINISHED for run, _ in runs):
+        raise UserError(f"{folder}: no run of this study has finished")
+    flat = {name: dict(flatten_settings(values)) for name, values in settings.items()}
+    varied = [".".join(key) for key, spec in sweep.distributions.items() if spec.is_swept]
+    keys = [key for key in varied if key not in _SEEDS]
+    goals = dict(filter(None, [goal_of(folder)]))
+    modes = {metric: mode_of(metric, [run for run, _ in runs], [], [], goals) for metric in study.metrics}
+    measures = []
+    for metric, mode in modes.items():
+        last, best = Measure(metric, "last", mode), Measure(metric, "best", mode)
+        measures.append((metric, last))
+        if mode and any(_shown(last.of(run)) != _shown(best.of(run)) for run, _ in runs):
+            measures.append((f"{metric}{_BEST}", best))
+    rows = []
+    for run, name in runs:
+        for metric in study.metrics:
+            if run.status == FINISHED and metric not in run.metrics:
+                raise UserError(f"{run.name}: has logged no {metric}")
+        values = [_short(flat[name][key]) for key in keys]
+        numbers = [_shown(measure.of(run)) for _, measure in measures]
+        rows.append([*values, run.seed, *numbers, *_provenance(folder / name, run, study.metrics[0])])
+    rows.sort(key=lambda row: [_order(cell) for cell in row[: len(keys) + 1]])
+    return csv_text([*keys, SEED, *(name for name, _ in measures), *PROVENANCE], rows)
+
+
+def read_records(text: str, name: str) -> Recorded:
+    """Return the runs of the records in a CSV.
+
+    Args:
+        text: The text.
+        name: Name of the file, for messages.
+    """
+    table = csv.DictReader(io.StringIO(text))
+    columns = list(table.fieldnames or [])
+    if SEED not in columns or columns[-len(PROVENANCE) :] != list(PROVENANCE):
+        raise UserError(
+            f"{name}: is not a file of records: columns are missing; write it with `llm-train claims --record`"
+        )
+    place = columns.index(SEED)
+    keys, metrics = columns[:place], columns[place + 1 : -len(PROVENANCE)]
+    runs, rows = [], []
+    for line, row in enumerate(table, start=2):
+        try:
+            runs.append(_run(row, keys, metrics))
+        except (TypeError, ValueError) as error:
+            raise UserError(f"{name}, line {line}: {error}") from error
+        rows.append(row)
+    return Recorded(runs, rows, hashlib.sha256(text.encode()).hexdigest()[:12])
+
+
+def _run(row: Mapping[str, str], keys: Iterable[str], metrics: Sequence[str]) -> Run:
+    """Return the run of a row.
+
+    A metric has as many values as the run had validations, all unknown but for the best and the last: comparisons of
+    best values look at their number.
+    """
+    if None in row or None in row.values():
+        raise ValueError("has not as many cells as the header")
+    n, steps = int(row["validations"]), int(row["steps"])
+    series = {}
+    for metric in metrics:
+        if not metric.endswith(_BEST) and row[metric]:
+            values = np.full(max(n, 1), np.nan)
+            values[0] = float(row.get(f"{metric}{_BEST}") or "nan")
+            values[-1] = float(row[metric]) if n > 1 or np.isnan(values[0]) else values[0]
+            series[metric] = Series(np.arange(steps - len(values) + 1, steps + 1), values)
+    settings = {key: _value(row[key]) for key in keys}
+    name = ", ".join(f"{key}={row[key]}" for key in [*keys, SEED])
+    return Run(name, row["status"], "", settings, {SEED: row[SEED]}, {}, series)
+
+
+def _provenance(folder: Path, run: Run, metric: str) -> list[str]:
+    summary = read_json(folder / "summary.json", {})
+    sessions = read_json(folder / "environment.json", [])
+    session = sessions[-1] if sessions else {}
+    packages = session.get("packages", {})
+    hardware = ", ".join(dict.fromkeys(session.get("devices") or [])) or (
+        f"{session.get('cpu_count')} cores of {session.get('processor')}, {session.get('threads')} in use"
+    )
+    n = len(run.metrics[metric].values) if metric in run.metrics else 0
+    return [
+        run.status, str(summary.get("step", 0)), str(n), f"{summary.get('seconds', 0):.0f}",
+        str(session.get("started", ""))[:10], str(session.get("commit") or ""), str(session.get("python", "")),
+        packages.get("torch", ""), packages.get("lightning", ""), hardware,
+    ]  # fmt: skip
+
+
+def _short(value: Any) -> str:
+    """Return a setting as the records have it: the stem of a YAML file, the name of a class, else as in YAML."""
+    if not isinstance(value, str):
+        return json.dumps(value)
+    if value.endswith(".yaml"):
+        return Path(value).stem
+    return value.rsplit(".", 1)[-1] if value.count(".") > 1 and value.replace(".", "").isidentifier() else value
+
+
+def _value(cell: str) -> Any:
+    """Return the setting of a cell: a number, true, false or null, else its text."""
+    try:
+        value = json.loads(cell)
+    except ValueError:
+        return cell
+    return value if value is None or isinstance(value, bool | int | float) else cell
+
+
+def _shown(value: float | None) -> str:
+    return "" if value is None else f"{value:.{_DIGITS}g}"
+
+
+def _order(cell: str) -> tuple[int, float, str]:
+    value = _value(cell)
+    return (0, float(value), "") if isinstance(value, int | float) else (1, 0.0, cell)
