@@ -1,29 +1,110 @@
-"""Rows of text files, JSON lines or tables, with the file and the line in every error."""
+"""Rows of JSON lines, tables and Parquet files, with the file and the line in every error."""
 
 import csv
 import gzip
 import io
 import json
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from datamodules.files import READ_ERRORS, ending_of
 from lightning_modules.common.messages import first_line
 
+_SEPARATORS = {".csv": ",", ".tsv": "\t"}
+
 csv.field_size_limit(2**31 - 1)  # characters; by default, a text of 131,073 is an error
+
+
+def rows_of(path: Path) -> Iterator[tuple[str, Any]]:
+    """Yield the place and the value of each row of a file, as its ending says.
+
+    A table has the ending `.csv` or `.tsv`, a Parquet file `.parquet`; others have JSON lines. All but Parquet files
+    may be compressed (`.gz`).
+
+    Raises:
+        MisconfigurationException: If the file or a row cannot be read.
+    """
+    ending = ending_of(path.name)
+    if ending == ".parquet":
+        return parquet_rows(path)
+    if ending in _SEPARATORS:
+        return table_rows(path)
+    return json_rows(path)
+
+
+def texts_of_rows(path: Path, column: str | None = None) -> Iterator[str]:
+    """Yield the text of each row of a file that has some.
+
+    Args:
+        path: The file, see `rows_of`.
+        column: Name of the column; by default `text`, or else the only column of the first row that holds text.
+
+    Raises:
+        MisconfigurationException: If there is no such column, or it holds something else than text.
+    """
+    for place, row in rows_of(path):
+        if not isinstance(row, dict):
+            raise MisconfigurationException(f"{place}: is {type(row).__name__}, and must be an object with a text")
+        column = column or _text_column(row, path, place)
+        if column not in row:
+            raise MisconfigurationException(
+                f"{place}: there is no column {column!r}, only {', '.join(map(repr, row)) or 'nothing'}"
+            )
+        if row[column] is not None and not isinstance(row[column], str):
+            raise MisconfigurationException(f"{place}: {column!r} is {type(row[column]).__name__}, and must be text")
+        if row[column]:
+            yield row[column]
+
+
+def _text_column(row: dict[str, Any], path: Path, place: str) -> str:
+    if "text" in row:
+        return "text"
+    columns = [name for name, value in row.items() if isinstance(value, str)]
+    if len(columns) != 1:
+        which = (
+            f"give the one with the text, as in {path}:{columns[0]}" if columns else "none of its columns holds text"
+        )
+        raise MisconfigurationException(
+            f"{place}: there is no column 'text', only {', '.join(map(repr, row)) or 'nothing'}; {which}"
+        )
+    return columns[0]
+
+
+def parquet_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the place and the fields by column of each row of a Parquet file.
+
+    Raises:
+        MisconfigurationException: If the file cannot be read.
+    """
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        number = 0
+        with parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(1024):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield f"{path}, row {number}", row
+    except (pyarrow.ArrowException, OSError) as error:
+        raise MisconfigurationException(f"{path} could not be read as Parquet: {first_line(error)}") from error
 
 
 def json_rows(path: Path) -> Iterator[tuple[str, Any]]:
     """Yield the place and the value of each line of a file of JSON lines, optionally compressed (`.gz`).
 
-    The file is in UTF-8. A byte order mark and empty lines are skipped.
+    The file is in UTF-8. A byte order mark and empty lines are skipped. A file with the ending `.json` may also hold
+    one list of values, on any number of lines.
 
     Raises:
         MisconfigurationException: If the file cannot be read, or a line is not JSON or holds what is not text.
     """
+    if ending_of(path.name) == ".json" and (values := _json_list(path)) is not None:
+        yield from ((f"{path}, item {number}", value) for number, value in enumerate(values, start=1))
+        return
     for number, line in _lines(path):
         if line.strip():
             place = f"{path}, line {number}"
@@ -36,29 +117,45 @@ def json_rows(path: Path) -> Iterator[tuple[str, Any]]:
             yield place, row
 
 
+def _json_list(path: Path) -> list[Any] | None:
+    """Return the values of a file that holds one list, or `None` if it begins otherwise."""
+    lines = _lines(path)
+    first = next((line for _, line in lines if line.strip()), "")
+    if not first.lstrip().startswith("["):
+        return None
+    try:
+        values = json.loads("".join(line for _, line in _lines(path)), object_pairs_hook=_object)
+    except (ValueError, RecursionError) as error:
+        raise MisconfigurationException(f"{path}: is no list in JSON ({error})") from error
+    check_characters(json.dumps(values, ensure_ascii=False), str(path))
+    return values
+
+
 def table_rows(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
-    """Yield the place and the fields by column of each row of a table with commas (`.csv`, or `.csv.gz`).
+    """Yield the place and the fields by column of each row of a table: with commas (`.csv`) or tabulators (`.tsv`).
 
     The file is in UTF-8, its first line names the columns. A byte order mark and empty lines are skipped.
 
     Raises:
         MisconfigurationException: If the file cannot be read, or a row does not fit the columns.
     """
-    reader = csv.reader(line for _, line in _lines(path))
+    separator = _SEPARATORS.get(ending_of(path.name), ",")
+    reader = csv.reader((line for _, line in _lines(path)), delimiter=separator)
     try:
         columns = next(reader, [])
         if len(set(columns)) < len(columns):
             raise MisconfigurationException(f"{path}, line 1: two columns have the same name ({', '.join(columns)})")
-        if len(columns) == 1 and (other := next((sign for sign in ";\t|" if sign in columns[0]), None)):
+        if len(columns) == 1 and (other := next((sign for sign in ";\t|," if sign in columns[0]), None)):
+            wanted = {",": "commas", "\t": "tabulators"}[separator]
             raise MisconfigurationException(
-                f"{path}, line 1: one column, {columns[0]!r}; separate the columns with commas, not with {other!r}"
+                f"{path}, line 1: one column, {columns[0]!r}; separate the columns with {wanted}, not with {other!r}"
             )
         begins = reader.line_num + 1  # a text may span several lines
         for row in reader:
             if row and len(row) != len(columns):
                 raise MisconfigurationException(
                     f"{path}, line {begins}: {len(row)} columns, where the first line names {len(columns)}; put text "
-                    "with commas in quotation marks"
+                    f"with {'commas' if separator == ',' else 'tabulators'} in quotation marks"
                 )
             if row:
                 yield f"{path}, line {begins}", dict(zip(columns, row, strict=True))
@@ -77,7 +174,7 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
             for number, line in enumerate(text, start=1):
                 _check_decoded(line, f"{path}, line {number}")
                 yield number, line
-    except (OSError, EOFError, zlib.error) as error:
+    except READ_ERRORS as error:
         raise MisconfigurationException(f"{path} could not be read: {first_line(error)}") from error
 
 

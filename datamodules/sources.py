@@ -5,12 +5,10 @@ are chosen so that the tokens of the pieces are the tokens of the document.
 """
 
 import ast
-import glob
 import hashlib
 import importlib
-import io
+import os
 import re
-import shutil
 import sys
 import sysconfig
 import tokenize
@@ -19,17 +17,26 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, islice
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Literal, NamedTuple
-from urllib.parse import urlparse
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from datamodules.cache import cache_root, digest
+from datamodules.cache import digest
+from datamodules.files import (
+    READ_ERRORS,
+    ROWS,
+    decoded,
+    download,
+    ending_of,
+    find_files,
+    identity_of,
+    is_url,
+    split_column,
+)
 from datamodules.hub_datasets import hub_errors, load_hub_dataset
-from datamodules.rows import check_characters
-from lightning_modules.common.files import atomic_file
-from lightning_modules.common.messages import first_line, say
+from datamodules.rows import check_characters, texts_of_rows
+from lightning_modules.common.messages import first_line
 from lightning_modules.common.ranges import PositiveInt
 
 # Characters. A tokenizer needs up to a hundred bytes of memory for each, and encodes several pieces at once.
@@ -67,6 +74,46 @@ class Source(ABC):
                 parts = []
 
 
+# What a datamodule accepts as its text; see `source_of`.
+AnySource = Source | str | list[str] | os.PathLike
+
+_HUB = "hub:"
+_CLASS_PATH = re.compile(r"([a-z_]\w*\.)+[A-Z]\w*")  # no file has a name such as datamodules.sources.PythonText
+
+
+def source_of(text: AnySource, where: str = "data.source") -> Source:
+    """Return the source that a setting names.
+
+    Args:
+        text: A source; `hub:OWNER/NAME` or `hub:OWNER/NAME:COLUMN`, a Hugging Face dataset; or paths, see `Files`.
+        where: The path of the setting in the configuration, for error messages.
+
+    Raises:
+        MisconfigurationException: If it is empty, or names a class that does not exist.
+    """
+    if isinstance(text, Source):
+        return text
+    if isinstance(text, str) and text.startswith(_HUB):
+        dataset, _, column = text.removeprefix(_HUB).partition(":")
+        if not dataset:
+            raise MisconfigurationException(f"{where}: {text!r} names no dataset; give hub:OWNER/NAME, and :COLUMN")
+        return HubText(dataset, column=column or HubText.column)
+    paths = text if isinstance(text, list) else os.fspath(text)
+    for path in paths if isinstance(paths, list) else [paths]:
+        if not path:
+            raise MisconfigurationException(f"{where} is empty: give a file, a folder, a glob pattern or a URL")
+        if path.startswith(_HUB):
+            raise MisconfigurationException(f"{where}: {path} is in a list; give one dataset of the hub, or only files")
+        if _CLASS_PATH.fullmatch(path) and not Path(path).exists():
+            raise MisconfigurationException(
+                f"{where}: {path} is neither a file nor a class of sources; the classes are in datamodules.sources: "
+                f"{', '.join(kind.__name__ for kind in Source.__subclasses__() if kind.__module__ == __name__)}"
+            )
+    if not paths:
+        raise MisconfigurationException(f"{where} is empty: give a file, a folder, a glob pattern or a URL")
+    return Files(paths)
+
+
 def cut(chunks: Iterable[str]) -> Iterator[Piece]:
     """Cut one document, given as consecutive strings of any length, into pieces of at most `PIECE_SIZE` characters.
 
@@ -96,14 +143,60 @@ def _last_cut(text: str, start: int, limit: int) -> int:
 
 
 @dataclass
+class Files(Source):
+    """Files of text or of rows, local or remote: a text file is one document, and so is each row of the others.
+
+    The ending of a file says how it is read: JSON lines (`.jsonl`, `.ndjson`, `.json`, the last also with one list),
+    tables (`.csv`, `.tsv`), Parquet (`.parquet`), and any other as UTF-8 text; each but Parquet may be compressed
+    (`.gz`). The text of a row is in the column `text`, or in the only column that holds text. Rows without text and
+    empty files are skipped.
+
+    Args:
+        paths: A file, a folder (its `.txt`, `.text`, `.md`, `.markdown` and `.rst` files and those with rows, also in
+            subfolders), a glob pattern (`books/**/*.py`), a URL that fsspec supports (`https://`, `s3://`, ...), or a
+            list of these. A column after a colon chooses it: `reviews.csv:content`. Relative paths start at the
+            working folder.
+    """
+
+    paths: str | list[str]
+
+    def pieces(self) -> Iterator[Piece]:
+        """Yield the documents in pieces, decoded as they are read."""
+        is_empty = True
+        for name, column in self._files():
+            try:
+                path = download(name) if is_url(name) else Path(name)
+                if ending_of(name) in ROWS:
+                    documents: Iterable[Iterable[str]] = ([text] for text in texts_of_rows(path, column))
+                else:
+                    documents = [decoded(path, name, refuse_binary=True)]
+                for document in documents:
+                    for piece in cut(document):
+                        is_empty = False
+                        yield piece
+            except READ_ERRORS as error:
+                raise MisconfigurationException(f"{name} could not be read ({first_line(error)})") from error
+        if is_empty:
+            paths = self.paths if isinstance(self.paths, str) else ", ".join(self.paths)
+            raise MisconfigurationException(f"{paths} is empty: give a file that holds text")
+
+    def fingerprint(self) -> str:
+        """Return a hash of the paths and contents of the files, of the URLs, and of the columns."""
+        return digest(["Files", [[_identity(name), column] for name, column in self._files()]])
+
+    def _files(self) -> list[tuple[str, str | None]]:
+        paths = map(split_column, [self.paths] if isinstance(self.paths, str) else self.paths)
+        return [(name, column) for path, column in paths for name in find_files(path)]
+
+
+@dataclass
 class TextFiles(Source):
-    """UTF-8 text files, local or remote: each file is one document.
+    """UTF-8 text files, local or remote: each file is one document, whatever its ending.
 
     A byte order mark is dropped and every line end becomes a newline. A URL is downloaded once, into the cache.
 
     Args:
-        paths: A path, a glob pattern (`books/**/*.txt`), a URL that fsspec supports (`https://`, `s3://`, ...), or a
-            list of these, in the order of the documents. Relative paths start at the working folder.
+        paths: A path, a folder, a glob pattern, a URL, or a list of these, in the order of the documents; see `Files`.
     """
 
     paths: str | list[str]
@@ -114,79 +207,24 @@ class TextFiles(Source):
             path = download(name) if is_url(name) else Path(name)
             piece = None
             try:
-                for piece in cut(_decoded(path, name)):
+                for piece in cut(decoded(path, name)):
                     yield piece
-            except OSError as error:
+            except READ_ERRORS as error:
                 raise MisconfigurationException(f"text file {name} could not be read ({error})") from error
             if piece is None:
                 raise MisconfigurationException(f"text file {name} is empty: give a file that holds text")
 
     def fingerprint(self) -> str:
         """Return a hash of the paths and contents of the files, and of the URLs."""
-        return digest(["TextFiles", [name if is_url(name) else identity_of(Path(name)) for name in self._files()]])
+        return digest(["TextFiles", [_identity(name) for name in self._files()]])
 
     def _files(self) -> list[str]:
-        files: list[str] = []
-        for path in [self.paths] if isinstance(self.paths, str) else self.paths:
-            local = str(Path(path).expanduser())
-            is_pattern = glob.has_magic(local) and not Path(local).is_file()  # a name may have brackets
-            found = sorted(glob.glob(local, recursive=True)) if is_pattern else [local]
-            found = [path] if is_url(path) else [name for name in found if Path(name).is_file()]
-            if not found:
-                raise MisconfigurationException(
-                    f"text file {path} not found (working folder: {Path.cwd()}): give the path of a file, a glob "
-                    "pattern that matches files, or a URL"
-                )
-            files += found
-        return files
+        paths = [self.paths] if isinstance(self.paths, str) else self.paths
+        return [name for path in paths for name in find_files(path)]
 
 
-def is_url(path: str) -> bool:
-    """Return whether a string is a URL rather than a path."""
-    return "://" in path
-
-
-def identity_of(path: Path) -> list[str]:
-    """Return the path and a hash of the content of a file.
-
-    A file can change within its size and modification time. Hashing takes one to two seconds a gigabyte.
-    """
-    with path.open("rb") as file:
-        return [str(path.resolve()), hashlib.file_digest(file, "blake2b").hexdigest()]
-
-
-def _decoded(path: Path, name: str) -> Iterator[str]:
-    with open(path, "rb") as file:
-        reader = io.TextIOWrapper(file, encoding="utf-8-sig")
-        try:
-            while text := reader.read(2**20):
-                yield text
-        except UnicodeDecodeError as error:
-            byte = file.tell() - len(error.object) + error.start  # the object ends with the last byte read
-            raise MisconfigurationException(
-                f"text file {name} is not UTF-8: byte {byte} cannot be decoded ({error.reason}); convert it with "
-                "`iconv -t UTF-8`"
-            ) from error
-
-
-def download(url: str) -> Path:
-    """Return a local copy of the file at a URL, downloaded into the cache the first time."""
-    target = cache_root() / "downloads" / f"{digest(url)}-{PurePosixPath(urlparse(url).path).name}"
-    if not target.exists():
-        import fsspec
-
-        say(f"downloading {url} to {target}")
-        # By default, aiohttp ignores the proxy variables of the environment.
-        options = {"client_kwargs": {"trust_env": True}} if url.startswith("http") else {}
-        try:
-            with fsspec.open(url, "rb", **options) as remote, atomic_file(target) as local:
-                shutil.copyfileobj(remote, local)
-        except Exception as error:  # each file system has its own exceptions
-            raise MisconfigurationException(
-                f"{url} could not be downloaded ({first_line(error)}): check the network and the address, or download "
-                "it elsewhere and give the path of the file in place of the URL"
-            ) from error
-    return target
+def _identity(name: str) -> str | list[str]:
+    return name if is_url(name) else identity_of(Path(name))
 
 
 @dataclass
@@ -218,7 +256,8 @@ class HubText(Source):
             columns = rows.column_names or list(next(iter(rows)))  # some streams have no column names
             if self.column not in columns:
                 raise MisconfigurationException(
-                    f"dataset {self.dataset} has no column {self.column}: choose one of {', '.join(columns)}"
+                    f"dataset {self.dataset} has no column {self.column}: choose one of {', '.join(columns)}, as in "
+                    f"hub:{self.dataset}:{columns[0]}"
                 )
             for number, row in enumerate(islice(rows.select_columns([self.column]), self.max_documents)):
                 text = row[self.column]

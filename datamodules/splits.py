@@ -1,12 +1,21 @@
-"""The three splits of a data set, and the assignment of documents to them."""
+"""The three splits of a data set, and the assignment of documents, or of their parts, to them."""
 
 import hashlib
-from typing import Literal
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal, NamedTuple
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from datamodules.sources import Piece, Source
+
 Side = Literal["train", "val", "test"]
 SIDES: tuple[Side, ...] = ("train", "val", "test")
+
+FEW = 20  # documents; whole ones would be too coarse a split
+
+_MOVE = 0.5  # share of a held-out part by which a cut may move to the beginning of a line or word
 
 
 def require_fractions(val_fraction: float, test_fraction: float, where: str = "data") -> tuple[float, float]:
@@ -25,3 +34,129 @@ def side_of(text: str, val_fraction: float, test_fraction: float) -> Side:
     if draw < test_fraction:
         return "test"
     return "val" if draw < test_fraction + val_fraction else "train"
+
+
+class Length(NamedTuple):
+    """The length of a document in characters, and in bytes of UTF-8."""
+
+    characters: int
+    bytes: int
+
+
+@dataclass
+class SplitDocuments:
+    """The pieces of the documents of a source, each with its split.
+
+    Args:
+        source: The source.
+        split: `documents`: each document is in one split, drawn by a hash of its beginning. `auto`: the same if the
+            source has more than `FEW` documents; of fewer, each is cut, and its beginning trains, the part after that
+            validates, and its end is for the test.
+        val_fraction: Part of the documents, or of the characters of each, for validation.
+        test_fraction: Part of the documents, or of the characters of each, for the test.
+    """
+
+    source: Source
+    split: Literal["documents", "auto"] = "documents"
+    val_fraction: float = 0.0
+    test_fraction: float = 0.0
+
+    @cached_property
+    def few(self) -> list[Length] | None:
+        """The length of each document if each is cut; `None` if they stay whole."""
+        if self.split == "documents" or not self.val_fraction + self.test_fraction:
+            return None
+        lengths: list[Length] = []
+        characters = n_bytes = 0
+        for text, ends_document in self.source.pieces():
+            characters, n_bytes = characters + len(text), n_bytes + len(text.encode())
+            if ends_document:
+                lengths.append(Length(characters, n_bytes))
+                characters = n_bytes = 0
+                if len(lengths) > FEW:
+                    return None
+        return lengths
+
+    def __iter__(self) -> Iterator[tuple[Side, Piece]]:
+        if self.few is not None:
+            yield from self._parts(self.few)
+            return
+        starts_document, side = True, SIDES[0]
+        for piece in self.source.pieces():
+            if starts_document:
+                side = side_of(piece.text, self.val_fraction, self.test_fraction)
+            yield side, piece
+            starts_document = piece.ends_document
+
+    def _parts(self, lengths: list[Length]) -> Iterator[tuple[Side, Piece]]:
+        pieces = self.source.pieces()
+        held_out: dict[Side, float] = {"val": self.val_fraction, "test": self.test_fraction}
+        held_out = {side: fraction for side, fraction in held_out.items() if fraction}
+        smallest = min(held_out.values())
+        for n, _ in lengths:
+            side, left = SIDES[0], dict(held_out)
+            begin = 0  # of the piece in the document
+            for text, ends_document in pieces:
+                while left and begin + len(text) > (end := round(n * (1 - sum(left.values())))):
+                    place = _good_cut(text, end - begin, int(_MOVE * smallest * n))
+                    if place:
+                        yield side, Piece(text[:place], True)
+                    text, begin = text[place:], begin + place
+                    side = next(iter(left))
+                    del left[side]
+                yield side, Piece(text, ends_document)
+                begin += len(text)
+                if ends_document:
+                    break
+
+
+def _good_cut(text: str, place: int, most: int) -> int:
+    """Return the last beginning of a line, or else of a word with its space, at most `most` characters before."""
+    first = max(0, place - most)
+    line = text.rfind("\n", first, place) + 1
+    return line or max(text.rfind(" ", first, place), 0) or place
+
+
+def describe(
+    split: Literal["documents", "parts", "tail"],
+    documents: Mapping[str, int],
+    sizes: Mapping[str, int],
+    val_fraction: float,
+    test_fraction: float,
+) -> str:
+    """Return a line that says what the splits are.
+
+    Args:
+        split: `documents`; `parts`, where each document is cut; or `tail`, where the whole text is.
+        documents: Number of documents in each split; in all for `parts` and `tail`, under `train`.
+        sizes: Number of bytes of UTF-8 in each split.
+        val_fraction: Part for validation.
+        test_fraction: Part for the test.
+    """
+    size = sum(sizes.values())
+    n = sum(documents.values()) if split == "documents" else documents["train"]
+    line = f"{n:,} document{'s' * (n != 1)}, {_bytes(size)}"
+    if not val_fraction + test_fraction:
+        return f"{line}: all of it trains"
+    if split == "documents":
+        counts = [f"{documents['train']:,} train"]
+        for side, verb, fraction in (("val", "validate", val_fraction), ("test", "test", test_fraction)):
+            if fraction:
+                counts.append(f"{documents[side]:,} {verb} ({sizes[side] / max(1, size):.1%} of the text)")
+        return f"{line}: {', '.join(counts)}"
+    of = " of each" if n > 1 and split == "parts" else ""
+    parts = [f"the first {_percent(1 - val_fraction - test_fraction)}{of} trains"]
+    if val_fraction:
+        parts.append(f"the {'next' if test_fraction else 'last'} {_percent(val_fraction)}{of} validates")
+    if test_fraction:
+        parts.append(f"the last {_percent(test_fraction)}{of} is for the test")
+    return f"{line}: {', '.join(parts)}"
+
+
+def _percent(share: float) -> str:
+    return f"{round(100 * share, 4):g} %"
+
+
+def _bytes(n: int) -> str:
+    units = [(unit, 1000**power) for power, unit in ((3, "GB"), (2, "MB"), (1, "kB"))]
+    return next((f"{n / size:.1f} {unit}" for unit, size in units if n >= size), f"{n} bytes")

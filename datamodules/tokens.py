@@ -21,7 +21,7 @@ from tqdm import tqdm
 from datamodules.base import ExperimentDataModule, Order
 from datamodules.cache import cache_root, digest
 from datamodules.sources import Piece, Source
-from datamodules.splits import SIDES, Side, require_fractions, side_of
+from datamodules.splits import SIDES, Side, SplitDocuments, describe, require_fractions
 from datamodules.tokenizers import (
     WithTokenizer,
     encode,
@@ -36,20 +36,21 @@ from lightning_modules.common.targets import IGNORED
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-Split = Literal["tail", "documents"]
+Split = Literal["auto", "tail", "documents"]
 
-_FORMAT = 1  # increase it when the content of the files changes, so that older files are not read
+_FORMAT = 2  # increase it when the content of the files changes, so that older files are not read
 _BATCH_CHARACTERS = 2**20  # encoded at once on all cores; memory use grows with it
 _BATCH_PIECES = 2**10
 
 
 @dataclass(frozen=True)
 class TokenFile:
-    """A file of token ids, with the NumPy type of an id and their number."""
+    """A file of token ids, with the NumPy type of an id, their number, and how the text was split."""
 
     path: Path
     dtype: str
     n_tokens: int
+    split: str = ""  # of the whole text, in words
 
     def open(self) -> np.ndarray:
         """Return the tokens, (n_tokens,), mapped into memory that processes share."""
@@ -73,9 +74,9 @@ def prepare_tokens(
         source: Text to tokenise.
         tokenizer: Tokenizer of the text.
         cache_dir: Folder for the files. Their subfolder depends on the source, the tokenizer and the split.
-        split: `tail` holds out the last tokens, those of the test after those of the validation; `documents` holds out
-            documents, drawn by a hash of their beginning.
-        val_fraction: Part of the tokens (`tail`) or of the documents (`documents`) that is held out for validation.
+        split: `tail` holds out the last tokens, those of the test after those of the validation; `documents` and `auto`
+            hold out documents or the ends of few, see `SplitDocuments`.
+        val_fraction: Part of the tokens (`tail`), or of the documents, that is held out for validation.
         test_fraction: Part that is held out for the test.
 
     Raises:
@@ -110,7 +111,10 @@ def _read(folder: Path) -> dict[str, TokenFile] | None:
     """Return the token files in a folder, or `None` if one is missing or damaged."""
     try:
         meta = json.loads((folder / "meta.json").read_text())
-        files = {str(side): TokenFile(folder / f"{side}.bin", meta["dtype"], meta["tokens"][side]) for side in SIDES}
+        files = {
+            str(side): TokenFile(folder / f"{side}.bin", meta["dtype"], meta["tokens"][side], meta["split"])
+            for side in SIDES
+        }
         size = np.dtype(meta["dtype"]).itemsize
         whole = all(file.path.stat().st_size == file.n_tokens * size for file in files.values())
         return files if whole else None
@@ -136,6 +140,8 @@ def _write(
     dtype = np.dtype(np.uint16 if vocab_size(tokenizer) <= 2**16 else np.uint32)
     separator = tokenizer.eos_token_id
     tokens: dict[str, int] = dict.fromkeys(SIDES, 0)
+    documents, sizes = dict.fromkeys(SIDES, 0), dict.fromkeys(SIDES, 0)
+    text = SplitDocuments(source) if split == "tail" else SplitDocuments(source, split, *fractions)
     with ExitStack() as stack:
         files: dict[str, BinaryIO] = {side: stack.enter_context(open(folder / f"{side}.bin", "w+b")) for side in SIDES}
 
@@ -150,31 +156,32 @@ def _write(
             files["train"].truncate(begin * dtype.itemsize)
 
         bar = stack.enter_context(tqdm(desc="tokenizing", unit="char", unit_scale=True, delay=1, disable=None))
-        side: Side = "train"
-        starts_document = True
-        for batch in _batches(source.pieces()):
-            encoded = encode(tokenizer, [piece.text for piece in batch])
-            for (text, ends_document), ids in zip(batch, encoded, strict=True):
-                if starts_document:
-                    if split == "documents":
-                        side = side_of(text, *fractions)
+        before: Side | None = None  # the split of the last piece, if its document goes on
+        for batch in _batches(text):
+            encoded = encode(tokenizer, [piece.text for _, piece in batch])
+            for (side, piece), ids in zip(batch, encoded, strict=True):
+                if side != before:
+                    documents[side] += 1
                     if separator is not None and tokens[side]:
                         append(side, np.array([separator]))
                 append(side, ids)
-                starts_document = ends_document
-                bar.update(len(text))
+                sizes[side] += len(piece.text.encode())
+                before = None if piece.ends_document else side
+                bar.update(len(piece.text))
         if split == "tail":
             n, (val_fraction, test_fraction) = tokens["train"], fractions
             move_tail("test", int(n * (1 - test_fraction)))
             move_tail("val", int(n * (1 - val_fraction - test_fraction)))
-    (folder / "meta.json").write_text(json.dumps({"dtype": dtype.name, "tokens": tokens}))
+    kind = "tail" if split == "tail" else "parts" if text.few is not None else "documents"
+    said = describe(kind, documents, sizes, *fractions)
+    (folder / "meta.json").write_text(json.dumps({"dtype": dtype.name, "tokens": tokens, "split": said}))
 
 
-def _batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
-    batch: list[Piece] = []
+def _batches(pieces: Iterable[tuple[Side, Piece]]) -> Iterator[list[tuple[Side, Piece]]]:
+    batch: list[tuple[Side, Piece]] = []
     characters = 0
-    for piece in pieces:
-        batch.append(piece)
+    for side, piece in pieces:
+        batch.append((side, piece))
         characters += len(piece.text)
         if characters >= _BATCH_CHARACTERS or len(batch) == _BATCH_PIECES:
             yield batch
@@ -315,7 +322,10 @@ class TokenDataModule(WithTokenizer, ExperimentDataModule):
         side = "test" if stage == "test" else "val"
         is_held_out = getattr(self, f"{side}_fraction") > 0 or side in (own_source or ())
         if files[side].n_tokens < 2 and (is_held_out or stage != "fit"):
+            other = "" if own_source is None else f", or give data.{side}_source"
+            if getattr(self, "split", None) == "documents":
+                other += ", or set data.split auto, which cuts few documents"
             raise MisconfigurationException(
-                f"there is no {side} text: set data.{side}_fraction above 0 (or, if the text is short, to a larger "
-                "fraction)" + (f", or give data.{side}_source" if own_source is not None else "")
+                f"there is no {side} text ({files['train'].split}): set data.{side}_fraction above 0 (or, if the text "
+                f"is short, to a larger fraction){other}"
             )

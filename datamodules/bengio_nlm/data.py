@@ -16,7 +16,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from datamodules.base import ExperimentDataModule, shuffled
 from datamodules.cache import digest
-from datamodules.sources import Piece, Source, cut, download, identity_of, is_url
+from datamodules.files import download, identity_of, is_url
+from datamodules.sources import AnySource, Piece, Source, cut, source_of
 from lightning_modules.common.ranges import NonNegativeInt, PositiveFloat, PositiveInt, ThreeOrMore
 
 RARE = "<rare>"  # replaces all rare words; its id is 0
@@ -149,7 +150,7 @@ class BengioNLMDataModule(ExperimentDataModule):
     splits is predicted. The first n - 1 words of the training split are not predicted.
 
     Args:
-        source: The text.
+        source: The text: a source, or a file, folder, glob pattern, URL or `hub:OWNER/NAME`, see `source_of`.
         batch_size: Words to predict in a batch, over all processes, at least 1.
         n: Words in a window, including the predicted one; the trigram needs 3.
         tokens: `spaces`: words are separated by spaces. `words`: a word is a run of letters and digits, or any other
@@ -170,7 +171,7 @@ class BengioNLMDataModule(ExperimentDataModule):
 
     def __init__(
         self,
-        source: Source,
+        source: AnySource,
         batch_size: PositiveInt,
         n: ThreeOrMore = 5,
         tokens: Literal["spaces", "words"] = "spaces",
@@ -188,7 +189,7 @@ class BengioNLMDataModule(ExperimentDataModule):
             raise MisconfigurationException(
                 f"data.train is {train} and data.val {val}: as shares they must add up to 1 at most"
             )
-        self.source, self.n, self.train, self.val = source, n, train, val
+        self.source, self.n, self.train, self.val = source_of(source), n, train, val
         self.block_size = n - 1  # words of context
         self.tokens, self.rare = tokens, rare
         self.variant = {"lowercase": lowercase, "split_clitics": split_clitics, "marks": paragraph_marks}

@@ -3,13 +3,15 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import count, islice
+from typing import Literal
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from datamodules.base import ExperimentDataModule, leave_signals_to_the_parent
-from datamodules.sources import Source
-from datamodules.splits import Side, require_fractions, side_of
+from datamodules.sources import AnySource, source_of
+from datamodules.splits import SIDES, Side, SplitDocuments, describe, require_fractions
+from lightning_modules.common.messages import say
 from lightning_modules.common.ranges import NonNegativeInt, PositiveInt
 
 
@@ -20,35 +22,39 @@ class BPEDataModule(ExperimentDataModule):
     each process, which keeps its share of every batch.
 
     Args:
-        source: Where the text comes from.
+        source: The text: a source, or a file, folder, glob pattern, URL or `hub:OWNER/NAME`, see `source_of`.
         batch_size: Pieces in a batch, over all processes. A piece is a document, or a part of a long one.
-        val_fraction: Part of the documents that is held out for validation, 0 to less than 1. A hash of its beginning
-            chooses the split of a document, so that copies share a split, and all runs and processes agree.
-        test_fraction: Part of the documents that is held out for the test, 0 to less than 1.
+        val_fraction: Part of the documents, or of each, that is held out for validation, 0 to less than 1.
+        test_fraction: Part of the documents, or of each, that is held out for the test, 0 to less than 1.
         val_source: Text for validation, all of it, in place of a part of `source`.
         test_source: Text for the test, all of it, in place of a part of `source`.
         num_workers: Processes that read ahead; 0 reads in the training process. Each reads the whole source, so more
             than 1 helps only if a source is slow for other reasons than the disk or the network.
+        split: `documents`: a hash of its beginning chooses the split of a document, so that copies share a split, and
+            all runs and processes agree. `auto`: the same if there are more than 20; of fewer, the end of each is held
+            out.
     """
 
     def __init__(
         self,
-        source: Source,
+        source: AnySource,
         batch_size: PositiveInt = 256,
         val_fraction: float = 0.05,
         test_fraction: float = 0.0,
-        val_source: Source | None = None,
-        test_source: Source | None = None,
+        val_source: AnySource | None = None,
+        test_source: AnySource | None = None,
         num_workers: NonNegativeInt = 0,
+        split: Literal["auto", "documents"] = "documents",
     ) -> None:
         super().__init__(batch_size, num_workers)
         require_fractions(val_fraction, test_fraction)
         fractions = (0.0 if val_source else val_fraction, 0.0 if test_source else test_fraction)
-        self.splits = {
-            "train": SplitText(source, "train", *fractions),
-            "val": SplitText(val_source) if val_source else SplitText(source, "val", *fractions),
-            "test": SplitText(test_source) if test_source else SplitText(source, "test", *fractions),
-        }
+        self.text = SplitDocuments(source_of(source), split, *fractions)
+        self.splits = {side: SplitText(self.text, side) for side in SIDES}
+        if val_source:
+            self.splits["val"] = SplitText(SplitDocuments(source_of(val_source, "data.val_source")))
+        if test_source:
+            self.splits["test"] = SplitText(SplitDocuments(source_of(test_source, "data.test_source")))
         self.has_val = val_source is not None or val_fraction > 0
 
     def setup(self, stage: str) -> None:
@@ -63,9 +69,14 @@ class BPEDataModule(ExperimentDataModule):
         for split in needed:
             if self.splits[split].is_empty():
                 raise MisconfigurationException(
-                    f"there is no {split} text: no document was assigned to it; set data.{split}_fraction higher, or "
+                    f"there is no {split} text: no document was assigned to it; set data.{split}_fraction higher, "
                     f"give data.{split}_source"
+                    + (", or set data.split auto, which cuts few documents" if self.text.split == "documents" else "")
                 )
+        if (few := self.text.few) is not None:
+            fractions = self.text.val_fraction, self.text.test_fraction
+            size = {"train": sum(document.bytes for document in few)}
+            say(f"data    {describe('parts', {'train': len(few)}, size, *fractions)}")
 
     def train_dataloader(self) -> DataLoader:
         """Return the loader of the training split."""
@@ -88,21 +99,13 @@ class BPEDataModule(ExperimentDataModule):
 
 @dataclass
 class SplitText:
-    """The pieces of the documents of one split; `train` is the whole source if both fractions are 0."""
+    """The pieces of one split of some documents."""
 
-    source: Source
+    text: SplitDocuments
     split: Side = "train"
-    val_fraction: float = 0.0
-    test_fraction: float = 0.0
 
     def __iter__(self) -> Iterator[str]:
-        starts_document, wanted = True, False
-        for text, ends_document in self.source.pieces():
-            if starts_document:
-                wanted = side_of(text, self.val_fraction, self.test_fraction) == self.split
-            if wanted:
-                yield text
-            starts_document = ends_document
+        return (piece.text for side, piece in self.text if side == self.split)
 
     def is_empty(self) -> bool:
         """Return whether there is no text; read no further than the first piece."""

@@ -5,8 +5,9 @@ from typing import Literal
 
 from torch.utils.data import DataLoader
 
-from datamodules.sources import Source
+from datamodules.sources import AnySource, Source, source_of
 from datamodules.tokens import Split, TokenDataModule, TokenFile, random_windows, sequential_windows
+from lightning_modules.common.messages import say
 from lightning_modules.common.ranges import NonNegativeInt, PositiveInt, Probability
 
 
@@ -18,7 +19,7 @@ class PretrainDataModule(TokenDataModule):
     the end of the text; `target_bytes` is the number of UTF-8 bytes of the targets.
 
     Args:
-        source: The text.
+        source: The text: a source, or a file, folder, glob pattern, URL or `hub:OWNER/NAME`, see `source_of`.
         block_size: Length of a window, in tokens (1 or more); the context that the model trains on.
         batch_size: Number of windows in a batch, over all processes (1 or more).
         tokenizer: `byte`; `character` (the characters of the source); a folder with a tokenizer.json, such as
@@ -27,7 +28,8 @@ class PretrainDataModule(TokenDataModule):
             training text. `sequential`: an epoch is the text cut into blocks, in shuffled order; the boundaries move
             from epoch to epoch.
         split: `tail` holds out the end of the text. `documents` holds out documents, drawn by a hash of their
-            beginning, so that copies share a split.
+            beginning, so that copies share a split. `auto` does the same if there are more than 20, and holds out the
+            end of each if there are fewer.
         val_fraction: Part of the text to hold out for validation (0 to less than 1).
         test_fraction: Part of the text to hold out for the test (0 to less than 1).
         val_source: Text for validation, in place of a part of `source`.
@@ -42,7 +44,7 @@ class PretrainDataModule(TokenDataModule):
 
     def __init__(
         self,
-        source: Source,
+        source: AnySource,
         block_size: PositiveInt,
         batch_size: PositiveInt,
         tokenizer: str = "byte",
@@ -50,18 +52,19 @@ class PretrainDataModule(TokenDataModule):
         split: Split = "tail",
         val_fraction: Probability = 0.1,
         test_fraction: Probability = 0.0,
-        val_source: Source | None = None,
-        test_source: Source | None = None,
+        val_source: AnySource | None = None,
+        test_source: AnySource | None = None,
         cache_dir: str | None = None,
         num_workers: NonNegativeInt = 0,
         seed: NonNegativeInt = 0,
     ) -> None:
         fractions = 0.0 if val_source else val_fraction, 0.0 if test_source else test_fraction
         super().__init__(block_size, batch_size, tokenizer, *fractions, cache_dir, num_workers, seed)
-        self.source: Source = source
+        self.source: Source = source_of(source)
         self.windows = windows
         self.split = split
-        self.held_out = {side: text for side, text in (("val", val_source), ("test", test_source)) if text}
+        own = {"val": val_source, "test": test_source}
+        self.held_out = {side: source_of(text, f"data.{side}_source") for side, text in own.items() if text}
 
     def prepare_data(self) -> None:
         """Tokenise the text, in one process on each machine."""
@@ -74,6 +77,7 @@ class PretrainDataModule(TokenDataModule):
             MisconfigurationException: If a split that this stage needs has too little text.
         """
         self.require_text(self.files, stage, self.held_out)
+        say(f"data    {self.files['train'].split}")
 
     def train_dataloader(self) -> DataLoader:
         """Return the loader of the training windows."""

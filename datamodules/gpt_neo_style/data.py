@@ -1,15 +1,16 @@
 """Books whose style is learned, in passages of which some are held out, and other texts to evaluate on."""
 
 from functools import cached_property
+from typing import Literal
 
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.utils.data import DataLoader
 
 from datamodules.gpt_neo_style.books import cut_into_passages, read_book
-from datamodules.sources import ListText, Source
+from datamodules.sources import AnySource, ListText, source_of
 from datamodules.splits import SIDES
-from datamodules.tokens import TokenDataModule, TokenFile, sequential_windows
+from datamodules.tokens import Split, TokenDataModule, TokenFile, sequential_windows
 from lightning_modules.common.ranges import NonNegativeInt, PositiveInt, PositiveShare, TwoOrMore
 
 Books = int | str | list[int | str]
@@ -30,10 +31,10 @@ class GPTNeoStyleDataModule(TokenDataModule):
         batch_size: Blocks in a batch, over all processes, at least 1.
         tokenizer: Tokenizer of the base: a folder with a tokenizer.json, such a file, or a name on the hub.
         other_books: Books of another style, to evaluate on and not to train on; `null` for none.
-        base_source: Text of the kind that the base was trained on, to evaluate what the model forgets; `null` for none.
-        base_val_fraction: Part of the documents of `base_source` to evaluate on, more than 0, at most 1. Documents are
-            drawn by a hash of their beginning: the fraction of a `decoder_pretrain` run (split `documents`) gives those
-            that the run held out.
+        base_source: Text of the kind that the base was trained on, to evaluate what the model forgets: a source, or a
+            file, folder, glob pattern, URL or `hub:OWNER/NAME`, see `source_of`; `null` for none.
+        base_val_fraction: Part of `base_source` to evaluate on, more than 0, at most 1. With the fraction and the split
+            of a `decoder_pretrain` run it is what the run held out.
         base_windows: Blocks of that part to evaluate on, spread evenly over it, at least 1; all blocks if there are
             fewer.
         passages: Passages that a book is cut into, at least 2.
@@ -42,6 +43,8 @@ class GPTNeoStyleDataModule(TokenDataModule):
         cache_dir: Folder of the tokenised text; `null` means `$LLM_TRAIN_CACHE` or `~/.cache/llm-train`.
         num_workers: Processes that load ahead; 0 loads in the training process.
         seed: Seed of the order of the blocks, 0 or more.
+        base_split: How the part of `base_source` is chosen: `documents` are drawn by a hash of their beginning; `auto`
+            does the same if there are more than 20, and takes the end of each if there are fewer.
 
     Raises:
         MisconfigurationException: If there is no book, or nothing is left to train on.
@@ -54,7 +57,7 @@ class GPTNeoStyleDataModule(TokenDataModule):
         batch_size: PositiveInt,
         tokenizer: str = "byte",
         other_books: Books | None = None,
-        base_source: Source | None = None,
+        base_source: AnySource | None = None,
         base_val_fraction: PositiveShare = 1.0,
         base_windows: PositiveInt = 64,
         passages: TwoOrMore = 20,
@@ -63,13 +66,15 @@ class GPTNeoStyleDataModule(TokenDataModule):
         cache_dir: str | None = None,
         num_workers: NonNegativeInt = 0,
         seed: NonNegativeInt = 0,
+        base_split: Literal["auto", "documents"] = "documents",
     ) -> None:
         fractions = val_fraction, test_fraction
         super().__init__(block_size, batch_size, tokenizer, *fractions, cache_dir, num_workers, seed)
         if books == []:
             raise MisconfigurationException("data.books is empty: give at least one book")
         self.books, self.other_books = books, other_books
-        self.base_source = base_source
+        self.base_source = source_of(base_source, "data.base_source") if base_source else None
+        self.base_split: Split = base_split
         self.base_val_fraction = base_val_fraction
         self.base_windows = base_windows
         self.passages = passages
@@ -124,7 +129,7 @@ class GPTNeoStyleDataModule(TokenDataModule):
             for text, sides in texts.items()
         }
         if self.base_source is not None:
-            base = self.tokenize(self.base_source, "documents", self.base_val_fraction)["val"]
+            base = self.tokenize(self.base_source, self.base_split, self.base_val_fraction)["val"]
             files["base"] = {"val": base, "test": base}
         return files
 

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from datamodules.base import ExperimentDataModule
 from datamodules.position_probe.position_matrices import controls, load_positions
-from datamodules.sources import Source
+from datamodules.sources import AnySource, source_of
 from datamodules.tokenizers import encode, load_tokenizer
 from lightning_modules.common.ranges import NonNegativeInt, PositiveInt
 
@@ -50,7 +50,8 @@ class PositionProbeDataModule(ExperimentDataModule):
         n_embd: Number of components of `sinusoids` and `gaussian`; not used for other matrices.
         n_blocks: Blocks that the positions are cut into, at least n_folds + 2, of at least two positions each.
         n_folds: Interpolation folds.
-        text: Text on which the callback `ShiftedPerplexity` evaluates the model; `null` for none.
+        text: Text on which the callback `ShiftedPerplexity` evaluates the model: a source, or a file, folder, glob
+            pattern, URL or `hub:OWNER/NAME`, see `source_of`; `null` for none.
         batch_size: Pairs in a batch, over all processes, at least 1.
         num_workers: Processes that load ahead; 0 loads in the training process.
         seed: Seed of the controls, the folds, the spare pairs and the order, 0 or greater.
@@ -66,7 +67,7 @@ class PositionProbeDataModule(ExperimentDataModule):
         n_embd: PositiveInt = 128,
         n_blocks: PositiveInt = 10,
         n_folds: PositiveInt = 4,
-        text: Source | None = None,
+        text: AnySource | None = None,
         batch_size: PositiveInt = 512,
         num_workers: NonNegativeInt = 0,
         seed: NonNegativeInt = 0,
@@ -85,7 +86,8 @@ class PositionProbeDataModule(ExperimentDataModule):
                 f"data.source: {source} has {n} positions, too few for data.n_blocks {n_blocks} of two positions each: "
                 f"give at least {least}, or fewer blocks"
             )
-        self.source, self.n_blocks, self.n_folds, self.text = source, n_blocks, n_folds, text
+        self.source, self.n_blocks, self.n_folds = source, n_blocks, n_folds
+        self.text = source_of(text, "data.text") if text else None
 
     def setup(self, stage: str) -> None:
         """Build the tables, the folds and the pairs."""

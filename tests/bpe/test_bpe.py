@@ -24,6 +24,7 @@ from tokenizers import Tokenizer, models
 from datamodules.bpe.data import BPEDataModule, SplitText
 from datamodules.decoder_pretrain import PretrainDataModule
 from datamodules.sources import ListText
+from datamodules.splits import SplitDocuments
 from lightning_modules.bpe import report
 from lightning_modules.bpe.learner import learn_merges
 from lightning_modules.bpe.module import BPEModule
@@ -39,7 +40,8 @@ LAST = "checkpoints/last.ckpt"
 END = "<|endoftext|>"
 SIZE = 400
 DOCUMENTS = [text(30, seed) for seed in range(51)]
-SPLITS = {split: list(SplitText(ListText(DOCUMENTS), split, 0.2, 0.1)) for split in ("train", "val", "test")}
+SPLIT = SplitDocuments(ListText(DOCUMENTS), "documents", 0.2, 0.1)
+SPLITS = {side: list(SplitText(SPLIT, side)) for side in ("train", "val", "test")}
 
 
 def write_config(folder: Path, **settings: object) -> Path:

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 
 from datamodules.bpe.data import BatchStream, BPEDataModule, SplitText
 from datamodules.sources import ListText, Piece, Source
+from datamodules.splits import SplitDocuments
 from lightning_modules.bpe.metrics import TokenizerMetrics
 from lightning_modules.bpe.rust_tokenizers import rust_tokenizer
 from lightning_modules.bpe.textbook import GPT2_PATTERN, count_words
@@ -40,7 +41,8 @@ class Pieces(Source):
 
 
 def test_splits_hold_whole_documents_and_lose_none():
-    splits = [list(SplitText(Pieces(), name, 0.3, 0.2)) for name in ("train", "val", "test")]
+    text = SplitDocuments(Pieces(), "documents", 0.3, 0.2)
+    splits = [list(SplitText(text, name)) for name in ("train", "val", "test")]
     assert all(splits)
     for split in splits:
         assert [piece.replace("begin", "end") for piece in split[::2]] == split[1::2]
@@ -52,7 +54,7 @@ def test_splits_hold_whole_documents_and_lose_none():
 def test_shares_of_all_processes_make_up_the_global_batches_in_order(num_workers, skip):
     shares = []
     for rank in range(3):
-        stream = BatchStream(SplitText(Pieces()), batch_size=7, rank=rank, world_size=3)
+        stream = BatchStream(SplitText(SplitDocuments(Pieces())), batch_size=7, rank=rank, world_size=3)
         stream.skip = skip
         shares.append(list(DataLoader(stream, batch_size=None, num_workers=num_workers)))
     assert len({len(share) for share in shares}) == 1
@@ -77,7 +79,7 @@ def test_workers_of_a_loader_ignore_interrupts():
 
 
 def test_skipping_is_for_one_iteration():
-    stream = BatchStream(SplitText(Pieces()), batch_size=10)
+    stream = BatchStream(SplitText(SplitDocuments(Pieces())), batch_size=10)
     stream.skip = 5
     assert [len(list(stream)) for _ in range(2)] == [3, 8]
 

@@ -396,7 +396,7 @@ def test_fewer_windows_than_a_batch_are_refused():
 @pytest.mark.parametrize(("stage", "side"), [("test", "test"), ("validate", "val")])
 def test_a_split_that_was_not_held_out_is_refused(stage, side):
     message = one_line_error(stage=stage, val_fraction=0)
-    assert f"there is no {side} text: set data.{side}_fraction above 0" in message
+    assert f"there is no {side} text (1 document, 1.7 kB: all of it trains): set data.{side}_fraction above 0" in message
 
 
 def test_a_split_of_documents_without_validation_is_refused():
@@ -424,4 +424,5 @@ def test_a_missing_tokenizer_is_refused(tmp_path):
 def test_meta_holds_the_type_and_the_numbers_of_tokens(cache):
     file = prepare(ListText([TEXT]), cache)["train"]
     meta = json.loads(file.path.with_name("meta.json").read_text())
-    assert meta == {"dtype": "uint16", "tokens": {"train": len(TEXT), "val": 0, "test": 0}}
+    split = "1 document, 1.7 kB: all of it trains"
+    assert meta == {"dtype": "uint16", "tokens": {"train": len(TEXT), "val": 0, "test": 0}, "split": split}

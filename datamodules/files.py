@@ -1,0 +1,151 @@
+"""Files of text and of rows: finding them by path, folder, glob or URL, and decoding them."""
+
+import glob
+import gzip
+import hashlib
+import io
+import shutil
+import zlib
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from urllib.parse import urlparse
+
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from datamodules.cache import cache_root, digest
+from lightning_modules.common.files import atomic_file
+from lightning_modules.common.messages import first_line, say
+
+# Endings of the files that are read from a folder; each may be followed by .gz. A file that is named is read as text
+# whatever its ending, unless it is one of ROWS.
+TEXT = (".txt", ".text", ".md", ".markdown", ".rst")
+ROWS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
+
+READ_ERRORS = (OSError, EOFError, zlib.error)  # of files, the last two of damaged .gz files
+
+_CHUNK = 2**20  # characters that are decoded at once
+_BINARY = 0.01  # a text has no zero bytes; a file with this share of them in the first chunk is refused
+
+
+def is_url(path: str) -> bool:
+    """Return whether a string is a URL rather than a path."""
+    return "://" in path
+
+
+def ending_of(name: str) -> str:
+    """Return the ending of a file, a URL or a glob pattern in lower case, such as `.txt`; of `a.csv.gz`, `.csv`."""
+    path = PurePosixPath(urlparse(name).path if is_url(name) else name)
+    ending = path.suffix.lower()
+    return PurePosixPath(path.stem).suffix.lower() if ending == ".gz" else ending
+
+
+def split_column(path: str) -> tuple[str, str | None]:
+    """Split `a.csv:content` into the path and the column; the column is `None` if the path names none."""
+    file, _, column = path.rpartition(":")
+    names_column = column and "/" not in column and ending_of(file) in ROWS and not Path(path).exists()
+    return (file, column) if names_column else (path, None)
+
+
+def find_files(path: str) -> list[str]:
+    """Return the files at a path, in the order of their names.
+
+    Args:
+        path: A file; a folder, whose files with an ending of `TEXT` or `ROWS` are found in all its subfolders, but for
+            hidden ones; a glob pattern (`books/**/*.txt`); or a URL, which is returned as it is.
+
+    Raises:
+        MisconfigurationException: If there is none.
+    """
+    if is_url(path):
+        return [path]
+    local = Path(path).expanduser()
+    if local.is_dir():
+        return _files_of(local)
+    is_pattern = glob.has_magic(str(local)) and not local.is_file()  # a name may have brackets
+    names = sorted(glob.glob(str(local), recursive=True)) if is_pattern else [str(local)]
+    found = [name for name in names if Path(name).is_file()]
+    if not found:
+        raise MisconfigurationException(
+            f"text file {path} not found (working folder: {Path.cwd()}): give the path of a file or folder, a glob "
+            "pattern that matches files, or a URL"
+        )
+    return found
+
+
+def _files_of(folder: Path) -> list[str]:
+    names = [path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file()]
+    visible = [name for name in names if not any(part.startswith(".") for part in name.parts)]
+    found = [str(folder / name) for name in visible if ending_of(name.name) in TEXT + ROWS]
+    if not found:
+        raise MisconfigurationException(
+            f"folder {folder} holds no text: none of its {len(visible)} files ends in {', '.join(TEXT + ROWS)}; for "
+            f"files with other endings give a glob pattern, such as '{folder}/**/*.py'"
+        )
+    return found
+
+
+def identity_of(path: Path) -> list[str]:
+    """Return the path and a hash of the content of a file.
+
+    A file can change within its size and modification time. Hashing takes one to two seconds a gigabyte.
+    """
+    with path.open("rb") as file:
+        return [str(path.resolve()), hashlib.file_digest(file, "blake2b").hexdigest()]
+
+
+def decoded(path: Path, name: str, refuse_binary: bool = False) -> Iterator[str]:
+    """Yield the text of a UTF-8 file, optionally compressed (`.gz`), in chunks.
+
+    A byte order mark is dropped and every line end becomes a newline.
+
+    Args:
+        path: The file.
+        name: Its name in error messages.
+        refuse_binary: Whether to refuse a file with many zero bytes, which can be decoded but is no text.
+
+    Raises:
+        MisconfigurationException: If it cannot be decoded.
+    """
+    with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+        reader = io.TextIOWrapper(file, encoding="utf-8-sig")
+        try:
+            while text := reader.read(_CHUNK):
+                if refuse_binary and text.count("\0") > _BINARY * len(text):
+                    raise MisconfigurationException(
+                        f"text file {name} is no text: it has zero bytes, as a program, an archive or UTF-16 has; give "
+                        "its text in UTF-8"
+                    )
+                yield text
+        except UnicodeDecodeError as error:
+            byte = file.tell() - len(error.object) + error.start  # the object ends with the last byte read
+            raise MisconfigurationException(
+                f"text file {name} is not UTF-8: byte {byte} cannot be decoded ({error.reason}); {_advice(error)}"
+            ) from error
+
+
+def _advice(error: UnicodeDecodeError) -> str:
+    if error.object.startswith((b"\xff\xfe", b"\xfe\xff")):
+        return "it is UTF-16: convert it with `iconv -f UTF-16 -t UTF-8`"
+    if b"\0" in error.object:
+        return "it is a binary file: give its text, in a file of its own"
+    return "convert it with `iconv -t UTF-8`"
+
+
+def download(url: str) -> Path:
+    """Return a local copy of the file at a URL, downloaded into the cache the first time."""
+    target = cache_root() / "downloads" / f"{digest(url)}-{PurePosixPath(urlparse(url).path).name}"
+    if not target.exists():
+        import fsspec
+
+        say(f"downloading {url} to {target}")
+        # By default, aiohttp ignores the proxy variables of the environment.
+        options = {"client_kwargs": {"trust_env": True}} if url.startswith("http") else {}
+        try:
+            with fsspec.open(url, "rb", **options) as remote, atomic_file(target) as local:
+                shutil.copyfileobj(remote, local)
+        except Exception as error:  # each file system has its own exceptions
+            raise MisconfigurationException(
+                f"{url} could not be downloaded ({first_line(error)}): check the network and the address, or download "
+                "it elsewhere and give the path of the file in place of the URL"
+            ) from error
+    return target
