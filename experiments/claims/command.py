@@ -43,12 +43,17 @@ class Study:
 
     def folder(self, root: str) -> Path:
         """Return the folder of its runs, in a folder of runs."""
-        return study_folder(self.sweep, [*self.spec.flags, f"--run.root={root}"], self.name)
+        return study_folder(self.sweep, [*self.spec.flags, f"--run.root={root}"], self._run_name)
+
+    @property
+    def _run_name(self) -> str | None:
+        return self.name if self.spec.flags else None  # other flags make other runs than `llm-train study` does
 
     def run(self, root: str, jobs: int) -> None:
         """Start the runs that are missing, and test them if the claims need it; exit if one fails or on a signal."""
-        words = [f"{self.topic}/{self.spec.file or self.name}", "--name", self.name, "--jobs", str(jobs)]
-        study_command.main(["study", *words, *self.spec.flags, f"--run.root={root}"])
+        name = ["--name", self._run_name] if self._run_name else []
+        flags = [*self.spec.flags, *([f"--run.root={root}"] if root != "runs" else [])]
+        study_command.main(["study", str(self.sweep.path), *name, "--jobs", str(jobs), *flags])
         if not self.spec.test:
             return
         for folder in sorted(file.parent for file in self.folder(root).glob("*/summary.json")):
@@ -194,9 +199,7 @@ def as_json(judgements: Sequence[Judgement], recorded: dict[str, Recorded]) -> l
             "verdict": each.verdict,
             "as_expected": each.is_as_expected,
             "effects": [effect._asdict() for effect in each.effects],
-            "runs": [row | {} for row in recorded[f"{each.topic}/{each.claim.study}"].rows]
-            if f"{each.topic}/{each.claim.study}" in recorded
-            else [],
+            "runs": recorded[title].rows if (title := f"{each.topic}/{each.claim.study}") in recorded else [],
         }
         for each in judgements
     ]

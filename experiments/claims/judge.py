@@ -119,7 +119,8 @@ class _Judge:
         neutral = 1.0 if condition.ratio else 0.0
         region = _region(condition, neutral, condition.within)
         if condition.ratio:
-            region = tuple(math.log(end) if end > 0 else -math.inf for end in region)
+            low, high = (math.log(end) if end > 0 else -math.inf for end in region)
+            region = low, high
         # Holm's procedure tests against a difference of zero, so the bound is taken off.
         shift = 0.0 if condition.within is not None else next(filter(math.isfinite, region))
         return self._compared(arms, region, shift, is_family=condition.within is None, is_ratio=condition.ratio)
@@ -152,13 +153,12 @@ class _Judge:
             mean = each.mean + shift
             verdict = _verdict(mean, half_width, region)
             back: Callable[[float], float] = math.exp if is_ratio else float
-            low, high = _ends(mean, half_width)
-            ends = [None if end is None else back(end) for end in (low, high)]
+            low, high = (None if end is None else back(end) for end in _ends(mean, half_width))
             shown = with_interval(mean, half_width or None, sign="+")
             if is_ratio:
-                shown = f"× {back(mean):.4g}" + (f" ({ends[0]:.3g} to {ends[1]:.3g})" if half_width else "")
+                shown = f"× {back(mean):.4g}" + (f" ({low:.3g} to {high:.3g})" if half_width else "")
             what = f"{self._label(arm)} against {self._label(against)}"
-            effects.append(Effect(what, back(mean), *ends, verdict, each.how, shown))
+            effects.append(Effect(what, back(mean), low, high, verdict, each.how, shown))
         return effects
 
     def _values(self, arm: Settings) -> BySeed:

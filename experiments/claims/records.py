@@ -1,7 +1,7 @@
 """Records of a study: one CSV with a row for each run.
 
-The columns are the settings that the study varies, the seed, the metrics (last values, and the best where they differ),
-and where the run comes from: status, steps, validations, seconds, date, commit, versions, hardware.
+The columns are the settings that the study varies, the seed, the metrics, and where the run comes from: status, steps,
+validations, seconds, date, commit, versions, hardware.
 """
 
 import csv
@@ -79,23 +79,20 @@ def make_records(folder: Path, study: Records, sweep: Sweep) -> str:
     varied = [".".join(key) for key, spec in sweep.distributions.items() if spec.is_swept]
     keys = [key for key in varied if key not in _SEEDS]
     goals = dict(filter(None, [goal_of(folder)]))
-    modes = {metric: mode_of(metric, [run for run, _ in runs], [], [], goals) for metric in study.metrics}
-    measures = []
-    for metric, mode in modes.items():
-        last, best = Measure(metric, "last", mode), Measure(metric, "best", mode)
-        measures.append((metric, last))
-        if mode and any(_shown(last.of(run)) != _shown(best.of(run)) for run, _ in runs):
-            measures.append((f"{metric}{_BEST}", best))
+    columns = {metric: Measure(metric, "last", None) for metric in study.metrics}
+    for metric in study.best:
+        mode = mode_of(metric, [run for run, _ in runs], [], [], goals)
+        columns[f"{metric}{_BEST}"] = Measure(metric, "best", mode)
     rows = []
     for run, name in runs:
         for metric in study.metrics:
             if run.status == FINISHED and metric not in run.metrics:
                 raise UserError(f"{run.name}: has logged no {metric}")
         values = [_short(flat[name][key]) for key in keys]
-        numbers = [_shown(measure.of(run)) for _, measure in measures]
+        numbers = [_shown(measure.of(run)) for measure in columns.values()]
         rows.append([*values, run.seed, *numbers, *_provenance(folder / name, run, study.metrics[0])])
     rows.sort(key=lambda row: [_order(cell) for cell in row[: len(keys) + 1]])
-    return csv_text([*keys, SEED, *(name for name, _ in measures), *PROVENANCE], rows)
+    return csv_text([*keys, SEED, *columns, *PROVENANCE], rows)
 
 
 def read_records(text: str, name: str) -> Recorded:

@@ -12,7 +12,7 @@ from experiments.claims.claims_file import Records
 from experiments.claims.judge import Judgement
 from experiments.claims.records import Recorded
 from experiments.comparison.arms import Arm, arms_of, compared
-from experiments.comparison.measures import Measure, measures_of, mode_of
+from experiments.comparison.measures import Measure, mode_of
 from experiments.comparison.tables import Table, as_markdown, caption, differences_of, results
 from experiments.errors import UserError
 
@@ -50,12 +50,9 @@ def paper_number(judgement: Judgement) -> str:
 
 def arms_and_measures(study: Records, recorded: Recorded) -> tuple[list[Arm], list[Measure]]:
     """Return the arms of a study and the measures of its metrics."""
-    runs = [run for run in recorded.runs if run.metrics]
-    measures = []
-    for metric in study.metrics:
-        having = [run for run in runs if metric in run.metrics]
-        measures += measures_of(metric, mode_of(metric, having, [], []), having)
-    return arms_of(recorded.runs), measures
+    modes = {metric: mode_of(metric, [], [], []) for metric in study.metrics}
+    last = [Measure(metric, "last", mode) for metric, mode in modes.items()]
+    return arms_of(recorded.runs), [*last, *(Measure(metric, "best", modes[metric]) for metric in study.best)]
 
 
 def block(name: str, study: Records, recorded: Recorded, judgements: Sequence[Judgement]) -> str:
@@ -63,7 +60,7 @@ def block(name: str, study: Records, recorded: Recorded, judgements: Sequence[Ju
     arms, measures = arms_and_measures(study, recorded)
     parts = [as_markdown(results(arms, measures))]
     if study.baseline:
-        table = differences_of(compared(arms, study.baseline), measures)
+        table = differences_of(compared(arms, study.baseline), measures[:1])
         parts += [as_markdown(table), *(f"{line}\n" for line in caption(table))]
     if judgements:
         parts.append(as_markdown(verdicts(judgements)))
