@@ -19,7 +19,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from datamodules.base import ExperimentDataModule
-from experiments import names, resume, run_folder, trust
+from experiments import moved_runs, names, resume, run_folder, trust
 from experiments.parser import ExperimentParser, check_nulls
 from experiments.run_folder import RunArguments, RunFolder
 from experiments.run_record import RunRecord
@@ -60,6 +60,7 @@ class ExperimentCLI(SettingsGoOverCheckpoint):
         self._args = list(args)
         self.closed = False  # whether the run's record is complete
         self.changes: resume.Changes = {}  # of a resumed run
+        self.replaced: moved_runs.Original = {}  # arguments that the record of the run has as they were
         configured = {"default_config_files": [str(DEFAULTS)]}
         super().__init__(
             model_class=ExperimentModule,
@@ -147,6 +148,7 @@ class ExperimentCLI(SettingsGoOverCheckpoint):
         self._resolve_checkpoint()
         self._lock_run()
         self._compare_with_the_run_to_resume()
+        self._use_files_of_the_run()
         if "weights_only" in self.arguments:
             self.arguments["weights_only"] = True  # a checkpoint runs no code, whatever reads it
         if "verbose" in self.arguments:
@@ -193,6 +195,18 @@ class ExperimentCLI(SettingsGoOverCheckpoint):
         if self.subcommand == "fit" and checkpoint and (resumed := run_folder.of_checkpoint(Path(checkpoint))):
             now = load_yaml(self.parser_of("fit").dump(self.arguments, skip_none=False))
             self.changes = resume.changes(read_yaml(resumed.path / run_folder.CONFIG), now)
+
+    def _use_files_of_the_run(self) -> None:
+        """Use the tokenizer and the architecture that a run has saved where the configuration leads to none."""
+        checkpoint = Path(given) if (given := self.arguments.get("ckpt_path")) else None
+        config = Path(str(files[0])) if (files := self.arguments["config"]) else None
+        of_checkpoint = run_folder.of_checkpoint(checkpoint) if checkpoint else None
+        recorded = config is not None and config.is_file() and run_folder.is_run(config.parent)
+        folder = of_checkpoint.path if of_checkpoint else config.parent if config and recorded else None
+        if folder is not None:
+            self.replaced = moved_runs.use_own_files(self.arguments, folder, checkpoint)
+        if config is not None and recorded:
+            moved_runs.check_paths(self.arguments, config)
 
     def _newest_checkpoint(self) -> str | None:
         """Return the newest readable checkpoint of the named run, or `None`; exit if the run is finished."""

@@ -63,6 +63,8 @@ class RunRecord(SaveConfigCallback):
         run = self._run
         whole = yaml.safe_load(self.parser.dump(self.config, skip_none=False))
         config = {key: value for key, value in whole.items() if key not in SESSION_KEYS}
+        for section, arguments in self.cli.replaced.items():
+            config[section].setdefault("init_args", {}).update(arguments)
         self._unknown_packages = unknown_packages(config)
         config["run"] |= {"name": run.name, "topic": run.topic, "study": run.study}
         is_fit = self.cli.subcommand == "fit"

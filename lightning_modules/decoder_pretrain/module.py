@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
@@ -60,6 +61,8 @@ class PretrainModule(ExperimentModule):
         compile: Whether to compile the loss, and so the forward and backward pass of a training step: `true` for the
             default mode of `torch.compile`; `reduce-overhead` for CUDA graphs, which save small models most of the time
             between kernels; or `max-autotune`. The first step then takes a minute or more.
+        architecture: Configuration of a decoder that started from `pretrained`; leave it out. A checkpoint holds it, so
+            that the decoder can be built without the pretrained weights.
 
     Raises:
         MisconfigurationException: If the sizes do not fit each other or the pretrained weights.
@@ -91,6 +94,7 @@ class PretrainModule(ExperimentModule):
         pretrained: str | None = None,
         vocab_multiple: PositiveInt = 1,
         compile: CompileMode = False,
+        architecture: dict[str, Any] | None = None,
     ) -> None:
         super().__init__(compile)
         self.save_hyperparameters()
@@ -103,7 +107,9 @@ class PretrainModule(ExperimentModule):
             "residual_dropout": dropout if residual_dropout is None else residual_dropout,
         }
         try:
-            if pretrained is None:
+            if pretrained is not None and architecture is not None:
+                self.decoder = Decoder(DecoderConfig(**architecture | common))
+            elif pretrained is None:
                 n_rows = -(-vocab_size // vocab_multiple) * vocab_multiple
                 config = DecoderConfig(
                     n_rows,
@@ -126,7 +132,8 @@ class PretrainModule(ExperimentModule):
                 INITIALIZATIONS[initialization](self.decoder)
             else:
                 self.decoder = load_decoder(pretrained, vocab_size, **common)
-        except ValueError as error:
+                self.hparams["architecture"] = asdict(self.decoder.config)
+        except (TypeError, ValueError) as error:  # the architecture can be a damaged file's
             raise MisconfigurationException(f"model: {error}") from error
         self.flops_per_token = self.decoder.flops_per_token()
         self.track(CorpusLoss())
