@@ -9,10 +9,12 @@ import lightning as L
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from lightning_modules.base import ExperimentModule
-from lightning_modules.common.files import replace_folder, write_text
+from lightning_modules.common.files import read_json, replace_folder, write_text
 from lightning_modules.common.messages import say
 from lightning_modules.finetuning.adapters import merged
+from lightning_modules.runtime.checkpoint import RunCheckpoint
 from lightning_modules.runtime.checkpoint_io import AtomicCheckpointIO
+from lightning_modules.runtime.model_card import context_of, model_card
 
 if TYPE_CHECKING:  # imported where used: transformers is slow to import
     from transformers import PreTrainedTokenizerFast
@@ -25,9 +27,14 @@ class ExportModel(L.Callback):
     model card. The data of the run must have a `tokenizer`, and the module `save_pretrained`; otherwise nothing is
     written. A module with `generate` makes a model that generates: other programs stop it at the end-of-text token and
     at the context. If `trainer.callbacks` names this class several times, the last one counts.
+
+    Args:
+        licence: Licence of the model for the model card, by its name on the Hugging Face hub, such as `mit`; `null`
+            means that it is not known.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, licence: str | None = None) -> None:
+        self.licence = licence
         self._has_trained = False
 
     @rank_zero_only
@@ -50,15 +57,34 @@ class ExportModel(L.Callback):
         if not files:
             say(f"{run} has no checkpoint, and so no model/: add lightning_modules.runtime.checkpoint.RunCheckpoint")
             return
-        module = type(pl_module).of_checkpoint(AtomicCheckpointIO().load_model(files[0]))
-        tokenizer = pl_module.data.tokenizer
-        replace_folder(run / "model", lambda folder: export_model(module, tokenizer, folder))
+        checkpoint = AtomicCheckpointIO().load_model(files[0])
+        module = type(pl_module).of_checkpoint(checkpoint)
+        results = next((c.best_metrics for c in trainer.checkpoint_callbacks if isinstance(c, RunCheckpoint)), {})
+        if not results:
+            latest = trainer.callback_metrics.items()
+            results = {name: float(value) for name, value in latest if name.startswith("val/")}
+        base = next((base for name in ("base", "pretrained") if (base := module.hparams.get(name))), None)
+        n_rows = {"train": _n_rows(trainer.train_dataloader), "val": _n_rows(trainer.val_dataloaders)}
+
+        def write(folder: Path) -> None:
+            export_model(module, pl_module.data.tokenizer, folder)
+            known = {split: n for split, n in n_rows.items() if n}
+            card = model_card(run, folder, base, checkpoint["global_step"], results, known, self.licence)
+            write_text(folder / "README.md", card)
+
+        replace_folder(run / "model", write)
 
     def _exports(self, trainer: L.Trainer, pl_module: ExperimentModule) -> bool:
         """Return whether this callback writes files: for this module, and not another callback of its class."""
         last = [callback for callback in trainer.callbacks if isinstance(callback, ExportModel)][-1]
         parts = (pl_module, getattr(pl_module.data, "tokenizer", None))
         return self is last and not trainer.fast_dev_run and all(hasattr(part, "save_pretrained") for part in parts)
+
+
+def _n_rows(loaders: Any) -> int:
+    """Return the number of rows that loaders visit in an epoch, on all processes; 0 if it is not known."""
+    samplers = [getattr(loader, "sampler", None) for loader in (loaders if isinstance(loaders, list) else [loaders])]
+    return sum(getattr(sampler, "n", 0) for sampler in samplers)
 
 
 def export_model(module: ExperimentModule, tokenizer: "PreTrainedTokenizerFast", folder: Path) -> None:
@@ -71,9 +97,8 @@ def export_model(module: ExperimentModule, tokenizer: "PreTrainedTokenizerFast",
     """
     with merged(module):
         module.save_pretrained(folder)
-    config = _read(folder / "config.json")
-    # GPT-2 has its own name for the context.
-    context = config.get("max_position_embeddings") or config.get("n_positions")
+    config = read_json(folder / "config.json", {})
+    context = context_of(config)
     tokenizer = copy.deepcopy(tokenizer)
     if context:
         tokenizer.model_max_length = min(context, tokenizer.model_max_length)
@@ -93,11 +118,7 @@ def export_model(module: ExperimentModule, tokenizer: "PreTrainedTokenizerFast",
         file.chmod((folder / "config.json").stat().st_mode)
 
 
-def _read(file: Path) -> dict[str, Any]:
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-
-
 def _update(file: Path, fields: dict[str, Any]) -> None:
     """Set fields of a JSON file; `None` leaves a field as it is."""
     given = {name: value for name, value in fields.items() if value is not None}
-    write_text(file, json.dumps(_read(file) | given, indent=2) + "\n")
+    write_text(file, json.dumps(read_json(file, {}) | given, indent=2) + "\n")
