@@ -24,6 +24,7 @@ from experiments.parser import ExperimentParser, check_nulls
 from experiments.run_folder import RunArguments, RunFolder
 from experiments.run_record import RunRecord
 from experiments.study.names import arm_of_agent, flag_value
+from experiments.working_folder import importable
 from experiments.yaml_files import load_yaml, read_yaml
 from lightning_modules import optim
 from lightning_modules.base import ExperimentModule
@@ -283,6 +284,12 @@ class ExperimentCLI(SettingsGoOverCheckpoint):
                     f"model.{name}: the YAML says {given}, but the data has {actual}; leave it out, it is linked"
                 )
 
+    def say_that_it_was_a_trial(self) -> None:
+        """Say what a run with `trainer.fast_dev_run` did, since it leaves nothing."""
+        if n_batches := int(self._trainer_arguments.get("fast_dev_run") or 0):
+            what = "1 batch" if n_batches == 1 else f"{n_batches} batches"
+            say(f"trial run: {self.subcommand} works on {what} of each split; it kept no files")
+
     def close(self) -> None:
         """Unlock the run, and remove the folder of a trial run, or of a run that failed before it wrote a file."""
         if self._lock is not None:
@@ -317,7 +324,9 @@ def main(args: Sequence[str]) -> None:
     args = names.with_files(args)
     cli = ExperimentCLI.__new__(ExperimentCLI)  # LightningCLI runs in its constructor, which may raise
     try:
-        cli.__init__(args)  # type: ignore[misc]
+        with importable([*trust.named_by_user(args), *trust.allowed(args)]):
+            cli.__init__(args)  # type: ignore[misc]
+        cli.say_that_it_was_a_trial()
     except RuntimeError as error:
         if _LOST_PEER.search(str(error)):
             raise MisconfigurationException(

@@ -72,15 +72,22 @@ def trust(args: Sequence[str]) -> None:
         MisconfigurationException: If `--allow` names no package, or the configuration of a run folder would choose a
             checkpoint, or a place outside of the working folder to write to.
     """
-    files = [Path(value) for flag, value in _flags(args) if flag in ("-c", "--config")]
-    recorded = [file for file in files if file.is_file() and run_folder_of(file)]
-    named = [*_named_by_flags(args)]
-    for file in files:
-        if file.is_file() and file not in recorded:
-            named += _named_in(_content(file))
+    recorded = [file for file in _files(args) if run_folder_of(file)]
+    named = named_by_user(args)
     for file in recorded:
         _check_recorded(file, args)
     _set(allowed(args), named if recorded else None)
+
+
+def named_by_user(args: Sequence[str]) -> list[str]:
+    """Return the texts that may be class paths in the flags of a command line and in its files but those of runs."""
+    files = (file for file in _files(args) if not run_folder_of(file))
+    return [*_named_by_flags(args), *(path for file in files for path in _named_in(_content(file)))]
+
+
+def _files(args: Sequence[str]) -> list[Path]:
+    files = (Path(value) for flag, value in _flags(args) if flag in ("-c", "--config"))
+    return [file for file in files if file.is_file()]
 
 
 def of_run(packages: Sequence[str]) -> Mapping[str, bool]:

@@ -1,0 +1,271 @@
+"""Classes that a YAML can name, with their arguments, read from source text without an import.
+
+Importing PyTorch and Lightning takes seconds. The help, the lists, the completion and the hints of error messages need
+names and docstrings only, and parsing the files takes a tenth of that.
+"""
+
+import ast
+import functools
+import importlib.util
+import re
+import textwrap
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+OWN = ("lightning_modules", "datamodules")  # packages of the classes of this project
+_SELF = ("self", "cls")
+_BASE = re.compile(r"^Base |\bbase (class|logic)\b")  # the docstrings of classes that others derive from
+_ROLE = re.compile(r":\w+:`~?(?:[\w.]+\.)?(\w+)`|`+([^`<]*[^`<\s])\s*(?:<[^>]*>)?`+_*")  # of reStructuredText
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """An argument of a constructor or function, as its source has it."""
+
+    name: str
+    type: str = ""
+    default: str | None = None  # `None` if it has none
+    help: str = ""
+
+
+@dataclass(frozen=True)
+class Class:
+    """A class in a file of source text."""
+
+    defined: str  # module and name
+    node: ast.ClassDef
+
+    @property
+    def name(self) -> str:
+        """Name without the module."""
+        return self.node.name
+
+    @property
+    def module(self) -> str:
+        """Module in which it is defined."""
+        return self.defined.rpartition(".")[0]
+
+    @property
+    def summary(self) -> str:
+        """First sentence of the docstring."""
+        return first_sentence(ast.get_docstring(self.node) or "")
+
+    @functools.cached_property
+    def path(self) -> str:
+        """Shortest path by which a YAML names it: packages may re-export it."""
+        parts = self.module.split(".")
+        packages = (".".join(parts[:length]) for length in range(1, len(parts)))
+        return next((f"{p}.{self.name}" for p in packages if self.name in _imports(p)), self.defined)
+
+    @property
+    def is_public(self) -> bool:
+        """Whether a YAML can name it: neither private, nor a base of others, nor with methods to be implemented."""
+        return not (self.name.startswith("_") or _BASE.search(self.summary) or self._abstract())
+
+    def _abstract(self) -> set[str]:
+        missing: set[str] = set()
+        for kind in reversed(ancestors(self)):
+            for method in (item for item in kind.node.body if isinstance(item, ast.FunctionDef)):
+                is_abstract = any("abstract" in ast.unparse(decorator) for decorator in method.decorator_list)
+                (missing.add if is_abstract else missing.discard)(method.name)
+        return missing
+
+
+def first_sentence(text: str) -> str:
+    """Return the first sentence of a text, in one line."""
+    line = _plain(" ".join(text.strip().split("\n\n")[0].split()))
+    return re.split(r"(?<=[\w)`'][.?])\s+(?=[A-Z])|(?<=[^\s.]{2}:)\s+(?=-)", line)[0].removesuffix(".")
+
+
+def _plain(text: str) -> str:
+    """Return a text with names in backticks where reStructuredText has roles, links and double backticks."""
+    return _ROLE.sub(lambda found: found[1] or f"`{found[2]}`", text)
+
+
+# --- files and classes ------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def _file(module: str) -> Path | None:
+    """Return the source file of a module, or `None`."""
+    top, *parts = module.split(".")
+    if (ROOT / top / "__init__.py").is_file():
+        folder: Path | None = ROOT / top
+    else:
+        try:
+            spec = importlib.util.find_spec(top)  # does not import a top-level package
+        except (ImportError, ValueError):
+            spec = None
+        folder = Path(spec.origin).parent if spec and spec.origin and spec.submodule_search_locations else None
+    if folder is None:
+        return None
+    place = folder.joinpath(*parts)
+    files = (place / "__init__.py", place.with_suffix(".py") if parts else place / "__init__.py")
+    return next(filter(Path.is_file, files), None)
+
+
+@functools.cache
+def _tree(module: str) -> ast.Module:
+    file = _file(module)
+    try:
+        return ast.parse(file.read_bytes() if file else "")
+    except SyntaxError:
+        return ast.parse("")
+
+
+@functools.cache
+def _imports(module: str) -> dict[str, str]:
+    """Return what a module imports at its top: full names by the names that they have in it."""
+    found: dict[str, str] = {}
+    file = _file(module)
+    package = module if file is not None and file.name == "__init__.py" else module.rpartition(".")[0]
+    statements = list(_tree(module).body)
+    while statements:
+        statement = statements.pop(0)
+        if isinstance(statement, ast.If | ast.Try):
+            statements += [*statement.body, *statement.orelse]
+        elif isinstance(statement, ast.Import):
+            found |= {alias.asname: alias.name for alias in statement.names if alias.asname}
+        elif isinstance(statement, ast.ImportFrom):
+            start = statement.module or ""
+            if statement.level:
+                above = package.split(".")[: len(package.split(".")) - statement.level + 1]
+                start = ".".join([*above, *filter(None, [statement.module])])
+            found |= {alias.asname or alias.name: f"{start}.{alias.name}" for alias in statement.names}
+    return found
+
+
+@functools.cache
+def find(path: str) -> Class | None:
+    """Return the class of a path, also one by which a package re-exports it; `None` if there is none."""
+    module, _, name = path.rpartition(".")
+    for _ in range(6):  # re-exports
+        if not module or _file(module) is None:
+            return None
+        for item in _tree(module).body:
+            if isinstance(item, ast.ClassDef) and item.name == name:
+                return Class(f"{module}.{name}", item)
+        module, _, name = _imports(module).get(name, "").rpartition(".")
+    return None
+
+
+@functools.cache
+def ancestors(kind: Class) -> tuple[Class, ...]:
+    """Return a class and its bases, in the order in which attributes are looked up, as far as their source is found."""
+    found = {kind.defined: kind}
+    for base in kind.node.bases:
+        text = ast.unparse(base.value if isinstance(base, ast.Subscript) else base)
+        first, dot, rest = text.partition(".")
+        full = _imports(kind.module).get(first, f"{kind.module}.{first}" if not dot else first) + dot + rest
+        if (parent := find(full)) is not None:
+            found |= {above.defined: above for above in ancestors(parent)}
+    return tuple(found.values())
+
+
+@functools.cache
+def classes(package: str) -> tuple[Class, ...]:
+    """Return the classes that are defined in a package and below it."""
+    init = _file(package)
+    if init is None:
+        return ()
+    files = [init] if init.name != "__init__.py" else sorted(init.parent.rglob("*.py"))
+    found = []
+    for file in files:
+        parts = file.relative_to(init.parent).with_suffix("").parts if init.name == "__init__.py" else ()
+        module = ".".join([package, *(part for part in parts if part != "__init__")])
+        found += [Class(f"{module}.{item.name}", item) for item in _tree(module).body if isinstance(item, ast.ClassDef)]
+    return tuple(found)
+
+
+def subclasses(base: str, *packages: str) -> list[Class]:
+    """Return the public classes of packages that derive from a class, by its path, sorted by their own paths."""
+    above = find(base)
+    found = [
+        kind
+        for package in packages
+        for kind in classes(package)
+        if above is not None and kind != above and above in ancestors(kind) and kind.is_public
+    ]
+    return sorted(found, key=lambda kind: kind.path)
+
+
+# --- arguments --------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def parameters(kind: Class) -> dict[str, Parameter]:
+    """Return the arguments of the constructor of a class, with those that it passes on to its bases."""
+    found: dict[str, Parameter] = {}
+    documented = {}
+    for place in reversed(ancestors(kind)):
+        documented |= described(ast.get_docstring(place.node) or "")
+    is_dataclass = False
+    for place in ancestors(kind):
+        constructor = _function(place.node, "__init__")
+        if any("dataclass" in ast.unparse(decorator) for decorator in place.node.decorator_list):
+            is_dataclass = True
+            found = {name: p for name, p in _fields(place.node).items() if name not in found} | found
+        elif constructor is not None and not is_dataclass:
+            documented |= described(ast.get_docstring(constructor) or "")
+            found = found | {p.name: p for p in arguments(constructor) if p.name not in found}
+            if constructor.args.kwarg is None and constructor.args.vararg is None:
+                break
+    return {name: Parameter(name, p.type, p.default, documented.get(name, p.help)) for name, p in found.items()}
+
+
+def function(path: str) -> list[Parameter]:
+    """Return the arguments of a method, by the path of its class and its name, with their help."""
+    owner, _, name = path.rpartition(".")
+    kind = find(owner)
+    node = _function(kind.node, name) if kind else None
+    if node is None:
+        return []
+    documented = described(ast.get_docstring(node) or "")
+    return [Parameter(p.name, p.type, p.default, documented.get(p.name, "")) for p in arguments(node)]
+
+
+def _function(node: ast.ClassDef, name: str) -> ast.FunctionDef | None:
+    return next((item for item in node.body if isinstance(item, ast.FunctionDef) and item.name == name), None)
+
+
+def arguments(node: ast.FunctionDef) -> list[Parameter]:
+    """Return the arguments of a function, without those in a star."""
+    positional = [*node.args.posonlyargs, *node.args.args]
+    defaults: list[ast.expr | None] = [None] * (len(positional) - len(node.args.defaults)) + list(node.args.defaults)
+    pairs = [*zip(positional, defaults, strict=True), *zip(node.args.kwonlyargs, node.args.kw_defaults, strict=True)]
+    return [_parameter(arg.arg, arg.annotation, default) for arg, default in pairs if arg.arg not in _SELF]
+
+
+def _fields(node: ast.ClassDef) -> dict[str, Parameter]:
+    fields = (item for item in node.body if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name))
+    return {item.target.id: _parameter(item.target.id, item.annotation, item.value) for item in fields}
+
+
+def _parameter(name: str, annotation: ast.expr | None, default: ast.expr | None) -> Parameter:
+    return Parameter(
+        name, ast.unparse(annotation) if annotation else "", None if default is None else ast.unparse(default)
+    )
+
+
+def described(docstring: str) -> dict[str, str]:
+    """Return what a docstring in Google style says of each argument, in one line each."""
+    section = re.search(r"^Args?:[^\n]*\n((?:[ \t]+\S.*\n?|\s*\n)+)", docstring, re.MULTILINE)
+    found: dict[str, list[str]] = {}
+    name = None
+    for line in textwrap.dedent(section[1]).splitlines() if section else ():
+        if entry := re.match(r"\*{0,2}(\w+)(?: \([^:]*\))?:\s*(.*)", line):
+            name, found[entry[1]] = entry[1], [entry[2]]
+        elif name is not None:
+            found[name].append(line.strip())
+    return {
+        name: _ROLE.sub(lambda f: f[1] or f"`{f[2]}`", " ".join(filter(None, lines))) for name, lines in found.items()
+    }
+
+
+# --- this project -----------------------------------------------------------------------------------------------------
+
+
+def topics() -> list[str]:
+    """Return the names of the topics that come with the project."""
+    return sorted(file.parent.name for file in (ROOT / "experiments").glob("*/offline.yaml"))

@@ -1,0 +1,140 @@
+"""`llm-train list`: topics, experiments, studies and classes, one line each; it imports none of them."""
+
+import re
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from experiments import index, names
+from experiments.errors import CommandParser
+
+_CALLBACK = "lightning.pytorch.callbacks.callback.Callback"
+_SCHEDULES = ("lightning_modules.optim.schedules", "torch.optim.lr_scheduler")
+Rows = Iterator[tuple[str, str]]  # name or class path, and what it is
+
+
+def topics() -> Rows:
+    """Yield the topics of the working folder and of the project."""
+    found: dict[str, str] = {}
+    for root in (Path("experiments"), names.SHIPPED):
+        for folder in sorted({file.parent for file in root.glob("*/offline.yaml")}):
+            found.setdefault(folder.name, _heading(folder / "README.md"))
+    yield from sorted(found.items())
+
+
+def experiments() -> Rows:
+    """Yield the experiments by name."""
+    yield from ((name, what) for name, what in _files("*.yaml", "*/*.yaml") if not name.startswith("trainer/"))
+
+
+def presets() -> Rows:
+    """Yield the presets for hardware by name."""
+    yield from _files("trainer/*.yaml")
+
+
+def studies() -> Rows:
+    """Yield the studies by name."""
+    yield from _files("*/studies/*.yaml")
+
+
+def sources() -> Rows:
+    """Yield the sources of text or of rows."""
+    bases = [kind for kind in index.classes("datamodules") if kind.name.endswith("Source") and not kind.is_public]
+    found = {row for base in bases for row in _classes(base.defined, "datamodules")}
+    yield from sorted(found)
+
+
+def modules() -> Rows:
+    """Yield the modules and the datamodules."""
+    yield from _classes("lightning_modules.base.ExperimentModule", *_of_topics("lightning_modules"))
+    yield from _classes("datamodules.base.ExperimentDataModule", "datamodules")
+
+
+def callbacks() -> Rows:
+    """Yield the callbacks of the project and of Lightning."""
+    yield from _classes(_CALLBACK, "lightning_modules", "lightning.pytorch.callbacks")
+
+
+def optimizers() -> Rows:
+    """Yield the optimisers of the project and of PyTorch."""
+    yield from _classes("torch.optim.Optimizer", "lightning_modules.optim", "torch.optim")
+
+
+def schedules() -> Rows:
+    """Yield the learning-rate schedules of the project and of PyTorch."""
+    yield from _classes("torch.optim.lr_scheduler.LRScheduler", *_SCHEDULES)
+
+
+KINDS: dict[str, Callable[[], Rows]] = {
+    kind.__name__: kind
+    for kind in (topics, experiments, presets, studies, modules, sources, callbacks, optimizers, schedules)
+}
+_USES = {
+    "experiments": "llm-train fit -c NAME",
+    "presets": "llm-train fit -c NAME -c PRESET",
+    "studies": "llm-train study NAME",
+    "modules": "model: {class_path: ...} and data: {class_path: ...}",
+    "sources": "--data.source CLASS",
+    "callbacks": "--trainer.callbacks+ CLASS",
+    "optimizers": "--optimizer CLASS",
+    "schedules": "--lr_scheduler CLASS",
+}
+
+
+def _of_topics(package: str) -> list[str]:
+    return [f"{package}.{topic}" for topic in index.topics()]
+
+
+def _classes(base: str, *packages: str) -> Rows:
+    for kind in index.subclasses(base, *packages):
+        yield kind.path, kind.summary
+
+
+def _files(*patterns: str) -> Rows:
+    """Yield the files of patterns by name; those of the working folder go before those of the project."""
+    found: dict[str, str] = {}
+    for root in (Path(), Path("experiments"), names.SHIPPED):
+        for file in sorted(file for pattern in patterns for file in root.glob(pattern)):
+            name = "/".join(part for part in file.relative_to(root).with_suffix("").parts if part != "studies")
+            is_ours = re.search(r"^(trainer|model|parameters):", file.read_text(errors="replace"), re.MULTILINE)
+            if is_ours and names.find(name) == file:
+                found.setdefault(name, comment(file))
+    yield from found.items()
+
+
+def comment(file: Path) -> str:
+    """Return the first sentence of the comment that a YAML file begins with."""
+    lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
+    marked = re.match(r"(?:#.*\n)*", "\n".join(lines) + "\n")
+    text = [line.lstrip("#").strip() for line in (marked[0].splitlines() if marked else ())]
+    stop = next((i for i, line in enumerate(text) if re.match(r"\w+: |llm-train ", line)), len(text))
+    return index.first_sentence("\n".join(text[:stop]))
+
+
+def _heading(readme: Path) -> str:
+    if not readme.is_file():
+        return ""
+    first = readme.read_text(encoding="utf-8").partition("\n")[0]
+    return first.lstrip("# ").partition(":")[2].strip()
+
+
+def main(args: Sequence[str]) -> None:
+    """Print what there is, of one kind or of all."""
+    parser = CommandParser(
+        prog="llm-train list",
+        description="List topics, experiments, studies and classes: by name or class path, with one line each. "
+        "`llm-train fit --model.help CLASS` explains a class.",
+    )
+    parser.add_argument("kind", nargs="?", choices=KINDS, help="what to list (default: all)")
+    asked = parser.parse_args(args[1:]).kind
+    columns = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    for kind in [asked] if asked else KINDS:
+        if not asked:
+            print(f"{kind}{f':  {_USES[kind]}' if kind in _USES else ''}")
+        rows = [*KINDS[kind]()]
+        width = max((len(name) for name, _ in rows), default=0)
+        for name, what in rows:
+            print(f"{'' if asked else '  '}{name:<{width}}  {what}".rstrip()[:columns])
+        if not asked:
+            print()
