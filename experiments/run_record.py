@@ -19,6 +19,7 @@ import yaml
 from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
+from experiments.opening import block, opening_lines
 from experiments.run_folder import CONFIG, RunFolder
 from experiments.trust import SESSION_KEYS, unknown_packages
 from lightning_modules.common.files import read_json, write_json, write_text
@@ -98,11 +99,13 @@ class RunRecord(SaveConfigCallback):
         return self._run.path / ("summary.json" if command == "fit" else f"summary_{command}.json")
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Write the record of a resumed run, and drop the metrics of steps that it repeats."""
+        """Write the record of a resumed run, drop the metrics of steps that it repeats, and print the opening lines."""
         if self._is_resumed and trainer.is_global_zero:
             self._record(trainer)
         for logger in _of(MetricsCSV, trainer.loggers) if trainer.is_global_zero else ():
             logger.go_on_from(trainer.global_step, self._unwritten)
+        if not trainer.fast_dev_run:
+            say(block(opening_lines(trainer, pl_module, self._run.path)))
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Save the row of metrics that is not in the file yet."""
@@ -185,7 +188,7 @@ class RunRecord(SaveConfigCallback):
         if following:
             packages = ",".join(self._unknown_packages)
             lines.append(("next", following + (f" --allow {packages}" if packages else "")))
-        say("\n" + "\n".join(f"{what:<8}{text}" for what, text in lines))
+        say("\n" + block(lines))
 
     def _next_command(self, pl_module: L.LightningModule) -> str | None:
         """Return the command that the module proposes after a run, or one for which the run has the files."""

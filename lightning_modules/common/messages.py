@@ -1,17 +1,25 @@
 """Messages to the user, printed once for all processes of a run."""
 
+import os
 import sys
 
 from lightning_utilities.core.rank_zero import rank_zero_only
 
+ERASE_LINE = "\r\x1b[K"  # of a terminal
+
+
+def on_terminal() -> bool:
+    """Return whether standard error is a terminal that can write over a line."""
+    return sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+
 
 def say(line: str) -> None:
-    """Print a line to standard error, on rank 0 only.
+    """Print a line to standard error, on rank 0 only; in a terminal, in place of a line about the progress.
 
     Lightning sets the rank when it is imported. Without Lightning there is one process.
     """
     if getattr(rank_zero_only, "rank", 0) == 0:
-        print(line, file=sys.stderr)
+        print((ERASE_LINE if on_terminal() else "") + line, file=sys.stderr)
 
 
 def first_line(error: BaseException) -> str:

@@ -1,13 +1,16 @@
 """Callbacks that stop a run: with a checkpoint on SIGTERM and Ctrl-C, and if the loss is infinite or NaN."""
 
 import math
+import os
 import signal
 from typing import Any
 
 import lightning as L
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
+from lightning_modules.common.messages import ERASE_LINE, on_terminal
 from lightning_modules.common.ranges import PositiveInt
 from lightning_modules.runtime import private_names
 from lightning_modules.runtime.checkpoint import save_last
@@ -47,11 +50,13 @@ class GracefulStop(L.Callback):
 
     def _on_signal(self, signal_number: int, frame: object) -> None:
         self.received = signal_number
-        self._restore_handlers()
-
-    def _restore_handlers(self) -> None:
-        for signal_number, handler in self._previous_handlers.items():
-            signal.signal(signal_number, signal.default_int_handler if signal_number == signal.SIGINT else handler)
+        for number in self._previous_handlers:
+            signal.signal(number, _stop_at_once)
+        if rank_zero_only.rank == 0:
+            what = "Ctrl-C" if signal_number == signal.SIGINT else signal.Signals(signal_number).name
+            line = f"{what}: stopping after this step, with a checkpoint; a second one stops at once\n"
+            # Not `print`, which cannot be called while the signal interrupts it.
+            os.write(2, f"{ERASE_LINE if on_terminal() else ''}{line}".encode())
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: object) -> None:
         """Save and raise `SystemExit` between two optimiser steps if any rank got a signal."""
@@ -71,6 +76,10 @@ class GracefulStop(L.Callback):
         for signal_number, handler in self._previous_handlers.items():
             signal.signal(signal_number, handler)
         self._previous_handlers = {}
+
+
+def _stop_at_once(signal_number: int, frame: object) -> None:
+    raise SystemExit(128 + signal_number)
 
 
 class StopOnNonFiniteLoss(L.Callback):

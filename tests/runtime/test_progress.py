@@ -1,23 +1,25 @@
-"""The line that shows how far a run is."""
+"""What a run shows while it trains: its opening lines, the line of its progress, and how it stops."""
 
+import os
+import signal
 from types import SimpleNamespace
 
 import pytest
+from helpers import RUNS
 
-from lightning_modules.runtime.progress import RunProgress
+from lightning_modules.runtime import progress as lines
+from lightning_modules.runtime.progress import ProgressLine, RunProgress, terminal_width
+from lightning_modules.runtime.stop import GracefulStop
 
 
 @pytest.mark.parametrize(
     ("total", "shown"), [(40, "/40"), (None, "3 steps"), (float("inf"), "3 steps"), (-1, "3 steps")]
 )
 def test_a_run_without_a_length_shows_its_steps(total, shown):
-    progress = RunProgress()
-    progress._open("train", total, initial=3)
-    assert shown in str(progress._bar)
-    progress._bar.close()
+    assert shown in RunProgress()._open("train", total, initial=3).text()
 
 
-def test_metrics_are_read_when_they_are_logged_and_not_when_the_line_is_drawn(monkeypatch):
+def test_metrics_are_read_when_they_are_logged_and_not_when_the_line_is_drawn():
     read = []
 
     class Metrics(dict):
@@ -32,11 +34,83 @@ def test_metrics_are_read_when_they_are_logged_and_not_when_the_line_is_drawn(mo
     for trainer.global_step in range(1, 9):
         progress.on_train_batch_end(trainer)
     assert set(read) == {4, 8}  # a reading makes the host wait for the GPU
-    progress._bar.close()
 
 
-def test_the_last_step_has_one_line_in_a_file(llm_train, tiny):
+def test_a_file_has_one_line_for_the_last_step_and_neither_bars_nor_carriage_returns(llm_train, tiny):
     done = llm_train("fit", "-c", tiny())  # validates at the last step
-    lines = [line.strip() for line in done.err.splitlines() if line.startswith("train")]
-    assert "24/24" in lines[-1]
-    assert len(lines) == len(set(lines))
+    printed = [line for line in done.err.splitlines() if line.startswith("train")]
+    assert "24/24" in printed[-1]
+    assert len(printed) == len(set(printed))
+    assert not {"\r", "\x1b", "█"} & set(done.err)
+    said = done.err.splitlines()
+    opening = said[said.index(f"run     {RUNS}/tiny") :][:5]
+    assert [line[:8].strip() for line in opening] == ["run", "model", "data", "steps", "device"]
+    assert "parameters, all trained" in opening[1]
+    assert opening[3].startswith("steps   24 of 4 examples, ")
+    assert opening[4] == "device  cpu, precision 32-true"
+
+
+@pytest.mark.parametrize("width", [20, 40, 60, 79, 80, 200])
+def test_a_line_fits_into_its_terminal(width):
+    line = ProgressLine("train", 24)
+    line.position = 12
+    line.shown = {"loss": "3.219", "val loss": "3.871", "tokens/s": "12,345"}
+    text = line.text(width)
+    assert len(text) <= width
+    assert ("tokens/s" in text) == (width >= 79)
+    assert ("|" in text) == (width not in (20, 79, 80))  # it has the columns that the metrics leave
+    if width == 200:
+        assert f"|{'█' * 10}{' ' * 10}| 12/24 [00:00<00:00, loss=3.219" in text
+
+
+def test_the_width_is_that_of_the_variable_or_the_terminal_or_80(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "33")
+    assert terminal_width() == 33
+    monkeypatch.setenv("COLUMNS", "0")
+    monkeypatch.setattr(os, "get_terminal_size", lambda _: os.terminal_size((0, 0)))  # of one that does not say it
+    assert terminal_width() == 80
+    monkeypatch.setattr(os, "get_terminal_size", lambda _: os.terminal_size((132, 9)))
+    assert terminal_width() == 132
+
+
+def test_a_validation_of_a_fit_has_a_line_of_its_own_in_a_terminal(monkeypatch, capfd, llm_train, tiny):
+    monkeypatch.setattr(lines, "on_terminal", lambda: True)
+    monkeypatch.setattr(ProgressLine, "is_due", True)
+    done = llm_train("fit", "-c", tiny(trainer__max_steps=8))
+    drawn = done.err.split("\r\x1b[K")
+    assert any(line.startswith("validate") and "1/" in line for line in drawn)
+    assert drawn[-1].startswith("train")
+    assert "8/8" in drawn[-1]
+    # The line of the validation is removed before the next.
+    after = drawn[max(i for i, line in enumerate(drawn) if line.startswith("validate")) + 1]
+    assert after == ""
+
+
+def test_lines_of_a_file_get_rarer(monkeypatch):
+    now = 0.0
+    monkeypatch.setattr(lines.time, "monotonic", lambda: now)
+    line = ProgressLine("train", 10)
+    drawn = []
+    for now in range(10_000):
+        if line.is_due:
+            line._drawn = now
+            drawn.append(now)
+    assert drawn[:2] == [6, 12]
+    assert drawn[-1] - drawn[-2] > 190
+    assert len(drawn) < 250
+
+
+@pytest.mark.parametrize(("number", "name"), [(signal.SIGINT, "Ctrl-C"), (signal.SIGTERM, "SIGTERM")])
+def test_a_signal_is_answered_in_one_line_and_a_second_one_stops_at_once(number, name, capfd):
+    stop = GracefulStop()
+    trainer = SimpleNamespace(world_size=1)
+    stop.on_train_start(trainer, None)
+    try:
+        signal.raise_signal(number)
+        answer = f"{name}: stopping after this step, with a checkpoint; a second one stops at once\n"
+        assert capfd.readouterr().err == answer
+        with pytest.raises(SystemExit) as stopped:
+            signal.raise_signal(number)
+        assert stopped.value.code == 128 + number
+    finally:
+        stop.teardown(trainer, None, "fit")

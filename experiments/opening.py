@@ -1,0 +1,67 @@
+"""The lines at the start of a run: where it writes, what it trains, on how much data, and on which device."""
+
+import math
+from pathlib import Path
+
+import lightning as L
+import torch
+from torch import nn
+
+from lightning_modules.base import GradientFreeModule
+
+Lines = list[tuple[str, str]]  # a word of at most seven letters, and a text
+
+
+def opening_lines(trainer: L.Trainer, module: L.LightningModule, folder: Path) -> Lines:
+    """Return the lines about a fit that begins."""
+    where = str(folder) + (f", resumed at step {trainer.global_step}" if trainer.global_step else "")
+    model = type(module).__name__
+    if not isinstance(module, GradientFreeModule):
+        model += f": {_parameters(module)}"
+    lines = [("run", where), ("model", model)]
+    if data := _data(trainer):
+        lines.append(("data", data))
+    return [*lines, ("steps", _steps(trainer)), ("device", _device(trainer))]
+
+
+def block(lines: Lines) -> str:
+    """Return lines with their texts below each other."""
+    return "\n".join(f"{what:<8}{text}" for what, text in lines)
+
+
+def _parameters(module: nn.Module) -> str:
+    trained = [parameter.requires_grad for parameter in module.parameters()]
+    sizes = [parameter.numel() for parameter in module.parameters()]
+    n_trained = sum(size for size, is_trained in zip(sizes, trained, strict=True) if is_trained)
+    if all(trained):
+        return f"{sum(sizes):,} parameters, all trained"
+    return f"{sum(sizes):,} parameters, {n_trained:,} of them trained ({n_trained / sum(sizes):.2%})"
+
+
+def _data(trainer: L.Trainer) -> str | None:
+    """Return the examples of an epoch, and their tokens if all have the same number; `None` for another loader."""
+    sampler, dataset = (getattr(trainer.train_dataloader, name, None) for name in ("sampler", "dataset"))
+    n = getattr(sampler, "n", None)
+    if n is None:
+        return None
+    if (block_size := getattr(dataset, "block_size", None)) is None:
+        return f"{n:,} examples an epoch"
+    return f"{n:,} examples of {block_size:,} tokens an epoch, {n * block_size:,} tokens"
+
+
+def _steps(trainer: L.Trainer) -> str:
+    total, batches = trainer.estimated_stepping_batches, trainer.num_training_batches
+    size = getattr(getattr(trainer.train_dataloader, "sampler", None), "batch_size", None)
+    each = f" of {size * trainer.accumulate_grad_batches:,} examples" if size else ""
+    if not math.isfinite(total):
+        return f"no limit{each and f', each{each}'}"
+    if not math.isfinite(batches):
+        return f"{total:,}{each}"
+    epochs = total / math.ceil(batches / trainer.accumulate_grad_batches)
+    return f"{total:,}{each}, {f'{epochs:.3g} epochs' if epochs >= 0.01 else 'a small part of an epoch'}"
+
+
+def _device(trainer: L.Trainer) -> str:
+    device = trainer.strategy.root_device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return f"{f'{trainer.world_size} x ' if trainer.world_size > 1 else ''}{name}, precision {trainer.precision}"
