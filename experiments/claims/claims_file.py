@@ -31,7 +31,9 @@ class Records(Section):
 
     Args:
         file: Name of the sweep file, if it is another than that of the records.
-        flags: Further flags of all runs, such as `--trainer.max_steps=1200`. The study is then named as the records are.
+        first: Experiments that the runs start from, such as `TOPIC/offline`; they run first if they are missing.
+        flags: Further flags of all runs, such as `--trainer.max_steps=1200`; the study is then named as
+            the records are.
         metrics: Metrics whose last value is recorded; the first is that of the figure and of the differences.
         best: Those among them whose best value is recorded too.
         baseline: Settings of the arm with which the table in the README compares the others: `initialization=gpt2`.
@@ -41,6 +43,7 @@ class Records(Section):
     """
 
     file: str = ""
+    first: list[str] = Field(default_factory=list)
     flags: list[str] = Field(default_factory=list)
     metrics: Annotated[list[str], Field(min_length=1)]
     best: list[str] = Field(default_factory=list)

@@ -1,5 +1,6 @@
 """`llm-train claims`: run what the claims need, judge them, and say which verdicts are not the expected ones."""
 
+import shlex
 import subprocess
 import sys
 from argparse import Namespace
@@ -20,6 +21,8 @@ from experiments.study.runs import study_folder
 from experiments.study.sweep_file import Sweep, read_sweep_file
 from lightning_modules.common.files import read_json, write_json, write_text
 from lightning_modules.common.messages import say
+
+_MOST_LISTED = 5  # of the verdicts that are not expected, in the error
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,9 @@ class Study:
 
     def run(self, root: str, jobs: int) -> None:
         """Start the runs that are missing, and test them if the claims need it; exit if one fails or on a signal."""
+        for experiment in self.spec.first:
+            if read_json(Path("runs", experiment, "summary.json"), {}).get("status") != FINISHED:
+                _run(["fit", "-c", experiment, "--auto_resume", "true"])
         name = ["--name", self._run_name] if self._run_name else []
         flags = [*self.spec.flags, *([f"--run.root={root}"] if root != "runs" else [])]
         study_command.main(["study", str(self.sweep.path), *name, "--jobs", str(jobs), *flags])
@@ -59,11 +65,15 @@ class Study:
         for folder in sorted(file.parent for file in self.folder(root).glob("*/summary.json")):
             finished = read_json(folder / "summary.json", {}).get("status") == FINISHED
             if finished and not (folder / "summary_test.json").is_file():
-                config = str(folder / "config.yaml")
-                command = [sys.executable, "-m", "experiments", "test", "-c", config, "--ckpt_path", "best"]
-                say(f"test    {folder}")
-                if code := subprocess.run(command, stdout=subprocess.DEVNULL).returncode:
-                    raise UserError(f"llm-train test -c {config} --ckpt_path best: ended with code {code}")
+                _run(["test", "-c", str(folder / "config.yaml"), "--ckpt_path", "best"])
+
+
+def _run(words: Sequence[str]) -> None:
+    """Run a command of the project in a process of its own; raise a `UserError` if it fails."""
+    shown = shlex.join(["llm-train", *words])
+    say(f"run     {shown}")
+    if code := subprocess.run([sys.executable, "-m", "experiments", *words], stdout=subprocess.DEVNULL).returncode:
+        raise UserError(f"{shown}: ended with code {code}")
 
 
 def main(args: Sequence[str]) -> None:
@@ -112,12 +122,15 @@ def _conclude(judgements: Sequence[Judgement]) -> None:
     if not wrong:
         print(f"{len(judgements)} claims: the verdicts are as expected{pending}")
         return
-    listed = "; ".join(
+    listed = [
         f"{each.topic}, {each.claim.name}: {each.verdict}, expected "
         + ("no records (`records: pending`)" if each.claim.records == "pending" else each.claim.expected)
-        for each in wrong
+        for each in wrong[:_MOST_LISTED]
+    ]
+    more = [f"and {len(wrong) - _MOST_LISTED} more"] if len(wrong) > _MOST_LISTED else []
+    raise UserError(
+        f"{len(wrong)} of {len(judgements)} verdicts are not the expected ones{pending}: {'; '.join(listed + more)}"
     )
-    raise UserError(f"{len(wrong)} of {len(judgements)} verdicts are not the expected ones{pending}: {listed}")
 
 
 def _parse(args: Sequence[str]) -> Namespace:
