@@ -105,9 +105,7 @@ def read_records(text: str, name: str) -> Recorded:
     table = csv.DictReader(io.StringIO(text))
     columns = list(table.fieldnames or [])
     if SEED not in columns or columns[-len(PROVENANCE) :] != list(PROVENANCE):
-        raise UserError(
-            f"{name}: is not a file of records: columns are missing; write it with `llm-train claims --record`"
-        )
+        raise UserError(f"{name}: lacks columns of records; `llm-train claims --record` writes it")
     place = columns.index(SEED)
     keys, metrics = columns[:place], columns[place + 1 : -len(PROVENANCE)]
     runs, rows = [], []

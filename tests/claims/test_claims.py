@@ -1,0 +1,413 @@
+"""Claims: their files, the verdicts on synthetic records, the tables of READMEs, and the committed records."""
+
+import json
+import re
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import pytest
+import yaml
+
+from experiments.claims import command
+from experiments.claims.claims_file import claims_files, read_claims
+from experiments.claims.judge import judge
+from experiments.claims.records import PROVENANCE, make_records, read_records
+from experiments.errors import UserError
+from lightning_modules.common.files import csv_text
+
+ROOT = Path(__file__).parents[2]
+EXPERIMENTS = ROOT / "experiments"
+TOPICS = sorted(claims_files(EXPERIMENTS))
+FROM = ["finished", "100", "5", "7", "2030-01-01", "abc", "3.11", "2.13", "2.6", "2 cores"]
+
+DEPTH = {
+    "studies": {"depth": {"metrics": ["val/loss", "val/accuracy"], "best": ["val/loss"], "baseline": ["n_layer=1"]}},
+    "claims": [
+        {
+            "name": "deeper_is_better",
+            "sentence": "Two layers have a lower loss than one.",
+            "source": {"paper": "Someone (2001)", "where": "table 1", "number": -0.9},
+            "study": "depth",
+            "metric": "val/loss",
+            "holds_if": {"difference": {"arms": [{"n_layer": 2}], "against": {"n_layer": 1}, "below": 0}},
+            "expected": "holds",
+        }
+    ],
+}
+LOSSES = {1: [3.0, 3.1, 3.2], 2: [2.0, 2.1, 2.15]}
+
+
+def records(losses: Mapping[int, Sequence[float]] = LOSSES, accuracy: float = 0.5, validations: int = 5) -> str:
+    """Return records of two depths; the best loss of a run is lower than the last by 0.5."""
+    rows = [
+        [n_layer, seed, loss, accuracy + loss / 100, loss - 0.5, *FROM[:2], validations, *FROM[3:]]
+        for n_layer, values in losses.items()
+        for seed, loss in enumerate(values)
+    ]
+    return csv_text(["model.n_layer", "seed", "val/loss", "val/accuracy", "val/loss, best", *PROVENANCE], rows)
+
+
+def with_condition(condition: Mapping[str, object], **claim: object) -> dict:
+    return {**DEPTH, "claims": [{**DEPTH["claims"][0], "holds_if": condition, **claim}]}
+
+
+@pytest.fixture
+def topic() -> Path:
+    """Write a topic with a claim, its records, and a README with their table."""
+    folder = Path("experiments/topic")
+    (folder / "records").mkdir(parents=True)
+    (folder / "studies").mkdir()
+    (folder / "records/depth.csv").write_text(records())
+    (folder / "claims.yaml").write_text(yaml.safe_dump(DEPTH, sort_keys=False))
+    (folder / "README.md").write_text("# Topic\n\n<!-- claims: depth -->\n<!-- end -->\n\nText.\n")
+    sweep = {
+        "method": "grid", "name": "depth", "metric": {"name": "val/loss", "goal": "minimize"},
+        "parameters": {"model.n_layer": {"values": [1, 2]}, "seed_everything": {"values": [0, 1, 2]}},
+        "command": ["${interpreter}", "-m", "experiments", "fit", "-c", "experiments/topic/offline.yaml", "${args}"],
+    }  # fmt: skip
+    (folder / "studies/depth.yaml").write_text(yaml.safe_dump(sweep, sort_keys=False))
+    (folder / "offline.yaml").write_text("model: {class_path: lightning_modules.topic.TopicModule}\n")
+    return folder
+
+
+def verdict_on(condition: Mapping[str, object], text: str, **claim: object) -> tuple[str, str]:
+    file = Path("claims.yaml")
+    file.write_text(yaml.safe_dump(with_condition(condition, **claim)))
+    found = judge("topic", read_claims(file).claims[0], read_records(text, "depth.csv").runs)
+    return found.verdict, found.shown
+
+
+# --- verdicts ---
+
+
+@pytest.mark.parametrize(
+    ("condition", "verdict"),
+    [
+        ({"every_run": {"at_least": 2.0}}, "holds"),
+        ({"every_run": {"at_least": 2.05}}, "does not hold here"),
+        ({"every_run": {"at_least": 2.0, "at_most": 2.1}}, "does not hold here"),
+        ({"mean": {"above": 1.5, "below": 2.5}}, "holds"),
+        ({"mean": {"above": 2.5}}, "does not hold here"),
+        ({"mean": {"above": 2.08}}, "not clear"),
+        ({"mean": {"of": 2.0, "within": 0.3}}, "holds"),
+        ({"mean": {"within_percent": 5}}, "does not hold here"),  # of the paper's number, -0.9
+        ({"mean": {"within_percent": 20, "of": 2.1}}, "holds"),
+        ({"difference": {"arms": [{"n_layer": 2}], "against": {"n_layer": 1}, "below": 0}}, "holds"),
+        ({"difference": {"arms": [{"n_layer": 2}], "against": {"n_layer": 1}, "above": 0}}, "does not hold here"),
+        ({"difference": {"arms": [{"n_layer": 2}], "against": {"n_layer": 1}, "below": -1}}, "not clear"),
+        ({"difference": {"arms": [{"n_layer": 2}], "against": {"n_layer": 1}, "within": 2}}, "holds"),
+        ({"difference": {"arms": [{"n_layer": 2}], "against": {"n_layer": 1}, "within": 0.5}}, "does not hold here"),
+        (
+            {"difference": {"arms": [{"n_layer": 2}], "against": {"n_layer": 1}, "ratio": True, "below": 0.75}},
+            "holds",
+        ),
+        (
+            {"difference": {"arms": [{"n_layer": 2}], "against": {"n_layer": 1}, "ratio": True, "below": 0.5}},
+            "does not hold here",
+        ),
+        ({"order": {"ascending": [{"n_layer": 2}, {"n_layer": 1}]}}, "holds"),
+        ({"order": {"ascending": [{"n_layer": 1}, {"n_layer": 2}]}}, "does not hold here"),
+        (
+            {"order": {"ascending": [{"metric": "val/accuracy", "n_layer": 1}, {"n_layer": 2}, {"n_layer": 1}]}},
+            "holds",
+        ),
+    ],
+)
+def test_a_condition_and_its_verdict(condition, verdict):
+    where = {} if "difference" in condition or "order" in condition else {"n_layer": 2}
+    assert verdict_on(condition, records(), where=where)[0] == verdict
+
+
+def test_the_numbers_are_those_of_the_intervals():
+    difference = {"arms": [{"n_layer": 2}], "against": {"n_layer": 1}, "below": 0}
+    assert verdict_on({"difference": difference}, records()) == ("holds", "-1.02 ± 0.21")
+    assert verdict_on({"difference": {**difference, "below": -0.5}}, records())[1] == "-1.02 ± 0.21"
+    assert verdict_on({"difference": {**difference, "ratio": True, "below": 1}}, records())[1].startswith(
+        "× 0.672 (0.6"
+    )
+    assert verdict_on({"every_run": {"at_least": 2}}, records(), where={"n_layer": 2})[1] == "2 to 2.15"
+
+
+def test_one_run_and_equal_runs_decide_nothing():
+    assert verdict_on({"every_run": {"at_least": 1}}, records({2: [2.0]}), where={"n_layer": 2})[0] == "not clear"
+    assert verdict_on({"mean": {"above": 1}}, records({2: [2.0, 2.0]}), where={"n_layer": 2})[0] == "not clear"
+
+
+def test_without_a_seed_one_run_decides():
+    file = Path("claims.yaml")
+    file.write_text(yaml.safe_dump(with_condition({"mean": {"above": 1}}, where={"n_layer": 2})))
+    runs = read_records(records({2: [2.0]}), "depth.csv").runs
+    assert judge("topic", read_claims(file).claims[0], runs, is_deterministic=True).verdict == "holds"
+
+
+def test_best_values_are_judged_only_at_equal_numbers_of_validations():
+    difference = {"difference": {"arms": [{"n_layer": 2}], "against": {"n_layer": 1}, "below": 0}}
+    assert verdict_on(difference, records(), value="best")[1] == "-1.02 ± 0.21"
+    longer = records({1: LOSSES[1]}) + "".join(records({2: LOSSES[2]}, validations=9).splitlines(True)[1:])
+    assert verdict_on(difference, longer)[0] == "holds"
+    with pytest.raises(UserError, match="unequal numbers of validations"):
+        verdict_on(difference, longer, value="best")
+
+
+def test_runs_that_failed_do_not_count():
+    failed = records().replace("2,2,2.15,0.5215,1.65,finished", "2,2,99,0.5215,99,failed")
+    assert verdict_on({"mean": {"below": 3}}, failed, where={"n_layer": 2})[0] == "holds"
+
+
+@pytest.mark.parametrize(
+    ("claim", "message"),
+    [
+        ({"where": {"depth": 2}}, "the setting 'depth' is none of model.n_layer"),
+        ({"where": {"n_layer": 7}}, "0 arms of the records have {'n_layer': 7}"),
+        ({"where": {}}, "2 arms of the records have {}"),
+        ({"where": {"n_layer": 2}, "metric": "val/f1"}, "no finished run with {'n_layer': 2} has recorded val/f1"),
+    ],
+)
+def test_a_claim_that_the_records_cannot_decide(claim, message):
+    with pytest.raises(UserError, match=re.escape(f"topic, claim deeper_is_better: {message}")):
+        verdict_on({"mean": {"above": 1}}, records(), **claim)
+
+
+# --- files ---
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"expected": "maybe"}, "line 26: claims.0.expected: must be 'holds', 'does not hold here' or 'not clear'"),
+        ({"study": "width"}, "line 17: claims.0.study: there is no study 'width' in studies:"),
+        ({"holds_if": {}}, "line 19: claims.0.holds_if: needs one of every_run, mean, difference, order"),
+        (
+            {"holds_if": {"mean": {"aboev": 1}}},
+            "holds_if.mean.aboev: there is no such key (did you mean 'above'?)",
+        ),
+        ({"holds_if": {"mean": {"within": 1, "below": 2}}}, "has within: and another bound; choose one"),
+        ({"name": "Has Spaces"}, "claims.0.name: "),
+        (
+            {"holds_if": {"mean": {"within": 1}}, "source": {"paper": "A"}},
+            "holds_if.mean: needs of:, or a number",
+        ),
+    ],
+)
+def test_a_mistake_in_the_file_is_one_line(topic, llm_train, change, message):
+    (topic / "claims.yaml").write_text(
+        yaml.safe_dump({**DEPTH, "claims": [{**DEPTH["claims"][0], **change}]}, sort_keys=False)
+    )
+    done = llm_train("claims", "--check")
+    (line,) = done.err.splitlines()
+    assert (done.code, line.startswith("error: experiments/topic/claims.yaml, line ")) == (1, True)
+    assert message in line
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a,b\n1,2\n", "depth.csv: lacks columns of records"),
+        (records() + "1,2\n", "depth.csv, line 8: has not as many cells as the header"),
+        (records().replace("3.1,", "x,", 1), "depth.csv, line 3: could not convert string to float: 'x'"),
+    ],
+)
+def test_damaged_records(text, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        read_records(text, "depth.csv")
+
+
+def write_runs(root: Path, losses: Mapping[int, Sequence[float]] = LOSSES) -> Path:
+    """Write the folder of a study: a journal, and a folder for each run."""
+    folder = root / "topic/depth"
+    folder.mkdir(parents=True)
+    lines = []
+    for n_layer, values in losses.items():
+        for seed, loss in enumerate(values):
+            run = folder / f"n_layer={n_layer},seed={seed}"
+            run.mkdir()
+            config = {"seed_everything": seed, "model": {"class_path": "a.B", "init_args": {"n_layer": n_layer}}}
+            (run / "config.yaml").write_text(yaml.safe_dump(config))
+            (run / "metrics.csv").write_text(
+                csv_text(["step", "epoch", "val/loss", "val/accuracy"], [[50, 0, loss - 0.5, 0.4], [100, 0, loss, 0.5]])
+            )
+            summary = {"status": "finished", "error": None, "step": 100, "seconds": 6.7}
+            (run / "summary.json").write_text(json.dumps(summary))
+            packages = {"torch": "2.13", "lightning": "2.6"}
+            session = {"started": "2030-01-01T00:00:00+00:00", "commit": "abc", "python": "3.11", "packages": packages}
+            hardware = {"devices": [], "cpu_count": 2, "processor": "x86_64", "threads": 1}
+            (run / "environment.json").write_text(json.dumps([session | hardware]))
+            settings = {"model.n_layer": n_layer, "seed_everything": seed}
+            for attribute in ({"settings": settings}, {"arm": run.name}):
+                lines.append(json.dumps({"op_code": 8, "trial_id": len(lines) // 2, "user_attr": attribute}))
+    (folder / "journal.log").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def test_records_are_made_of_run_folders(topic, llm_train):
+    write_runs(Path("elsewhere"))
+    done = llm_train("claims", "topic", "--record", "--runs", "elsewhere")
+    assert done.out == "experiments/topic/records/depth.csv: 6 runs\n"
+    header, first, *_ = (topic / "records/depth.csv").read_text().splitlines()
+    assert header == ",".join(["model.n_layer,seed,val/loss,val/accuracy", '"val/loss, best"', *PROVENANCE])
+    assert first == '1,0,3,0.5,2.5,finished,100,2,7,2030-01-01,abc,3.11,2.13,2.6,"2 cores of x86_64, 1 in use"'
+
+
+def test_records_need_finished_runs_with_the_metrics(topic):
+    study = command.Study("topic", "depth", read_claims(topic / "claims.yaml").studies["depth"])
+    folder = write_runs(Path("runs"))
+    file = folder / "n_layer=1,seed=0/metrics.csv"
+    file.write_text(file.read_text().replace("val/accuracy", "val/f1"))
+    with pytest.raises(UserError, match=r"n_layer=1,seed=0: has logged no val/accuracy"):
+        make_records(folder, study.spec, study.sweep)
+    for summary in folder.glob("*/summary.json"):
+        summary.unlink()
+    with pytest.raises(UserError, match="no run of this study has finished"):
+        make_records(folder, study.spec, study.sweep)
+
+
+# --- the command ---
+
+
+def test_check_judges_the_committed_records(topic, llm_train):
+    done = llm_train("claims", "--check")
+    assert (done.code, done.err) == (0, "")
+    assert "deeper_is_better                 holds      -1.02 ± 0.21           -0.9\n" in done.out
+    assert done.out.endswith("1 claims: the verdicts are as expected\n")
+    assert not Path("runs").exists()
+    assert llm_train("claims", "topic/depth", "--check").out == done.out
+
+
+def test_the_command_runs_what_is_missing_and_leaves_a_page(topic, llm_train, monkeypatch):
+    asked = []
+    monkeypatch.setattr(command.study_command, "main", asked.append)
+    write_runs(Path("runs"))
+    shutil.rmtree(topic / "records")
+    done = llm_train("claims", "topic", "--jobs", "2")
+    assert (done.code, done.err) == (0, "")
+    assert asked == [["study", "experiments/topic/studies/depth.yaml", "--jobs", "2"]]
+    (claim,) = json.loads(Path("runs/claims/claims.json").read_text())
+    assert (claim["verdict"], claim["as_expected"], len(claim["runs"])) == ("holds", True, 6)
+    assert claim["effects"][0]["value"] == pytest.approx(-1.0167, abs=1e-4)
+    page = Path("runs/claims/index.html").read_text()
+    assert not re.search(r"(src|href)=\"(?!data:image/png;base64,)|https?://|@import|url\(", page)
+    assert "Two layers have a lower loss than one." in page
+    assert page.count("data:image/png;base64,") == 1
+
+
+def test_what_a_study_starts_from_runs_first_and_its_runs_are_tested(topic, llm_train, monkeypatch):
+    asked = []
+    monkeypatch.setattr(command.study_command, "main", lambda words: asked.append(words[0]))
+    monkeypatch.setattr(command, "_run", lambda words: asked.append(words[:3]))
+    claims = {**DEPTH, "studies": {"depth": {**DEPTH["studies"]["depth"], "first": ["topic/offline"], "test": True}}}
+    (topic / "claims.yaml").write_text(yaml.safe_dump(claims))
+    folder = write_runs(Path("runs"), {1: LOSSES[1], 2: LOSSES[2][:2]})
+    (folder / "n_layer=1,seed=0/summary_test.json").write_text('{"metrics": {"test/loss": 1.0}}')
+    llm_train("claims")
+    runs = [f"runs/topic/depth/n_layer={n},seed={seed}/config.yaml" for n, seed in ((1, 1), (1, 2), (2, 0), (2, 1))]
+    assert asked == [["fit", "-c", "topic/offline"], "study", *(["test", "-c", config] for config in runs)]
+
+
+def test_a_verdict_that_is_not_expected_exits_with_1(topic, llm_train):
+    (topic / "records/depth.csv").write_text(records({1: LOSSES[2], 2: LOSSES[1]}))
+    done = llm_train("claims", "--check")
+    assert done.code == 1
+    assert done.out.splitlines()[2].startswith("✗ deeper_is_better")
+    assert done.err == (
+        "error: 1 of 1 verdicts are not the expected ones: "
+        "topic, deeper_is_better: does not hold here, expected holds\n"
+    )
+
+
+def test_records_are_required_unless_they_are_pending(topic, llm_train):
+    pending = with_condition(DEPTH["claims"][0]["holds_if"], records="pending")
+    (topic / "claims.yaml").write_text(yaml.safe_dump(pending))
+    assert "no records (`records: pending`)" in llm_train("claims", "--check").err  # the mark is out of date
+    (topic / "records/depth.csv").unlink()
+    assert llm_train("claims", "--check").out.endswith("1 claims: the verdicts are as expected, 1 without records\n")
+    (topic / "claims.yaml").write_text(yaml.safe_dump(DEPTH))
+    assert "no records, expected holds" in llm_train("claims", "--check").err
+
+
+def test_a_name_that_has_no_claims(topic, llm_train):
+    done = llm_train("claims", "topic/width", "--check")
+    message = "error: claims topic/width: no topic and no study has claims of this name; there is topic, topic/depth\n"
+    assert (done.code, done.err) == (1, message)
+
+
+# --- the tables of a README ---
+
+
+def test_tables_are_written_between_their_comments(topic, llm_train):
+    assert llm_train("claims", "--write").out == "experiments/topic/README.md\n"
+    text = (topic / "README.md").read_text()
+    assert text.startswith("# Topic\n\n<!-- claims: depth -->\n\n| n_layer | n | val/loss, last |")
+    assert "| n_layer=2 | n_layer=1 | val/loss, last | -1.02 ± 0.21 | better | Welch, 3 and 3 runs |\n" in text
+    assert "| Two layers have a lower loss than one. | holds | -1.02 ± 0.21 | -0.9 | Someone (2001), table 1 |" in text
+    assert "6 runs, 2030-01-01, commit abc, Python 3.11, torch 2.13, Lightning 2.6, 2 cores; " in text
+    assert text.endswith(".\n\n<!-- end -->\n\nText.\n")
+    assert llm_train("claims", "--write").out == ""  # it is up to date
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new"),
+    [
+        ("README.md", "-1.02 ± 0.21 | better", "-1.03 ± 0.21 | better"),
+        ("records/depth.csv", "2.15,", "2.151,"),
+        ("records/depth.csv", "abc", "abd"),
+        ("claims.yaml", "number: -0.9", "number: -1.0"),
+        ("claims.yaml", "below: 0", "below: -2"),
+    ],
+)
+def test_a_figure_that_is_falsified_by_hand_is_found(topic, llm_train, file, old, new):
+    llm_train("claims", "--write")
+    assert up_to_date(Path("experiments"), "topic")
+    text = (topic / file).read_text()
+    assert old in text
+    (topic / file).write_text(text.replace(old, new, 1))
+    assert not up_to_date(Path("experiments"), "topic")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("<!-- end -->", "", "README.md, line 3: the table of depth has no <!-- end -->"),
+        ("claims: depth", "claims: width", "README.md: the table of width has no records in records/width.csv"),
+    ],
+)
+def test_a_table_that_cannot_be_written(topic, llm_train, old, new, message):
+    file = topic / "README.md"
+    file.write_text(file.read_text().replace(old, new))
+    done = llm_train("claims", "--write")
+    assert (done.code, done.err) == (1, f"error: experiments/topic/{message}\n")
+
+
+def up_to_date(folder: Path, name: str) -> bool:
+    """Return whether the tables of a README are those of the records and claims."""
+    return command.filled(folder, name, read_claims(folder / name / "claims.yaml")) == (
+        folder / name / "README.md"
+    ).read_text(encoding="utf-8")
+
+
+# --- what is committed ---
+
+
+def test_the_committed_records_give_the_expected_verdicts(llm_train, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    began = time.perf_counter()
+    done = llm_train("claims", "--check")
+    assert (done.code, done.err) == (0, "")
+    assert time.perf_counter() - began < 20
+    assert max(map(len, done.out.splitlines())) <= 80
+
+
+@pytest.mark.parametrize("name", TOPICS)
+def test_the_tables_of_a_readme_are_those_of_its_records(name):
+    assert up_to_date(EXPERIMENTS, name), f"run `llm-train claims {name} --write`"
+
+
+@pytest.mark.parametrize("name", TOPICS)
+def test_every_record_decides_a_claim_and_every_study_exists(name):
+    topic = read_claims(EXPERIMENTS / name / "claims.yaml")
+    recorded = {file.stem for file in (EXPERIMENTS / name / "records").glob("*")}
+    assert recorded <= {claim.study for claim in topic.claims} == set(topic.studies)
+    for key, study in topic.studies.items():
+        assert (EXPERIMENTS / name / "studies" / f"{study.file or key}.yaml").is_file()
+        assert {claim.metric for claim in topic.claims if claim.study == key} <= set(study.metrics)
