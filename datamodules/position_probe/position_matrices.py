@@ -11,6 +11,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from datamodules.cache import cache_root, cached_array, digest, read_array
 from lightning_modules.common.hub import hub_answers, is_path
+from lightning_modules.common.pretrained import PACKAGE, model_folder
 
 INITIAL_STD = 0.02  # of the normal distribution of new embeddings in GPT-2, GPT-Neo, BERT and RoBERTa
 
@@ -127,6 +128,11 @@ def _read_model(source: str) -> PositionMatrix:
 
 def _folder_of(source: str) -> Path | None:
     """Return the folder of a model, which may be in a run folder; `None` for a name on the hub."""
+    if source.startswith(PACKAGE) or source.endswith(".gguf"):
+        try:
+            return model_folder(source)
+        except ValueError as error:
+            raise _unusable(str(error)) from error
     path = Path(source).expanduser()
     for folder in (path, path / "model"):
         if (folder / "config.json").is_file():

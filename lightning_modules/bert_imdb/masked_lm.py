@@ -35,7 +35,8 @@ class BertMaskedLMModule(ExperimentModule):
     `common.targets`; and `mean_targets`, the mean number of targets of B reviews, a scalar.
 
     Args:
-        base: Encoder to train further: a folder, the folder of a run, or a name on the hub; `null` creates a new BERT.
+        base: Encoder to train further: a folder, the folder of a run, `package:NAME` for a model that an installed
+            package carries, or a name on the hub; `null` creates a new BERT.
         n_layer: Number of layers of the new BERT.
         n_head: Number of attention heads of the new BERT; a divisor of `n_embd`.
         n_embd: Width C of the new BERT. The hidden layer of a block is four times as wide.

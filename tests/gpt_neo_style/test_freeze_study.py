@@ -18,6 +18,7 @@ ARMS = {
     "first_half": {"h.2", "h.3", "ln_f"},
     "first_three_quarters": {"h.3", "ln_f"},
     "all_but_last_block": {"h.3"},
+    "last_layer": {"h.3", "ln_f"},
     "lora": {"h.0", "h.1", "h.2", "h.3"},
 }
 
@@ -36,9 +37,10 @@ def test_the_arms_of_the_study_train_what_their_names_say(arm):
     assert all(("lora_" in name) == (arm == "lora") for name in trained)
 
 
-def test_every_arm_is_in_the_study():
-    study = yaml.safe_load((STUDIES / "freeze_weights.yaml").read_text())
-    assert [Path(value).stem for value in study["parameters"]["config"]["values"]] == list(ARMS)
+def test_every_arm_is_in_a_study():
+    studies = [yaml.safe_load((STUDIES / f"{name}.yaml").read_text()) for name in ("freeze_weights", "freeze_smollm2")]
+    arms = [[Path(value).stem for value in study["parameters"]["config"]["values"]] for study in studies]
+    assert {*arms[0], *arms[1]} == {*ARMS}
 
 
 def test_arms_add_their_callbacks_to_those_of_an_experiment(llm_train, tiny):
