@@ -27,10 +27,13 @@ COMMANDS = {
     "compare": ("experiments.comparison.command", "compare runs: tables with intervals, curves, and a page"),
     "list": ("experiments.listing", "list topics, experiments, studies and classes, one line each"),
     "claims": ("experiments.claims.command", "check the claims of the experiments against records of runs"),
-    "new-topic": ("experiments.new_topic.command", "write a small working topic, to be replaced by your own"),
+    "new": ("experiments.new_topic.command", "write a small working topic, to be replaced by your own"),
+    "copy": ("experiments.copy_experiment", "copy an experiment, study or preset, to be edited"),
     "schema": ("experiments.editor", "print the JSON schema of the YAML files, for editors"),
     "completion": ("experiments.editor", "print a completion script for the shell"),
 }
+
+_FORMER = {"new-topic": "new"}  # names of commands in earlier versions
 
 _REFUSALS = (ValueError, TypeError, AttributeError, ImportError)  # of Lightning, for settings that it does not accept
 
@@ -66,7 +69,7 @@ def main(args: Sequence[str] | None = None) -> None:
         print(HELP, end="")
         return
     if args[0] not in COMMANDS:
-        close = difflib.get_close_matches(args[0], COMMANDS, n=1)
+        close = [_FORMER[args[0]]] if args[0] in _FORMER else difflib.get_close_matches(args[0], COMMANDS, n=1)
         hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(COMMANDS)}"
         sys.exit(_error(f"no such command: {args[0]!r} ({hint})", 2))
     run = importlib.import_module(COMMANDS[args[0]][0]).main

@@ -7,6 +7,7 @@ names and docstrings only, and parsing the files takes a tenth of that.
 import ast
 import functools
 import importlib.util
+import itertools
 import re
 import textwrap
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 OWN = ("lightning_modules", "datamodules")  # packages of the classes of this project
+_MOST_FILES = 200  # of a package that is searched for classes of the user
 _SELF = ("self", "cls")
 _BASE = re.compile(r"^Base |\bbase (class|logic)\b")  # the docstrings of classes that others derive from
 _ROLE = re.compile(r":\w+:`~?(?:[\w.]+\.)?(\w+)`|`+([^`<]*[^`<\s])\s*(?:<[^>]*>)?`+_*")  # of reStructuredText
@@ -75,7 +77,7 @@ class Class:
 def first_sentence(text: str) -> str:
     """Return the first sentence of a text, in one line."""
     line = _plain(" ".join(text.strip().split("\n\n")[0].split()))
-    return re.split(r"(?<=[\w)`'][.?])\s+(?=[A-Z])|(?<=[^\s.]{2}:)\s+(?=-)", line)[0].removesuffix(".")
+    return re.split(r"(?<=[\w)`'][\w)`'][.?])\s+(?=[A-Z])|(?<=[^\s.]{2}:)\s+(?=-)", line)[0].removesuffix(".")
 
 
 def _plain(text: str) -> str:
@@ -86,31 +88,45 @@ def _plain(text: str) -> str:
 # --- files and classes ------------------------------------------------------------------------------------------------
 
 
-@functools.cache
 def _file(module: str) -> Path | None:
     """Return the source file of a module, or `None`."""
     top, *parts = module.split(".")
-    if (ROOT / top / "__init__.py").is_file():
-        folder: Path | None = ROOT / top
-    else:
-        try:
-            spec = importlib.util.find_spec(top)  # does not import a top-level package
-        except (ImportError, ValueError):
-            spec = None
-        folder = Path(spec.origin).parent if spec and spec.origin and spec.submodule_search_locations else None
+    folder = _package(top)
     if folder is None:
-        return None
+        alone = Path(f"{top}.py").absolute()
+        return alone if not parts and alone.is_file() else None
     place = folder.joinpath(*parts)
-    files = (place / "__init__.py", place.with_suffix(".py") if parts else place / "__init__.py")
+    files = (place / "__init__.py", place.with_suffix(".py")) if parts else (place / "__init__.py",)
     return next(filter(Path.is_file, files), None)
 
 
+def _package(top: str) -> Path | None:
+    """Return the folder of a package: of this project, an installed one, or one in the working folder."""
+    if top in OWN or top == "experiments":
+        return ROOT / top
+    installed = _installed(top)
+    folder = Path(top).absolute()
+    return installed or (folder if (folder / "__init__.py").is_file() else None)
+
+
 @functools.cache
+def _installed(top: str) -> Path | None:
+    try:
+        spec = importlib.util.find_spec(top)  # does not import a top-level package
+    except (ImportError, ValueError):
+        return None
+    return Path(spec.origin).parent if spec and spec.origin and spec.submodule_search_locations else None
+
+
 def _tree(module: str) -> ast.Module:
-    file = _file(module)
+    return _parsed(_file(module))
+
+
+@functools.cache
+def _parsed(file: Path | None) -> ast.Module:
     try:
         return ast.parse(file.read_bytes() if file else "")
-    except SyntaxError:
+    except (SyntaxError, ValueError):
         return ast.parse("")
 
 
@@ -269,3 +285,14 @@ def described(docstring: str) -> dict[str, str]:
 def topics() -> list[str]:
     """Return the names of the topics that come with the project."""
     return sorted(file.parent.name for file in (ROOT / "experiments").glob("*/offline.yaml"))
+
+
+def packages_of_user() -> list[str]:
+    """Return the packages and modules in the working folder, which a YAML of the user may name."""
+    found = [place.stem for place in Path().glob("*.py")]
+    for init in Path().glob("*/__init__.py"):
+        name = init.parent.name
+        is_small = len([*itertools.islice(init.parent.rglob("*.py"), _MOST_FILES + 1)]) <= _MOST_FILES
+        if name not in (*OWN, "experiments") and is_small and _installed(name) is None:
+            found.append(name)
+    return sorted(name for name in found if name.isidentifier())

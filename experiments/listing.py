@@ -17,7 +17,7 @@ Rows = Iterator[tuple[str, str]]  # name or class path, and what it is
 def topics() -> Rows:
     """Yield the topics of the working folder and of the project."""
     found: dict[str, str] = {}
-    for root in (Path("experiments"), names.SHIPPED):
+    for root in (Path(), Path("experiments"), names.SHIPPED):
         for folder in sorted({file.parent for file in root.glob("*/offline.yaml")}):
             found.setdefault(folder.name, _heading(folder / "README.md"))
     yield from sorted(found.items())
@@ -87,7 +87,7 @@ def _of_topics(package: str) -> list[str]:
 
 
 def _classes(base: str, *packages: str) -> Rows:
-    for kind in index.subclasses(base, *packages):
+    for kind in index.subclasses(base, *index.packages_of_user(), *packages):
         yield kind.path, kind.summary
 
 

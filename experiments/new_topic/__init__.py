@@ -1,1 +1,1 @@
-"""`llm-train new-topic`: write a small working topic."""
+"""`llm-train new`: write a small working topic."""

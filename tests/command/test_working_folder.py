@@ -1,4 +1,4 @@
-"""The user's own classes in the working folder: found where the user names them; they hide nothing that is installed."""
+"""Classes of the user in the working folder: found where the user names them, and hiding nothing that is installed."""
 
 import subprocess
 import sys

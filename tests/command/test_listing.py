@@ -1,0 +1,119 @@
+"""`llm-train list`, and the index of classes that it reads from source text: it agrees with the imported classes."""
+
+import dataclasses
+import inspect
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch import Trainer, callbacks
+
+from experiments import index, listing, names
+from experiments.class_paths import import_class
+
+ROOT = Path(__file__).parents[2]
+OWN = [kind for package in index.OWN for kind in index.classes(package) if not kind.name.startswith("_")]
+LIBRARIES = [kind for package in ("torch.optim", "lightning.pytorch.callbacks") for kind in index.classes(package)]
+
+
+def test_every_kind_is_listed_with_names_that_exist(llm_train):
+    done = llm_train("list")
+    assert done.code == 0, done.err
+    for kind in listing.KINDS:
+        rows = dict(listing.KINDS[kind]())
+        assert len(rows) > 4, kind
+        alone = llm_train("list", kind).out.splitlines()
+        assert [line.split("  ")[0] for line in alone] == [*rows]
+        assert f"\n{kind}" in f"\n{done.out}"
+        if kind in ("experiments", "presets", "studies"):
+            assert all(names.find(name) and what for name, what in rows.items())
+        elif kind != "topics":
+            assert all(inspect.isclass(import_class(path, {})) for path in rows)
+
+
+def test_what_the_topics_and_experiments_are_comes_from_their_files():
+    topics = dict(listing.topics())
+    assert {*topics} == {*index.topics()}
+    assert all(topics.values())
+    assert {name.split("/")[0] for name, _ in listing.experiments()} == {*topics}
+    assert {f"{file.parent.name}/{file.stem}" for file in (ROOT / "experiments/trainer").glob("*.yaml")} == {
+        name for name, _ in listing.presets()
+    }
+
+
+def test_abstract_and_private_classes_are_not_listed():
+    listed = {
+        path.rpartition(".")[2] for kind in ("modules", "sources", "callbacks") for path, _ in listing.KINDS[kind]()
+    }
+    assert not listed & {"Source", "ReviewSource", "ExperimentModule", "ClassifierModule", "Callback", "DrawsAtTheEnd"}
+    assert {"TextFiles", "RunCheckpoint", "EarlyStopping"} <= listed
+
+
+@pytest.mark.parametrize("kind", ["OWN", "LIBRARIES"])
+def test_the_arguments_of_a_class_are_those_of_its_constructor(kind):
+    differing = {}
+    for found in globals()[kind]:
+        real = (
+            import_class(found.path, {}) if kind == "OWN" else getattr(sys.modules.get(found.module), found.name, None)
+        )
+        if real is None or "__init__" not in [name for base in real.__mro__[:-1] for name in vars(base)]:
+            continue
+        parameters = inspect.signature(real.__init__).parameters.values()
+        named = [p for p in parameters if p.name != "self" and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+        read = index.parameters(found)
+        if missing := {p.name for p in named} - {*read}:
+            differing[found.defined] = missing
+        elif len(named) == len([*parameters]) - 1 and (more := {*read} - {p.name for p in named}):
+            differing[found.defined] = more
+        for parameter in named:
+            has_default = read[parameter.name].default is not None if parameter.name in read else None
+            if not dataclasses.is_dataclass(real) and has_default != (parameter.default is not parameter.empty):
+                differing[found.defined] = parameter.name
+    assert not differing
+
+
+def test_arguments_have_the_texts_of_the_docstrings():
+    callbacks_of_runs = index.subclasses("lightning.pytorch.callbacks.Callback", "lightning_modules")
+    assert len(callbacks_of_runs) > 20
+    undocumented = [
+        f"{kind.path}.{name}"
+        for kind in callbacks_of_runs
+        for name, parameter in index.parameters(kind).items()
+        if not parameter.help
+    ]
+    assert undocumented == []
+    trainer = index.parameters(index.find("lightning.pytorch.Trainer"))
+    assert {*trainer} == {*inspect.signature(Trainer.__init__).parameters} - {"self"}
+    assert all(parameter.help for parameter in trainer.values())
+
+
+def test_a_path_that_a_package_re_exports_leads_to_its_class():
+    assert index.find("lightning.pytorch.callbacks.Timer").defined == callbacks.Timer.__module__ + ".Timer"
+    assert index.find("torch.optim.AdamW").defined == torch.optim.AdamW.__module__ + ".AdamW"
+    assert index.find("torch.optim.Nothing") is None
+    assert index.find("package_that_nobody_has.Nothing") is None
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("One. Two.", "One"),
+        ("What is it? A thing.", "What is it?"),
+        ("By A. Author (see x.y). More.", "By A. Author (see x.y)"),
+        ("Over\ntwo lines.\n\nMore.", "Over two lines"),
+        ("Uses :class:`~a.b.C` and ``x``.", "Uses C and `x`"),
+        ("", ""),
+    ],
+)
+def test_the_first_sentence_of_a_text(text, sentence):
+    assert index.first_sentence(text) == sentence
+
+
+def test_lists_need_no_import_of_torch():
+    program = "import sys; from experiments.__main__ import main; main(['list', 'callbacks'])"
+    check = "; assert 'torch' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", program + check], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "lightning.pytorch.callbacks.EarlyStopping " in done.stdout
