@@ -79,6 +79,9 @@ def main(args: Sequence[str] | None = None) -> None:
 
     try:
         run(args)
+    except BrokenPipeError:  # the reader of the output has ended, such as `head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except Exception as error:
         mistake = _mistake_behind(error)
         if mistake is None:  # an error of this program: show the traceback

@@ -84,9 +84,11 @@ def _config(sweep: Sweep, name: str) -> dict[str, Any]:
 def _own_package(environment: Mapping[str, str]) -> dict[str, str]:
     """Return variables with which `python -m experiments` is this project, also in a folder with `experiments/`."""
     root = str(names.SHIPPED.parent)
-    found = filter(None, [root, environment.get("PYTHONPATH")])
-    is_installed = "site-packages" in root  # this folder must not go before the standard library
-    return {"PYTHONSAFEPATH": "1"} | ({} if is_installed else {"PYTHONPATH": os.pathsep.join(found)})
+    others = environment.get("PYTHONPATH", "").split(os.pathsep)
+    searched = [entry for entry in others if entry and not Path(entry, "experiments").exists()]
+    if "site-packages" not in root:  # an installed package is found, and its folder must not hide the standard library
+        searched.insert(0, root)
+    return {"PYTHONSAFEPATH": "1", "PYTHONPATH": os.pathsep.join(searched)}
 
 
 @dataclass

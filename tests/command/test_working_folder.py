@@ -1,5 +1,6 @@
 """Classes of the user in the working folder: found where the user names them, and hiding nothing that is installed."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -67,3 +68,25 @@ def test_files_of_the_folder_hide_no_module_that_is_installed(package):
         text=True,
     )
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_package_of_the_same_name_does_not_take_the_place_of_one_of_this_project():
+    for name in ("experiments", "lightning_modules", "datamodules"):
+        Path(f"foreign/{name}").mkdir(parents=True)
+        Path(f"foreign/{name}/__init__.py").write_text("raise SystemExit('foreign')")
+    program = "import sys, llm_train; sys.argv = ['llm-train', 'list', 'presets']; llm_train.main()"
+    root = str(Path(__file__).parents[2])
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", program],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(["foreign", root])},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "trainer/gpu" in done.stdout
+
+
+def test_the_end_of_a_pipe_is_no_error():
+    command = f"{sys.executable} -m experiments list presets | head -n 0; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], cwd=Path(__file__).parents[2], capture_output=True, text=True)
+    assert (done.returncode in (0, 1), done.stderr) == (True, "")
