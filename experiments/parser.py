@@ -33,6 +33,7 @@ _UNKNOWN_OPTION = re.compile(r"(?:does not accept option|Option) '([\w.]+)'|unre
 _NO_ATTRIBUTE = re.compile(r"module '([\w.]+)' has no attribute '(\w+)'")
 _CLASS_PATH = re.compile(r"class_path[ =]'([\w.]+)'")
 _DENIED = re.compile(r"Importing '([\w.]+)' is not allowed, denied by the '([\w.*]+)' entry ")
+_OTHER_FORM = re.compile(r"expected (str|list|str, bytes or os\.PathLike object, not \w+)(, got |$)")
 _KEY = re.compile(r'Parser key "([^"]+)":')
 # Lines of a message of jsonargparse that are not the reason: the types it tried, and the whole value.
 _AROUND = re.compile(
@@ -86,6 +87,8 @@ def one_line(message: str, options: Sequence[str], command_line: Sequence[str]) 
     reasons = [_plain(reason) for reason in reasons if not _AROUND.match(reason)]
     # Of several types, those of which the class is no subclass do not matter.
     reasons = [reason for reason in reasons if " to be a subclass of " not in reason] or reasons[-1:]
+    # Where a text or a list could be given in place of a class, what is wrong with the class matters.
+    reasons = [reason for reason in reasons if not _OTHER_FORM.match(reason)] or reasons
     what = "; ".join(dict.fromkeys(reason for reason in reasons if reason)) or "is not valid"
     if denied := _DENIED.search(message):  # the other types that were tried do not matter
         what = trust.refusal(*denied.groups())
