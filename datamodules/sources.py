@@ -7,7 +7,6 @@ are chosen so that the tokens of the pieces are the tokens of the document.
 import ast
 import hashlib
 import importlib
-import os
 import re
 import sys
 import sysconfig
@@ -75,9 +74,9 @@ class Source(ABC):
 
 
 # What a datamodule accepts as its text; see `source_of`.
-AnySource = Source | str | list[str] | os.PathLike
+AnySource = Source | str | list[str] | Path
 
-_HUB = "hub:"
+HUB = "hub:"
 _CLASS_PATH = re.compile(r"([a-z_]\w*\.)+[A-Z]\w*")  # no file has a name such as datamodules.sources.PythonText
 
 
@@ -93,16 +92,16 @@ def source_of(text: AnySource, where: str = "data.source") -> Source:
     """
     if isinstance(text, Source):
         return text
-    if isinstance(text, str) and text.startswith(_HUB):
-        dataset, _, column = text.removeprefix(_HUB).partition(":")
+    if isinstance(text, str) and text.startswith(HUB):
+        dataset, _, column = text.removeprefix(HUB).partition(":")
         if not dataset:
             raise MisconfigurationException(f"{where}: {text!r} names no dataset; give hub:OWNER/NAME, and :COLUMN")
         return HubText(dataset, column=column or HubText.column)
-    paths = text if isinstance(text, list) else os.fspath(text)
+    paths = text if isinstance(text, list) else str(text)
     for path in paths if isinstance(paths, list) else [paths]:
         if not path:
             raise MisconfigurationException(f"{where} is empty: give a file, a folder, a glob pattern or a URL")
-        if path.startswith(_HUB):
+        if path.startswith(HUB):
             raise MisconfigurationException(f"{where}: {path} is in a list; give one dataset of the hub, or only files")
         if _CLASS_PATH.fullmatch(path) and not Path(path).exists():
             raise MisconfigurationException(

@@ -50,8 +50,8 @@ class SplitDocuments:
     Args:
         source: The source.
         split: `documents`: each document is in one split, drawn by a hash of its beginning. `auto`: the same if the
-            source has more than `FEW` documents; of fewer, each is cut, and its beginning trains, the part after that
-            validates, and its end is for the test.
+            source has more than `FEW` documents, and some for each split; if not, each is cut, and its beginning
+            trains, the part after that validates, and its end is for the test.
         val_fraction: Part of the documents, or of the characters of each, for validation.
         test_fraction: Part of the documents, or of the characters of each, for the test.
     """
@@ -63,17 +63,20 @@ class SplitDocuments:
 
     @cached_property
     def few(self) -> list[Length] | None:
-        """The length of each document if each is cut; `None` if they stay whole."""
+        """The length of each document if each is cut; `None` if they stay whole. No more is read than decides it."""
         if self.split == "documents" or not self.val_fraction + self.test_fraction:
             return None
         lengths: list[Length] = []
+        without = {side for side, fraction in (("val", self.val_fraction), ("test", self.test_fraction)) if fraction}
         characters = n_bytes = 0
         for text, ends_document in self.source.pieces():
+            if not characters:
+                without.discard(side_of(text, self.val_fraction, self.test_fraction))
             characters, n_bytes = characters + len(text), n_bytes + len(text.encode())
             if ends_document:
                 lengths.append(Length(characters, n_bytes))
                 characters = n_bytes = 0
-                if len(lengths) > FEW:
+                if len(lengths) > FEW and not without:
                     return None
         return lengths
 

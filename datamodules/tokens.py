@@ -322,10 +322,12 @@ class TokenDataModule(WithTokenizer, ExperimentDataModule):
         side = "test" if stage == "test" else "val"
         is_held_out = getattr(self, f"{side}_fraction") > 0 or side in (own_source or ())
         if files[side].n_tokens < 2 and (is_held_out or stage != "fit"):
-            other = "" if own_source is None else f", or give data.{side}_source"
+            other, text = "", ""
+            if own_source is not None:
+                other, text = f", or give data.{side}_source", f" ({files['train'].split})"
             if getattr(self, "split", None) == "documents":
                 other += ", or set data.split auto, which cuts few documents"
             raise MisconfigurationException(
-                f"there is no {side} text ({files['train'].split}): set data.{side}_fraction above 0 (or, if the text "
-                f"is short, to a larger fraction){other}"
+                f"there is no {side} text{text}: set data.{side}_fraction above 0 (or, if the text is short, to a "
+                f"larger fraction){other}"
             )

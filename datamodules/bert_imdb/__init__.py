@@ -2,6 +2,14 @@
 
 from datamodules.bert_imdb.data import BertImdbDataModule, MaskedReviewsDataModule
 from datamodules.bert_imdb.film_reviews import FilmReviews
-from datamodules.bert_imdb.reviews import AclImdb, HubReviews, ReviewFiles
+from datamodules.bert_imdb.reviews import AclImdb, HubReviews, ReviewFiles, TextReviews
 
-__all__ = ["AclImdb", "BertImdbDataModule", "FilmReviews", "HubReviews", "MaskedReviewsDataModule", "ReviewFiles"]
+__all__ = [
+    "AclImdb",
+    "BertImdbDataModule",
+    "FilmReviews",
+    "HubReviews",
+    "MaskedReviewsDataModule",
+    "ReviewFiles",
+    "TextReviews",
+]

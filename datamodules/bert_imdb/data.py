@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from datamodules.base import ExperimentDataModule, Order, shuffled
-from datamodules.bert_imdb.reviews import Review, ReviewSource, parse_review, read_reviews
+from datamodules.bert_imdb.reviews import AnyReviews, Review, parse_review, read_reviews, reviews_of
 from datamodules.bert_imdb.wordpiece import continues_word, learn_wordpieces
 from datamodules.cache import cache_root, cached_array, digest
 from datamodules.splits import Side
@@ -214,7 +214,8 @@ class ReviewsDataModule(WithTokenizer, ExperimentDataModule):
     """Base of both datamodules: a source of reviews, a tokenizer, and batches of similar lengths.
 
     Args:
-        reviews: Source of the reviews.
+        reviews: The reviews: a source, or with labels files of rows or `hub:OWNER/NAME`, and without labels any text;
+            see `reviews_of`.
         tokenizer: Tokenizer of the encoder: a folder with a tokenizer.json, such a file, or a name on the hub.
         batch_size: Number of rows in a batch, over all processes.
         max_tokens: Number of tokens in the longest row, with special tokens; at least 3.
@@ -223,9 +224,11 @@ class ReviewsDataModule(WithTokenizer, ExperimentDataModule):
         seed: Seed of the order of the rows.
     """
 
+    needs_labels = True
+
     def __init__(
         self,
-        reviews: ReviewSource,
+        reviews: AnyReviews,
         tokenizer: str,
         batch_size: PositiveInt,
         max_tokens: ThreeOrMore = 512,
@@ -234,7 +237,7 @@ class ReviewsDataModule(WithTokenizer, ExperimentDataModule):
         seed: NonNegativeInt = 0,
     ) -> None:
         super().__init__(batch_size, num_workers, seed)
-        self.source = reviews
+        self.source = reviews_of(reviews, self.needs_labels)
         self.tokenizer_name = tokenizer
         self.max_tokens = self.block_size = max_tokens
         self.group_by_length = group_by_length
@@ -308,8 +311,8 @@ class BertImdbDataModule(ReviewsDataModule):
         truncation: Part of a longer review to keep: its `head`, its `tail`, or `head_tail`, a quarter of the tokens
             from its beginning and the rest from its end.
         text: A review to classify, for `predict`.
-        file: File of reviews to classify, for `predict`: JSON lines or a table (`.csv`) with the field `text`; labels
-            are ignored.
+        file: File of reviews to classify, for `predict`: JSON lines, a table (`.csv`, `.tsv`) or Parquet with the field
+            `text`; labels are ignored.
         **kwargs: Arguments of `ReviewsDataModule`.
     """
 
@@ -415,6 +418,8 @@ class MaskedReviewsDataModule(ReviewsDataModule):
         wordpieces: Number of tokens to learn, for the tokenizer `wordpiece`.
         **kwargs: Arguments of `ReviewsDataModule`.
     """
+
+    needs_labels = False
 
     def __init__(
         self,

@@ -1,21 +1,25 @@
-"""Sources of labelled reviews: the hub, the folder of the original data set, JSON lines, and tables."""
+"""Sources of labelled reviews: the hub, the folder of the original data set, and files of rows; and of plain text."""
 
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import zip_longest
+from functools import cached_property
+from itertools import groupby, zip_longest
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from datamodules.files import ROWS, ending_of, find_files
 from datamodules.hub_datasets import load_hub_dataset
-from datamodules.rows import json_rows, table_rows
-from datamodules.splits import Side, require_fractions, side_of
+from datamodules.rows import rows_of
+from datamodules.sources import HUB, AnySource, source_of
+from datamodules.splits import Side, SplitDocuments, require_fractions, side_of
 from lightning_modules.common.ranges import Probability
 
 CLASSES = ("negative", "positive")
+MOST_CLASSES = 100  # that are found in the data; a column with more different values is probably no label
 
 _BREAKS = re.compile(r"(?:\s*<br\s*/?>\s*)+", re.IGNORECASE)
 
@@ -57,6 +61,69 @@ class ReviewSource(ABC):
 
     def prepare(self) -> None:  # noqa: B027 - most sources have nothing to prepare
         """Download the reviews; called on one process of each machine."""
+
+
+# What a datamodule accepts as its reviews; see `reviews_of`.
+AnyReviews = ReviewSource | str | list[str] | Path
+
+
+def reviews_of(reviews: AnyReviews, labelled: bool = True) -> ReviewSource:
+    """Return the source that the setting `data.reviews` names.
+
+    Args:
+        reviews: A source; or, with labels, files of rows (see `ReviewFiles`), whose classes are found in them, or
+            `hub:OWNER/NAME`, a Hugging Face dataset; or, without labels, any text, see `TextReviews`.
+        labelled: Whether the labels are needed.
+
+    Raises:
+        MisconfigurationException: If files with labels have another form than rows.
+    """
+    if isinstance(reviews, ReviewSource):
+        return reviews
+    if not labelled:
+        return TextReviews(reviews)
+    if isinstance(reviews, str) and reviews.startswith(HUB):
+        return HubReviews(reviews.removeprefix(HUB), unlabelled_split=None, classes=None)
+    source_of(reviews, "data.reviews")  # refuses empty settings and classes that do not exist
+    files = [name for path in (reviews if isinstance(reviews, list) else [str(reviews)]) for name in find_files(path)]
+    for file in files:
+        if ending_of(file) not in ROWS:
+            raise MisconfigurationException(
+                f"data.reviews: {file} has no labels; give a file of rows with the columns 'text' and 'label' "
+                f"({', '.join(ROWS)})"
+            )
+    return ReviewFiles(files, classes=None)
+
+
+class TextReviews(ReviewSource):
+    """Any text as reviews without labels, to pretrain on: a document is a review.
+
+    Args:
+        source: The text: a source, or a file, folder, glob pattern, URL or `hub:OWNER/NAME`, see
+            `datamodules.sources.source_of`.
+        val_fraction: Fraction of the documents that is held out for validation, in [0, 1): those that `ReviewFiles`
+            holds out. Of 20 or fewer, the end of each is held out.
+        test_fraction: Fraction that is held out for the test, in [0, 1).
+    """
+
+    classes = ()
+
+    def __init__(self, source: AnySource, val_fraction: Probability = 0.1, test_fraction: Probability = 0.1) -> None:
+        self.source = source_of(source, "data.reviews")
+        self.fractions = require_fractions(val_fraction, test_fraction, "data.reviews")
+        self.text = SplitDocuments(self.source, "auto", *self.fractions)
+
+    def reviews(self, split: Side) -> Iterator[Review]:
+        """Yield the documents of a split, or its part of each."""
+        if self.text.few is None:
+            reviews = (Review(text, None) for text in self.source.documents())
+            for review in reviews:
+                if review.text and side_of(review.text, *self.fractions) == split:
+                    yield review
+            return
+        for side, parts in groupby(self.text, key=lambda part: part[0]):
+            if side == split:
+                yield Review("".join(piece.text for _, piece in parts), None)
 
 
 class PartedSource(ReviewSource):
@@ -131,21 +198,31 @@ def _label(given: Any, place: str, classes: Sequence[str]) -> int:
     )
 
 
-def read_reviews(path: Path, classes: Sequence[str] | None = CLASSES, **fields: str) -> Iterator[Review]:
-    """Yield the reviews of a file: a table (`.csv`) or JSON lines, optionally compressed (`.gz`).
+def _classes_of(rows: Iterable[Any], field: str, where: str) -> list[str]:
+    """Return the labels in some rows as names of classes, in the order of their numbers or else of the alphabet."""
+    given = {str(row[field]) for row in rows if isinstance(row, dict) and row.get(field) is not None}
+    if not 2 <= len(given) <= MOST_CLASSES:
+        found = f"has the label{'s' * (len(given) != 1)} {', '.join(sorted(given))}" if given else "holds no label"
+        found = f"has {len(given):,} different labels" if len(given) > MOST_CLASSES else found
+        raise MisconfigurationException(
+            f"data.reviews: the column {field!r} of {where} {found}; a classifier needs 2 to {MOST_CLASSES} classes: "
+            "choose another column with datamodules.bert_imdb.ReviewFiles and its label_field"
+        )
+    return sorted(given, key=(lambda label: (int(label), label)) if all(map(str.isdecimal, given)) else None)
 
-    The file is in UTF-8; the first line of a table names its columns. For the other arguments see `parse_review`.
+
+def read_reviews(path: Path, classes: Sequence[str] | None = CLASSES, **fields: str) -> Iterator[Review]:
+    """Yield the reviews of a file: a table, JSON lines or Parquet, see `rows_of`. For the rest see `parse_review`.
 
     Raises:
         MisconfigurationException: If the file is missing, or a line is not a review; the message has its number.
     """
-    rows = table_rows(path) if ".csv" in path.suffixes else json_rows(path)
-    for place, row in rows:
+    for place, row in rows_of(path):
         yield parse_review(row, place, classes, **fields)
 
 
 class ReviewFiles(PartedSource):
-    """Files of JSON lines (`.jsonl`) or tables (`.csv`), optionally compressed (`.gz`).
+    """Files of JSON lines (`.jsonl`), tables (`.csv`, `.tsv`) or Parquet; the first two may be compressed (`.gz`).
 
     Args:
         train: File, or files, to train on.
@@ -158,7 +235,7 @@ class ReviewFiles(PartedSource):
         label_field: Name of the field with the label: the name of a class or, unless a class has the index of another
             one as its name, its index.
         film_field: Name of the field with the film; it may be missing.
-        classes: Names of the classes, at least two.
+        classes: Names of the classes, at least two; `null` means the labels of `train`, sorted.
 
     Raises:
         MisconfigurationException: If the fractions leave nothing to train on, or there are fewer than two classes.
@@ -175,15 +252,23 @@ class ReviewFiles(PartedSource):
         text_field: str = "text",
         label_field: str = "label",
         film_field: str = "film",
-        classes: list[str] | tuple[str, ...] = CLASSES,
+        classes: list[str] | tuple[str, ...] | None = CLASSES,
     ) -> None:
         given = {"train": train, "val": val, "test": test, "unlabelled": unlabelled_file}
         self.parts = {name: [files] if isinstance(files, str) else files for name, files in given.items() if files}
         self.fractions = require_fractions(0.0 if val else val_fraction, 0.0 if test else test_fraction, "data.reviews")
         self.fields = {"text": text_field, "label": label_field, "film": film_field}
-        if len(set(classes)) < 2 or len(set(classes)) != len(classes):
-            raise MisconfigurationException(f"data.reviews: classes must be two or more names, got {list(classes)}")
-        self.classes = list(classes)
+        if classes is not None:
+            if len(set(classes)) < 2 or len(set(classes)) != len(classes):
+                raise MisconfigurationException(f"data.reviews: classes must be two or more names, got {list(classes)}")
+            self.classes = list(classes)
+
+    @cached_property
+    def classes(self) -> Sequence[str]:
+        """The names of the classes; if none are given, the labels of the part to train on."""
+        files = [Path(file).expanduser() for file in self.parts["train"]]
+        rows = (row for file in files for _, row in rows_of(file))
+        return _classes_of(rows, self.fields["label"], ", ".join(map(str, files)))
 
     def read(self, part: list[str], classes: Sequence[str] | None) -> Iterator[Review]:
         """Yield the reviews of some files."""
@@ -235,7 +320,7 @@ class HubReviews(PartedSource):
         unlabelled_split: Name of a split to pretrain on, whose labels are ignored; `null` for none.
         val_fraction: Fraction of the training split that is held out for validation, in [0, 1). The hub's copy of IMDB
             does not name the films, so the splits may share films, but no text.
-        classes: Names of the classes.
+        classes: Names of the classes; `null` means the labels of the split to train on, sorted.
         revision: Branch, tag or commit of the dataset.
     """
 
@@ -247,15 +332,21 @@ class HubReviews(PartedSource):
         test: str = "test",
         unlabelled_split: str | None = "unsupervised",
         val_fraction: Probability = 0.1,
-        classes: list[str] | tuple[str, ...] = CLASSES,
+        classes: list[str] | tuple[str, ...] | None = CLASSES,
         revision: str | None = None,
     ) -> None:
         self.dataset = dataset
         names = {"train": train, "val": val, "test": test, "unlabelled": unlabelled_split}
         self.parts = {split: name for split, name in names.items() if name}
         self.fractions = 0.0 if val else val_fraction, 0.0
-        self.classes = list(classes)
+        if classes is not None:
+            self.classes = list(classes)
         self.revision = revision
+
+    @cached_property
+    def classes(self) -> Sequence[str]:
+        """The names of the classes; if none are given, the labels of the split to train on."""
+        return _classes_of(self._load(self.parts["train"]), "label", f"dataset {self.dataset}")
 
     def prepare(self) -> None:
         """Download the dataset."""

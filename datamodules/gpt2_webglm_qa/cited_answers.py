@@ -10,8 +10,10 @@ from typing import Any, Literal
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from datamodules.files import find_files
 from datamodules.hub_datasets import load_hub_dataset
-from datamodules.rows import json_rows
+from datamodules.rows import rows_of
+from datamodules.sources import HUB, source_of
 from datamodules.splits import Side, require_fractions, side_of
 from lightning_modules.common.citation_marks import cited, renumber
 from lightning_modules.common.ranges import PositiveInt, Probability
@@ -67,16 +69,21 @@ def arrange(record: Record, order: Order, marks: Citations, seed: int = 0) -> Re
 
 
 def parse_record(row: Any, place: str) -> Record:
-    """Return the record in a dictionary with `question`, `answer` and `references`; other fields are ignored."""
+    """Return the record in a dictionary with `question`, `answer` and, if it has some, `references`.
+
+    The references are a list of texts, or one text, as in a table. Other fields are ignored.
+    """
     if not isinstance(row, dict):
         raise MisconfigurationException(f"{place}: a record must be an object with question, answer and references")
-    for field in ("question", "answer", "references"):
+    for field in ("question", "answer"):
         if field not in row:
             has = ", ".join(map(repr, row)) or "nothing"
             raise MisconfigurationException(f"{place}: the record has no field {field!r}, only {has}")
-        if field != "references" and not isinstance(row[field], str):
+        if not isinstance(row[field], str):
             raise MisconfigurationException(f"{place}: {field!r} is {type(row[field]).__name__}, and must be text")
-    references = row["references"]
+    references = row.get("references") or []
+    if isinstance(references, str):
+        references = [references]
     if not isinstance(references, list) or not all(isinstance(reference, str) for reference in references):
         raise MisconfigurationException(f"{place}: 'references' must be a list of texts")
     return Record(row["question"], row["answer"], tuple(references), place)
@@ -129,7 +136,10 @@ class HubRecords(RecordSource):
 
 @dataclass
 class JSONLines(RecordSource):
-    """Files with one JSON object in each line, with the fields `question`, `answer` and `references`.
+    """Files of rows with the fields `question`, `answer` and, if there are some, `references`.
+
+    A file has JSON lines, or is a table (`.csv`, `.tsv`) or Parquet (`.parquet`); all but Parquet may be compressed
+    (`.gz`).
 
     Args:
         train: File or files to train on.
@@ -158,12 +168,27 @@ class JSONLines(RecordSource):
         files = getattr(self, side) or self.train
         is_own = side != "train" and bool(getattr(self, side))
         for file in [files] if isinstance(files, str) else files:
-            for record in read_json_lines(Path(file).expanduser()):
+            for record in read_records(Path(file).expanduser()):
                 if is_own or side_of(record.question, *self.fractions) == side:
                     yield record
 
 
-def read_json_lines(path: Path) -> Iterator[Record]:
-    """Yield the records of a UTF-8 file with one JSON object in each line, optionally compressed (`.gz`)."""
-    for place, row in json_rows(path):
+def read_records(path: Path) -> Iterator[Record]:
+    """Yield the records of a file, see `JSONLines`."""
+    for place, row in rows_of(path):
         yield parse_record(row, place)
+
+
+# What a datamodule accepts as its records; see `records_of`.
+AnyRecords = RecordSource | str | list[str] | Path
+
+
+def records_of(records: AnyRecords) -> RecordSource:
+    """Return the source that the setting `data.records` names: a source, files of rows, or `hub:OWNER/NAME`."""
+    if isinstance(records, RecordSource):
+        return records
+    if isinstance(records, str) and records.startswith(HUB):
+        return HubRecords(records.removeprefix(HUB))
+    source_of(records, "data.records")  # refuses empty settings and classes that do not exist
+    paths = records if isinstance(records, list) else [str(records)]
+    return JSONLines([name for path in paths for name in find_files(path)])

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from datamodules.base import ExperimentDataModule
-from datamodules.gpt2_webglm_qa.cited_answers import Citations, Order, Record, RecordSource, arrange
+from datamodules.gpt2_webglm_qa.cited_answers import AnyRecords, Citations, Order, Record, arrange, records_of
 from datamodules.gpt2_webglm_qa.packing import best_fit
 from datamodules.gpt2_webglm_qa.prompts import TEMPLATE, Example, MissingCitations, PromptEncoder, in_chat_template
 from datamodules.splits import Side
@@ -40,7 +40,8 @@ class GPT2WebGLMQADataModule(WithTokenizer, ExperimentDataModule):
     A batch has rows of `block_size` positions, with one record in each row or several packed records (see `Rows`).
 
     Args:
-        records: Source of the records.
+        records: The records: a source, files of rows with the fields `question`, `answer` and `references`, or
+            `hub:OWNER/NAME`; see `records_of`.
         block_size: Positions in a row, at least 1: the context length in training.
         batch_size: Rows in a batch, over all processes, at least 1.
         tokenizer: Tokenizer of the base: a folder with a tokenizer.json, such a file, or a name on the hub.
@@ -76,7 +77,7 @@ class GPT2WebGLMQADataModule(WithTokenizer, ExperimentDataModule):
 
     def __init__(
         self,
-        records: RecordSource,
+        records: AnyRecords,
         block_size: PositiveInt,
         batch_size: PositiveInt,
         tokenizer: str,
@@ -103,7 +104,7 @@ class GPT2WebGLMQADataModule(WithTokenizer, ExperimentDataModule):
             raise MisconfigurationException(
                 f"data.max_answer_tokens is {max_answer_tokens}: it must be less than data.block_size {block_size}"
             )
-        self.source, self.tokenizer_name, self.template = records, tokenizer, template
+        self.source, self.tokenizer_name, self.template = records_of(records), tokenizer, template
         self.chat_template, self.system_message = chat_template, system_message
         self.references, self.citations, self.missing_citations = references, citations, missing_citations
         self.block_size, self.packing, self.prompt_loss_weight = block_size, packing, prompt_loss_weight
@@ -123,8 +124,13 @@ class GPT2WebGLMQADataModule(WithTokenizer, ExperimentDataModule):
     @staticmethod
     def prompts(tokenizer: "PreTrainedTokenizerFast", arguments: dict[str, Any]) -> PromptEncoder:
         """Return the encoder of the prompts of a finished run, from its tokenizer and its constructor arguments."""
-        chat = {name: arguments.get(name) for name in ("chat_template", "system_message")}  # older runs have neither
-        return PromptEncoder(tokenizer, arguments["template"], arguments["block_size"], **chat)
+        return PromptEncoder(
+            tokenizer,
+            arguments["template"],
+            arguments["block_size"],
+            chat_template=arguments.get("chat_template", False),  # older runs have neither
+            system_message=arguments.get("system_message"),
+        )
 
     def encoder(self, max_tokens: int) -> PromptEncoder:
         """Return an encoder for the template of this datamodule, for examples of at most `max_tokens` positions."""

@@ -82,7 +82,7 @@ ROW = {"question": "Who?", "answer": "Ann [1].", "references": ["Ann did."], "mo
         ('["Who?"]', "line 3: a record must be an object"),
         ({"question": "Who?", "references": []}, "line 3: the record has no field 'answer', only 'question', 'ref"),
         (ROW | {"answer": None}, "line 3: 'answer' is NoneType, and must be text"),
-        (ROW | {"references": "Ann did."}, "line 3: 'references' must be a list of texts"),
+        (ROW | {"references": {"1": "Ann did."}}, "line 3: 'references' must be a list of texts"),
         (ROW | {"references": ["Ann did.", 2]}, "line 3: 'references' must be a list of texts"),
     ],
 )
