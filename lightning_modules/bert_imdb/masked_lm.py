@@ -14,6 +14,7 @@ from lightning_modules.finetuning.bases import (
     as_mask,
     attends_within_records,
     check_fit,
+    check_vocabulary,
     load_pretrained,
     save_pretrained,
 )
@@ -101,7 +102,9 @@ class BertMaskedLMModule(ExperimentModule):
         self.output_layer.prepare()
 
     def setup(self, stage: str) -> None:
-        """Let the model attend within the reviews by a kernel without a mask, on a GPU."""
+        """Let the model attend within the reviews by a kernel without a mask, on a GPU; compare the vocabularies."""
+        if stage == "fit":
+            check_vocabulary(self.hparams["base"], getattr(self._data, "tokenizer", None))
         self.within_records = attends_within_records(self.trainer, self.model)
 
     def loss(self, batch: Batch) -> Loss:

@@ -14,6 +14,7 @@ from lightning_modules.finetuning.bases import (
     as_mask,
     attends_within_records,
     check_fit,
+    check_vocabulary,
     load_pretrained,
     save_pretrained,
 )
@@ -88,7 +89,9 @@ class BertImdbModule(ClassifierModule):
         self.hparams["architecture"] = config.encoder
 
     def setup(self, stage: str) -> None:
-        """Let the encoder attend within the reviews by a kernel without a mask, on a GPU."""
+        """Let the encoder attend within the reviews by a kernel without a mask, on a GPU; compare the vocabularies."""
+        if stage == "fit":
+            check_vocabulary(self.hparams["base"], getattr(self._data, "tokenizer", None))
         self.within_records = attends_within_records(self.trainer, self.model.encoder)
 
     def features(self, batch: Batch) -> Tensor:

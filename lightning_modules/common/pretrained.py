@@ -1,9 +1,11 @@
 """Where a pretrained model is on this machine: in a folder, a run, a GGUF file, or an installed package."""
 
+import contextlib
 import fcntl
 import hashlib
 import importlib.metadata
 import io
+import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
@@ -46,6 +48,26 @@ def model_folder(name: str) -> Path | None:
             f".gguf file, or a hub name{advice}"
         )
     return None
+
+
+def vocabulary_of(folder: Path) -> dict[str, int]:
+    """Return the id of each token of the tokenizer in the folder of a model, read without Transformers.
+
+    The result is empty if the folder has no tokenizer, or one in another form than `tokenizer.json`, `vocab.json` or
+    `vocab.txt`.
+    """
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # missing, or damaged
+        if (file := folder / "tokenizer.json").is_file():
+            settings = json.loads(file.read_text(encoding="utf-8"))
+            tokens = settings["model"]["vocab"]
+            if isinstance(tokens, list):  # of pairs of a token and its score
+                tokens = {token: i for i, (token, _) in enumerate(tokens)}
+            return tokens | {token["content"]: token["id"] for token in settings.get("added_tokens", ())}
+        if (file := folder / "vocab.json").is_file():
+            return dict(json.loads(file.read_text(encoding="utf-8")))
+        if (file := folder / "vocab.txt").is_file():
+            return {line: i for i, line in enumerate(file.read_text(encoding="utf-8").splitlines())}
+    return {}
 
 
 def _in_package(package: str) -> Path:

@@ -8,8 +8,10 @@ Paper: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models" (2021), h
 """
 
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from torch import nn
 
@@ -47,15 +49,31 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
 def merged(model: nn.Module) -> Iterator[None]:
     """Merge the adapters of a model into its weights within the context, so that it is a plain model.
 
-    Merging and unmerging change the weights by rounding errors; load them again if they must be exact afterwards.
+    An adapted output layer that shares its matrix with the embeddings gets a matrix of its own, because the adapter
+    changes the scores and not the embeddings. Merging and unmerging change the weights by rounding errors; load them
+    again if they must be exact afterwards.
     """
     layers = adapted_layers(model)
+    uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
+    shared: dict[Any, nn.Parameter] = {}
     for name, layer in layers.items():
+        plain = layer.get_base_layer()
+        if uses[id(plain.weight)] > 1:
+            shared[plain] = plain.weight
+            plain.weight = nn.Parameter(plain.weight.detach().clone(), requires_grad=plain.weight.requires_grad)
         layer.merge()
-        model.set_submodule(name, layer.get_base_layer())
+        model.set_submodule(name, plain)
+    configs = [getattr(module, "config", None) for module in model.modules()] if shared else []
+    tied = [config for config in configs if getattr(config, "tie_word_embeddings", False)]
+    for config in tied:
+        config.tie_word_embeddings = False
     try:
         yield
     finally:
+        for config in tied:
+            config.tie_word_embeddings = True
         for name, layer in layers.items():
             model.set_submodule(name, layer)
             layer.unmerge()
+        for plain, weight in shared.items():
+            plain.weight = weight

@@ -12,9 +12,10 @@ import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
+from lightning_modules.common.files import read_json
 from lightning_modules.common.hub import hub_answers
 from lightning_modules.common.messages import first_line, say
-from lightning_modules.common.pretrained import model_folder, quietly
+from lightning_modules.common.pretrained import model_folder, quietly, vocabulary_of
 from lightning_modules.runtime.private_names import configured_attention
 
 if TYPE_CHECKING:  # imported where used: transformers is slow to import
@@ -59,6 +60,8 @@ def load_pretrained(
                 folder or base, local_files_only=on_disk, trust_remote_code=False, **changes
             )
             _check_kernels(config, argument)
+            if folder is not None:
+                _check_adapters(folder, argument)
             model, found = auto.from_pretrained(
                 folder or base,
                 config=config,
@@ -85,6 +88,19 @@ def _check_kernels(config: Any, argument: str) -> None:
         raise MisconfigurationException(
             f"{argument}: the configuration of the model asks for {configured_attention(config)}, which is code of the "
             "hub and is not run; remove attn_implementation from its config.json"
+        )
+
+
+def _check_adapters(folder: Path, argument: str) -> None:
+    """Refuse adapters that name a Python module: the library of adapters would import it."""
+    try:
+        settings = read_json(folder / "adapter_config.json", {})
+    except OSError as error:
+        raise MisconfigurationException(f"{argument}: {error}") from error
+    if settings.get("megatron_config") is not None:
+        raise MisconfigurationException(
+            f"{argument}: {folder / 'adapter_config.json'} names a module to import (megatron_core), which "
+            "is not done; remove megatron_config from it"
         )
 
 
@@ -146,6 +162,32 @@ def check_sizes(n_rows: int, context: int | None, base: str, vocab_size: int, bl
     if context is not None and block_size > context:
         raise MisconfigurationException(
             f"data.block_size: {block_size} is longer than the context of {base}, {context} tokens"
+        )
+
+
+def check_vocabulary(base: str | None, tokenizer: Any) -> None:
+    """Refuse a tokenizer whose tokens have other ids than in the tokenizer that the base comes with.
+
+    Args:
+        base: Folder or name of the model; nothing is checked without one, nor without its files on this machine.
+        tokenizer: Tokenizer of the data, or `None`.
+
+    Raises:
+        MisconfigurationException: If more than a tenth of the ids differ; a few may be tokens that were renamed.
+    """
+    try:
+        folder = model_folder(base) if base and tokenizer is not None else None
+    except ValueError:  # a resumed run does not need its base
+        return
+    of_base = {i: token for token, i in vocabulary_of(folder).items()} if folder else {}
+    given = tokenizer.get_vocab() if of_base else {}
+    others = [token for token, i in given.items() if of_base.get(i, token) != token]
+    if len(others) > len(given) / 10:
+        example = others[0]
+        raise MisconfigurationException(
+            f"data.tokenizer: {len(others):,} of its {len(given):,} tokens have another id than in the tokenizer of "
+            f"{base}, where {given[example]} is {of_base[given[example]]!r} and not {example!r}: give that of the "
+            f"base, --data.tokenizer {base}"
         )
 
 

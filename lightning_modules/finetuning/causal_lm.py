@@ -13,6 +13,7 @@ from lightning_modules.base import CompileMode, ExperimentModule
 from lightning_modules.finetuning.bases import (
     architecture_of,
     check_fit,
+    check_vocabulary,
     context_of,
     evaluating,
     load_pretrained,
@@ -61,6 +62,11 @@ class FineTunedCausalLM(ExperimentModule):
         self.save_hyperparameters()
         self.hparams["architecture"] = architecture_of(self.model)
         self.track(CorpusLoss())
+
+    def setup(self, stage: str) -> None:
+        """Compare the vocabulary of the data with that of the base, before training."""
+        if stage == "fit":
+            check_vocabulary(self.hparams["base"], getattr(self._data, "tokenizer", None))
 
     def before_compilation(self) -> None:
         """Find the output layer."""

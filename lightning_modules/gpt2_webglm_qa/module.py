@@ -29,7 +29,8 @@ class GPT2WebGLMQAModule(FineTunedCausalLM):
     within_records = False  # whether the attention takes the ends of the records, `cu_seqlens`
 
     def setup(self, stage: str) -> None:
-        """Refuse packing if the model does not keep the records of a row apart."""
+        """Compare the vocabularies, and refuse packing if the model does not keep the records of a row apart."""
+        super().setup(stage)
         self.within_records = attends_within_records(self.trainer, self.model)
         if getattr(self.data, "packing", False) and not keeps_records_apart(self.model, self.within_records):
             raise MisconfigurationException(

@@ -23,7 +23,8 @@ class GPTNeoStyleModule(FineTunedCausalLM):
     within_records = False  # whether the attention takes the ends of the rows in place of a mask
 
     def setup(self, stage: str) -> None:
-        """Create the metrics of each text."""
+        """Compare the vocabularies, and create the metrics of each text."""
+        super().setup(stage)
         self.within_records = attends_within_records(self.trainer, self.model)
         texts = ("book", "other", "base")
         self.track(MetricCollection({text: CorpusLoss() for text in texts}, compute_groups=False))
