@@ -161,8 +161,8 @@ def _write(
     }
     texts = {
         "table.md": "\n".join([*(as_markdown(table) for table in shown if table.rows), *notes, ""]),
-        "table.csv": csv_text(*tables.results_with_all_digits(arms, measures)),
-        "runs.csv": csv_text(*runs),
+        "table.csv": csv_text(*tables.results_with_all_digits(arms, measures), is_foreign=True),
+        "runs.csv": csv_text(*runs, is_foreign=True),
         "curves.csv": figures.curves_csv(curves, arms),
         "index.html": page(command, notes, sections, runs),
     }

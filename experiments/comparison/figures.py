@@ -87,7 +87,7 @@ def curves_csv(curves: Sequence[Curve], arms: Sequence[Arm]) -> str:
         for curve in curves
         for point in zip_longest(curve.steps, curve.values, curve.low, curve.high, fillvalue="")
     )
-    return csv_text(["metric", "arm", "run", "step", "value", "low", "high"], rows)
+    return csv_text(["metric", "arm", "run", "step", "value", "low", "high"], rows, is_foreign=True)
 
 
 def draw_curves(curves: Sequence[Curve], arms: Sequence[Arm], ranking: Sequence[int]) -> "Figure":

@@ -67,7 +67,10 @@ class Journal:
             if Path(attributes["arm"]).name != attributes["arm"] or attributes["arm"] == "..":  # it may be removed
                 raise UserError(f"{self._plan.folder / _FILE}: {attributes['arm']!r} is not a name of a run")
             self._optuna.enqueue_trial(earlier.params, attributes)
-            run = Run(self._plan, **attributes, trial=self._optuna.ask(self._distributions))
+            trial = self._optuna.ask(self._distributions)
+            if json.dumps(self._settings(trial)) != json.dumps(attributes["settings"]):  # they become flags
+                raise UserError(f"{self._plan.folder / _FILE}: the settings of {attributes['arm']} are not the sweep's")
+            run = Run(self._plan, **attributes, trial=trial)
         elif len(self.outcomes) < self._plan.n_runs and not self.reached_target:
             run = self._draw(len(self.outcomes))
         else:
@@ -91,14 +94,23 @@ class Journal:
         else:
             self._optuna.sampler = TPESampler(seed=seed, constant_liar=self._plan.jobs > 1)
         trial = self._optuna.ask(self._distributions)
-        values = {".".join(key): spec.setting(trial.params.get(".".join(key))) for key, spec in distributions.items()}
+        values = self._values(trial)
         arm = arm_name({name: values[name] for name in self._distributions})
         if not arm or arm in self.outcomes or (self._plan.folder / arm).exists():
             arm = f"{arm}{',' if arm else ''}run={i + 1}"
-        settings = self._sweep.settings(list(values.values()))
+        settings = self._settings(trial)
         trial.set_user_attr("settings", settings)
         trial.set_user_attr("arm", arm)
         return Run(self._plan, arm, settings, trial)
+
+    def _values(self, trial: Any) -> dict[str, Any]:
+        """Return the values of all parameters of a trial, by name."""
+        specs = self._sweep.distributions.items()
+        return {".".join(key): spec.setting(trial.params.get(".".join(key))) for key, spec in specs}
+
+    def _settings(self, trial: Any) -> dict[str, Any]:
+        """Return the settings of the run of a trial, nested as in the sweep file."""
+        return self._sweep.settings(list(self._values(trial).values()))
 
     def record(self, run: Run, value: float | None, error: str | None) -> None:
         """Record how a run has ended: its best value of the metric, and the reason if it failed."""

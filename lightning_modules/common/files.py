@@ -87,11 +87,31 @@ def write_csv(target: Path, columns: Sequence[str], rows: Iterable[Sequence[Any]
     write_text(target, csv_text(columns, rows))
 
 
-def csv_text(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """Return a CSV table as text."""
+def csv_text(columns: Sequence[str], rows: Iterable[Sequence[Any]], is_foreign: bool = False) -> str:
+    """Return a CSV table as text.
+
+    Args:
+        columns: Names of the columns, the first line.
+        rows: Values of each further line.
+        is_foreign: Whether the table has texts of strangers: a spreadsheet would compute one that begins as a formula,
+            so such a text begins with an apostrophe.
+    """
     text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(itertools.chain([columns], rows))
+    lines = itertools.chain([columns], rows)
+    if is_foreign:
+        lines = ([_without_formula(value) for value in line] for line in lines)
+    csv.writer(text, lineterminator="\n").writerows(lines)
     return text.getvalue()
+
+
+def _without_formula(value: Any) -> Any:
+    if not isinstance(value, str) or not value.startswith(("=", "+", "-", "@", "\t", "\r")):
+        return value
+    try:
+        float(value)
+    except ValueError:
+        return f"'{value}"
+    return value
 
 
 def replace_folder(target: Path, fill: Callable[[Path], Any]) -> None:
