@@ -53,13 +53,17 @@ class Study:
         return self.name if self.spec.flags else None  # other flags make other runs than `llm-train study` does
 
     def run(self, root: str, jobs: int) -> None:
-        """Start the runs that are missing, and test them if the claims need it; exit if one fails or on a signal."""
+        """Start the runs that are missing, and test them if the claims need it; exit on a signal."""
         for experiment in self.spec.first:
             if read_json(Path("runs", experiment, "summary.json"), {}).get("status") != FINISHED:
                 _run(["fit", "-c", experiment, "--auto_resume", "true"])
         name = ["--name", self._run_name] if self._run_name else []
         flags = [*self.spec.flags, *([f"--run.root={root}"] if root != "runs" else [])]
-        study_command.main(["study", str(self.sweep.path), *name, "--jobs", str(jobs), *flags])
+        try:
+            study_command.main(["study", str(self.sweep.path), *name, "--jobs", str(jobs), *flags])
+        except SystemExit as leave:
+            if leave.code != 1:  # a signal; a run that fails is recorded as failed
+                raise
         if not self.spec.test:
             return
         for folder in sorted(file.parent for file in self.folder(root).glob("*/summary.json")):
@@ -112,10 +116,14 @@ def main(args: Sequence[str]) -> None:
         pages = {study.title: (study.spec, recorded[study.title]) for study in studies if study.title in recorded}
         write_page(options.out / "index.html", ["llm-train", *args], judgements, pages)
         print(f"page    {options.out / 'index.html'}\nfiles   {options.out / 'claims.json'}")
-    _conclude(judgements)
+    _conclude(judgements, are_committed=options.check)
 
 
-def _conclude(judgements: Sequence[Judgement]) -> None:
+def _conclude(judgements: Sequence[Judgement], are_committed: bool) -> None:
+    stale = [each for each in judgements if are_committed and each.effects and each.claim.records == "pending"]
+    if stale:
+        first = "; ".join(f"{each.topic}, {each.claim.name}" for each in stale[:_MOST_LISTED])
+        raise UserError(f"these claims have records; remove `records: pending`: {first}")
     n_pending = sum(each.verdict == "no records" for each in judgements)
     pending = f", {n_pending} without records" if n_pending else ""
     wrong = [each for each in judgements if not each.is_as_expected]
@@ -123,8 +131,7 @@ def _conclude(judgements: Sequence[Judgement]) -> None:
         print(f"{len(judgements)} claims: the verdicts are as expected{pending}")
         return
     listed = [
-        f"{each.topic}, {each.claim.name}: {each.verdict}, expected "
-        + ("no records (`records: pending`)" if each.claim.records == "pending" else each.claim.expected)
+        f"{each.topic}, {each.claim.name}: {each.verdict}, expected {each.claim.expected}"
         for each in wrong[:_MOST_LISTED]
     ]
     more = [f"and {len(wrong) - _MOST_LISTED} more"] if len(wrong) > _MOST_LISTED else []

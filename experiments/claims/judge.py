@@ -12,6 +12,7 @@ from experiments.comparison.tables import with_interval
 from experiments.errors import UserError
 
 BySeed = list[tuple[str, float]]
+_FAILED = "failed"  # status of a run
 
 
 class Effect(NamedTuple):
@@ -36,9 +37,9 @@ class Judgement(NamedTuple):
 
     @property
     def is_as_expected(self) -> bool:
-        """Whether the verdict is the expected one; without records there is none to expect from a pending claim."""
-        if self.claim.records == "pending":
-            return self.verdict == "no records"
+        """Whether the verdict is the expected one, or there are no records of a claim whose records are pending."""
+        if self.verdict == "no records":
+            return self.claim.records == "pending"
         return self.verdict == self.claim.expected
 
     @property
@@ -92,13 +93,16 @@ class _Judge:
 
     def _every_run(self, condition: EveryRun) -> list[Effect]:
         values = [value for _, value in self._values({})]
+        n_failed = sum(run.status == _FAILED for run in self._all_runs({}))
         low = -math.inf if condition.at_least is None else condition.at_least
         high = math.inf if condition.at_most is None else condition.at_most
-        verdict: Verdict = "holds" if all(low <= value <= high for value in values) else "does not hold here"
-        if len(values) < 2 and not self.is_deterministic:
+        verdict: Verdict = "holds"
+        if n_failed or not all(low <= value <= high for value in values):
+            verdict = "does not hold here"
+        elif len(values) < 2 and not self.is_deterministic:
             verdict = "not clear"
         ends = list(dict.fromkeys(f"{value:.4g}" for value in (min(values), max(values))))
-        how = f"all of {len(values)} {'run' if len(values) == 1 else 'runs'}"
+        how = f"{len(values)} finished" + (f", {n_failed} failed" if n_failed else "")
         return [Effect(self._label({}), min(values), min(values), max(values), verdict, how, " to ".join(ends))]
 
     def _mean(self, condition: Mean) -> Effect:
@@ -170,6 +174,14 @@ class _Judge:
         return Measure(metric, self.claim.value, mode_of(metric, [], [], []) if self.claim.value == "best" else None)
 
     def _runs(self, arm: Settings) -> list[Run]:
+        """Return the finished runs of an arm, of which at least one has the metric."""
+        finished = [run for run in self._all_runs(arm) if run.status == FINISHED]
+        metric = arm.get("metric", self.claim.metric)
+        if not any(metric in run.metrics for run in finished):
+            raise self._error(f"no finished run has recorded {self._label(arm)}")
+        return finished
+
+    def _all_runs(self, arm: Settings) -> list[Run]:
         wanted = self.claim.where | {key: value for key, value in arm.items() if key != "metric"}
         known = self.runs[0].settings if self.runs else {}
         keys = {}
@@ -182,11 +194,7 @@ class _Judge:
         arms = {tuple(map(str, run.settings.values())) for run in runs}
         if len(arms) != 1:
             raise self._error(f"{len(arms)} arms of the records have {wanted}; give the settings of one")
-        finished = [run for run in runs if run.status == FINISHED]
-        metric = arm.get("metric", self.claim.metric)
-        if not any(metric in run.metrics for run in finished):
-            raise self._error(f"no finished run with {wanted} has recorded {metric}")
-        return finished
+        return runs
 
     def _check_validations(self, arms: Sequence[Settings]) -> None:
         for metric in {arm.get("metric", self.claim.metric) for arm in arms}:

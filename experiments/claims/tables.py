@@ -75,8 +75,7 @@ def verdicts(judgements: Sequence[Judgement]) -> Table:
     for each in judgements:
         source = each.claim.source
         paper = "" if source is None else ", ".join(filter(None, [source.paper, source.where]))
-        is_expected = each.verdict in ("no records", each.claim.expected)
-        surprise = "" if is_expected else f" (expected: {each.claim.expected})"
+        surprise = "" if each.is_as_expected else f" (expected: {each.claim.expected})"
         rows.append([each.claim.sentence, f"{each.verdict}{surprise}", each.shown, paper_number(each), paper])
     return Table(["claim", "verdict", "here", "paper", "source"], rows)
 

@@ -151,9 +151,10 @@ def test_best_values_are_judged_only_at_equal_numbers_of_validations():
         verdict_on(difference, longer, value="best")
 
 
-def test_runs_that_failed_do_not_count():
+def test_runs_that_failed_have_no_value_and_are_not_every_run():
     failed = records().replace("2,2,2.15,0.5215,1.65,finished", "2,2,99,0.5215,99,failed")
     assert verdict_on({"mean": {"below": 3}}, failed, where={"n_layer": 2})[0] == "holds"
+    assert verdict_on({"every_run": {"at_most": 100}}, failed, where={"n_layer": 2})[0] == "does not hold here"
 
 
 @pytest.mark.parametrize(
@@ -162,7 +163,7 @@ def test_runs_that_failed_do_not_count():
         ({"where": {"depth": 2}}, "the setting 'depth' is none of model.n_layer"),
         ({"where": {"n_layer": 7}}, "0 arms of the records have {'n_layer': 7}"),
         ({"where": {}}, "2 arms of the records have {}"),
-        ({"where": {"n_layer": 2}, "metric": "val/f1"}, "no finished run with {'n_layer': 2} has recorded val/f1"),
+        ({"where": {"n_layer": 2}, "metric": "val/f1"}, "no finished run has recorded val/f1 of n_layer=2"),
     ],
 )
 def test_a_claim_that_the_records_cannot_decide(claim, message):
@@ -305,6 +306,16 @@ def test_what_a_study_starts_from_runs_first_and_its_runs_are_tested(topic, llm_
     assert asked == [["fit", "-c", "topic/offline"], "study", *(["test", "-c", config] for config in runs)]
 
 
+@pytest.mark.parametrize(("code", "out"), [(1, "holds"), (143, "")])
+def test_a_run_that_fails_is_judged_and_a_signal_ends_the_command(topic, llm_train, monkeypatch, code, out):
+    monkeypatch.setattr(command.study_command, "main", lambda _: exit(code))
+    monkeypatch.setattr(command, "write_page", lambda *_: None)
+    write_runs(Path("runs"))
+    done = llm_train("claims")
+    assert (done.code, out in done.out) == (0 if code == 1 else code, True)
+    assert Path("runs/claims/claims.json").exists() == (code == 1)
+
+
 def test_a_verdict_that_is_not_expected_exits_with_1(topic, llm_train):
     (topic / "records/depth.csv").write_text(records({1: LOSSES[2], 2: LOSSES[1]}))
     done = llm_train("claims", "--check")
@@ -319,7 +330,9 @@ def test_a_verdict_that_is_not_expected_exits_with_1(topic, llm_train):
 def test_records_are_required_unless_they_are_pending(topic, llm_train):
     pending = with_condition(DEPTH["claims"][0]["holds_if"], records="pending")
     (topic / "claims.yaml").write_text(yaml.safe_dump(pending))
-    assert "no records (`records: pending`)" in llm_train("claims", "--check").err  # the mark is out of date
+    assert llm_train("claims", "--check").err == (
+        "error: these claims have records; remove `records: pending`: topic, deeper_is_better\n"
+    )
     (topic / "records/depth.csv").unlink()
     assert llm_train("claims", "--check").out.endswith("1 claims: the verdicts are as expected, 1 without records\n")
     (topic / "claims.yaml").write_text(yaml.safe_dump(DEPTH))
