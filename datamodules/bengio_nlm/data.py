@@ -18,6 +18,7 @@ from datamodules.base import ExperimentDataModule, shuffled
 from datamodules.cache import digest
 from datamodules.files import download, identity_of, is_url
 from datamodules.sources import AnySource, Piece, Source, cut, source_of
+from lightning_modules.common.messages import say
 from lightning_modules.common.ranges import NonNegativeInt, PositiveFloat, PositiveInt, ThreeOrMore
 
 RARE = "<rare>"  # replaces all rare words; its id is 0
@@ -235,6 +236,9 @@ class BengioNLMDataModule(ExperimentDataModule):
                     f"data.train {self.train:g} and data.val {self.val:g} leave nothing of {len(self.text.ids):,} words"
                     f" for the split {side}: make them smaller, or give more text"
                 )
+        if stage == "fit":
+            counts = f"{len(sides['train']):,} train, {len(sides['val']):,} validate"
+            say(f"data    {len(self.text.ids):,} words, {self.vocab_size:,} different: {counts}")
 
     def train_dataloader(self) -> DataLoader:
         """Return the loader of the training words, shuffled."""

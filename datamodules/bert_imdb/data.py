@@ -17,6 +17,7 @@ from datamodules.bert_imdb.wordpiece import continues_word, learn_wordpieces
 from datamodules.cache import cache_root, cached_array, digest
 from datamodules.splits import Side
 from datamodules.tokenizers import WithTokenizer, encode, load_tokenizer, vocab_size
+from lightning_modules.common.messages import say
 from lightning_modules.common.ranges import NonNegativeInt, OpenUnitInterval, PositiveInt, ThreeOrMore
 from lightning_modules.common.targets import IGNORED, places_of_targets
 
@@ -272,6 +273,13 @@ class ReviewsDataModule(WithTokenizer, ExperimentDataModule):
         for split in _SPLITS[stage]:
             if split not in self.datasets:
                 self.datasets[split] = self.read(split)
+        if stage == "fit":
+            say(f"data    {self.describe()}")
+
+    def describe(self) -> str:
+        """Return a line about the reviews of a fit."""
+        train, val = (len(self.datasets[split]) for split in ("train", "val"))
+        return f"{train:,} rows train, {val:,} validate"
 
     def read(self, split: Any) -> TokenizedReviews:
         """Return the dataset of a split: `train`, `val`, `test` or `predict`."""
@@ -330,6 +338,13 @@ class BertImdbDataModule(ReviewsDataModule):
         self.file = file
         self.texts: dict[str, list[Review]] = {}  # reviews of each split, by position in the dataset
 
+    def load_tokenizer(self) -> "PreTrainedTokenizerFast":
+        """Return the tokenizer of the argument; in other programs, it keeps the end of a text if this class does."""
+        tokenizer = super().load_tokenizer()
+        if self.truncation == "tail":
+            tokenizer.truncation_side = tokenizer.init_kwargs["truncation_side"] = "left"
+        return tokenizer
+
     @property
     def classes(self) -> list[str]:
         """Names of the classes; a label is an index into them."""
@@ -369,6 +384,10 @@ class BertImdbDataModule(ReviewsDataModule):
         rows = self.rows_of(reviews, lambda ids, n: [truncate(ids, n, self.truncation)])
         labels = [-1 if review.label is None else review.label for review in reviews]
         return TokenizedReviews(rows, labels, self.tokenizer.pad_token_id)
+
+    def describe(self) -> str:
+        """Return a line about the reviews of a fit, and their classes."""
+        return f"{super().describe()}; classes: {', '.join(self.classes)}"
 
     def keep_features(self, split: Side, model: Any, features_of: Callable[[Batch], Tensor]) -> None:
         """Replace the tokens in the batches of a split by features, computed once and kept in the cache.
