@@ -20,7 +20,7 @@ def opening_lines(trainer: L.Trainer, module: L.LightningModule, folder: Path) -
         model += f": {_parameters(module)}"
     lines = [("run", where), ("model", model)]
     if data := _data(trainer):
-        lines.append(("data", data))
+        lines.append(("epoch", data))
     return [*lines, ("steps", _steps(trainer)), ("device", _device(trainer))]
 
 
@@ -45,8 +45,8 @@ def _data(trainer: L.Trainer) -> str | None:
     if n is None:
         return None
     if (block_size := getattr(dataset, "block_size", None)) is None:
-        return f"{n:,} examples an epoch"
-    return f"{n:,} examples of {block_size:,} tokens an epoch, {n * block_size:,} tokens"
+        return f"{n:,} examples"
+    return f"{n:,} examples of {block_size:,} tokens: {n * block_size:,} tokens"
 
 
 def _steps(trainer: L.Trainer) -> str:

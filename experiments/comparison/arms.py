@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from experiments.comparison.runs import FINISHED, Run
+from experiments.comparison.runs import CONFIG, FINISHED, Run
 from experiments.errors import UserError
 from experiments.study.names import shortest_ending
 
@@ -28,6 +28,22 @@ class Arm:
     def label(self) -> str:
         """Name of the arm: `n_head=4, dropout=0.1`."""
         return ", ".join(f"{name}={value}" for name, value in self.shown.items()) or "all runs"
+
+
+def short_labels(arms: Sequence[Arm]) -> tuple[str, list[str]]:
+    """Return a title and names of the arms for a figure: the fewest settings that tell them apart, without quotes.
+
+    With one or two settings, the title has them and the names are their values; with more, there is no title.
+    """
+    names = list(arms[0].shown)
+    for name in reversed(names):
+        others = [other for other in names if other != name]
+        if others and len({tuple(arm.shown[other] for other in others) for arm in arms}) == len(arms):
+            names = others
+    shown = [{name: arm.shown[name].replace('"', "") for name in names} for arm in arms]
+    if 1 <= len(names) <= 2:
+        return ", ".join(names), [", ".join(values.values()) for values in shown]
+    return "", [", ".join(f"{name}={value}" for name, value in values.items()) or "all runs" for values in shown]
 
 
 def arms_of(runs: Sequence[Run], count_unfinished: bool = False) -> list[Arm]:
@@ -90,6 +106,8 @@ def differing_settings(runs: Sequence[Run]) -> list[str]:
     keys = dict.fromkeys(key for run in runs for key in run.settings)
     columns = {key: [_identity(run.settings.get(key, ABSENT)) for run in runs] for key in keys}
     differing = [key for key, column in columns.items() if len(set(column)) > 1]
+    if CONFIG in differing:
+        differing = _named_by_their_file(differing, columns)
 
     def follows(key: str) -> bool:
         above = max((other for other in differing if key.startswith(f"{other}.")), key=len, default=None)
@@ -98,6 +116,17 @@ def differing_settings(runs: Sequence[Run]) -> list[str]:
         return len(set(zip(columns[above], columns[key], strict=True))) == len(set(columns[above]))
 
     return [key for key in differing if not follows(key)]
+
+
+def _named_by_their_file(differing: list[str], columns: dict[str, list[str]]) -> list[str]:
+    """Return the differing settings with the file of a study in place of those that it sets, if it sets several."""
+    files = columns[CONFIG]
+    set_by_file = [
+        key for key in differing if key != CONFIG and len(set(zip(files, columns[key], strict=True))) == len(set(files))
+    ]
+    n_arms = len(set(zip(*(columns[key] for key in set_by_file), strict=True)))
+    without = set_by_file if len(set_by_file) > 1 and n_arms == len(set(files)) else [CONFIG]
+    return [key for key in differing if key not in without]
 
 
 def show_values(values: Iterable[Any]) -> dict[str, str]:

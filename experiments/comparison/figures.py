@@ -1,6 +1,7 @@
 """The figures of a comparison: learning curves, and the result of every run."""
 
 import math
+import re
 from collections.abc import Sequence
 from functools import reduce
 from itertools import zip_longest
@@ -8,10 +9,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from experiments.comparison.arms import Arm, how_they_ended
+from experiments.comparison.arms import Arm, how_they_ended, short_labels
 from experiments.comparison.measures import Measure
-from experiments.comparison.statistics import estimate, mean_and_half_width
-from lightning_modules.common.figures import new_figure
+from experiments.comparison.statistics import Estimate, estimate, mean_and_half_width
+from lightning_modules.common.figures import integer_steps, log_scale, new_figure, smoothed
 from lightning_modules.common.files import csv_text
 
 if TYPE_CHECKING:
@@ -29,6 +30,14 @@ _MAX_POINTS = 300  # of a curve
 _MAX_ROWS = 30
 _MAX_LABEL = 54  # characters
 
+_LOG_SCALE = 10  # ratio of the largest to the smallest value of a panel with a logarithmic axis
+_CLOSE = 0.15  # part of a panel in which more than half of the arms are drawn again, closer
+_SHARES = (
+    "accuracy|acc|f1|precision|recall|auc|auroc|ap|rouge|rougel|bleu|exact_match|share|shares|coverage|ece|agreement"
+    "|ends_with_eos|mfu"
+)
+_AT_LEAST_0 = "loss|nll|perplexity|bits_per_byte|bits_per_token|entropy|norm|error|mse|rmse|mae|lr|tokens|seconds|std"
+
 Look = dict[str, Any]  # colour, marker and style of a line
 
 
@@ -43,6 +52,15 @@ class Curve(NamedTuple):
     values: np.ndarray
     low: Sequence[float] = ()
     high: Sequence[float] = ()
+
+
+def limits_of(metric: str) -> tuple[float, float]:
+    """Return the least and the largest value that a metric can have, by the words in its name."""
+
+    def has(words: str) -> bool:
+        return re.search(rf"(?<![a-z])({words})(?![a-z])", metric.lower()) is not None
+
+    return (0.0, 1.0) if has(_SHARES) else (0.0 if has(_AT_LEAST_0) else -math.inf, math.inf)
 
 
 def curves_of(metrics: Sequence[str], arms: Sequence[Arm]) -> list[Curve]:
@@ -91,40 +109,104 @@ def curves_csv(curves: Sequence[Curve], arms: Sequence[Arm]) -> str:
 
 
 def draw_curves(curves: Sequence[Curve], arms: Sequence[Arm], ranking: Sequence[int]) -> "Figure":
-    """Draw one panel for each metric. If there are more arms than colours, the best ones are coloured."""
+    """Draw one panel for each metric, and a closer one where most arms lie close together.
+
+    If there are more arms than colours, the best ones are coloured.
+    """
     metrics = list(dict.fromkeys(curve.metric for curve in curves))
     looks = _looks(arms, ranking)
-    picture, panels = _panels(len(metrics))
-    for axes, metric in zip(panels, metrics, strict=True):
-        drawn = [curve for curve in curves if curve.metric == metric]
-        counting = [curve for curve in drawn if curve.counts]
-        for curve in counting or drawn:
-            _draw_curve(axes, curve, looks.get(curve.arm))
-        low, high = axes.dataLim.intervaly
-        if low > 0 and high > 30 * low:
-            axes.set_yscale("log")
-        axes.set_ylim(axes.get_ylim())  # intervals of few seeds are very wide, and unfinished runs can be far off
-        for curve in drawn:
-            if not curve.counts and counting:
-                _draw_curve(axes, curve, looks.get(curve.arm))
-            if len(curve.low) and len(arms) <= _MAX_BANDS:
-                color = looks[curve.arm]["color"]
-                axes.fill_between(curve.steps, curve.low, curve.high, color=color, alpha=0.18, linewidth=0)
-        axes.set_xlabel("optimiser step")
-        axes.set_ylabel(metric)
-    entries = {arms[number].label: look for number, look in looks.items()}
+    drawn = {metric: [curve for curve in curves if curve.metric == metric] for metric in metrics}
+    close_ups = {metric: _close_up(of_metric) for metric, of_metric in drawn.items()}
+    picture, panels = _panels(len(metrics) + sum(found is not None for found in close_ups.values()))
+    rest = iter(panels)
+    with_bands = len(arms) <= _MAX_BANDS
+    for metric, of_metric in drawn.items():
+        axes = next(rest)
+        _draw_metric(axes, metric, of_metric, looks, with_bands)
+        if (found := close_ups[metric]) is not None:
+            closer, (first, low, high) = next(rest), found
+            _draw_metric(closer, metric, of_metric, looks, with_bands=False, closer=True)
+            closer.set(xlim=(first, None), ylim=(low, high), ylabel=f"{metric}, closer")
+    title, names = short_labels(arms)
+    entries = {names[number]: look for number, look in looks.items()}
     if len(looks) < len(arms):
         entries["other arms"] = {"color": _OTHERS}
     if not all(curve.counts for curve in curves):
         entries["a run that has not finished"] = {"color": "#555555", "linestyle": ":"}
-    _legend(picture, entries)
+    _legend(picture, entries, title)
     return picture
+
+
+def _draw_metric(
+    axes: "Axes",
+    metric: str,
+    drawn: Sequence[Curve],
+    looks: dict[int, Look],
+    with_bands: bool,
+    closer: bool = False,
+) -> None:
+    """Draw all curves of a metric, on a logarithmic axis if it has a wide range and is not drawn closer."""
+    counting = [curve for curve in drawn if curve.counts]
+    for curve in counting or drawn:
+        _draw_curve(axes, curve, looks.get(curve.arm))
+    if _is_log(drawn) and not closer:
+        log_scale(axes, "y")
+    axes.set_ylim(axes.get_ylim())  # intervals of few seeds are very wide, and unfinished runs can be far off
+    limits = limits_of(metric)
+    for curve in drawn:
+        if not curve.counts and counting:
+            _draw_curve(axes, curve, looks.get(curve.arm))
+        if len(curve.low) and with_bands:
+            color = looks[curve.arm]["color"]
+            band = np.clip(curve.low, *limits), np.clip(curve.high, *limits)
+            axes.fill_between(curve.steps, *band, color=color, alpha=0.13, linewidth=0)
+    integer_steps(axes, sorted({step for curve in drawn for step in curve.steps.tolist()}))
+    axes.set_xlabel("optimiser step")
+    axes.set_ylabel(metric)
+
+
+def _is_log(drawn: Sequence[Curve]) -> bool:
+    values = np.concatenate([curve.values for curve in drawn if curve.counts] or [curve.values for curve in drawn])
+    values = values[np.isfinite(values)]
+    is_share = limits_of(drawn[0].metric)[1] == 1.0
+    return len(values) > 0 and not is_share and values.min() > 0 and values.max() > _LOG_SCALE * values.min()
+
+
+def _close_up(drawn: Sequence[Curve]) -> tuple[float, float, float] | None:
+    """Return a step and a range of values, from which on and in which most arms lie too close to be told apart.
+
+    They do if the second halves of more than half of the curves, at least four, lie in a small part of the panel.
+    """
+    curves = [curve for curve in drawn if curve.counts and len(curve.steps) > 3 and np.isfinite(curve.values).all()]
+    n_close = len(curves) // 2 + 1
+    if len(curves) < 4:
+        return None
+    scale = np.log if _is_log(drawn) else np.asarray
+    every = scale(np.concatenate([curve.values for curve in curves]))
+    first = float(np.median([curve.steps[len(curve.steps) // 2] for curve in curves]))
+    late = sorted((values.min(), values.max()) for c in curves if len(values := c.values[c.steps >= first]))
+    ranges = [
+        (low, max(high for _, high in late[place : place + n_close]))
+        for place, (low, _) in enumerate(late[: len(late) - n_close + 1])
+    ]
+    if not ranges:
+        return None
+    low, high = min(ranges, key=lambda ends: float(scale(np.array(ends[1])) - scale(np.array(ends[0]))))
+    part = float(scale(np.array(high)) - scale(np.array(low))) / max(float(every.max() - every.min()), 1e-12)
+    if not 0 < part < _CLOSE:
+        return None
+    margin = 0.25 * (high - low)
+    return first, float(low - margin), float(high + margin)
 
 
 def _draw_curve(axes: "Axes", curve: Curve, look: Look | None) -> None:
     if look and curve.counts:
         marker = look["marker"] if len(curve.steps) <= _MAX_MARKED_POINTS else None
-        axes.plot(curve.steps, curve.values, **look | {"marker": marker}, markersize=4, linewidth=1.3)
+        values = curve.values
+        if curve.metric.startswith("train/") and (mean := smoothed(values.tolist())) is not None:
+            axes.plot(curve.steps, values, color=look["color"], linewidth=0.6, alpha=0.3)
+            values, marker = np.array(mean), None
+        axes.plot(curve.steps, values, **look | {"marker": marker}, markersize=4, linewidth=1.3)
     elif look:
         axes.plot(curve.steps, curve.values, color=look["color"], linestyle=":", linewidth=1.3)
     elif curve.counts:  # one of many
@@ -148,12 +230,10 @@ def _draw_over(setting: str, arms: Sequence[Arm], measures: Sequence[Measure]) -
             for place, values in line:
                 axes.plot([place] * len(values), values, ".", color=look["color"], alpha=0.5, markersize=6)
             found = [estimate(values) for _, values in line]
-            bars = [each.half_width or 0 for each in found]
-            axes.errorbar(
-                [place for place, _ in line], [each.mean for each in found], bars, **look, markersize=5, capsize=3
-            )
+            means, bars = [each.mean for each in found], _bars(measure.metric, found)
+            axes.errorbar([place for place, _ in line], means, bars, **look, markersize=5, capsize=3)
         if ticks[0] > 0 and ticks[-1] > 10 * ticks[0]:
-            axes.set_xscale("log")
+            log_scale(axes, "x")
         if len(ticks) <= 8:
             axes.set_xticks(ticks, [f"{tick:,}" if isinstance(tick, int) else f"{tick:g}" for tick in ticks])
             axes.minorticks_off()
@@ -166,26 +246,37 @@ def _draw_over(setting: str, arms: Sequence[Arm], measures: Sequence[Measure]) -
 
 def _draw_rows(arms: Sequence[Arm], measures: Sequence[Measure], ranking: Sequence[int]) -> "Figure":
     numbers = range(len(arms)) if len(arms) <= _MAX_ROWS else ranking[:_MAX_ROWS]
-    looks = _looks(arms, ranking)
+    looks, (title, names) = _looks(arms, ranking), short_labels(arms)
     picture, panels = _panels(len(measures), height=1.2 + 0.34 * len(numbers))
     for axes, measure in zip(panels, measures, strict=True):
         for row, number in enumerate(numbers):
             look = looks.get(number, {"color": "#777777", "marker": "o"})
             if values := measure.values(arms[number].runs):
-                mean, half_width, _ = estimate(values)
+                found = estimate(values)
                 if len(values) > 1:
                     axes.plot(values, [row + 0.25] * len(values), ".", color=look["color"], alpha=0.6, markersize=5)
-                axes.errorbar(mean, row, xerr=half_width, color=look["color"], marker="o", markersize=5, capsize=3)
+                bars = _bars(measure.metric, [found])
+                axes.errorbar(found.mean, row, xerr=bars, color=look["color"], marker="o", markersize=5, capsize=3)
             else:
                 ended = how_they_ended(arms[number].left_out)
                 axes.annotate(ended, (0.02, row), xycoords=("axes fraction", "data"), va="center", color="#777777")
-        axes.set_yticks(range(len(numbers)), [_short(arms[number].label) for number in numbers])
+        axes.set_yticks(range(len(numbers)), [_short(names[number]) for number in numbers])
+        axes.set_ylabel(title)
         axes.set_ylim(len(numbers) - 0.5, -0.5)
         axes.locator_params(axis="x", nbins=5)
         axes.set_xlabel(measure.label)
     if len(numbers) < len(arms):
         picture.suptitle(f"the best {len(numbers)} of {len(arms)} arms", fontsize=10)
     return picture
+
+
+def _bars(metric: str, found: Sequence[Estimate]) -> list[list[float]]:
+    """Return how far the intervals reach below and above their means, within what the metric can be."""
+    least, most = limits_of(metric)
+    widths = [each.half_width if each.half_width is not None else 0.0 for each in found]
+    below = [max(0.0, min(width, each.mean - least)) for width, each in zip(widths, found, strict=True)]
+    above = [max(0.0, min(width, most - each.mean)) for width, each in zip(widths, found, strict=True)]
+    return [below, above]
 
 
 def _numeric_setting(arms: Sequence[Arm]) -> str | None:
@@ -203,7 +294,7 @@ def _numeric_setting(arms: Sequence[Arm]) -> str | None:
 
 
 def _without(arm: Arm, setting: str) -> str:
-    return ", ".join(f"{name}={value}" for name, value in arm.shown.items() if name != setting)
+    return ", ".join(f"{name}={value}" for name, value in arm.shown.items() if name != setting).replace('"', "")
 
 
 def _all_looks() -> list[Look]:
@@ -234,15 +325,16 @@ def _panels(n: int, height: float = 4) -> "tuple[Figure, list[Axes]]":
     return picture, panels
 
 
-def _legend(picture: "Figure", looks: dict[str, Look]) -> None:
+def _legend(picture: "Figure", looks: dict[str, Look], title: str = "") -> None:
     """Draw a legend below the panels, in as many columns as fit."""
     from matplotlib.lines import Line2D
 
     handles = [Line2D([], [], **look, markersize=4, label=_short(label)) for label, look in looks.items()]
     inches = 0.8 + 0.085 * max(len(_short(label)) for label in looks)
     n_columns = max(1, min(len(looks), int(picture.get_figwidth() / inches)))
-    picture.set_figheight(picture.get_figheight() + 0.25 * math.ceil(len(looks) / n_columns))
-    picture.legend(handles=handles, loc="outside lower center", ncols=n_columns, frameon=False)
+    n_rows = math.ceil(len(looks) / n_columns) + bool(title)
+    picture.set_figheight(picture.get_figheight() + 0.25 * n_rows)
+    picture.legend(handles=handles, loc="outside lower center", ncols=n_columns, frameon=False, title=title or None)
 
 
 def _short(label: str) -> str:

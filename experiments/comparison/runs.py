@@ -17,10 +17,12 @@ from experiments.errors import UserError
 from experiments.yaml_files import read_yaml
 
 FINISHED = "finished"
+CONFIG = "config"  # a setting of the runs of a study: the file that is merged over the configuration, by its stem
 UNFINISHED = "unfinished"  # without a summary: the run is alive, or was killed
 _MARKS = {"config.yaml", "environment.json", "metrics.csv"}  # a folder with one of them is a run's
 _NO_SETTING = re.compile(r"(run|environment|trainer\.logger|trainer\.default_root_dir)(\.|$)")  # names and places
 _SEEDS = ("seed", "seed_everything")
+_FILE_OF_ARM = re.compile(r"(?:^|[/(,])config=([^,/()+]+)")  # in the name of an arm
 _MONITOR = re.compile(r"trainer\.callbacks\.\w*Checkpoint(\.\d+)?\.monitor")
 _STEP = "trainer/global_step"  # optimiser steps done, in W&B's history
 
@@ -141,6 +143,8 @@ def flatten(value: Any, key: str = "") -> dict[str, Any]:
 def _run(name: str, status: str, error: str | None, config: Mapping[str, Any], metrics: Mapping[str, Series]) -> Run:
     flat = {_printable(key): _printable(value) for key, value in flatten(dict(config)).items()}
     settings = {key: value for key, value in flat.items() if not _NO_SETTING.match(key)}
+    if found := _FILE_OF_ARM.search(name):
+        settings.setdefault(CONFIG, found[1])
     # A callback's seed is a setting like any other: it chooses the samples that the callback uses.
     is_seed = [key for key in settings if key.rsplit(".", 1)[-1] in _SEEDS and not key.startswith("trainer.")]
     seeds = {key: settings.pop(key) for key in is_seed}

@@ -1,23 +1,24 @@
 """Reports on word vectors: nearest neighbours during the training; a file for other programs and figures after it."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 import lightning as L
 import numpy as np
 import torch
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from lightning_modules.common.figures import new_figure, save_figure
 from lightning_modules.common.files import write_text
+from lightning_modules.common.messages import say
 from lightning_modules.common.ranges import NonNegativeInt, PositiveInt, ThreeOrMore
 from lightning_modules.runtime.checkpoint_io import AtomicCheckpointIO
 from lightning_modules.runtime.drawing import show_figures, show_table
 from lightning_modules.runtime.stages import validates_a_fit
 
+_SIZE = (11, 8)  # of the figure, inches
+_FONT, _MARGIN = 8, 24  # points: size of the words, and space around all
 _TABLE_ROWS = 1000  # of the table for the projector of W&B, which is slow with more
 
 
@@ -33,7 +34,7 @@ class WordVectors(L.Callback):
     The callback reads `word_vectors` (V, m) of the module, and `text.words` of the data, the V words by frequency.
 
     Args:
-        words: Words whose neighbours are listed.
+        words: Words whose neighbours are listed; those that are not in the vocabulary are left out.
         n_neighbours: Neighbours of a word.
         n_drawn: Words in a figure.
         skip: Number of the most frequent words that are left out of the figures.
@@ -45,18 +46,12 @@ class WordVectors(L.Callback):
         self.words, self.n_neighbours, self.n_drawn, self.skip = words, n_neighbours, n_drawn, skip
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Check that the words are in the vocabulary.
-
-        Raises:
-            MisconfigurationException: If one is not.
-        """
+        """Leave out the words that are not in the vocabulary, and say so."""
         known = pl_module.data.text.words
-        for word in self.words:
-            if word not in known:
-                similar = ", ".join(difflib.get_close_matches(word, known, n=3)) or "none"
-                raise MisconfigurationException(
-                    f"WordVectors: {word!r} is not in the vocabulary (similar words: {similar}); change its `words`"
-                )
+        for word in set(self.words).difference(known):
+            self.words = [other for other in self.words if other != word]
+            similar = ", ".join(difflib.get_close_matches(word, known, n=3)) or "none"
+            say(f"WordVectors: {word!r} is not in the vocabulary (similar words: {similar}): left out")
 
     @rank_zero_only
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -138,12 +133,46 @@ def draw_word_vectors(word_vectors_txt: Path, figure: Path, method: str, first: 
         perplexity = min(15, (len(words) - 1) / 3)
         places = TSNE(perplexity=perplexity, metric="cosine", init="pca", random_state=0).fit_transform(vectors)
         title = f"t-SNE, perplexity {perplexity:.0f}"
-    drawing = new_figure(11, 8)
-    axes = drawing.add_subplot()
-    axes.scatter(places[:, 0], places[:, 1], s=4, color="tab:orange", linewidths=0)
-    style: dict[str, Any] = {"fontsize": 8, "ha": "center", "textcoords": "offset points", "xytext": (0, 2)}
-    for word, place in zip(words, places, strict=True):
-        axes.annotate(word, place, **style)
-    axes.set_title(title, fontsize=10)
+    drawing = new_figure(*_SIZE)
+    drawing.set_layout_engine("none")
+    axes = drawing.add_axes((0, 0, 1, 0.96), xlim=(0, 72 * _SIZE[0]), ylim=(0, 72 * 0.96 * _SIZE[1]))  # in points
     axes.set_axis_off()
+    spread = (places - places.min(0)) / np.maximum(np.ptp(places, axis=0), 1e-12)
+    points = spread * (np.array([axes.get_xlim()[1], axes.get_ylim()[1]]) - 2 * _MARGIN) + _MARGIN
+    axes.scatter(points[:, 0], points[:, 1], s=4, color="tab:orange", linewidths=0)
+    names = places_of_words(words, points, (axes.get_xlim()[1], axes.get_ylim()[1]))
+    for word, (x, y) in names.items():
+        axes.text(x, y, word, fontsize=_FONT, ha="left", va="bottom")
+    named = "" if len(names) == len(words) else f"; {len(names)} of {len(words)} words have room for their names"
+    axes.set_title(title + named, fontsize=10)
     return save_figure(drawing, figure)
+
+
+def places_of_words(
+    words: Sequence[str], points: np.ndarray, size: tuple[float, float]
+) -> dict[str, tuple[float, float]]:
+    """Return the lower left corners of the names of words, so that none is on another; a word without room has none.
+
+    Args:
+        words: The words, those to prefer first.
+        points: Where the words are, (n, 2), in points of 1/72 inch.
+        size: Width and height of the figure, in points.
+    """
+    from matplotlib.textpath import TextPath
+
+    corners = np.zeros((0, 4))  # left, bottom, right, top of the names so far
+    found = {}
+    for word, (x, y) in zip(words, points, strict=True):
+        width, height = TextPath((0, 0), word, size=_FONT).get_extents().width + 2, _FONT
+        beside = ((-width / 2, 2), (-width / 2, -height - 2), (3, -height / 2), (-width - 3, -height / 2))
+        aslant = ((2, 2), (-width - 2, 2), (2, -height - 2), (-width - 2, -height - 2))
+        above = ((-width / 2, height), (-width / 2, -2 * height))
+        for right, up in (*beside, *aslant, *above):
+            box = np.array([x + right, y + up, x + right + width, y + up + height])
+            apart = (box[2] <= corners[:, 0]) | (corners[:, 2] <= box[0])
+            apart |= (box[3] <= corners[:, 1]) | (corners[:, 3] <= box[1])
+            if apart.all() and (box >= 0).all() and box[2] <= size[0] and box[3] <= size[1]:
+                corners = np.vstack([corners, box])
+                found[word] = (x + right + 1, y + up)
+                break
+    return found

@@ -1,11 +1,14 @@
 """Figures drawn without pyplot, for commands that import neither torch nor Lightning."""
 
+import math
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from lightning_modules.common.files import atomic_file
 
 if TYPE_CHECKING:  # matplotlib is imported where it is used: it is slow to import
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 
@@ -23,3 +26,45 @@ def save_figure(figure: "Figure", file: Path) -> Path:
     with atomic_file(file) as target:
         figure.savefig(target, format="png", dpi=120)
     return file
+
+
+def integer_steps(axes: "Axes", logged: Sequence[float] = ()) -> None:
+    """Put the ticks of the horizontal axis at whole steps: at those that were logged, if they are at most eight."""
+    from matplotlib.ticker import MaxNLocator
+
+    if 0 < len(logged) <= 8:
+        axes.set_xticks(logged)
+    else:
+        axes.xaxis.set_major_locator(MaxNLocator(nbins="auto", steps=[1, 2, 2.5, 5, 10], integer=True))
+
+
+def log_scale(axes: "Axes", axis: Literal["x", "y"]) -> None:
+    """Make an axis logarithmic, with plain numbers at its ticks; call it when the curves are drawn.
+
+    Matplotlib's own labels are formulas, which are not parsed here.
+    """
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    drawn = axes.dataLim.intervalx if axis == "x" else axes.dataLim.intervaly
+    low, high = (max(float(end), 1e-300) for end in drawn)
+    decades = math.log10(high / low)
+    (axes.set_xscale if axis == "x" else axes.set_yscale)("log")
+    ticks = axes.xaxis if axis == "x" else axes.yaxis
+    ticks.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if decades < 2.5 else (1.0,)))
+    ticks.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}" if value >= 1 else f"{value:g}"))
+    ticks.set_minor_formatter(NullFormatter())
+
+
+def smoothed(values: Sequence[float]) -> list[float] | None:
+    """Return the mean of each value and its neighbours, a tenth of all; `None` if there are too few values to smooth.
+
+    Near the ends there are fewer neighbours, equally many on both sides.
+    """
+    reach = len(values) // 20
+    if reach < 1:
+        return None
+    means = []
+    for place in range(len(values)):
+        n = min(reach, place, len(values) - 1 - place)
+        means.append(sum(values[place - n : place + n + 1]) / (2 * n + 1))
+    return means

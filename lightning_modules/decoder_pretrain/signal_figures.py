@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from lightning_modules.runtime.drawing import new_figure, save_figure
+from lightning_modules.common.figures import log_scale, new_figure, save_figure
 
 Steps = Mapping[int, Mapping[str, np.ndarray]]  # by step, the arrays that `SignalPropagation` saved there
 
@@ -25,7 +25,8 @@ def draw_by_depth(steps: Steps, file: Path) -> Path:
     ):
         for (step, arrays), color in zip(steps.items(), colors, strict=True):
             axes.plot(arrays[name], color=color, marker="o", markersize=4, label=f"step {step}")
-        axes.set(title=title, xlabel="depth (0: embedding)", yscale="log")
+        axes.set(title=title, xlabel="depth (0: embedding)")
+        log_scale(axes, "y")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
         axes.legend()

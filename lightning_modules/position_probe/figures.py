@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lightning_modules.common.figures import new_figure, save_figure
+from lightning_modules.common.figures import log_scale, new_figure, save_figure
 from lightning_modules.position_probe import geometry
 
 if TYPE_CHECKING:
@@ -86,8 +86,11 @@ def _spectra(tables: Tables) -> "Figure":
         power = geometry.power_spectrum(scores) @ variance  # (T // 2,), of the whole matrix
         power = power[: (len(rows) - 1) // 2]  # without T / 2 cycles, at which every sine is 0
         by_frequency.plot(np.arange(1, len(power) + 1), power, **_STYLES[name])
-    by_component.set(xscale="log", xlabel="principal components", ylabel="share of the variance", ylim=(0, 1.03))
-    by_frequency.set(xscale="log", yscale="log", xlabel="cycles over the positions", ylabel="share of the variance")
+    by_component.set(xlabel="principal components", ylabel="share of the variance", ylim=(0, 1.03))
+    by_frequency.set(xlabel="cycles over the positions", ylabel="share of the variance")
+    for ax in (by_component, by_frequency):
+        log_scale(ax, "x")
+    log_scale(by_frequency, "y")
     by_frequency.set_ylim(bottom=1e-5)
     _tidy(by_component, legend=True)
     _tidy(by_frequency)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lightning_modules.common.figures import new_figure, save_figure
+from lightning_modules.common.figures import integer_steps, new_figure, save_figure, smoothed
 from lightning_modules.runtime.drawing import DrawsAtTheEnd
 
 
@@ -29,12 +29,17 @@ class LearningCurve(DrawsAtTheEnd):
             return []
         figure = new_figure(7, 4)
         axes = figure.add_subplot()
-        axes.plot(*train, color="tab:blue", linewidth=1, alpha=0.7, label=self.train_metric)
+        if (mean := smoothed(train[1])) is None:
+            axes.plot(*train, color="tab:blue", linewidth=1, alpha=0.7, label=self.train_metric)
+        else:
+            axes.plot(*train, color="tab:blue", linewidth=0.8, alpha=0.3)
+            axes.plot(train[0], mean, color="tab:blue", linewidth=1.5, label=f"{self.train_metric}, smoothed")
         if val[0]:
             axes.plot(*val, color="tab:orange", marker="o", markersize=4, label=self.val_metric)
             best = min(zip(val[1], val[0], strict=True))
             axes.annotate(f"{best[0]:.3f}", best[::-1], textcoords="offset points", xytext=(0, 8), ha="center")
         axes.set(xlabel="optimiser step", ylabel=self.val_metric.rsplit("/", 1)[-1])
+        integer_steps(axes)
         axes.grid(alpha=0.3)
         axes.legend()
         return [save_figure(figure, run / "figures/learning_curve.png")]

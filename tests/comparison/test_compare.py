@@ -575,7 +575,8 @@ def test_other_arms_are_drawn_in_rows():
     runs = [run_with(0, loss=loss, init=name) for name, loss in (("xavier", 2.0), ("gpt2", 1.0))]
     picture = figures.draw_summary(arms_of(runs), [Measure("val/loss", "last", "min")], [0, 1])
     (axes,) = picture.axes
-    assert [label.get_text() for label in axes.get_yticklabels()] == ["init=gpt2", "init=xavier"]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["gpt2", "xavier"]
+    assert axes.get_ylabel() == "init"
     assert axes.get_xlabel() == "val/loss, last"
 
 
@@ -592,7 +593,8 @@ def test_of_many_arms_the_best_are_coloured():
     picture = figures.draw_curves(curves, arms, ranking=range(60))
     (legend,) = picture.legends
     labels = [text.get_text() for text in legend.get_texts()]
-    assert labels == [*(f"name=arm0{number}" for number in range(7)), "other arms"]
+    assert labels == [*(f"arm0{number}" for number in range(7)), "other arms"]
+    assert legend.get_title().get_text() == "name"
     assert len(picture.axes[0].get_lines()) == 60
     picture = figures.draw_summary(arms, [Measure("val/loss", "last", "min")], ranking=range(60))
     assert len(picture.axes[0].get_yticklabels()) == 30

@@ -44,7 +44,7 @@ def test_a_file_has_one_line_for_the_last_step_and_neither_bars_nor_carriage_ret
     assert not {"\r", "\x1b", "█"} & set(done.err)
     said = done.err.splitlines()
     opening = said[said.index(f"run     {RUNS}/tiny") :][:5]
-    assert [line[:8].strip() for line in opening] == ["run", "model", "data", "steps", "device"]
+    assert [line[:8].strip() for line in opening] == ["run", "model", "epoch", "steps", "device"]
     assert "parameters, all trained" in opening[1]
     assert opening[3].startswith("steps   24 of 4 examples, ")
     assert opening[4] == "device  cpu, precision 32-true"

@@ -1,0 +1,141 @@
+"""What the figures of a comparison show, and how they name the runs."""
+
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from matplotlib.colors import to_hex
+
+from experiments.comparison import figures
+from experiments.comparison.arms import Arm, arms_of, short_labels
+from experiments.comparison.figures import Curve, draw_curves, limits_of
+from experiments.comparison.measures import Measure
+from experiments.comparison.runs import Run, Series
+from lightning_modules.common.figures import log_scale, new_figure, smoothed
+
+
+def run(name: str, losses=(3.0, 2.0), metric="val/loss", seed=0, **settings) -> Run:
+    steps = np.arange(1, len(losses) + 1) * 10
+    series = {metric: Series(steps, np.array(losses))}
+    return Run(name, "finished", "", settings, {"seed_everything": seed}, {}, series)
+
+
+def labels(runs) -> list[str]:
+    return [arm.label for arm in arms_of(runs)]
+
+
+def text_of(axis) -> list[str]:
+    return [tick.get_text() for tick in axis.get_ticklabels()]
+
+
+def test_arms_of_a_study_of_files_are_named_by_the_file_in_place_of_what_it_sets():
+    runs = [
+        run(f"runs/t/s/config={name},seed={seed}", seed=seed, config=name, **settings)
+        for name, settings in {
+            "nothing": {},
+            "lora": {"LoRA": "LoRA", "LoRA.r": 8},
+            "half": {"Freeze": "Freeze", "Freeze.layers": ":50%"},
+        }.items()
+        for seed in (1, 2)
+    ]
+    assert labels(runs) == ["config=half", "config=lora", "config=nothing"]
+    # One setting says more than the name of a file, and a setting that varies by itself stays.
+    assert labels([run(n, config=n, n_layer=layers) for n, layers in (("a", 1), ("b", 2))]) == [
+        "n_layer=1",
+        "n_layer=2",
+    ]
+    crossed = [run(f"{n},{lr}", config=n, x=n * 2, y=n * 3, lr=lr) for n in "ab" for lr in (0.1, 0.2)]
+    assert labels(crossed) == ["config=a, lr=0.1", "config=a, lr=0.2", "config=b, lr=0.1", "config=b, lr=0.2"]
+    # Two files of the same name do not tell the arms apart.
+    same = [run(n, config="a", x=n * 2, y=n * 3) for n in "cd"]
+    assert labels(same) == ["x=cc, y=ccc", "x=dd, y=ddd"]
+
+
+@pytest.mark.parametrize(
+    ("shown", "title", "names"),
+    [
+        ([{"without": '["norm"]'}, {"without": "[]"}], "without", ["[norm]", "[]"]),
+        ([{"optimizer": "SGD", "lr": "0.1"}, {"optimizer": "Muon", "lr": "0.02"}], "optimizer", ["SGD", "Muon"]),
+        ([{"a": "1", "b": x} for x in "12"] + [{"a": "2", "b": "1"}], "a, b", ["1, 1", "1, 2", "2, 1"]),
+        ([{}], "", ["all runs"]),
+    ],
+)
+def test_figures_name_the_fewest_settings_that_tell_arms_apart(shown, title, names):
+    assert short_labels([Arm(values, values, [], []) for values in shown]) == (title, names)
+
+
+@pytest.mark.parametrize(
+    ("metric", "limits"),
+    [
+        ("val/accuracy/pairs_8", (0, 1)),
+        ("val/rougeL", (0, 1)),
+        ("val/ends_with_eos", (0, 1)),
+        ("val/loss", (0, math.inf)),
+        ("train/grad_norm", (0, math.inf)),
+        ("val/gap", (-math.inf, math.inf)),
+        ("val/accuracy_gain_of_nothing", (0, 1)),
+    ],
+)
+def test_a_metric_has_limits(metric, limits):
+    assert limits_of(metric) == limits
+
+
+def test_bands_and_bars_stay_inside_what_a_metric_can_be():
+    accuracies = [(0.1, 0.2, 0.99), (0.1, 0.9, 1.0), (0.1, 0.5, 0.97)]
+    arms = arms_of([run(f"r{seed}", values, "val/accuracy", seed) for seed, values in enumerate(accuracies)])
+    curves = figures.curves_of(["val/accuracy"], arms)
+    (axes,) = draw_curves(curves, arms, [0]).axes
+    (band,) = axes.collections
+    reach = band.get_paths()[0].vertices[:, 1]
+    assert (reach.min(), reach.max()) == (0.0, 1.0)
+    assert curves[0].high[-1] > 1  # the interval itself is wider
+    (axes,) = figures.draw_summary(arms, [Measure("val/accuracy", "last", "max")], [0]).axes
+    ends = [x for bar in axes.collections for path in bar.get_paths() for x in path.vertices[:, 0]]
+    assert max(ends) == 1.0
+
+
+def test_curves_that_lie_together_are_drawn_again_closer():
+    steps = np.arange(0, 161, 20)
+    arms = [SimpleNamespace(label=f"a={n}", shown={"a": str(n)}) for n in range(6)]
+    curves = [Curve("val/loss", n, "", True, steps, 3 + 0.05 * n + 30 * np.exp(-steps / 9.0)) for n in range(5)]
+    curves.append(Curve("val/loss", 5, "", True, steps, 9 + 20 * np.exp(-steps / 40.0)))
+    whole, closer = draw_curves(curves, arms, range(6)).axes
+    assert (whole.get_yscale(), closer.get_yscale()) == ("log", "linear")
+    assert closer.get_ylabel() == "val/loss, closer"
+    low, high = closer.get_ylim()
+    assert 2.9 < low < 3.1  # the five lie from 3.0 to 3.2
+    assert 3.2 < high < 3.4
+    assert closer.get_xlim()[0] == 80
+    spread = [Curve("val/loss", n, "", True, steps, 3.0 + 0.5 * n + 0 * steps) for n in range(6)]
+    assert len(draw_curves(spread, arms, range(6)).axes) == 1
+
+
+def test_steps_are_whole_numbers_and_a_logarithmic_axis_has_plain_ones():
+    arms = [SimpleNamespace(label="a", shown={"a": "1"})]
+    steps = np.array([6, 12, 18, 24])
+    (axes,) = draw_curves([Curve("val/loss", 0, "", True, steps, np.array([5.0, 3.0, 0.5, 0.1]))], arms, [0]).axes
+    assert axes.get_xticks().tolist() == [6, 12, 18, 24]
+    axes.figure.draw_without_rendering()
+    shown = [text for text in text_of(axes.yaxis) if text]
+    assert {"0.1", "1"} <= set(shown)
+    assert not any("$" in text for text in shown)
+    axes = new_figure(4, 3).add_subplot()
+    axes.plot([1, 2], [1e-6, 2e3])
+    log_scale(axes, "y")
+    axes.figure.draw_without_rendering()
+    assert {"0.0001", "1", "100"} <= set(text_of(axes.yaxis))
+
+
+def test_training_curves_are_smoothed_with_the_raw_one_behind():
+    values = [2.0 + (-1) ** step * 0.5 for step in range(60)]
+    mean = smoothed(values)
+    assert mean[0] == values[0]
+    assert np.abs(np.array(mean[3:-3]) - 2).max() < 0.1
+    assert smoothed(values[:19]) is None
+    arms = [SimpleNamespace(label="a", shown={"a": "1"})]
+    curve = Curve("train/loss", 0, "", True, np.arange(60), np.array(values))
+    (axes,) = draw_curves([curve], arms, [0]).axes
+    raw, smooth = axes.get_lines()
+    assert (raw.get_alpha(), to_hex(raw.get_color())) == (0.3, to_hex(smooth.get_color()))
+    assert np.ptp(smooth.get_ydata()[5:-5]) < 0.2 * np.ptp(raw.get_ydata()[5:-5])
