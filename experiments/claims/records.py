@@ -23,6 +23,7 @@ from experiments.study.journal import goal_of, settings_of
 from experiments.study.names import flatten_settings
 from experiments.study.sweep_file import Sweep
 from lightning_modules.common.files import csv_text, read_json
+from lightning_modules.common.messages import say
 
 SEED = "seed"
 PROVENANCE = ("status", "steps", "validations", "seconds", "date", "commit", "python", "torch", "lightning", "hardware")
@@ -68,11 +69,13 @@ def make_records(folder: Path, study: Records, sweep: Sweep) -> str:
     """
     runs, settings = [], settings_of(folder)
     for name in sorted(settings):
-        if (folder / name / "summary.json").is_file():
-            try:
-                runs.append((read_folder(folder / name), name))
-            except UserError as error:
-                raise UserError(f"{folder / name}: {error}") from error
+        if not (folder / name / "summary.json").is_file():
+            say(f"left out {folder / name}: it has not ended, or its folder was removed")
+            continue
+        try:
+            runs.append((read_folder(folder / name), name))
+        except UserError as error:
+            raise UserError(f"{folder / name}: {error}") from error
     if not any(run.status == FINISHED for run, _ in runs):
         raise UserError(f"{folder}: no run of this study has finished")
     flat = {name: dict(flatten_settings(values)) for name, values in settings.items()}

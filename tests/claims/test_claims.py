@@ -243,11 +243,12 @@ def write_runs(root: Path, losses: Mapping[int, Sequence[float]] = LOSSES) -> Pa
 
 
 def test_records_are_made_of_run_folders(topic, llm_train):
-    write_runs(Path("elsewhere"))
+    shutil.rmtree(write_runs(Path("elsewhere")) / "n_layer=2,seed=2")
     done = llm_train("claims", "topic", "--record", "--runs", "elsewhere")
-    assert done.out == "experiments/topic/records/depth.csv: 6 runs\n"
+    assert done.out == "experiments/topic/records/depth.csv: 5 runs\n"
     header, first, *_ = (topic / "records/depth.csv").read_text().splitlines()
     assert header == ",".join(["model.n_layer,seed,val/loss,val/accuracy", '"val/loss, best"', *PROVENANCE])
+    assert done.err == "left out elsewhere/topic/depth/n_layer=2,seed=2: it has not ended, or its folder was removed\n"
     assert first == '1,0,3,0.5,2.5,finished,100,2,7,2030-01-01,abc,3.11,2.13,2.6,"2 cores of x86_64, 1 in use"'
 
 
