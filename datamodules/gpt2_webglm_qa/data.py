@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from datamodules.base import ExperimentDataModule
+from datamodules.gpt2_webglm_qa.chat_format import as_chat_template
 from datamodules.gpt2_webglm_qa.cited_answers import AnyRecords, Citations, Order, Record, arrange, records_of
 from datamodules.gpt2_webglm_qa.packing import best_fit
 from datamodules.gpt2_webglm_qa.prompts import TEMPLATE, Example, MissingCitations, PromptEncoder, in_chat_template
@@ -120,6 +121,11 @@ class GPT2WebGLMQADataModule(WithTokenizer, ExperimentDataModule):
         if self.chat_template:
             tokenizer.eos_token = in_chat_template(tokenizer, self.template, self.system_message)[1]
         return tokenizer
+
+    @property
+    def exported_chat_template(self) -> str | None:
+        """Chat template with which other programs write the prompts; `None` leaves that of an instruct model."""
+        return None if self.chat_template else as_chat_template(self.template)
 
     @staticmethod
     def prompts(tokenizer: "PreTrainedTokenizerFast", arguments: dict[str, Any]) -> PromptEncoder:

@@ -1,7 +1,6 @@
 """Export of the trained model in the format of Hugging Face."""
 
 import copy
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,12 +8,13 @@ import lightning as L
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from lightning_modules.base import ExperimentModule
-from lightning_modules.common.files import read_json, replace_folder, write_text
+from lightning_modules.common.files import read_json, replace_folder, write_json, write_text
 from lightning_modules.common.messages import say
 from lightning_modules.finetuning.adapters import merged
+from lightning_modules.finetuning.bases import context_of
 from lightning_modules.runtime.checkpoint import RunCheckpoint
 from lightning_modules.runtime.checkpoint_io import AtomicCheckpointIO
-from lightning_modules.runtime.model_card import context_of, model_card
+from lightning_modules.runtime.model_card import context_in, model_card
 
 if TYPE_CHECKING:  # imported where used: transformers is slow to import
     from transformers import PreTrainedTokenizerFast
@@ -67,7 +67,8 @@ class ExportModel(L.Callback):
         n_rows = {"train": _n_rows(trainer.train_dataloader), "val": _n_rows(trainer.val_dataloaders)}
 
         def write(folder: Path) -> None:
-            export_model(module, pl_module.data.tokenizer, folder)
+            chat_template = getattr(pl_module.data, "exported_chat_template", None)
+            export_model(module, pl_module.data.tokenizer, folder, chat_template)
             known = {split: n for split, n in n_rows.items() if n}
             card = model_card(run, folder, base, checkpoint["global_step"], results, known, self.licence)
             write_text(folder / "README.md", card)
@@ -87,19 +88,24 @@ def _n_rows(loaders: Any) -> int:
     return sum(getattr(sampler, "n", 0) for sampler in samplers)
 
 
-def export_model(module: ExperimentModule, tokenizer: "PreTrainedTokenizerFast", folder: Path) -> None:
+def export_model(
+    module: ExperimentModule, tokenizer: "PreTrainedTokenizerFast", folder: Path, chat_template: str | None = None
+) -> None:
     """Write a model and its tokenizer, with what other programs need to truncate, to pad and to stop.
 
     Args:
         module: Module with `save_pretrained`.
         tokenizer: Tokenizer that it was trained with.
         folder: Folder to create.
+        chat_template: Chat template of the tokenizer; `None` leaves the one that it has.
     """
     with merged(module):
         module.save_pretrained(folder)
     config = read_json(folder / "config.json", {})
-    context = context_of(config)
+    model = getattr(module, "model", None)
+    context = context_of(model) if hasattr(model, "get_input_embeddings") else context_in(config)
     tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = chat_template or tokenizer.chat_template
     if context:
         tokenizer.model_max_length = min(context, tokenizer.model_max_length)
     tokens = {"pad_token_id": tokenizer.pad_token_id}
@@ -114,6 +120,12 @@ def export_model(module: ExperimentModule, tokenizer: "PreTrainedTokenizerFast",
         _update(folder / "generation_config.json", settings)
     _update(folder / "config.json", tokens)
     tokenizer.save_pretrained(folder)
+    # The class has another name in earlier versions of Transformers, and the rest is about this machine.
+    settings = read_json(folder / "tokenizer_config.json", {})
+    settings = {name: value for name, value in settings.items() if name not in ("is_local", "local_files_only")}
+    if settings.get("tokenizer_class") == "TokenizersBackend":
+        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    write_json(folder / "tokenizer_config.json", settings)
     for file in folder.iterdir():  # weights are written for the owner alone, whatever the umask
         file.chmod((folder / "config.json").stat().st_mode)
 
@@ -121,4 +133,4 @@ def export_model(module: ExperimentModule, tokenizer: "PreTrainedTokenizerFast",
 def _update(file: Path, fields: dict[str, Any]) -> None:
     """Set fields of a JSON file; `None` leaves a field as it is."""
     given = {name: value for name, value in fields.items() if value is not None}
-    write_text(file, json.dumps(read_json(file, {}) | given, indent=2) + "\n")
+    write_json(file, read_json(file, {}) | given)

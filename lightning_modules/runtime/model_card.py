@@ -23,6 +23,7 @@ _TASKS = {  # of `pipeline`, by what the class of a model ends in
     "ForSequenceClassification": "text-classification",
     "ForMaskedLM": "fill-mask",
 }
+_CHAT = 'print(pipe([{"role": "user", "content": "What is a tuple?"}])[0]["generated_text"][-1]["content"])'
 _EXAMPLES = {
     "text-generation": 'print(pipe("The")[0]["generated_text"])',
     "text-classification": 'print(pipe("I would see it again.", truncation=True))',
@@ -64,7 +65,7 @@ def model_card(
     facts = {
         "class": f"`{architecture.get('architectures', [architecture.get('model_type')])[0]}`",
         "weights": f"{_n_weights(model):,}",
-        "context": f"{context} tokens" if (context := context_of(architecture)) else None,
+        "context": f"{context} tokens" if (context := context_in(architecture)) else None,
         "trained from": f"`{_public(base)}`" if base else "a random initialisation",
         "training": f"{step:,} steps of `{config['model']['class_path']}`" if config else f"{step:,} steps",
         "licence": licence or "unknown",
@@ -75,7 +76,7 @@ def model_card(
         "---\n" + _dump({key: value for key, value in header.items() if value}) + "---",
         f"# {name}\n\nA model that was trained with llm-train.",
         _table(("", ""), {key: value for key, value in facts.items() if value}),
-        *_use(task, architecture),
+        *_use(task, architecture, model),
     ]
     if config:
         parts += ["## Data", _fenced(_dump(_public(config["data"])))]
@@ -91,7 +92,7 @@ def model_card(
     return "\n\n".join(parts) + "\n"
 
 
-def context_of(architecture: Mapping[str, Any]) -> int | None:
+def context_in(architecture: Mapping[str, Any]) -> int | None:
     """Return the context that a `config.json` gives, in tokens; GPT-2 has its own name for it."""
     return architecture.get("max_position_embeddings") or architecture.get("n_positions")
 
@@ -101,17 +102,16 @@ def _task(architecture: Mapping[str, Any]) -> str | None:
     return next((task for name in classes for end, task in _TASKS.items() if name.endswith(end)), None)
 
 
-def _use(task: str | None, architecture: Mapping[str, Any]) -> list[str]:
+def _use(task: str | None, architecture: Mapping[str, Any], model: Path) -> list[str]:
     if task is None:
-        text = (
-            "Transformers has no class of these parts. `--model.pretrained FOLDER` of `llm-train fit` reads the folder."
-        )
+        text = "Transformers has no class of these parts; `llm-train fit` reads the folder with `--model.pretrained`."
         return ["## Use", text]
     code = ", trust_remote_code=True" if "auto_map" in architecture else ""
+    is_chat = (model / "chat_template.jinja").is_file()
     lines = [
         "from transformers import pipeline\n",
         f'pipe = pipeline("{task}", model="FOLDER"{code})',
-        _EXAMPLES[task],
+        _CHAT if is_chat and task == "text-generation" else _EXAMPLES[task],
     ]
     return ["## Use", _fenced("\n".join(lines), "python")]
 
