@@ -198,16 +198,27 @@ def _write_tables(folder: Path, topic: str, claims: Topic) -> None:
 
 
 def filled(folder: Path, topic: str, claims: Topic) -> str:
-    """Return the README of a topic with its tables made from the committed records."""
+    """Return the README of a topic with its tables and numbers made from the committed records."""
 
-    def make(name: str) -> str:
+    def recorded(name: str) -> tuple[Study, Recorded]:
         study = Study(topic, name, claims.studies[name]) if name in claims.studies else None
         found = committed(folder, study) if study else None
         if study is None or found is None:
-            raise UserError(f"{folder / topic}/README.md: the table of {name} has no records in records/{name}.csv")
+            raise UserError(f"{folder / topic}/README.md: {name} has no records in records/{name}.csv")
+        return study, found
+
+    def table_of(name: str) -> str:
+        study, found = recorded(name)
         return tables.block(name, study.spec, found, judged(claims, study, found))
 
-    return tables.fill(folder / topic / "README.md", make)
+    def number_of(name: str) -> str:
+        claim = next((claim for claim in claims.claims if claim.name == name), None)
+        if claim is None:
+            raise UserError(f"{folder / topic}/README.md: there is no claim {name} in {FILE}")
+        study, found = recorded(claim.study)
+        return judge(topic, claim, found.runs, study.spec.deterministic).shown
+
+    return tables.fill(folder / topic / "README.md", table_of, number_of)
 
 
 def as_json(judgements: Sequence[Judgement], recorded: dict[str, Recorded]) -> list[dict[str, object]]:

@@ -1,6 +1,7 @@
 """Verdicts as text, and the tables of the READMEs, which are written from records.
 
-A table stands between two comments, `<!-- claims: STUDY -->` and `<!-- end -->`.
+A table stands between two comments, `<!-- claims: STUDY -->` and `<!-- end -->`. The number of a claim in running text
+stands between `<!-- claim: NAME -->` and `<!-- end -->`, in one line.
 """
 
 import re
@@ -17,6 +18,7 @@ from experiments.comparison.tables import Table, as_markdown, caption, differenc
 from experiments.errors import UserError
 
 _BLOCK = re.compile(r"(<!-- claims: (\S+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+_NUMBER = re.compile(r"(<!-- claim: (\S+) -->)(.*?)(<!-- end -->)")
 _WIDTH = 80
 _VERDICT = {"holds": "holds", "does not hold here": "fails", "not clear": "not clear", "no records": "no records"}
 
@@ -80,12 +82,13 @@ def verdicts(judgements: Sequence[Judgement]) -> Table:
     return Table(["claim", "verdict", "here", "paper", "source"], rows)
 
 
-def fill(readme: Path, make: Callable[[str], str]) -> str:
-    """Return the text of a README with all its tables made anew.
+def fill(readme: Path, table_of: Callable[[str], str], number_of: Callable[[str], str]) -> str:
+    """Return the text of a README with all its tables and numbers made anew.
 
     Args:
         readme: The file.
-        make: Returns the table of a study, by its name.
+        table_of: Returns the table of a study, by its name.
+        number_of: Returns the number that decides a claim, by its name.
 
     Raises:
         UserError: If a table has no end, or its study no records.
@@ -93,7 +96,8 @@ def fill(readme: Path, make: Callable[[str], str]) -> str:
     text = readme.read_text(encoding="utf-8")
     for start, study in open_blocks(text):
         raise UserError(f"{readme}, line {start}: the table of {study} has no <!-- end -->")
-    return _BLOCK.sub(lambda found: f"{found[1]}\n{make(found[2])}\n{found[4]}", text)
+    text = _NUMBER.sub(lambda found: f"{found[1]}{number_of(found[2])}{found[4]}", text)
+    return _BLOCK.sub(lambda found: f"{found[1]}\n{table_of(found[2])}\n{found[4]}", text)
 
 
 def open_blocks(text: str) -> Iterator[tuple[int, str]]:

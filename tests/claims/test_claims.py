@@ -61,7 +61,8 @@ def topic() -> Path:
     (folder / "studies").mkdir()
     (folder / "records/depth.csv").write_text(records())
     (folder / "claims.yaml").write_text(yaml.safe_dump(DEPTH, sort_keys=False))
-    (folder / "README.md").write_text("# Topic\n\n<!-- claims: depth -->\n<!-- end -->\n\nText.\n")
+    text = "Lower by <!-- claim: deeper_is_better -->1<!-- end -->."
+    (folder / "README.md").write_text(f"# Topic\n\n<!-- claims: depth -->\n<!-- end -->\n\n{text}\n")
     sweep = {
         "method": "grid", "name": "depth", "metric": {"name": "val/loss", "goal": "minimize"},
         "parameters": {"model.n_layer": {"values": [1, 2]}, "seed_everything": {"values": [0, 1, 2]}},
@@ -356,7 +357,7 @@ def test_tables_are_written_between_their_comments(topic, llm_train):
     assert "| n_layer=2 | n_layer=1 | val/loss, last | -1.02 ± 0.21 | better | Welch, 3 and 3 runs |\n" in text
     assert "| Two layers have a lower loss than one. | holds | -1.02 ± 0.21 | -0.9 | Someone (2001), table 1 |" in text
     assert "6 runs, 2030-01-01, commit abc, Python 3.11, torch 2.13, Lightning 2.6, 2 cores; " in text
-    assert text.endswith(".\n\n<!-- end -->\n\nText.\n")
+    assert text.endswith(".\n\n<!-- end -->\n\nLower by <!-- claim: deeper_is_better -->-1.02 ± 0.21<!-- end -->.\n")
     assert llm_train("claims", "--write").out == ""  # it is up to date
 
 
@@ -364,6 +365,7 @@ def test_tables_are_written_between_their_comments(topic, llm_train):
     ("file", "old", "new"),
     [
         ("README.md", "-1.02 ± 0.21 | better", "-1.03 ± 0.21 | better"),
+        ("README.md", "-1.02 ± 0.21<", "-1.03 ± 0.21<"),
         ("records/depth.csv", "2.15,", "2.151,"),
         ("records/depth.csv", "abc", "abd"),
         ("claims.yaml", "number: -0.9", "number: -1.0"),
@@ -382,8 +384,9 @@ def test_a_figure_that_is_falsified_by_hand_is_found(topic, llm_train, file, old
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
+        ("claim: deeper", "claim: wider", "README.md: there is no claim wider_is_better in claims.yaml"),
         ("<!-- end -->", "", "README.md, line 3: the table of depth has no <!-- end -->"),
-        ("claims: depth", "claims: width", "README.md: the table of width has no records in records/width.csv"),
+        ("claims: depth", "claims: width", "README.md: width has no records in records/width.csv"),
     ],
 )
 def test_a_table_that_cannot_be_written(topic, llm_train, old, new, message):
