@@ -16,11 +16,13 @@ from jsonargparse import ArgumentError, ArgumentParser
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from shared_runs import own_world, run_command
+from tiny_bases import llama
 from torch import nn
 
 from experiments.class_paths import import_class
 from lightning_modules.base import ExperimentModule
 from lightning_modules.finetuning.adapters import adapted_layers, merged
+from lightning_modules.finetuning.bases import save_pretrained
 from lightning_modules.finetuning.freeze import Freeze, GradualUnfreezing, Stage, frozen_modules
 from lightning_modules.finetuning.lora import LoRA
 from lightning_modules.finetuning.rates import LayerwiseRates
@@ -517,3 +519,24 @@ def test_adapters_are_merged_and_unmerged():
         torch.testing.assert_close(model(ids), with_adapters, rtol=1e-4, atol=1e-5)
     assert set(model.state_dict()) == names
     torch.testing.assert_close(model(ids), with_adapters, rtol=1e-4, atol=1e-5)
+
+
+def test_an_adapted_output_layer_that_is_tied_to_the_embeddings_is_exported_with_a_matrix_of_its_own(tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    model = nn.Module()
+    model.model = llama()
+    LoRA(rank=2, targets=["*"]).setup(None, model, "fit")
+    for layer in adapted_layers(model).values():
+        nn.init.normal_(layer.lora_B["default"].weight)
+    ids, embeddings = torch.arange(8)[None], model.model.get_input_embeddings().weight
+    before, with_adapters = embeddings.clone(), model.model(ids).logits
+    with merged(model):
+        assert torch.equal(embeddings, before)
+        save_pretrained(model.model, tmp_path)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert not plain.config.tie_word_embeddings
+    torch.testing.assert_close(plain(ids).logits, with_adapters, rtol=1e-4, atol=1e-4)
+    assert model.model.config.tie_word_embeddings
+    assert model.model.lm_head.base_layer.weight is embeddings
+    torch.testing.assert_close(model.model(ids).logits, with_adapters, rtol=1e-4, atol=1e-4)
