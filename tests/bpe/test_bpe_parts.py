@@ -63,6 +63,14 @@ def test_shares_of_all_processes_make_up_the_global_batches_in_order(num_workers
     assert joined == [pieces[start : start + 7] for start in range(7 * skip, len(pieces), 7)]
 
 
+def test_one_document_is_cut_if_asked_for(capsys):
+    data = BPEDataModule(ListText(["".join(f"line {i}\n" for i in range(1000))]), val_fraction=0.1, split="auto")
+    data.setup("fit")
+    train, val = ("".join(chain(*loader)) for loader in (data.train_dataloader(), data.val_dataloader()))
+    assert (train[-9:], val[:9]) == ("line 900\n", "line 901\n")
+    assert "data    1 document, 8.9 kB: the first 90 % trains, the last 10 % validates" in capsys.readouterr().err
+
+
 class Handlers(Source):
     """What a process does on Ctrl-C."""
 

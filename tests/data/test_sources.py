@@ -1,11 +1,13 @@
 """Sources of text: files, URLs, hub datasets and the documentation of Python."""
 
+import gzip
 import http.server
 import os
 import socket
 import threading
 import tracemalloc
 from functools import partial
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -14,7 +16,7 @@ from hypothesis import strategies as st
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from datamodules import sources
-from datamodules.sources import HubText, ListText, Piece, PythonText, TextFiles, cut
+from datamodules.sources import Files, HubText, ListText, Piece, PythonText, TextFiles, cut, source_of
 
 
 @pytest.fixture(autouse=True)
@@ -196,6 +198,124 @@ def test_a_server_that_cannot_be_reached_is_one_line():
     message = one_line_error(TextFiles(url))
     assert url in message
     assert "give the path of the file" in message
+
+
+# --- Files, and what a setting names ---------------------------------------------------------------------------------
+
+ROWS_OF_TEXT = {
+    "a.jsonl": '{"text": "one", "n": 1}\n{"text": null}\n{"text": "two\\nlines"}\n',
+    "b.json": '\ufeff[\n  {"text": "one"},\n  {"text": "two\\nlines"}\n]\n',
+    "c.json": '{"content": "one", "n": 1}\n{"content": "two\\nlines", "n": 2}\n',
+    "d.csv": 'id,text\n1,one\n2,"two\nlines"\n',
+    "e.tsv": 'text\tid\none\t1\n"two\nlines"\t2\n',
+}
+
+
+@pytest.fixture
+def files(tmp_path):
+    """A folder with the same two texts in every form of rows, and with text files."""
+    from pyarrow import Table, parquet
+
+    for name, content in ROWS_OF_TEXT.items():
+        (tmp_path / name).write_text(content, encoding="utf-8")
+        (tmp_path / f"{name}.gz").write_bytes(gzip.compress(content.encode()))
+    parquet.write_table(
+        Table.from_pydict({"text": ["one", None, "two\nlines"], "n": [1, 2, 3]}), tmp_path / "f.parquet"
+    )
+    (tmp_path / "g.txt.gz").write_bytes(gzip.compress("\ufeffone\r\ntwo".encode()))
+    (tmp_path / "books/deep").mkdir(parents=True)
+    for name in ("b.txt", "a.md", "deep/c.TXT", ".hidden.txt", "d.py", "e.png", "empty.txt"):
+        (tmp_path / "books" / name).write_text("" if name == "empty.txt" else name)
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", [*ROWS_OF_TEXT, *(f"{name}.gz" for name in ROWS_OF_TEXT), "f.parquet"])
+def test_each_row_is_a_document(files, name):
+    assert list(source_of(name).pieces()) == [Piece("one", True), Piece("two\nlines", True)]
+
+
+def test_a_column_is_chosen_after_a_colon(files):
+    (files / "g.jsonl").write_text('{"a": "one", "b": "two"}\n')
+    (files / "odd:a.txt").write_text("a file of this name")
+    assert list(source_of("g.jsonl:b").documents()) == ["two"]
+    assert list(source_of(["g.jsonl:a", "g*.jsonl:b"]).documents()) == ["one", "two"]
+    assert list(source_of("odd:a.txt").documents()) == ["a file of this name"]
+    assert source_of("g.jsonl:a").fingerprint() != source_of("g.jsonl:b").fingerprint()
+
+
+@pytest.mark.parametrize(
+    ("given", "documents"),
+    [
+        ("books", ["a.md", "b.txt", "deep/c.TXT"]),
+        ("books/", ["a.md", "b.txt", "deep/c.TXT"]),
+        ("books/*.py", ["d.py"]),
+        ("books/**/*.[tT]*", ["b.txt", "deep/c.TXT"]),
+        (["books/d.py", "books/a.md"], ["d.py", "a.md"]),
+        (Path("books/.hidden.txt"), [".hidden.txt"]),
+        ("g.txt.gz", ["one\ntwo"]),
+    ],
+)
+def test_paths_folders_and_patterns_are_sources(files, given, documents):
+    assert list(source_of(given).documents()) == documents
+
+
+def test_what_a_setting_names():
+    source = ListText(["a"])
+    assert source_of(source) is source
+    assert source_of("hub:nobody/nothing") == HubText("nobody/nothing")
+    assert source_of("hub:nobody/nothing:content") == HubText("nobody/nothing", column="content")
+    assert source_of("https://x.org/a.jsonl:content") == Files("https://x.org/a.jsonl:content")
+
+
+BAD = {  # what a source names, the content of a file of this name, and the message
+    "empty.txt": (b"\xef\xbb\xbf", "empty.txt is empty: give a file that holds text"),
+    "empty.jsonl": (b"\n\n", "empty.jsonl is empty"),
+    "binary.bin": (bytes(range(256)), "binary.bin is not UTF-8: byte 128 cannot be decoded .*it is a binary file"),
+    "zero.bin": (bytes(5000), "zero.bin is no text: it has zero bytes"),
+    "u.txt": ("some text".encode("utf-16"), "u.txt is not UTF-8: .*it is UTF-16: convert it with `iconv -f UTF-16"),
+    "le.txt": ("some text".encode("utf-16-le"), "le.txt is no text: it has zero bytes, as .* UTF-16 has"),
+    "lost.txt": (None, "text file lost.txt not found"),
+    "*.lost": (None, r"text file \*.lost not found"),
+    "folder": (None, "folder folder holds no text: none of its 1 files ends in .txt, .*give a glob pattern"),
+    "a.jsonl": (b'{"a": "x", "b": "y"}', "line 1: there is no column 'text', only 'a', 'b'; .* as in a.jsonl:a"),
+    "b.jsonl": (b'{"a": 1}', "line 1: there is no column 'text', only 'a'; none of its columns holds text"),
+    "c.jsonl:x": (b'{"a": "x"}', "c.jsonl, line 1: there is no column 'x', only 'a'"),
+    "d.jsonl": (b'{"text": "a"}\n{"text": 1}', "line 2: 'text' is int, and must be text"),
+    "e.jsonl": (b'["a"]', "e.jsonl, line 1: is list, and must be an object"),
+    "f.json": (b'[{"text": "a"}', "f.json: is no list in JSON"),
+    "g.csv": (b"text;n\na;1\n", "g.csv, line 1: one column, 'text;n'; separate the columns with commas, not with ';'"),
+    "h.tsv": (b"text,n\na,1\n", "h.tsv, line 1: one column, 'text,n'; separate the columns with tabulators, not"),
+    "i.parquet": (b"PAR1 and no more", "i.parquet could not be read as Parquet"),
+    "j.txt.gz": (gzip.compress(b"text" * 99)[:-9], "j.txt.gz could not be read"),
+    "hub:": (None, "data.source: 'hub:' names no dataset; give hub:OWNER/NAME"),
+    "hub:nobody/nothing": (None, "dataset nobody/nothing .* could not be read"),
+    "": (None, "data.source is empty: give a file"),
+    "datamodules.sources.PythonTxt": (None, "is neither a file nor a class of sources; .*PythonText"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_what_cannot_be_read_is_one_line(tmp_path, name):
+    content, message = BAD[name]
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder/a.png").touch()
+    if content is not None:
+        (tmp_path / name.removesuffix(":x")).write_bytes(content)
+    with pytest.raises(MisconfigurationException, match=message) as caught:
+        list(source_of(name).pieces())
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("given", [[], [""], ["a.txt", "hub:nobody/nothing"]])
+def test_a_list_that_names_no_files_is_refused(given):
+    with pytest.raises(MisconfigurationException, match=r"^data.val_source"):
+        source_of(given, "data.val_source")
+
+
+@pytest.mark.parametrize("content", [b"abc", b"one line", b"a b\r\nc\r\n", b"\n"])
+def test_short_texts_are_texts(tmp_path, content):
+    (tmp_path / "a.txt").write_bytes(content)
+    assert list(source_of("a.txt").documents()) == [content.decode().replace("\r", "")]
 
 
 # --- HubText ---------------------------------------------------------------------------------------------------------

@@ -5,7 +5,8 @@ from collections import Counter
 import pytest
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from datamodules.splits import SIDES, require_fractions, side_of
+from datamodules.sources import ListText, Piece, Source
+from datamodules.splits import FEW, SIDES, SplitDocuments, describe, require_fractions, side_of
 
 
 @pytest.mark.parametrize("fractions", [(0.0, 0.0), (0.5, 0.49), (0.0, 0.99)])
@@ -29,3 +30,94 @@ def test_a_split_has_about_its_fraction_of_the_documents_and_copies_share_one():
     assert counts["val"] == pytest.approx(400, rel=0.2)
     assert counts["test"] == pytest.approx(200, rel=0.2)
     assert {side_of(document, 0.0, 0.0) for document in documents} == {"train"}
+
+
+# --- few documents ---------------------------------------------------------------------------------------------------
+
+
+def parts(documents, *fractions, split="auto"):
+    """Return the texts of each split: documents, or parts of them."""
+    found = {side: [""] for side in SIDES}
+    for side, (text, ends) in SplitDocuments(ListText(documents), split, *fractions):
+        found[side][-1] += text
+        if ends:
+            found[side].append("")
+    return {side: [text for text in texts if text] for side, texts in found.items()}
+
+
+LINES = "".join(f"line {number} of the text\n" for number in range(9000))  # several pieces
+
+
+@pytest.mark.parametrize("fractions", [(0.1, 0.0), (0.1, 0.2), (0.0, 0.1), (0.01, 0.3)])
+@pytest.mark.parametrize("documents", [[LINES], [LINES, LINES[:1000], LINES[LINES.index("line 99 ") :]]])
+def test_the_end_of_each_of_few_documents_is_held_out(documents, fractions):
+    found = parts(documents, *fractions)
+    asked = {"train": 1 - sum(fractions), "val": fractions[0], "test": fractions[1]}
+    for number, document in enumerate(documents):
+        of_document = [found[side][number] for side in SIDES if asked[side]]
+        assert "".join(of_document) == document
+        smallest = min(fraction for fraction in fractions if fraction) * len(document)
+        # Cut where a line begins, unless that moves the cut by more than half of a part.
+        assert smallest < 50 or all(part.startswith("line ") for part in of_document)
+        for side, part in zip([side for side in SIDES if asked[side]], of_document, strict=True):
+            assert len(part) / len(document) == pytest.approx(asked[side], abs=0.5 * max(fractions) / 2 + 0.001)
+    assert not any(found[side] for side in SIDES if not asked[side])
+
+
+@pytest.mark.parametrize("text", ["abcdefghij", "word and word and more words of one line", "a\n" + "b" * 100])
+def test_a_text_without_lines_is_cut_all_the_same(text):
+    found = parts([text], 0.2)
+    assert "".join(found["train"] + found["val"]) == text
+    assert 0 < len(found["val"][0]) <= 0.3 * len(text) + 1
+
+
+def test_many_documents_are_split_as_ever():
+    documents = [f"document {number}" for number in range(FEW + 30)]
+    for fractions in ((0.2, 0.1), (0.0, 0.0)):
+        assert parts(documents, *fractions) == parts(documents, *fractions, split="documents")
+    assert parts(documents, 0.2, 0.1)["test"] == [text for text in documents if side_of(text, 0.2, 0.1) == "test"]
+
+
+def test_documents_that_leave_a_split_empty_are_cut():
+    documents = [f"document {number}: a text" for number in range(FEW + 1)]
+    assert len(parts(documents, 0.2)["val"]) < len(documents)
+    found = parts(documents, 0.001 + 0.2, 1e-9)
+    assert [len(found[side]) for side in ("train", "val")] == [len(documents)] * 2
+
+
+class Endless(Source):
+    """A source of more documents than can be counted."""
+
+    def pieces(self):
+        number = 0
+        while True:
+            yield Piece(f"document {number}", True)
+            number += 1
+
+    def fingerprint(self):
+        return ""
+
+
+def test_no_more_is_read_than_decides_the_split():
+    assert SplitDocuments(Endless(), "auto", 0.1, 0.1).few is None
+
+
+@pytest.mark.parametrize(
+    ("split", "documents", "fractions", "line"),
+    [
+        ("parts", (1, 0, 0), (0.1, 0.0), "1 document, 2.0 MB: the first 90 % trains, the last 10 % validates"),
+        (
+            "parts",
+            (3, 3, 3),
+            (0.05, 0.1),
+            "3 documents, 2.0 MB: the first 85 % of each trains, the next 5 % of each validates, the last 10 % of each "
+            "is for the test",
+        ),
+        ("tail", (40, 0, 0), (0.1, 0.0), "40 documents, 2.0 MB: the first 90 % trains, the last 10 % validates"),
+        ("documents", (900, 80, 20), (0.1, 0.0), "1,000 documents, 2.0 MB: 900 train, 80 validate (25.0% of the text)"),
+        ("documents", (1, 0, 0), (0.0, 0.0), "1 document, 2.0 MB: all of it trains"),
+    ],
+)
+def test_the_line_about_a_split(split, documents, fractions, line):
+    sizes = {"train": 1_400_000, "val": 500_000, "test": 100_000}
+    assert describe(split, dict(zip(SIDES, documents, strict=True)), sizes, *fractions) == line

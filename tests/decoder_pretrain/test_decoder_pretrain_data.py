@@ -220,6 +220,23 @@ def test_a_document_and_its_copies_are_in_one_split(cache):
     assert texts(alone["val"]) == [sides["val"][0]]
 
 
+def test_few_documents_are_cut_and_no_window_crosses_a_cut(cache, capsys):
+    documents = [TEXT, TEXT.upper(), "x" * 20]
+    datamodule = module(ListText(documents), split="auto", val_fraction=0.1)
+    sides = {side: texts(datamodule.files[side]) for side in ("train", "val")}
+    assert [train + val for train, val in zip(*sides.values(), strict=True)] == documents
+    assert "data    3 documents, 3.4 kB: the first 90 % of each trains, the last 10 %" in capsys.readouterr().err
+    targets = torch.cat([batch["targets"].flatten() for batch in datamodule.val_dataloader()])
+    assert targets[targets != -100].tolist() == read(datamodule.files["val"])[1:]
+
+
+def test_many_documents_have_the_same_tokens_whether_the_split_is_auto_or_documents(cache):
+    source = ListText([f"document {i}" for i in range(60)])
+    auto, documents = (prepare(source, cache, split=split, val_fraction=0.2) for split in ("auto", "documents"))
+    assert [read(auto[side]) for side in auto] == [read(documents[side]) for side in documents]
+    assert auto["val"].n_tokens
+
+
 def test_a_document_of_many_pieces_is_not_divided(cache):
     long = "".join(f"{i}\n" for i in range(100_000))
     files = prepare(ListText([long, "short", long + "!"]), cache)
@@ -396,11 +413,15 @@ def test_fewer_windows_than_a_batch_are_refused():
 @pytest.mark.parametrize(("stage", "side"), [("test", "test"), ("validate", "val")])
 def test_a_split_that_was_not_held_out_is_refused(stage, side):
     message = one_line_error(stage=stage, val_fraction=0)
-    assert f"there is no {side} text (1 document, 1.7 kB: all of it trains): set data.{side}_fraction above 0" in message
+    assert (
+        f"there is no {side} text (1 document, 1.7 kB: all of it trains): set data.{side}_fraction above 0" in message
+    )
 
 
 def test_a_split_of_documents_without_validation_is_refused():
-    assert "there is no val text" in one_line_error(ListText([TEXT]), split="documents", val_fraction=1e-9)
+    message = one_line_error(ListText([TEXT]), split="documents", val_fraction=0.1)
+    assert "there is no val text (1 document, 1.7 kB: 1 train, 0 validate (0.0% of the text)): set " in message
+    assert "or set data.split auto" in message
 
 
 @pytest.mark.parametrize("fractions", [(-0.1, 0), (0, -0.1), (0.5, 0.5), (1, 0)])
