@@ -30,7 +30,7 @@ COMMANDS = {
     "new": ("experiments.new_topic.command", "write a small working topic, to be replaced by your own"),
     "copy": ("experiments.copy_experiment", "copy an experiment, study or preset, to be edited"),
     "schema": ("experiments.editor", "print the JSON schema of the YAML files, for editors"),
-    "completion": ("experiments.editor", "print a completion script for the shell"),
+    "completion": ("experiments.completion", "print a completion script for the shell"),
 }
 
 _FORMER = {"new-topic": "new"}  # names of commands in earlier versions
@@ -72,13 +72,14 @@ def main(args: Sequence[str] | None = None) -> None:
         close = [_FORMER[args[0]]] if args[0] in _FORMER else difflib.get_close_matches(args[0], COMMANDS, n=1)
         hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(COMMANDS)}"
         sys.exit(_error(f"no such command: {args[0]!r} ({hint})", 2))
-    run = importlib.import_module(COMMANDS[args[0]][0]).main
+    run = importlib.import_module(_module_of(args)).main
     if os.environ.get("LLM_TRAIN_TRACEBACK"):
         run(args)
         return
 
     try:
         run(args)
+        sys.stdout.flush()
     except BrokenPipeError:  # the reader of the output has ended, such as `head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
@@ -87,6 +88,13 @@ def main(args: Sequence[str] | None = None) -> None:
         if mistake is None:  # an error of this program: show the traceback
             raise
         sys.exit(_error(str(mistake), 2 if isinstance(mistake, UsageError) else 1))
+
+
+def _module_of(args: Sequence[str]) -> str:
+    """Return the module that runs a command line; that of a help imports neither PyTorch nor Lightning."""
+    module = COMMANDS[args[0]][0]
+    asks_for_help = any(arg in ("-h", "--help") or arg.partition("=")[0].endswith(".help") for arg in args[1:])
+    return "experiments.describe" if module == "experiments.cli" and asks_for_help else module
 
 
 def _mistake_behind(error: BaseException) -> BaseException | None:

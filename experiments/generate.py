@@ -5,14 +5,16 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import numpy as np
-import torch
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from experiments.errors import CommandParser, UserError
+from experiments.working_folder import importable
 
-from experiments import trust
-from experiments.api import Run, load_run
-from experiments.errors import CommandParser
+if TYPE_CHECKING:  # imported where they are used: the help answers without them
+    import numpy as np
+    import torch
+
+    from experiments.api import Run
 
 
 def read_references(files: Iterable[Path]) -> list[str]:
@@ -22,9 +24,9 @@ def read_references(files: Iterable[Path]) -> list[str]:
         try:
             text = file.read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
-            raise MisconfigurationException(f"--references {file}: is not UTF-8 ({error})") from error
+            raise UserError(f"--references {file}: is not UTF-8 ({error})") from error
         if not text.strip():
-            raise MisconfigurationException(f"--references {file}: is empty; each paragraph is a reference")
+            raise UserError(f"--references {file}: is empty; each paragraph is a reference")
         found += [" ".join(paragraph.split()) for paragraph in re.split(r"\n\s*\n", text.strip())]
     return found
 
@@ -56,11 +58,23 @@ def chat(answer: Callable[[str, Sequence[str]], None], references: Sequence[str]
 def main(args: Sequence[str]) -> None:
     """Print a prompt and its continuation, or the answers to questions, token by token."""
     options = _parse(args)
-    run = load_run(options.run, options.checkpoint, allow=trust.allowed(args))
+    from experiments import trust
+
+    packages = trust.allowed(args)
+    with importable(packages):
+        _generate(options, packages)
+
+
+def _generate(options: argparse.Namespace, packages: Sequence[str]) -> None:
+    import torch
+
+    from experiments import api
+
+    run = api.load_run(options.run, options.checkpoint, allow=packages)
     run.module.to(dtype_of_weights(options.precision, run))
     generator = torch.Generator(run.module.device).manual_seed(options.seed)
 
-    def stream(prompt: str | np.ndarray, max_new_tokens: int, temperature: float) -> Iterator[str]:
+    def stream(prompt: "str | np.ndarray", max_new_tokens: int, temperature: float) -> Iterator[str]:
         """Yield the text that follows a prompt, a text or token ids of shape (T,)."""
         if options.temperature is not None:
             temperature = options.temperature
@@ -73,11 +87,13 @@ def main(args: Sequence[str]) -> None:
             longest = 200 if options.max_new_tokens is None else options.max_new_tokens
             _print(chain([options.prompt], stream(options.prompt, longest, temperature=0.8)))
     except ValueError as error:
-        raise MisconfigurationException(f"generate: {error}") from error
+        raise UserError(f"generate: {error}") from error
 
 
-def dtype_of_weights(precision: str | None, run: Run) -> torch.dtype:
+def dtype_of_weights(precision: str | None, run: "Run") -> "torch.dtype":
     """Return the dtype of the weights: the one asked for, or on a GPU bfloat16 if the run was trained with it."""
+    import torch
+
     if precision is None and run.module.device.type == "cuda":
         precision = str(run.config.get("trainer", {}).get("precision"))
     return torch.bfloat16 if str(precision).startswith("bf16") else torch.float32
@@ -90,12 +106,12 @@ def _print(texts: Iterable[str]) -> None:
 
 
 def _answering(
-    options: argparse.Namespace, run: Run, stream: Callable[..., Iterator[str]]
+    options: argparse.Namespace, run: "Run", stream: Callable[..., Iterator[str]]
 ) -> Callable[[str, Sequence[str]], None]:
     """Return a function that prints answers, with prompts in the format that the run was trained on."""
     arguments = run.config["data"]["init_args"]
     if not hasattr(run.data_class, "prompts"):
-        raise MisconfigurationException(
+        raise UserError(
             f"--chat: {run.folder} has not learned to answer ({run.data_class.__name__} has no prompts); give --prompt"
         )
     prompts = run.data_class.prompts(run.tokenizer, arguments)
@@ -143,7 +159,7 @@ def _parse(args: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--allow", metavar="PACKAGE", help="package of your own whose classes the run may name")
     options = parser.parse_args(args[1:])
     if options.prompt == "":
-        raise MisconfigurationException("--prompt is empty: give at least one character to continue")
+        raise UserError("--prompt is empty: give at least one character to continue")
     if options.references and not options.chat:
-        raise MisconfigurationException("--references are for --chat: write them into the prompt")
+        raise UserError("--references are for --chat: write them into the prompt")
     return options

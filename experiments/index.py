@@ -15,10 +15,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 OWN = ("lightning_modules", "datamodules")  # packages of the classes of this project
+_FOLLOWED = ("lightning.", "torch.optim.", *(f"{package}." for package in (*OWN, "experiments")))  # with their bases
 _MOST_FILES = 200  # of a package that is searched for classes of the user
 _SELF = ("self", "cls")
 _BASE = re.compile(r"^Base |\bbase (class|logic)\b")  # the docstrings of classes that others derive from
-_ROLE = re.compile(r":\w+:`~?(?:[\w.]+\.)?(\w+)`|`+([^`<]*[^`<\s])\s*(?:<[^>]*>)?`+_*")  # of reStructuredText
+_ROLE = re.compile(r":\w+:`~?(?:[\w.]+\.)?(\w+)`|``([^`]+)``|`([^`<]+?)\s*<\w+:[^>]*>`_+")  # of reStructuredText
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ def first_sentence(text: str) -> str:
 
 def _plain(text: str) -> str:
     """Return a text with names in backticks where reStructuredText has roles, links and double backticks."""
-    return _ROLE.sub(lambda found: found[1] or f"`{found[2]}`", text)
+    return _ROLE.sub(lambda found: found[1] or (f"`{found[2]}`" if found[2] else found[3]), text)
 
 
 # --- files and classes ------------------------------------------------------------------------------------------------
@@ -98,6 +99,12 @@ def _file(module: str) -> Path | None:
     place = folder.joinpath(*parts)
     files = (place / "__init__.py", place.with_suffix(".py")) if parts else (place / "__init__.py",)
     return next(filter(Path.is_file, files), None)
+
+
+def source(module: str) -> str:
+    """Return the source of a module; an empty text if there is none."""
+    file = _file(module)
+    return file.read_text(encoding="utf-8", errors="replace") if file else ""
 
 
 def _package(top: str) -> Path | None:
@@ -174,7 +181,8 @@ def ancestors(kind: Class) -> tuple[Class, ...]:
         text = ast.unparse(base.value if isinstance(base, ast.Subscript) else base)
         first, dot, rest = text.partition(".")
         full = _imports(kind.module).get(first, f"{kind.module}.{first}" if not dot else first) + dot + rest
-        if (parent := find(full)) is not None:
+        is_followed = not _installed(full.split(".")[0]) or f"{full}.".startswith(_FOLLOWED)
+        if is_followed and (parent := find(full)) is not None:
             found |= {above.defined: above for above in ancestors(parent)}
     return tuple(found.values())
 
@@ -221,10 +229,10 @@ def parameters(kind: Class) -> dict[str, Parameter]:
         constructor = _function(place.node, "__init__")
         if any("dataclass" in ast.unparse(decorator) for decorator in place.node.decorator_list):
             is_dataclass = True
-            found = {name: p for name, p in _fields(place.node).items() if name not in found} | found
+            found = {name: p for name, p in _fields(place).items() if name not in found} | found
         elif constructor is not None and not is_dataclass:
             documented |= described(ast.get_docstring(constructor) or "")
-            found = found | {p.name: p for p in arguments(constructor) if p.name not in found}
+            found = found | {p.name: p for p in arguments(constructor, place.module) if p.name not in found}
             if constructor.args.kwarg is None and constructor.args.vararg is None:
                 break
     return {name: Parameter(name, p.type, p.default, documented.get(name, p.help)) for name, p in found.items()}
@@ -238,30 +246,50 @@ def function(path: str) -> list[Parameter]:
     if node is None:
         return []
     documented = described(ast.get_docstring(node) or "")
-    return [Parameter(p.name, p.type, p.default, documented.get(p.name, "")) for p in arguments(node)]
+    found = arguments(node, kind.module if kind else "")
+    return [Parameter(p.name, p.type, p.default, documented.get(p.name, "")) for p in found]
 
 
 def _function(node: ast.ClassDef, name: str) -> ast.FunctionDef | None:
     return next((item for item in node.body if isinstance(item, ast.FunctionDef) and item.name == name), None)
 
 
-def arguments(node: ast.FunctionDef) -> list[Parameter]:
-    """Return the arguments of a function, without those in a star."""
+def arguments(node: ast.FunctionDef, module: str) -> list[Parameter]:
+    """Return the arguments of a function of a module, without those in a star."""
     positional = [*node.args.posonlyargs, *node.args.args]
     defaults: list[ast.expr | None] = [None] * (len(positional) - len(node.args.defaults)) + list(node.args.defaults)
     pairs = [*zip(positional, defaults, strict=True), *zip(node.args.kwonlyargs, node.args.kw_defaults, strict=True)]
-    return [_parameter(arg.arg, arg.annotation, default) for arg, default in pairs if arg.arg not in _SELF]
+    return [_parameter(module, arg.arg, arg.annotation, default) for arg, default in pairs if arg.arg not in _SELF]
 
 
-def _fields(node: ast.ClassDef) -> dict[str, Parameter]:
-    fields = (item for item in node.body if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name))
-    return {item.target.id: _parameter(item.target.id, item.annotation, item.value) for item in fields}
+def _fields(kind: Class) -> dict[str, Parameter]:
+    items = (item for item in kind.node.body if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name))
+    found = (_parameter(kind.module, ast.unparse(item.target), item.annotation, item.value) for item in items)
+    return {parameter.name: parameter for parameter in found}
 
 
-def _parameter(name: str, annotation: ast.expr | None, default: ast.expr | None) -> Parameter:
-    return Parameter(
-        name, ast.unparse(annotation) if annotation else "", None if default is None else ast.unparse(default)
-    )
+def _parameter(module: str, name: str, annotation: ast.expr | None, default: ast.expr | None) -> Parameter:
+    kind = re.sub(r"\b[A-Z]\w+\b", lambda found: _choices(module, found[0]), _unparsed(annotation) or "")
+    return Parameter(name, kind, _unparsed(default))
+
+
+def _unparsed(node: ast.expr | None) -> str | None:
+    return None if node is None else ast.unparse(node)
+
+
+@functools.cache
+def _choices(module: str, name: str) -> str:
+    """Return the values that a type of a name stands for, as `Literal['a', 'b']`, or the name of another type."""
+    sought = name
+    for _ in range(4):
+        for item in _tree(module).body:
+            if isinstance(item, ast.Assign) and [ast.unparse(target) for target in item.targets] == [sought]:
+                text = ast.unparse(item.value)
+                return text if "Literal[" in text else name
+        module, _, sought = _imports(module).get(sought, "").rpartition(".")
+        if not module:
+            break
+    return name
 
 
 def described(docstring: str) -> dict[str, str]:

@@ -6,11 +6,9 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from experiments import index, names
+from experiments import index, names, options
 from experiments.errors import CommandParser
 
-_CALLBACK = "lightning.pytorch.callbacks.callback.Callback"
-_SCHEDULES = ("lightning_modules.optim.schedules", "torch.optim.lr_scheduler")
 Rows = Iterator[tuple[str, str]]  # name or class path, and what it is
 
 
@@ -38,32 +36,30 @@ def studies() -> Rows:
     yield from _files("*/studies/*.yaml")
 
 
-def sources() -> Rows:
-    """Yield the sources of text or of rows."""
-    bases = [kind for kind in index.classes("datamodules") if kind.name.endswith("Source") and not kind.is_public]
-    found = {row for base in bases for row in _classes(base.defined, "datamodules")}
-    yield from sorted(found)
-
-
 def modules() -> Rows:
     """Yield the modules and the datamodules."""
-    yield from _classes("lightning_modules.base.ExperimentModule", *_of_topics("lightning_modules"))
-    yield from _classes("datamodules.base.ExperimentDataModule", "datamodules")
+    yield from _classes("model")
+    yield from _classes("data")
+
+
+def sources() -> Rows:
+    """Yield the sources of text or of rows."""
+    yield from _classes("data.source")
 
 
 def callbacks() -> Rows:
     """Yield the callbacks of the project and of Lightning."""
-    yield from _classes(_CALLBACK, "lightning_modules", "lightning.pytorch.callbacks")
+    yield from _classes("trainer.callbacks")
 
 
 def optimizers() -> Rows:
     """Yield the optimisers of the project and of PyTorch."""
-    yield from _classes("torch.optim.Optimizer", "lightning_modules.optim", "torch.optim")
+    yield from _classes("optimizer")
 
 
 def schedules() -> Rows:
     """Yield the learning-rate schedules of the project and of PyTorch."""
-    yield from _classes("torch.optim.lr_scheduler.LRScheduler", *_SCHEDULES)
+    yield from _classes("lr_scheduler")
 
 
 KINDS: dict[str, Callable[[], Rows]] = {
@@ -82,12 +78,8 @@ _USES = {
 }
 
 
-def _of_topics(package: str) -> list[str]:
-    return [f"{package}.{topic}" for topic in index.topics()]
-
-
-def _classes(base: str, *packages: str) -> Rows:
-    for kind in index.subclasses(base, *index.packages_of_user(), *packages):
+def _classes(flag: str) -> Rows:
+    for kind in options.classes(flag):
         yield kind.path, kind.summary
 
 

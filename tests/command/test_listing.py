@@ -2,7 +2,6 @@
 
 import dataclasses
 import inspect
-import subprocess
 import sys
 from pathlib import Path
 
@@ -109,11 +108,3 @@ def test_a_path_that_a_package_re_exports_leads_to_its_class():
 )
 def test_the_first_sentence_of_a_text(text, sentence):
     assert index.first_sentence(text) == sentence
-
-
-def test_lists_need_no_import_of_torch():
-    program = "import sys; from experiments.__main__ import main; main(['list', 'callbacks'])"
-    check = "; assert 'torch' not in sys.modules"
-    done = subprocess.run([sys.executable, "-c", program + check], cwd=ROOT, capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert "lightning.pytorch.callbacks.EarlyStopping " in done.stdout

@@ -23,6 +23,7 @@ from shared_runs import own_world, run_command
 from datamodules.gpt2_webglm_qa.cited_answers import JSONLines
 from datamodules.gpt2_webglm_qa.data import GPT2WebGLMQADataModule
 from datamodules.tokenizers import byte_tokenizer
+from experiments.errors import UserError
 from experiments.generate import chat, read_references
 from lightning_modules.decoder_pretrain.module import PretrainModule
 from lightning_modules.finetuning.freeze import Freeze
@@ -525,7 +526,7 @@ def test_references_of_a_chat_that_cannot_be_read(asked, tmp_path):
     (tmp_path / "empty.txt").write_text(" \n")
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
     for file, message in (("empty", "is empty"), ("latin", "is not UTF-8"), ("nowhere", "No such file")):
-        with pytest.raises((MisconfigurationException, OSError), match=message):
+        with pytest.raises((UserError, OSError), match=message):
             read_references([tmp_path / f"{file}.txt"])
     wrong = asked("", "--references", tmp_path / "empty.txt")
     assert (wrong.code, "is empty" in wrong.err) == (1, True)
