@@ -115,7 +115,9 @@ def main(args: Sequence[str]) -> None:
         write_json(options.out / "claims.json", as_json(judgements, recorded))
         pages = {study.title: (study.spec, recorded[study.title]) for study in studies if study.title in recorded}
         write_page(options.out / "index.html", ["llm-train", *args], judgements, pages)
+        seconds = sum(float(row["seconds"]) for found in recorded.values() for row in found.rows)
         print(f"page    {options.out / 'index.html'}\nfiles   {options.out / 'claims.json'}")
+        print(f"time    {seconds / 60:.0f} min of {sum(len(found.rows) for found in recorded.values())} runs")
     _conclude(judgements, are_committed=options.check)
 
 
