@@ -6,8 +6,9 @@ import json
 def as_chat_template(template: str) -> str:
     """Return a chat template (in Jinja) that writes the prompts of a template.
 
-    The last message of the user is the question. The references are the `documents` of `apply_chat_template`, texts or
-    dictionaries with `text`; other messages are left out. An answer may follow, with the end-of-text token.
+    The last message of the user is the question. The references are the `documents` of `apply_chat_template`,
+    `{"title": "", "text": TEXT}` each, whose titles are left out, as are other messages. An answer may follow, with the
+    end-of-text token.
 
     Args:
         template: Text with `{references}`, `{question}` and, at its end, `{answer}`.
@@ -19,8 +20,7 @@ def as_chat_template(template: str) -> str:
             '{%- set question = (messages | selectattr("role", "equalto", "user") | list | last).content -%}',
             f"{{{{- {json.dumps(before)} | replace('{{question}}', question) -}}}}",
             "{%- for document in documents or [] -%}",
-            "{%- set text = document if document is string else document.text -%}",
-            '{{- "[" ~ loop.index ~ "] " ~ (text.split() | join(" ")) ~ "\\n" -}}',
+            '{{- "[" ~ loop.index ~ "] " ~ (document.text.split() | join(" ")) ~ "\\n" -}}',
             "{%- endfor -%}",
             f"{{{{- {json.dumps(end)} | replace('{{question}}', question) -}}}}",
             '{%- if messages[-1].role == "assistant" -%}',

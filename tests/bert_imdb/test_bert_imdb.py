@@ -176,20 +176,6 @@ def test_the_ends_of_the_reviews_replace_the_mask_on_a_gpu(base, pooling):
         torch.testing.assert_close(module(batch), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_the_exported_classifier_truncates_and_pads_in_other_programs(classified):
-    from transformers import AutoTokenizer, pipeline
-
-    folder = classified.run / "model"
-    assert AutoTokenizer.from_pretrained(folder).model_max_length == 48
-    classify = pipeline("text-classification", model=str(folder), device="cpu", top_k=None)
-    texts = ["I would see it again. " * 40, "Never again.", "It was long, and then it was longer still."]
-    alone = [{row["label"]: row["score"] for row in classify([text], truncation=True)[0]} for text in texts]
-    together = classify(texts, truncation=True, padding=True, batch_size=3)
-    for scores, rows in zip(alone, together, strict=True):
-        assert set(scores) == {"negative", "positive"}
-        assert {row["label"]: row["score"] for row in rows} == pytest.approx(scores, abs=1e-5)
-
-
 # --- pretraining -----------------------------------------------------------------------------------------------------
 
 

@@ -4,12 +4,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from exported import check_generation
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from tiny_bases import CONTEXT, save_gpt_neo
 from torch import Tensor, nn
 
-from datamodules.tokenizers import byte_tokenizer
 from lightning_modules.finetuning.bases import check_fit, context_of, load_pretrained, scores_of_share
 from lightning_modules.finetuning.causal_lm import CachedHubModel, FineTunedCausalLM
 from lightning_modules.models.generation import generate
@@ -92,13 +90,6 @@ def test_cached_generation_equals_uncached_generation_also_past_the_context(base
             read = torch.cat([read, expected[-1][:, None]], dim=1)
     assert found.tolist() == torch.stack(expected, dim=1).tolist()
     assert len(set(found[0].tolist())) > 5
-
-
-def test_the_exported_model_truncates_pads_and_stops_in_other_programs(base, tmp_path):
-    module = FineTunedCausalLM(str(base), vocab_size=257, block_size=8)
-    for seed, parameter in enumerate(p for p in module.parameters() if p.dim() == 2):
-        nn.init.normal_(parameter, std=0.7, generator=torch.Generator().manual_seed(seed))
-    check_generation(module, byte_tokenizer(), tmp_path / "model", CONTEXT, ("Hi", "A longer one"))
 
 
 SMALL = {"vocab_size": 40, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
