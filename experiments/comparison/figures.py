@@ -36,6 +36,7 @@ _SHARES = (
     "accuracy|acc|f1|precision|recall|auc|auroc|ap|rouge|rougel|bleu|exact_match|share|shares|coverage|ece|agreement"
     "|ends_with_eos|mfu"
 )
+_UNLIMITED = "excess|gap|cost|gain|selectivity|correlation"
 _AT_LEAST_0 = "loss|nll|perplexity|bits_per_byte|bits_per_token|entropy|norm|error|mse|rmse|mae|lr|tokens|seconds|std"
 
 Look = dict[str, Any]  # colour, marker and style of a line
@@ -60,6 +61,8 @@ def limits_of(metric: str) -> tuple[float, float]:
     def has(words: str) -> bool:
         return re.search(rf"(?<![a-z])({words})(?![a-z])", metric.lower()) is not None
 
+    if has(_UNLIMITED):
+        return -math.inf, math.inf
     return (0.0, 1.0) if has(_SHARES) else (0.0 if has(_AT_LEAST_0) else -math.inf, math.inf)
 
 
