@@ -106,6 +106,7 @@ def test_every_offline_experiment_runs_shortened_and_would_not_make_the_host_wai
     run = run_of(path)
     assert (run / "config.yaml").is_file()
     assert (run / "summary.json").is_file()
+    assert not metrics_page.faults(run)
     assert str(run) in done.err
     follow(llm_train, monkeypatch, run, done.err)
 
