@@ -11,6 +11,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from datamodules.sources import Piece, Source
 
 Side = Literal["train", "val", "test"]
+Kind = Literal["documents", "parts", "tail"]  # how a text was split
 SIDES: tuple[Side, ...] = ("train", "val", "test")
 
 FEW = 20  # documents; whole ones would be too coarse a split
@@ -121,9 +122,9 @@ def _good_cut(text: str, place: int, most: int) -> int:
 
 
 def describe(
-    split: Literal["documents", "parts", "tail"],
-    documents: Mapping[str, int],
-    sizes: Mapping[str, int],
+    split: Kind,
+    documents: Mapping[Side, int],
+    sizes: Mapping[Side, int],
     val_fraction: float,
     test_fraction: float,
 ) -> str:
@@ -143,7 +144,9 @@ def describe(
         return f"{line}: all of it trains"
     if split == "documents":
         counts = [f"{documents['train']:,} train"]
-        for side, verb, fraction in (("val", "validate", val_fraction), ("test", "test", test_fraction)):
+        held_out: tuple[tuple[Side, str, float], ...]
+        held_out = (("val", "validate", val_fraction), ("test", "test", test_fraction))
+        for side, verb, fraction in held_out:
             if fraction:
                 counts.append(f"{documents[side]:,} {verb} ({sizes[side] / max(1, size):.1%} of the text)")
         return f"{line}: {', '.join(counts)}"

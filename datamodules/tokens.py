@@ -21,7 +21,7 @@ from tqdm import tqdm
 from datamodules.base import ExperimentDataModule, Order
 from datamodules.cache import cache_root, digest
 from datamodules.sources import Piece, Source
-from datamodules.splits import SIDES, Side, SplitDocuments, describe, require_fractions
+from datamodules.splits import SIDES, Kind, Side, SplitDocuments, describe, require_fractions
 from datamodules.tokenizers import (
     WithTokenizer,
     encode,
@@ -140,7 +140,8 @@ def _write(
     dtype = np.dtype(np.uint16 if vocab_size(tokenizer) <= 2**16 else np.uint32)
     separator = tokenizer.eos_token_id
     tokens: dict[str, int] = dict.fromkeys(SIDES, 0)
-    documents, sizes = dict.fromkeys(SIDES, 0), dict.fromkeys(SIDES, 0)
+    documents: dict[Side, int] = dict.fromkeys(SIDES, 0)
+    sizes: dict[Side, int] = dict.fromkeys(SIDES, 0)
     text = SplitDocuments(source) if split == "tail" else SplitDocuments(source, split, *fractions)
     with ExitStack() as stack:
         files: dict[str, BinaryIO] = {side: stack.enter_context(open(folder / f"{side}.bin", "w+b")) for side in SIDES}
@@ -172,7 +173,7 @@ def _write(
             n, (val_fraction, test_fraction) = tokens["train"], fractions
             move_tail("test", int(n * (1 - test_fraction)))
             move_tail("val", int(n * (1 - val_fraction - test_fraction)))
-    kind = "tail" if split == "tail" else "parts" if text.few is not None else "documents"
+    kind: Kind = "tail" if split == "tail" else "parts" if text.few is not None else "documents"
     said = describe(kind, documents, sizes, *fractions)
     (folder / "meta.json").write_text(json.dumps({"dtype": dtype.name, "tokens": tokens, "split": said}))
 

@@ -43,13 +43,12 @@ def without_breaks(text: str) -> str:
 
 
 class ReviewSource(ABC):
-    """Base of sources of reviews, in three splits that share no text, and no film if the films are known.
+    """Base of sources of reviews, in three splits that share no text, and no film if the films are known."""
 
-    Attributes:
-        classes: Names of the classes; a label is an index into them.
-    """
-
-    classes: Sequence[str] = CLASSES
+    @property
+    def classes(self) -> Sequence[str]:
+        """Names of the classes; a label is an index into them."""
+        return CLASSES
 
     @abstractmethod
     def reviews(self, split: Side) -> Iterator[Review]:
@@ -105,8 +104,6 @@ class TextReviews(ReviewSource):
             holds out. Of 20 or fewer, the end of each is held out.
         test_fraction: Fraction that is held out for the test, in [0, 1).
     """
-
-    classes = ()
 
     def __init__(self, source: AnySource, val_fraction: Probability = 0.1, test_fraction: Probability = 0.1) -> None:
         self.source = source_of(source, "data.reviews")
@@ -258,14 +255,15 @@ class ReviewFiles(PartedSource):
         self.parts = {name: [files] if isinstance(files, str) else files for name, files in given.items() if files}
         self.fractions = require_fractions(0.0 if val else val_fraction, 0.0 if test else test_fraction, "data.reviews")
         self.fields = {"text": text_field, "label": label_field, "film": film_field}
-        if classes is not None:
-            if len(set(classes)) < 2 or len(set(classes)) != len(classes):
-                raise MisconfigurationException(f"data.reviews: classes must be two or more names, got {list(classes)}")
-            self.classes = list(classes)
+        if classes is not None and (len(set(classes)) < 2 or len(set(classes)) != len(classes)):
+            raise MisconfigurationException(f"data.reviews: classes must be two or more names, got {list(classes)}")
+        self._classes = classes
 
     @cached_property
     def classes(self) -> Sequence[str]:
         """The names of the classes; if none are given, the labels of the part to train on."""
+        if self._classes is not None:
+            return list(self._classes)
         files = [Path(file).expanduser() for file in self.parts["train"]]
         rows = (row for file in files for _, row in rows_of(file))
         return _classes_of(rows, self.fields["label"], ", ".join(map(str, files)))
@@ -339,13 +337,14 @@ class HubReviews(PartedSource):
         names = {"train": train, "val": val, "test": test, "unlabelled": unlabelled_split}
         self.parts = {split: name for split, name in names.items() if name}
         self.fractions = 0.0 if val else val_fraction, 0.0
-        if classes is not None:
-            self.classes = list(classes)
+        self._classes = classes
         self.revision = revision
 
     @cached_property
     def classes(self) -> Sequence[str]:
         """The names of the classes; if none are given, the labels of the split to train on."""
+        if self._classes is not None:
+            return list(self._classes)
         return _classes_of(self._load(self.parts["train"]), "label", f"dataset {self.dataset}")
 
     def prepare(self) -> None:

@@ -65,8 +65,8 @@ class BPEDataModule(ExperimentDataModule):
         """
         if stage == "fit" and self.splits["train"].is_empty():
             raise MisconfigurationException("data.source: the corpus is empty; give text to learn from")
-        needed = {"fit": ["val"] if self.has_val else [], "validate": ["val"], "test": ["test"]}.get(stage, [])
-        for split in needed:
+        needed: dict[str, list[Side]] = {"fit": ["val"] * self.has_val, "validate": ["val"], "test": ["test"]}
+        for split in needed.get(stage, []):
             if self.splits[split].is_empty():
                 raise MisconfigurationException(
                     f"there is no {split} text: no document was assigned to it; set data.{split}_fraction higher, "
@@ -75,8 +75,9 @@ class BPEDataModule(ExperimentDataModule):
                 )
         if (few := self.text.few) is not None:
             fractions = self.text.val_fraction, self.text.test_fraction
-            size = {"train": sum(document.bytes for document in few)}
-            say(f"data    {describe('parts', {'train': len(few)}, size, *fractions)}")
+            documents: dict[Side, int] = {"train": len(few)}
+            sizes: dict[Side, int] = {"train": sum(document.bytes for document in few)}
+            say(f"data    {describe('parts', documents, sizes, *fractions)}")
 
     def train_dataloader(self) -> DataLoader:
         """Return the loader of the training split."""

@@ -25,11 +25,85 @@ from datamodules.bert_imdb.data import (
     truncate,
 )
 from datamodules.bert_imdb.film_reviews import FilmReviews
-from datamodules.bert_imdb.reviews import AclImdb, HubReviews, ReviewFiles, ReviewSource, without_breaks
+from datamodules.bert_imdb.reviews import (
+    AclImdb,
+    HubReviews,
+    ReviewFiles,
+    ReviewSource,
+    TextReviews,
+    reviews_of,
+    without_breaks,
+)
 from datamodules.bert_imdb.wordpiece import continues_word, learn_wordpieces
+from datamodules.sources import ListText
 from datamodules.splits import SIDES
 from lightning_modules.bert_imdb.bag_of_words import evaluate_bag_of_words
 from lightning_modules.common.targets import IGNORED
+
+# --- files of one's own ----------------------------------------------------------------------------------------------
+
+RECIPES = [(f"take {n} eggs and stir", ("soup", "cake", "bread")[n % 3]) for n in range(90)]
+
+
+@pytest.mark.parametrize("name", ["mine.csv", "mine.tsv", "mine.jsonl", "mine.jsonl.gz", "mine.parquet"])
+def test_a_file_of_rows_is_a_source_whose_classes_are_found_in_it(name):
+    from pyarrow import Table, parquet
+
+    lines = "".join(json.dumps({"text": text, "label": label}) + "\n" for text, label in RECIPES)
+    separator = "\t" if name == "mine.tsv" else ","
+    table = "".join(f"{text}{separator}{label}\n" for text, label in [("text", "label"), *RECIPES])
+    if name == "mine.parquet":
+        parquet.write_table(Table.from_pylist([{"text": text, "label": label} for text, label in RECIPES]), name)
+    elif name.endswith(".gz"):
+        Path(name).write_bytes(gzip.compress(lines.encode()))
+    else:
+        Path(name).write_text(lines if name == "mine.jsonl" else table)
+    source = reviews_of(name)
+    assert source.classes == ["bread", "cake", "soup"]
+    found = [review for split in SIDES for review in source.reviews(split)]
+    assert sorted((review.text, source.classes[review.label]) for review in found) == sorted(RECIPES)
+    # The encoder that is pretrained on the same file does not see what the classifier holds out.
+    for split in SIDES:
+        texts = [review.text for review in reviews_of(name, labelled=False).reviews(split)]
+        assert texts == [review.text for review in source.reviews(split)]
+
+
+@pytest.mark.parametrize(
+    ("labels", "classes"),
+    [(["2", "10", "0"], ["0", "2", "10"]), (["1", "0", "1"], ["0", "1"]), (["b", "a10", "a9"], ["a10", "a9", "b"])],
+)
+def test_classes_that_are_numbers_are_in_their_order(labels, classes):
+    Path("a.csv").write_text("text,label\n" + "".join(f"text,{label}\n" for label in labels))
+    assert reviews_of("a.csv").classes == classes
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("text,label\na,1\nb,1\n", "the column 'label' of a.csv has the label 1; a classifier needs 2 to 100 classes"),
+        ("text,class\na,1\n", "the column 'label' of a.csv holds no label"),
+        ("text,label\n" + "".join(f"a,{n}\n" for n in range(101)), "has 101 different labels; .*label_field"),
+    ],
+)
+def test_a_column_that_holds_no_classes_is_refused(content, message):
+    Path("a.csv").write_text(content)
+    with pytest.raises(MisconfigurationException, match=message):
+        _ = reviews_of("a.csv").classes
+
+
+def test_plain_text_has_no_labels():
+    Path("a.txt").write_text("text")
+    with pytest.raises(MisconfigurationException, match=r"data.reviews: a.txt has no labels; give a file of rows"):
+        reviews_of("a.txt")
+
+
+def test_one_text_is_reviews_to_pretrain_on():
+    text = "".join(f"line {number}\n" for number in range(1000))
+    source = TextReviews(ListText([text]), val_fraction=0.1, test_fraction=0.0)
+    (train,), (val,), () = (list(source.reviews(split)) for split in SIDES)
+    assert f"{train.text}\n{val.text}\n" == text
+    assert (train.label, val.text[:8]) == (None, "line 901")
+
 
 # --- the grammar -----------------------------------------------------------------------------------------------------
 

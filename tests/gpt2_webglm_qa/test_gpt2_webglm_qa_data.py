@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from jsonargparse import ArgumentError, ArgumentParser
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from datamodules.gpt2_webglm_qa.cited_answers import HubRecords, JSONLines, Record, RecordSource, arrange
+from datamodules.gpt2_webglm_qa.cited_answers import HubRecords, JSONLines, Record, RecordSource, arrange, records_of
 from datamodules.gpt2_webglm_qa.data import GPT2WebGLMQADataModule
 from datamodules.gpt2_webglm_qa.packing import best_fit
 from datamodules.gpt2_webglm_qa.prompts import PromptEncoder
@@ -102,6 +102,23 @@ def test_a_file_that_is_not_utf_8_or_not_there_is_named(tmp_path):
         list(JSONLines(str(tmp_path / "latin.jsonl"), val_fraction=0).records("train"))
     with pytest.raises(MisconfigurationException, match=r"nowhere.jsonl does not exist"):
         list(JSONLines("nowhere.jsonl").records("train"))
+
+
+@pytest.mark.parametrize("given", ["mine.csv", ["mine.csv"], "*.csv", Path("mine.csv")])
+def test_a_file_of_questions_and_answers_is_a_source(tmp_path, given):
+    rows = [(f"What is {i}?", f"{i}, or so", "") for i in range(40)] + [("Who?", "Ann [1].", "Ann did.")]
+    lines = "".join(f'"{question}","{answer}",{reference}\n' for question, answer, reference in rows)
+    Path("mine.csv").write_text(f"question,answer,references\n{lines}")
+    found = {side: list(records_of(given).records(side)) for side in ("train", "val", "test")}
+    assert found["val"]
+    every = [(r.question, r.answer, r.references) for records in found.values() for r in records]
+    assert sorted(every) == sorted((q, a, (reference,) if reference else ()) for q, a, reference in rows)
+
+
+def test_records_need_no_references(tmp_path):
+    file = write(tmp_path / "a.jsonl", {"question": "Who?", "answer": "Ann."})
+    (record,) = JSONLines(str(file), val_fraction=0).records("train")
+    assert record.references == ()
 
 
 def test_json_lines_are_split_by_question_or_by_file(tmp_path):
