@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import metrics_page
 import pytest
 from gpu.callbacks import NoSync
 from helpers import TINY
