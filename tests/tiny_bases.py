@@ -162,7 +162,7 @@ def save_gguf(file: Path, model: Any, architecture: str = "llama") -> Path:
 
 def install(site: Path, package: str, *files: Path) -> None:
     """Put files into a folder of packages as those of an installed package, whose code must not be imported."""
-    folder, record = site / package, []
+    folder, record = site / package.replace("-", "_"), []
     folder.mkdir(parents=True)
     (folder / "__init__.py").write_text("raise SystemExit('the code of the package is imported')\n")
     for file in files:
@@ -171,7 +171,7 @@ def install(site: Path, package: str, *files: Path) -> None:
             target.parent.mkdir(exist_ok=True)
             target.write_bytes(path.read_bytes())
             record.append(f"{target.relative_to(site)},,")
-    information = site / f"{package}-1.0.dist-info"
+    information = site / f"{folder.name}-1.0.dist-info"
     information.mkdir()
     (information / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: 1.0\n")
-    (information / "RECORD").write_text("\n".join([*record, f"{package}/__init__.py,,"]) + "\n")
+    (information / "RECORD").write_text("\n".join([*record, f"{folder.name}/__init__.py,,"]) + "\n")
