@@ -53,6 +53,7 @@ class Curve(NamedTuple):
     values: np.ndarray
     low: Sequence[float] = ()
     high: Sequence[float] = ()
+    of_runs: Sequence[np.ndarray] = ()  # the values of the runs of a mean
 
 
 def limits_of(metric: str) -> tuple[float, float]:
@@ -87,7 +88,7 @@ def _curves_of_arm(metric: str, number: int, arm: Arm) -> list[Curve]:
         shared = shared[_thin(shared)]
         values = [logged[np.searchsorted(steps, shared)] for steps, logged in series]
         mean, half_width = mean_and_half_width(np.stack(values))
-        curves.append(Curve(metric, number, "", True, shared, mean, mean - half_width, mean + half_width))
+        curves.append(Curve(metric, number, "", True, shared, mean, mean - half_width, mean + half_width, values))
     for run in arm.left_out if curves else [*arm.runs, *arm.left_out]:
         if metric in run.metrics:
             steps, logged = run.metrics[metric]
@@ -155,17 +156,28 @@ def _draw_metric(
     if _is_log(drawn) and not closer:
         log_scale(axes, "y")
     axes.set_ylim(axes.get_ylim())  # intervals of few seeds are very wide, and unfinished runs can be far off
-    limits = limits_of(metric)
     for curve in drawn:
         if not curve.counts and counting:
             _draw_curve(axes, curve, looks.get(curve.arm))
         if len(curve.low) and with_bands:
-            color = looks[curve.arm]["color"]
-            band = np.clip(curve.low, *limits), np.clip(curve.high, *limits)
-            axes.fill_between(curve.steps, *band, color=color, alpha=0.13, linewidth=0)
+            _draw_spread(axes, curve, looks[curve.arm]["color"])
     integer_steps(axes, sorted({step for curve in drawn for step in curve.steps.tolist()}))
     axes.set_xlabel("optimiser step")
     axes.set_ylabel(metric)
+
+
+def _draw_spread(axes: "Axes", curve: Curve, color: str) -> None:
+    """Draw the interval of a mean; or its runs, if the interval reaches beyond what the metric can be.
+
+    Such an interval is that of too few runs for their spread, and would cover the panel.
+    """
+    least, most = limits_of(curve.metric)
+    low, high = (np.asarray(end)[np.isfinite(end)] for end in (curve.low, curve.high))
+    if (low < least).any() or (high > most).any():
+        for values in curve.of_runs:
+            axes.plot(curve.steps, values, color=color, linewidth=0.6, alpha=0.45)
+    else:
+        axes.fill_between(curve.steps, curve.low, curve.high, color=color, alpha=0.13, linewidth=0)
 
 
 def _is_log(drawn: Sequence[Curve]) -> bool:

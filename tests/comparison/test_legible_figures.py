@@ -81,15 +81,21 @@ def test_a_metric_has_limits(metric, limits):
     assert limits_of(metric) == limits
 
 
-def test_bands_and_bars_stay_inside_what_a_metric_can_be():
+def test_an_interval_beyond_what_a_metric_can_be_is_not_drawn():
     accuracies = [(0.1, 0.2, 0.99), (0.1, 0.9, 1.0), (0.1, 0.5, 0.97)]
-    arms = arms_of([run(f"r{seed}", values, "val/accuracy", seed) for seed, values in enumerate(accuracies)])
-    curves = figures.curves_of(["val/accuracy"], arms)
-    (axes,) = draw_curves(curves, arms, [0]).axes
-    (band,) = axes.collections
-    reach = band.get_paths()[0].vertices[:, 1]
-    assert (reach.min(), reach.max()) == (0.0, 1.0)
-    assert curves[0].high[-1] > 1  # the interval itself is wider
+
+    def drawn(metric: str):
+        arms = arms_of([run(f"r{seed}", values, metric, seed) for seed, values in enumerate(accuracies)])
+        curves = figures.curves_of([metric], arms)
+        assert (min(curves[0].low[1:]) < 0, max(curves[0].high[1:]) > 1) == (True, True)
+        return arms, draw_curves(curves, arms, [0]).axes[0]
+
+    _, axes = drawn("val/gap")
+    assert (len(axes.get_lines()), len(axes.collections)) == (1, 1)  # the mean and its interval
+    arms, axes = drawn("val/accuracy")
+    _, *runs = axes.get_lines()
+    assert [line.get_ydata().tolist() for line in runs] == [list(values) for values in accuracies]
+    assert not axes.collections
     (axes,) = figures.draw_summary(arms, [Measure("val/accuracy", "last", "max")], [0]).axes
     ends = [x for bar in axes.collections for path in bar.get_paths() for x in path.vertices[:, 0]]
     assert max(ends) == 1.0
