@@ -124,6 +124,8 @@ def _named_by_their_file(differing: list[str], columns: dict[str, list[str]]) ->
     set_by_file = [
         key for key in differing if key != CONFIG and len(set(zip(files, columns[key], strict=True))) == len(set(files))
     ]
+    if not set_by_file:  # records of a study have no setting but the file
+        return differing
     n_arms = len(set(zip(*(columns[key] for key in set_by_file), strict=True)))
     without = set_by_file if len(set_by_file) > 1 and n_arms == len(set(files)) else [CONFIG]
     return [key for key in differing if key not in without]
