@@ -14,6 +14,7 @@ from lightning_modules.finetuning.bases import (
     as_mask,
     attends_within_records,
     check_fit,
+    check_padding,
     check_vocabulary,
     load_pretrained,
     save_pretrained,
@@ -104,7 +105,9 @@ class BertMaskedLMModule(ExperimentModule):
     def setup(self, stage: str) -> None:
         """Let the model attend within the reviews by a kernel without a mask, on a GPU; compare the vocabularies."""
         if stage == "fit":
-            check_vocabulary(self.hparams["base"], getattr(self._data, "tokenizer", None))
+            tokenizer = getattr(self._data, "tokenizer", None)
+            check_vocabulary(self.hparams["base"], tokenizer)
+            check_padding(self.model, str(self.hparams["base"]), tokenizer)
         self.within_records = attends_within_records(self.trainer, self.model)
 
     def loss(self, batch: Batch) -> Loss:

@@ -145,11 +145,37 @@ def check_fit(model: "PreTrainedModel", base: str, vocab_size: int, block_size: 
 def context_of(model: "PreTrainedModel") -> int | None:
     """Return the length of the longest sequence that a model takes, or `None` if there is no limit."""
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    for name, table in model.named_modules():
-        if name.endswith("position_embeddings") and getattr(table, "padding_idx", None) is not None:
-            # RoBERTa and its relatives give the first token the position after that of the padding token.
-            return table.num_embeddings - table.padding_idx - 1
+    if table := _positions_after_padding(model):
+        return table.num_embeddings - table.padding_idx - 1
     return context if context is not None and context > 0 else None  # XLNet says -1
+
+
+def _positions_after_padding(model: "PreTrainedModel") -> Any:
+    """Return the table of positions of RoBERTa and its relatives, or `None` for another model.
+
+    They count the positions of the tokens that are not the padding token, and begin after its id.
+    """
+    tables = (table for name, table in model.named_modules() if name.endswith("position_embeddings"))
+    return next((table for table in tables if getattr(table, "padding_idx", None) is not None), None)
+
+
+def check_padding(model: "PreTrainedModel", base: str, tokenizer: Any) -> None:
+    """Refuse a tokenizer whose padding token is not the one from which a model counts its positions.
+
+    Args:
+        model: Model to check.
+        base: Folder or name of the model, for the message.
+        tokenizer: Tokenizer of the data, or `None`.
+
+    Raises:
+        MisconfigurationException: If the model would take another token of a text for padding.
+    """
+    table, given = _positions_after_padding(model), getattr(tokenizer, "pad_token_id", None)
+    if table is not None and given not in (None, table.padding_idx):
+        raise MisconfigurationException(
+            f"data.tokenizer: its padding token has the id {given}, and {base} counts positions from tokens other than "
+            f"{table.padding_idx}; give the tokenizer that this model was trained with"
+        )
 
 
 def check_sizes(n_rows: int, context: int | None, base: str, vocab_size: int, block_size: int) -> None:

@@ -13,6 +13,7 @@ from lightning_modules.base import CompileMode, ExperimentModule
 from lightning_modules.finetuning.bases import (
     architecture_of,
     check_fit,
+    check_padding,
     check_vocabulary,
     context_of,
     evaluating,
@@ -66,7 +67,9 @@ class FineTunedCausalLM(ExperimentModule):
     def setup(self, stage: str) -> None:
         """Compare the vocabulary of the data with that of the base, before training."""
         if stage == "fit":
-            check_vocabulary(self.hparams["base"], getattr(self._data, "tokenizer", None))
+            tokenizer = getattr(self._data, "tokenizer", None)
+            check_vocabulary(self.hparams["base"], tokenizer)
+            check_padding(self.model, str(self.hparams["base"]), tokenizer)
 
     def before_compilation(self) -> None:
         """Find the output layer."""
@@ -97,6 +100,7 @@ class CachedHubModel:
         accepted = inspect.signature(model.forward).parameters
         self._last_only = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
         self._takes_positions = "position_ids" in accepted
+        self._takes_cache = "past_key_values" in accepted
 
     def modules(self) -> Iterator[nn.Module]:
         """Return the modules of the model."""
@@ -104,9 +108,9 @@ class CachedHubModel:
 
     def new_cache(self, max_length: int) -> list[Any]:
         """Return an empty cache for at most `max_length` positions."""
-        from lightning_modules.finetuning.hub_cache import new_hub_cache
+        from lightning_modules.finetuning.hub_cache import NoCache, new_hub_cache
 
-        return new_hub_cache(self.model, max_length)
+        return new_hub_cache(self.model, max_length) if self._takes_cache else [NoCache()]
 
     def __call__(
         self,
@@ -121,11 +125,12 @@ class CachedHubModel:
         from lightning_modules.finetuning.hub_cache import hub_cache
 
         positions = {"position_ids": position_ids} if position_ids is not None and self._takes_positions else {}
+        past = {"past_key_values": hub_cache(cache)} if self._takes_cache else {}
         output = self.model(
             input_ids,
             attention_mask=attention_mask,
-            past_key_values=hub_cache(cache),
-            use_cache=True,
+            use_cache=self._takes_cache,
+            **past,
             **positions,
             **self._last_only,
         )

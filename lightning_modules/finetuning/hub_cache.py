@@ -71,6 +71,15 @@ class GrowingHubCache:
         self.past = DynamicCache(config=self.config)
 
 
+class NoCache:
+    """The cache of a model that takes none, such as Mamba: each token reads the whole context again."""
+
+    length = 0
+
+    def clear(self) -> None:
+        """Do nothing."""
+
+
 def new_hub_cache(model: "PreTrainedModel", max_length: int) -> list[KeyValueCache] | list[GrowingHubCache]:
     """Return an empty cache of each layer of a model, or one cache for all layers that only grows."""
     layers = DynamicCache(config=model.config).layers

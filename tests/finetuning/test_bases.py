@@ -8,7 +8,14 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from tiny_bases import CONTEXT, save_gpt_neo
 from torch import Tensor, nn
 
-from lightning_modules.finetuning.bases import check_fit, context_of, load_pretrained, scores_of_share
+from datamodules.tokenizers import byte_tokenizer
+from lightning_modules.finetuning.bases import (
+    check_fit,
+    check_padding,
+    context_of,
+    load_pretrained,
+    scores_of_share,
+)
 from lightning_modules.finetuning.causal_lm import CachedHubModel, FineTunedCausalLM
 from lightning_modules.models.generation import generate
 
@@ -90,6 +97,23 @@ def test_cached_generation_equals_uncached_generation_also_past_the_context(base
             read = torch.cat([read, expected[-1][:, None]], dim=1)
     assert found.tolist() == torch.stack(expected, dim=1).tolist()
     assert len(set(found[0].tolist())) > 5
+
+
+@pytest.mark.parametrize(("pad_token", "is_refused"), [("a", True), ("b", False), (None, False)])
+def test_positions_that_are_counted_from_another_padding_token_are_refused(pad_token, is_refused):
+    from transformers import AutoConfig, AutoModel
+
+    tokenizer = byte_tokenizer()
+    tokenizer.pad_token = pad_token
+    sizes = SMALL | {"vocab_size": 257, "pad_token_id": ord("b"), "max_position_embeddings": 120}
+    model = AutoModel.from_config(AutoConfig.for_model("roberta", **sizes))
+    if is_refused:
+        with pytest.raises(MisconfigurationException, match=r"has the id 97, and base .* other than 98; give"):
+            check_padding(model, "base", tokenizer)
+    else:
+        check_padding(model, "base", tokenizer)
+    check_padding(AutoModel.from_config(AutoConfig.for_model("bert", **SMALL)), "base", tokenizer)
+    check_padding(model, "base", None)
 
 
 SMALL = {"vocab_size": 40, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}

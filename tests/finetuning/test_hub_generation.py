@@ -32,6 +32,7 @@ FAMILIES = {
         False,
     ),
     "bloom": ({"hidden_size": 16, "n_head": 4, "n_layer": 2}, False),
+    "mamba": ({"hidden_size": 16, "num_hidden_layers": 2, "state_size": 4}, False),
 }
 
 
