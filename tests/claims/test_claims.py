@@ -14,6 +14,7 @@ from experiments.claims import command
 from experiments.claims.claims_file import claims_files, read_claims
 from experiments.claims.judge import judge
 from experiments.claims.records import PROVENANCE, make_records, read_records
+from experiments.comparison.arms import arms_of
 from experiments.errors import UserError
 from lightning_modules.common.files import csv_text
 
@@ -345,6 +346,12 @@ def test_a_name_that_has_no_claims(topic, llm_train):
     done = llm_train("claims", "topic/width", "--check")
     message = "error: claims topic/width: no topic and no study has claims of this name; there is topic, topic/depth\n"
     assert (done.code, done.err) == (1, message)
+
+
+def test_arms_that_differ_in_their_file_alone_keep_its_name():
+    text = records().replace("model.n_layer", "config", 1)
+    arms = arms_of(read_records(text, "depth.csv").runs)
+    assert [arm.label for arm in arms] == ["config=1", "config=2"]
 
 
 # --- the tables of a README ---
