@@ -19,6 +19,7 @@ from datamodules.rows import check_characters
 from datamodules.sources import Source
 from lightning_modules.common.files import write_text
 from lightning_modules.common.hub import hub_answers, is_path
+from lightning_modules.common.makers import maker_of
 from lightning_modules.common.messages import first_line
 from lightning_modules.common.pretrained import PACKAGE, model_folder
 
@@ -281,9 +282,7 @@ def _from_disk(path: Path) -> "PreTrainedTokenizerFast":
             "give a folder with tokenizer.json, vocab.json and merges.txt, or vocab.txt; byte, character, or a name on "
             "the hub"
         )
-        if run := re.search(r"\bruns/([^/]+)/([^/]+)/", path.as_posix()):
-            advice = f"`llm-train fit -c experiments/{run[1]}/{run[2]}.yaml` makes one"
-        raise MisconfigurationException(f"tokenizer {problem}: {advice}")
+        raise MisconfigurationException(f"tokenizer {problem}: {maker_of(path) or advice}")
     try:
         return _from_folder(path) if path.is_dir() else PreTrainedTokenizerFast(tokenizer_file=str(path))
     except (KeyboardInterrupt, SystemExit):

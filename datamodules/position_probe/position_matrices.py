@@ -11,6 +11,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from datamodules.cache import cache_root, cached_array, digest, read_array
 from lightning_modules.common.hub import hub_answers, is_path
+from lightning_modules.common.makers import maker_of
 from lightning_modules.common.pretrained import PACKAGE, model_folder
 
 INITIAL_STD = 0.02  # of the normal distribution of new embeddings in GPT-2, GPT-Neo, BERT and RoBERTa
@@ -140,9 +141,7 @@ def _folder_of(source: str) -> Path | None:
     if path.is_dir():
         raise _unusable(f"{source} holds neither a config.json nor a model/ with one: give a model, or a finished run")
     if is_path(source):
-        advice = "give the folder of a model, a .npy, or a name on the hub"
-        if "runs" in path.parts[:-2]:
-            advice = f"`llm-train fit -c experiments/{path.parent.name}/{path.name}.yaml` makes it"
+        advice = maker_of(path) or "give the folder of a model, a .npy, or a name on the hub"
         raise _unusable(f"{source} does not exist (working folder: {Path.cwd()}): {advice}")
     return None
 

@@ -6,7 +6,6 @@ import hashlib
 import importlib.metadata
 import io
 import json
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
@@ -14,6 +13,7 @@ from pathlib import Path
 from lightning_modules.common.cache import cache_root
 from lightning_modules.common.files import replace_folder
 from lightning_modules.common.hub import is_path
+from lightning_modules.common.makers import maker_of
 from lightning_modules.common.messages import first_line, say
 
 PACKAGE = "package:"  # before the name of an installed package that carries a model
@@ -41,8 +41,7 @@ def model_folder(name: str) -> Path | None:
     if is_path(name):
         problem = "holds no config.json, nor a model/ that does" if path.is_dir() else "does not exist"
         problem = "is a file" if path.is_file() else problem
-        run = re.search(r"\bruns/([^/]+)/([^/]+)", path.as_posix())
-        advice = f"; `llm-train fit -c experiments/{run[1]}/{run[2]}.yaml` makes one" if run else ""
+        advice = f"; {maker}" if (maker := maker_of(path)) else ""
         raise ValueError(
             f"{name} {problem}: give a folder with config.json and model.safetensors, the folder of a finished run, a "
             f".gguf file, or a hub name{advice}"

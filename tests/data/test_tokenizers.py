@@ -162,14 +162,21 @@ def test_fingerprints_differ(bpe_folder):
 
 
 def test_a_missing_tokenizer_of_a_run_names_the_command_that_makes_it(tmp_path):
-    for name in (str(tmp_path / "runs/words/offline/tokenizer"), "runs/words/offline/tokenizer/tokenizer.json"):
-        assert "does not exist: `llm-train fit -c experiments/words/offline.yaml` makes one" in one_line_error(name)
-    assert "words" not in one_line_error("./elsewhere")
+    for name in (str(tmp_path / "runs/bpe/offline/tokenizer"), "runs/bpe/offline/tokenizer/tokenizer.json"):
+        assert one_line_error(name).endswith("does not exist: `llm-train fit -c bpe/offline` makes one")
+    (tmp_path / "runs/bpe/mine/tokenizer").mkdir(parents=True)
+    assert one_line_error("runs/bpe/my/tokenizer").endswith(
+        "`llm-train fit -c bpe/offline --run.name my` makes one; there is runs/bpe/mine/tokenizer"
+    )
+    for name in ("./elsewhere", "runs/words/offline/tokenizer"):
+        assert "llm-train" not in one_line_error(name)
 
 
 def test_an_incomplete_folder_is_one_line(tmp_path):
     (tmp_path / "vocab.json").write_text("{}")
-    assert "holds no tokenizer: give a folder with tokenizer.json, vocab.json and merges.txt" in one_line_error(str(tmp_path))
+    assert "holds no tokenizer: give a folder with tokenizer.json, vocab.json and merges.txt" in one_line_error(
+        str(tmp_path)
+    )
     (tmp_path / "tokenizer.json").write_text('{"version": "1.0", "mo')
     assert "could not be read" in one_line_error(str(tmp_path))
 

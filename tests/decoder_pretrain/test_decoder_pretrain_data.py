@@ -436,8 +436,8 @@ def test_characters_that_are_not_in_the_training_text_are_refused():
 
 
 def test_a_missing_tokenizer_is_refused(tmp_path):
-    assert "give a folder that holds a tokenizer.json" in one_line_error(tokenizer=str(tmp_path / "here"))
-    assert "`llm-train fit -c experiments/bpe/mine.yaml` makes one" in one_line_error(
+    assert "give a folder with tokenizer.json" in one_line_error(tokenizer=str(tmp_path / "here"))
+    assert "`llm-train fit -c bpe/offline --run.name mine` makes one" in one_line_error(
         tokenizer="runs/bpe/mine/tokenizer"
     )
 

@@ -28,7 +28,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("runs/topic/name", "does not exist: .*`llm-train fit -c experiments/topic/name.yaml` makes one"),
+        ("runs/topic/name", "does not exist: give a folder .*, or a hub name$"),
         (".", "holds no config.json, nor a model/ that does"),
         ("nobody/nothing", "nobody/nothing, which is no local folder, from the Hugging"),
         ("broken", "model.base: AutoModelForCausalLM could not load broken"),
