@@ -252,7 +252,7 @@ def test_a_missing_matrix_is_one_line_and_leaves_no_folder(llm_train, tmp_path):
     failed = llm_train("fit", "-c", write(tmp_path, data__init_args__source="runs/decoder_pretrain/offline"))
     errors = [line for line in failed.err.splitlines() if line.startswith("error: ")]
     assert (failed.code, len(errors)) == (1, 1), failed.err
-    assert "offline.yaml` makes it" in errors[0]
+    assert "offline` makes one" in errors[0]
     assert "Traceback" not in failed.err
     assert not Path("runs").exists()
 

@@ -120,7 +120,7 @@ def text_file(path: Path) -> str:
     [
         (lambda p: save_model(p / "m", "llama"), {}, "a llama model, has no table of absolute positions"),
         (lambda p: save_model(p / "m", "bert", position_embedding_type="relative_key"), {}, "has no table of absolute"),
-        (lambda p: "runs/decoder_pretrain/offline", {}, "fit -c experiments/decoder_pretrain/offline.yaml` makes it"),
+        (lambda p: "runs/decoder_pretrain/offline", {}, "fit -c decoder_pretrain/offline` makes one"),
         (lambda p: "./nowhere", {}, "does not exist .*give the folder of a model"),
         (lambda p: no_folder(p / "empty"), {}, "neither a config.json nor a model/ with one"),
         (lambda p: "someone/some-model", {}, "the Hugging Face hub gave no model of that name"),
