@@ -127,11 +127,25 @@ class StepSchedule(LRScheduler):
             kept = [key for key in new if key in state_dict and key not in not_kept]
             self.__dict__.update({key: state_dict[key] for key in kept})
             self._change_length(saved_length, new["arguments"]["total_steps"])
+            if "arguments" not in state_dict:
+                self._compare_rates(state_dict)
         else:
             self.last_epoch, self._step_count = state_dict["last_epoch"], state_dict["_step_count"]
         self._last_lr = self.get_lr()
         for group, base_lr, lr in zip(self.optimizer.param_groups, self.base_lrs, self._last_lr, strict=True):
             group |= {"initial_lr": base_lr, "lr": lr}
+
+    def _compare_rates(self, state_dict: dict[str, Any]) -> None:
+        """Note a jump of the rate: earlier versions saved the rate, but not the length of the run."""
+        saved, peaks = state_dict.get("_last_lr") or [], state_dict.get("base_lrs") or []
+        if not saved or not peaks or not peaks[0]:
+            return
+        before, now = saved[0] / peaks[0], self.multiplier(self.last_epoch)
+        if not math.isclose(before, now, rel_tol=1e-6, abs_tol=1e-12):
+            self.change_of_length = (
+                f"the rate is {now:.3g} of its peak in place of {before:.3g}: the checkpoint is of an earlier version, "
+                "whose length is not known"
+            )
 
     def _change_length(self, saved: int, planned: int) -> None:
         """Go on to `planned` steps with a schedule of `saved` steps."""

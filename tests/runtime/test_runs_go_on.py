@@ -3,9 +3,12 @@
 import shutil
 from pathlib import Path
 
+import pytest
+import torch
 from helpers import BEST, LAST, RUNS
 
 from experiments.run_folder import find, newest
+from lightning_modules.optim.schedules import Cosine
 
 
 def files_of(run):
@@ -54,3 +57,25 @@ def test_the_run_to_continue_has_the_checkpoint_or_began_to_train(tmp_path):
     assert find(tmp_path, "topic", "name", checkpoint="last").path == Path(tmp_path, "topic/name.4")
     assert find(tmp_path, "topic", "name", checkpoint="best").name == "name.5"
     assert find(tmp_path, "topic", "name.6").name == "name.6"  # named with its number
+
+
+@pytest.mark.parametrize("length", [100, 200])
+def test_the_rate_does_not_jump_in_silence(length):
+    def schedule(total_steps: int) -> Cosine:
+        return Cosine(torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1e-3), total_steps, warmup=0.1)
+
+    ended = schedule(100)
+    for _ in range(95):
+        ended.optimizer.step()
+        ended.step()
+    (rate,) = ended.get_last_lr()
+    resumed = schedule(length)
+    resumed.load_state_dict(ended.state_dict())
+    assert resumed.get_last_lr() == pytest.approx([rate])
+    assert ("stretched" in resumed.change_of_length) == (length == 200)
+    # Version 0.1 saved the rate, but neither the length nor the arguments.
+    state = {name: value for name, value in ended.state_dict().items() if name not in ("arguments", "warmup_steps")}
+    resumed = schedule(length)
+    resumed.load_state_dict(state)
+    said = "the rate is 0.629 of its peak in place of 0.0076: the checkpoint is of an earlier version, "
+    assert resumed.change_of_length == (f"{said}whose length is not known" if length == 200 else "")
