@@ -9,6 +9,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
+from typing import Any
 
 from lightning_modules.common.cache import cache_root
 from lightning_modules.common.files import replace_folder
@@ -18,6 +19,7 @@ from lightning_modules.common.messages import first_line, say
 
 PACKAGE = "package:"  # before the name of an installed package that carries a model
 _MAGIC = b"GGUF"  # first bytes of such a file
+_SPECIAL = {"bos_token": "bos", "eos_token": "eos", "pad_token": "padding", "unk_token": "unknown"}  # names in GGUF
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 
 
@@ -126,6 +128,7 @@ def _dequantize(file: Path, folder: Path) -> None:
             model, found = AutoModelForCausalLM.from_pretrained(
                 file.parent, dtype="float32", output_loading_info=True, **where
             )
+            _set_special_tokens(tokenizer, file)
     except Exception as error:  # the readers check little: a damaged file fails anywhere in them
         raise ValueError(
             f"{file} could not be read ({first_line(error)}): it is damaged, or of an architecture that Transformers "
@@ -138,6 +141,16 @@ def _dequantize(file: Path, folder: Path) -> None:
     with quietly():
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+
+
+def _set_special_tokens(tokenizer: Any, file: Path) -> None:
+    """Give a tokenizer the special tokens that a GGUF file names, of which Transformers 5.17 confuses two."""
+    from gguf import GGUFReader
+
+    reader = GGUFReader(file)
+    for name, name_in_file in _SPECIAL.items():
+        if field := reader.get_field(f"tokenizer.ggml.{name_in_file}_token_id"):
+            setattr(tokenizer, name, tokenizer.convert_ids_to_tokens(int(field.parts[field.data[0]][0])))
 
 
 @contextmanager
