@@ -24,9 +24,9 @@ class ExportModel(L.Callback):
     """Callback that writes the tokenizer when the training starts, and `model/` for Transformers when it ends.
 
     `model/` holds the weights of `best.ckpt`, or of `last.ckpt` if no checkpoint is the best, the tokenizer, and a
-    model card. The data of the run must have a `tokenizer`, and the module `save_pretrained`; otherwise nothing is
-    written. A module with `generate` makes a model that generates: other programs stop it at the end-of-text token and
-    at the context. If `trainer.callbacks` names this class several times, the last one counts.
+    model card. The tokenizer is that of the data; without one, nothing is written. A module without `save_pretrained`
+    has no `model/`. A module with `generate` makes a model that generates: other programs stop it at the end-of-text
+    token and at the context. If `trainer.callbacks` names this class several times, the last one counts.
 
     Args:
         licence: Licence of the model for the model card, by its name on the Hugging Face hub, such as `mit`; `null`
@@ -41,7 +41,7 @@ class ExportModel(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: ExperimentModule) -> None:
         """Save the tokenizer, so that text can be generated from an interrupted run too."""
         self._has_trained = True
-        if self._exports(trainer, pl_module):
+        if self._is_in_charge(trainer, pl_module):
             pl_module.data.tokenizer.save_pretrained(Path(trainer.default_root_dir) / "tokenizer")
 
     @rank_zero_only
@@ -51,7 +51,9 @@ class ExportModel(L.Callback):
         It is built again from the checkpoint, on the CPU: the trained one may be sharded over many processes.
         """
         run = Path(trainer.default_root_dir)
-        if not self._exports(trainer, pl_module) or ((run / "model").is_dir() and not self._has_trained):
+        if not self._is_in_charge(trainer, pl_module) or not hasattr(pl_module, "save_pretrained"):
+            return
+        if (run / "model").is_dir() and not self._has_trained:
             return
         files = [file for name in ("best", "last") if (file := run / f"checkpoints/{name}.ckpt").is_file()]
         if not files:
@@ -75,11 +77,11 @@ class ExportModel(L.Callback):
 
         replace_folder(run / "model", write)
 
-    def _exports(self, trainer: L.Trainer, pl_module: ExperimentModule) -> bool:
-        """Return whether this callback writes files: for this module, and not another callback of its class."""
+    def _is_in_charge(self, trainer: L.Trainer, pl_module: ExperimentModule) -> bool:
+        """Return whether there is a tokenizer to save, and this is the callback of its class that does it."""
         last = [callback for callback in trainer.callbacks if isinstance(callback, ExportModel)][-1]
-        parts = (pl_module, getattr(pl_module.data, "tokenizer", None))
-        return self is last and not trainer.fast_dev_run and all(hasattr(part, "save_pretrained") for part in parts)
+        can_be_saved = hasattr(getattr(pl_module.data, "tokenizer", None), "save_pretrained")
+        return self is last and can_be_saved and not trainer.fast_dev_run
 
 
 def _n_rows(loaders: Any) -> int:
@@ -119,6 +121,9 @@ def export_model(
         settings = {"eos_token_id": end, "pad_token_id": tokenizer.pad_token_id, "max_length": context}
         _update(folder / "generation_config.json", settings)
     _update(folder / "config.json", tokens)
+    for name in ("config.json", "generation_config.json"):
+        if (folder / name).is_file():
+            _drop_unknown_tokens(folder / name, tokenizer, config.get("vocab_size"))
     tokenizer.save_pretrained(folder)
     # The class has another name in earlier versions of Transformers, and the rest is about this machine.
     settings = read_json(folder / "tokenizer_config.json", {})
@@ -134,3 +139,12 @@ def _update(file: Path, fields: dict[str, Any]) -> None:
     """Set fields of a JSON file; `None` leaves a field as it is."""
     given = {name: value for name, value in fields.items() if value is not None}
     write_json(file, read_json(file, {}) | given)
+
+
+def _drop_unknown_tokens(file: Path, tokenizer: "PreTrainedTokenizerFast", vocab_size: int | None) -> None:
+    """Replace special tokens of the base that are not in the vocabulary, of which Transformers would warn."""
+    fields = read_json(file, {})
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        if vocab_size is not None and isinstance(fields.get(name), int) and fields[name] >= vocab_size:
+            fields[name] = getattr(tokenizer, name)
+    write_json(file, fields)
