@@ -175,7 +175,7 @@ def _newest_with(checkpoints: Sequence[str], runs: Sequence[RunFolder]) -> RunFo
         return None
     newer = runs[runs.index(having[-1]) + 1 :]
     if newer:
-        passed = ", ".join(str(run.path) for run in newer)
+        passed = ", ".join(str(run.path) for run in newer[:3]) + (f" and {len(newer) - 3} more" if newer[3:] else "")
         what = f"checkpoint `{checkpoints[0]}`" if len(checkpoints) == 1 else "checkpoint"
         say(f"{having[-1].path} is the newest run with a {what}; without one: {passed}")
     return having[-1]

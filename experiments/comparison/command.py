@@ -157,7 +157,7 @@ def _write(
         "Results": shown[0],
         "Differences": shown[1] if shown[1].rows else None,
         "Each run, and means with their intervals": png["summary.png"],
-        "Learning curves: means of the arms with their 95 % intervals": png.get("curves.png"),
+        "Learning curves: means of the arms with 95 % intervals, or thin lines of the runs": png.get("curves.png"),
     }
     texts = {
         "table.md": "\n".join([*(as_markdown(table) for table in shown if table.rows), *notes, ""]),
