@@ -67,7 +67,8 @@ def block(name: str, study: Records, recorded: Recorded, judgements: Sequence[Ju
     if judgements:
         parts.append(as_markdown(verdicts(judgements)))
     where = f"[records/{name}.csv](records/{name}.csv) {recorded.digest}"
-    parts.append(f"Mean ± half of its 95 % interval. {recorded.provenance}; {where}.\n")
+    what = "The seed has no effect: one run an arm." if study.deterministic else "Mean ± half of its 95 % interval."
+    parts.append(f"{what} {recorded.provenance}; {where}.\n")
     return "\n".join(parts)
 
 
