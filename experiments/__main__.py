@@ -8,6 +8,7 @@ if __name__ == "__main__" and sys.path and not sys.flags.safe_path:
 
 import difflib
 import importlib
+import importlib.metadata
 import io
 import locale
 import os
@@ -33,7 +34,8 @@ COMMANDS = {
     "completion": ("experiments.completion", "print a completion script for the shell"),
 }
 
-_FORMER = {"new-topic": "new"}  # names of commands in earlier versions
+# What others call a command, or an earlier version did.
+_OTHER_NAMES = {"new-topic": "new", "train": "fit", "evaluate": "validate", "sample": "generate", "sweep": "study"}
 
 _REFUSALS = (ValueError, TypeError, AttributeError, ImportError)  # of Lightning, for settings that it does not accept
 
@@ -50,7 +52,8 @@ Train language models from YAML. Try it:
 commands:
 {chr(10).join(f"  {name:<12}{does}" for name, (_, does) in COMMANDS.items())}
 
-Every command has its own --help. LLM_TRAIN_TRACEBACK=1 shows where in the code an error comes from.
+Every command has its own --help; --version prints the versions. LLM_TRAIN_TRACEBACK=1 shows where in the code an error
+comes from.
 """
 
 
@@ -68,8 +71,12 @@ def main(args: Sequence[str] | None = None) -> None:
     if not args or args[0] in ("-h", "--help", "help"):
         print(HELP, end="")
         return
+    if "--version" in args[:2] or args[0] == "version":
+        print(_versions())
+        return
     if args[0] not in COMMANDS:
-        close = [_FORMER[args[0]]] if args[0] in _FORMER else difflib.get_close_matches(args[0], COMMANDS, n=1)
+        close = difflib.get_close_matches(args[0], [*COMMANDS, *_OTHER_NAMES], n=1)
+        close = [_OTHER_NAMES.get(name, name) for name in close]
         hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(COMMANDS)}"
         sys.exit(_error(f"no such command: {args[0]!r} ({hint})", 2))
     run = importlib.import_module(_module_of(args)).main
@@ -88,6 +95,12 @@ def main(args: Sequence[str] | None = None) -> None:
         if mistake is None:  # an error of this program: show the traceback
             raise
         sys.exit(_error(str(mistake), 2 if isinstance(mistake, UsageError) else 1))
+
+
+def _versions() -> str:
+    packages = ("llm-train", "torch", "lightning", "transformers")
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
+    return f"{versions}, Python {sys.version.split()[0]}"
 
 
 def _module_of(args: Sequence[str]) -> str:

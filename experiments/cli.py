@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from datamodules.base import ExperimentDataModule
-from experiments import moved_runs, names, resume, run_folder, trust
+from experiments import monitored, moved_runs, names, resume, run_folder, trust
 from experiments.parser import ExperimentParser, check_nulls
 from experiments.run_folder import RunArguments, RunFolder
 from experiments.run_record import RunRecord
@@ -131,6 +131,7 @@ class ExperimentCLI(SettingsGoOverCheckpoint):
     def before_instantiate_classes(self) -> None:
         """Find the checkpoint and its run, and keep the linked arguments that the YAML sets."""
         check_nulls(self.arguments)
+        self._warn_of_dropped_defaults()
         arguments, model = self.arguments["run"], self.arguments["model"]
         if self._trainer_arguments.get("default_root_dir") is not None:
             raise MisconfigurationException("trainer.default_root_dir: leave it out, and set run.root and run.name")
@@ -261,10 +262,12 @@ class ExperimentCLI(SettingsGoOverCheckpoint):
             self._lock_run()
         built = self.config_init[self.subcommand]
         callbacks = built["trainer"]["callbacks"] or []
+        callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
         if any(isinstance(callback, BatchSizeFinder) for callback in callbacks):
             raise MisconfigurationException("BatchSizeFinder: data.batch_size is a setting of the experiment; set it")
         if built["trainer"]["enable_progress_bar"] is False:
-            built["trainer"]["callbacks"] = [c for c in callbacks if not isinstance(c, ProgressBar)]
+            callbacks = [callback for callback in callbacks if not isinstance(callback, ProgressBar)]
+        built["trainer"]["callbacks"] = callbacks
         try:
             trainer = super().instantiate_trainer(default_root_dir=str(self.run.path), **kwargs)
         except ValueError as error:
@@ -274,7 +277,22 @@ class ExperimentCLI(SettingsGoOverCheckpoint):
                 logger.attach(self.run.path, self.run.topic, self.run.name, self.subcommand, self.run.study)
         self.model.data = self.datamodule
         self.model.optimizer_factory, self.model.schedule_factory = built["optimizer"], built["lr_scheduler"]
+        if self.subcommand == "fit":
+            monitored.check(self.model, trainer.callbacks, built["lr_scheduler"])
         return trainer
+
+    def _warn_of_dropped_defaults(self) -> None:
+        """Name the defaults that a list of callbacks, loggers or plugins replaces, if it keeps none of them."""
+        for key, defaults in read_yaml(DEFAULTS)["trainer"].items():
+            given = self._trainer_arguments.get(key)
+            if not isinstance(defaults, list) or not given or given is True:
+                continue
+            dropped, kept = ([*_class_names(value)] for value in (defaults, given))
+            if kept and not {*dropped} & {*kept}:
+                say(
+                    f"trainer.{key}: {', '.join(kept)} in place of the defaults, {', '.join(dropped)}; "
+                    f"`--trainer.{key}+`, or `{key}+:` in YAML, adds to them"
+                )
 
     def _check_links(self) -> None:
         for name, given in self._given.items():
@@ -298,6 +316,13 @@ class ExperimentCLI(SettingsGoOverCheckpoint):
             return
         if self._trainer_arguments.get("fast_dev_run") or not any(self.run.path.glob("config*.yaml")):
             shutil.rmtree(self.run.path, ignore_errors=True)
+
+
+def _class_names(value: Any) -> Iterator[str]:
+    for item in value if isinstance(value, list) else [value]:
+        path = item.get("class_path") if isinstance(item, Mapping | Namespace) else item
+        if isinstance(path, str):
+            yield path.rpartition(".")[2]
 
 
 def _reader(attribute: str) -> Callable[[ExperimentDataModule], Any]:

@@ -60,9 +60,13 @@ def with_files(args: Sequence[str]) -> list[str]:
     """Return a command line of `fit` with the files of the names that `-c` and `--config` give.
 
     Raises:
-        UsageError: If there is no file of a name.
+        UsageError: If there is no file of a name, or a file is there without a flag.
     """
     words = list(args)
+    if len(words) > 1 and not words[1].startswith("-") and find(words[1]):
+        raise UsageError(f"{words[0]} {words[1]}: a file needs -c (did you mean 'llm-train {words[0]} -c {words[1]}'?)")
+    if not any(word.startswith(("-c", "--config", "--model", "--print_config")) for word in words):
+        raise UsageError(f"{words[0]}: give an experiment by -c NAME; `llm-train list experiments` lists them")
     for i, word in enumerate(words):
         flag, equals, value = word.partition("=")
         if flag in ("-c", "--config") and equals:

@@ -7,7 +7,7 @@ import inspect
 import itertools
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn, get_args, get_type_hints
 
@@ -17,7 +17,8 @@ from jsonargparse import Namespace, set_parsing_settings
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from experiments import trust
+from experiments import names, trust
+from experiments import options as options_of
 from experiments.class_paths import accept_moved_classes, import_class
 from experiments.errors import UserError
 from experiments.yaml_files import read_yaml
@@ -29,7 +30,12 @@ accept_moved_classes()
 # A default of Lightning can be text of an enumeration, as `Timer(interval=...)`.
 yaml.SafeDumper.add_multi_representer(str, lambda dumper, text: dumper.represent_str(str.__str__(text)))
 
-_UNKNOWN_OPTION = re.compile(r"(?:does not accept option|Option) '([\w.]+)'|unrecognized arguments: --([\w.]+)")
+_UNKNOWN_OPTION = re.compile(r"(?:does not accept option|Option) '([\w.]+)'|unrecognized arguments: ([^\s=]+)")
+_GIVEN_PATH = re.compile(r"class_path '([\w.]+)'|dot import path string: ([\w.]+)")
+_HIDDEN = re.compile(r"(?:No module named|module) '(experiments|lightning_modules|datamodules)\b")
+_LITERAL = re.compile(r"Expected a typing\.Literal\[(.*?)\]")
+_BARE_PATH = re.compile(r"[\w.]+")
+_NO_PATH = "is no class path such as package.module.Class"
 _NO_ATTRIBUTE = re.compile(r"module '([\w.]+)' has no attribute '(\w+)'")
 _CLASS_PATH = re.compile(r"class_path[ =]'([\w.]+)'")
 _DENIED = re.compile(r"Importing '([\w.]+)' is not allowed, denied by the '([\w.*]+)' entry ")
@@ -89,28 +95,90 @@ def one_line(message: str, options: Sequence[str], command_line: Sequence[str]) 
     reasons = [reason for reason in reasons if " to be a subclass of " not in reason] or reasons[-1:]
     # Where a text or a list could be given in place of a class, what is wrong with the class matters.
     reasons = [reason for reason in reasons if not _OTHER_FORM.match(reason)] or reasons
-    what = "; ".join(dict.fromkeys(reason for reason in reasons if reason)) or "is not valid"
+    what = "; ".join(dict.fromkeys(_that_matter(list(filter(None, reasons))))) or "is not valid"
     if denied := _DENIED.search(message):  # the other types that were tried do not matter
         what = trust.refusal(*denied.groups())
+    if (hidden := _HIDDEN.search(message)) and Path(hidden[1]).resolve() != names.SHIPPED.parent / hidden[1]:
+        what += f"; {hidden[1]} is the package of llm-train, so your own code needs a package of another name"
 
     # The name that is probably misspelt: a class, an option of a class, or an option of the command.
     typed = key.rsplit(".", 1)[-1]
-    candidates: Sequence[str] = ()
-    if missing := _NO_ATTRIBUTE.search(message):
-        typed, candidates = missing[2], dir(importlib.import_module(missing[1]))
-    elif unknown := _UNKNOWN_OPTION.search(message):
-        typed = unknown[1] or unknown[2]
+    similar, is_word = None, False  # whether the name is a word of the command line
+    if unknown := _UNKNOWN_OPTION.search(message):
+        word = next(filter(None, unknown.groups()))
+        typed = word.removeprefix("--")
+        is_word = any(given.partition("=")[0].removeprefix("--") == typed for given in command_line)
+        chosen = options_of.chosen(command_line[1:])
         if class_paths := _CLASS_PATH.findall(message[: unknown.start()]):  # the last one is around the option
-            candidates = list(inspect.signature(import_class(class_paths[-1])).parameters)
-        elif (section := typed.split(".")[0]) not in {option.split(".")[0] for option in options}:
-            typed, candidates = section, [option.split(".")[0] for option in options]
+            similar = _closest(typed, inspect.signature(import_class(class_paths[-1])).parameters)
+        elif key in chosen:
+            similar = _closest(typed, options_of.arguments(chosen[key].path))
         else:
-            candidates = options
-    close = difflib.get_close_matches(typed, candidates, n=1)
-    hint = f" (did you mean {close[0]!r}?)" if close else ""
+            similar = _similar_option(word, options, chosen)
+            section = typed.split(".")[0]
+            typed = typed if section in {option.split(".")[0] for option in options} else section
+    elif path := _GIVEN_PATH.search(message):
+        similar = _similar_class(next(filter(None, path.groups())), key.removesuffix(".class_path"))
+    if (missing := _NO_ATTRIBUTE.search(message)) and similar is None:
+        typed = missing[2]
+        similar = _closest(typed, dir(importlib.import_module(missing[1])))
     flag = _flag_of(key, typed, command_line)
-    where = "--" if flag and key else "" if flag else _place(typed, command_line)
+    if similar is None and flag and (choices := _LITERAL.findall(message)):
+        similar = _closest(_value_of(flag, command_line), re.findall(r"'([^']*)'", "".join(choices)))
+    hint = f" (did you mean {similar!r}?)" if similar else ""
+    if flag and what.startswith("expected ") and "got " not in what:
+        what += f", got {_value_of(flag, command_line)}"
+    where = "--" if flag and key else "" if flag or is_word else _place(typed, command_line)
     return f"{where}{key + ': ' if key else ''}{what}{hint}"
+
+
+def _that_matter(reasons: Sequence[str]) -> list[str]:
+    """Return the reasons without those of types that the user did not mean, and with the values of all in one."""
+    choices = [value for reason in reasons for text in _LITERAL.findall(reason) for value in text.split(", ")]
+    if choices:
+        others = [reason for reason in reasons if not _LITERAL.search(reason) and not reason.startswith("expected ")]
+        reasons = [*others, f"expected one of {', '.join(dict.fromkeys(choices))}"]
+    if any(reason.startswith("expected ") for reason in reasons):
+        reasons = [reason for reason in reasons if not reason.endswith(_NO_PATH)]
+    first = next((i for i, reason in enumerate(reasons) if not _BARE_PATH.fullmatch(reason)), 0)
+    return [reason for i, reason in enumerate(reasons) if i <= first or not _BARE_PATH.fullmatch(reason)]
+
+
+def _closest(typed: str, candidates: Iterable[str]) -> str | None:
+    return next(iter(difflib.get_close_matches(typed.replace("-", "_"), list(candidates), n=1)), None)
+
+
+def _similar_option(typed: str, known: Sequence[str], chosen: Mapping[str, options_of.Chosen]) -> str | None:
+    """Return the option that an unknown word of the command line, or key of a file, probably means."""
+    if typed.endswith((".yaml", ".yml")) or (not typed.startswith("-") and names.find(typed)):
+        return f"-c {typed}"
+    name = typed.lstrip("-").replace("-", "_")
+    sections = {option.split(".")[0] for option in known}
+    section, dot, _ = name.partition(".")
+    if dot and section not in sections and (close := _closest(section, sections)):
+        return close
+    arguments = (f"{key}.{argument}" for key, kind in chosen.items() for argument in options_of.arguments(kind.path))
+    candidates = [option for option in (*known, *arguments) if not option.endswith(".help")]
+    ending = name.rsplit(".", 1)[-1]
+    same = [option for option in candidates if option == name or option.rsplit(".", 1)[-1] == ending]
+    by_ending = {option.rsplit(".", 1)[-1]: option for option in candidates}
+    close = _closest(name, candidates) or by_ending.get(_closest(ending, by_ending) or "")
+    found = min(same, key=lambda option: not option.startswith(section), default=close)
+    # The words are right, and the hyphens are not.
+    return f"--{found}" if found == name else found
+
+
+def _similar_class(path: str, key: str) -> str | None:
+    """Return the path of the class that a path, or a name alone, probably means as the value of a key."""
+    kinds = {kind.name: kind.path for kind in options_of.classes(re.sub(r"\.\d+$", "", key))}
+    name = path.rsplit(".", 1)[-1]
+    return kinds.get(name) or kinds.get(_closest(name, kinds) or "")
+
+
+def _value_of(word: str, command_line: Sequence[str]) -> str:
+    """Return the value of a flag of the command line."""
+    _, equals, value = word.partition("=")
+    return value if equals else next((after for flag, after in itertools.pairwise(command_line) if flag == word), "")
 
 
 def _nested_keys(message: str) -> list[str]:
@@ -147,9 +215,7 @@ def _plain(reason: str) -> str:
     reason = re.sub(r"^Not of type \w+: could not convert string to float: '(.*)'", r"expected float, got \1", reason)
     reason = re.sub(r"^Not of type \w+: ", "", reason)
     reason = re.sub(r"Expected a <class '([\w.]+)'>", r"expected \1", reason)
-    reason = re.sub(
-        r"Expected a dot import path string: (.*)", r"\1 is no class path such as package.module.Class", reason
-    )
+    reason = re.sub(r"Expected a dot import path string: (.*)", rf"\1 {_NO_PATH}", reason)
     return re.sub(r"\. Got value: (.*)", r", got \1", reason)
 
 

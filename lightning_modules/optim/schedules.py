@@ -14,6 +14,8 @@ follows a curve over the rest of the run, along which `progress` increases from 
 | `OneCycle`           | a cosine down to `final`, after a cosine warm-up (Smith, 2018)     |
 | `ReduceOnPlateau`    | multiplied by `factor` when a validation metric stops improving    |
 
+`InSequence` and `Together` combine schedules of PyTorch; its own classes for that take schedules that are built.
+
 A run that is resumed with another length keeps the rate that it has: see `StepSchedule.load_state_dict`.
 
 Papers: Loshchilov and Hutter, "SGDR" (2017), https://arxiv.org/abs/1608.03983; Robbins and Monro, "A Stochastic
@@ -31,7 +33,7 @@ from inspect import signature
 from typing import Any
 
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import ChainedScheduler, LRScheduler, SequentialLR
 
 from lightning_modules.common.ranges import ClosedUnitInterval, NonNegativeFloat, NonNegativeInt
 from lightning_modules.runtime.private_names import built_class
@@ -300,6 +302,33 @@ class ReduceOnPlateau(Decay):
             self.validations_without_improvement = 0
 
 
+class InSequence(SequentialLR):
+    """Schedules of PyTorch one after another, each from its first step on, as `SequentialLR`.
+
+    Args:
+        optimizer: Filled in by the framework.
+        schedules: The schedules, without their optimiser.
+        milestones: Optimiser steps at which the next schedule begins, one fewer than schedules.
+    """
+
+    def __init__(
+        self, optimizer: Optimizer, schedules: list[Callable[[Optimizer], LRScheduler]], milestones: list[int]
+    ) -> None:
+        super().__init__(optimizer, [build(optimizer) for build in schedules], milestones)
+
+
+class Together(ChainedScheduler):
+    """Schedules of PyTorch at the same time: each multiplies the rate, as `ChainedScheduler`.
+
+    Args:
+        optimizer: Filled in by the framework.
+        schedules: The schedules, without their optimiser.
+    """
+
+    def __init__(self, optimizer: Optimizer, schedules: list[Callable[[Optimizer], LRScheduler]]) -> None:
+        super().__init__([build(optimizer) for build in schedules], optimizer)
+
+
 def monitored(metrics: Mapping[str, Any], name: str) -> float:
     """Return the metric of a validation that a schedule depends on.
 
@@ -327,6 +356,11 @@ def build_schedule(factory: Callable[..., LRScheduler], optimizer: Optimizer, to
     """
     length = sys.maxsize if total_steps == math.inf else int(total_steps)
     built = built_class(factory)
+    if built in (ChainedScheduler, SequentialLR):
+        raise ValueError(
+            f"{built.__name__} takes schedules that are built already, which a YAML has not; take InSequence or "
+            "Together of lightning_modules.optim.schedules"
+        )
     if built is None or issubclass(built, StepSchedule):
         schedule = factory(optimizer, length)
     else:

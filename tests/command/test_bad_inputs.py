@@ -30,14 +30,45 @@ FILES = {
     "rope/config.json": b'{"model_type": "llama"}',
     "nobody/config.json": b'{"model_type": "nobody"}',
     "tokenizer/tokenizer.json": b"{}",
+    "lightning_modules/mine.py": b"",  # a package of the user with the name of one of this project
     "sweep.yaml": b"method: gird\nparameters: {optimizer.lr: {values: [1]}}\n",
     f"{RUNS}/half/config.yaml": yaml.safe_dump({"model": yaml.safe_load(TINY.read_text())["model"]}).encode(),
 }
+EARLY = "lightning.pytorch.callbacks.EarlyStopping"
+PLATEAU = "--lr_scheduler=lightning_modules.optim.schedules.ReduceOnPlateau"
+LOGGERS = "lightning.pytorch.loggers"
 HUB = ["--data.source=datamodules.sources.HubText", "--data.source.dataset=no/such"]
 # command, flags after `-c tiny.yaml` if the command is followed by `tiny`, exit code, parts of the line
 COMMANDS = [
     ("fti", [], 2, ["no such command: 'fti' (did you mean 'fit'?)"]),
-    ("fit", [], 2, ["model"]),
+    ("train", [], 2, ["did you mean 'fit'?"]),
+    ("fit", [], 2, ["give an experiment by -c NAME", "llm-train list experiments"]),
+    ("fit", ["list.yaml"], 2, ["a file needs -c (did you mean 'llm-train fit -c list.yaml'?)"]),
+    ("fit tiny", ["list.yaml"], 2, ["(did you mean '-c list.yaml'?)"]),
+    (
+        "fit tiny",
+        ["trainer.max_steps=3"],
+        2,
+        ["error: unrecognized arguments", "(did you mean '--trainer.max_steps'?)"],
+    ),
+    ("fit tiny", ["-trainer.max_steps", "3"], 2, ["error: unrecognized", "(did you mean '--trainer.max_steps'?)"]),
+    ("fit tiny", ["--max_steps=3"], 2, ["error: unrecognized arguments", "(did you mean 'trainer.max_steps'?)"]),
+    ("fit tiny", ["--print-config"], 2, ["(did you mean '--print_config'?)"]),
+    ("fit tiny", ["--lr=3"], 2, ["(did you mean 'optimizer.lr'?)"]),
+    ("fit tiny", ["--n_layer=3"], 2, ["(did you mean 'model.n_layer'?)"]),
+    ("fit tiny", ["--optimiser.lr=3"], 2, ["(did you mean 'optimizer'?)"]),
+    ("fit tiny", ["--optimizer.lrr=3"], 2, ["error: --optimizer: Option 'lrr'", "(did you mean 'lr'?)"]),
+    ("fit tiny", ["--optimizer.lr=fast"], 2, ["error: --optimizer.lr: expected float, got fast"]),
+    ("fit tiny", ["--optimizer=AdamV"], 2, ["(did you mean 'torch.optim.Adam'?)"]),
+    ("fit tiny", ["--lr_scheduler=Cosin"], 2, ["(did you mean 'lightning_modules.optim.schedules.Cosine'?)"]),
+    ("fit tiny", ["--lr_scheduler=torch.optim.lr_scheduler.StepLr"], 2, ["(did you mean 'StepLR'?)"]),
+    ("fit tiny", ["--trainer.callbacks+=EarlyStoping"], 2, [f"(did you mean '{EARLY}'?)"]),
+    ("fit tiny", ["--trainer.callbacks+=lightning.callbacks.EarlyStopping"], 2, [f"(did you mean '{EARLY}'?)"]),
+    ("fit tiny", [f"--trainer.callbacks+={EARLY}", "--trainer.callbacks.monitr=val/loss"], 2, ["'monitor'"]),
+    ("fit tiny", [f"--trainer.callbacks+={EARLY}", "--trainer.callbacks.monitor=val/los"], 1, ["'val/loss'"]),
+    ("fit tiny", [f"--trainer.callbacks+={EARLY}", "--trainer.callbacks.monitor=loss"], 1, ["'val/loss'"]),
+    ("fit tiny", [PLATEAU, "--lr_scheduler.monitor=val/perplexiti"], 1, ["lr_scheduler: monitor", "'val/perplexity'"]),
+    ("fit tiny", ["--trainer.callbacks+=lightning_modules.mine.Mine"], 2, ["a package of another name"]),
     ("fit", ["-c", "lost.yaml"], 2, ["lost.yaml", "does not exist"]),
     ("fit", ["-c", "broken.yaml"], 2, ["broken.yaml, line 2: "]),
     ("fit", ["-c", "list.yaml"], 2, ["list.yaml"]),
@@ -52,7 +83,7 @@ COMMANDS = [
     ("fit tiny", ["--trainer.devices=0"], 1, ["devices", "0"]),
     ("fit tiny", ["--trainer.accelerator=cuda"], 1, ["CUDA"]),
     ("fit tiny", ["--trainer.strategy=dpd"], 1, ["strategy", "dpd"]),
-    ("fit tiny", ["--trainer.precision=8"], 2, ["trainer.precision"]),
+    ("fit tiny", ["--trainer.precision=bf17"], 2, ["expected one of", "(did you mean 'bf16'?)"]),
     ("fit tiny", ["--trainer.default_root_dir=x"], 1, ["set run.root and run.name"]),
     ("fit tiny", ["--model.n_layerz=3"], 2, ["Option 'n_layerz' is not accepted", "'n_layer'"]),
     ("fit tiny", ["--model.n_layer=many"], 2, ["model.n_layer", "expected int, got many"]),
@@ -123,6 +154,37 @@ def test_one_line_says_what_is_wrong_with_a_command(llm_train, files, tiny, monk
 @pytest.mark.parametrize(("experiment", "flags", "code", "said"), TOPICS, ids=lambda value: str(value)[:60])
 def test_one_line_says_what_is_wrong_with_an_experiment(llm_train, files, experiment, flags, code, said):
     assert_one_line(llm_train("fit", "-c", ROOT / f"experiments/{experiment}.yaml", *flags), code, said)
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--trainer.callbacks=lightning.pytorch.callbacks.Timer"], ("callbacks", "Timer", "ReproducibleSteps")),
+        (
+            ["--trainer.logger=lightning.pytorch.loggers.CSVLogger", "--trainer.logger.save_dir=."],
+            ("logger", "CSVLogger"),
+        ),
+        (["--trainer.callbacks+=lightning.pytorch.callbacks.Timer"], None),
+        (["--trainer.callbacks=lightning_modules.runtime.stop.GracefulStop"], None),  # one of the defaults is kept
+        (["--trainer.logger=false"], None),
+    ],
+)
+def test_flags_and_files_that_replace_all_defaults_say_so(llm_train, tiny, flags, said):
+    done = llm_train("fit", "-c", tiny(trainer__max_steps=1), *flags)
+    assert done.code == 0, done.err
+    lines = [line for line in done.err.splitlines() if "in place of the defaults" in line]
+    if said is None:
+        assert lines == []
+    else:
+        (line,) = lines
+        assert line.startswith(f"trainer.{said[0]}: {said[1]} in place of the defaults, ")
+        assert all(part in line for part in (*said, f"--trainer.{said[0]}+"))
+
+
+def test_the_versions_are_printed(llm_train):
+    for words in (["--version"], ["fit", "--version"], ["version"]):
+        shown = llm_train(*words)
+        assert (shown.code, shown.out.startswith("llm-train "), torch.__version__ in shown.out) == (0, True, True)
 
 
 def test_a_mistake_in_a_file_is_found_by_its_line(llm_train, tiny):
@@ -229,7 +291,7 @@ def test_a_full_disk_keeps_the_earlier_checkpoint(llm_train, tiny, monkeypatch):
 
     def full(descriptor: int) -> None:
         writes.append(1)
-        if len(writes) > 2:  # the best and the last checkpoint of the first validation fit on the disk
+        if len(writes) > 1:  # the checkpoint of the first validation fits on the disk
             raise OSError(28, "No space left on device")
         sync(descriptor)
 

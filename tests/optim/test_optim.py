@@ -7,7 +7,7 @@ import torch
 from jsonargparse import ArgumentError, ArgumentParser
 from torch import nn
 
-from lightning_modules.optim import ScheduleFactory, weight_decay_groups
+from lightning_modules.optim import ScheduleFactory, build_schedule, weight_decay_groups
 from lightning_modules.optim.schedules import (
     Constant,
     Cosine,
@@ -142,6 +142,39 @@ def test_the_parser_gives_plain_numbers_that_a_checkpoint_can_hold(tmp_path):
     state = torch.load(tmp_path / "state", weights_only=True)
     assert (state["arguments"]["factor"], state["arguments"]["patience"]) == (0.25, 3)
     assert schedule.warmup_steps == 2
+
+
+WARM = {"class_path": "torch.optim.lr_scheduler.LinearLR", "init_args": {"start_factor": 0.5, "total_iters": 2}}
+FALL = {"class_path": "torch.optim.lr_scheduler.ExponentialLR", "init_args": {"gamma": 0.5}}
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "expected"),
+    [
+        ("InSequence", {"schedules": [WARM, FALL], "milestones": [2]}, [0.5, 0.75, 1.0, 0.5, 0.25]),
+        ("Together", {"schedules": [WARM, FALL]}, [0.5, 0.375, 0.25, 0.125, 0.0625]),
+    ],
+)
+def test_schedules_of_torch_are_combined(name, arguments, expected):
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--schedule", type=ScheduleFactory)
+    spec = {"class_path": f"lightning_modules.optim.schedules.{name}", "init_args": arguments}
+    factory = parser.instantiate_classes(parser.parse_object({"schedule": spec})).schedule
+    combined = build_schedule(factory, optimizer(), 5)
+    seen = []
+    for _ in range(5):
+        seen.append(combined.get_last_lr()[0] / PEAK)
+        combined.optimizer.step()
+        combined.step()
+    assert seen == pytest.approx(expected)
+
+
+def test_a_schedule_of_torch_that_takes_built_ones_names_what_to_take():
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--schedule", type=ScheduleFactory)
+    parsed = parser.parse_args(["--schedule=torch.optim.lr_scheduler.ChainedScheduler"])
+    with pytest.raises(ValueError, match="take InSequence or Together"):
+        build_schedule(parser.instantiate_classes(parsed).schedule, optimizer(), 5)
 
 
 class Tied(nn.Module):
