@@ -2,23 +2,30 @@
 
 import io
 import itertools
+import math
 import shlex
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import metrics_page
 import pytest
+import yaml
 from gpu.callbacks import NoSync
-from helpers import TINY
-from shortened import needs, offline_experiments, run_of, shortened
+from helpers import LAST, TINY
+from printed import FOUND, after
+from shortened import offline_experiments, run_of, shortened
 
+from experiments.api import load_run
 from experiments.study.sweep_file import read_sweep_file
+from lightning_modules.runtime.steps_to_loss import StepsToLoss
 from lightning_modules.runtime.stop import StopOnNonFiniteLoss
 
 ROOT = Path(__file__).parents[2]
-EXPERIMENTS = sorted(p for p in (ROOT / "experiments").glob("*/*.yaml") if p.parent.name != "trainer")
+EXPERIMENTS = sorted(
+    p for p in (ROOT / "experiments").glob("*/*.yaml") if p.parent.name != "trainer" and p.stem != "claims"
+)
 PRESETS = sorted(p for p in (ROOT / "experiments/trainer").glob("*.yaml") if p.name != "defaults.yaml")
 STUDIES = sorted((ROOT / "experiments").glob("*/studies/*.yaml"))
 
@@ -65,35 +72,6 @@ def test_every_preset_goes_over_an_experiment_and_changes_no_learning_setting(pa
     assert [moved["trainer"][key] for key in learning] == [plain["trainer"][key] for key in learning]
 
 
-@pytest.fixture
-def make_what_it_needs(llm_train, tmp_path_factory, monkeypatch) -> Callable[[Path], None]:
-    """Return a function that makes the runs that a YAML needs, and before them the runs that those need.
-
-    A YAML names them in lines `# Needs: llm-train fit -c FILE`. A run, and the data that it reads, is made once in a
-    test session.
-    """
-    made_before = tmp_path_factory.getbasetemp() / "made_before"
-    monkeypatch.setenv("LLM_TRAIN_CACHE", str(made_before / "cache"))
-
-    def make(path: Path) -> None:
-        for needed in needs(path):
-            make_one(path, needed)
-
-    def make_one(path: Path, needed: Path) -> None:
-        run, command = run_of(needed), f"fit -c {needed.relative_to(ROOT)}"
-        if not (made_before / run).exists():
-            missing = llm_train("fit", "-c", path, *shortened(path))
-            # The error for a missing input names the command.
-            assert (missing.code, command in missing.err) == (1, True), missing.err
-            make(needed)
-            made = llm_train("fit", "-c", needed, *shortened(needed))
-            assert made.code == 0, made.err
-            shutil.copytree(run, made_before / run)
-        shutil.copytree(made_before / run, run, dirs_exist_ok=True)
-
-    return make
-
-
 @pytest.mark.parametrize("path", offline_experiments(), ids=name)
 def test_every_offline_experiment_runs_shortened_and_would_not_make_the_host_wait_for_a_gpu(
     llm_train, make_what_it_needs, monkeypatch, path
@@ -109,30 +87,40 @@ def test_every_offline_experiment_runs_shortened_and_would_not_make_the_host_wai
     assert (run / "summary.json").is_file()
     assert not metrics_page.faults(run)
     assert str(run) in done.err
+    loaded, last = load_run(run).module, run / LAST
+    assert type(loaded).load_from_checkpoint(last).state_dict().keys() == loaded.state_dict().keys()
     follow(llm_train, monkeypatch, run, done.err)
 
 
 def follow(llm_train, monkeypatch, run: Path, printed: str) -> None:
-    """Run the command that a run prints as the next one, beside a newer run of the same name that it must not touch."""
-    sibling = run.with_name(f"{run.name}.2")
-    shutil.copytree(run, sibling)
-    before = {path: path.read_bytes() for path in sibling.rglob("*") if path.is_file()}
-    (command,) = (line.split("llm-train ", 1)[1] for line in printed.splitlines() if line.startswith("next "))
-    words = shlex.split(command)
-    if words[0] == "generate":
-        words += ["--max_new_tokens", "2"]
-        monkeypatch.setattr("sys.stdin", io.StringIO())  # a chat ends with its input
-    if words[0] == "fit":  # another experiment, which reads this run
-        Path("experiments").symlink_to(ROOT / "experiments")
-        words += shortened(ROOT / words[2])
-    followed = llm_train(*words)
-    assert followed.code == 0, f"{command}: {followed.err}"
-    assert before == {path: path.read_bytes() for path in sibling.rglob("*") if path.is_file()}
+    """Run the commands that a run and the documents print, beside newer runs that they must not touch."""
+    (following,) = (line.split("llm-train ", 1)[1] for line in printed.splitlines() if line.startswith("next "))
+    Path("notes.txt").write_text("A reference.\n")
+    Path("new.jsonl").write_text('{"text": "Nobody would call it dull."}\n')
+    Path("experiments").symlink_to(ROOT / "experiments")
+    for name, command in [(str(run), following), *after(str(run))]:
+        if not Path(name).exists():
+            shutil.copytree(run, name)
+        sibling = Path(f"{name}.2")
+        if not sibling.exists():
+            shutil.copytree(run, sibling)
+        before = {path: path.read_bytes() for path in sibling.rglob("*") if path.is_file()}
+        words = shlex.split(command)
+        if words[0] == "generate":
+            words += ["--max_new_tokens", "2"]
+            monkeypatch.setattr("sys.stdin", io.StringIO())  # a chat ends with its input
+        if words[:2] == ["fit", "-c"] and words[2].startswith("experiments/"):  # an experiment that reads this run
+            words += shortened(ROOT / words[2])
+        if words[1:3] == ["-c", f"{name}/config.yaml"] and "--allow" not in words:
+            words += ["--allow", "gpu"]  # the package of NoSync
+        followed = llm_train(*words)
+        assert followed.code == 0, f"{command}: {followed.err}"
+        assert before == {path: path.read_bytes() for path in sibling.rglob("*") if path.is_file()}, command
 
 
 @pytest.mark.parametrize("path", STUDIES, ids=name)
-def test_every_study_opens_with_its_question_and_its_last_arm_runs_shortened(
-    llm_train, parse, make_what_it_needs, path
+def test_every_study_opens_with_its_question_and_its_last_arm_runs_shortened_and_is_compared(
+    llm_train, parse, make_what_it_needs, no_pictures, monkeypatch, path
 ):
     assert "?" in opening(path), "the comment at the top asks the question of the study"
     assert "# Hardware:" in opening(path)
@@ -142,7 +130,7 @@ def test_every_study_opens_with_its_question_and_its_last_arm_runs_shortened(
     Path("experiments").symlink_to(ROOT / "experiments")  # a study's command names its files from the repository's root
     command = read_sweep_file(path).command
     base = Path(command[command.index("-c") + 1])
-    downloads = "# Downloads:" in opening(base)
+    downloads = any("# Downloads:" in opening(file) for file in (base, path))
     if not downloads:
         make_what_it_needs(base)
     planned = llm_train("study", path, "--dry_run")
@@ -153,8 +141,33 @@ def test_every_study_opens_with_its_question_and_its_last_arm_runs_shortened(
         "fit", *itertools.chain(*map(arguments_of, arms))
     )  # flags are checked one by one, also those that others replace
     if not downloads:
-        done = llm_train("fit", *arguments_of(arms[-1]), *shortened(ROOT / base))
+        # A loss of a few steps reaches the target of every study.
+        monkeypatch.setattr(StepsToLoss, "target", property(lambda _: math.inf, lambda *_: None), raising=False)
+        often = ("--trainer.val_check_interval=2", "--trainer.log_every_n_steps=1")
+        done = llm_train("fit", *arguments_of(arms[-1]), *shortened(ROOT / base), *often)
         assert done.code == 0, done.err
+        follow_study(llm_train, Path(f"runs/{path.parents[1].name}/{path.stem}"))
+
+
+def follow_study(llm_train, folder: Path) -> None:
+    """Compare a run of a study as the documents do, with a copy that has the value of the baseline or another seed."""
+    for command in FOUND:
+        words = shlex.split(command)
+        if words[:2] != ["compare", str(folder)]:
+            continue
+        run = next(folder.glob("*/config.yaml")).parent
+        config = yaml.safe_load((run / "config.yaml").read_text())
+        baseline = words[words.index("--baseline") + 1] if "--baseline" in words else "seed_everything=99"
+        name, value = baseline.rsplit(".", 1)[-1].split("=", 1)
+        section = next(
+            part for part in (config, config["model"]["init_args"], config["data"]["init_args"]) if name in part
+        )
+        # The run itself may be one of the baseline.
+        section[name] = next(other for other in (yaml.safe_load(value), "none") if other != section[name])
+        shutil.copytree(run, run.with_name(baseline), dirs_exist_ok=True)
+        (run.with_name(baseline) / "config.yaml").write_text(yaml.safe_dump(config))
+        compared = llm_train(*words)
+        assert compared.code == 0, f"{command}: {compared.err}"
 
 
 def arguments_of(words: Sequence[str]) -> Sequence[str]:

@@ -1,40 +1,47 @@
-"""The commands in READMEs, in the comments of YAML files and in messages: each can be run as it is written."""
+"""The commands in READMEs, in the comments of YAML files and in messages: each is run as it is written, but small.
+
+tests/command/test_experiments.py runs those that name an experiment, a study or a run of an experiment.
+"""
 
 import re
 import shlex
-from collections.abc import Iterator
+import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
-from helpers import RUNS, TINY
+import yaml
+from helpers import RUNS, text
+from printed import FOUND, experiments_of, kind_of, runs_of, stand_in
+from shortened import ROOT, offline_experiments, run_of, shortened
 
-from experiments.__main__ import COMMANDS, HELP
-from experiments.comparison import command as compare
-from experiments.generate import _parse as parse_generate
-from experiments.study import command as study
+from experiments.__main__ import COMMANDS
 
-ROOT = Path(__file__).parents[2]
-PLACES = {"FILE.yaml": str(TINY), "FILE": str(TINY), "FOLDER": "folder", "ROWS.npy": "rows.npy"}
-DOCUMENTS = [ROOT / "README.md", *ROOT.glob("experiments/*/README.md"), *ROOT.glob("experiments/**/*.yaml")]
-
-
-def commands() -> Iterator[str]:
-    """Yield each command of the documents once: lines that begin with it, and those that a backslash continues."""
-    texts = [path.read_text() for path in DOCUMENTS if "template" not in path.parts] + [HELP]
-    lines = "\n".join(texts).replace("\\\n", " ").replace("\n#", "\n")
-    found = re.findall(r"^ *(?:Needs: |Next: |- |.*\|\| )?llm-train ((?!COMMAND)[a-z].*)$", lines, re.MULTILINE)
-    yield from dict.fromkeys(re.sub(r"  .*| +#.*", "", re.sub(r"(?<=\S) #? +(?=--|-c)", " ", line)) for line in found)
-
-
-def words_of(command: str) -> list[str]:
-    words = [PLACES.get(word, word) for word in shlex.split(command)]
-    if words[:2] == ["fit", "-c"] and "TOPIC" in words[2]:
-        words[2] = str(TINY)
-    return words
+# Commands that other tests run, and which.
+ELSEWHERE = {
+    "fit -c FILE -c experiments/trainer/ddp.yaml --trainer.devices 8": "tests/runtime, in two processes",
+    "fit -c FILE -c experiments/trainer/fsdp.yaml --trainer.devices 8": "tests/runtime, in two processes",
+    "study experiments/TOPIC/studies/STUDY.yaml --jobs 2": "tests/study",
+    "new letter_counts": "tests/command/test_new_topic.py",
+}
+# Experiments that no test runs: they download a model or a corpus that nothing small takes the place of.
+DOWNLOADS = {
+    "bert_imdb": ["domain_pretrain", "frozen_base", "full", "minilm_frozen", "minilm_full"],
+    "bpe": ["full"],
+    "gpt2_webglm_qa": ["full", "smollm2"],
+    "gpt_neo_style": ["full", "smollm2"],
+    "position_probe": ["minilm", "wang_chen"],
+}
+BY_TESTS_OF_EXPERIMENTS = ("experiment", "study", "run", "compare")
 
 
-FOUND = list(commands())
-PLAIN = re.compile(r"(fit -c|study) \S+( --jobs 2)?")  # the tests of the experiments run these
+def is_downloaded(command: str) -> bool:
+    file = experiments_of(command)[0]
+    return file.stem in DOWNLOADS.get(file.parent.name, ())
+
+
+VARIANTS = [command for command in FOUND if kind_of(command) == "variant" and not is_downloaded(command)]
+GENERAL = [command for command in FOUND if kind_of(command) == "general" and command not in ELSEWHERE]
 
 
 def test_commands_are_found():
@@ -42,41 +49,85 @@ def test_commands_are_found():
     assert {command.split()[0] for command in FOUND} <= COMMANDS.keys()
 
 
+def test_every_command_is_run_by_a_test():
+    ours = [*VARIANTS, *GENERAL, *ELSEWHERE]
+    others = [command for command in FOUND if kind_of(command) not in (*BY_TESTS_OF_EXPERIMENTS, "variant", "claims")]
+    assert [command for command in others if command not in ours] == []
+    assert [command for command in ELSEWHERE if command not in FOUND] == []
+    for topic, names in DOWNLOADS.items():
+        for name in names:
+            assert "# Downloads:" in (ROOT / f"experiments/{topic}/{name}.yaml").read_text()
+    # The tests of the experiments run the rest, after a run, or an arm of a study, that they train.
+    runs = [str(run_of(path)) for path in offline_experiments()]
+    studies = [f"runs/{path.parents[1].name}/{path.stem}" for path in ROOT.glob("experiments/*/studies/*.yaml")]
+    for command in FOUND:
+        if kind_of(command) in ("run", "compare"):
+            (named,) = runs_of(command)
+            assert named in studies if kind_of(command) == "compare" else stand_in(named) in runs, command
+
+
 def test_the_commands_name_files_that_are_there():
     named = {word for command in FOUND for word in shlex.split(command) if word.startswith("experiments/")}
     assert [word for word in named if "TOPIC" not in word and not (ROOT / word).is_file()] == []
 
 
-@pytest.mark.parametrize("command", [command for command in FOUND if not PLAIN.fullmatch(command)])
-def test_a_command_parses(parse, monkeypatch, tmp_path, command):
+@pytest.fixture
+def files(tmp_path: Path) -> None:
+    """Write the files that the commands assume."""
     (tmp_path / "experiments").symlink_to(ROOT / "experiments")
-    name, *words = words_of(command)
-    if name in ("fit", "validate", "test", "predict"):
-        # The configuration of a run is that of its experiment; the flags are those of fit, but for some of the data.
-        words = [re.sub(r"^runs/TOPIC/NAME/config.yaml$", str(TINY), word) for word in words]
-        words = [re.sub(r"^runs/(\w+)/(\w+)/config.yaml$", experiment_of, word) for word in words]
-        assert parse("fit", *(word for word in words if word != "--print_config"))
-    elif name == "study":
-        file, *flags = words
-        study._parse(["study", file.replace("TOPIC/studies/STUDY", "x/studies/y"), *flags])
-    elif name == "compare":
-        compare._parse(["compare", *words])
-    elif name == "generate":
-        parse_generate(["generate", *words])
+    rows = [f"{word} film,{label},{film}" for film in range(40) for word, label in (("fine", 1), ("dull", 0))]
+    (tmp_path / "films.csv").write_text("\n".join(["text,label,movie", *rows, ""]))
+    np.save(tmp_path / "ROWS.npy", np.random.default_rng(0).normal(size=(24, 8)).astype("float32"))
+    for name in ("input.txt", "pg1513.txt", "pg11.txt", "brown/ca01", "brown/ca02"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("ROMEO:\n" + text(5_000).replace(". ", ".\n"))
 
 
-def experiment_of(config: re.Match) -> str:
-    """Return the experiment that a run is of; a row of a study is over the experiment of another name."""
-    topic, name = config.groups()
-    file = ROOT / f"experiments/{topic}/{name}.yaml"
-    return str(file if file.is_file() else next((ROOT / "experiments" / topic).glob("offline.yaml")))
+@pytest.mark.parametrize("command", VARIANTS)
+def test_an_experiment_with_other_settings_runs_shortened(llm_train, files, make_what_it_needs, no_pictures, command):
+    experiment = experiments_of(command)[0]
+    reads_tokenizer = ROOT / "experiments/decoder_pretrain/offline.yaml"
+    make_what_it_needs(reads_tokenizer if "FOLDER" in command else experiment)
+    command = command.replace("FOLDER", "runs/bpe/offline/tokenizer").replace("=FILE", "=films.csv")
+    words = shlex.split(command)
+    at = words.index("-c") + 2
+    small = shortened(experiment)
+    if "--data.source.paths" in words:  # the text that the user names, not that of the test
+        overlay = Path(small[1])
+        config = yaml.safe_load(overlay.read_text())
+        del config["data"]["init_args"]["source"]
+        overlay.write_text(yaml.safe_dump(config))
+    length = ("--trainer.max_steps=4", "--trainer.val_check_interval=4") if "--trainer.max_steps" in words else ()
+    done = llm_train(*words[:at], *small, *words[at:], *length)
+    assert done.code == 0, done.err
+
+
+def test_the_commands_of_the_front_page_run_on_any_experiment(llm_train, tiny, whole, files, no_pictures):
+    config, run = tiny("whole"), RUNS / "whole"
+    shutil.copytree(whole(), run)
+    sibling = shutil.copytree(run, run.with_name("whole.2"))
+    before = {path: path.read_bytes() for path in sibling.rglob("*") if path.is_file()}
+    names = {"FILE.yaml": str(config), "FILE": str(config), "runs/TOPIC/NAME": str(run), "runs/TOPIC/STUDY": str(RUNS)}
+    names["TOPIC/offline"] = str(config)
+    for command in sorted(GENERAL, key=lambda command: "runs/" not in command):  # then those that make runs
+        words = [re.sub("|".join(names), lambda found: names[found[0]], word) for word in shlex.split(command)]
+        if "--trainer.max_steps" in words:
+            words += ["--trainer.max_steps=4", "--trainer.val_check_interval=4"]
+        done = llm_train(*words, *(("--trainer.accelerator=cpu",) if "experiments/trainer/gpu.yaml" in words else ()))
+        assert done.code == 0, f"{command}: {done.err}"
+        if "runs/" in command:
+            assert before == {path: path.read_bytes() for path in sibling.rglob("*") if path.is_file()}, command
+
+
+@pytest.mark.parametrize("command", [command for command in FOUND if command.startswith("study") and "=" in command])
+def test_a_study_with_other_settings_is_planned(llm_train, files, command):
+    planned = llm_train(*shlex.split(command), "--dry_run")
+    assert planned.code == 0, planned.err
+    flag = command.split()[-1]
+    assert all(flag in line for line in planned.out.splitlines())
 
 
 def test_the_next_command_of_a_run_without_a_tokenizer_works(llm_train, tiny):
-    only_checkpoints = [{"class_path": "lightning_modules.runtime.checkpoint.RunCheckpoint"}]
-    done = llm_train("fit", "-c", tiny(trainer__callbacks=only_checkpoints))
+    done = llm_train("fit", "-c", tiny(**{"trainer__callbacks+": []}))
     (following,) = (line for line in done.err.splitlines() if line.startswith("next"))
     assert llm_train(*shlex.split(following)[2:]).code == 0
-    generated = llm_train("generate", "--run", RUNS / "tiny", "--prompt", "a")
-    assert (generated.code, len(generated.err.splitlines())) == (1, 1)
-    assert "there is no tokenizer in it; train with the callback" in generated.err
