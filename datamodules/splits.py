@@ -1,7 +1,7 @@
 """The three splits of a data set, and the assignment of documents, or of their parts, to them."""
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, NamedTuple
@@ -31,10 +31,22 @@ def require_fractions(val_fraction: float, test_fraction: float, where: str = "d
 
 def side_of(text: str, val_fraction: float, test_fraction: float) -> Side:
     """Return the split of a document, drawn by a hash of its text, so that equal texts share a split in every run."""
-    draw = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8, person=b"split").digest()) / 2**64
+    draw = _draw(text)
     if draw < test_fraction:
         return "test"
     return "val" if draw < test_fraction + val_fraction else "train"
+
+
+def sides_of(texts: Iterable[str], val_fraction: float, test_fraction: float) -> dict[str, Side]:
+    """Return the split of each text, by the order of the hashes of all, so that few texts have these fractions too."""
+    ordered = sorted(set(texts), key=_draw)
+    n_test, n_val = (max(1, round(len(ordered) * share)) if share else 0 for share in (test_fraction, val_fraction))
+    sides = dict.fromkeys(ordered[:n_test], SIDES[2]) | dict.fromkeys(ordered[n_test : n_test + n_val], SIDES[1])
+    return dict.fromkeys(ordered, SIDES[0]) | sides
+
+
+def _draw(text: str) -> float:
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8, person=b"split").digest()) / 2**64
 
 
 class Length(NamedTuple):

@@ -15,7 +15,7 @@ from datamodules.files import ROWS, ending_of, find_files
 from datamodules.hub_datasets import load_hub_dataset
 from datamodules.rows import rows_of
 from datamodules.sources import HUB, AnySource, source_of
-from datamodules.splits import Side, SplitDocuments, require_fractions, side_of
+from datamodules.splits import Side, SplitDocuments, require_fractions, side_of, sides_of
 from lightning_modules.common.ranges import Probability
 
 CLASSES = ("negative", "positive")
@@ -91,7 +91,7 @@ def reviews_of(reviews: AnyReviews, labelled: bool = True) -> ReviewSource:
                 f"data.reviews: {file} has no labels; give a file of rows with the columns 'text' and 'label' "
                 f"({', '.join(ROWS)})"
             )
-    return ReviewFiles(files, classes=None)
+    return ReviewFiles(files, classes=None, exact=True)
 
 
 class TextReviews(ReviewSource):
@@ -110,12 +110,16 @@ class TextReviews(ReviewSource):
         self.fractions = require_fractions(val_fraction, test_fraction, "data.reviews")
         self.text = SplitDocuments(self.source, "auto", *self.fractions)
 
+    @cached_property
+    def _sides(self) -> dict[str, Side]:
+        return sides_of((Review(text, None).text for text in self.source.documents()), *self.fractions)
+
     def reviews(self, split: Side) -> Iterator[Review]:
         """Yield the documents of a split, or its part of each."""
         if self.text.few is None:
-            reviews = (Review(text, None) for text in self.source.documents())
-            for review in reviews:
-                if review.text and side_of(review.text, *self.fractions) == split:
+            for text in self.source.documents():
+                review = Review(text, None)
+                if review.text and self._sides[review.text] == split:
                     yield review
             return
         for side, parts in groupby(self.text, key=lambda part: part[0]):
@@ -131,6 +135,7 @@ class PartedSource(ReviewSource):
 
     parts: dict[str, Any]  # arguments of `read`, by split; `unlabelled` too, if there are reviews without labels
     fractions: tuple[float, float]  # of `train`, held out for validation and test
+    exact = False  # whether the fractions are those of the films or texts, and not probabilities
 
     @abstractmethod
     def read(self, part: Any, classes: Sequence[str] | None) -> Iterator[Review]:
@@ -140,8 +145,17 @@ class PartedSource(ReviewSource):
         """Yield the reviews of a split."""
         whole = split != "train" and split in self.parts
         for review in self.read(self.parts[split if whole else "train"], self.classes):
-            if whole or side_of(review.film or review.text, *self.fractions) == split:
+            if whole or self._side(review) == split:
                 yield review
+
+    def _side(self, review: Review) -> Side:
+        key = review.film or review.text
+        return self._sides[key] if self.exact else side_of(key, *self.fractions)
+
+    @cached_property
+    def _sides(self) -> dict[str, Side]:
+        reviews = self.read(self.parts["train"], None)
+        return sides_of((review.film or review.text for review in reviews), *self.fractions)
 
     def unlabelled(self) -> Iterator[Review]:
         """Yield the reviews without labels."""
@@ -233,6 +247,8 @@ class ReviewFiles(PartedSource):
             one as its name, its index.
         film_field: Name of the field with the film; it may be missing.
         classes: Names of the classes, at least two; `null` means the labels of `train`, sorted.
+        exact: Whether exactly the fractions are held out. If not, they are the probability of each film, or of each
+            text without a film, whose split then does not depend on the others.
 
     Raises:
         MisconfigurationException: If the fractions leave nothing to train on, or there are fewer than two classes.
@@ -250,6 +266,7 @@ class ReviewFiles(PartedSource):
         label_field: str = "label",
         film_field: str = "film",
         classes: list[str] | tuple[str, ...] | None = CLASSES,
+        exact: bool = False,
     ) -> None:
         given = {"train": train, "val": val, "test": test, "unlabelled": unlabelled_file}
         self.parts = {name: [files] if isinstance(files, str) else files for name, files in given.items() if files}
@@ -257,7 +274,7 @@ class ReviewFiles(PartedSource):
         self.fields = {"text": text_field, "label": label_field, "film": film_field}
         if classes is not None and (len(set(classes)) < 2 or len(set(classes)) != len(classes)):
             raise MisconfigurationException(f"data.reviews: classes must be two or more names, got {list(classes)}")
-        self._classes = classes
+        self._classes, self.exact = classes, exact
 
     @cached_property
     def classes(self) -> Sequence[str]:

@@ -6,7 +6,7 @@ import pytest
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from datamodules.sources import ListText, Piece, Source
-from datamodules.splits import FEW, SIDES, SplitDocuments, describe, require_fractions, side_of
+from datamodules.splits import FEW, SIDES, SplitDocuments, describe, require_fractions, side_of, sides_of
 
 
 @pytest.mark.parametrize("fractions", [(0.0, 0.0), (0.5, 0.49), (0.0, 0.99)])
@@ -30,6 +30,15 @@ def test_a_split_has_about_its_fraction_of_the_documents_and_copies_share_one():
     assert counts["val"] == pytest.approx(400, rel=0.2)
     assert counts["test"] == pytest.approx(200, rel=0.2)
     assert {side_of(document, 0.0, 0.0) for document in documents} == {"train"}
+
+
+def test_few_texts_have_the_fractions_exactly_and_copies_share_a_split():
+    texts = [f"text {i % 30}" for i in range(60)]
+    sides = sides_of(texts, 0.1, 0.2)
+    assert Counter(sides.values()) == {"train": 21, "val": 3, "test": 6}
+    assert sides == sides_of(reversed(texts), 0.1, 0.2)
+    assert set(sides_of(["a", "b", "c"], 0.1, 0.1).values()) == set(SIDES)
+    assert set(sides_of(texts, 0.0, 0.0).values()) == {"train"}
 
 
 # --- few documents ---------------------------------------------------------------------------------------------------
