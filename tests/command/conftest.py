@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
-from shortened import ROOT, needs, run_of, shortened
+from shortened import needs, run_of, shortened
 
 from experiments.cli import ExperimentCLI
 from experiments.parser import ExperimentParser
