@@ -3,8 +3,9 @@
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 from experiments.comparison.runs import CONFIG, FINISHED, Run
@@ -132,9 +133,10 @@ def _named_by_their_file(differing: list[str], columns: dict[str, list[str]]) ->
 
 
 def show_values(values: Iterable[Any]) -> dict[str, str]:
-    """Return the values of a setting as in YAML, but with short names of classes, and numbers with few digits."""
+    """Return the values of a setting as in YAML, with short names of classes and paths, and numbers with few digits."""
     values = {_identity(value): value for value in values}
     texts = {value for value in values.values() if isinstance(value, str)}
+    n_shared = _shared_folders(texts)
     numbers = [value for value in values.values() if isinstance(value, float)]
     enough = (n for n in range(4, 17) if len({f"{number:.{n}g}" for number in numbers}) == len(set(numbers)))
     digits = next(enough, 17)
@@ -143,10 +145,19 @@ def show_values(values: Iterable[Any]) -> dict[str, str]:
         if value is ABSENT:
             return "–"
         if isinstance(value, str):
-            return shortest_ending(value, texts) if _DOTTED.fullmatch(value) else value
+            ending = value.split("/", n_shared)[-1]
+            return shortest_ending(value, texts) if _DOTTED.fullmatch(value) else ending
         return f"{value:.{digits}g}" if isinstance(value, float) else json.dumps(value)
 
     return {identity: show(value) for identity, value in values.items()}
+
+
+def _shared_folders(paths: Collection[str]) -> int:
+    """Return the number of folders that several paths begin with; 0 if one of the texts is no path."""
+    folders = [path.split("/")[:-1] for path in paths]
+    if len(folders) < 2 or not all(folders):
+        return 0
+    return sum(1 for _ in takewhile(lambda names: len(set(names)) == 1, zip(*folders, strict=False)))
 
 
 def _identity(value: Any) -> str:

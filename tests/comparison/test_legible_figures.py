@@ -8,7 +8,7 @@ import pytest
 from matplotlib.colors import to_hex
 
 from experiments.comparison import figures
-from experiments.comparison.arms import Arm, arms_of, short_labels
+from experiments.comparison.arms import Arm, arms_of, short_labels, show_values
 from experiments.comparison.figures import Curve, draw_curves, limits_of
 from experiments.comparison.measures import Measure
 from experiments.comparison.runs import Run, Series
@@ -50,6 +50,21 @@ def test_arms_of_a_study_of_files_are_named_by_the_file_in_place_of_what_it_sets
     # Two files of the same name do not tell the arms apart.
     same = [run(n, config="a", x=n * 2, y=n * 3) for n in "cd"]
     assert labels(same) == ["x=cc, y=ccc", "x=dd, y=ddd"]
+
+
+@pytest.mark.parametrize(
+    ("values", "shown"),
+    [
+        (["runs/bpe/small/tokenizer", "runs/bpe/large/tokenizer"], ["small/tokenizer", "large/tokenizer"]),
+        (["studies/freeze/lora.yaml", "studies/freeze/half.yaml"], ["lora.yaml", "half.yaml"]),
+        (["studies/lora.yaml", "none"], ["studies/lora.yaml", "none"]),
+        (["/data/a.txt", "/books/a.txt"], ["data/a.txt", "books/a.txt"]),
+        (["studies/lora.yaml"], ["studies/lora.yaml"]),
+        ([None, "a/b", "a/c"], ["null", "b", "c"]),
+    ],
+)
+def test_paths_are_shown_without_the_folders_that_they_share(values, shown):
+    assert list(show_values(values).values()) == shown
 
 
 @pytest.mark.parametrize(
