@@ -93,7 +93,7 @@ def section(name: str) -> dict[str, Parameter]:
 SECTIONS = ("model", "data", "optimizer", "lr_scheduler")  # that name a class
 
 
-_CLASSES = {  # the base of the classes that a flag takes, and the packages that have some
+_CLASSES: dict[str, tuple[str, ...]] = {  # the base of the classes that a flag takes, and the packages that have some
     "model": ("lightning_modules.base.ExperimentModule", "lightning_modules.{topic}"),
     "data": ("datamodules.base.ExperimentDataModule", "datamodules"),
     "optimizer": ("torch.optim.Optimizer", "lightning_modules.optim", "torch.optim"),
@@ -118,7 +118,7 @@ def classes(flag: str, start: str = "") -> list[index.Class]:
     """
     if flag.endswith("source"):
         bases = [kind for kind in index.classes("datamodules") if kind.name.endswith("Source") and not kind.is_public]
-        specs = [(base.defined, "datamodules") for base in bases]
+        specs: list[tuple[str, ...]] = [(base.defined, "datamodules") for base in bases]
     else:
         specs = [_CLASSES[flag]] if flag in _CLASSES else []
     found: set[index.Class] = set()

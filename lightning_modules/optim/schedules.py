@@ -356,7 +356,7 @@ def build_schedule(factory: Callable[..., LRScheduler], optimizer: Optimizer, to
     """
     length = sys.maxsize if total_steps == math.inf else int(total_steps)
     built = built_class(factory)
-    if built in (ChainedScheduler, SequentialLR):
+    if built is not None and built in (ChainedScheduler, SequentialLR):
         raise ValueError(
             f"{built.__name__} takes schedules that are built already, which a YAML has not; take InSequence or "
             "Together of lightning_modules.optim.schedules"

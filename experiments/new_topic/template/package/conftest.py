@@ -18,7 +18,7 @@ def llm_train(
     monkeypatch.setenv("WANDB_MODE", "disabled")
 
     def run(*args: str | Path) -> SimpleNamespace:
-        code = 0
+        code: int | str = 0
         try:
             main([str(arg) for arg in args])
         except SystemExit as leave:
