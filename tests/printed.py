@@ -21,6 +21,7 @@ def commands() -> Iterator[str]:
 
 
 FOUND = list(commands())
+GUIDES = "\n".join(path.read_text() for path in sorted(ROOT.glob("experiments/guides/*.md")))
 
 
 def experiments_of(command: str) -> list[Path]:
@@ -37,10 +38,13 @@ def runs_of(command: str) -> list[str]:
 def kind_of(command: str) -> str:
     """Return which test runs a command, as a word.
 
-    `experiment` and `study`: the tests of experiments run each file. `run` and `compare`: the same tests run them after
-    the run or the study that they name. `variant`: an experiment with other settings. `general`: on any file.
+    `guide`: the test of the guides, which have it too. `experiment` and `study`: the tests of experiments run each file.
+    `run` and `compare`: the same tests run them after the run or the study that they name. `claims`: tests/claims.
+    `variant`: an experiment with other settings. `general`: on any file.
     """
     name, files = command.split()[0], experiments_of(command)
+    if f"llm-train {command}\n" in GUIDES:
+        return "guide"
     if "TOPIC" in command or re.search(r"-c FILE(.yaml)? ", command):
         return "general"
     if name == "compare":

@@ -258,3 +258,36 @@ def test_files_commands_and_python_of_a_page_share_a_folder(run_page):
         "```python\nassert (open('seen').read(), len(open('a.txt').read().split())) == ('run', 9)\nimport mine\n```\n"
         "```python\nassert (mine.n, open('b.csv').read()) == (3, 'x\\n1\\n1\\n')\n```\n"
     )
+
+
+PAGES = [
+    page for page in sorted({*ROOT.glob("*.md"), *ROOT.glob("experiments/**/*.md")}) if "template" not in page.parts
+]
+
+
+def headings(page: Path) -> set[str]:
+    """Return the names by which links can name the headings of a page."""
+    titles = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_the_links_of_a_page_lead_somewhere(page):
+    for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        if "://" not in link:
+            target, _, heading = link.partition("#")
+            file = page.parent / target if target else page
+            assert file.exists(), link
+            assert not heading or heading in headings(file), link
+
+
+def test_the_architecture_names_files_that_are_there():
+    text = (ROOT / "ARCHITECTURE.md").read_text()
+    tops = "experiments|lightning_modules|datamodules|tests"
+    named = set(re.findall(rf"`((?:{tops})/[\w./]+)`", text))
+    assert len(named) > 20
+    assert [name for name in sorted(named) if not (ROOT / name).exists()] == []
+    # Each shared Python file of these folders has a word in the tables.
+    for folder in ("experiments", "lightning_modules", "datamodules"):
+        files = {file.name for file in (ROOT / folder).glob("*.py")} - {"__init__.py"}
+        assert [name for name in sorted(files) if name not in text] == [], folder

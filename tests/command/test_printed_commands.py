@@ -19,10 +19,10 @@ from experiments.__main__ import COMMANDS
 
 # Commands that other tests run, and which.
 ELSEWHERE = {
-    "fit -c FILE -c experiments/trainer/ddp.yaml --trainer.devices 8": "tests/runtime, in two processes",
-    "fit -c FILE -c experiments/trainer/fsdp.yaml --trainer.devices 8": "tests/runtime, in two processes",
-    "study experiments/TOPIC/studies/STUDY.yaml --jobs 2": "tests/study",
-    "new letter_counts": "tests/command/test_new_topic.py",
+    "fit -c FILE -c trainer/ddp --trainer.devices 8": "tests/runtime, in two processes",
+    "fit -c FILE -c trainer/fsdp --trainer.devices 8": "tests/runtime, in two processes",
+    "study TOPIC/STUDY --jobs 2": "tests/study",
+    "fit -c FILE.yaml --trainer.callbacks+ my_package.MyCallback": "tests/command/test_working_folder.py",
 }
 # Experiments that no test runs: they download a model or a corpus that nothing small takes the place of.
 DOWNLOADS = {
@@ -32,7 +32,7 @@ DOWNLOADS = {
     "gpt_neo_style": ["full", "smollm2"],
     "position_probe": ["minilm", "wang_chen"],
 }
-BY_TESTS_OF_EXPERIMENTS = ("experiment", "study", "run", "compare")
+BY_OTHER_TESTS = ("experiment", "study", "run", "compare", "guide", "claims")
 
 
 def is_downloaded(command: str) -> bool:
@@ -51,7 +51,7 @@ def test_commands_are_found():
 
 def test_every_command_is_run_by_a_test():
     ours = [*VARIANTS, *GENERAL, *ELSEWHERE]
-    others = [command for command in FOUND if kind_of(command) not in (*BY_TESTS_OF_EXPERIMENTS, "variant", "claims")]
+    others = [command for command in FOUND if kind_of(command) not in (*BY_OTHER_TESTS, "variant")]
     assert [command for command in others if command not in ours] == []
     assert [command for command in ELSEWHERE if command not in FOUND] == []
     for topic, names in DOWNLOADS.items():
@@ -113,7 +113,7 @@ def test_the_commands_of_the_front_page_run_on_any_experiment(llm_train, tiny, w
         words = [re.sub("|".join(names), lambda found: names[found[0]], word) for word in shlex.split(command)]
         if "--trainer.max_steps" in words:
             words += ["--trainer.max_steps=4", "--trainer.val_check_interval=4"]
-        done = llm_train(*words, *(("--trainer.accelerator=cpu",) if "experiments/trainer/gpu.yaml" in words else ()))
+        done = llm_train(*words, *(("--trainer.accelerator=cpu",) if "trainer/gpu" in command else ()))
         assert done.code == 0, f"{command}: {done.err}"
         if "runs/" in command:
             assert before == {path: path.read_bytes() for path in sibling.rglob("*") if path.is_file()}, command
