@@ -217,7 +217,7 @@ class ReviewsDataModule(WithTokenizer, ExperimentDataModule):
     Args:
         reviews: The reviews: a source, or with labels files of rows or `hub:OWNER/NAME`, and without labels any text;
             see `reviews_of`.
-        tokenizer: Tokenizer of the encoder: a folder with a tokenizer.json, such a file, or a name on the hub.
+        tokenizer: Tokenizer of the encoder, mostly under its name: see `datamodules.tokenizers.load_tokenizer`.
         batch_size: Number of rows in a batch, over all processes.
         max_tokens: Number of tokens in the longest row, with special tokens; at least 3.
         group_by_length: Whether the rows of a batch have similar lengths, which saves padding.

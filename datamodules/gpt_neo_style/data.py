@@ -1,12 +1,15 @@
 """Books whose style is learned, in passages of which some are held out, and other texts to evaluate on."""
 
 from functools import cached_property
+from itertools import chain
+from pathlib import Path
 from typing import Literal
 
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.utils.data import DataLoader
 
+from datamodules.files import find_files
 from datamodules.gpt_neo_style.books import cut_into_passages, read_book
 from datamodules.sources import AnySource, ListText, source_of
 from datamodules.splits import SIDES
@@ -25,11 +28,11 @@ class GPTNeoStyleDataModule(TokenDataModule):
 
     Args:
         books: Books whose style is learned, one or a list. Each is a number of Project Gutenberg (1513 is Romeo and
-            Juliet, 11 Alice's Adventures in Wonderland), a URL, the path of a UTF-8 text file, or the name of a book
-            that is shipped with the package: `bell_of_orrow` or `mislaid_wednesday`.
+            Juliet, 11 Alice's Adventures in Wonderland), a URL, the path of a UTF-8 text file, a folder with such
+            files, or the name of a book that is shipped with the package: `bell_of_orrow` or `mislaid_wednesday`.
         block_size: Length of a block, in tokens, at least 1 and at most the context of the base.
         batch_size: Blocks in a batch, over all processes, at least 1.
-        tokenizer: Tokenizer of the base: a folder with a tokenizer.json, such a file, or a name on the hub.
+        tokenizer: Tokenizer of the base, mostly under the name of the base: see `datamodules.tokenizers.load_tokenizer`.
         other_books: Books of another style, to evaluate on and not to train on; `null` for none.
         base_source: Text of the kind that the base was trained on, to evaluate what the model forgets: a source, or a
             file, folder, glob pattern, URL or `hub:OWNER/NAME`, see `source_of`; `null` for none.
@@ -112,7 +115,7 @@ class GPTNeoStyleDataModule(TokenDataModule):
 
     def _passages(self, books: Books) -> dict[str, list[str]]:
         passages: dict[str, list[str]] = {side: [] for side in SIDES}
-        for book in books if isinstance(books, list) else [books]:
+        for book in chain.from_iterable(map(_books_at, books if isinstance(books, list) else [books])):
             cut = cut_into_passages(read_book(book), self.passages, self.val_fraction, self.test_fraction, str(book))
             for side, text in cut:
                 passages[side].append(text)
@@ -143,3 +146,10 @@ class GPTNeoStyleDataModule(TokenDataModule):
                     starts = starts[torch.linspace(0, len(starts) - 1, min(self.base_windows, len(starts))).long()]
                 loaders.append(self.evaluation_loader(windows, starts))
         return loaders
+
+
+def _books_at(name: int | str) -> list[int | str]:
+    """Return the files of a folder, each of which is a book; any other name is one book."""
+    if isinstance(name, str) and Path(name).expanduser().is_dir():
+        return [*find_files(name)]
+    return [name]

@@ -45,8 +45,8 @@ class PositionProbeDataModule(ExperimentDataModule):
     Args:
         source: The position matrix: a run folder of decoder_pretrain; a folder in Hugging Face's format; a name on the
             hub (of the types gpt2, gpt_neo, bert and roberta); `package:NAME`, for a model that an installed package
-            carries; a `.npy` of floating-point numbers (positions,
-            components); or `sinusoids` or `gaussian`, which are computed.
+            carries; a `.npy` of floating-point numbers (positions, components); or `sinusoids` or `gaussian`, which are
+            computed.
         n_positions: Number of positions to use, from the first on; `null` for all of the matrix.
         n_embd: Number of components of `sinusoids` and `gaussian`; not used for other matrices.
         n_blocks: Blocks that the positions are cut into, at least n_folds + 2, of at least two positions each.
