@@ -4,6 +4,7 @@ import importlib.util
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiny_bases
@@ -15,6 +16,7 @@ from datamodules.tokenizers import byte_tokenizer, encode, load_tokenizer
 from lightning_modules.common import pretrained
 from lightning_modules.common.pretrained import model_folder, vocabulary_of
 from lightning_modules.finetuning.bases import check_vocabulary, load_pretrained
+from lightning_modules.finetuning.causal_lm import FineTunedCausalLM
 
 needs_gguf = pytest.mark.skipif(importlib.util.find_spec("gguf") is None, reason="gguf is not installed")
 TEXT = "in the end, THE cat"
@@ -213,3 +215,11 @@ def test_a_base_without_all_weights_says_so(gpt2, tmp_path, capsys):
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     load_pretrained(str(folder))
     assert "has no transformer.ln_f.weight: initialised at random" in capsys.readouterr().err
+
+
+def test_a_fine_tuning_compares_the_vocabularies_before_it_begins(gpt2):
+    module = FineTunedCausalLM(str(gpt2), vocab_size=257, block_size=8)
+    module.data = SimpleNamespace(tokenizer=byte_tokenizer())
+    module.setup("validate")
+    with pytest.raises(MisconfigurationException, match="give that of the base"):
+        module.setup("fit")
