@@ -45,7 +45,7 @@ class GPT2WebGLMQADataModule(WithTokenizer, ExperimentDataModule):
             `hub:OWNER/NAME`; see `records_of`.
         block_size: Positions in a row, at least 1: the context length in training.
         batch_size: Rows in a batch, over all processes, at least 1.
-        tokenizer: Tokenizer of the base, mostly under the name of the base: see `datamodules.tokenizers.load_tokenizer`.
+        tokenizer: Tokenizer of the base, mostly under its name: see `datamodules.tokenizers.load_tokenizer`.
         template: Text of a record, with `{references}`, `{question}` and `{answer}`, each once and the answer last. A
             reference is written as `[1] its text`, on a line of its own.
         chat_template: Whether to write a record as the chat template of the tokenizer says, which is that of an

@@ -32,7 +32,7 @@ class GPTNeoStyleDataModule(TokenDataModule):
             files, or the name of a book that is shipped with the package: `bell_of_orrow` or `mislaid_wednesday`.
         block_size: Length of a block, in tokens, at least 1 and at most the context of the base.
         batch_size: Blocks in a batch, over all processes, at least 1.
-        tokenizer: Tokenizer of the base, mostly under the name of the base: see `datamodules.tokenizers.load_tokenizer`.
+        tokenizer: Tokenizer of the base, mostly under its name: see `datamodules.tokenizers.load_tokenizer`.
         other_books: Books of another style, to evaluate on and not to train on; `null` for none.
         base_source: Text of the kind that the base was trained on, to evaluate what the model forgets: a source, or a
             file, folder, glob pattern, URL or `hub:OWNER/NAME`, see `source_of`; `null` for none.
@@ -141,9 +141,7 @@ class GPTNeoStyleDataModule(TokenDataModule):
         for text, files in self.files.items():
             if files[side].n_tokens >= 2:
                 windows = self.windows_of(files[side], text=text)
-                starts = windows.covering_starts()
-                if text == "base":
-                    starts = starts[torch.linspace(0, len(starts) - 1, min(self.base_windows, len(starts))).long()]
+                starts = windows.covering_starts(self.base_windows if text == "base" else None)
                 loaders.append(self.evaluation_loader(windows, starts))
         return loaders
 
