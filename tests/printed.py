@@ -38,7 +38,7 @@ def runs_of(command: str) -> list[str]:
 def kind_of(command: str) -> str:
     """Return which test runs a command, as a word.
 
-    `guide`: the test of the guides, which have it too. `experiment` and `study`: the tests of experiments run each file.
+    `guide`: the test of the guides. `experiment` and `study`: the tests of experiments run each file.
     `run` and `compare`: the same tests run them after the run or the study that they name. `claims`: tests/claims.
     `variant`: an experiment with other settings. `general`: on any file.
     """
