@@ -63,7 +63,7 @@ def merged(model: nn.Module) -> Iterator[None]:
             plain.weight = nn.Parameter(plain.weight.detach().clone(), requires_grad=plain.weight.requires_grad)
         layer.merge()
         model.set_submodule(name, plain)
-    configs = [getattr(module, "config", None) for module in model.modules()] if shared else []
+    configs: list[Any] = [getattr(module, "config", None) for module in model.modules()] if shared else []
     tied = [config for config in configs if getattr(config, "tie_word_embeddings", False)]
     for config in tied:
         config.tie_word_embeddings = False
