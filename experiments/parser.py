@@ -222,7 +222,7 @@ def _plain(reason: str) -> str:
 def _place(typed: str, command_line: Sequence[str]) -> str:
     """Return the configuration file and line of the first key of this name, or an empty text."""
     key = re.compile(rf"\b{re.escape(typed.rsplit('.', 1)[-1])}\+?:")
-    for file in _config_files(command_line) if typed else ():
+    for file in reversed([*_config_files(command_line)]) if typed else ():  # the last one counts
         for number, line in enumerate(file.read_text(errors="replace").splitlines(), start=1):
             if key.search(line.split("#")[0]):
                 return f"{file}, line {number}: "

@@ -93,6 +93,8 @@ def test_a_null_that_an_argument_does_not_take_is_refused(llm_train, tiny, flag,
     done = llm_train("fit", "-c", config, *([flag] if flag else []))
     assert (done.code, len(done.err.splitlines())) == (1, 1)
     assert where.format(line=line) in done.err
+    Path("over.yaml").write_text("data: {init_args: {tokenizer: }}\n")
+    assert "over.yaml, line 1: data.tokenizer: is null" in llm_train("fit", "-c", config, "-c", "over.yaml").err
     assert not RUNS.exists()
 
 
