@@ -2,15 +2,22 @@
 
 import subprocess
 import sys
+from pathlib import Path
+from typing import Any
 
 import lightning as L
 import pytest
 import torch
+import yaml
 from helpers import BEST, LAST
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 import experiments
-from lightning_modules.decoder_pretrain import PretrainModule
+from experiments.class_paths import import_class
+
+
+def module_class(run: Path) -> Any:
+    return import_class(yaml.safe_load((run / "config.yaml").read_text())["model"]["class_path"])
 
 
 def test_python_generates_what_the_command_generates(llm_train, whole):
@@ -30,7 +37,7 @@ def test_python_generates_what_the_command_generates(llm_train, whole):
 
 
 def test_a_module_is_loaded_from_its_checkpoint_and_trains_on_ones_own_batches(whole):
-    module = PretrainModule.load_from_checkpoint(whole() / BEST)
+    module = module_class(whole()).load_from_checkpoint(whole() / BEST)
     saved = torch.load(whole() / BEST, weights_only=True)["state_dict"]
     assert all(torch.equal(weight, saved[name]) for name, weight in module.state_dict().items())
 
@@ -44,10 +51,11 @@ def test_a_module_is_loaded_from_its_checkpoint_and_trains_on_ones_own_batches(w
 
 
 def test_arguments_of_the_constructor_replace_those_of_the_checkpoint(whole):
-    module = PretrainModule.load_from_checkpoint(whole() / LAST, map_location="cpu", weights_only=True, dropout=0.3)
+    loads = module_class(whole()).load_from_checkpoint
+    module = loads(whole() / LAST, map_location="cpu", weights_only=True, dropout=0.3)
     assert module.decoder.config.residual_dropout == 0.3
     with pytest.raises(MisconfigurationException, match="the checkpoint does not fit the model"):
-        PretrainModule.load_from_checkpoint(whole() / LAST, n_layer=1)
+        loads(whole() / LAST, n_layer=1)
 
 
 def test_a_folder_that_is_no_run_and_a_run_without_a_tokenizer(tmp_path, whole):
@@ -63,14 +71,12 @@ def test_a_folder_that_is_no_run_and_a_run_without_a_tokenizer(tmp_path, whole):
 
 def test_a_class_of_another_package_is_not_imported_unless_it_is_allowed(tmp_path, whole, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
-    (tmp_path / "hostile.py").write_text("from lightning_modules.decoder_pretrain import PretrainModule as Module\n")
+    config = yaml.safe_load((whole() / "config.yaml").read_text())
+    module, _, name = config["model"]["class_path"].rpartition(".")
+    (tmp_path / "hostile.py").write_text(f"from {module} import {name} as Module\n")
+    config["model"]["class_path"] = "hostile.Module"
     (tmp_path / "run").mkdir()
-    config = (
-        (whole() / "config.yaml")
-        .read_text()
-        .replace("lightning_modules.decoder_pretrain.PretrainModule", "hostile.Module")
-    )
-    (tmp_path / "run/config.yaml").write_text(config)
+    (tmp_path / "run/config.yaml").write_text(yaml.safe_dump(config))
     with pytest.raises(MisconfigurationException, match="if you trust its code, add --allow hostile"):
         experiments.load_run(tmp_path / "run")
     assert "hostile" not in sys.modules

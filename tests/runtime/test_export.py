@@ -8,11 +8,13 @@ EXPORT = {"class_path": "lightning_modules.runtime.export.ExportModel"}
 
 
 def test_a_configuration_that_names_the_default_callback_again_exports_once(llm_train, tiny, monkeypatch):
-    exported = []
-    monkeypatch.setattr(export, "export_model", lambda *arguments: exported.append(arguments[-1].mkdir()))
-    done = llm_train("fit", "-c", tiny(**{"trainer__callbacks+": [EXPORT, EXPORT]}))
+    exported, export_model = [], export.export_model
+    monkeypatch.setattr(export, "export_model", lambda *given: exported.append(given) or export_model(*given))
+    licensed = EXPORT | {"init_args": {"licence": "mit"}}
+    done = llm_train("fit", "-c", tiny(**{"trainer__callbacks+": [EXPORT, licensed]}))
     assert done.code == 0, done.err
     assert len(exported) == 1
+    assert "license: mit\n" in (RUNS / "tiny/model/README.md").read_text()
 
 
 def test_a_run_that_was_killed_is_generated_from_and_exported_when_it_is_resumed(llm_train, forked, tiny):

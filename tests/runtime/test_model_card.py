@@ -21,7 +21,12 @@ CONFIG = {
         "class_path": "datamodules.some_topic.Data",
         "init_args": {
             "source": {"class_path": "datamodules.sources.HubText", "init_args": {"dataset": "org/some-data"}},
-            "others": ["hub:org/other.data:column", f"{HOME}/books/emma.txt", "runs/bpe/offline", "file:///home/ada/b"],
+            "others": [
+                "hub:org/other.data:column",
+                f"{HOME}/books/emma.txt",
+                "runs/some_topic/offline",
+                "file:///home/ada/b",
+            ],
         },
     },
 }
@@ -29,7 +34,7 @@ CONFIG = {
 
 def card(folder: Path, architecture: dict, base: str | None = None, licence: str | None = None) -> tuple[dict, str]:
     """Return the fields and the text of the card of a run."""
-    (folder / "model").mkdir()
+    (folder / "model").mkdir(exist_ok=True)
     (folder / "config.yaml").write_text(yaml.safe_dump(CONFIG))
     session = {"started": "2026-11-27T04:00:00+00:00", "command": shlex.join(COMMAND), "packages": {"torch": "2.13.0"}}
     (folder / "environment.json").write_text(json.dumps([session, session | {"command": "llm-train fit -c again"}]))
@@ -87,6 +92,12 @@ def test_base_licence_and_data_on_the_hub_are_fields(tmp_path):
     assert "    llm-train fit -c again" in text
 
 
+def test_a_model_with_a_chat_template_is_used_with_messages(tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/chat_template.jinja").touch()
+    assert 'pipe([{"role": "user", "content":' in card(tmp_path, {"architectures": ["GPT2LMHeadModel"]})[1]
+
+
 def test_no_path_and_no_user_of_the_machine_is_in_the_card(tmp_path):
     fields, text = card(tmp_path, {"architectures": ["GPT2LMHeadModel"]}, f"{HOME}/model")
     assert "base_model" not in fields
@@ -97,7 +108,7 @@ def test_no_path_and_no_user_of_the_machine_is_in_the_card(tmp_path):
     words = ["llm-train", "fit", "-c", "offline.yaml", "--model.base", "model"]
     words += ["--data.source.init_args.paths=['a.txt', 'b.txt']", "--optimizer.lr", "1e-3", "--data.seed=01"]
     assert shlex.split(command) == words
-    assert "runs/bpe/offline" in text  # a path in the working folder says where the model is from
+    assert "runs/some_topic/offline" in text  # a path in the working folder says where the model is from
     assert "width" not in text
 
 
