@@ -242,9 +242,16 @@ class TokenWindows(Dataset):
         # Pickling a mapped file would copy its content; a worker maps the file itself.
         return {name: value for name, value in self.__dict__.items() if name != "tokens"}
 
-    def covering_starts(self) -> Tensor:
-        """Return the starts of windows that predict each token except the first exactly once, (n,) int64."""
-        return torch.arange(0, self.file.n_tokens - 1, self.block_size)
+    def covering_starts(self, most: int | None = None) -> Tensor:
+        """Return the starts of windows that predict each token except the first exactly once, (n,) int64.
+
+        Args:
+            most: Number of windows, if there are more: those are returned that are spread evenly over the file.
+        """
+        starts = torch.arange(0, self.file.n_tokens - 1, self.block_size)
+        if most is None or most >= len(starts):
+            return starts
+        return starts[torch.linspace(0, len(starts) - 1, most).long()]
 
     def __getitem__(self, starts: Tensor) -> dict[str, Any]:
         """Return the windows that start at these positions, (B,) int64.

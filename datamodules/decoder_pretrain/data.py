@@ -37,6 +37,8 @@ class PretrainDataModule(TokenDataModule):
         cache_dir: Folder for the tokenised text; `null` means `$LLM_TRAIN_CACHE` or `~/.cache/llm-train`.
         num_workers: Number of processes that load batches; 0 loads them in the training process.
         seed: Seed of the windows and their order (0 or more).
+        val_windows: Number of windows of the validation text to evaluate on, spread evenly over it (1 or more); `null`
+            for all. The test has all windows of its text.
 
     Raises:
         MisconfigurationException: If the two fractions leave nothing to train on.
@@ -57,12 +59,14 @@ class PretrainDataModule(TokenDataModule):
         cache_dir: str | None = None,
         num_workers: NonNegativeInt = 0,
         seed: NonNegativeInt = 0,
+        val_windows: PositiveInt | None = None,
     ) -> None:
         fractions = 0.0 if val_source else val_fraction, 0.0 if test_source else test_fraction
         super().__init__(block_size, batch_size, tokenizer, *fractions, cache_dir, num_workers, seed)
         self.source: Source = source_of(source)
         self.windows = windows
         self.split = split
+        self.val_windows = val_windows
         own = {"val": val_source, "test": test_source}
         self.held_out = {side: source_of(text, f"data.{side}_source") for side, text in own.items() if text}
 
@@ -86,7 +90,7 @@ class PretrainDataModule(TokenDataModule):
         return self.training_loader(self.windows_of(self.files["train"]), n, order)
 
     def val_dataloader(self) -> DataLoader | list:
-        """Return the loader of the validation text, each token predicted once; an empty list if none is held out."""
+        """Return the loader of the windows of the validation text; an empty list if none is held out."""
         return self._covering("val")
 
     def test_dataloader(self) -> DataLoader | list:
@@ -103,4 +107,4 @@ class PretrainDataModule(TokenDataModule):
         if self.files[side].n_tokens < 2:
             return []
         windows = self.windows_of(self.files[side])
-        return self.evaluation_loader(windows, windows.covering_starts())
+        return self.evaluation_loader(windows, windows.covering_starts(self.val_windows if side == "val" else None))

@@ -5,7 +5,6 @@ from itertools import chain
 from pathlib import Path
 from typing import Literal
 
-import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.utils.data import DataLoader
 

@@ -363,6 +363,14 @@ def test_validation_covers_the_whole_split_for_any_batch_size():
         assert sum(batch["target_bytes"] for batch in batches) == len(VAL[1:])
 
 
+def test_validation_windows_can_be_fewer_and_are_spread_over_the_text():
+    every = [row for batch in module().val_dataloader() for row in batch["input_ids"].tolist()]
+    assert len(every) == 11
+    for most, chosen in ((1, [0]), (3, [0, 5, 10]), (11, range(11)), (100, range(11))):
+        few = [row for batch in module(val_windows=most).val_dataloader() for row in batch["input_ids"].tolist()]
+        assert few == [every[i] for i in chosen]
+
+
 def test_bytes_do_not_depend_on_the_tokenizer():
     text = "naïve café — 終\n" * 200
     counts = []

@@ -288,6 +288,11 @@ def test_several_books_are_trained_on_together(tmp_path):
     both = datamodule(tmp_path, books=[str(tmp_path / "play.txt"), str(tmp_path / "other.txt")])
     assert len(both.book_passages["val"]) == 2 * len(one.book_passages["val"])
     assert both.book_passages["train"][: len(one.book_passages["train"])] == one.book_passages["train"]
+    (tmp_path / "shelf").mkdir()
+    for name in ("play.txt", "other.txt"):
+        shutil.copy(tmp_path / name, tmp_path / "shelf")
+    shelf = datamodule(tmp_path, books=str(tmp_path / "shelf"))
+    assert sorted(shelf.book_passages["train"]) == sorted(both.book_passages["train"])
 
 
 def test_the_held_out_documents_of_the_base_text_are_evaluated_on(tmp_path):
