@@ -1,6 +1,8 @@
 """Errors of users, for commands that do not import Lightning."""
 
 import argparse
+import difflib
+import re
 import sys
 from typing import Any, NoReturn
 
@@ -24,6 +26,12 @@ class CommandParser(argparse.ArgumentParser):
         super().__init__(**kwargs, allow_abbrev=False)
 
     def error(self, message: str) -> NoReturn:
-        """Print one line and exit with code 2."""
-        print(f"error: {self.prog}: {message} (see --help)", file=sys.stderr)
+        """Print one line, with a similar word if one is probably misspelt, and exit with code 2."""
+        found = re.search(r"unrecognized arguments: (--\w+)|invalid choice: '([^']+)' \(choose from (.*)\)", message)
+        hint = "see --help"
+        if found:
+            known = re.findall(r"--\w+", self.format_help()) if found[1] else re.findall(r"[\w-]+", found[3])
+            close = difflib.get_close_matches(found[1] or found[2], known, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else hint
+        print(f"error: {self.prog}: {message} ({hint})", file=sys.stderr)
         raise SystemExit(2)

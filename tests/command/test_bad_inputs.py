@@ -115,6 +115,9 @@ COMMANDS = [
     ("study", ["sweep.yaml"], 1, ["sweep.yaml", "gird", "did you mean 'grid'"]),
     ("study", ["lost.yaml"], 2, ["lost.yaml"]),
     ("compare", ["runs/lost"], 1, ["runs/lost"]),
+    ("generate", ["--run=runs/lost", "--prompt=a", "--temprature=1"], 2, ["(did you mean '--temperature'?)"]),
+    ("list", ["topcs"], 2, ["(did you mean 'topics'?)"]),
+    ("copy", ["trainer/gpuu"], 2, ["(did you mean 'trainer/gpu'?)"]),
     ("schema", ["--fast"], 2, ["--fast"]),
     ("completion", ["fish"], 2, ["fish", "bash"]),
 ]
