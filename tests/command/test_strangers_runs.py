@@ -108,18 +108,16 @@ def test_a_configuration_that_chooses_code_or_places_is_refused_in_one_line(llm_
     assert not it_ran()
 
 
-COMMANDS = [
+FORMS = [
     ["validate", "-c{run}/config.yaml", "--ckpt_path", "best"],
     ["validate", "--config={run}/config.yaml", "--ckpt_path", "best"],
-    *([name, "-c", "{run}/config.yaml", "--ckpt_path", "best"] for name in ("fit", "validate", "test", "predict")),
     ["fit", "-c", "{run}/config.yaml", "--auto_resume"],
     ["fit", "-c", "{run}/config.yaml"],
-    ["generate", "--run", "{run}", "--prompt", "a"],
 ]
 
 
-@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: " ".join(command[:1] + command[3:4]))
-def test_every_command_refuses_a_module_of_a_stranger(llm_train, stranger, command):
+@pytest.mark.parametrize("command", FORMS, ids=lambda command: " ".join(command[:1] + command[3:4]))
+def test_a_configuration_is_that_of_a_run_folder_however_it_is_named(llm_train, stranger, command):
     configure(stranger, "model__class_path", "hostile.Hostile")
     done = llm_train(*(word.format(run=stranger) for word in command))
     assert (done.code > 0, len(done.err.splitlines())) == (True, 1), done.err
@@ -248,17 +246,6 @@ def test_a_checkpoint_that_lightning_itself_would_read_runs_no_code(llm_train, s
 
 
 OWN_CODE = {"auto_map": {name: ["hostile.Hostile", None] for name in ("AutoTokenizer", "AutoConfig", "AutoModel")}}
-
-
-def test_a_tokenizer_with_code_of_its_own_runs_without_it(llm_train, stranger):
-    file = stranger / "tokenizer/tokenizer_config.json"
-    template = {"chat_template": "{{ cycler.__init__.__globals__.os.system('touch it_ran') }}"}
-    file.write_text(json.dumps(json.loads(file.read_text()) | OWN_CODE | template))
-    shutil.copy(stranger / "hostile.py", stranger / "tokenizer")
-    for command in (["generate", "--run", stranger, "--prompt", "a"], ["fit", "-c", stranger / "config.yaml"]):
-        flags = ["--data.tokenizer", stranger / "tokenizer"] if command[0] == "fit" else ["--max_new_tokens", "2"]
-        assert llm_train(*command, *flags).code == 0
-    assert not it_ran()
 
 
 @pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation"])
