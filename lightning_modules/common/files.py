@@ -97,7 +97,7 @@ def csv_text(columns: Sequence[str], rows: Iterable[Sequence[Any]], is_foreign: 
             so such a text begins with an apostrophe.
     """
     text = io.StringIO()
-    lines = itertools.chain([columns], rows)
+    lines: Iterable[Sequence[Any]] = itertools.chain([columns], rows)
     if is_foreign:
         lines = ([_without_formula(value) for value in line] for line in lines)
     csv.writer(text, lineterminator="\n").writerows(lines)
