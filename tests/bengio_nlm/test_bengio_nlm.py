@@ -249,13 +249,12 @@ def test_nearest_neighbours_by_cosine():
     assert len(nearest(vectors, [3], k=10)[0]) == 3
 
 
-def test_words_are_looked_up_before_the_training():
+def test_words_that_the_text_does_not_have_are_left_out_and_named(capsys):
     module = SimpleNamespace(data=SimpleNamespace(text=SimpleNamespace(words=["here", "there"])))
-    WordVectors(["here"]).on_fit_start(None, module)
-    with pytest.raises(
-        MisconfigurationException, match=r"'were' is not in the vocabulary \(similar words: here, there\)"
-    ):
-        WordVectors(["here", "were"]).on_fit_start(None, module)
+    vectors = WordVectors(["here", "were"])
+    vectors.on_fit_start(None, module)
+    assert vectors.words == ["here"]
+    assert "'were' is not in the vocabulary (similar words: here, there): left out" in capsys.readouterr().err
 
 
 # Results
