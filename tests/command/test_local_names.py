@@ -6,7 +6,6 @@ import pytest
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from datamodules.hub_datasets import load_hub_dataset
-from datamodules.position_probe.position_matrices import load_positions
 from datamodules.tokenizers import load_tokenizer
 from experiments.__main__ import _mistake_behind
 from lightning_modules.common.hub import is_path
@@ -28,7 +27,6 @@ LOADERS = {
     "tokenizer": load_tokenizer,
     "base": load_pretrained,
     "dataset": lambda name: load_hub_dataset(name, "train"),
-    "positions": load_positions,
 }
 
 

@@ -124,6 +124,7 @@ def text_file(path: Path) -> str:
         (lambda p: "./nowhere", {}, "does not exist .*give the folder of a model"),
         (lambda p: no_folder(p / "empty"), {}, "neither a config.json nor a model/ with one"),
         (lambda p: "someone/some-model", {}, "the Hugging Face hub gave no model of that name"),
+        (lambda p: "runs/lost", {}, "runs/lost does not exist"),
         (lambda p: "what-is-this", {}, "the Hugging Face hub gave no model of that name"),
         (lambda p: "nowhere.npy", {}, "nowhere.npy does not exist"),
         (lambda p: text_file(p / "a.npy"), {}, "could not be read as an array of numbers"),
