@@ -5,6 +5,7 @@ It reads a list of questions from standard input, and prints a list of answers, 
 
 import json
 import sys
+import traceback
 from typing import Any
 
 import torch
@@ -105,8 +106,16 @@ def of_unknown(folder: str, **_: Any) -> dict[str, Any]:
     return {"error": None}
 
 
+def answer(question: dict[str, Any]) -> dict[str, Any]:
+    """Return the answer to a question, or the error."""
+    try:
+        return globals()[f"of_{question['kind']}"](**question)
+    except Exception:
+        return {"failed": traceback.format_exc()}
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    answers = [globals()[f"of_{question['kind']}"](**question) for question in json.load(sys.stdin)]
+    answers = [answer(question) for question in json.load(sys.stdin)]
     ours = [name for name in sys.modules if name.split(".")[0] in ("lightning_modules", "datamodules", "experiments")]
     json.dump({"answers": answers, "ours": ours}, sys.stdout)

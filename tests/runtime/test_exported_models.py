@@ -59,6 +59,7 @@ def answers(models: dict[str, Exported], tmp_path_factory: pytest.TempPathFactor
 
 @pytest.mark.parametrize("name", MODELS)
 def test_another_program_uses_a_model_as_this_one_does(models, answers, name):
+    assert "failed" not in answers[name], answers[name]["failed"]
     models[name].check(models[name], answers[name])
 
 
