@@ -131,7 +131,8 @@ class ExperimentCLI(SettingsGoOverCheckpoint):
     def before_instantiate_classes(self) -> None:
         """Find the checkpoint and its run, and keep the linked arguments that the YAML sets."""
         check_nulls(self.arguments)
-        self._warn_of_dropped_defaults()
+        for line in dropped_defaults(self._trainer_arguments):
+            say(line)
         arguments, model = self.arguments["run"], self.arguments["model"]
         if self._trainer_arguments.get("default_root_dir") is not None:
             raise MisconfigurationException("trainer.default_root_dir: leave it out, and set run.root and run.name")
@@ -281,19 +282,6 @@ class ExperimentCLI(SettingsGoOverCheckpoint):
             monitored.check(self.model, trainer.callbacks, built["lr_scheduler"])
         return trainer
 
-    def _warn_of_dropped_defaults(self) -> None:
-        """Name the defaults that a list of callbacks, loggers or plugins replaces, if it keeps none of them."""
-        for key, defaults in read_yaml(DEFAULTS)["trainer"].items():
-            given = self._trainer_arguments.get(key)
-            if not isinstance(defaults, list) or not given or given is True:
-                continue
-            dropped, kept = ([*_class_names(value)] for value in (defaults, given))
-            if kept and not {*dropped} & {*kept}:
-                say(
-                    f"trainer.{key}: {', '.join(kept)} in place of the defaults, {', '.join(dropped)}; "
-                    f"`--trainer.{key}+`, or `{key}+:` in YAML, adds to them"
-                )
-
     def _check_links(self) -> None:
         for name, given in self._given.items():
             actual = getattr(self.datamodule, name, None)
@@ -316,6 +304,24 @@ class ExperimentCLI(SettingsGoOverCheckpoint):
             return
         if self._trainer_arguments.get("fast_dev_run") or not any(self.run.path.glob("config*.yaml")):
             shutil.rmtree(self.run.path, ignore_errors=True)
+
+
+def dropped_defaults(trainer: Mapping[str, Any] | Namespace) -> Iterator[str]:
+    """Yield a line for each list of callbacks, loggers or plugins that replaces the defaults and keeps none of them.
+
+    Args:
+        trainer: Parsed arguments of the trainer.
+    """
+    for key, defaults in read_yaml(DEFAULTS)["trainer"].items():
+        given = trainer.get(key)
+        if not isinstance(defaults, list) or not given or given is True:
+            continue
+        dropped, kept = ([*_class_names(value)] for value in (defaults, given))
+        if kept and not {*dropped} & {*kept}:
+            yield (
+                f"trainer.{key}: {', '.join(kept)} in place of the defaults, {', '.join(dropped)}; "
+                f"`--trainer.{key}+`, or `{key}+:` in YAML, adds to them"
+            )
 
 
 def _class_names(value: Any) -> Iterator[str]:

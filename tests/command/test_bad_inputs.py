@@ -15,6 +15,7 @@ from helpers import LAST, RUNS, TINY
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from datamodules.cache import cached_array
+from experiments.cli import dropped_defaults
 from lightning_modules.finetuning.bases import load_pretrained
 
 ROOT = Path(__file__).parents[2]
@@ -172,16 +173,20 @@ def test_one_line_says_what_is_wrong_with_an_experiment(llm_train, files, experi
         (["--trainer.logger=false"], None),
     ],
 )
-def test_flags_and_files_that_replace_all_defaults_say_so(llm_train, tiny, flags, said):
-    done = llm_train("fit", "-c", tiny(trainer__max_steps=1), *flags)
-    assert done.code == 0, done.err
-    lines = [line for line in done.err.splitlines() if "in place of the defaults" in line]
+def test_flags_and_files_that_replace_all_defaults_say_so(parse, tiny, flags, said):
+    lines = [*dropped_defaults(parse("fit", "-c", tiny(), *flags)["trainer"])]
     if said is None:
         assert lines == []
     else:
         (line,) = lines
         assert line.startswith(f"trainer.{said[0]}: {said[1]} in place of the defaults, ")
         assert all(part in line for part in (*said, f"--trainer.{said[0]}+"))
+
+
+def test_a_callback_without_the_plus_runs_alone_and_the_command_says_so(llm_train, tiny):
+    done = llm_train("fit", "-c", tiny(trainer__max_steps=1), "--trainer.callbacks=lightning.pytorch.callbacks.Timer")
+    assert done.code == 0, done.err
+    assert done.err.startswith("trainer.callbacks: Timer in place of the defaults, ReproducibleSteps, ")
 
 
 def test_the_versions_are_printed(llm_train):
