@@ -26,11 +26,7 @@ NANOCHAT: dict[str, Any] = {
     "bias": False,
 }
 PROMPTS = ["Hi", "A longer prompt"]
-TEXTS = [
-    "I would see it again.",
-    "Never again. " * 60 + "But it was long.",
-    "It was long, and then it was longer still.",
-]
+TEXTS = ["I would see it again.", "Never again. " * 60 + "But it was long.", "It was long, and then it was longer."]
 
 
 @dataclass

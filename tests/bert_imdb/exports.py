@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from exported import TEXTS, Exported
+from exported import TEXTS, Exported, with_large_weights
 
 from datamodules.bert_imdb import BertImdbDataModule, FilmReviews
 from datamodules.bert_imdb.wordpiece import learn_wordpieces
@@ -32,7 +32,8 @@ def classifier(folder: Path, its_class: str, trust: bool, truncation: str = "hea
     words().save_pretrained(base)
     data = BertImdbDataModule(FilmReviews(), str(base), 4, max_tokens=LONGEST, truncation=truncation)
     BertModel(BertConfig(vocab_size=data.vocab_size, max_position_embeddings=40, **sizes)).save_pretrained(base)
-    module = BertImdbModule(str(base), **arguments, vocab_size=data.vocab_size, block_size=LONGEST, classes=CLASSES)
+    arguments |= {"vocab_size": data.vocab_size, "block_size": LONGEST, "classes": CLASSES}
+    module = with_large_weights(BertImdbModule(str(base), **arguments), 0.5)
 
     def check(model: Exported, said: dict[str, Any]) -> None:
         assert (said["class"], said["context"]) == (its_class, LONGEST)
