@@ -1,6 +1,7 @@
 """The three splits of a data set, and the assignment of documents, or of their parts, to them."""
 
 import hashlib
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,6 +16,9 @@ Kind = Literal["documents", "parts", "tail"]  # how a text was split
 SIDES: tuple[Side, ...] = ("train", "val", "test")
 
 FEW = 20  # documents; whole ones would be too coarse a split
+
+_LONG = 40  # characters of a line that counts in a comparison of documents
+_MANY = 10  # a line of more documents than this, and of more than the tenth of all, does not count
 
 _MOVE = 0.5  # share of a held-out part by which a cut may move to the beginning of a line or word
 
@@ -49,6 +53,42 @@ def _draw(text: str) -> float:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8, person=b"split").digest()) / 2**64
 
 
+def groups_of(documents: Iterable[str]) -> list[int]:
+    """Return for each document the number of the first document of its group.
+
+    Two documents are in a group if they share at least half of the long lines of the one that has fewer, or if they are
+    equal, and so are the documents that share as much with either. Lines of very many documents, such as those of a
+    licence, do not count.
+    """
+    lines = [_long_lines(text) for text in documents]
+    group = list(range(len(lines)))  # an earlier document of the group, or the document itself
+
+    def first(number: int) -> int:
+        while group[number] != number:
+            number = group[number]
+        return number
+
+    places: defaultdict[bytes, list[int]] = defaultdict(list)  # the documents of each line
+    for number, hashes in enumerate(lines):
+        for line in hashes:
+            places[line].append(number)
+    most = max(_MANY, len(lines) // _MANY)
+    own = [[line for line in hashes if len(places[line]) <= most] for hashes in lines]
+    for number, hashes in enumerate(own):
+        shared = Counter(other for line in hashes for other in places[line] if other < number)
+        for other, n in shared.items():
+            if 2 * n >= min(len(hashes), len(own[other])):
+                one, two = sorted((first(number), first(other)))
+                group[two] = one
+    return [first(number) for number in range(len(group))]
+
+
+def _long_lines(text: str) -> set[bytes]:
+    """Return hashes of the long lines of a text, or of the whole text if it has none."""
+    lines = {line for line in map(str.strip, text.splitlines()) if len(line) >= _LONG} or {text.strip()}
+    return {hashlib.blake2b(line.encode(), digest_size=8).digest() for line in lines}
+
+
 class Length(NamedTuple):
     """The length of a document in characters, and in bytes of UTF-8."""
 
@@ -64,13 +104,15 @@ class SplitDocuments:
         source: The source.
         split: `documents`: each document is in one split, drawn by a hash of its beginning. `auto`: the same if the
             source has more than `FEW` documents, and some for each split; if not, each is cut, and its beginning
-            trains, the part after that validates, and its end is for the test.
+            trains, the part after that validates, and its end is for the test. `groups`: as `auto`, but documents that
+            are nearly copies of each other (see `groups_of`) share a split, that of the first; the whole source is read
+            for it, and a number for each of its long lines is kept in memory.
         val_fraction: Part of the documents, or of the characters of each, for validation.
         test_fraction: Part of the documents, or of the characters of each, for the test.
     """
 
     source: Source
-    split: Literal["documents", "auto"] = "documents"
+    split: Literal["documents", "auto", "groups"] = "documents"
     val_fraction: float = 0.0
     test_fraction: float = 0.0
 
@@ -93,14 +135,26 @@ class SplitDocuments:
                     return None
         return lengths
 
+    @cached_property
+    def groups(self) -> list[int] | None:
+        """The first document of the group of each, if they are grouped."""
+        if self.split != "groups" or not self.val_fraction + self.test_fraction:
+            return None
+        return groups_of(self.source.documents())
+
     def __iter__(self) -> Iterator[tuple[Side, Piece]]:
         if self.few is not None:
             yield from self._parts(self.few)
             return
-        starts_document, side = True, SIDES[0]
+        starts_document, side, number = True, SIDES[0], 0
+        sides: list[Side] = []
         for piece in self.source.pieces():
             if starts_document:
                 side = side_of(piece.text, self.val_fraction, self.test_fraction)
+                if self.groups is not None:
+                    sides.append(side)
+                    side = sides[self.groups[number]]
+                number += 1
             yield side, piece
             starts_document = piece.ends_document
 

@@ -36,7 +36,7 @@ from lightning_modules.common.targets import IGNORED
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-Split = Literal["auto", "tail", "documents"]
+Split = Literal["auto", "groups", "tail", "documents"]
 
 _FORMAT = 2  # increase it when the content of the files changes, so that older files are not read
 _BATCH_CHARACTERS = 2**20  # encoded at once on all cores; memory use grows with it
@@ -74,8 +74,8 @@ def prepare_tokens(
         source: Text to tokenise.
         tokenizer: Tokenizer of the text.
         cache_dir: Folder for the files. Their subfolder depends on the source, the tokenizer and the split.
-        split: `tail` holds out the last tokens, those of the test after those of the validation; `documents` and `auto`
-            hold out documents or the ends of few, see `SplitDocuments`.
+        split: `tail` holds out the last tokens, those of the test after those of the validation; `documents`, `auto`
+            and `groups` hold out documents or the ends of few, see `SplitDocuments`.
         val_fraction: Part of the tokens (`tail`), or of the documents, that is held out for validation.
         test_fraction: Part that is held out for the test.
 

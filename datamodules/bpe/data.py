@@ -32,7 +32,7 @@ class BPEDataModule(ExperimentDataModule):
             than 1 helps only if a source is slow for other reasons than the disk or the network.
         split: `documents`: a hash of its beginning chooses the split of a document, so that copies share a split, and
             all runs and processes agree. `auto`: the same if there are more than 20; of fewer, the end of each is held
-            out.
+            out. `groups`: as `auto`, but documents with many lines in common share a split.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class BPEDataModule(ExperimentDataModule):
         val_source: AnySource | None = None,
         test_source: AnySource | None = None,
         num_workers: NonNegativeInt = 0,
-        split: Literal["auto", "documents"] = "documents",
+        split: Literal["auto", "groups", "documents"] = "documents",
     ) -> None:
         super().__init__(batch_size, num_workers)
         require_fractions(val_fraction, test_fraction)

@@ -29,7 +29,7 @@ class PretrainDataModule(TokenDataModule):
             from epoch to epoch.
         split: `tail` holds out the end of the text. `documents` holds out documents, drawn by a hash of their
             beginning, so that copies share a split. `auto` does the same if there are more than 20, and holds out the
-            end of each if there are fewer.
+            end of each if there are fewer. `groups` is `auto`, but documents with many lines in common share a split.
         val_fraction: Part of the text to hold out for validation (0 to less than 1).
         test_fraction: Part of the text to hold out for the test (0 to less than 1).
         val_source: Text for validation, in place of a part of `source`.

@@ -46,7 +46,8 @@ class GPTNeoStyleDataModule(TokenDataModule):
         num_workers: Processes that load ahead; 0 loads in the training process.
         seed: Seed of the order of the blocks, 0 or more.
         base_split: How the part of `base_source` is chosen: `documents` are drawn by a hash of their beginning; `auto`
-            does the same if there are more than 20, and takes the end of each if there are fewer.
+            does the same if there are more than 20, and takes the end of each if there are fewer; `groups` is `auto`,
+            but documents with many lines in common go together.
 
     Raises:
         MisconfigurationException: If there is no book, or nothing is left to train on.
@@ -68,7 +69,7 @@ class GPTNeoStyleDataModule(TokenDataModule):
         cache_dir: str | None = None,
         num_workers: NonNegativeInt = 0,
         seed: NonNegativeInt = 0,
-        base_split: Literal["auto", "documents"] = "documents",
+        base_split: Literal["auto", "groups", "documents"] = "documents",
     ) -> None:
         fractions = val_fraction, test_fraction
         super().__init__(block_size, batch_size, tokenizer, *fractions, cache_dir, num_workers, seed)

@@ -6,7 +6,7 @@ import pytest
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from datamodules.sources import ListText, Piece, Source
-from datamodules.splits import FEW, SIDES, SplitDocuments, describe, require_fractions, side_of, sides_of
+from datamodules.splits import FEW, SIDES, SplitDocuments, describe, groups_of, require_fractions, side_of, sides_of
 
 
 @pytest.mark.parametrize("fractions", [(0.0, 0.0), (0.5, 0.49), (0.0, 0.99)])
@@ -130,3 +130,40 @@ def test_no_more_is_read_than_decides_the_split():
 def test_the_line_about_a_split(split, documents, fractions, line):
     sizes = {"train": 1_400_000, "val": 500_000, "test": 100_000}
     assert describe(split, dict(zip(SIDES, documents, strict=True)), sizes, *fractions) == line
+
+
+# --- near copies -----------------------------------------------------------------------------------------------------
+
+
+def document(number, n_lines=10):
+    return "".join(f"document {number}, line {line}: a line that has forty characters\n" for line in range(n_lines))
+
+
+def test_documents_that_share_half_of_their_long_lines_are_a_group():
+    half = "".join(document(0).splitlines(True)[5:] + document(7).splitlines(True)[:5])
+    part = "".join(document(2).splitlines(True)[:4] + ["short\n"] * 30)
+    little = "".join(document(2).splitlines(True)[6:] + document(8).splitlines(True))
+    documents = [document(0), document(1), document(2), half, part, little, document(1) + "One more.", "a\n", " a", "b"]
+    assert groups_of(documents) == [0, 1, 2, 0, 2, 5, 1, 7, 7, 9]
+
+
+def test_a_group_grows_by_each_of_its_documents():
+    lines = [document(number).splitlines(True) for number in range(3)]
+    chain = ["".join(lines[0] + lines[1]), "".join(lines[1] + lines[2]), "".join(lines[2]), document(4)]
+    assert groups_of(chain) == [0, 0, 0, 3]
+
+
+def test_lines_of_many_documents_make_no_group():
+    licence = "".join(f"line {line} of a licence that many documents have\n" for line in range(30))
+    groups = groups_of([licence + document(number, 5) for number in range(40)])
+    assert groups == list(range(40))
+
+
+def test_near_copies_share_a_split_and_the_others_stay_where_they_were():
+    documents = [document(number) for number in range(60)]
+    copies = [document(number) + "And some more.\n" for number in range(60)]
+    found = parts([*documents, *copies], 0.2, 0.1, split="groups")
+    alone = parts(documents, 0.2, 0.1, split="documents")
+    for side in SIDES:
+        assert found[side][: len(alone[side])] == alone[side]
+        assert found[side][len(alone[side]) :] == [text + "And some more.\n" for text in alone[side]]
