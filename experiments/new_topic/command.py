@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from experiments.errors import CommandParser, UserError
+from experiments.names import SHIPPED
 
 FOLDERS = ("experiments", "lightning_modules", "datamodules", "tests")
 TEMPLATE = Path(__file__).parent / "template"
 _TOPIC = "majority"  # the name of the topic in the template
-_GUIDE = "experiments/guides/your_topic.md"
+_GUIDE = SHIPPED / "guides" / "your_topic.md"
 
 
 def main(args: Sequence[str]) -> None:
@@ -35,7 +36,8 @@ def main(args: Sequence[str]) -> None:
         print("wrote   a row of the table in README.md")
     print(f"next    llm-train fit -c {name}/offline")
     print(f"        python -m pytest {folders[-1]}")
-    print(f"read    {_GUIDE}, and replace what the template does")
+    guide = _GUIDE.relative_to(Path.cwd()) if _GUIDE.is_relative_to(Path.cwd()) else _GUIDE
+    print(f"read    {guide}, and replace what the template does")
 
 
 def write_topic(name: str, root: Path) -> list[Path]:

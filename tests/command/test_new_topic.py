@@ -78,6 +78,7 @@ def test_outside_a_checkout_a_topic_is_a_package_of_the_user(llm_train, monkeypa
     written = llm_train("new", "package_of_a_test")
     assert written.code == 0, written.err
     assert "python -m pytest package_of_a_test\n" in written.out
+    assert Path(re.search(r"^read    (.*), and", written.out, re.MULTILINE)[1]).is_file()
     files = {path.relative_to(Path.cwd()): path for path in Path.cwd().rglob("*") if path.is_file()}
     assert {path.parts[0] for path in files} == {"package_of_a_test"}
     assert not [path for path, file in files.items() if "ajority" in path.name or "ajority" in file.read_text()]
