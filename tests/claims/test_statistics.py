@@ -76,6 +76,9 @@ def test_few_shared_seeds_do_not_drop_the_other_runs():
     assert found.how == "Welch, 10 and 10 runs"
     assert found.mean == pytest.approx(np.mean(ours) - np.mean(theirs))
     assert is_clear(found)
+    ours -= 2.5
+    theirs[:2] = ours[8:] - (1.0, 1.0001)  # by chance these two pairs have nearly the same difference
+    assert difference(by_seed(ours), by_seed(theirs, first=8)).how == "Welch, 10 and 10 runs"
 
 
 @pytest.mark.parametrize(
