@@ -123,7 +123,7 @@ def beginning(settings: dict[str, str], command: str) -> list[str]:
 
 
 @pytest.fixture
-def run_page(llm_train, monkeypatch, tmp_path):
+def run_page(llm_train, no_pictures, monkeypatch, tmp_path):
     """Return a function that runs a page in the working folder of the test, as a session of a user."""
     imported = set(sys.modules)
     monkeypatch.setattr("sys.stdin", io.StringIO())  # a chat ends with its input
