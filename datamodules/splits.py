@@ -74,10 +74,10 @@ def groups_of(documents: Iterable[str]) -> list[int]:
             places[line].append(number)
     most = max(_MANY, len(lines) // _MANY)
     own = [[line for line in hashes if len(places[line]) <= most] for hashes in lines]
-    for number, hashes in enumerate(own):
-        shared = Counter(other for line in hashes for other in places[line] if other < number)
+    for number, counted in enumerate(own):
+        shared = Counter(other for line in counted for other in places[line] if other < number)
         for other, n in shared.items():
-            if 2 * n >= min(len(hashes), len(own[other])):
+            if 2 * n >= min(len(counted), len(own[other])):
                 one, two = sorted((first(number), first(other)))
                 group[two] = one
     return [first(number) for number in range(len(group))]

@@ -259,6 +259,11 @@ def test_paths_folders_and_patterns_are_sources(files, given, documents):
     assert list(source_of(given).documents()) == documents
 
 
+def test_fingerprints_are_those_of_earlier_versions():
+    assert ListText(["a"]).fingerprint() == "19f18eec4f09cb8f9f3d"
+    assert HubText("owner/name", max_documents=3).fingerprint() == "2da5353a68e6a94cbf32"
+
+
 def test_what_a_setting_names():
     source = ListText(["a"])
     assert source_of(source) is source

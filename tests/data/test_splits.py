@@ -32,6 +32,12 @@ def test_a_split_has_about_its_fraction_of_the_documents_and_copies_share_one():
     assert {side_of(document, 0.0, 0.0) for document in documents} == {"train"}
 
 
+def test_documents_are_in_the_splits_of_earlier_versions():
+    sides = [side_of(f"document {i}", 0.2, 0.2) for i in range(12)]
+    test, val, train = "test", "val", "train"
+    assert sides == [test, val, test, val, train, val, val, val, test, train, train, test]
+
+
 def test_few_texts_have_the_fractions_exactly_and_copies_share_a_split():
     texts = [f"text {i % 30}" for i in range(60)]
     sides = sides_of(texts, 0.1, 0.2)

@@ -1,6 +1,7 @@
 """Tokenizers of bytes and of characters, from a folder, from a file and from the hub."""
 
 import json
+from pathlib import Path
 from unittest import mock
 
 import numpy as np
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+import experiments
 from datamodules import sources
 from datamodules.sources import ListText
 from datamodules.tokenizers import (
@@ -162,11 +164,12 @@ def test_fingerprints_differ(bpe_folder):
 
 
 def test_a_missing_tokenizer_of_a_run_names_the_command_that_makes_it(tmp_path):
-    for name in (str(tmp_path / "runs/bpe/offline/tokenizer"), "runs/bpe/offline/tokenizer/tokenizer.json"):
-        assert one_line_error(name).endswith("does not exist: `llm-train fit -c bpe/offline` makes one")
-    (tmp_path / "runs/bpe/mine/tokenizer").mkdir(parents=True)
-    assert one_line_error("runs/bpe/my/tokenizer").endswith(
-        "`llm-train fit -c bpe/offline --run.name my` makes one; there is runs/bpe/mine/tokenizer"
+    topic = next(Path(experiments.__file__).parent.glob("*/offline.yaml")).parent.name
+    for name in (str(tmp_path / f"runs/{topic}/offline/tokenizer"), f"runs/{topic}/offline/tokenizer/tokenizer.json"):
+        assert one_line_error(name).endswith(f"does not exist: `llm-train fit -c {topic}/offline` makes one")
+    (tmp_path / f"runs/{topic}/mine/tokenizer").mkdir(parents=True)
+    assert one_line_error(f"runs/{topic}/my/tokenizer").endswith(
+        f"`llm-train fit -c {topic}/offline --run.name my` makes one; there is runs/{topic}/mine/tokenizer"
     )
     for name in ("./elsewhere", "runs/words/offline/tokenizer"):
         assert "llm-train" not in one_line_error(name)
