@@ -51,7 +51,7 @@ class Run:
         folder = self.folder / "tokenizer"
         if not folder.is_dir():  # its name must not become one on the hub
             raise MisconfigurationException(
-                f"--run {self.folder}: there is no tokenizer in it; train with the callback "
+                f"{self.folder}: there is no tokenizer in it; train with the callback "
                 "lightning_modules.runtime.export.ExportModel, which saves it"
             )
         return load_tokenizer(str(folder.resolve()))
@@ -137,7 +137,7 @@ class Run:
         return import_class(self.config["data"]["class_path"], trust.of_run(self.allow))
 
     def _cannot(self, what: str) -> MisconfigurationException:
-        return MisconfigurationException(f"--run {self.folder}: a {type(self.module).__name__} does not {what}")
+        return MisconfigurationException(f"{self.folder}: a {type(self.module).__name__} does not {what}")
 
 
 def load_run(
@@ -164,7 +164,7 @@ def load_run(
     folder = Path(folder).expanduser()
     if not (folder / CONFIG).is_file():
         raise MisconfigurationException(
-            f"--run {folder}: no {CONFIG} in it; give the folder of a run, such as runs/TOPIC/NAME"
+            f"{folder}: no {CONFIG} in it; give the folder of a run, such as runs/TOPIC/NAME"
         )
     config = read_yaml(folder / CONFIG)
     module_class: Any = import_class(config["model"]["class_path"], trust.of_run(allow))

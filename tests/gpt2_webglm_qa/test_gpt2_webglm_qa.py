@@ -413,7 +413,7 @@ def test_a_mistake_in_the_records_is_one_line(llm_train, qa):
         ),
         (
             lambda base: GPT2WebGLMQAModule("runs/decoder_pretrain/offline", vocab_size=257, block_size=CONTEXT),
-            "`llm-train fit -c experiments/decoder_pretrain/offline",
+            "`llm-train fit -c decoder_pretrain/offline",
         ),
     ],
     ids=["not linked", "too long", "no base"],
