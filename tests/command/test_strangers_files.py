@@ -158,8 +158,14 @@ ON_THE_RUN = {
 
 
 @pytest.fixture
-def stranger(whole: Callable[..., Path], tiny: Callable[..., Path], tmp_path: Path, watch: Watch) -> Iterator[Path]:
-    """Return the folder of a run that came from elsewhere; it is the working folder, and commands are watched."""
+def stranger(
+    whole: Callable[..., Path],
+    tiny: Callable[..., Path],
+    tmp_path: Path,
+    watch: Watch,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Iterator[Path]:
+    """Return the folder of a run that came from elsewhere; its code could be imported if a command tried to."""
     tiny()
     run = tmp_path / "downloads/run"
     shutil.copytree(whole(trainer__max_steps=8), run)
@@ -168,8 +174,10 @@ def stranger(whole: Callable[..., Path], tiny: Callable[..., Path], tmp_path: Pa
     settings = {"source__init_args__paths": text, "tokenizer": "tokenizer"}
     settings = {f"data__init_args__{name}": value for name, value in settings.items()}
     (run / "config.yaml").write_text(yaml.safe_dump(with_settings(config, settings)))
+    monkeypatch.setattr(sys, "path", [*sys.path, str(run)])
     yield run
     watch.off()
+    sys.modules.pop("hostile", None)
 
 
 def test_every_command_is_in_the_table():
