@@ -34,6 +34,7 @@ _UNKNOWN_OPTION = re.compile(r"(?:does not accept option|Option) '([\w.]+)'|unre
 _GIVEN_PATH = re.compile(r"class_path '([\w.]+)'|dot import path string: ([\w.]+)")
 _HIDDEN = re.compile(r"(?:No module named|module) '(experiments|lightning_modules|datamodules)\b")
 _LITERAL = re.compile(r"Expected a typing\.Literal\[(.*?)\]")
+_GIVEN = re.compile(r", got (.*)$")
 _BARE_PATH = re.compile(r"[\w.]+")
 _NO_PATH = "is no class path such as package.module.Class"
 _NO_ATTRIBUTE = re.compile(r"module '([\w.]+)' has no attribute '(\w+)'")
@@ -123,21 +124,22 @@ def one_line(message: str, options: Sequence[str], command_line: Sequence[str]) 
         typed = missing[2]
         similar = _closest(typed, dir(importlib.import_module(missing[1])))
     flag = _flag_of(key, typed, command_line)
-    if similar is None and flag and (choices := _LITERAL.findall(message)):
-        similar = _closest(_value_of(flag, command_line), re.findall(r"'([^']*)'", "".join(choices)))
-    hint = f" (did you mean {similar!r}?)" if similar else ""
     if flag and what.startswith("expected ") and "got " not in what:
         what += f", got {_value_of(flag, command_line)}"
+    if similar is None and (choices := _LITERAL.findall(message)) and (given := _GIVEN.search(what)):
+        similar = _closest(given[1], re.findall(r"'([^']*)'", "".join(choices)))
+    hint = f" (did you mean {similar!r}?)" if similar else ""
     where = "--" if flag and key else "" if flag or is_word else _place(typed, command_line)
     return f"{where}{key + ': ' if key else ''}{what}{hint}"
 
 
 def _that_matter(reasons: Sequence[str]) -> list[str]:
     """Return the reasons without those of types that the user did not mean, and with the values of all in one."""
-    choices = [value for reason in reasons for text in _LITERAL.findall(reason) for value in text.split(", ")]
-    if choices:
-        others = [reason for reason in reasons if not _LITERAL.search(reason) and not reason.startswith("expected ")]
-        reasons = [*others, f"expected one of {', '.join(dict.fromkeys(choices))}"]
+    if choosing := [reason for reason in reasons if _LITERAL.search(reason)]:
+        choices = [value for reason in choosing for text in _LITERAL.findall(reason) for value in text.split(", ")]
+        given = _GIVEN.search(choosing[0])
+        others = [reason for reason in reasons if reason not in choosing and not reason.startswith("expected ")]
+        reasons = [*others, f"expected one of {', '.join(dict.fromkeys(choices))}{given[0] if given else ''}"]
     if any(reason.startswith("expected ") for reason in reasons):
         reasons = [reason for reason in reasons if not reason.endswith(_NO_PATH)]
     first = next((i for i, reason in enumerate(reasons) if not _BARE_PATH.fullmatch(reason)), 0)

@@ -184,7 +184,6 @@ def fit_arguments(
         "batch_size": 20,
     }
     config["trainer"] |= {"val_check_interval": 3, "log_every_n_steps": 1}
-    del config["trainer"]["callbacks+"]
     config["trainer"]["callbacks"] = [
         {"class_path": "lightning_modules.runtime.reproducible.ReproducibleSteps"},
         {"class_path": "lightning_modules.runtime.checkpoint.RunCheckpoint"},

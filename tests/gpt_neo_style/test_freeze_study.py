@@ -51,7 +51,6 @@ def test_arms_add_their_callbacks_to_those_of_an_experiment(llm_train, tiny):
     defaults = yaml.safe_load(DEFAULTS.read_text())["trainer"]["callbacks"]
     assert [callback["class_path"] for callback in callbacks] == [
         *(callback["class_path"] for callback in defaults),
-        "lightning_modules.runtime.export.ExportModel",
         "lightning_modules.finetuning.freeze.GradualUnfreezing",
         "lightning_modules.finetuning.lora.LoRA",
     ]
