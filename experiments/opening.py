@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from lightning_modules.base import GradientFreeModule
+from lightning_modules.runtime.stages import lacks_validation
 
 Lines = list[tuple[str, str]]  # a word of at most seven letters, and a text
 
@@ -21,6 +22,9 @@ def opening_lines(trainer: L.Trainer, module: L.LightningModule, folder: Path) -
     lines = [("run", where), ("model", model)]
     if data := _data(trainer):
         lines.append(("epoch", data))
+    if lacks_validation(trainer):
+        reason = "trainer.limit_val_batches is 0" if trainer.limit_val_batches == 0 else "no data is held out"
+        lines.append(("val", f"none, since {reason}; the run writes no best checkpoint"))
     return [*lines, ("steps", _steps(trainer)), ("device", _device(trainer))]
 
 
@@ -53,6 +57,8 @@ def _steps(trainer: L.Trainer) -> str:
     total, batches = trainer.estimated_stepping_batches, trainer.num_training_batches
     size = getattr(getattr(trainer.train_dataloader, "sampler", None), "batch_size", None)
     each = f" of {size * trainer.accumulate_grad_batches:,} examples" if size else ""
+    if total < 0:  # the data does not say how long an epoch is
+        return f"{trainer.max_epochs} epoch{'s' if trainer.max_epochs != 1 else ''} of unknown length"
     if not math.isfinite(total):
         return f"no limit{each and f', each{each}'}"
     if not math.isfinite(batches):

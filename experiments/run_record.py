@@ -19,13 +19,16 @@ import yaml
 from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
+from experiments import options
 from experiments.opening import block, opening_lines
+from experiments.parser import ExperimentParser
 from experiments.run_folder import CONFIG, RunFolder
 from experiments.trust import SESSION_KEYS, unknown_packages
 from lightning_modules.common.files import read_json, write_json, write_text
 from lightning_modules.common.messages import say
 from lightning_modules.runtime.checkpoint import RunCheckpoint
 from lightning_modules.runtime.loggers import MetricsCSV, WandbRecorder
+from lightning_modules.runtime.stages import lacks_validation
 
 if TYPE_CHECKING:
     from experiments.cli import ExperimentCLI
@@ -193,17 +196,28 @@ class RunRecord(SaveConfigCallback):
     def _next_command(self, pl_module: L.LightningModule) -> str | None:
         """Return the command that the module proposes after a run, or one for which the run has the files."""
         run, quoted = self._run, shlex.quote(str(self._run.path))
-        proposed = pl_module.next_command(quoted)
+        checkpoint = next((name for name in ("best", "last") if run.checkpoint(name).is_file()), "")
+        proposed = pl_module.next_command(quoted).replace("--ckpt_path best", f"--ckpt_path {checkpoint}")
         needs = {
             "llm-train generate": run.path / "tokenizer",
             f"{quoted}/tokenizer": run.path / "tokenizer",
             f"--model.base {quoted}": run.path / "model",
-            "--ckpt_path best": run.checkpoint("best"),
+            "--ckpt_path": run.checkpoint(checkpoint),
         }
-        if all(path.exists() for text, path in needs.items() if text in proposed):
-            return proposed
-        name = next((name for name in ("best", "last") if run.checkpoint(name).is_file()), None)
-        return name and f"llm-train validate -c {quoted}/{CONFIG} --ckpt_path {name}"
+        if not all(path.exists() for text, path in needs.items() if text in proposed):
+            proposed = f"llm-train validate -c {quoted}/{CONFIG} --ckpt_path {checkpoint}"
+        is_validation = proposed.startswith("llm-train validate")
+        if is_validation and (not checkpoint or lacks_validation(pl_module.trainer)):
+            return None
+        settings = ("run.root", "run.name", *pl_module.settings_of_next)
+        return " ".join([proposed, *(_given(settings) if proposed.startswith("llm-train fit") else ())])
+
+
+def _given(settings: Iterable[str]) -> Iterator[str]:
+    """Yield the flags of the command line that give some settings, or settings below them, with their values."""
+    for flag, value in options.flags(ExperimentParser.command_line):
+        if any(f"{flag}.".startswith(f"--{name}.") for name in settings):
+            yield f"{flag} {shlex.quote(value)}"
 
 
 def _of(kind: type, objects: Iterable[object]) -> list[Any]:

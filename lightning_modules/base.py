@@ -3,7 +3,7 @@
 import copy
 import inspect
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 import lightning as L
@@ -59,6 +59,8 @@ class ExperimentModule(L.LightningModule):
     # Dimensions of the entries of a batch whose sizes vary in training. They are variables in a compiled loss; each
     # other size is a constant, and a new one compiles the loss again.
     varying_sizes: ClassVar[Mapping[str, int]] = {}
+    # Settings that `next_command` needs as well if flags give them, such as `data.source`.
+    settings_of_next: ClassVar[Sequence[str]] = ()
     compile_backend = "inductor"
     _data: Any = None
 

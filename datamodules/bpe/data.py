@@ -70,7 +70,7 @@ class BPEDataModule(ExperimentDataModule):
             if self.splits[split].is_empty():
                 raise MisconfigurationException(
                     f"there is no {split} text: no document was assigned to it; set data.{split}_fraction higher, "
-                    f"give data.{split}_source"
+                    f"or give data.{split}_source"
                     + (", or set data.split auto, which cuts few documents" if self.text.split == "documents" else "")
                 )
         if (few := self.text.few) is not None:

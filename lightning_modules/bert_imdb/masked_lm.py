@@ -58,6 +58,7 @@ class BertMaskedLMModule(ExperimentModule):
     """
 
     varying_sizes: ClassVar = {"input_ids": 1, "attention_mask": 1, "targets": 1, "places": 0}
+    settings_of_next = ("data.reviews",)
     within_records = False  # whether the attention takes the ends of the reviews, `cu_seqlens`, in place of a mask
 
     def __init__(
@@ -127,9 +128,7 @@ class BertMaskedLMModule(ExperimentModule):
 
     def next_command(self, run: str) -> str:
         """Return the command that trains a classifier on this encoder."""
-        return (
-            f"llm-train fit -c experiments/bert_imdb/offline.yaml --model.base {run} --data.tokenizer {run}/tokenizer"
-        )
+        return f"llm-train fit -c bert_imdb/offline --model.base {run} --data.tokenizer {run}/tokenizer"
 
     def save_pretrained(self, folder: Path) -> None:
         """Write the model in the format of Transformers; `AutoModel` loads its encoder."""

@@ -55,6 +55,8 @@ class BPEModule(GradientFreeModule):
         count_workers: Processes that count words in addition to this one; 0 counts in this one.
     """
 
+    settings_of_next = ("data.source",)
+
     def __init__(
         self,
         vocabulary_size: PositiveInt = 8192,
@@ -222,7 +224,7 @@ class BPEModule(GradientFreeModule):
 
     def next_command(self, run: str) -> str:
         """Return the command that pretrains a decoder with the tokenizer."""
-        return f"llm-train fit -c experiments/decoder_pretrain/offline.yaml --data.tokenizer {run}/tokenizer"
+        return f"llm-train fit -c decoder_pretrain/offline --data.tokenizer {run}/tokenizer"
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the counts of all processes and the merges, as tensors."""

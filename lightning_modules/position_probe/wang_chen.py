@@ -32,6 +32,7 @@ class WangChenModule(KeepsBufferDtypes, GradientFreeModule):
         penalty: Strength of the L2 penalty of the logistic regression; the paper uses 1, the default of scikit-learn.
     """
 
+    settings_of_next = ("data.source", "data.n_embd")
     # Lightning skips the validation of a module that does not override these hooks.
     validation_step = L.LightningModule.validation_step
     test_step = L.LightningModule.test_step
@@ -42,7 +43,7 @@ class WangChenModule(KeepsBufferDtypes, GradientFreeModule):
 
     def next_command(self, run: str) -> str:
         """Return the command that probes GPT-2 with whole blocks of positions held out."""
-        return "llm-train fit -c experiments/position_probe/full.yaml"
+        return "llm-train fit -c position_probe/full"
 
     def setup(self, stage: str) -> None:
         """Register the sums of the errors over the repetitions, which are the state of this module."""

@@ -178,7 +178,22 @@ def test_the_tokenizer_is_what_the_decoder_takes(whole):
     data = PretrainDataModule(source, block_size=16, batch_size=4, tokenizer=str(whole / "tokenizer"), val_fraction=0.2)
     assert data.vocab_size == SIZE
     command = BPEModule().next_command(str(whole))
-    assert command == f"llm-train fit -c experiments/decoder_pretrain/offline.yaml --data.tokenizer {whole}/tokenizer"
+    assert command == f"llm-train fit -c decoder_pretrain/offline --data.tokenizer {whole}/tokenizer"
+
+
+def test_a_text_given_by_a_flag_is_that_of_the_next_command_too(llm_train, config, no_figures):
+    Path("a text.txt").write_text("One short line, and not more.\n")
+    flags = ("--data.source", "a text.txt", "--run.name=mine", "--data.val_fraction", "0", "--data.test_fraction=0")
+    done = llm_train("fit", "-c", config, *flags)
+    assert done.code == 0, done.err
+    assert "so the vocabulary has 276 tokens, not 400; give more text" in done.err
+    assert "val     none, since no data is held out; the run writes no best checkpoint\n" in done.err
+    assert "steps   1 epoch of unknown length\n" in done.err
+    assert done.err.splitlines()[-1] == (
+        "next    llm-train fit -c decoder_pretrain/offline --data.tokenizer runs/bpe/mine/tokenizer "
+        "--data.source 'a text.txt' --run.name mine"
+    )
+    assert "ranks is zero" not in done.err  # a warning of Lightning
 
 
 def test_a_trial_run_leaves_nothing(llm_train, config):

@@ -289,7 +289,7 @@ def test_wang_chen_module_has_no_validation_and_no_test():
     module = WangChenModule()
     assert not is_overridden("validation_step", module)
     assert not is_overridden("test_step", module)
-    assert "full.yaml" in module.next_command("runs/position_probe/wang_chen")
+    assert module.next_command("runs/position_probe/wang_chen") == "llm-train fit -c position_probe/full"
 
 
 def test_pairs_too_few_for_their_folds():
