@@ -10,7 +10,7 @@ A page runs in one empty folder, small. What is run:
 - `python FILE.py` as a line runs a file, as a program of its own.
 
 A command must succeed, unless a line `error: ...` follows it, which it must print (`...` stands for any text).
-Name shipped experiments as a reader in an empty folder does (`-c bpe/offline`), not by a path in the clone.
+Name shipped experiments as a reader in an empty folder does (`-c TOPIC/offline`), not by a path in the clone.
 
 Each shipped experiment that a command names is made small by tests/TOPIC/conf.yaml. For the rest, a page may begin with
 an HTML comment, which a reader does not see, of YAML with these keys; what a key names must be on the page:
@@ -22,12 +22,12 @@ an HTML comment, which a reader does not see, of YAML with these keys; what a ke
       films.csv: {head: "text,label\n", repeat: "fine,good\ndull,bad\n", times: 40}
       my-base: {base: gpt_neo}          # a folder with the model that `save_gpt_neo` of tests/tiny_bases.py writes
     small:                              # flags added to the commands that begin with the key (after `llm-train `)
-      fit -c decoder_pretrain/offline: --model.n_layer 1 --trainer.max_steps 2
+      fit -c my.yaml: --model.n_layer 1 --trainer.max_steps 2
       generate: --max_new_tokens 2
     replace:                            # in commands, Python and files
       max_steps=500: max_steps=2
     skip:                               # commands that begin with the key are not run, and why
-      fit -c decoder_pretrain/gpt2_124m: it needs a GPU
+      fit -c large.yaml: it needs a GPU
     -->
 """
 
@@ -45,7 +45,7 @@ from typing import Any
 import pytest
 import tiny_bases
 import yaml
-from helpers import text
+from helpers import TINY, text
 from shortened import shortened
 
 ROOT = Path(__file__).parents[2]
@@ -185,7 +185,7 @@ small:
 replace:
   n_embd=1000: n_embd=16
 skip:
-  fit -c decoder_pretrain/gpt2_124m: it needs a GPU
+  fit -c large.yaml: it needs a GPU
 -->
 # A page
 
@@ -214,7 +214,7 @@ from my_package.mine import n
 seen = [n, Path("films.csv").read_text(), Path("bases/mine/config.json").is_file()]
 ```
 
-    llm-train fit -c decoder_pretrain/gpt2_124m
+    llm-train fit -c large.yaml
     python my_package/mine.py
     WANDB_MODE=offline llm-train fti
     error: no such command: 'fti' (did you mean ...?)
@@ -228,11 +228,12 @@ def test_what_is_run_of_a_page_is_found_and_made_small():
         ("file", "n = 3", "my_package"),
         ("python", "from my_package.mine import n", ""),
         ("python", 'seen = [n, Path("films.csv").read_text(), Path("bases/mine/config.json").is_file()]', ""),
-        ("command", "llm-train fit -c decoder_pretrain/gpt2_124m", ""),
+        ("command", "llm-train fit -c large.yaml", ""),
         ("command", "python my_package/mine.py", ""),
         ("command", "WANDB_MODE=offline llm-train fti", "error: no "),
     ]
-    assert small(["fit", "-c", "bpe/offline", "--x", "1"])[:4] == ["fit", "-c", "bpe/offline", "-c"]
+    shipped = f"{TINY.parent.name}/offline"
+    assert small(["fit", "-c", shipped, "--x", "1"])[:4] == ["fit", "-c", shipped, "-c"]
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from helpers import RUNS, text
+from helpers import RUNS, TINY, text
 from printed import FOUND, experiments_of, kind_of, runs_of, stand_in
-from shortened import ROOT, offline_experiments, run_of, shortened
+from shortened import ROOT, needs, offline_experiments, run_of, shortened
 
 from experiments.__main__ import COMMANDS
 
@@ -24,23 +24,20 @@ ELSEWHERE = {
     "study TOPIC/STUDY --jobs 2": "tests/study",
     "fit -c FILE.yaml --trainer.callbacks+ my_package.MyCallback": "tests/command/test_working_folder.py",
 }
-# Experiments that no test runs: they download a model or a corpus that nothing small takes the place of.
-DOWNLOADS = {
-    "bert_imdb": ["domain_pretrain", "frozen_base", "full", "minilm_frozen", "minilm_full"],
-    "bpe": ["full"],
-    "gpt2_webglm_qa": ["full", "smollm2"],
-    "gpt_neo_style": ["full", "smollm2"],
-    "position_probe": ["minilm", "wang_chen"],
-}
+READS_TOKENIZER = ROOT / "experiments" / TINY.parent.name / "offline.yaml"
 BY_OTHER_TESTS = ("experiment", "study", "run", "compare", "guide", "claims")
 
 
-def is_downloaded(command: str) -> bool:
-    file = experiments_of(command)[0]
-    return file.stem in DOWNLOADS.get(file.parent.name, ())
+def downloads(experiment: Path) -> bool:
+    """Return whether conf.yaml of the topic has nothing small in place of what an experiment downloads.
+
+    tests/finetuning/test_rehearsals.py runs those that download a model.
+    """
+    conf = yaml.safe_load((ROOT / "tests" / experiment.parent.name / "conf.yaml").read_text())
+    return "# Downloads:" in experiment.read_text() and experiment.stem not in conf
 
 
-VARIANTS = [command for command in FOUND if kind_of(command) == "variant" and not is_downloaded(command)]
+VARIANTS = [command for command in FOUND if kind_of(command) == "variant" and not downloads(experiments_of(command)[0])]
 GENERAL = [command for command in FOUND if kind_of(command) == "general" and command not in ELSEWHERE]
 
 
@@ -54,9 +51,6 @@ def test_every_command_is_run_by_a_test():
     others = [command for command in FOUND if kind_of(command) not in (*BY_OTHER_TESTS, "variant")]
     assert [command for command in others if command not in ours] == []
     assert [command for command in ELSEWHERE if command not in FOUND] == []
-    for topic, names in DOWNLOADS.items():
-        for name in names:
-            assert "# Downloads:" in (ROOT / f"experiments/{topic}/{name}.yaml").read_text()
     # The tests of the experiments run the rest, after a run, or an arm of a study, that they train.
     runs = [str(run_of(path)) for path in offline_experiments()]
     studies = [f"runs/{path.parents[1].name}/{path.stem}" for path in ROOT.glob("experiments/*/studies/*.yaml")]
@@ -86,9 +80,8 @@ def files(tmp_path: Path) -> None:
 @pytest.mark.parametrize("command", VARIANTS)
 def test_an_experiment_with_other_settings_runs_shortened(llm_train, files, make_what_it_needs, no_pictures, command):
     experiment = experiments_of(command)[0]
-    reads_tokenizer = ROOT / "experiments/decoder_pretrain/offline.yaml"
-    make_what_it_needs(reads_tokenizer if "FOLDER" in command else experiment)
-    command = command.replace("FOLDER", "runs/bpe/offline/tokenizer").replace("=FILE", "=films.csv")
+    make_what_it_needs(READS_TOKENIZER if "FOLDER" in command else experiment)
+    command = command.replace("FOLDER", f"{run_of(needs(READS_TOKENIZER)[0])}/tokenizer").replace("=FILE", "=films.csv")
     words = shlex.split(command)
     at = words.index("-c") + 2
     small = shortened(experiment)
@@ -128,6 +121,12 @@ def test_a_study_with_other_settings_is_planned(llm_train, files, command):
 
 
 def test_the_next_command_of_a_run_without_a_tokenizer_works(llm_train, tiny):
-    done = llm_train("fit", "-c", tiny(**{"trainer__callbacks+": []}))
+    callbacks = [{"class_path": "lightning_modules.runtime.checkpoint.RunCheckpoint"}]
+    done = llm_train("fit", "-c", tiny(trainer__callbacks=callbacks))
     (following,) = (line for line in done.err.splitlines() if line.startswith("next"))
+    assert following == f"next    llm-train validate -c {RUNS}/tiny/config.yaml --ckpt_path best"
     assert llm_train(*shlex.split(following)[2:]).code == 0
+    # Without a validation there is no best checkpoint, and nothing to validate.
+    done = llm_train("fit", "-c", tiny(trainer__callbacks=callbacks, trainer__limit_val_batches=0))
+    assert "val     none, since trainer.limit_val_batches is 0; the run writes no best checkpoint" in done.err
+    assert "next" not in done.err

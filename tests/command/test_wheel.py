@@ -9,8 +9,10 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from shortened import ROOT, shortened
+from helpers import TINY
+from shortened import ROOT, length, shortened
 
+EXPERIMENTS = ROOT / "experiments"
 PACKAGES = ("experiments", "lightning_modules", "datamodules")
 NOT_SHIPPED = {"README.md", ".png"}  # pages and figures of the topics are for readers of the repository
 
@@ -67,21 +69,20 @@ def test_the_wheel_holds_every_file_of_the_packages(installed):
 
 
 def test_the_commands_of_the_wheel_work_in_an_empty_folder(installed, tmp_path):
-    overlays = {
-        name: shortened(ROOT / f"experiments/{name}.yaml") for name in ("bpe/offline", "decoder_pretrain/offline")
-    }
-    tiny = ["--trainer.max_steps=2", "--trainer.val_check_interval=2", "--trainer.limit_val_batches=1"]
-    run = "runs/decoder_pretrain/offline"
+    topic = TINY.parent.name
+    run = f"runs/{topic}/offline"
+    study = next(EXPERIMENTS.glob("*/studies/*.yaml"))
+    tiny = ["--model.n_embd=16", "--data.tokenizer=byte", *length(EXPERIMENTS / topic / "offline.yaml", 2, 2)]
     commands = [
         ["list"],
         ["completion", "bash"],
-        ["fit", "-c", "bpe/offline", *overlays["bpe/offline"]],
-        ["fit", "-c", "decoder_pretrain/offline", *overlays["decoder_pretrain/offline"], *tiny],
+        ["fit", "-c", f"{topic}/offline", *shortened(EXPERIMENTS / topic / "offline.yaml"), *tiny],
         ["validate", "-c", f"{run}/config.yaml", "--ckpt_path", "best"],
         ["generate", "--run", run, "--prompt", "def ", "--max_new_tokens", "2"],
-        ["study", "attention_recall/depth", "--runs=1", *tiny, "--model.n_embd=16", "--data.batch_size=4"],
+        ["study", f"{study.parents[1].name}/{study.stem}", "--dry_run"],
+        ["fit", "-c", f"experiments/{topic}/offline.yaml", "--print_config"],  # as a study names it
         ["compare", "runs"],
-        ["copy", "decoder_pretrain/offline"],
+        ["copy", f"{topic}/offline"],
         ["new", "letter_counts"],
     ]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("COV_")}

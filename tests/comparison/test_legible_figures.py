@@ -55,7 +55,7 @@ def test_arms_of_a_study_of_files_are_named_by_the_file_in_place_of_what_it_sets
 @pytest.mark.parametrize(
     ("values", "shown"),
     [
-        (["runs/bpe/small/tokenizer", "runs/bpe/large/tokenizer"], ["small/tokenizer", "large/tokenizer"]),
+        (["runs/a/small/tokenizer", "runs/a/large/tokenizer"], ["small/tokenizer", "large/tokenizer"]),
         (["studies/freeze/lora.yaml", "studies/freeze/half.yaml"], ["lora.yaml", "half.yaml"]),
         (["studies/lora.yaml", "none"], ["studies/lora.yaml", "none"]),
         (["/data/a.txt", "/books/a.txt"], ["data/a.txt", "books/a.txt"]),
