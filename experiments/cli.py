@@ -119,9 +119,8 @@ class ExperimentCLI(SettingsGoOverCheckpoint):
             parser.link_arguments("data", f"model.init_args.{name}", compute_fn=_reader(name), apply_on="instantiate")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Sequence[str]) -> None:  # type: ignore[override]
-        """Parse, with the classes that the command line trusts."""
+        """Parse, and keep the command line for error messages."""
         ExperimentParser.command_line, ExperimentParser.folder = self._args, Path.cwd()
-        trust.trust(self._args)
         super().parse_arguments(parser, args)
 
     @property
@@ -356,7 +355,7 @@ def main(args: Sequence[str]) -> None:
     args = names.with_files(args)
     cli = ExperimentCLI.__new__(ExperimentCLI)  # LightningCLI runs in its constructor, which may raise
     try:
-        with importable([*trust.named_by_user(args), *trust.allowed(args)]):
+        with trust.trusted(args), importable([*trust.named_by_user(args), *trust.allowed(args)]):
             cli.__init__(args)  # type: ignore[misc]
         cli.say_that_it_was_a_trial()
     except RuntimeError as error:

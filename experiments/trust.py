@@ -20,7 +20,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from experiments import run_folder
 from experiments.errors import UserError
 from experiments.yaml_files import load_yaml, read_yaml
-from lightning_modules.runtime.private_names import NEVER_IMPORTED, restrict_imports
+from lightning_modules.runtime.private_names import NEVER_IMPORTED, restricted_imports
 
 ENTRY_POINTS = "llm_train.classes"
 # The longest entry that a class path begins with decides.
@@ -53,7 +53,7 @@ _PLACES = ("cache_dir", "dirpath", "filename", "log_dir", "name", "root_dir", "s
 # Keys that a run does not record, because they are for one session.
 SESSION_KEYS = ("allow", "auto_resume", "ckpt_path", "config", "return_predictions", "verbose", "weights_only")
 
-_verdicts: dict[str, bool] = {}
+_verdicts: dict[str, bool] = {}  # of the command that is running
 
 
 def run_folder_of(config: Path) -> Path | None:
@@ -65,8 +65,9 @@ def run_folder_of(config: Path) -> Path | None:
     return config.parent if _CONFIG.fullmatch(config.name) else None
 
 
-def trust(args: Sequence[str]) -> None:
-    """Set which classes can be imported by name from now on, from a command line.
+@contextlib.contextmanager
+def trusted(args: Sequence[str]) -> Iterator[None]:
+    """Set which classes can be imported by name in the block, from a command line.
 
     Raises:
         MisconfigurationException: If `--allow` names no package, or the configuration of a run folder would choose a
@@ -76,7 +77,14 @@ def trust(args: Sequence[str]) -> None:
     named = named_by_user(args)
     for file in recorded:
         _check_recorded(file, args)
-    _set(allowed(args), named if recorded else None)
+    global _verdicts
+    before = _verdicts
+    _verdicts = _verdicts_on(allowed(args), named if recorded else None)
+    try:
+        with restricted_imports(_verdicts):
+            yield
+    finally:
+        _verdicts = before
 
 
 def named_by_user(args: Sequence[str]) -> list[str]:
@@ -100,14 +108,8 @@ def allowed(args: Sequence[str]) -> list[str]:
     return [name.strip() for flag, value in _flags(args) if flag == "--allow" for name in value.strip("[]").split(",")]
 
 
-def _set(packages: Sequence[str], named: Sequence[str] | None) -> None:
-    """Set the verdicts; `named` are further class paths to allow, and `None` allows all but the dangerous ones."""
-    global _verdicts
-    _verdicts = _verdicts_on(packages, named)
-    restrict_imports(_verdicts)
-
-
 def _verdicts_on(packages: Sequence[str], named: Sequence[str] | None) -> dict[str, bool]:
+    """Return the verdicts; `named` are further class paths to allow, and `None` allows all but the dangerous ones."""
     for package in packages:
         if not all(part.isidentifier() for part in package.split(".")):
             raise MisconfigurationException(f"--allow {package}: is not the name of a package, such as my_package")
@@ -146,7 +148,7 @@ def check(class_path: str, verdicts: Mapping[str, bool] | None = None) -> None:
 
     Args:
         class_path: Name of the class.
-        verdicts: Result of `of_run`; `None` means what `trust` has set.
+        verdicts: Result of `of_run`; `None` means those of the block of `trusted` that is running.
     """
     if (entry := _denies(_verdicts if verdicts is None else verdicts, class_path)) is not None:
         raise MisconfigurationException(refusal(class_path, entry))

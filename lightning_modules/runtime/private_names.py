@@ -5,7 +5,8 @@ accumulated, or to switch off its own handling of SIGTERM, which hangs with seve
 """
 
 from argparse import ArgumentParser
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, Self
 
@@ -142,15 +143,20 @@ def option_names(parser: ArgumentParser) -> list[str]:
 NEVER_IMPORTED: tuple[str, ...] = default_import_path_denylist
 
 
-def restrict_imports(verdicts: Mapping[str, bool]) -> None:
-    """Set which names in configurations can be imported, in place of those that were set before.
+@contextmanager
+def restricted_imports(verdicts: Mapping[str, bool]) -> Iterator[None]:
+    """Set which names in configurations can be imported in the block.
 
     Args:
         verdicts: Whether an import path and the names below it are allowed; the longest entry decides, and `*` is for
             those without an entry.
     """
-    parsing_settings["import_path_verdicts"] = dict(verdicts)
-    parsing_settings["import_paths_enforced"] = True
+    before = dict(parsing_settings)
+    parsing_settings.update(import_path_verdicts=dict(verdicts), import_paths_enforced=True)
+    try:
+        yield
+    finally:
+        parsing_settings.update({name: before[name] for name in ("import_path_verdicts", "import_paths_enforced")})
 
 
 def built_class(factory: Any) -> type | None:

@@ -17,6 +17,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from experiments import trust
 from lightning_modules.finetuning.bases import load_pretrained
+from lightning_modules.runtime import private_names
 
 CODE = """open("it_ran", "w")
 import lightning as L
@@ -123,6 +124,16 @@ def test_a_configuration_is_that_of_a_run_folder_however_it_is_named(llm_train, 
     assert (done.code > 0, len(done.err.splitlines())) == (True, 1), done.err
     assert "hostile.Hostile is not imported" in done.err
     assert not it_ran()
+
+
+def test_the_next_command_of_a_process_may_import_what_a_run_folder_may_not(llm_train, stranger):
+    assert llm_train("validate", "-c", configure(stranger, CALLBACKS, [{"class_path": "hostile.Hostile"}])).code > 0
+    with trust.trusted(["validate", "-c", str(stranger / "config.yaml")]):
+        with pytest.raises(MisconfigurationException, match=r"torch\.device is not imported"):
+            trust.check("torch.device")
+        assert private_names.parsing_settings["import_path_verdicts"]["*"] is False
+    trust.check("torch.device")
+    assert "*" not in private_names.parsing_settings["import_path_verdicts"]
 
 
 @pytest.mark.parametrize(
