@@ -35,6 +35,8 @@ def own_world(folder: Path) -> Iterator[None]:
         patch.setattr(sys, "argv", ["llm-train"])
         patch.setattr("lightning_modules.runtime.learning_curve.save_figure", _save_figure_once)
         yield
+        if (wandb := sys.modules.get("wandb")) and wandb.run is not None:  # left by a test in which W&B fails
+            wandb.finish()
 
 
 def _save_figure_once(figure: "Figure", file: Path) -> Path:
