@@ -89,8 +89,7 @@ def _files(*patterns: str) -> Rows:
     for root in (Path(), Path("experiments"), names.SHIPPED):
         for file in sorted(file for pattern in patterns for file in root.glob(pattern)):
             name = "/".join(part for part in file.relative_to(root).with_suffix("").parts if part != "studies")
-            is_ours = re.search(r"^(trainer|model|parameters):", file.read_text(errors="replace"), re.MULTILINE)
-            if is_ours and names.find(name) == file:
+            if names.is_experiment(file) and names.find(name) == file:
                 found.setdefault(name, comment(file))
     yield from found.items()
 

@@ -1,6 +1,7 @@
 """Experiments, presets and studies by name: a file of the working folder, else the one that comes with the project."""
 
 import difflib
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -50,10 +51,16 @@ def find_or_explain(name: str, what: str) -> Path:
 
 def names(root: Path = SHIPPED) -> Iterator[str]:
     """Yield the names of the experiments, presets and studies in a folder, such as `TOPIC/offline`."""
-    for file in sorted(root.glob("*/*.yaml")):
+    for file in filter(is_experiment, sorted(root.glob("*/*.yaml"))):
         yield f"{file.parent.name}/{file.stem}"
-    for file in sorted(root.glob("*/studies/*.yaml")):
+    for file in filter(is_experiment, sorted(root.glob("*/studies/*.yaml"))):
         yield f"{file.parts[-3]}/{file.stem}"
+
+
+def is_experiment(file: Path) -> bool:
+    """Return whether a YAML file is an experiment, a preset or a study, and not one of claims, or of something else."""
+    text = file.read_text(encoding="utf-8", errors="replace")
+    return re.search(r"^(trainer|model|parameters):", text, re.MULTILINE) is not None
 
 
 def with_files(args: Sequence[str]) -> list[str]:
