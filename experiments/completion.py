@@ -9,6 +9,7 @@ from pathlib import Path
 from experiments import index, listing, names, options
 from experiments.__main__ import COMMANDS
 from experiments.errors import CommandParser
+from experiments.source_text import kept_in_cache
 
 _SCRIPTS = {
     "bash": """\
@@ -49,8 +50,9 @@ def main(args: Sequence[str]) -> None:
             parser.error(f"give a shell: {', '.join(_SCRIPTS)}")
         print(_SCRIPTS[options_given.shell], end="")
         return
-    for word in complete(options_given.line, breaks=_BREAKS if options_given.of == "bash" else ""):
-        print(word)
+    with kept_in_cache():
+        for word in complete(options_given.line, breaks=_BREAKS if options_given.of == "bash" else ""):
+            print(word)
 
 
 def complete(line: str, breaks: str = "") -> list[str]:

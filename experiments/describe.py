@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 
 from experiments import index, options
 from experiments.index import Parameter
+from experiments.source_text import kept_in_cache
 
 _WHAT = {
     "fit": "Train a model.",
@@ -25,6 +26,11 @@ def main(args: Sequence[str]) -> None:
     Args:
         args: Command line, the command first.
     """
+    with kept_in_cache():
+        _describe(args)
+
+
+def _describe(args: Sequence[str]) -> None:
     for flag, value in options.flags(args[1:]):
         if match := re.fullmatch(r"--([\w.]+)\.help", flag):
             if not _print_class(match[1], value):

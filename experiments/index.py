@@ -1,35 +1,26 @@
 """Classes that a YAML can name, with their arguments, read from source text without an import.
 
 Importing PyTorch and Lightning takes seconds. The help, the lists, the completion and the hints of error messages need
-names and docstrings only, and parsing the files takes a tenth of that.
+names and docstrings only, and parsing the files takes a tenth of that, or less if the cache has them.
 """
 
-import ast
 import functools
 import importlib.util
 import itertools
 import re
 import textwrap
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+
+from experiments import source_text
+from experiments.source_text import Definition, Function, Module, Parameter
 
 ROOT = Path(__file__).parents[1]
 OWN = ("lightning_modules", "datamodules")  # packages of the classes of this project
 _FOLLOWED = ("lightning.", "torch.optim.", *(f"{package}." for package in (*OWN, "experiments")))  # with their bases
 _MOST_FILES = 200  # of a package that is searched for classes of the user
-_SELF = ("self", "cls")
 _BASE = re.compile(r"^Base |\bbase (class|logic)\b")  # the docstrings of classes that others derive from
 _ROLE = re.compile(r":\w+:`~?(?:[\w.]+\.)?(\w+)`|``([^`]+)``|`([^`<]+?)\s*<\w+:[^>]*>`_+")  # of reStructuredText
-
-
-@dataclass(frozen=True)
-class Parameter:
-    """An argument of a constructor or function, as its source has it."""
-
-    name: str
-    type: str = ""
-    default: str | None = None  # `None` if it has none
-    help: str = ""
 
 
 @dataclass(frozen=True)
@@ -37,12 +28,12 @@ class Class:
     """A class in a file of source text."""
 
     defined: str  # module and name
-    node: ast.ClassDef
+    definition: Definition = field(compare=False)
 
     @property
     def name(self) -> str:
         """Name without the module."""
-        return self.node.name
+        return self.defined.rpartition(".")[2]
 
     @property
     def module(self) -> str:
@@ -52,7 +43,7 @@ class Class:
     @property
     def summary(self) -> str:
         """First sentence of the docstring."""
-        return first_sentence(ast.get_docstring(self.node) or "")
+        return first_sentence(self.definition.docstring)
 
     @functools.cached_property
     def path(self) -> str:
@@ -69,9 +60,8 @@ class Class:
     def _abstract(self) -> set[str]:
         missing: set[str] = set()
         for kind in reversed(ancestors(self)):
-            for method in (item for item in kind.node.body if isinstance(item, ast.FunctionDef)):
-                is_abstract = any("abstract" in ast.unparse(decorator) for decorator in method.decorator_list)
-                (missing.add if is_abstract else missing.discard)(method.name)
+            for name, method in kind.definition.functions.items():
+                (missing.add if method.is_abstract else missing.discard)(name)
         return missing
 
 
@@ -125,37 +115,22 @@ def _installed(top: str) -> Path | None:
     return Path(spec.origin).parent if spec and spec.origin and spec.submodule_search_locations else None
 
 
-def _tree(module: str) -> ast.Module:
-    return _parsed(_file(module))
-
-
-@functools.cache
-def _parsed(file: Path | None) -> ast.Module:
-    try:
-        return ast.parse(file.read_bytes() if file else "")
-    except (SyntaxError, ValueError):
-        return ast.parse("")
+def _module(module: str) -> Module:
+    file = _file(module)
+    return source_text.read(file) if file else Module()
 
 
 @functools.cache
 def _imports(module: str) -> dict[str, str]:
     """Return what a module imports at its top: full names by the names that they have in it."""
-    found: dict[str, str] = {}
     file = _file(module)
     package = module if file is not None and file.name == "__init__.py" else module.rpartition(".")[0]
-    statements = list(_tree(module).body)
-    while statements:
-        statement = statements.pop(0)
-        if isinstance(statement, ast.If | ast.Try):
-            statements += [*statement.body, *statement.orelse]
-        elif isinstance(statement, ast.Import):
-            found |= {alias.asname: alias.name for alias in statement.names if alias.asname}
-        elif isinstance(statement, ast.ImportFrom):
-            start = statement.module or ""
-            if statement.level:
-                above = package.split(".")[: len(package.split(".")) - statement.level + 1]
-                start = ".".join([*above, *filter(None, [statement.module])])
-            found |= {alias.asname or alias.name: f"{start}.{alias.name}" for alias in statement.names}
+    parts = package.split(".")
+    found = {}
+    for name, full in _module(module).imports.items():
+        rest = full.lstrip(".")
+        above = parts[: len(parts) - (len(full) - len(rest)) + 1] if rest != full else []
+        found[name] = ".".join([*above, rest])
     return found
 
 
@@ -166,9 +141,8 @@ def find(path: str) -> Class | None:
     for _ in range(6):  # re-exports
         if not module or _file(module) is None:
             return None
-        for item in _tree(module).body:
-            if isinstance(item, ast.ClassDef) and item.name == name:
-                return Class(f"{module}.{name}", item)
+        if (definition := _module(module).classes.get(name)) is not None:
+            return Class(f"{module}.{name}", definition)
         module, _, name = _imports(module).get(name, "").rpartition(".")
     return None
 
@@ -177,8 +151,7 @@ def find(path: str) -> Class | None:
 def ancestors(kind: Class) -> tuple[Class, ...]:
     """Return a class and its bases, in the order in which attributes are looked up, as far as their source is found."""
     found = {kind.defined: kind}
-    for base in kind.node.bases:
-        text = ast.unparse(base.value if isinstance(base, ast.Subscript) else base)
+    for text in kind.definition.bases:
         first, dot, rest = text.partition(".")
         full = _imports(kind.module).get(first, f"{kind.module}.{first}" if not dot else first) + dot + rest
         is_followed = not _installed(full.split(".")[0]) or f"{full}.".startswith(_FOLLOWED)
@@ -198,7 +171,7 @@ def classes(package: str) -> tuple[Class, ...]:
     for file in files:
         parts = file.relative_to(init.parent).with_suffix("").parts if init.name == "__init__.py" else ()
         module = ".".join([package, *(part for part in parts if part != "__init__")])
-        found += [Class(f"{module}.{item.name}", item) for item in _tree(module).body if isinstance(item, ast.ClassDef)]
+        found += [Class(f"{module}.{name}", definition) for name, definition in source_text.read(file).classes.items()]
     return tuple(found)
 
 
@@ -223,58 +196,40 @@ def parameters(kind: Class) -> dict[str, Parameter]:
     found: dict[str, Parameter] = {}
     documented = {}
     for place in reversed(ancestors(kind)):
-        documented |= described(ast.get_docstring(place.node) or "")
+        documented |= described(place.definition.docstring)
     is_dataclass = False
     for place in ancestors(kind):
-        constructor = _function(place.node, "__init__")
-        if any("dataclass" in ast.unparse(decorator) for decorator in place.node.decorator_list):
+        constructor = place.definition.functions.get("__init__")
+        if place.definition.is_dataclass:
             is_dataclass = True
-            found = {name: p for name, p in _fields(place).items() if name not in found} | found
+            fields = {p.name: _with_choices(p, place.module) for p in place.definition.fields}
+            found = {name: p for name, p in fields.items() if name not in found} | found
         elif constructor is not None and not is_dataclass:
-            documented |= described(ast.get_docstring(constructor) or "")
-            found = found | {p.name: p for p in arguments(constructor, place.module) if p.name not in found}
-            if constructor.args.kwarg is None and constructor.args.vararg is None:
+            documented |= described(constructor.docstring)
+            found = found | {p.name: p for p in _arguments(constructor, place.module) if p.name not in found}
+            if not constructor.is_open:
                 break
-    return {name: Parameter(name, p.type, p.default, documented.get(name, p.help)) for name, p in found.items()}
+    return {name: replace(p, help=documented.get(name, p.help)) for name, p in found.items()}
 
 
 def function(path: str) -> list[Parameter]:
     """Return the arguments of a method, by the path of its class and its name, with their help."""
     owner, _, name = path.rpartition(".")
     kind = find(owner)
-    node = _function(kind.node, name) if kind else None
-    if node is None:
+    if kind is None or (method := kind.definition.functions.get(name)) is None:
         return []
-    documented = described(ast.get_docstring(node) or "")
-    found = arguments(node, kind.module if kind else "")
-    return [Parameter(p.name, p.type, p.default, documented.get(p.name, "")) for p in found]
+    documented = described(method.docstring)
+    return [replace(p, help=documented.get(p.name, "")) for p in _arguments(method, kind.module)]
 
 
-def _function(node: ast.ClassDef, name: str) -> ast.FunctionDef | None:
-    return next((item for item in node.body if isinstance(item, ast.FunctionDef) and item.name == name), None)
+def _arguments(method: Function, module: str) -> list[Parameter]:
+    """Return the arguments of a method of a module, without those in a star."""
+    return [_with_choices(parameter, module) for parameter in method.parameters]
 
 
-def arguments(node: ast.FunctionDef, module: str) -> list[Parameter]:
-    """Return the arguments of a function of a module, without those in a star."""
-    positional = [*node.args.posonlyargs, *node.args.args]
-    defaults: list[ast.expr | None] = [None] * (len(positional) - len(node.args.defaults)) + list(node.args.defaults)
-    pairs = [*zip(positional, defaults, strict=True), *zip(node.args.kwonlyargs, node.args.kw_defaults, strict=True)]
-    return [_parameter(module, arg.arg, arg.annotation, default) for arg, default in pairs if arg.arg not in _SELF]
-
-
-def _fields(kind: Class) -> dict[str, Parameter]:
-    items = (item for item in kind.node.body if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name))
-    found = (_parameter(kind.module, ast.unparse(item.target), item.annotation, item.value) for item in items)
-    return {parameter.name: parameter for parameter in found}
-
-
-def _parameter(module: str, name: str, annotation: ast.expr | None, default: ast.expr | None) -> Parameter:
-    kind = re.sub(r"\b[A-Z]\w+\b", lambda found: _choices(module, found[0]), _unparsed(annotation) or "")
-    return Parameter(name, kind, _unparsed(default))
-
-
-def _unparsed(node: ast.expr | None) -> str | None:
-    return None if node is None else ast.unparse(node)
+def _with_choices(parameter: Parameter, module: str) -> Parameter:
+    kind = re.sub(r"\b[A-Z]\w+\b", lambda found: _choices(module, found[0]), parameter.type)
+    return replace(parameter, type=kind)
 
 
 @functools.cache
@@ -282,10 +237,8 @@ def _choices(module: str, name: str) -> str:
     """Return the values that a type of a name stands for, as `Literal['a', 'b']`, or the name of another type."""
     sought = name
     for _ in range(4):
-        for item in _tree(module).body:
-            if isinstance(item, ast.Assign) and [ast.unparse(target) for target in item.targets] == [sought]:
-                text = ast.unparse(item.value)
-                return text if "Literal[" in text else name
+        if (text := _module(module).literals.get(sought)) is not None:
+            return text
         module, _, sought = _imports(module).get(sought, "").rpartition(".")
         if not module:
             break

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from experiments import index, names, options
 from experiments.errors import CommandParser
+from experiments.source_text import kept_in_cache
 
 Rows = Iterator[tuple[str, str]]  # name or class path, and what it is
 
@@ -119,6 +120,11 @@ def main(args: Sequence[str]) -> None:
     )
     parser.add_argument("kind", nargs="?", choices=KINDS, help="what to list (default: all)")
     asked = parser.parse_args(args[1:]).kind
+    with kept_in_cache():
+        _print(asked)
+
+
+def _print(asked: str | None) -> None:
     columns = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
     for kind in [asked] if asked else KINDS:
         if not asked:

@@ -19,7 +19,6 @@ from experiments.yaml_files import load_yaml, read_yaml
 
 COMMANDS = ("fit", "validate", "test", "predict")
 DEFAULTS = names.SHIPPED / "trainer" / "defaults.yaml"
-_CLI = "experiments.cli.ExperimentCLI"
 _TRAINER = "lightning.pytorch.Trainer"
 # In place of Lightning's texts, for what differs here.
 _TEXTS = {
@@ -57,10 +56,9 @@ def own(command: str) -> dict[str, Parameter]:
 
 @functools.cache
 def _added(command: str) -> dict[str, Parameter]:
-    """Return the options that `ExperimentCLI.add_arguments_to_parser` adds."""
-    kind = index.find(_CLI)
-    assert kind is not None
-    method = next(item for item in kind.node.body if getattr(item, "name", "") == "add_arguments_to_parser")
+    """Return the options that `add_arguments_to_parser` of `experiments.cli.ExperimentCLI` adds."""
+    nodes = ast.walk(ast.parse(index.source("experiments.cli")))
+    method = next(node for node in nodes if getattr(node, "name", "") == "add_arguments_to_parser")
     found = {}
     of_others = {  # of one command alone
         id(call)

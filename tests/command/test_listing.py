@@ -9,8 +9,9 @@ import pytest
 import torch
 from lightning.pytorch import Trainer, callbacks
 
-from experiments import index, listing, names
+from experiments import index, listing, names, source_text
 from experiments.class_paths import import_class
+from lightning_modules.common.cache import cache_root
 
 ROOT = Path(__file__).parents[2]
 OWN = [kind for package in index.OWN for kind in index.classes(package) if not kind.name.startswith("_")]
@@ -108,3 +109,23 @@ def test_a_path_that_a_package_re_exports_leads_to_its_class():
 )
 def test_the_first_sentence_of_a_text(text, sentence):
     assert index.first_sentence(text) == sentence
+
+
+def test_what_is_read_of_a_module_is_kept_in_the_cache_until_the_file_changes(tmp_path, monkeypatch):
+    read, file, cache = source_text.read.__wrapped__, tmp_path / "mine.py", cache_root() / "source_text.json"
+    file.write_text('class Mine(Base):\n    """One."""\n    def __init__(self, width: int = 1, *more): ...\n')
+    with source_text.kept_in_cache():
+        parsed = read(file)
+    assert parsed.classes["Mine"].functions["__init__"].parameters == [source_text.Parameter("width", "int", "1")]
+    kept = cache.read_text()
+    with monkeypatch.context() as patch, source_text.kept_in_cache():
+        patch.delattr("ast.parse")
+        assert read(file) == parsed
+    for damaged in ("[]", kept[:-9], '{"made_by": 1}', kept.replace("classes", "class"), kept.replace("made_by", "by")):
+        cache.write_text(damaged)
+        with source_text.kept_in_cache():
+            assert read(file) == parsed
+        assert cache.read_text() == kept
+    file.write_text("class Other: ...")
+    with source_text.kept_in_cache():
+        assert [*read(file).classes] == ["Other"]
