@@ -76,7 +76,7 @@ def kept_in_cache() -> Iterator[None]:
     global _kept
     made_by = [sys.version, *_state(Path(__file__))]
     _kept = {}
-    with contextlib.suppress(OSError, ValueError, TypeError, RuntimeError):
+    with contextlib.suppress(OSError, LookupError, TypeError, ValueError, RuntimeError):
         content = json.loads((cache_root() / _FILE).read_text(encoding="utf-8"))
         if content["made_by"] == made_by:
             _kept.update(content["modules"])
