@@ -4,6 +4,7 @@ import os
 
 import lightning as L
 import torch
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 
 from lightning_modules.runtime import private_names
 
@@ -30,7 +31,9 @@ class ReproducibleSteps(L.Callback):
         """Skip the batches of the current epoch that the last optimiser step before the checkpoint had used."""
         if self.seed is None:
             self.seed = int(os.environ.get("PL_GLOBAL_SEED", 0))  # set by seed_everything
+        before, trainer.accumulate_grad_batches = trainer.accumulate_grad_batches, _batches_a_step(trainer)
         private_names.go_back_to_last_step(trainer)
+        trainer.accumulate_grad_batches = before  # the scheduler of Lightning takes no other before an epoch begins
         done = private_names.batches_done_in_epoch(trainer)
         if 0 < done < trainer.num_training_batches:
             for loader in private_names.train_dataloaders(trainer):
@@ -43,7 +46,8 @@ class ReproducibleSteps(L.Callback):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: object, batch_idx: int
     ) -> None:
-        """Seed the random numbers of the batch."""
+        """Seed the random numbers of the batch, and set the accumulation, which an epoch that is resumed lacks."""
+        trainer.accumulate_grad_batches = _batches_a_step(trainer)
         batch_seed = (self.seed or 0) * _SEED_STRIDE + private_names.batches_done(trainer)
         seed = batch_seed * _BATCH_STRIDE + trainer.global_rank
         # torch.manual_seed does the same for every device, but takes a millisecond to record its caller.
@@ -60,3 +64,11 @@ class ReproducibleSteps(L.Callback):
         """Undo it, before the checkpoint of the validation."""
         if private_names.is_accumulating(trainer):
             private_names.shift_logged_step(trainer, 1)
+
+
+def _batches_a_step(trainer: L.Trainer) -> int:
+    """Return the number of batches of an optimiser step in this epoch."""
+    schedulers = [callback for callback in trainer.callbacks if isinstance(callback, GradientAccumulationScheduler)]
+    if not schedulers:
+        return trainer.accumulate_grad_batches
+    return schedulers[-1].get_accumulate_grad_batches(trainer.current_epoch)

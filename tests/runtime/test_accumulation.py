@@ -97,6 +97,20 @@ def test_a_checkpoint_between_the_batches_of_a_step_resumes_from_the_step_before
     assert seen == 8 * 4 * 4 * 16  # steps, batches, rows, positions
 
 
+def test_a_scheduled_accumulation_goes_on_in_an_epoch_that_is_resumed(llm_train, forked, tiny):
+    scheduler = {
+        "class_path": "lightning.pytorch.callbacks.GradientAccumulationScheduler",
+        "init_args": {"scheduling": {0: 4}},
+    }
+    settings = {"trainer__val_check_interval": 10, "trainer__max_steps": 8}
+    config = tiny(**settings, **{"trainer__callbacks+": [scheduler]})
+    assert llm_train("fit", "-c", config, "--run.name", "whole").code == 0
+    assert forked("fit", "-c", config, "--run.name", "killed", prepare=lambda: kill_at_batch(15)) == -signal.SIGKILL
+    resumed = llm_train("fit", "-c", config, "--run.name", "killed", "--ckpt_path", "last")
+    assert resumed.code == 0, resumed.err
+    assert_same_weights(RUNS / "whole" / LAST, RUNS / "killed" / LAST)
+
+
 def kill_at_batch(number: int) -> None:
     """For `prepare`: the process kills itself at the start of a batch, from 0."""
     start = ReproducibleSteps.on_train_batch_start
