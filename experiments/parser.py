@@ -22,6 +22,7 @@ from experiments import options as options_of
 from experiments.class_paths import accept_moved_classes, import_class
 from experiments.errors import UserError
 from experiments.yaml_files import read_yaml
+from lightning_modules.optim.schedules import takes_built_schedules
 from lightning_modules.runtime.private_names import option_names
 
 # Without this, the help and the JSON schema list all tensor classes for `lr: float | Tensor`.
@@ -99,6 +100,9 @@ def one_line(message: str, options: Sequence[str], command_line: Sequence[str]) 
     what = "; ".join(dict.fromkeys(_that_matter(list(filter(None, reasons))))) or "is not valid"
     if denied := _DENIED.search(message):  # the other types that were tried do not matter
         what = trust.refusal(*denied.groups())
+    schedule = options_of.chosen(command_line[1:])["lr_scheduler"].path
+    if key == "lr_scheduler" and (advice := takes_built_schedules(schedule.rpartition(".")[2])):
+        what = advice  # these are arguments that a YAML cannot give
     if (hidden := _HIDDEN.search(message)) and Path(hidden[1]).resolve() != names.SHIPPED.parent / hidden[1]:
         what += f"; {hidden[1]} is the package of llm-train, so your own code needs a package of another name"
 

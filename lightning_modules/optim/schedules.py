@@ -357,10 +357,7 @@ def build_schedule(factory: Callable[..., LRScheduler], optimizer: Optimizer, to
     length = sys.maxsize if total_steps == math.inf else int(total_steps)
     built = built_class(factory)
     if built is not None and built in (ChainedScheduler, SequentialLR):
-        raise ValueError(
-            f"{built.__name__} takes schedules that are built already, which a YAML has not; take InSequence or "
-            "Together of lightning_modules.optim.schedules"
-        )
+        raise ValueError(takes_built_schedules(built.__name__))
     if built is None or issubclass(built, StepSchedule):
         schedule = factory(optimizer, length)
     else:
@@ -374,6 +371,16 @@ def build_schedule(factory: Callable[..., LRScheduler], optimizer: Optimizer, to
             "trainer.max_epochs, or take Constant with a warmup in steps"
         )
     return schedule
+
+
+def takes_built_schedules(name: str) -> str | None:
+    """Return what to take in place of a schedule of PyTorch that no YAML can build, or `None` for another one."""
+    if name not in (ChainedScheduler.__name__, SequentialLR.__name__):
+        return None
+    return (
+        f"{name} takes schedules that are built already, which a YAML has not; take InSequence or Together of "
+        "lightning_modules.optim.schedules"
+    )
 
 
 def _needs_length(schedule: LRScheduler) -> bool:

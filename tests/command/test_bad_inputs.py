@@ -91,6 +91,7 @@ COMMANDS = [
     ("fit tiny", ["--model=lightning_modules.base.Pretrain"], 2, ["has no attribute 'Pretrain'"]),
     ("fit tiny", ["--model.n_head=3"], 1, ["n_embd=16 is not divisible by n_head=3"]),
     ("fit tiny", ["--optimizer=torch.optim.AdamQ"], 2, ["AdamQ"]),
+    ("fit tiny", ["--lr_scheduler=torch.optim.lr_scheduler.SequentialLR"], 2, ["take InSequence or Together"]),
     ("fit tiny", ["--lr_scheduler.warmup=-1"], 2, ["lr_scheduler.warmup: -1 does not conform to restriction v>=0"]),
     (
         "fit tiny",
