@@ -8,6 +8,7 @@ import sys
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from tqdm import tqdm
@@ -54,6 +55,24 @@ def start(
     process = multiprocessing.get_context("fork").Process(target=child)
     process.start()
     return process
+
+
+class StudyProcess:
+    """The process of a run of a study as a copy of this process, in place of a `subprocess.Popen`.
+
+    Args:
+        words: The run's command, which starts with `env python -m experiments`.
+        stdout: File for what it prints.
+        **_: Not used: a copy holds the lock anyway.
+    """
+
+    def __init__(self, words: list[str], *, stdout: BinaryIO, **_: object) -> None:
+        assert words[:4] == ["/usr/bin/env", sys.executable, "-m", "experiments"]
+        self.process = start(*words[4:], output=Path(stdout.name))
+
+    def poll(self) -> int | None:
+        """Return the exit code; `None` while the process is alive."""
+        return self.process.exitcode
 
 
 def start_ranks(

@@ -3,6 +3,7 @@
 import io
 import itertools
 import math
+import re
 import shlex
 import shutil
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ import pytest
 import yaml
 from gpu.callbacks import NoSync
 from helpers import LAST, TINY
-from printed import FOUND, after
+from printed import FOUND, after, experiments_of
 from shortened import offline_experiments, run_of, shortened
 
 from experiments.api import load_run
@@ -98,7 +99,13 @@ def follow(llm_train, monkeypatch, run: Path, printed: str) -> None:
     Path("notes.txt").write_text("A reference.\n")
     Path("new.jsonl").write_text('{"text": "Nobody would call it dull."}\n')
     Path("experiments").symlink_to(ROOT / "experiments")
+    followed_before = set()
     for name, command in [(str(run), following), *after(str(run))]:
+        # Another prompt, or another run of which this one takes the place, is no other command.
+        kind = re.sub(r'"[^"]*"|--max_new_tokens \d+', "", command.replace(name, "")).split()
+        if tuple(kind) in followed_before:
+            continue
+        followed_before.add(tuple(kind))
         if not Path(name).exists():
             shutil.copytree(run, name)
         sibling = Path(f"{name}.2")
@@ -109,8 +116,8 @@ def follow(llm_train, monkeypatch, run: Path, printed: str) -> None:
         if words[0] == "generate":
             words += ["--max_new_tokens", "2"]
             monkeypatch.setattr("sys.stdin", io.StringIO())  # a chat ends with its input
-        if words[:2] == ["fit", "-c"] and words[2].startswith("experiments/"):  # an experiment that reads this run
-            words += shortened(ROOT / words[2])
+        if words[0] == "fit" and (experiments := experiments_of(command)):  # an experiment that reads this run
+            words += shortened(experiments[0])
         if words[1:3] == ["-c", f"{name}/config.yaml"] and "--allow" not in words:
             words += ["--allow", "gpu"]  # the package of NoSync
         followed = llm_train(*words)

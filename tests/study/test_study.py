@@ -11,7 +11,6 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO
 
 import forks
 import optuna
@@ -576,25 +575,8 @@ def test_what_a_study_cannot_do_costs_one_line(llm_train, sweep, tmp_path):
 # The real command
 
 
-class ForkedProcess:
-    """The process of a run as a copy of this one, which needs no imports.
-
-    Args:
-        words: The run's command, which starts with `env python -m experiments`.
-        stdout: File for what it prints.
-        **_: Not used: a copy holds the lock anyway.
-    """
-
-    def __init__(self, words: list[str], *, stdout: BinaryIO, **_: object) -> None:
-        assert words[:4] == ["/usr/bin/env", sys.executable, "-m", "experiments"]
-        self.process = forks.start(*words[4:], output=Path(stdout.name))
-
-    def poll(self) -> int | None:
-        return self.process.exitcode
-
-
 def test_a_study_of_the_real_command_leaves_ordinary_runs_that_can_be_compared(llm_train, tiny, sweep, monkeypatch):
-    monkeypatch.setattr(runs, "Popen", ForkedProcess)
+    monkeypatch.setattr(runs, "Popen", forks.StudyProcess)
     tiny(trainer__max_steps=4, trainer__val_check_interval=2)
     command = ["${env}", "${interpreter}", "-m", "experiments", "fit", "-c", "tiny.yaml", "${args}"]
     parameters = {"optimizer": {"parameters": {"lr": {"values": [0.01, 0.02]}}}, "model.n_layer": {"value": 1}}
