@@ -74,7 +74,7 @@ def test_in_float16_the_gradient_is_unscaled_before_it_is_read_and_clipped(fused
     assert trainer.callback_metrics["train/grad_norm_clipped"].item() == pytest.approx(2.0, abs=1e-3)
 
 
-@pytest.mark.parametrize("every", [10, 6, 2])
+@pytest.mark.parametrize("every", [6, 2])  # the last checkpoint is at the end of a step, and within one
 def test_a_checkpoint_between_the_batches_of_a_step_resumes_from_the_step_before(llm_train, forked, tiny, every):
     settings = {
         "trainer__accumulate_grad_batches": 4,

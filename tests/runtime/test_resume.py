@@ -217,8 +217,8 @@ def test_a_configuration_in_a_run_folder_means_that_run_also_beside_a_newer_one(
     assert {path: path.read_bytes() for path in (RUNS / "whole.2").rglob("*") if path.is_file()} == before
 
 
-@pytest.mark.parametrize("name", ["lr[1e-2]", "Étude № 1"])
-def test_a_name_with_brackets_or_unicode_is_resumed(llm_train, tiny, name):
+def test_a_name_with_brackets_and_unicode_is_resumed(llm_train, tiny):
+    name = "Étude № 1, lr[1e-2]"
     command = ("fit", "-c", tiny(trainer__max_steps=8), "--run.name", name, "--auto_resume")
     assert llm_train(*command).code == 0
     assert llm_train(*command, "--trainer.max_steps", "12").code == 0
