@@ -67,10 +67,15 @@ def _source(module: str) -> str:
 
 
 def accept_moved_classes() -> None:
-    """Make jsonargparse accept the class paths of earlier versions, and refuse a key twice, in all YAML it reads."""
+    """Make jsonargparse accept the class paths of earlier versions, and refuse a key twice, in all YAML it reads.
+
+    The value `None` of a flag is null: jsonargparse writes null so when it passes a flag on to a class within a class.
+    """
     load = get_loader("yaml")
 
     def load_checked(text: str) -> Any:
+        if text == "None":
+            return None
         check_yaml(text)
         return _current(load(text))
 

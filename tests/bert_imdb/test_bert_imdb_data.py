@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -570,3 +571,10 @@ def test_the_same_rows_have_the_same_fingerprint():
     assert one.fingerprint() != other.fingerprint()
     assert one.fingerprint() == TokenizedReviews([np.array([1, 2]), np.array([3])], [1, 1], 0).fingerprint()
     assert IGNORED == -100  # the ignore_index of torch's cross entropy
+
+
+def test_classes_that_are_found_in_the_rows_by_a_flag(llm_train):
+    flags = ("--data.reviews=datamodules.bert_imdb.ReviewFiles", "--data.reviews.train=x.csv", "--data.reviews.classes")
+    done = llm_train("fit", "-c", "bert_imdb/offline_pretrain", *flags, "null", "--print_config")
+    assert done.code == 0, done.err
+    assert yaml.safe_load(done.out)["data"]["init_args"]["reviews"]["init_args"]["classes"] is None
