@@ -45,9 +45,10 @@ class Block(nn.Module):
         feed_forward: FeedForwardName = "gelu",
         qk_norm: bool = False,
         value_embeddings: bool = False,
+        norm_eps: float | None = None,
     ) -> None:
         super().__init__()
-        self.attention_norm = NORMS[norm](n_embd, bias)
+        self.attention_norm = NORMS[norm](n_embd, bias, norm_eps)
         self.attention = MultiHeadAttention(
             n_embd,
             n_head,
@@ -58,7 +59,7 @@ class Block(nn.Module):
             qk_norm=qk_norm,
             value_embeddings=value_embeddings,
         )
-        self.feed_forward_norm = NORMS[norm](n_embd, bias)
+        self.feed_forward_norm = NORMS[norm](n_embd, bias, norm_eps)
         self.feed_forward = FeedForward(n_embd, bias, feed_forward)
         self.residual_dropout = nn.Dropout(residual_dropout)
 

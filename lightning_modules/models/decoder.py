@@ -23,6 +23,7 @@ Combinatorial Optimization with Reinforcement Learning" (2017), https://arxiv.or
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -34,7 +35,7 @@ from lightning_modules.models.block import Block
 from lightning_modules.models.cache import KeyValueCache
 from lightning_modules.models.feed_forward import ACTIVATIONS, FeedForwardName
 from lightning_modules.models.norms import NORMS, NormName
-from lightning_modules.models.positions import POSITIONS, PositionsName
+from lightning_modules.models.positions import POSITIONS, ROTARY_BASE, PositionsName
 
 _PARTS: dict[str, Collection[str]] = {
     "attention": ("fused", "explicit"),
@@ -68,11 +69,14 @@ class DecoderConfig:
         value_embeddings: Whether every block adds an embedding of the token to its values.
         tied_embeddings: Whether the output matrix is the token embedding.
         logit_soft_cap: Bound of the absolute values of the logits, above 0. `None` means no bound.
+        norm_eps: The ε of the norms, above 0; that of QK-norm is fixed. `None` means 1e-5 for `layer` and 1e-6 for the
+            others.
+        rotary_base: Base of the angles of rotary positions, above 0.
 
     Raises:
         ValueError: If a size is below 1, `n_head` does not divide `n_embd`, `n_kv_head` does not divide `n_head`, the
-            heads of rotary positions have an odd width, a dropout is outside [0, 1), the soft cap is not above 0, or a
-            name is unknown.
+            heads of rotary positions have an odd width, a dropout is outside [0, 1), the soft cap, the ε or the base is
+            not above 0, or a name is unknown.
     """
 
     vocab_size: int
@@ -94,6 +98,8 @@ class DecoderConfig:
     value_embeddings: bool = False
     tied_embeddings: bool = True
     logit_soft_cap: float | None = None
+    norm_eps: float | None = None
+    rotary_base: float = ROTARY_BASE
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd"):
@@ -110,6 +116,9 @@ class DecoderConfig:
             raise ValueError(f"positions=rotary needs heads of an even width, and n_embd / n_head is {self.head_dim}")
         if self.logit_soft_cap is not None and not self.logit_soft_cap > 0:
             raise ValueError(f"logit_soft_cap={self.logit_soft_cap}: must be above 0, or None for no bound")
+        for name in ("norm_eps", "rotary_base"):
+            if getattr(self, name) is not None and not getattr(self, name) > 0:
+                raise ValueError(f"{name}={getattr(self, name)}: must be above 0")
         for name, choices in _PARTS.items():
             if getattr(self, name) not in choices:
                 names = " or ".join(map(repr, choices))
@@ -139,9 +148,12 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         self.token_embedding = nn.Embedding(config.vocab_size, config.n_embd)
-        self.position_embedding = POSITIONS[config.positions](config.block_size, config.n_embd, config.head_dim)
+        self.position_embedding = POSITIONS[config.positions](
+            config.block_size, config.n_embd, config.head_dim, config.rotary_base
+        )
         self.value_embedding = nn.Embedding(config.vocab_size, config.kv_width) if config.value_embeddings else None
-        self.embedding_norm = NORMS[config.norm](config.n_embd, config.bias) if config.embedding_norm else nn.Identity()
+        norm = partial(NORMS[config.norm], config.n_embd, config.bias, config.norm_eps)
+        self.embedding_norm = norm() if config.embedding_norm else nn.Identity()
         self.embedding_dropout = nn.Dropout(config.embedding_dropout)
         self.blocks = nn.ModuleList(
             Block(
@@ -156,10 +168,11 @@ class Decoder(nn.Module):
                 config.feed_forward,
                 config.qk_norm,
                 config.value_embeddings,
+                config.norm_eps,
             )
             for _ in range(config.n_layer)
         )
-        self.final_norm = NORMS[config.norm](config.n_embd, config.bias)
+        self.final_norm = norm()
         self.output = None if config.tied_embeddings else nn.Linear(config.n_embd, config.vocab_size, bias=False)
 
     def forward(

@@ -27,6 +27,7 @@ _COMMON = {
     *("embedding_dropout", "attention_dropout", "residual_dropout"),
 }
 _CLASSIC: dict[str, Any] = {field.name: field.default for field in fields(DecoderConfig) if field.name not in _COMMON}
+_FREE_IN_LLAMA = ("n_kv_head", "tied_embeddings", "norm_eps", "rotary_base")
 _LLAMA = _CLASSIC | {"positions": "rotary", "norm": "rms", "feed_forward": "swiglu"}
 _NANOCHAT = _CLASSIC | {
     "positions": "rotary",
@@ -85,9 +86,12 @@ FORMATS: dict[str, Format] = {
         gpt2_format.decoder_config_from_gpt2,
         gpt2_format.from_gpt2_state_dict,
     ),
-    "llama": _of_llama("LlamaForCausalLM", _LLAMA, ("n_kv_head", "tied_embeddings"), "llama"),
+    "llama": _of_llama("LlamaForCausalLM", _LLAMA, _FREE_IN_LLAMA, "llama"),
     "nanochat": _of_llama(
-        "NanoChatForCausalLM", _NANOCHAT, ("n_kv_head", "tied_embeddings", "logit_soft_cap"), "nanochat"
+        "NanoChatForCausalLM",
+        _NANOCHAT,
+        ("n_kv_head", "tied_embeddings", "logit_soft_cap", "rotary_base"),
+        "nanochat",
     ),
 }
 

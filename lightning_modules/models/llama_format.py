@@ -33,7 +33,7 @@ ModelType = Literal["llama", "nanochat"]
 
 _CLASSES = {"llama": "LlamaForCausalLM", "nanochat": "NanoChatForCausalLM"}
 _EXPANSION = {"llama": ("mlp.gate_proj", "mlp.up_proj"), "nanochat": ("mlp.fc1",)}
-_FIXED = ("intermediate_size", "hidden_act", "mlp_bias", "rms_norm_eps", "rope_parameters", "head_dim")
+_FIXED = ("intermediate_size", "hidden_act", "mlp_bias", "rope_parameters", "head_dim")
 _PROJECTION = {"llama": "mlp.down_proj", "nanochat": "mlp.fc2"}
 
 
@@ -51,8 +51,8 @@ def hub_config(config: DecoderConfig, model_type: ModelType) -> dict[str, Any]:
         "num_hidden_layers": config.n_layer,
         "num_attention_heads": config.n_head,
         "num_key_value_heads": config.n_kv_head or config.n_head,
-        "rms_norm_eps": RMS_NORM_EPSILON,
-        "rope_parameters": {"rope_type": "default", "rope_theta": ROTARY_BASE},
+        "rms_norm_eps": RMS_NORM_EPSILON if config.norm_eps is None else config.norm_eps,
+        "rope_parameters": {"rope_type": "default", "rope_theta": config.rotary_base},
         "attention_bias": config.bias,
         "attention_dropout": config.attention_dropout,
         "tie_word_embeddings": config.tied_embeddings,
@@ -77,6 +77,9 @@ def decoder_config_from_hub(hub: Mapping[str, Any]) -> DecoderConfig:
     model_type = hub["model_type"]
     if model_type == "nanochat" and hub["attention_bias"]:
         raise ValueError("nanochat configuration has attention_bias=True: our decoder has biases everywhere or nowhere")
+    epsilon, rope = hub["rms_norm_eps"], hub.get("rope_parameters") or {}
+    if model_type == "nanochat" and epsilon != RMS_NORM_EPSILON:  # QK-norm has the same one there
+        raise ValueError(f"nanochat configuration has rms_norm_eps={epsilon}: our decoder has only {RMS_NORM_EPSILON}")
     parts: dict[str, Any] = {"norm": "rms", "feed_forward": "swiglu"}
     if model_type == "nanochat":
         parts = {
@@ -97,6 +100,8 @@ def decoder_config_from_hub(hub: Mapping[str, Any]) -> DecoderConfig:
         n_kv_head=hub["num_key_value_heads"],
         positions="rotary",
         tied_embeddings=hub["tie_word_embeddings"],
+        norm_eps=None if epsilon == RMS_NORM_EPSILON else epsilon,
+        rotary_base=rope.get("rope_theta", ROTARY_BASE),
         **parts,
     )
     for name, value in (hub_config(config, model_type) | {"head_dim": config.head_dim}).items():

@@ -21,21 +21,21 @@ LAYER_NORM_EPSILON = 1e-5  # GPT-2's
 RMS_NORM_EPSILON = 1e-6  # that of Llama and nanochat
 
 
-def layer(n_features: int, bias: bool) -> nn.Module:
+def layer(n_features: int, bias: bool, epsilon: float | None = None) -> nn.Module:
     """Return LayerNorm with gain, and with a shift if `bias`."""
-    return nn.LayerNorm(n_features, LAYER_NORM_EPSILON, bias=bias)
+    return nn.LayerNorm(n_features, LAYER_NORM_EPSILON if epsilon is None else epsilon, bias=bias)
 
 
-def rms(n_features: int, bias: bool) -> nn.Module:
+def rms(n_features: int, bias: bool, epsilon: float | None = None) -> nn.Module:
     """Return RMSNorm with gain; it never has a shift."""
-    return nn.RMSNorm(n_features, RMS_NORM_EPSILON)
+    return nn.RMSNorm(n_features, RMS_NORM_EPSILON if epsilon is None else epsilon)
 
 
-def rms_unweighted(n_features: int, bias: bool) -> nn.Module:
+def rms_unweighted(n_features: int, bias: bool, epsilon: float | None = None) -> nn.Module:
     """Return RMSNorm without weights."""
-    return nn.RMSNorm(n_features, RMS_NORM_EPSILON, elementwise_affine=False)
+    return nn.RMSNorm(n_features, RMS_NORM_EPSILON if epsilon is None else epsilon, elementwise_affine=False)
 
 
-NORMS: dict[str, Callable[[int, bool], nn.Module]] = {
+NORMS: dict[str, Callable[[int, bool, float | None], nn.Module]] = {
     function.__name__: function for function in (layer, rms, rms_unweighted)
 }

@@ -6,7 +6,7 @@ Rotary positions rotate queries and keys instead. A head of D features is D/2 pa
 position t turns by the angle t ω_i:
 
     R_t x = (x_1 cos tω - x_2 sin tω, x_2 cos tω + x_1 sin tω)      x_1, x_2: halves of x
-    ω_i   = 10,000^(-2i / D)                                        i = 0 ... D/2 - 1
+    ω_i   = b^(-2i / D), b = 10,000 by default                      i = 0 ... D/2 - 1
 
     (R_t q) · (R_s k) = q · R_{s-t} k
 
@@ -36,9 +36,10 @@ class LearnedPositions(nn.Embedding):
         block_size: Number of positions.
         n_embd: Width C of the vectors.
         head_dim: Features of an attention head; not used.
+        base: Base of the angles; not used.
     """
 
-    def __init__(self, block_size: int, n_embd: int, head_dim: int) -> None:
+    def __init__(self, block_size: int, n_embd: int, head_dim: int, base: float = ROTARY_BASE) -> None:
         super().__init__(block_size, n_embd)
 
     def add_to(self, x: Tensor, position_ids: Tensor) -> Tensor:
@@ -57,16 +58,18 @@ class RotaryPositions(nn.Module):
         block_size: Number of positions; not used.
         n_embd: Width of the residual stream; not used.
         head_dim: Features D of an attention head, an even number.
+        base: Base b of the angles.
 
     Raises:
         ValueError: If `head_dim` is odd.
     """
 
-    def __init__(self, block_size: int, n_embd: int, head_dim: int) -> None:
+    def __init__(self, block_size: int, n_embd: int, head_dim: int, base: float = ROTARY_BASE) -> None:
         super().__init__()
         if head_dim % 2:
             raise ValueError(f"positions: rotary needs heads of an even width, and n_embd / n_head is {head_dim}")
         self.head_dim = head_dim
+        self.base = base
 
     def add_to(self, x: Tensor, position_ids: Tensor) -> Tensor:
         """Return the embeddings as they are."""
@@ -76,7 +79,7 @@ class RotaryPositions(nn.Module):
         """Return the cosines and sines for positions (T,) or (B, T)."""
         # Computed each time: a buffer would be lost when the decoder moves from the meta device.
         pairs = torch.arange(0, self.head_dim, 2, device=position_ids.device, dtype=torch.float32)  # 2i
-        angles = position_ids[..., None].float() * ROTARY_BASE ** (-pairs / self.head_dim)  # (..., T, D/2)
+        angles = position_ids[..., None].float() * self.base ** (-pairs / self.head_dim)  # (..., T, D/2)
         if angles.dim() == 3:
             angles = angles[:, None]  # (B, 1, T, D/2): the same for every head
         return angles.cos(), angles.sin()

@@ -20,8 +20,9 @@ CONFIGS = {
     "llama, few keys, untied, no bias": DecoderConfig(
         **SIZES, **LLAMA, n_kv_head=2, tied_embeddings=False, bias=False, attention_dropout=0.1
     ),
+    "llama, as SmolLM2": DecoderConfig(**SIZES, **LLAMA, bias=False, norm_eps=1e-2, rotary_base=50.0),
     "nanochat": DecoderConfig(**SIZES, **NANOCHAT, tied_embeddings=False, logit_soft_cap=3.0),
-    "nanochat, few keys, tied, no cap": DecoderConfig(**SIZES, **NANOCHAT, n_kv_head=1),
+    "nanochat, few keys, tied, no cap": DecoderConfig(**SIZES, **NANOCHAT, n_kv_head=1, rotary_base=50.0),
 }
 
 
@@ -126,7 +127,7 @@ def test_as_many_heads_of_keys_as_of_queries_are_no_part_of_their_own():
         ("llama", "hidden_act", "gelu", "has hidden_act='gelu': our decoder has only 'silu'"),
         ("llama", "mlp_bias", False, "has mlp_bias=False: our decoder has only True"),
         ("llama", "head_dim", 16, "has head_dim=16: our decoder has only 8"),
-        ("llama", "rope_parameters", {"rope_type": "default", "rope_theta": 5e5}, "has rope_parameters={.*5"),
+        ("llama", "rope_parameters", {"rope_type": "linear", "rope_theta": 1e4}, "has rope_parameters={.*linear"),
         ("nanochat", "rms_norm_eps", 1e-5, "has rms_norm_eps=1e-05: our decoder has only 1e-06"),
         ("nanochat", "attention_bias", True, "has attention_bias=True: our decoder has biases everywhere or nowhere"),
         ("llama", "model_type", "mamba", "a mamba model: our decoder reads gpt2, llama, nanochat"),
