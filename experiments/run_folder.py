@@ -20,6 +20,7 @@ from lightning_modules.common.messages import say
 
 CHECKPOINTS = "checkpoints"
 CONFIG = "config.yaml"
+_NUMBER = r"(?:[2-9]|[1-9]\d+)"  # of a repeated run; in the name `lr0.05`, 05 is none
 # A folder with one of these files is a run's.
 _MARKS = ("environment.json", "metrics.csv", "summary.json", f"{CHECKPOINTS}/last.ckpt", f"{CHECKPOINTS}/best.ckpt")
 
@@ -104,7 +105,7 @@ class Lock:
 
 def numbered(parent: Path, name: str, mark: str = ".") -> list[Path]:
     """Return the existing runs of one name, the newest last: `offline`, `offline.2`, `offline.10`."""
-    series = re.compile(re.escape(name) + rf"(?:{re.escape(mark)}(\d+))?")
+    series = re.compile(re.escape(name) + rf"(?:{re.escape(mark)}({_NUMBER}))?")
     found = [
         (int(match[1] or 1), path)
         for path in parent.glob(f"{glob.escape(name)}*")
@@ -119,16 +120,22 @@ def _mark(study: str | None) -> str:
 
 
 def claim(root: Path, topic: str, name: str, study: str | None = None) -> RunFolder:
-    """Create the folder of a new run, with the first number that is free; a number at the end of the name is replaced.
+    """Create the folder of a new run, of this name, or with the next number if the name is taken.
 
-    Only rank 0 creates it; the other ranks get a path that they do not write to.
+    The name of a repeated run, `offline.2`, is followed by `offline.3`; a name that only looks like one, `lr0.2` where
+    there is no run `lr0`, by `lr0.2.2`. Only rank 0 creates the folder; the other ranks get a path that they do not
+    write to.
     """
     mark = _mark(study)
-    parent, base = root / topic / (study or ""), re.sub(rf"{re.escape(mark)}\d+$", "", name)
+    parent, base = root / topic / (study or ""), name
+    if (repeated := re.fullmatch(rf"(.+){re.escape(mark)}{_NUMBER}", name)) and (parent / repeated[1]).exists():
+        base = repeated[1]
     taken = numbered(parent, base, mark)
     number = 1 + max((int(path.name[len(base) + 1 :] or 1) for path in taken), default=0)
     while True:
         path = parent / (base if number == 1 else f"{base}{mark}{number}")
+        if not (parent / name).exists():
+            path = parent / name
         try:
             if rank_zero_only.rank == 0:
                 path.mkdir(parents=True)

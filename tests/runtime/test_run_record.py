@@ -31,6 +31,15 @@ def test_runs_of_one_name_are_numbered_and_the_newest_is_found(tmp_path):
     assert find(tmp_path, "topic", "lr.2").name == "lr.2"
 
 
+def test_a_name_that_ends_in_a_dot_and_digits_is_kept(tmp_path):
+    names = ["lr0.005", "lr0.05", "lr0.2", "v1.0"]
+    assert [claim(tmp_path, "topic", name).name for name in names] == names
+    assert [claim(tmp_path, "topic", name).name for name in names] == [f"{name}.2" for name in names]
+    assert claim(tmp_path, "topic", "lr0").name == "lr0"
+    assert find(tmp_path, "topic", "lr0.05").name == "lr0.05.2"
+    assert numbered(tmp_path / "topic", "v1") == []
+
+
 def test_a_checkpoint_belongs_to_the_run_that_it_lies_in(tmp_path):
     checkpoint = tmp_path / "topic/name/checkpoints/last.ckpt"
     assert of_checkpoint(checkpoint) is None
