@@ -71,6 +71,11 @@ def with_files(args: Sequence[str]) -> list[str]:
     """
     words = list(args)
     if len(words) > 1 and not words[1].startswith("-") and find(words[1]):
+        if Path(words[1]).is_file() and Path(words[1]).suffix.lower() not in (".yaml", ".yml"):
+            raise UsageError(
+                f"{words[0]} {words[1]}: give an experiment by -c NAME, and a text or data set of your own by a flag "
+                f"of its data, in most experiments --data.source {words[1]}"
+            )
         raise UsageError(f"{words[0]} {words[1]}: a file needs -c (did you mean 'llm-train {words[0]} -c {words[1]}'?)")
     if not any(word.startswith(("-c", "--config", "--model", "--print_config")) for word in words):
         raise UsageError(f"{words[0]}: give an experiment by -c NAME; `llm-train list experiments` lists them")

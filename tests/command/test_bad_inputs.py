@@ -45,6 +45,7 @@ COMMANDS = [
     ("train", [], 2, ["did you mean 'fit'?"]),
     ("fit", [], 2, ["give an experiment by -c NAME", "llm-train list experiments"]),
     ("fit", ["list.yaml"], 2, ["a file needs -c (did you mean 'llm-train fit -c list.yaml'?)"]),
+    ("fit", ["empty.txt"], 2, ["give an experiment by -c NAME", "--data.source empty.txt"]),
     ("fit tiny", ["list.yaml"], 2, ["(did you mean '-c list.yaml'?)"]),
     (
         "fit tiny",
