@@ -211,7 +211,17 @@ def _label(given: Any, place: str, classes: Sequence[str]) -> int:
 
 def _classes_of(rows: Iterable[Any], field: str, where: str) -> list[str]:
     """Return the labels in some rows as names of classes, in the order of their numbers or else of the alphabet."""
-    given = {str(row[field]) for row in rows if isinstance(row, dict) and row.get(field) is not None}
+    given: set[str] = set()
+    columns: dict[str, None] = {}  # in their order
+    for row in filter(lambda row: isinstance(row, dict), rows):
+        columns |= dict.fromkeys(row)
+        if row.get(field) is not None:
+            given.add(str(row[field]))
+    if columns and field not in columns:
+        raise MisconfigurationException(
+            f"data.reviews: {where} has no column {field!r}, only {', '.join(map(repr, columns))}; name the column "
+            "with the labels with datamodules.bert_imdb.ReviewFiles and its label_field"
+        )
     if not 2 <= len(given) <= MOST_CLASSES:
         found = f"has the label{'s' * (len(given) != 1)} {', '.join(sorted(given))}" if given else "holds no label"
         found = f"has {len(given):,} different labels" if len(given) > MOST_CLASSES else found

@@ -82,7 +82,7 @@ def test_classes_that_are_numbers_are_in_their_order(labels, classes):
     ("content", "message"),
     [
         ("text,label\na,1\nb,1\n", "the column 'label' of a.csv has the label 1; a classifier needs 2 to 100 classes"),
-        ("text,class\na,1\n", "the column 'label' of a.csv holds no label"),
+        ("text,class\na,1\n", "a.csv has no column 'label', only 'text', 'class'; name the column"),
         ("text,label\n" + "".join(f"a,{n}\n" for n in range(101)), "has 101 different labels; .*label_field"),
     ],
 )
