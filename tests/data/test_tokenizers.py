@@ -171,6 +171,7 @@ def test_a_missing_tokenizer_of_a_run_names_the_command_that_makes_it(tmp_path):
     assert one_line_error(f"runs/{topic}/my/tokenizer").endswith(
         f"`llm-train fit -c {topic}/offline --run.name my` makes one; there is runs/{topic}/mine/tokenizer"
     )
+    assert one_line_error(f"runs/{topic}/mine/tokeniser").endswith(f"did you mean runs/{topic}/mine/tokenizer?")
     for name in ("./elsewhere", "runs/words/offline/tokenizer"):
         assert "llm-train" not in one_line_error(name)
 
