@@ -45,6 +45,8 @@ class PretrainModule(ExperimentModule):
         value_embeddings: Whether every block adds an embedding of the token to its values.
         tied_embeddings: Whether the output matrix is the token embedding.
         logit_soft_cap: Bound of the absolute values of the logits (above 0). `null` means no bound.
+        norm_eps: The epsilon of the norms (above 0). `null` means 1e-5 for `layer` and 1e-6 for the others.
+        rotary_base: Base of the angles of rotary positions (above 0).
         dropout: Probability of dropping a value of the embeddings, the attention weights and the residual branches in
             training (0 to less than 1).
         embedding_dropout: Dropout of the embeddings; `null` means `dropout`.
@@ -84,6 +86,8 @@ class PretrainModule(ExperimentModule):
         value_embeddings: bool = False,
         tied_embeddings: bool = True,
         logit_soft_cap: PositiveFloat | None = None,
+        norm_eps: PositiveFloat | None = None,
+        rotary_base: PositiveFloat = 10_000.0,
         dropout: Probability = 0.0,
         embedding_dropout: Probability | None = None,
         attention_dropout: Probability | None = None,
@@ -126,6 +130,8 @@ class PretrainModule(ExperimentModule):
                     value_embeddings=value_embeddings,
                     tied_embeddings=tied_embeddings,
                     logit_soft_cap=logit_soft_cap,
+                    norm_eps=norm_eps,
+                    rotary_base=rotary_base,
                     **common,
                 )
                 self.decoder = Decoder(config)
