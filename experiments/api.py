@@ -17,6 +17,7 @@ from experiments.class_paths import import_class
 from experiments.run_folder import CHECKPOINTS, CONFIG
 from experiments.yaml_files import read_yaml
 from lightning_modules.base import ExperimentModule
+from lightning_modules.common.makers import similar_path
 from lightning_modules.runtime.checkpoint_io import AtomicCheckpointIO
 
 if TYPE_CHECKING:  # imported where used: transformers is slow to import
@@ -117,7 +118,10 @@ class Run:
 
         Raises:
             MisconfigurationException: If the run has not learned to classify texts, or has no tokenizer.
+            TypeError: If `texts` is one text.
         """
+        if isinstance(texts, str):  # a sequence of characters
+            raise TypeError("classify takes a list of texts; put a single text into a list: classify([text])")
         data = self.data_class
         if not hasattr(self.module, "predict_step") or not hasattr(data, "batch_of_texts"):
             raise self._cannot("classify texts")
@@ -163,9 +167,9 @@ def load_run(
     """
     folder = Path(folder).expanduser()
     if not (folder / CONFIG).is_file():
-        raise MisconfigurationException(
-            f"{folder}: no {CONFIG} in it; give the folder of a run, such as runs/TOPIC/NAME"
-        )
+        meant = _meant(folder)
+        advice = f"did you mean {meant}?" if meant else "give the folder of a run, such as runs/TOPIC/NAME"
+        raise MisconfigurationException(f"{folder}: no {CONFIG} in it; {advice}")
     config = read_yaml(folder / CONFIG)
     module_class: Any = import_class(config["model"]["class_path"], trust.of_run(allow))
     path = folder / CHECKPOINTS / f"{checkpoint}.ckpt"
@@ -174,3 +178,10 @@ def load_run(
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     module = module_class.of_checkpoint(AtomicCheckpointIO().load_model(path)).to(device).eval()
     return Run(folder, config, module, tuple(allow))
+
+
+def _meant(folder: Path) -> Path | None:
+    """Return the run that a path without one may stand for: one around it, below `runs`, or of a similar name."""
+    inside = [place for place in folder.parents if (place / CONFIG).is_file()]
+    similar = [place for place in map(similar_path, (folder, "runs" / folder)) if place is not None]
+    return next((place for place in (*inside, *similar) if (place / CONFIG).is_file()), None)

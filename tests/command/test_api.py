@@ -32,6 +32,8 @@ def test_python_generates_what_the_command_generates(llm_train, whole):
     assert run.config["model"]["init_args"]["n_layer"] == 2
     with pytest.raises(MisconfigurationException, match=r"a PretrainModule does not classify texts"):
         run.classify(["a"])
+    with pytest.raises(TypeError, match=r"classify takes a list of texts"):
+        run.classify("a")
     with pytest.raises(ValueError, match="top_p"):
         run.generate("ae", top_p=2.0)
 
