@@ -35,6 +35,8 @@ def main(args: Sequence[str]) -> None:
     if in_checkout:
         print("wrote   a row of the table in README.md")
     print(f"next    llm-train fit -c {name}/offline")
+    if importlib.util.find_spec("pytest") is None:
+        print("        pip install pytest")
     print(f"        python -m pytest {folders[-1]}")
     guide = _GUIDE.relative_to(Path.cwd()) if _GUIDE.is_relative_to(Path.cwd()) else _GUIDE
     print(f"read    {guide}, and replace what the template does")
