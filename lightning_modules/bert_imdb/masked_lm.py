@@ -93,7 +93,7 @@ class BertMaskedLMModule(ExperimentModule):
             }
         name = base or "a new BERT"
         self.model = load_pretrained(name, "AutoModelForMaskedLM", architecture)
-        check_fit(self.model, name, vocab_size, block_size)
+        check_fit(self.model, name, vocab_size, block_size, argument="data.max_tokens")
         self.save_hyperparameters()
         self.hparams["architecture"] = architecture_of(self.model)
         self.output_layer = OutputLayer(self.model)

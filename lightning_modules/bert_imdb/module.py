@@ -76,7 +76,7 @@ class BertImdbModule(ClassifierModule):
 
         encoder = load_pretrained(base, "AutoModel", architecture)
         _require_encoder(encoder, base)
-        check_fit(encoder, base, vocab_size, block_size)
+        check_fit(encoder, base, vocab_size, block_size, argument="data.max_tokens")
         config = EncoderClassifierConfig(
             encoder=architecture_of(encoder),
             pooling=pooling,

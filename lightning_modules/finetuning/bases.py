@@ -127,7 +127,9 @@ def architecture_of(model: "PreTrainedModel") -> dict[str, Any]:
     return json.loads(model.config.to_json_string(use_diff=False))
 
 
-def check_fit(model: "PreTrainedModel", base: str, vocab_size: int, block_size: int) -> None:
+def check_fit(
+    model: "PreTrainedModel", base: str, vocab_size: int, block_size: int, argument: str = "data.block_size"
+) -> None:
     """Refuse data with token ids or lengths that the model has no embeddings for.
 
     Args:
@@ -135,11 +137,12 @@ def check_fit(model: "PreTrainedModel", base: str, vocab_size: int, block_size: 
         base: Folder or name of the model, for the message.
         vocab_size: Number of tokens of the tokenizer.
         block_size: Length of the longest sequence, in tokens.
+        argument: Argument that sets this length, for the message.
 
     Raises:
         MisconfigurationException: If the vocabulary is larger than the model's, or a sequence longer than its context.
     """
-    check_sizes(model.get_input_embeddings().weight.shape[0], context_of(model), base, vocab_size, block_size)
+    check_sizes(model.get_input_embeddings().weight.shape[0], context_of(model), base, vocab_size, block_size, argument)
 
 
 def context_of(model: "PreTrainedModel") -> int | None:
@@ -178,7 +181,9 @@ def check_padding(model: "PreTrainedModel", base: str, tokenizer: Any) -> None:
         )
 
 
-def check_sizes(n_rows: int, context: int | None, base: str, vocab_size: int, block_size: int) -> None:
+def check_sizes(
+    n_rows: int, context: int | None, base: str, vocab_size: int, block_size: int, argument: str = "data.block_size"
+) -> None:
     """Refuse data with token ids or lengths beyond `n_rows` or `context`, the sizes of a model; see `check_fit`."""
     if vocab_size > n_rows:
         raise MisconfigurationException(
@@ -187,7 +192,7 @@ def check_sizes(n_rows: int, context: int | None, base: str, vocab_size: int, bl
         )
     if context is not None and block_size > context:
         raise MisconfigurationException(
-            f"data.block_size: {block_size} is longer than the context of {base}, {context} tokens"
+            f"{argument}: {block_size} is longer than the context of {base}, {context} tokens"
         )
 
 

@@ -538,7 +538,7 @@ def test_a_base_that_is_not_an_encoder_or_does_not_fit_is_refused(base, tmp_path
         (tmp_path / "gpt2", {}, "holds a GPT2Model, which is not an encoder: give a model such as"),
         ("runs/bert_imdb/offline_pretrain", {}, r"llm-train fit -c bert_imdb/offline_pretrain"),
         (base, {"vocab_size": 401}, "401 tokens, more than the 400 of"),
-        (base, {"block_size": 65}, "65 is longer than the context of"),
+        (base, {"block_size": 65}, "data.max_tokens: 65 is longer than the context of"),
         (base, {"classes": None}, "classes must be set"),
     ):
         with pytest.raises(MisconfigurationException, match=message):
