@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torchmetrics import Metric
 
+from lightning_modules.common.batches import explain_missing_entry
 from lightning_modules.finetuning.adapters import adapted_layers, add_adapters
 from lightning_modules.optim import (
     OptimizerFactory,
@@ -129,16 +130,20 @@ class ExperimentModule(L.LightningModule):
 
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Update the validation metrics."""
-        self.evaluation_step(batch, self._tracked(self.val_metrics))
+        self._evaluate(batch, self.val_metrics)
 
     def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Update the test metrics."""
-        self.evaluation_step(batch, self._tracked(self.test_metrics))
+        self._evaluate(batch, self.test_metrics)
 
-    def _tracked(self, metrics: Metric | None) -> Metric:
+    def _evaluate(self, batch: Any, metrics: Metric | None) -> None:
         if metrics is None:
             raise MisconfigurationException(f"{type(self).__name__}: call self.track(metric) in the constructor")
-        return metrics
+        try:
+            self.evaluation_step(batch, metrics)
+        except KeyError as error:
+            explain_missing_entry(error, batch, type(self).__name__)
+            raise
 
     def on_validation_epoch_end(self) -> None:
         """Log the results of the validation as `val/...`."""
@@ -167,7 +172,11 @@ class ExperimentModule(L.LightningModule):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the loss of a batch, and log it."""
-        found = self._loss_function(batch)
+        try:
+            found = self._loss_function(batch)
+        except KeyError as error:
+            explain_missing_entry(error, batch, type(self).__name__)
+            raise
         if isinstance(found, Loss):
             self.log_train_loss(found.mean, found.weight)
             return found.value

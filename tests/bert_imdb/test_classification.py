@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
 from lightning_modules.bert_imdb.classification_report import most_confidently_wrong, reliability
@@ -77,6 +78,18 @@ def test_a_subclass_writes_its_network_and_forward_only():
     assert torch.equal(labels_in_order, labels[order])
     assert positions_in_order.tolist() == list(range(7))
     assert module.val_metrics is not module.test_metrics
+
+
+def test_an_entry_that_the_batch_does_not_have_is_named():
+    module, batch = LinearClassifier(), {"x": torch.randn(2, 4), "label": torch.tensor([0, 1])}
+    for step in (module.training_step, module.validation_step):
+        with pytest.raises(
+            MisconfigurationException, match=r"LinearClassifier: the batch has no '.*', only 'x', 'label'"
+        ):
+            step(batch, 0)
+    module.forward = lambda batch: {"a": 1}["y"]  # a mistake in other code
+    with pytest.raises(KeyError, match="y"):
+        module.training_step(batch, 0)
 
 
 def test_the_scores_stay_in_single_precision():
