@@ -85,7 +85,9 @@ def _generate(options: argparse.Namespace, packages: Sequence[str]) -> None:
             chat(_answering(options, run, stream), read_references(options.references))
         else:
             longest = 200 if options.max_new_tokens is None else options.max_new_tokens
-            _print(chain([options.prompt], stream(options.prompt, longest, temperature=0.8)))
+            texts = stream(options.prompt, longest, temperature=0.8)
+            first = next(texts, "")  # before anything is printed, since it may refuse the arguments
+            _print(chain([options.prompt + first], texts))
     except ValueError as error:
         raise UserError(f"generate: {error}") from error
 

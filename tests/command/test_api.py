@@ -63,6 +63,11 @@ def test_arguments_of_the_constructor_replace_those_of_the_checkpoint(whole):
 def test_a_folder_that_is_no_run_and_a_run_without_a_tokenizer(tmp_path, whole):
     with pytest.raises(MisconfigurationException, match=r"no config.yaml in it; give the folder of a run"):
         experiments.load_run(tmp_path)
+    (tmp_path / "runs/topic/my/model").mkdir(parents=True)
+    (tmp_path / "runs/topic/my/config.yaml").touch()
+    for folder in ("topic/my", "runs/topic/my/model", "runs/topic/my/model/lost", "runs/topics/my"):
+        with pytest.raises(MisconfigurationException, match=r"no config.yaml in it; did you mean runs/topic/my\?"):
+            experiments.load_run(folder)
     (tmp_path / "checkpoints").mkdir()
     for name in ("config.yaml", LAST):
         (tmp_path / name).write_bytes((whole() / name).read_bytes())

@@ -118,6 +118,12 @@ def test_a_test_writes_into_the_run_folder_and_keeps_its_configuration(llm_train
     }
 
 
+def test_generate_refuses_its_arguments_before_it_prints(llm_train, whole):
+    done = llm_train("generate", "--run", whole(), "--prompt", "ae", "--temperature", "-1")
+    assert (done.code, done.out) == (1, "")
+    assert done.err.startswith("error: generate: temperature=-1.0: must be")
+
+
 def test_generate_prints_the_same_text_for_the_same_seed(llm_train, whole):
     options = ("generate", "--run", whole(), "--prompt", "ae", "--max_new_tokens", "40", "--seed")
     first, again, other = (llm_train(*options, seed).out for seed in ("1", "1", "2"))
