@@ -23,6 +23,8 @@ if TYPE_CHECKING:  # imported where used: transformers is slow to import
 
 Batch = TypeVar("Batch")
 
+_SAME = 1e-3  # largest difference of scores that are the same but for rounding, in standard deviations of them
+
 
 def load_pretrained(
     base: str,
@@ -43,7 +45,8 @@ def load_pretrained(
         **changes: Fields of the model's configuration to set, such as `num_labels`.
 
     Raises:
-        MisconfigurationException: If there is no such model, or it does not fit the auto class.
+        MisconfigurationException: If there is no such model, it does not fit the auto class, or an encoder is to be a
+            causal language model.
     """
     import transformers
 
@@ -77,9 +80,31 @@ def load_pretrained(
         raise MisconfigurationException(
             f"{argument}: {auto_class} could not load {base}{where} ({first_line(error)})"
         ) from error
+    if auto_class == "AutoModelForCausalLM":
+        _check_causality(model, base, argument)
     if missing := sorted(found["missing_keys"]):
         say(f"{base} has no {', '.join(missing)}: initialised at random")
     return model.train()  # from_pretrained returns it in evaluation mode, and Lightning keeps the mode
+
+
+@torch.no_grad()
+def _check_causality(model: "PreTrainedModel", base: str, argument: str) -> None:
+    """Refuse a model whose scores depend on later tokens, such as an encoder that is loaded as a language model.
+
+    The configuration does not say it for all: `is_decoder` is false in that of GPT-NeoX too.
+    """
+    last = model.get_input_embeddings().weight.shape[0] - 1
+    ids = torch.full((2, 4), last)
+    ids[1, -1] = last - 1
+    try:
+        one, other = model.eval()(ids, use_cache=False).logits[:, :-1]  # (T - 1, V) each
+    except (RuntimeError, ValueError, TypeError, ImportError):  # it has an interface of its own, or needs a GPU
+        return
+    if (one - other).abs().max() > _SAME * one.std():
+        raise MisconfigurationException(
+            f"{argument}: the scores of {base} for a token depend on later tokens, so it is no language model but an "
+            f"encoder ({type(model).__name__}); give the base of a causal language model"
+        )
 
 
 def _check_kernels(config: Any, argument: str) -> None:

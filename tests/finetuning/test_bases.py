@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from tiny_bases import CONTEXT, save_gpt_neo
+from tiny_bases import CONTEXT, save_gpt_neo, save_old_bert
 from torch import Tensor, nn
 
 from datamodules.tokenizers import byte_tokenizer
@@ -56,6 +56,13 @@ def test_a_base_that_cannot_be_loaded_is_refused_in_one_line(name, message):
 def test_data_that_does_not_fit_the_base_is_refused(base, sizes, message):
     with pytest.raises(MisconfigurationException, match=message):
         FineTunedCausalLM(str(base), **sizes)
+
+
+def test_an_encoder_is_no_causal_language_model(tmp_path):
+    folder = save_old_bert(tmp_path / "encoder")
+    with pytest.raises(MisconfigurationException, match=r"for a token depend on later tokens, so it is .* an encoder"):
+        FineTunedCausalLM(str(folder), vocab_size=64, block_size=8)
+    load_pretrained(str(folder), "AutoModelForMaskedLM")
 
 
 def test_a_loaded_model_is_in_training_mode(base):
