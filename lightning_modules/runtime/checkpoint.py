@@ -18,7 +18,8 @@ from lightning_modules.runtime.stages import validates_a_fit
 class RunCheckpoint(Checkpoint):
     """Callback that writes `best.ckpt` (by a validation metric) and `last.ckpt` to `checkpoints/` in the run folder.
 
-    Both are written after a validation, the best one if the metric improved; then they are one file with two names.
+    The last step of a run is validated too, whatever the interval of the validations: its weights may be the best. Both
+    are written after a validation, the best one if the metric improved; then they are one file with two names.
     The last one is also written when the training ends or is stopped. Lightning's `ModelCheckpoint` writes its last
     checkpoint only if the best one improves.
 
@@ -53,6 +54,8 @@ class RunCheckpoint(Checkpoint):
         It is not written after the last batch of an epoch either: Lightning would resume without the validation that
         follows.
         """
+        if 0 < trainer.max_steps <= trainer.global_step:
+            trainer.should_stop = True  # Lightning then validates after this batch
         due = self.every_n_train_steps and trainer.global_step % self.every_n_train_steps == 0
         if due and not trainer.is_last_batch:
             self.save_last(trainer)

@@ -79,8 +79,18 @@ def die_before_link() -> None:
     checkpoint.link_or_copy = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 
 
+def test_the_last_step_is_validated_whatever_the_interval(llm_train, tiny):
+    settings = {"trainer__val_check_interval": 8, "trainer__max_steps": 11}
+    assert llm_train("fit", "-c", tiny(**settings), "--run.name", "odd").code == 0
+    header, *rows = metrics_that_repeat(RUNS / "odd")
+    assert [row[0] for row in rows if row[header.index("val/loss")]] == ["8", "11"]
+    assert checkpoint_io.AtomicCheckpointIO().load_checkpoint(RUNS / "odd" / BEST)["global_step"] == 11
+
+
 @pytest.mark.parametrize("links", [True, False], ids=["", "a file system without links"])
-def test_a_checkpoint_is_written_once_and_the_best_stays_when_the_last_goes_on(llm_train, tiny, monkeypatch, links):
+def test_a_checkpoint_is_written_once_and_the_best_stays_when_the_last_goes_on(
+    llm_train, forked, tiny, monkeypatch, links
+):
     writes = []
     save = checkpoint_io.AtomicCheckpointIO.save_checkpoint
 
@@ -100,10 +110,9 @@ def test_a_checkpoint_is_written_once_and_the_best_stays_when_the_last_goes_on(l
     assert best.samefile(last) == links
     assert best.read_bytes() == last.read_bytes()
     before = best.read_bytes()
-    assert (
-        llm_train("fit", "-c", tiny(), "--run.name", "once", "--ckpt_path", "last", "--trainer.max_steps", 10).code == 0
-    )
-    assert (best.read_bytes() == before, saved_step("once")) == (True, 10)
+    goes_on = ("fit", "-c", tiny(), "--run.name", "once", "--ckpt_path", "last")
+    assert forked(*goes_on, prepare=lambda: forks.signal_after_step(10, signal.SIGTERM)) == 128 + signal.SIGTERM
+    assert (best.read_bytes() == before, saved_step("once")) == (True, 11)
     assert sorted(path.name for path in last.parent.iterdir()) == ["best.ckpt", "last.ckpt"]
 
 
