@@ -30,6 +30,7 @@ from lightning_modules import optim
 from lightning_modules.base import ExperimentModule
 from lightning_modules.common.files import read_json
 from lightning_modules.common.messages import say
+from lightning_modules.finetuning.bases import weights_follow
 from lightning_modules.runtime.checkpoint_io import AtomicCheckpointIO
 from lightning_modules.runtime.loggers import RunLogger
 from lightning_modules.runtime.private_names import SettingsGoOverCheckpoint, leave_unused_gpus_alone
@@ -251,6 +252,11 @@ class ExperimentCLI(SettingsGoOverCheckpoint):
             run_folder.check_links(self.run.path)
         if self.subcommand == "fit" and rank_zero_only.rank == 0:
             self._lock = run_folder.Lock(self.run.path)
+
+    def instantiate_classes(self) -> None:
+        """Build the model, the data and the trainer."""
+        with weights_follow() if self.arguments.get("ckpt_path") else contextlib.nullcontext():
+            super().instantiate_classes()
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """Build the trainer with the run folder, once model and data are built and agree."""

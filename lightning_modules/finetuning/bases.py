@@ -4,6 +4,7 @@ import json
 import pickle
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:  # imported where used: transformers is slow to import
 
 Batch = TypeVar("Batch")
 
+_weights_follow: ContextVar[bool] = ContextVar("weights_follow", default=False)
 _SAME = 1e-3  # largest difference of scores that are the same but for rounding, in standard deviations of them
 
 
@@ -80,11 +82,21 @@ def load_pretrained(
         raise MisconfigurationException(
             f"{argument}: {auto_class} could not load {base}{where} ({first_line(error)})"
         ) from error
-    if auto_class == "AutoModelForCausalLM":
+    if auto_class == "AutoModelForCausalLM" and not _weights_follow.get():  # an old run stays readable
         _check_causality(model, base, argument)
-    if missing := sorted(found["missing_keys"]):
+    if (missing := sorted(found["missing_keys"])) and not _weights_follow.get():
         say(f"{base} has no {', '.join(missing)}: initialised at random")
     return model.train()  # from_pretrained returns it in evaluation mode, and Lightning keeps the mode
+
+
+@contextmanager
+def weights_follow() -> Iterator[None]:
+    """Do not check or name the weights of bases within the context, because those of a checkpoint replace them."""
+    token = _weights_follow.set(True)
+    try:
+        yield
+    finally:
+        _weights_follow.reset(token)
 
 
 @torch.no_grad()

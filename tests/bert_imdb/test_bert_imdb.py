@@ -299,6 +299,7 @@ def test_predict_and_the_exported_model_agree(llm_train, classified, tmp_path, m
     flags = ("--ckpt_path", "best", "--data.file", tmp_path / "new.csv")
     done = llm_train("predict", "-c", classified.run / "config.yaml", *flags)
     assert done.code == 0, done.err
+    assert "initialised at random" not in done.err  # the checkpoint has all weights
     with (classified.run / "predictions.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["text"] for row in rows] == texts
