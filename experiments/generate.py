@@ -2,6 +2,7 @@
 
 import argparse
 import re
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
@@ -38,8 +39,11 @@ def chat(answer: Callable[[str, Sequence[str]], None], references: Sequence[str]
         answer: Prints the answer to a question from references.
         references: References of all questions. If empty, the user is asked for references, and for others after an
             empty question.
+
+    Raises:
+        UserError: If the input is no terminal and ends without a question.
     """
-    given = list(references)
+    given, n_questions = list(references), 0
     try:
         while True:
             if not references:
@@ -49,10 +53,16 @@ def chat(answer: Callable[[str, Sequence[str]], None], references: Sequence[str]
                 print(f"[{number}] {text}")
             while question := input("\nQuestion: ").strip():
                 answer(question, given)
+                n_questions += 1
             if references:
                 return
-    except (EOFError, KeyboardInterrupt):
+    except (EOFError, KeyboardInterrupt) as error:
         print()
+        if isinstance(error, EOFError) and not n_questions and not sys.stdin.isatty():
+            raise UserError(
+                "--chat: the input ended without a question; without --references, an empty line ends the references "
+                "and the question follows it; --chat --prompt QUESTION answers one question"
+            ) from error
 
 
 def main(args: Sequence[str]) -> None:
@@ -69,6 +79,7 @@ def _generate(options: argparse.Namespace, packages: Sequence[str]) -> None:
     import torch
 
     from experiments import api
+    from lightning_modules.common.messages import say
 
     run = api.load_run(options.run, options.checkpoint, allow=packages)
     run.module.to(dtype_of_weights(options.precision, run))
@@ -82,14 +93,29 @@ def _generate(options: argparse.Namespace, packages: Sequence[str]) -> None:
 
     try:
         if options.chat:
-            chat(_answering(options, run, stream), read_references(options.references))
+            answer, references = _answering(options, run, stream), read_references(options.references)
+            if options.prompt is None:
+                chat(answer, references)
+            else:
+                answer(options.prompt, references)
         else:
             longest = 200 if options.max_new_tokens is None else options.max_new_tokens
             texts = stream(options.prompt, longest, temperature=0.8)
             first = next(texts, "")  # before anything is printed, since it may refuse the arguments
             _print(chain([options.prompt + first], texts))
+            if _learned_to_answer(run):
+                say("the run has learned to answer questions: with --chat, the prompt is a question")
     except ValueError as error:
         raise UserError(f"generate: {error}") from error
+
+
+def _learned_to_answer(run: "Run") -> bool:
+    from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+    try:
+        return hasattr(run.data_class, "prompts")
+    except MisconfigurationException:  # a class of another package, which may not be imported
+        return False
 
 
 def dtype_of_weights(precision: str | None, run: "Run") -> "torch.dtype":
@@ -138,12 +164,11 @@ def _parse(args: Sequence[str]) -> argparse.Namespace:
     description = "Continue a prompt with the model of a run, or ask it questions."
     parser = CommandParser(prog="llm-train generate", description=description)
     parser.add_argument("--run", type=Path, required=True, help="run folder, such as runs/TOPIC/NAME")
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--prompt", help="text to continue")
-    what.add_argument("--chat", action="store_true", help="ask questions, in the format that the run was trained on")
+    parser.add_argument("--prompt", help="text to continue; with --chat, the question to answer")
+    parser.add_argument("--chat", action="store_true", help="ask questions, in the format that the run was trained on")
     parser.add_argument(
         "--references", type=Path, nargs="+", default=[], metavar="FILE",
-        help="text files whose paragraphs are the references of a chat (default: ask for them)",
+        help="text files whose paragraphs are the references of a chat (default: ask for them; with --prompt, none)",
     )  # fmt: skip
     parser.add_argument(
         "--max_new_tokens", type=int, help="length of the text (default: 200; in a chat, the run's max_answer_tokens)"
@@ -160,6 +185,8 @@ def _parse(args: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--checkpoint", choices=["best", "last"], default="best", help="which weights (default: best)")
     parser.add_argument("--allow", metavar="PACKAGE", help="package of your own whose classes the run may name")
     options = parser.parse_args(args[1:])
+    if options.prompt is None and not options.chat:
+        parser.error("give --prompt TEXT, --chat or both")
     if options.prompt == "":
         raise UserError("--prompt is empty: give at least one character to continue")
     if options.references and not options.chat:

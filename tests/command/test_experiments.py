@@ -115,7 +115,7 @@ def follow(llm_train, monkeypatch, run: Path, printed: str) -> None:
         words = shlex.split(command)
         if words[0] == "generate":
             words += ["--max_new_tokens", "2"]
-            monkeypatch.setattr("sys.stdin", io.StringIO())  # a chat ends with its input
+            monkeypatch.setattr("sys.stdin", io.StringIO("\nWhy?\n"))  # a question without references
         if words[0] == "fit" and (experiments := experiments_of(command)):  # an experiment that reads this run
             words += shortened(experiments[0])
         if words[1:3] == ["-c", f"{name}/config.yaml"] and "--allow" not in words:

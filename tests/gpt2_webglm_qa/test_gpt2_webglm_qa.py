@@ -514,6 +514,9 @@ def test_the_chat_asks_as_the_run_was_trained(asked, llm_train, fitted, tmp_path
     )  # fmt: skip
     continuation = plain.out.removeprefix("[1] Ann did 7.\n[2] Bob saw it.\nWho did 7?").strip()
     assert f"Question: {continuation}\n\nQuestion: " in from_file.out
+    assert "with --chat, the prompt is a question" in plain.err
+    once = asked("", "--references", tmp_path / "facts.txt", "--prompt", "Who did 7?")
+    assert (once.code, once.out.strip()) == (0, continuation)
 
 
 def test_the_chat_says_what_does_not_fit(asked):
@@ -530,6 +533,12 @@ def test_references_of_a_chat_that_cannot_be_read(asked, tmp_path):
             read_references([tmp_path / f"{file}.txt"])
     wrong = asked("", "--references", tmp_path / "empty.txt")
     assert (wrong.code, "is empty" in wrong.err) == (1, True)
+
+
+def test_a_chat_whose_input_has_no_question_fails(asked):
+    wrong = asked("Who did 7?\n")
+    assert (wrong.code, wrong.err.count("\n")) == (1, 1)
+    assert "the input ended without a question" in wrong.err
 
 
 def test_only_a_run_that_learned_to_answer_is_asked(llm_train, whole):
