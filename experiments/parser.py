@@ -21,7 +21,7 @@ from experiments import names, trust
 from experiments import options as options_of
 from experiments.class_paths import accept_moved_classes, import_class
 from experiments.errors import UserError
-from experiments.yaml_files import read_yaml
+from experiments.yaml_files import load_yaml, read_yaml
 from lightning_modules.optim.schedules import takes_built_schedules
 from lightning_modules.runtime.private_names import option_names
 
@@ -45,7 +45,8 @@ _OTHER_FORM = re.compile(r"expected (str|list|str, bytes or os\.PathLike object,
 _KEY = re.compile(r'Parser key "([^"]+)":')
 # Lines of a message of jsonargparse that are not the reason: the types it tried, and the whole value.
 _AROUND = re.compile(
-    r"^(Does not validate|Subtypes:|Errors:|Given value|Expected a <class 'NoneType'>|Expected a path but|$)"
+    r"^(Does not validate|Subtypes:|Errors:|Given value|Expected a <class 'NoneType'>|Expected a path but|"
+    r"Subclass types expect one of:|a class path \(str\)|a dict with|$)"
 )
 
 
@@ -90,9 +91,12 @@ def one_line(message: str, options: Sequence[str], command_line: Sequence[str]) 
     """
     if broken := _broken_file(command_line):
         return broken
+    if "Option 'class_path' is not accepted" in message and (misplaced := _beside_class_path(command_line)):
+        return misplaced
     key = ".".join(_nested_keys(message))
     reasons = [line.strip().removeprefix("- ") for line in _KEY.sub("", message).splitlines()]
     reasons = [_plain(reason) for reason in reasons if not _AROUND.match(reason)]
+    reasons = [reason for reason in reasons if not reason.startswith("Not a valid subclass of ")] or reasons[:1]
     # Of several types, those of which the class is no subclass do not matter.
     reasons = [reason for reason in reasons if " to be a subclass of " not in reason] or reasons[-1:]
     # Where a text or a list could be given in place of a class, what is wrong with the class matters.
@@ -108,6 +112,7 @@ def one_line(message: str, options: Sequence[str], command_line: Sequence[str]) 
 
     # The name that is probably misspelt: a class, an option of a class, or an option of the command.
     typed = key.rsplit(".", 1)[-1]
+    takes = ""  # what the class takes, if no name is similar
     similar, is_word = None, False  # whether the name is a word of the command line
     if unknown := _UNKNOWN_OPTION.search(message):
         word = next(filter(None, unknown.groups()))
@@ -116,14 +121,21 @@ def one_line(message: str, options: Sequence[str], command_line: Sequence[str]) 
         chosen = options_of.chosen(command_line[1:])
         if class_paths := _CLASS_PATH.findall(message[: unknown.start()]):  # the last one is around the option
             similar = _closest(typed, inspect.signature(import_class(class_paths[-1])).parameters)
+            takes = _takes(class_paths[-1])
         elif key in chosen:
-            similar = _closest(typed, options_of.arguments(chosen[key].path))
+            path_of_class = chosen[key].path
+            if "." not in path_of_class:
+                path_of_class = _similar_class(path_of_class, key) or path_of_class
+            similar = _closest(typed, options_of.arguments(path_of_class))
+            takes = _takes(path_of_class)
         else:
             similar = _similar_option(word, options, chosen)
             section = typed.split(".")[0]
             typed = typed if section in {option.split(".")[0] for option in options} else section
     elif path := _GIVEN_PATH.search(message):
-        similar = _similar_class(next(filter(None, path.groups())), key.removesuffix(".class_path"))
+        given_path = next(filter(None, path.groups()))
+        similar = _similar_class(given_path, key.removesuffix(".class_path"))
+        similar = None if similar == given_path else similar
     if (missing := _NO_ATTRIBUTE.search(message)) and similar is None:
         typed = missing[2]
         similar = _closest(typed, dir(importlib.import_module(missing[1])))
@@ -132,7 +144,7 @@ def one_line(message: str, options: Sequence[str], command_line: Sequence[str]) 
         what += f", got {_value_of(flag, command_line)}"
     if similar is None and (choices := _LITERAL.findall(message)) and (given := _GIVEN.search(what)):
         similar = _closest(given[1], re.findall(r"'([^']*)'", "".join(choices)))
-    hint = f" (did you mean {similar!r}?)" if similar else ""
+    hint = f" (did you mean {similar!r}?)" if similar else takes
     where = "--" if flag and key else "" if flag or is_word else _place(typed, command_line)
     return f"{where}{key + ': ' if key else ''}{what}{hint}"
 
@@ -148,6 +160,38 @@ def _that_matter(reasons: Sequence[str]) -> list[str]:
         reasons = [reason for reason in reasons if not reason.endswith(_NO_PATH)]
     first = next((i for i, reason in enumerate(reasons) if not _BARE_PATH.fullmatch(reason)), 0)
     return [reason for i, reason in enumerate(reasons) if i <= first or not _BARE_PATH.fullmatch(reason)]
+
+
+def _takes(path: str) -> str:
+    """Return the arguments that a class takes, for a message."""
+    found = [*options_of.arguments(path)]
+    return f" ({path.rpartition('.')[2]} takes {', '.join(found)})" if found else ""
+
+
+def _beside_class_path(command_line: Sequence[str]) -> str | None:
+    """Return the error of arguments of a class that are beside its `class_path` in a file or a flag, if there are."""
+    given: list[tuple[str, Any]] = [(f"{file}: ", read_yaml(file)) for file in _config_files(command_line)]
+    for flag, value in options_of.flags(command_line):
+        with contextlib.suppress(yaml.YAMLError):
+            given.append(("", {flag: load_yaml(value)}))
+    for where, content in given:
+        for key, names_beside in _misplaced(content, ""):
+            if where:
+                where = _place(names_beside[0], command_line) or where
+            verb = "belongs" if len(names_beside) == 1 else "belong"
+            return f"{where}{key}: {', '.join(names_beside)} {verb} under init_args, below class_path"
+    return None
+
+
+def _misplaced(content: Any, key: str) -> Iterator[tuple[str, list[str]]]:
+    """Yield the keys of classes in a configuration that have arguments outside of `init_args`, with their names."""
+    if isinstance(content, dict):
+        beside = [name for name in content if name not in ("class_path", "init_args", "dict_kwargs")]
+        if "class_path" in content and beside:
+            yield key, beside
+    parts = content.items() if isinstance(content, dict) else enumerate(content) if isinstance(content, list) else ()
+    for name, part in parts:
+        yield from _misplaced(part, f"{key}.{name}".removeprefix("."))
 
 
 def _closest(typed: str, candidates: Iterable[str]) -> str | None:

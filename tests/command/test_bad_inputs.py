@@ -24,6 +24,7 @@ FILES = {
     "latin1.txt": b"caf\xe9 " * 100,
     "broken.yaml": b"model: [\n",
     "list.yaml": b"- a\n- b\n",
+    "beside.yaml": b"optimizer: {class_path: Adam, lr: 1e-3}\n",
     "unknown.yaml": b"modle: {n_layer: 1}\n",
     "review.csv": b"review,sentiment\nfine,1\n",
     "one_class.csv": b"text,label\nfine,1\ngood,1\nnice,1\n",
@@ -60,6 +61,20 @@ COMMANDS = [
     ("fit tiny", ["--n_layer=3"], 2, ["(did you mean 'model.n_layer'?)"]),
     ("fit tiny", ["--optimiser.lr=3"], 2, ["(did you mean 'optimizer'?)"]),
     ("fit tiny", ["--optimizer.lrr=3"], 2, ["error: --optimizer: Option 'lrr'", "(did you mean 'lr'?)"]),
+    ("fit tiny", ["--optimizer.learning_rate=1"], 2, ["'learning_rate' is not accepted (AdamW takes lr, betas, "]),
+    ("fit tiny", ["--optimizer=SGD", "--optimizer.learning_rate=1"], 2, ["accepted (SGD takes lr, momentum, "]),
+    (
+        "fit tiny",
+        ["-c", "beside.yaml"],
+        2,
+        ["beside.yaml, line 1: optimizer: lr belongs under init_args, below class_p"],
+    ),
+    (
+        "fit tiny",
+        ["--trainer.callbacks=[{class_path: lightning.pytorch.callbacks.Timer, duration: 1, interval: step}]"],
+        2,
+        ["--trainer.callbacks.0: duration, interval belong under init_args, below class_path"],
+    ),
     ("fit tiny", ["--optimizer.lr=fast"], 2, ["error: --optimizer.lr: expected float, got fast"]),
     ("fit tiny", ["--optimizer=AdamV"], 2, ["(did you mean 'torch.optim.Adam'?)"]),
     ("fit tiny", ["--lr_scheduler=Cosin"], 2, ["(did you mean 'lightning_modules.optim.schedules.Cosine'?)"]),
@@ -155,6 +170,18 @@ def test_one_line_says_what_is_wrong_with_a_command(llm_train, files, tiny, monk
     assert_one_line(llm_train(command, *(["-c", tiny()] if experiment else []), *flags), code, said)
     if any(flag.startswith("--trainer") for flag in flags):  # the run fails before it writes: its folder is removed
         assert not (RUNS / "tiny").exists()
+
+
+def test_an_error_about_a_class_of_ones_own_has_no_needless_words(llm_train, tiny):
+    Path("mine.py").write_text("import lightning as L\nclass Mine(L.Callback):\n    def __init__(self, n: int): ...\n")
+    error = llm_train("fit", "-c", tiny(), "--trainer.callbacks+=mine.Mine", "--trainer.callbacks.m=3").err
+    assert error == "error: --trainer.callbacks: mine.Mine; Option 'm' is not accepted (Mine takes n)\n"
+    config = tiny(trainer__callbacks=[{"class_path": "mine.Mine", "init_args": {"n": 1}}])
+    run = RUNS / "own"
+    run.mkdir(parents=True)
+    config.rename(run / "config.yaml")
+    (run / "metrics.csv").touch()  # so that the folder is a run's
+    assert llm_train("fit", "-c", run / "config.yaml").err.endswith("if you trust its code, add --allow mine\n")
 
 
 @pytest.mark.parametrize(("experiment", "flags", "code", "said"), TOPICS, ids=lambda value: str(value)[:60])
