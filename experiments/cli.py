@@ -32,7 +32,7 @@ from lightning_modules.common.files import read_json
 from lightning_modules.common.messages import say
 from lightning_modules.finetuning.bases import weights_follow
 from lightning_modules.runtime.checkpoint_io import AtomicCheckpointIO
-from lightning_modules.runtime.loggers import RunLogger
+from lightning_modules.runtime.loggers import RunLogger, WandbRecorder
 from lightning_modules.runtime.private_names import SettingsGoOverCheckpoint, leave_unused_gpus_alone
 
 LINKED = ("vocab_size", "pad_token_id", "block_size", "classes")  # attributes of the data, arguments of a module
@@ -285,6 +285,7 @@ class ExperimentCLI(SettingsGoOverCheckpoint):
         self.model.data = self.datamodule
         self.model.optimizer_factory, self.model.schedule_factory = built["optimizer"], built["lr_scheduler"]
         if self.subcommand == "fit":
+            optim.check_optimizer(built["optimizer"])
             monitored.check(self.model, trainer.callbacks, built["lr_scheduler"])
         return trainer
 
@@ -309,6 +310,10 @@ class ExperimentCLI(SettingsGoOverCheckpoint):
         if self.run is None or not self.run.is_new or rank_zero_only.rank != 0:
             return
         if self._trainer_arguments.get("fast_dev_run") or not any(self.run.path.glob("config*.yaml")):
+            trainer = getattr(self, "trainer", None)
+            for logger in trainer.loggers if trainer else ():
+                if isinstance(logger, WandbRecorder):
+                    logger.finish(exit_code=1)  # W&B's process writes into the folder until then
             shutil.rmtree(self.run.path, ignore_errors=True)
 
 

@@ -2,11 +2,14 @@
 
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import wandb
 from helpers import RUNS
 
+from experiments.cli import ExperimentCLI
+from experiments.run_folder import claim
 from lightning_modules.runtime import loggers
 from lightning_modules.runtime.loggers import WandbRecorder
 
@@ -52,6 +55,18 @@ def test_a_mode_that_cannot_work_becomes_one_that_can(tracker, tmp_path, monkeyp
     lines = capfd.readouterr().err.splitlines()
     assert len(lines) == bool(said)
     assert said in "".join(lines)
+
+
+def test_a_run_that_fails_before_it_is_recorded_leaves_no_files_of_the_tracker(tracker, tmp_path):
+    cli = ExperimentCLI.__new__(ExperimentCLI)
+    cli.run = claim(tmp_path, "topic", "name")
+    cli.config, cli.subcommand = {"fit": {"trainer": {}}}, "fit"
+    logger = attached(cli.run.path)
+    cli.trainer = SimpleNamespace(loggers=[logger])
+    assert not logger.experiment.disabled
+    cli.close()
+    wandb.teardown()
+    assert list(cli.run.path.parent.iterdir()) == []
 
 
 @pytest.mark.parametrize("variable", ["WANDB_BASE_URL=nonsense", f"WANDB_RUN_ID={'x' * 300}/"])
