@@ -105,6 +105,8 @@ _CLASSES: dict[str, tuple[str, ...]] = {  # the base of the classes that a flag 
         "lightning.pytorch.loggers.Logger", "lightning_modules.runtime.loggers", "lightning.pytorch.loggers"
     ),
 }  # fmt: skip
+# Those that a run refuses, see `lightning_modules.optim.unusable`, and one that the project has for all parameters.
+_NOT_LISTED = ("torch.optim.LBFGS", "torch.optim.SparseAdam", "torch.optim.Muon")
 
 
 def classes(flag: str, start: str = "") -> list[index.Class]:
@@ -124,7 +126,7 @@ def classes(flag: str, start: str = "") -> list[index.Class]:
         places = [*index.packages_of_user(), *itertools.chain(*map(_of_topics, packages))]
         read = [place for place in places if f"{place}.".startswith(start) or start.startswith(f"{place}.")]
         found.update(index.subclasses(base, *read))
-    return sorted(found, key=lambda kind: kind.path)
+    return sorted((kind for kind in found if kind.path not in _NOT_LISTED), key=lambda kind: kind.path)
 
 
 def _of_topics(package: str) -> list[str]:

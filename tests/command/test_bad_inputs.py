@@ -76,6 +76,7 @@ COMMANDS = [
         ["--trainer.callbacks.0: duration, interval belong under init_args, below class_path"],
     ),
     ("fit tiny", ["--optimizer.lr=fast"], 2, ["error: --optimizer.lr: expected float, got fast"]),
+    ("fit tiny", ["--optimizer=torch.optim.LBFGS"], 1, ["optimizer: LBFGS cannot train here", "Give AdamW"]),
     ("fit tiny", ["--optimizer=AdamV"], 2, ["(did you mean 'torch.optim.Adam'?)"]),
     ("fit tiny", ["--lr_scheduler=Cosin"], 2, ["(did you mean 'lightning_modules.optim.schedules.Cosine'?)"]),
     ("fit tiny", ["--lr_scheduler=torch.optim.lr_scheduler.StepLr"], 2, ["(did you mean 'StepLR'?)"]),

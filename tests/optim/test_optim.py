@@ -1,13 +1,16 @@
 """Learning-rate schedules against values worked out by hand, and the weight-decay groups."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
 from jsonargparse import ArgumentError, ArgumentParser
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
-from lightning_modules.optim import ScheduleFactory, build_schedule, weight_decay_groups
+from experiments import options
+from lightning_modules.optim import ScheduleFactory, build_schedule, check_optimizer, weight_decay_groups
 from lightning_modules.optim.schedules import (
     Constant,
     Cosine,
@@ -195,3 +198,27 @@ def test_matrices_decay_once_and_vectors_and_frozen_weights_do_not():
     assert undecayed["weight_decay"] == 0.0
     built = torch.optim.AdamW([decayed, undecayed], lr=1e-3, weight_decay=0.3)
     assert [group["weight_decay"] for group in built.param_groups] == [0.3, 0.0]
+
+
+def test_the_optimizers_of_torch_are_listed_and_train_or_are_refused():
+    listed = {kind.name for kind in options.classes("optimizer") if kind.path.startswith("torch.optim.")}
+    known = vars(torch.optim).values()
+    kinds = {kind for kind in known if isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)}
+    for kind in kinds - {torch.optim.Optimizer, torch.optim.Muon}:  # the project has a Muon for all parameters
+        if kind.__name__ not in listed:
+            with pytest.raises(MisconfigurationException, match=f"optimizer: {kind.__name__} cannot train here: it"):
+                check_optimizer(partial(build, kind))
+            continue
+        check_optimizer(partial(build, kind))
+        module = nn.Sequential(nn.Embedding(3, 2), nn.LayerNorm(2), nn.Linear(2, 2))
+        chosen = kind(weight_decay_groups(module), lr=0.1)
+        before = module[2].weight.clone()
+        module(torch.tensor([0, 2])).square().sum().backward()
+        chosen.step(lambda: None)
+        assert not torch.equal(module[2].weight, before), kind
+    assert len(listed) >= 12
+    assert "Muon" not in listed
+
+
+def build(kind: type, *_: object) -> None:
+    """Stand for the function of which the parser makes a factory."""
