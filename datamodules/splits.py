@@ -10,12 +10,13 @@ from typing import Literal, NamedTuple
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from datamodules.sources import Piece, Source
+from lightning_modules.common.messages import say
 
 Side = Literal["train", "val", "test"]
 Kind = Literal["documents", "parts", "tail"]  # how a text was split
 SIDES: tuple[Side, ...] = ("train", "val", "test")
 
-FEW = 20  # documents; whole ones would be too coarse a split
+FEW = 20  # documents, of which whole ones would be too coarse a split; or examples, of which a score would vary much
 
 _LONG = 40  # characters of a line that counts in a comparison of documents
 _MANY = 10  # a line of more documents than this, and of more than the tenth of all, does not count
@@ -223,6 +224,18 @@ def describe(
     if test_fraction:
         parts.append(f"the last {_percent(test_fraction)}{of} is for the test")
     return f"{line}: {', '.join(parts)}"
+
+
+def say_if_few(side: Side, n: int, what: str) -> None:
+    """Print a line if a held-out split has so few examples that chance decides its scores.
+
+    Args:
+        side: The split; nothing is said of the training split.
+        n: Number of examples in it.
+        what: What the examples are, such as `rows`.
+    """
+    if side != "train" and 0 < n < FEW:
+        say(f"{side}: only {n} {what if n > 1 else what.removesuffix('s')}; scores of so few vary much by chance")
 
 
 def _percent(share: float) -> str:

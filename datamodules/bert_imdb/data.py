@@ -15,7 +15,7 @@ from datamodules.base import ExperimentDataModule, Order, shuffled
 from datamodules.bert_imdb.reviews import AnyReviews, Review, parse_review, read_reviews, reviews_of
 from datamodules.bert_imdb.wordpiece import continues_word, learn_wordpieces
 from datamodules.cache import cache_root, cached_array, digest
-from datamodules.splits import Side
+from datamodules.splits import SIDES, Side, say_if_few
 from datamodules.tokenizers import WithTokenizer, encode, load_tokenizer, vocab_size
 from lightning_modules.common.messages import say
 from lightning_modules.common.ranges import NonNegativeInt, OpenUnitInterval, PositiveInt, ThreeOrMore
@@ -275,6 +275,8 @@ class ReviewsDataModule(WithTokenizer, ExperimentDataModule):
                 self.datasets[split] = self.read(split)
         if stage == "fit":
             say(f"data    {self.describe()}")
+        for side in (split for split in SIDES if split in _SPLITS[stage]):
+            say_if_few(side, len(self.datasets[side]), "rows")
 
     def describe(self) -> str:
         """Return a line about the reviews of a fit."""

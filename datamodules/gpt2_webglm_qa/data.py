@@ -16,7 +16,7 @@ from datamodules.gpt2_webglm_qa.chat_format import as_chat_template
 from datamodules.gpt2_webglm_qa.cited_answers import AnyRecords, Citations, Order, Record, arrange, records_of
 from datamodules.gpt2_webglm_qa.packing import best_fit
 from datamodules.gpt2_webglm_qa.prompts import TEMPLATE, Example, MissingCitations, PromptEncoder, in_chat_template
-from datamodules.splits import Side
+from datamodules.splits import Side, say_if_few
 from datamodules.tokenizers import WithTokenizer, load_tokenizer, token_byte_lengths
 from lightning_modules.common.messages import say
 from lightning_modules.common.ranges import ClosedUnitInterval, NonNegativeInt, PositiveInt
@@ -193,6 +193,7 @@ class GPT2WebGLMQADataModule(WithTokenizer, ExperimentDataModule):
         self.counts[side] = {**encoder.counts, "rows": len(rows), "fill": fill}
         if examples:
             say(_SUMMARY.format(side=side, done=_DONE[self.missing_citations], **self.counts[side]))
+        say_if_few(side, len(examples), "records")
         return rows
 
 

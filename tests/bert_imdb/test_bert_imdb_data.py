@@ -380,9 +380,11 @@ def test_truncation_as_in_the_paper():
     assert truncate(np.arange(2000), 510, "head_tail").tolist() == [*range(128), *range(2000 - 382, 2000)]
 
 
-def test_rows_are_those_of_the_tokenizer(tokenizer, tokenizer_folder):
+def test_rows_are_those_of_the_tokenizer(tokenizer, tokenizer_folder, capsys):
     data = BertImdbDataModule(FilmReviews(n_train=20, n_val=10, n_test=10), tokenizer_folder, 4, max_tokens=40)
     data.setup("fit")
+    (said,) = (line for line in capsys.readouterr().err.splitlines() if "vary" in line)
+    assert said == "val: only 10 rows; scores of so few vary much by chance"
     positions = torch.tensor([3, 0, 7, 11])
     batch = data.datasets["train"][positions]
     texts = [data.texts["train"][i].text for i in positions]

@@ -265,6 +265,12 @@ def test_what_is_too_long_without_any_reference_or_empty_is_skipped_and_said(cap
         module(long)
 
 
+def test_few_held_out_records_are_said(monkeypatch, capsys):
+    monkeypatch.setattr(Given, "records", lambda self, side: iter([SHORT]))
+    module(stage="test")
+    assert "test: only 1 record; scores of so few vary much by chance" in capsys.readouterr().err.splitlines()
+
+
 NEVER = Record("Who?", "Ann [1], in [2019].", ("Ann did.",))
 
 
