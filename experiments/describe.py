@@ -45,9 +45,11 @@ def _print_class(key: str, path: str) -> bool:
     kind = index.find(path) or next((kind for kind in kinds if kind.name == path), None)
     if kind is not None:
         print(f"{kind.path}: {kind.summary}\n")
+        _print_note(key)
         _print_options(f"--{key}.", options.arguments(kind.path).values())
     elif kinds and (not path or path.startswith("-")):
         print(f"--{key} CLASS")
+        _print_note(key)
         _print_classes(kinds)
     return kind is not None or bool(kinds and (not path or path.startswith("-")))
 
@@ -69,6 +71,7 @@ def _print_command(command: str, chosen: dict[str, options.Chosen]) -> None:
     for name in options.SECTIONS:
         section = chosen[name]
         print(f"\n{name}: --{name} CLASS, and its arguments: --{name}.ARGUMENT VALUE")
+        _print_note(name)
         if section.path:
             print(f"  {section.path}")
             _print_options(f"--{name}.", options.arguments(section.path).values(), section.arguments)
@@ -83,6 +86,11 @@ def _print_command(command: str, chosen: dict[str, options.Chosen]) -> None:
         f"With -c, this help has the arguments of the classes that the files name. `llm-train {command} --model.help "
         "CLASS` explains any class, `llm-train list` lists the experiments and classes."
     )
+
+
+def _print_note(key: str) -> None:
+    if key == "lr_scheduler":
+        _wrap(options.STEPS_OF_SCHEDULES)
 
 
 def _print_classes(kinds: Iterable[index.Class]) -> None:

@@ -133,5 +133,7 @@ def _print(asked: str | None) -> None:
         width = max((len(name) for name, _ in rows), default=0)
         for name, what in rows:
             print(f"{'' if asked else '  '}{name:<{width}}  {what}".rstrip()[:columns])
+        if kind == "schedules":
+            print(options.STEPS_OF_SCHEDULES, file=sys.stderr)
         if not asked:
             print()

@@ -88,6 +88,8 @@ def section(name: str) -> dict[str, Parameter]:
     return found
 
 
+# The documentation of PyTorch's schedules speaks of epochs.
+STEPS_OF_SCHEDULES = "A schedule advances at every optimiser step, also where its text says epoch."
 SECTIONS = ("model", "data", "optimizer", "lr_scheduler")  # that name a class
 
 

@@ -49,6 +49,7 @@ def test_with_an_experiment_the_help_has_the_arguments_of_its_classes(llm_train)
     assert all(
         text in shown for text in ("--model.n_layer\n", "--data.block_size\n", "--optimizer.momentum\n", "here 4")
     )
+    assert shown.count("advances at every optimiser step") == 1
     assert "--model.vocab_size" not in shown  # linked from the data
     assert "--optimizer.params" not in shown
 
@@ -59,6 +60,7 @@ def test_with_an_experiment_the_help_has_the_arguments_of_its_classes(llm_train)
         (["--model.help", "lightning_modules.base.ExperimentModule"], "--model.compile"),
         (["--lr_scheduler.help=OneCycle"], "--lr_scheduler.initial"),
         (["--lr_scheduler.help", "torch.optim.lr_scheduler.StepLR"], "--lr_scheduler.step_size"),
+        (["--lr_scheduler.help", "StepLR"], "A schedule advances at every optimiser step"),
         (["--optimizer.help"], "torch.optim.AdamW"),
         (["--trainer.callbacks.help", "EarlyStopping"], "--trainer.callbacks.monitor"),
         (["--trainer.profiler.help", "lightning.pytorch.profilers.SimpleProfiler"], "--trainer.profiler.dirpath"),

@@ -24,7 +24,9 @@ def test_every_kind_is_listed_with_names_that_exist(llm_train):
     for kind in listing.KINDS:
         rows = dict(listing.KINDS[kind]())
         assert len(rows) > 4, kind
-        alone = llm_train("list", kind).out.splitlines()
+        shown = llm_train("list", kind)
+        alone = shown.out.splitlines()
+        assert ("A schedule advances at every optimiser step" in shown.err) == (kind == "schedules")
         assert [line.split("  ")[0] for line in alone] == [*rows]
         assert f"\n{kind}" in f"\n{done.out}"
         if kind in ("experiments", "presets", "studies"):
