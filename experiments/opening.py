@@ -64,7 +64,12 @@ def _steps(trainer: L.Trainer) -> str:
     if not math.isfinite(batches):
         return f"{total:,}{each}"
     epochs = total / math.ceil(batches / trainer.accumulate_grad_batches)
-    return f"{total:,}{each}, {f'{epochs:.3g} epochs' if epochs >= 0.01 else 'a small part of an epoch'}"
+    line = f"{total:,}{each}, {f'{epochs:.3g} epochs' if epochs >= 0.01 else 'a small part of an epoch'}"
+    if min(trainer.max_steps, trainer.max_epochs or -1) > 0:  # one may be a flag, which the other makes useless
+        limits = [f"max_steps {trainer.max_steps}", f"max_epochs {trainer.max_epochs}"]
+        first, second = limits if total >= trainer.max_steps else reversed(limits)
+        line += f"; {first} ends the run before {second}"
+    return line
 
 
 def _device(trainer: L.Trainer) -> str:

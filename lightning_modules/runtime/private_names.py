@@ -84,6 +84,16 @@ def shift_logged_step(trainer: L.Trainer, by: int) -> None:
     trainer.fit_loop.epoch_loop._batches_that_stepped += by
 
 
+def count_step_of_checkpoint(trainer: L.Trainer) -> None:
+    """Give loggers the number of finished steps, before a batch, where a resumed run is one behind.
+
+    Lightning counts the step of a checkpoint that was written after a validation when it skips that validation. That of
+    the last step of a run (see `RunCheckpoint`) is none in a run that goes on longer.
+    """
+    if trainer.fit_loop.epoch_loop._batches_that_stepped == trainer.global_step - 1:
+        shift_logged_step(trainer, 1)
+
+
 def skip_sigterm_broadcast(trainer: L.Trainer) -> None:
     """Skip Lightning's broadcast of SIGTERM at every batch: it costs time, and hangs if ranks make different steps."""
     trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None

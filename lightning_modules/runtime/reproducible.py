@@ -48,6 +48,7 @@ class ReproducibleSteps(L.Callback):
     ) -> None:
         """Seed the random numbers of the batch, and set the accumulation, which an epoch that is resumed lacks."""
         trainer.accumulate_grad_batches = _batches_a_step(trainer)
+        private_names.count_step_of_checkpoint(trainer)
         batch_seed = (self.seed or 0) * _SEED_STRIDE + private_names.batches_done(trainer)
         seed = batch_seed * _BATCH_STRIDE + trainer.global_rank
         # torch.manual_seed does the same for every device, but takes a millisecond to record its caller.

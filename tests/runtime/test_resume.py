@@ -85,6 +85,12 @@ def test_the_last_step_is_validated_whatever_the_interval(llm_train, tiny):
     header, *rows = metrics_that_repeat(RUNS / "odd")
     assert [row[0] for row in rows if row[header.index("val/loss")]] == ["8", "11"]
     assert checkpoint_io.AtomicCheckpointIO().load_checkpoint(RUNS / "odd" / BEST)["global_step"] == 11
+    # The run goes on as if it had not stopped there.
+    longer = tiny(**settings | {"trainer__max_steps": 24, "trainer__log_every_n_steps": 1})
+    assert llm_train("fit", "-c", longer, "--run.name", "odd", "--ckpt_path", "last").code == 0
+    header, *rows = metrics_that_repeat(RUNS / "odd")
+    assert [row[0] for row in rows if row[header.index("val/loss")]] == ["8", "11", "16", "24"]
+    assert [row[0] for row in rows if int(row[0]) > 11] == [str(step) for step in range(12, 25)]
 
 
 @pytest.mark.parametrize("links", [True, False], ids=["", "a file system without links"])
