@@ -79,14 +79,17 @@ def main(args: Sequence[str] | None = None) -> None:
         close = [_OTHER_NAMES.get(name, name) for name in close]
         hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(COMMANDS)}"
         sys.exit(_error(f"no such command: {args[0]!r} ({hint})", 2))
-    run = importlib.import_module(_module_of(args)).main
     if os.environ.get("LLM_TRAIN_TRACEBACK"):
-        run(args)
+        importlib.import_module(_module_of(args)).main(args)
         return
 
     try:
-        run(args)
+        importlib.import_module(_module_of(args)).main(args)
         sys.stdout.flush()
+    except (KeyboardInterrupt, SystemExit) as leave:  # before the training, or in a command that does not train
+        if not isinstance(leave, KeyboardInterrupt) and not isinstance(leave.__context__, KeyboardInterrupt):
+            raise
+        sys.exit(_error("stopped by Ctrl-C", 130))
     except BrokenPipeError:  # the reader of the output has ended, such as `head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)

@@ -13,7 +13,9 @@ from helpers import RUNS, weights
 from experiments import api, generate
 from experiments.__main__ import COMMANDS
 from experiments.api import Run
+from experiments.cli import ExperimentCLI
 from experiments.parser import one_line
+from lightning_modules.base import ExperimentModule
 from lightning_modules.runtime.private_names import option_names
 
 ROOT = Path(__file__).parents[2]
@@ -161,3 +163,17 @@ def test_generate_in_bfloat16(llm_train, whole, monkeypatch):
 def test_messages_of_the_parser_are_shortened_to_the_reason():
     message = "Parser key \"trainer.max_steps\":\n  Expected a <class 'int'>. Got value: many\n  Given value type: str"
     assert one_line(message, [], []) == "trainer.max_steps: expected int, got many"
+
+
+@pytest.mark.parametrize("raised", [KeyboardInterrupt, "by Lightning"])
+def test_ctrl_c_before_the_training_is_one_line(llm_train, tiny, monkeypatch, raised):
+    def setup(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    if raised == "by Lightning":  # it exits with code 1
+        monkeypatch.setattr(ExperimentModule, "setup", setup)
+    else:
+        monkeypatch.setattr(ExperimentCLI, "parse_arguments", setup)
+    done = llm_train("fit", "-c", tiny())
+    assert (done.code, done.err.splitlines()[-1]) == (130, "error: stopped by Ctrl-C")
+    assert "Traceback" not in done.err
