@@ -167,7 +167,7 @@ def test_messages_of_the_parser_are_shortened_to_the_reason():
 
 @pytest.mark.parametrize("raised", [KeyboardInterrupt, "by Lightning"])
 def test_ctrl_c_before_the_training_is_one_line(llm_train, tiny, monkeypatch, raised):
-    def setup(*_: object) -> None:
+    def setup(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     if raised == "by Lightning":  # it exits with code 1
