@@ -168,14 +168,22 @@ class RunRecord(SaveConfigCallback):
             logger.finish(exit_code=0 if status == "finished" else 1)
             sync_command = logger.sync_command
         if not trainer.fast_dev_run:
-            self._say(pl_module, summary, sync_command)
+            of_best = checkpoints[0].best_metrics if is_fit and checkpoints else {}
+            self._say(pl_module, summary, of_best, sync_command)
 
-    def _say(self, pl_module: L.LightningModule, summary: dict[str, Any], sync_command: str | None) -> None:
+    def _say(
+        self,
+        pl_module: L.LightningModule,
+        summary: dict[str, Any],
+        of_best: dict[str, float],
+        sync_command: str | None,
+    ) -> None:
         folder, is_fit = self._run.path, self.cli.subcommand == "fit"
         where = f" at step {summary['step']}" if is_fit else ""
         lines = [("run", f"{folder} ({summary['status']}{where}, {summary['seconds']:.0f} s)")]
         if summary["best"]:
             lines.append(("best", "{metric} {value:.4f} at step {step}".format(**summary["best"])))
+            lines += [("", line) for line in pl_module.closing_lines(of_best)]
         if "peak_gpu_memory_mib" in summary:
             lines.append(("memory", f"{summary['peak_gpu_memory_mib']:,} MiB on the GPU at most"))
         if not is_fit:

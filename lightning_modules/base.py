@@ -362,6 +362,14 @@ class ExperimentModule(L.LightningModule):
         """Return the command that a user is likely to run after a run of this module."""
         return f"llm-train validate -c {run}/config.yaml --ckpt_path best"
 
+    def closing_lines(self, best: Mapping[str, float]) -> list[str]:
+        """Return lines to print at the end of a fit, beside that of the best loss.
+
+        Args:
+            best: Metrics of the best validation, `val/...`.
+        """
+        return []
+
     @property
     def _public_path(self) -> str:
         """Path of the class in YAML: that of its package if the package re-exports it, as those of topics do."""

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torchmetrics.functional.classification import multiclass_auroc, multiclass_calibration_error, multiclass_f1_score
@@ -111,6 +112,21 @@ class ClassifierModule(ExperimentModule):
     def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         """Return `probabilities` of the classes, (B, K), and `positions` of the examples, (B,)."""
         return {"probabilities": self._scores(batch).softmax(-1), "positions": batch["positions"]}
+
+    def closing_lines(self, best: Mapping[str, float]) -> list[str]:
+        """Return the accuracy of the model and of baselines, and whether the model does better than a constant answer.
+
+        That answer is the most frequent class of the validation split.
+        """
+        found = sorted((item for item in best.items() if item[0].endswith("/accuracy")), key=lambda item: len(item[0]))
+        shown = ", ".join(f"{name} {value:.4f}" for name, value in found)
+        lines = [shown] if shown else []
+        labels = self.predictions[1] if hasattr(self, "predictions") else torch.empty(0, dtype=torch.int64)
+        if "val/accuracy" in best and len(labels):
+            constant = labels.bincount().max().item() / len(labels)
+            if best["val/accuracy"] <= constant + 1e-6:
+                lines.append(f"no better than always the most frequent class, which has an accuracy of {constant:.4f}")
+        return lines
 
     def _scores(self, batch: Batch) -> Tensor:
         return scores_of_share(self, batch, batch["positions"], self.n_classes).float()

@@ -108,7 +108,7 @@ class BertImdbModule(ClassifierModule):
 
     def next_command(self, run: str) -> str:
         """Return the command that classifies a review."""
-        return f'llm-train predict -c {run}/config.yaml --ckpt_path best --data.text "I would see it again."'
+        return f'llm-train predict -c {run}/config.yaml --ckpt_path best --data.text "your text"'
 
     def save_pretrained(self, folder: Path) -> None:
         """Write the model in the format of Transformers, with the names of the classes.

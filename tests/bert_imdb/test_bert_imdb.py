@@ -263,6 +263,11 @@ def test_the_metrics_are_those_of_the_predictions(classified):
         assert len(read_metric(run / "metrics.csv", f"val/bag_of_words/{name}")[1]) == 3
 
 
+def test_the_closing_lines_have_the_accuracies(classified):
+    best = re.search(r"^best .*\n( {8}val/accuracy .*)", classified.printed, re.MULTILINE)
+    assert re.fullmatch(r" {8}val/accuracy [01]\.\d{4}, val/bag_of_words/accuracy [01]\.\d{4}", best[1])
+
+
 def test_the_report_has_figures_and_the_mistakes(classified):
     for figure in ("confusion_val", "reliability_val", "learning_curve"):
         assert (classified.run / f"figures/{figure}.png").is_file()

@@ -92,6 +92,16 @@ def test_an_entry_that_the_batch_does_not_have_is_named():
         module.training_step(batch, 0)
 
 
+def test_the_closing_lines_compare_the_accuracy_with_a_constant_answer():
+    module = LinearClassifier()
+    assert module.closing_lines({"val/loss": 1.0}) == []
+    module.predictions = (torch.ones(8, 3) / 3, torch.tensor([0, 1, 1, 1, 2, 2, 0, 1]), torch.arange(8))
+    best = {"val/loss": 1.0, "val/accuracy": 0.625, "val/words/accuracy": 1.0}
+    assert module.closing_lines(best) == ["val/accuracy 0.6250, val/words/accuracy 1.0000"]
+    _, remark = module.closing_lines(best | {"val/accuracy": 0.5})
+    assert remark == "no better than always the most frequent class, which has an accuracy of 0.5000"
+
+
 def test_the_scores_stay_in_single_precision():
     metrics = ClassificationMeasures(2).to(torch.bfloat16)
     metrics.update(torch.randn(3, 2, dtype=torch.bfloat16), torch.tensor([0, 1, 1]), torch.arange(3))
