@@ -1,6 +1,7 @@
 """Samples of generated text, drawn during the training."""
 
 import itertools
+import re
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +20,8 @@ from lightning_modules.runtime.drawing import show_table
 
 _MOST_COLUMNS = 4  # of samples side by side
 _WIDTH = 44  # characters of a column
+_TOKENS_READ = 32  # of the validation text, for a prompt
+_WORDS = 3  # of such a prompt, at most
 
 
 class SampleText(L.Callback):
@@ -29,7 +32,7 @@ class SampleText(L.Callback):
     run must have `encode` and `decode`, and the module `generate`.
 
     Args:
-        prompts: Texts to continue.
+        prompts: Texts to continue; `null` takes a few words from each of two places of the validation text.
         max_new_tokens: Length of a continuation in tokens.
         temperature: Divisor of the logits; 0 takes the most probable token.
         top_k: Number of most probable tokens to sample from; `null` for all.
@@ -39,16 +42,16 @@ class SampleText(L.Callback):
 
     def __init__(
         self,
-        prompts: list[str],
+        prompts: list[str] | None = None,
         max_new_tokens: PositiveInt = 200,
         temperature: NonNegativeFloat = 0.8,
         top_k: PositiveInt | None = None,
         top_p: ClosedUnitInterval | None = None,
         seed: int = 0,
     ) -> None:
-        if not prompts:
+        if prompts is not None and not prompts:
             raise MisconfigurationException("SampleText: prompts is empty; give at least one text to continue")
-        self.prompts = prompts
+        self.prompts = prompts or []  # those of the validation text are read at the first validation
         self.how: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
         self.how["max_new_tokens"] = max_new_tokens
         self.seed = seed
@@ -59,6 +62,7 @@ class SampleText(L.Callback):
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Generate the samples, at a point where a subclass can still log metrics of them."""
         if trainer.state.fn == TrainerFn.FITTING:
+            self.prompts = self.prompts or prompts_of(pl_module.data)
             self.heads.append(f"step {trainer.global_step}")
             self.continuations.append(self.draw(trainer, pl_module))
 
@@ -103,6 +107,31 @@ class SampleText(L.Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the samples so far."""
         self.heads, self.continuations = list(state_dict["heads"]), list(state_dict["continuations"])
+
+
+def prompts_of(data: Any) -> list[str]:
+    """Return the first whole words in two windows of the validation text, at its beginning and in its middle.
+
+    Args:
+        data: Datamodule whose validation batches have token ids, `input_ids`.
+
+    Raises:
+        MisconfigurationException: If they do not.
+    """
+    loaders = data.val_dataloader()
+    loader = loaders[0] if isinstance(loaders, list) else loaders
+    positions = loader.sampler.order(0)  # of all windows, whatever the share of this process
+    batch = loader.dataset[positions[[0, len(positions) // 2]]]
+    if "input_ids" not in batch:
+        raise MisconfigurationException("SampleText: the validation batches hold no text; set prompts")
+    texts = [data.decode(row) for row in batch["input_ids"][:, :_TOKENS_READ].tolist()]  # (2, T)
+    return list(dict.fromkeys(_words_of(text) for text in texts))
+
+
+def _words_of(text: str) -> str:
+    """Return the first whole words of a text, with the space between them, or the text itself if it has none."""
+    found = re.search(rf"(?<=\s)\w\S*(?:\s+\S+){{0,{_WORDS - 1}}}(?=\s)", text)
+    return found[0] if found else text
 
 
 def side_by_side(prompt: str, columns: Sequence[tuple[str, str]]) -> str:

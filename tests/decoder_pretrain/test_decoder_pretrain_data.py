@@ -18,6 +18,7 @@ from datamodules.decoder_pretrain.data import PretrainDataModule
 from datamodules.sources import ListText, Piece, Source, TextFiles
 from datamodules.tokenizers import byte_tokenizer
 from datamodules.tokens import TokenFile, TokenWindows, prepare_tokens, random_windows, sequential_windows
+from lightning_modules.runtime.samples import SampleText, prompts_of
 
 TEXT = "".join(f"line {i}\n" for i in range(200))  # 1,690 bytes
 TRAIN, VAL = TEXT[:1521], TEXT[1521:]
@@ -455,3 +456,17 @@ def test_meta_holds_the_type_and_the_numbers_of_tokens(cache):
     meta = json.loads(file.path.with_name("meta.json").read_text())
     split = "1 document, 1.7 kB: all of it trains"
     assert meta == {"dtype": "uint16", "tokens": {"train": len(TEXT), "val": 0, "test": 0}, "split": split}
+
+
+def test_samples_continue_whole_words_of_the_validation_text_by_default():
+    callback, data = SampleText(), module(block_size=32, val_fraction=0.2)
+    assert callback.prompts == []
+    prompts = prompts_of(data)
+    assert len(prompts) == 2
+    for prompt in prompts:
+        assert prompt in TEXT[-len(TEXT) // 5 :]
+        assert len(prompt.split()) == 3
+        assert set(prompt.split()) <= set(TEXT.split())
+    assert SampleText(prompts=["a"]).prompts == ["a"]
+    data = module(ListText(["no_space" * 200]), block_size=32)
+    assert prompts_of(data)[0] in "no_space" * 5
