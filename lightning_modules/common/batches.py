@@ -18,12 +18,12 @@ def explain_missing_entry(error: KeyError, batch: Any, reader: str) -> None:
     """
     if not isinstance(batch, Mapping):
         return
+    entries = ", ".join(map(repr, batch)) or "no entry at all"
     *_, (frame, _) = traceback.walk_tb(error.__traceback__)
     place = traceback.extract_tb(error.__traceback__)[-1]
     code = linecache.getline(place.filename, place.lineno or 0)[place.colno : place.end_colno]
     name = code.partition("[")[0]
     if name != code and frame.f_locals.get(name) is batch:
-        entries = ", ".join(repr(entry) for entry in batch) or "no entry at all"
         raise MisconfigurationException(
             f"{reader}: the batch has no {error}, only {entries}; the dataset and its collate function make the batch"
         ) from error
