@@ -25,7 +25,9 @@ def opening_lines(trainer: L.Trainer, module: L.LightningModule, folder: Path) -
     if lacks_validation(trainer):
         reason = "trainer.limit_val_batches is 0" if trainer.limit_val_batches == 0 else "no data is held out"
         lines.append(("val", f"none, since {reason}; the run writes no best checkpoint"))
-    return [*lines, ("steps", _steps(trainer)), ("device", _device(trainer))]
+    if not isinstance(module, GradientFreeModule):  # its steps are batches that it reads
+        lines.append(("steps", _steps(trainer)))
+    return [*lines, ("device", _device(trainer))]
 
 
 def block(lines: Lines) -> str:
@@ -58,18 +60,25 @@ def _steps(trainer: L.Trainer) -> str:
     size = getattr(getattr(trainer.train_dataloader, "sampler", None), "batch_size", None)
     each = f" of {size * trainer.accumulate_grad_batches:,} examples" if size else ""
     if total < 0:  # the data does not say how long an epoch is
-        return f"{trainer.max_epochs} epoch{'s' if trainer.max_epochs != 1 else ''} of unknown length"
+        return f"{epochs(trainer.max_epochs or 0)} of unknown length"
     if not math.isfinite(total):
         return f"no limit{each and f', each{each}'}"
     if not math.isfinite(batches):
         return f"{total:,}{each}"
-    epochs = total / math.ceil(batches / trainer.accumulate_grad_batches)
-    line = f"{total:,}{each}, {f'{epochs:.3g} epochs' if epochs >= 0.01 else 'a small part of an epoch'}"
+    n_epochs = total / math.ceil(batches / trainer.accumulate_grad_batches)
+    line = f"{total:,}{each}, {epochs(n_epochs)}"
     if min(trainer.max_steps, trainer.max_epochs or -1) > 0:  # one may be a flag, which the other makes useless
         limits = [f"max_steps {trainer.max_steps}", f"max_epochs {trainer.max_epochs}"]
         first, second = limits if total >= trainer.max_steps else reversed(limits)
         line += f"; {first} ends the run before {second}"
     return line
+
+
+def epochs(n: float) -> str:
+    """Return a number of epochs in words."""
+    if 0 < n < 0.01:
+        return "a small part of an epoch"
+    return f"{n:.3g} epoch{'' if f'{n:.3g}' == '1' else 's'}"
 
 
 def _device(trainer: L.Trainer) -> str:

@@ -10,6 +10,7 @@ import lightning as L
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.trainer.states import TrainerFn
 
+from lightning_modules.base import GradientFreeModule
 from lightning_modules.common.messages import ERASE_LINE, on_terminal
 from lightning_modules.common.ranges import NonNegativeFloat
 from lightning_modules.runtime.stages import validates_a_fit
@@ -31,6 +32,7 @@ class ProgressLine:
     """
 
     def __init__(self, name: str, total: int | None, initial: float = 0, seconds: float = 0.5) -> None:
+        self.units = ("step", "steps")  # words for one, and for several
         self.name, self.total, self.initial, self.position = name, total, initial, initial
         self.in_terminal = on_terminal()
         self.seconds = seconds if self.in_terminal else 10 * seconds
@@ -72,7 +74,7 @@ class ProgressLine:
             left = "?" if done <= 0 else _clock(elapsed / done * max(0, self.total - self.position))
             times = f"{_clock(elapsed)}<{left}"
         else:
-            count, times = f" {self.position:.0f} steps", _clock(elapsed)
+            count, times = f" {self.position:.0f} {self.units[self.position != 1]}", _clock(elapsed)
         metrics = [f"{name}={value}" for name, value in self.shown.items()]
         end = f"{count} [{', '.join([times, *metrics])}]"
         if width is None:
@@ -166,6 +168,8 @@ class RunProgress(ProgressBar):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Start at the current step."""
         self._line = self._open("train", trainer.estimated_stepping_batches, initial=trainer.global_step)
+        if self._line and isinstance(pl_module, GradientFreeModule):
+            self._line.units = ("batch read", "batches read")
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: object) -> None:
         """Advance; the metrics change at the steps that are logged."""

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 from helpers import RUNS
 
+from experiments import opening
 from lightning_modules.runtime import progress as lines
 from lightning_modules.runtime.progress import ProgressLine, RunProgress, terminal_width
 from lightning_modules.runtime.stop import GracefulStop
@@ -17,6 +18,14 @@ from lightning_modules.runtime.stop import GracefulStop
 )
 def test_a_run_without_a_length_shows_its_steps(total, shown):
     assert shown in RunProgress()._open("train", total, initial=3).text()
+
+
+@pytest.mark.parametrize(
+    ("n", "shown"),
+    [(0.001, "a small part of an epoch"), (0.5, "0.5 epochs"), (1, "1 epoch"), (1.001, "1 epoch"), (2, "2 epochs")],
+)
+def test_one_epoch_is_singular(n, shown):
+    assert opening.epochs(n) == shown
 
 
 def test_metrics_are_read_when_they_are_logged_and_not_when_the_line_is_drawn():
