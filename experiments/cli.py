@@ -266,6 +266,8 @@ class ExperimentCLI(SettingsGoOverCheckpoint):
             self.run = run_folder.temporary(self._claim_as[1])
         elif self.run is None:
             self.run = run_folder.claim(*self._claim_as)
+            if self.run.name != (name := self._claim_as[2]):
+                say(f"{self.run.path.with_name(name)} exists; this run is {self.run.name}")
             self._lock_run()
         built = self.config_init[self.subcommand]
         callbacks = built["trainer"]["callbacks"] or []

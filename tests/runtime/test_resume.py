@@ -252,7 +252,9 @@ def test_a_fit_from_another_checkpoint_than_the_last_gets_a_folder_of_its_own(ll
     shutil.copytree(whole(), RUNS / "tiny")
     before = (RUNS / "tiny" / LAST).read_bytes()
     branch = ("fit", "-c", tiny(), "--ckpt_path", RUNS / "tiny" / BEST, "--trainer.max_steps", "28")
-    assert llm_train(*branch).code == 0
+    done = llm_train(*branch)
+    assert done.code == 0
+    assert f"{RUNS}/tiny exists; this run is tiny.2\n" in done.err
     assert (RUNS / "tiny.2" / LAST).is_file()
     assert (RUNS / "tiny" / LAST).read_bytes() == before
 
