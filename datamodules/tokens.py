@@ -64,6 +64,7 @@ def prepare_tokens(
     split: Split = "tail",
     val_fraction: float = 0.0,
     test_fraction: float = 0.0,
+    announce: bool = True,
 ) -> dict[str, TokenFile]:
     """Return the token files of the splits train, val and test; write them the first time.
 
@@ -78,6 +79,7 @@ def prepare_tokens(
             and `groups` hold out documents or the ends of few, see `SplitDocuments`.
         val_fraction: Part of the tokens (`tail`), or of the documents, that is held out for validation.
         test_fraction: Part that is held out for the test.
+        announce: Whether to say where new files are.
 
     Raises:
         MisconfigurationException: If the text cannot be read or tokenised, or the files cannot be written.
@@ -102,9 +104,14 @@ def prepare_tokens(
         ) from error
     files = _read(folder)
     assert files is not None
-    counts = ", ".join(f"{side} {file.n_tokens:,}" for side, file in files.items())
-    say(f"prepared text in {folder} (tokens: {counts})")
+    if announce:
+        say(f"prepared text in {folder} (tokens: {describe_sizes(files)})")
     return files
+
+
+def describe_sizes(files: dict[str, TokenFile]) -> str:
+    """Return the number of tokens of each split that has some, for a message."""
+    return ", ".join(f"{side} {file.n_tokens:,}" for side, file in files.items() if file.n_tokens)
 
 
 def _read(folder: Path) -> dict[str, TokenFile] | None:
@@ -300,10 +307,15 @@ class TokenDataModule(WithTokenizer, ExperimentDataModule):
         return load_tokenizer(self.tokenizer_name, self.source, self.cache_dir)
 
     def tokenize(
-        self, source: Source, split: Split = "tail", val_fraction: float = 0.0, test_fraction: float = 0.0
+        self,
+        source: Source,
+        split: Split = "tail",
+        val_fraction: float = 0.0,
+        test_fraction: float = 0.0,
+        announce: bool = True,
     ) -> dict[str, TokenFile]:
         """Return the token files of a text; see `prepare_tokens`."""
-        return prepare_tokens(source, self.tokenizer, self.cache_dir, split, val_fraction, test_fraction)
+        return prepare_tokens(source, self.tokenizer, self.cache_dir, split, val_fraction, test_fraction, announce)
 
     def windows_of(self, file: TokenFile, **labels: str) -> TokenWindows:
         """Return the windows of a token file; each batch has the labels too."""

@@ -12,7 +12,8 @@ from datamodules.files import find_files
 from datamodules.gpt_neo_style.books import cut_into_passages, read_book
 from datamodules.sources import AnySource, ListText, source_of
 from datamodules.splits import SIDES
-from datamodules.tokens import Split, TokenDataModule, TokenFile, sequential_windows
+from datamodules.tokens import Split, TokenDataModule, TokenFile, describe_sizes, sequential_windows
+from lightning_modules.common.messages import say
 from lightning_modules.common.ranges import NonNegativeInt, PositiveInt, PositiveShare, TwoOrMore
 
 Books = int | str | list[int | str]
@@ -98,6 +99,9 @@ class GPTNeoStyleDataModule(TokenDataModule):
             MisconfigurationException: If a split that this stage needs has too little text.
         """
         self.require_text(self.files["book"], stage)
+        if stage == "fit":
+            sizes = {text: describe_sizes(files) for text, files in self.files.items() if text != "base"}
+            say(f"data    tokens: {'; '.join(f'{text} {size}' for text, size in sizes.items())}")
 
     def train_dataloader(self) -> DataLoader:
         """Return the loader of the blocks of the books; the cuts between the blocks move from epoch to epoch."""
@@ -128,7 +132,7 @@ class GPTNeoStyleDataModule(TokenDataModule):
         if self.other_books:
             texts["other"] = self._passages(self.other_books)
         files = {
-            text: {side: self.tokenize(ListText(passages))["train"] for side, passages in sides.items()}
+            text: {side: self.tokenize(ListText(passages), announce=False)["train"] for side, passages in sides.items()}
             for text, sides in texts.items()
         }
         if self.base_source is not None:

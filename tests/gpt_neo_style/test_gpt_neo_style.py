@@ -104,6 +104,12 @@ def whole(world: Path) -> SimpleNamespace:
     return SimpleNamespace(run=world / "runs/gpt_neo_style/whole", err=done.err)
 
 
+def test_one_line_says_what_is_held_out(whole):
+    lines = [line for line in whole.err.splitlines() if line.startswith(("data ", "prepared"))]
+    assert re.fullmatch(r"data    tokens: book train [\d,]+, val [\d,]+, test [\d,]+(; other .*)?", lines[-1]), lines
+    assert len(lines) <= 2  # and where the base's own text is
+
+
 # --- books -----------------------------------------------------------------------------------------------------------
 
 BODY = "CHAPTER I\n\nIt was a dark\nand stormy night."
