@@ -281,7 +281,8 @@ class ReviewsDataModule(WithTokenizer, ExperimentDataModule):
     def describe(self) -> str:
         """Return a line about the reviews of a fit."""
         train, val = (len(self.datasets[split]) for split in ("train", "val"))
-        return f"{train:,} rows train, {val:,} validate"
+        test = self.source.n_held_out_for_test()
+        return f"{train:,} rows train, {val:,} validate{f', {test:,} test' if test else ''}"
 
     def read(self, split: Any) -> TokenizedReviews:
         """Return the dataset of a split: `train`, `val`, `test` or `predict`."""

@@ -58,6 +58,10 @@ class ReviewSource(ABC):
         """Yield reviews without labels, to pretrain on; most sources have none."""
         return ()
 
+    def n_held_out_for_test(self) -> int:
+        """Return the number of test reviews that are held out of the training part; 0 if they have a part."""
+        return 0
+
     def prepare(self) -> None:  # noqa: B027 - most sources have nothing to prepare
         """Download the reviews; called on one process of each machine."""
 
@@ -147,6 +151,10 @@ class PartedSource(ReviewSource):
         for review in self.read(self.parts[split if whole else "train"], self.classes):
             if whole or self._side(review) == split:
                 yield review
+
+    def n_held_out_for_test(self) -> int:
+        """Return the number of test reviews that are held out of the training part; 0 if they have a part."""
+        return 0 if "test" in self.parts else sum(1 for _ in self.reviews("test"))
 
     def _side(self, review: Review) -> Side:
         key = review.film or review.text

@@ -196,6 +196,7 @@ def test_separate_files_are_read_whole(tmp_path):
     )
     splits = splits_of(source)
     assert len(splits["test"]) == 40
+    assert source.n_held_out_for_test() == 0
     assert len(splits["train"]) + len(splits["val"]) == 80
     assert {review.label for review in source.unlabelled()} == {None}
     assert not list(ReviewFiles("train.jsonl").unlabelled())
@@ -348,6 +349,14 @@ def tokenizer_folder(tokenizer, tmp_path_factory) -> str:
     folder = tmp_path_factory.mktemp("tokenizer")
     tokenizer.save_pretrained(folder)
     return str(folder)
+
+
+def test_the_line_about_the_data_has_the_test_rows_that_are_held_out(tokenizer_folder, tmp_path, capsys):
+    (tmp_path / "r.jsonl").write_text(as_json(ROWS))
+    files = ReviewFiles(str(tmp_path / "r.jsonl"), val_fraction=0.2, test_fraction=0.2, film_field="movie")
+    BertImdbDataModule(files, tokenizer_folder, 4, 16).setup("fit")
+    train, val, test = (len(reviews) for reviews in splits_of(files).values())
+    assert f"data    {train} rows train, {val} validate, {test} test; classes: " in capsys.readouterr().err
 
 
 def test_learned_wordpieces_are_a_function_of_the_texts(tokenizer, tmp_path):
