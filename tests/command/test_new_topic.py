@@ -158,5 +158,7 @@ def test_a_copy_of_an_experiment_that_reads_another_run_says_what_makes_that(llm
 def test_it_says_how_to_install_what_runs_the_tests(llm_train, monkeypatch):
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "pytest" else find_spec(name))
-    said = llm_train("new", "package_of_a_test").out.splitlines()
-    assert said.index("        pip install pytest") + 1 == said.index("        python -m pytest package_of_a_test")
+    said = llm_train("new", "package_without_tests_run").out.splitlines()
+    assert said.index("        pip install pytest") + 1 == said.index(
+        "        python -m pytest package_without_tests_run"
+    )
