@@ -10,8 +10,10 @@ from lightning_modules.runtime.reproducible import ReproducibleSteps
 
 def random_numbers(seed: int, batches_done: int, rank: int) -> tuple[float, ...]:
     """What a module draws in a training step, whatever was drawn before."""
-    loop = SimpleNamespace(epoch_loop=SimpleNamespace(total_batch_idx=batches_done))
-    trainer = SimpleNamespace(fit_loop=loop, global_rank=rank, callbacks=[], accumulate_grad_batches=1)
+    loop = SimpleNamespace(epoch_loop=SimpleNamespace(total_batch_idx=batches_done, _batches_that_stepped=batches_done))
+    trainer = SimpleNamespace(
+        fit_loop=loop, global_rank=rank, global_step=batches_done, callbacks=[], accumulate_grad_batches=1
+    )
     module = SimpleNamespace(device=torch.device("cpu"))
     with torch.random.fork_rng(devices=[]):
         torch.rand(batches_done + 1)
