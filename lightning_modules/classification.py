@@ -126,6 +126,7 @@ class ClassifierModule(ExperimentModule):
             constant = labels.bincount().max().item() / len(labels)
             if best["val/accuracy"] <= constant + 1e-6:
                 lines.append(f"no better than always the most frequent class, which has an accuracy of {constant:.4f}")
+                lines.append("it may need more steps, such as --trainer.max_epochs 40, or a higher --optimizer.lr")
         return lines
 
     def _scores(self, batch: Batch) -> Tensor:
