@@ -256,10 +256,10 @@ def test_a_wrong_page_fails(run_page, page, wrong):
 def test_files_commands_and_python_of_a_page_share_a_folder(run_page):
     run_page(
         '<!-- test\nfiles:\n  a.txt: {words: 9}\n  b.csv: {head: "x\\n", repeat: "1\\n", times: 2}\n-->\n'
-        "```python\n# of_page.py\nn = 3\nif __name__ == '__main__':\n    open('seen', 'w').write('run')\n```\n"
-        "    python of_page.py\n    WANDB_MODE=offline llm-train --help\n"
-        "```python\nassert (open('seen').read(), len(open('a.txt').read().split())) == ('run', 9)\nimport of_page\n```\n"
-        "```python\nassert (of_page.n, open('b.csv').read()) == (3, 'x\\n1\\n1\\n')\n```\n"
+        "```python\n# ours.py\nn = 3\nif __name__ == '__main__':\n    open('seen', 'w').write('run')\n```\n"
+        "    python ours.py\n    WANDB_MODE=offline llm-train --help\n"
+        "```python\nassert (open('seen').read(), len(open('a.txt').read().split())) == ('run', 9)\nimport ours\n```\n"
+        "```python\nassert (ours.n, open('b.csv').read()) == (3, 'x\\n1\\n1\\n')\n```\n"
     )
 
 
