@@ -7,7 +7,7 @@ import yaml
 
 from experiments.errors import UserError
 
-_Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's is ten times as fast
+LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's is ten times as fast
 _MOST_VALUES = 1_000_000  # of a document whose aliases are written out
 
 
@@ -33,7 +33,7 @@ def read_yaml(file: Path) -> Any:
 
 def load_yaml(text: str) -> Any:
     """Return the content of a YAML document; raise a `yaml.YAMLError` if a key of a mapping is there twice."""
-    loader = _Loader(text)
+    loader = LOADER(text)
     try:
         node = loader.get_single_node()
         _check(node, {})
@@ -44,7 +44,7 @@ def load_yaml(text: str) -> Any:
 
 def check_yaml(text: str) -> None:
     """Raise a `yaml.YAMLError` if a document is not YAML, or if a key of a mapping is there twice."""
-    _check(yaml.compose(text, _Loader), {})
+    _check(yaml.compose(text, LOADER), {})
 
 
 def describe(error: yaml.YAMLError) -> str:

@@ -3,11 +3,10 @@
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from experiments.study.distributions import ABSENT, Number, PositiveNumber, Section, SectionError
-from experiments.study.sweep_file import Key, lines_of, mistake
+from experiments.study.sweep_file import mistake
 from experiments.yaml_files import read_yaml
 
 FILE = "claims.yaml"
@@ -176,12 +175,10 @@ class Topic(Section):
 
 def read_claims(file: Path) -> Topic:
     """Read a file of claims; raise a `UserError` with the line of the first mistake."""
-    content = read_yaml(file)
-    lines: dict[Key, int] = dict(lines_of(yaml.compose(file.read_text(encoding="utf-8"), yaml.SafeLoader)))
     try:
-        return Topic.model_validate(content)
+        return Topic.model_validate(read_yaml(file))
     except ValidationError as found:
-        raise mistake(file, lines, found) from found
+        raise mistake(file, file.read_text(encoding="utf-8"), found) from found
 
 
 def claims_files(folder: Path) -> dict[str, Path]:

@@ -1,5 +1,7 @@
 """`llm-train claims`: run what the claims need, judge them, and say which verdicts are not the expected ones."""
 
+import functools
+import os
 import shlex
 import subprocess
 import sys
@@ -17,7 +19,7 @@ from experiments.claims.records import Recorded, make_records, read_records
 from experiments.comparison.runs import FINISHED
 from experiments.errors import CommandParser, UserError
 from experiments.study import command as study_command
-from experiments.study.runs import study_folder
+from experiments.study.runs import own_package, study_folder
 from experiments.study.sweep_file import Sweep, read_sweep_file
 from lightning_modules.common.files import read_json, write_json, write_text
 from lightning_modules.common.messages import say
@@ -38,7 +40,7 @@ class Study:
         """Its name on the command line."""
         return f"{self.topic}/{self.name}"
 
-    @property
+    @functools.cached_property
     def sweep(self) -> Sweep:
         """Its sweep file."""
         name = f"{self.topic}/{self.spec.file or self.name}"
@@ -76,7 +78,8 @@ def _run(words: Sequence[str]) -> None:
     """Run a command of the project in a process of its own; raise a `UserError` if it fails."""
     shown = shlex.join(["llm-train", *words])
     say(f"run     {shown}")
-    if code := subprocess.run([sys.executable, "-m", "experiments", *words], stdout=subprocess.DEVNULL).returncode:
+    program, environment = [sys.executable, "-m", "experiments", *words], os.environ | own_package(os.environ)
+    if code := subprocess.run(program, env=environment, stdout=subprocess.DEVNULL).returncode:
         raise UserError(f"{shown}: ended with code {code}")
 
 
@@ -102,6 +105,9 @@ def main(args: Sequence[str]) -> None:
     judgements: list[Judgement] = []
     recorded: dict[str, Recorded] = {}
     for study in studies:
+        if study.spec.needs and not (options.check or options.names):
+            say(f"left out: {study.title} needs {study.spec.needs}; it runs if its name is given")
+            continue
         if options.check:
             found = committed(folder, study)
         else:
@@ -163,7 +169,7 @@ def _parse(args: Sequence[str]) -> Namespace:
 
 
 def _chosen(topics: dict[str, Topic], asked: Sequence[str]) -> list[Study]:
-    """Return the studies of these names: all of a topic, or one; without names all that need two CPU cores alone."""
+    """Return the studies of these names: all of a topic, or one; without names all."""
     studies = [Study(name, key, spec) for name, topic in topics.items() for key, spec in topic.studies.items()]
     for name in asked:
         if name not in topics and name not in {study.title for study in studies}:
@@ -202,6 +208,7 @@ def _write_tables(folder: Path, topic: str, claims: Topic) -> None:
 def filled(folder: Path, topic: str, claims: Topic) -> str:
     """Return the README of a topic with its tables and numbers made from the committed records."""
 
+    @functools.cache
     def recorded(name: str) -> tuple[Study, Recorded]:
         study = Study(topic, name, claims.studies[name]) if name in claims.studies else None
         found = committed(folder, study) if study else None
@@ -228,7 +235,7 @@ def as_json(judgements: Sequence[Judgement], recorded: dict[str, Recorded]) -> l
     return [
         {
             "topic": each.topic,
-            **each.claim.model_dump(exclude_none=True, by_alias=True),
+            **each.claim.model_dump(exclude_none=True),
             "verdict": each.verdict,
             "as_expected": each.is_as_expected,
             "effects": [effect._asdict() for effect in each.effects],

@@ -1,13 +1,13 @@
 """The verdict on a claim, from the records of its study alone."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
 from experiments.claims.claims_file import Bounds, Claim, Comparison, EveryRun, Mean, Order, Settings, Verdict
 from experiments.comparison.measures import Measure, mode_of
 from experiments.comparison.runs import FINISHED, Run
-from experiments.comparison.statistics import Difference, difference, differences, estimate
+from experiments.comparison.statistics import difference, differences, estimate
 from experiments.comparison.tables import with_interval
 from experiments.errors import UserError
 
@@ -149,7 +149,6 @@ class _Judge:
 
         self._check_validations([arm for pair in pairs for arm in pair])
         compared = [(transformed(arm), transformed(against, shift)) for arm, against in pairs]
-        found: Iterable[Difference]
         found = differences(compared) if is_family else [difference(*pair) for pair in compared]
         effects = []
         for (arm, against), each in zip(pairs, found, strict=True):
@@ -169,14 +168,17 @@ class _Judge:
         """Return seed and value of each finished run of an arm."""
         return self._measure(arm).by_seed(self._runs(arm))
 
+    def _metric(self, arm: Settings) -> str:
+        return arm.get("metric", self.claim.metric)
+
     def _measure(self, arm: Settings) -> Measure:
-        metric = arm.get("metric", self.claim.metric)
+        metric = self._metric(arm)
         return Measure(metric, self.claim.value, mode_of(metric, [], [], []) if self.claim.value == "best" else None)
 
     def _runs(self, arm: Settings) -> list[Run]:
         """Return the finished runs of an arm, of which at least one has the metric."""
         finished = [run for run in self._all_runs(arm) if run.status == FINISHED]
-        metric = arm.get("metric", self.claim.metric)
+        metric = self._metric(arm)
         if not any(metric in run.metrics for run in finished):
             raise self._error(f"no finished run has recorded {self._label(arm)}")
         return finished
@@ -197,8 +199,8 @@ class _Judge:
         return runs
 
     def _check_validations(self, arms: Sequence[Settings]) -> None:
-        for metric in {arm.get("metric", self.claim.metric) for arm in arms}:
-            runs = [run for arm in arms if arm.get("metric", self.claim.metric) == metric for run in self._runs(arm)]
+        for metric in {self._metric(arm) for arm in arms}:
+            runs = [run for arm in arms if self._metric(arm) == metric for run in self._runs(arm)]
             if not self._measure({"metric": metric}).is_fair(runs):
                 raise self._error("best values of runs with unequal numbers of validations cannot be compared")
 

@@ -15,6 +15,8 @@ from experiments.comparison.tables import Table, results
 from lightning_modules.common.figures import save_figure
 from lightning_modules.common.files import write_text
 
+_ORIGIN = ("status", "steps", "date", "commit", "torch", "hardware")  # columns of the records that the page shows
+
 
 def write_page(
     file: Path,
@@ -33,9 +35,12 @@ def write_page(
             sections[f"{title}: each run, and means with their intervals"] = save_figure(
                 figure, Path(folder, "figure.png")
             ).read_bytes()
-        rows += [[title, run.name, *_origin(row)] for run, row in zip(recorded.runs, recorded.rows, strict=True)]
+        rows += [
+            [title, run.name, *(row[column] for column in _ORIGIN)]
+            for run, row in zip(recorded.runs, recorded.rows, strict=True)
+        ]
     notes = ["Mean ± half of its 95 % interval. Comparisons of one claim are a family, corrected by Holm's procedure."]
-    runs = Table(["study", "run", "status", "steps", "date", "commit", "torch", "hardware"], rows)
+    runs = Table(["study", "run", *_ORIGIN], rows)
     write_text(file, page(shlex.join(command), notes, sections, runs, title="Claims"))
 
 
@@ -52,7 +57,3 @@ def _effects(judgements: Sequence[Judgement]) -> Table:
         for effect in each.effects
     ]
     return Table(["topic", "claim", "of", "value", "verdict", "interval"], rows)
-
-
-def _origin(row: Mapping[str, str]) -> list[str]:
-    return [row[column] for column in ("status", "steps", "date", "commit", "torch", "hardware")]

@@ -17,7 +17,7 @@ import numpy as np
 
 from experiments.claims.claims_file import Records
 from experiments.comparison.measures import Measure, mode_of
-from experiments.comparison.runs import FINISHED, Run, Series, read_folder
+from experiments.comparison.runs import FINISHED, SEEDS, Run, Series, read_folder
 from experiments.errors import UserError
 from experiments.study.journal import goal_of, settings_of
 from experiments.study.names import flatten_settings
@@ -27,7 +27,6 @@ from lightning_modules.common.messages import say
 
 SEED = "seed"
 PROVENANCE = ("status", "steps", "validations", "seconds", "date", "commit", "python", "torch", "lightning", "hardware")
-_SEEDS = ("seed", "seed_everything")
 _BEST = ", best"  # after the name of a metric
 _DIGITS = 6  # significant ones
 
@@ -80,7 +79,7 @@ def make_records(folder: Path, study: Records, sweep: Sweep) -> str:
         raise UserError(f"{folder}: no run of this study has finished")
     flat = {name: dict(flatten_settings(values)) for name, values in settings.items()}
     varied = [".".join(key) for key, spec in sweep.distributions.items() if spec.is_swept]
-    keys = [key for key in varied if key not in _SEEDS]
+    keys = [key for key in varied if key not in SEEDS]
     goals = dict(filter(None, [goal_of(folder)]))
     columns = {metric: Measure(metric, "last", None) for metric in study.metrics}
     for metric in study.best:

@@ -21,7 +21,7 @@ CONFIG = "config"  # a setting of the runs of a study: the file that is merged o
 UNFINISHED = "unfinished"  # without a summary: the run is alive, or was killed
 _MARKS = {"config.yaml", "environment.json", "metrics.csv"}  # a folder with one of them is a run's
 _NO_SETTING = re.compile(r"(run|environment|trainer\.logger|trainer\.default_root_dir)(\.|$)")  # names and places
-_SEEDS = ("seed", "seed_everything")
+SEEDS = ("seed", "seed_everything")
 _FILE_OF_ARM = re.compile(r"(?:^|[/(,])config=([^,/()+]+)")  # in the name of an arm
 _MONITOR = re.compile(r"trainer\.callbacks\.\w*Checkpoint(\.\d+)?\.monitor")
 _STEP = "trainer/global_step"  # optimiser steps done, in W&B's history
@@ -146,7 +146,7 @@ def _run(name: str, status: str, error: str | None, config: Mapping[str, Any], m
     if found := _FILE_OF_ARM.search(name):
         settings.setdefault(CONFIG, found[1])
     # A callback's seed is a setting like any other: it chooses the samples that the callback uses.
-    is_seed = [key for key in settings if key.rsplit(".", 1)[-1] in _SEEDS and not key.startswith("trainer.")]
+    is_seed = [key for key in settings if key.rsplit(".", 1)[-1] in SEEDS and not key.startswith("trainer.")]
     seeds = {key: settings.pop(key) for key in is_seed}
     modes = {
         monitor: settings.get(f"{key.removesuffix('monitor')}mode", "min")

@@ -81,7 +81,7 @@ def _config(sweep: Sweep, name: str) -> dict[str, Any]:
     return config if isinstance(config, dict) else {}
 
 
-def _own_package(environment: Mapping[str, str]) -> dict[str, str]:
+def own_package(environment: Mapping[str, str]) -> dict[str, str]:
     """Return variables with which `python -m experiments` is this project, also in a folder with `experiments/`."""
     root = str(names.SHIPPED.parent)
     others = environment.get("PYTHONPATH", "").split(os.pathsep)
@@ -130,7 +130,7 @@ class Run:
             if value is not None:
                 environment.setdefault(name, value)
         if ["-m", "experiments"] in map(list, itertools.pairwise(words)):
-            environment |= _own_package(environment)
+            environment |= own_package(environment)
         if self.plan.jobs > 1:
             environment.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // self.plan.jobs)))
         with self._log.open("ab") as output:

@@ -17,7 +17,7 @@ from pydantic import Discriminator, Field, PositiveInt, PrivateAttr, Tag, Valida
 from experiments.errors import UserError
 from experiments.study.distributions import ABSENT, Distribution, Number, Section, SectionError, did_you_mean
 from experiments.study.names import flag_value
-from experiments.yaml_files import RepeatedKey, describe, load_yaml
+from experiments.yaml_files import LOADER, RepeatedKey, describe, load_yaml
 
 Key = tuple[str | int, ...]
 _FOR_LAUNCH = ("job", "image_uri", "scheduler", "metrics")
@@ -185,14 +185,12 @@ def _flatten(
 def read_sweep_file(path: str | Path) -> Sweep:
     """Read a sweep file; raise a `UserError` if `wandb sweep` or `llm-train study` cannot run it as it is."""
     path = Path(path)
-    lines: dict[Key, int] = {}
     try:
         text = path.read_text(encoding="utf-8")
         content = load_yaml(text)
         json.dumps(content)
         if not isinstance(content, dict):
             raise UserError(f"{path}: is not a sweep file: it has no `method:` and no `parameters:`")
-        lines.update(lines_of(yaml.compose(text, yaml.SafeLoader)))
         sweep = Sweep.model_validate(content)
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: is not UTF-8 text (byte {error.start})") from error
@@ -202,15 +200,16 @@ def read_sweep_file(path: str | Path) -> Sweep:
         place = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise UserError(f"{path}{place}: is not YAML: {error.problem}") from error
     except ValidationError as found:
-        raise mistake(path, lines, found) from found
+        raise mistake(path, text, found) from found
     except (yaml.YAMLError, TypeError, ValueError) as error:
         raise UserError(f"{path}: holds a value that a sweep cannot have: {error}") from error
     sweep._path = path
     return sweep
 
 
-def mistake(path: Path, lines: Mapping[Key, int], found: ValidationError) -> UserError:
-    """Return the first mistake in a file as one line: the line of its key, the key, and what is wrong."""
+def mistake(path: Path, text: str, found: ValidationError) -> UserError:
+    """Return the first mistake in the text of a file as one line: the line of its key, the key, and what is wrong."""
+    lines: dict[Key, int] = dict(_lines_of(yaml.compose(text, LOADER)))
     errors = sorted(found.errors(), key=lambda error: error["type"] != "extra_forbidden")  # misspelt, then missing
     key, message = _explain(errors[0])
     place = next((f", line {lines[key[:n]]}" for n in range(len(key), 0, -1) if key[:n] in lines), "")
@@ -249,7 +248,7 @@ def _explain(error: Any) -> tuple[Key, str]:
     return key, f"{error['msg'].replace('Input should be', 'must be')}, got {shown}{hint}"
 
 
-def lines_of(node: yaml.Node | None, *key: str | int) -> Iterator[tuple[Key, int]]:
+def _lines_of(node: yaml.Node | None, *key: str | int) -> Iterator[tuple[Key, int]]:
     """Yield the line of each key and of each item of a list."""
     items: list[tuple[str | int, yaml.Node, yaml.Node]] = []
     if isinstance(node, yaml.MappingNode):
@@ -258,4 +257,4 @@ def lines_of(node: yaml.Node | None, *key: str | int) -> Iterator[tuple[Key, int
         items = [(i, value, value) for i, value in enumerate(node.value)]
     for name, start, value in items:
         yield (*key, name), start.start_mark.line + 1
-        yield from lines_of(value, *key, name)
+        yield from _lines_of(value, *key, name)

@@ -309,6 +309,20 @@ def test_what_a_study_starts_from_runs_first_and_its_runs_are_tested(topic, llm_
     assert asked == [["fit", "-c", "topic/offline"], "study", *(["test", "-c", config] for config in runs)]
 
 
+def test_a_study_with_needs_runs_only_by_name_and_is_judged_by_its_records(topic, llm_train, monkeypatch):
+    asked = []
+    monkeypatch.setattr(command.study_command, "main", lambda words: asked.append(words[0]))
+    monkeypatch.setattr(command, "write_page", lambda *_: None)
+    claims = {**DEPTH, "studies": {"depth": {**DEPTH["studies"]["depth"], "needs": "the hub"}}}
+    (topic / "claims.yaml").write_text(yaml.safe_dump(claims))
+    write_runs(Path("runs"))
+    assert "left out: topic/depth needs the hub; it runs if its name is given" in llm_train("claims").err
+    assert asked == []
+    assert "holds" in llm_train("claims", "topic").out
+    assert asked == ["study"]
+    assert "holds" in llm_train("claims", "--check").out
+
+
 @pytest.mark.parametrize(("code", "out"), [(1, "holds"), (143, "")])
 def test_a_run_that_fails_is_judged_and_a_signal_ends_the_command(topic, llm_train, monkeypatch, code, out):
     monkeypatch.setattr(command.study_command, "main", lambda _: exit(code))

@@ -8,7 +8,7 @@ import pytest
 from helpers import TINY
 
 from experiments import names
-from experiments.study.runs import _own_package
+from experiments.study.runs import own_package
 
 ROOT = Path(__file__).parents[2]
 TOPIC = TINY.parent.name
@@ -101,7 +101,7 @@ def test_runs_of_a_study_are_of_this_project_in_a_folder_with_a_package_of_its_n
     write("experiments/__init__.py")
     Path("experiments/__init__.py").write_text("raise SystemExit('foreign')")
     program = [sys.executable, "-m", "experiments", "--help"]
-    done = subprocess.run(program, env=_own_package({"PYTHONPATH": "/nowhere"}), capture_output=True, text=True)
+    done = subprocess.run(program, env=own_package({"PYTHONPATH": "/nowhere"}), capture_output=True, text=True)
     assert (done.returncode, "llm-train COMMAND" in done.stdout) == (0, True), done.stderr
 
 
