@@ -8,7 +8,6 @@ if __name__ == "__main__" and sys.path and not sys.flags.safe_path:
 
 import difflib
 import importlib
-import importlib.metadata
 import io
 import locale
 import os
@@ -101,6 +100,8 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 def _versions() -> str:
+    import importlib.metadata  # here, because the import would slow down each command and each TAB
+
     packages = ("llm-train", "torch", "lightning", "transformers")
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
     return f"{versions}, Python {sys.version.split()[0]}"
