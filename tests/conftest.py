@@ -6,6 +6,7 @@ Torch and Lightning are imported within functions: the process that distributes 
 import gc
 import hashlib
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +14,7 @@ from types import SimpleNamespace
 import pytest
 import yaml
 from shared_runs import own_world, run_command
+from shortened import needs, run_of, shortened
 
 from experiments.__main__ import main
 
@@ -119,3 +121,35 @@ def whole(tiny: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -
         return run
 
     return make
+
+
+@pytest.fixture
+def make_what_it_needs(llm_train, tmp_path_factory, monkeypatch) -> Callable[[Path], None]:
+    """Return a function that makes the runs that a YAML needs, and before them the runs that those need.
+
+    A YAML names them in lines `# Needs: llm-train fit -c FILE`. A run, and the data that it reads, is made once in a
+    test session.
+    """
+    made_before = tmp_path_factory.getbasetemp() / "made_before"
+    monkeypatch.setenv("LLM_TRAIN_CACHE", str(made_before / "cache"))
+
+    def make(path: Path) -> None:
+        for needed in needs(path):
+            run, command = run_of(needed), f"llm-train fit -c {needed.parent.name}/{needed.stem}"
+            if not (made_before / run).exists():
+                missing = llm_train("fit", "-c", path, *shortened(path))
+                # The error for a missing input names the command.
+                assert (missing.code, command in missing.err) == (1, True), missing.err
+                make(needed)
+                made = llm_train("fit", "-c", needed, *shortened(needed))
+                assert made.code == 0, made.err
+                shutil.copytree(run, made_before / run)
+            shutil.copytree(made_before / run, run, dirs_exist_ok=True)
+
+    return make
+
+
+@pytest.fixture
+def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Save empty pictures: drawing takes most of the time of a small run or comparison."""
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda *_, **__: None)

@@ -58,3 +58,8 @@ def metrics_that_repeat(run: Path) -> list[list[str]]:
     lines = [line.split(",") for line in (run / "metrics.csv").read_text().splitlines()]
     kept = [i for i, name in enumerate(lines[0]) if not name.startswith("perf/")]
     return [[line[i] for i in kept] for line in lines]
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    """Return the bytes of each file in a folder and below it."""
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}

@@ -14,7 +14,7 @@ import metrics_page
 import pytest
 import yaml
 from gpu.callbacks import NoSync
-from helpers import LAST, TINY
+from helpers import LAST, TINY, contents
 from printed import FOUND, after, experiments_of
 from shortened import offline_experiments, run_of, shortened
 
@@ -111,7 +111,7 @@ def follow(llm_train, monkeypatch, run: Path, printed: str) -> None:
         sibling = Path(f"{name}.2")
         if not sibling.exists():
             shutil.copytree(run, sibling)
-        before = {path: path.read_bytes() for path in sibling.rglob("*") if path.is_file()}
+        before = contents(sibling)
         words = shlex.split(command)
         if words[0] == "generate":
             words += ["--max_new_tokens", "2"]
@@ -122,7 +122,7 @@ def follow(llm_train, monkeypatch, run: Path, printed: str) -> None:
             words += ["--allow", "gpu"]  # the package of NoSync
         followed = llm_train(*words)
         assert followed.code == 0, f"{command}: {followed.err}"
-        assert before == {path: path.read_bytes() for path in sibling.rglob("*") if path.is_file()}, command
+        assert before == contents(sibling), command
 
 
 @pytest.mark.parametrize("path", STUDIES, ids=name)

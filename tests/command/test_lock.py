@@ -4,7 +4,7 @@ import multiprocessing
 
 import pytest
 from forks import signal_after_step, start
-from helpers import RUNS
+from helpers import RUNS, contents
 
 from experiments.run_folder import Lock, MisconfigurationException
 from lightning_modules.runtime.checkpoint import RunCheckpoint
@@ -31,12 +31,12 @@ def test_the_second_process_is_refused_in_one_line(llm_train, tiny):
     reached, go_on = context.Event(), context.Event()
     first = start("fit", "-c", config, "--auto_resume", prepare=lambda: hold_after_step(12, reached, go_on))
     assert reached.wait(60)
-    before = {path: path.read_bytes() for path in RUN.rglob("*") if path.is_file()}
+    before = contents(RUN)
     for flags in (["--auto_resume"], ["--ckpt_path", "last"]):
         second = llm_train("fit", "-c", config, *flags)
         assert (second.code, len(second.err.splitlines())) == (1, 1), second.err
         assert f"{RUN} is being trained by process {first.pid} on " in second.err
-    assert before == {path: path.read_bytes() for path in RUN.rglob("*") if path.is_file()}
+    assert before == contents(RUN)
     validated = llm_train("validate", "-c", config, "--ckpt_path", "last")  # needs no lock
     assert validated.code == 0, validated.err
     go_on.set()

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from helpers import RUNS, TINY, text
+from helpers import RUNS, TINY, contents, text
 from printed import FOUND, experiments_of, kind_of, runs_of, stand_in
 from shortened import ROOT, needs, offline_experiments, run_of, shortened
 
@@ -99,7 +99,7 @@ def test_the_commands_of_the_front_page_run_on_any_experiment(llm_train, tiny, w
     config, run = tiny("whole"), RUNS / "whole"
     shutil.copytree(whole(), run)
     sibling = shutil.copytree(run, run.with_name("whole.2"))
-    before = {path: path.read_bytes() for path in sibling.rglob("*") if path.is_file()}
+    before = contents(sibling)
     names = {"FILE.yaml": str(config), "FILE": str(config), "runs/TOPIC/NAME": str(run), "runs/TOPIC/STUDY": str(RUNS)}
     names["TOPIC/offline"] = str(config)
     for command in sorted(GENERAL, key=lambda command: "runs/" not in command):  # then those that make runs
@@ -109,7 +109,7 @@ def test_the_commands_of_the_front_page_run_on_any_experiment(llm_train, tiny, w
         done = llm_train(*words, *(("--trainer.accelerator=cpu",) if "trainer/gpu" in command else ()))
         assert done.code == 0, f"{command}: {done.err}"
         if "runs/" in command:
-            assert before == {path: path.read_bytes() for path in sibling.rglob("*") if path.is_file()}, command
+            assert before == contents(sibling), command
 
 
 @pytest.mark.parametrize("command", [command for command in FOUND if command.startswith("study") and "=" in command])

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from helpers import LAST, with_settings
+from helpers import LAST, contents, with_settings
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from experiments.resume import changes
@@ -133,11 +133,11 @@ def test_a_class_that_has_moved_is_the_same_class():
 
 def test_the_command_refuses_before_it_writes(llm_train, tiny, whole):
     run = whole()
-    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    before = contents(run)
     for flag, code in (("--data.batch_size=8", 1), ("--optimizer=torch.optim.SGD", 1), ("--seed_everything=9", 1)):
         refused = llm_train("fit", "-c", tiny(), "--ckpt_path", run / LAST, flag)
         name, _, value = flag.removeprefix("--").partition("=")
         assert (refused.code, refused.err.startswith(f"error: {name}: it is {value}, and")) == (code, True), refused.err
-    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+    assert contents(run) == before
     assert not Path("runs").exists()
     assert yaml.safe_load((run / "config.yaml").read_text())["seed_everything"] == 5

@@ -54,12 +54,11 @@ def write_dataset(folder: Path, splits: dict[str, list[dict[str, Any]]]) -> None
 
 
 @pytest.mark.parametrize("name", REHEARSALS)
-def test_an_experiment_that_downloads_runs_as_it_is_shipped(llm_train, monkeypatch, name):
+def test_an_experiment_that_downloads_runs_as_it_is_shipped(llm_train, no_pictures, monkeypatch, name):
     settings = REHEARSALS[name]
     if "gguf" in settings["bases"].values() and importlib.util.find_spec("gguf") is None:
         pytest.skip("gguf is not installed")
     monkeypatch.syspath_prepend(Path("site").absolute())
-    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda *_, **__: None)  # drawing takes most of the time
     text = (ROOT / f"experiments/{name}.yaml").read_text()
     for base, form in settings["bases"].items():
         assert base in text

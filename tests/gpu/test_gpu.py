@@ -43,8 +43,8 @@ def last(run: Path, metric: str) -> float:
 @pytest.mark.gpu
 @pytest.mark.parametrize("precision", ["bf16-mixed", "32-true"])
 @pytest.mark.parametrize("path", OFFLINE, ids=name)
-def test_every_offline_experiment_trains_on_the_gpu(llm_train, with_needs, path, precision):
-    with_needs(path)
+def test_every_offline_experiment_trains_on_the_gpu(llm_train, make_what_it_needs, path, precision):
+    make_what_it_needs(path)
     flags = (*shortened(path), *preset("gpu"), "--trainer.precision", precision)
     done = llm_train("fit", "-c", path, *flags)
     assert done.code == 0, done.err
@@ -58,8 +58,8 @@ def test_every_offline_experiment_trains_on_the_gpu(llm_train, with_needs, path,
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("path", TRAINED, ids=name)
-def test_the_host_does_not_wait_for_the_device_in_a_step(llm_train, with_needs, path):
-    with_needs(path)  # the tests of the command look for waiting on the CPU, by the names of operations
+def test_the_host_does_not_wait_for_the_device_in_a_step(llm_train, make_what_it_needs, path):
+    make_what_it_needs(path)  # the tests of the command look for waiting on the CPU, by the names of operations
     length = ("--trainer.max_steps=5", "--trainer.log_every_n_steps=100", "--trainer.limit_val_batches=1")
     checked = ("--trainer.callbacks+=gpu.callbacks.NoSync", "--trainer.accelerator=gpu")
     done = llm_train("fit", "-c", path, *shortened(path), *length, *checked)

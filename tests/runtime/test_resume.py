@@ -7,7 +7,7 @@ from pathlib import Path
 
 import forks
 import pytest
-from helpers import BEST, LAST, RUNS, assert_same_weights, metrics_that_repeat
+from helpers import BEST, LAST, RUNS, assert_same_weights, contents, metrics_that_repeat
 
 from experiments.run_folder import numbered
 from lightning_modules.runtime import checkpoint, checkpoint_io
@@ -217,7 +217,7 @@ def test_a_signal_to_the_group_spares_the_workers_of_the_loader(llm_train, forke
 def test_a_configuration_in_a_run_folder_means_that_run_also_beside_a_newer_one(llm_train, tiny, whole):
     for name in ("moved", "whole.2"):
         shutil.copytree(whole(), RUNS / name)
-    before = {path: path.read_bytes() for path in (RUNS / "whole.2").rglob("*") if path.is_file()}
+    before = contents(RUNS / "whole.2")
     config = RUNS / "moved/config.yaml"  # it was recorded as `whole`, of which `whole.2` is the newest run
     assert llm_train("validate", "-c", config, "--ckpt_path", "best").code == 0
     assert (RUNS / "moved/summary_validate.json").is_file()
@@ -225,11 +225,11 @@ def test_a_configuration_in_a_run_folder_means_that_run_also_beside_a_newer_one(
     assert (done.code, f"{RUNS}/moved is finished" in done.err) == (0, True), done.err
     assert llm_train("fit", "-c", config, "--ckpt_path", "last", "--trainer.max_steps", "26").code == 0
     assert saved_step("moved") == 26
-    assert {path: path.read_bytes() for path in (RUNS / "whole.2").rglob("*") if path.is_file()} == before
+    assert contents(RUNS / "whole.2") == before
     flags = ("--ckpt_path", "last", "--run.name", "whole", "--trainer.max_steps", "24")  # names another run
     other = llm_train("fit", "-c", config, *flags)
     assert (other.code, other.err.splitlines()[-1]) == (0, f"{RUNS}/whole.2 is finished: nothing is left to do")
-    assert {path: path.read_bytes() for path in (RUNS / "whole.2").rglob("*") if path.is_file()} == before
+    assert contents(RUNS / "whole.2") == before
 
 
 def test_a_name_with_brackets_and_unicode_is_resumed(llm_train, tiny):
