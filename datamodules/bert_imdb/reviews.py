@@ -15,7 +15,7 @@ from datamodules.files import ROWS, ending_of, find_files
 from datamodules.hub_datasets import load_hub_dataset
 from datamodules.rows import rows_of
 from datamodules.sources import HUB, AnySource, source_of
-from datamodules.splits import Side, SplitDocuments, require_fractions, side_of, sides_of
+from datamodules.splits import SIDES, Side, SplitDocuments, require_fractions, side_of, sides_of
 from lightning_modules.common.ranges import Probability
 
 CLASSES = ("negative", "positive")
@@ -116,15 +116,14 @@ class TextReviews(ReviewSource):
 
     @cached_property
     def _sides(self) -> dict[str, Side]:
-        return sides_of((Review(text, None).text for text in self.source.documents()), *self.fractions)
+        return sides_of(map(without_breaks, self.source.documents()), *self.fractions)
 
     def reviews(self, split: Side) -> Iterator[Review]:
         """Yield the documents of a split, or its part of each."""
         if self.text.few is None:
             for text in self.source.documents():
-                review = Review(text, None)
-                if review.text and self._sides[review.text] == split:
-                    yield review
+                if (key := without_breaks(text)) and self._sides[key] == split:
+                    yield Review(text, None)
             return
         for side, parts in groupby(self.text, key=lambda part: part[0]):
             if side == split:
@@ -147,23 +146,24 @@ class PartedSource(ReviewSource):
 
     def reviews(self, split: Side) -> Iterator[Review]:
         """Yield the reviews of a split."""
-        whole = split != "train" and split in self.parts
-        for review in self.read(self.parts[split if whole else "train"], self.classes):
-            if whole or self._side(review) == split:
-                yield review
+        if split != "train" and split in self.parts:
+            yield from self.read(self.parts[split], self.classes)
+        else:
+            yield from self._of_train[split]
 
     def n_held_out_for_test(self) -> int:
         """Return the number of test reviews that are held out of the training part; 0 if they have a part."""
-        return 0 if "test" in self.parts else sum(1 for _ in self.reviews("test"))
-
-    def _side(self, review: Review) -> Side:
-        key = review.film or review.text
-        return self._sides[key] if self.exact else side_of(key, *self.fractions)
+        return 0 if "test" in self.parts else len(self._of_train["test"])
 
     @cached_property
-    def _sides(self) -> dict[str, Side]:
-        reviews = self.read(self.parts["train"], None)
-        return sides_of((review.film or review.text for review in reviews), *self.fractions)
+    def _of_train(self) -> dict[Side, list[Review]]:
+        """The reviews of the part `train` by split; it is read once, as a fit needs all of them."""
+        reviews = [(review.film or review.text, review) for review in self.read(self.parts["train"], self.classes)]
+        sides = sides_of((key for key, _ in reviews), *self.fractions) if self.exact else None
+        parts: dict[Side, list[Review]] = {side: [] for side in SIDES}
+        for key, review in reviews:
+            parts[sides[key] if sides else side_of(key, *self.fractions)].append(review)
+        return parts
 
     def unlabelled(self) -> Iterator[Review]:
         """Yield the reviews without labels."""

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from datamodules.base import GlobalBatches, shuffled
-from datamodules.bert_imdb import film_reviews
+from datamodules.bert_imdb import film_reviews, reviews
 from datamodules.bert_imdb.data import (
     BertImdbDataModule,
     MaskedReviews,
@@ -36,6 +36,7 @@ from datamodules.bert_imdb.reviews import (
     without_breaks,
 )
 from datamodules.bert_imdb.wordpiece import continues_word, learn_wordpieces
+from datamodules.rows import rows_of
 from datamodules.sources import ListText
 from datamodules.splits import SIDES
 from lightning_modules.bert_imdb.bag_of_words import evaluate_bag_of_words
@@ -67,6 +68,17 @@ def test_a_file_of_rows_is_a_source_whose_classes_are_found_in_it(name):
     for split in SIDES:
         texts = [review.text for review in reviews_of(name, labelled=False).reviews(split)]
         assert texts == [review.text for review in source.reviews(split)]
+
+
+def test_a_file_is_read_once_for_its_classes_and_once_for_all_splits(monkeypatch):
+    Path("mine.csv").write_text("text,label\n" + "".join(f"{text},{label}\n" for text, label in RECIPES))
+    read = []
+    monkeypatch.setattr(reviews, "rows_of", lambda path: read.append(str(path)) or rows_of(path))
+    source = reviews_of("mine.csv")
+    n_train, n_val, n_test = (len(list(source.reviews(split))) for split in SIDES)
+    assert n_train + n_val + n_test == len(RECIPES)
+    assert source.n_held_out_for_test() == n_test == 9
+    assert read == ["mine.csv"] * 2
 
 
 @pytest.mark.parametrize(
