@@ -92,15 +92,37 @@ def source_of(text: AnySource, where: str = "data.source") -> Source:
     """
     if isinstance(text, Source):
         return text
-    if isinstance(text, str) and text.startswith(HUB):
-        dataset, _, column = text.removeprefix(HUB).partition(":")
-        if not dataset:
-            raise MisconfigurationException(f"{where}: {text!r} names no dataset; give hub:OWNER/NAME, and :COLUMN")
+    if (name := hub_name(text, where)) is not None:
+        dataset, _, column = name.partition(":")
         return HubText(dataset, column=column or HubText.column)
-    paths = text if isinstance(text, list) else str(text)
-    for path in paths if isinstance(paths, list) else [paths]:
-        if not path:
-            raise MisconfigurationException(f"{where} is empty: give a file, a folder, a glob pattern or a URL")
+    paths = paths_of(text, where)
+    return Files(paths if isinstance(text, list) else paths[0])
+
+
+def hub_name(text: str | list[str] | Path, where: str) -> str | None:
+    """Return what follows `hub:` in a setting, or `None` if it names files.
+
+    Raises:
+        MisconfigurationException: If no name of a dataset follows.
+    """
+    if not isinstance(text, str) or not text.startswith(HUB):
+        return None
+    name = text.removeprefix(HUB)
+    if not name.partition(":")[0]:
+        raise MisconfigurationException(f"{where}: {text!r} names no dataset; give hub:OWNER/NAME")
+    return name
+
+
+def paths_of(text: str | list[str] | Path, where: str) -> list[str]:
+    """Return the paths and URLs that a setting names.
+
+    Raises:
+        MisconfigurationException: If it is empty, or names a class that does not exist or a dataset among files.
+    """
+    paths = text if isinstance(text, list) else [str(text)]
+    if not paths or not all(paths):
+        raise MisconfigurationException(f"{where} is empty: give a file, a folder, a glob pattern or a URL")
+    for path in paths:
         if path.startswith(HUB):
             raise MisconfigurationException(f"{where}: {path} is in a list; give one dataset of the hub, or only files")
         if _CLASS_PATH.fullmatch(path) and not Path(path).exists():
@@ -108,9 +130,19 @@ def source_of(text: AnySource, where: str = "data.source") -> Source:
                 f"{where}: {path} is neither a file nor a class of sources; the classes are in datamodules.sources: "
                 f"{', '.join(kind.__name__ for kind in Source.__subclasses__() if kind.__module__ == __name__)}"
             )
-    if not paths:
-        raise MisconfigurationException(f"{where} is empty: give a file, a folder, a glob pattern or a URL")
-    return Files(paths)
+    return paths
+
+
+def local_files_of(text: str | list[str] | Path, where: str) -> list[str]:
+    """Return the files of this machine that a setting names, for rows that are read in place.
+
+    Raises:
+        MisconfigurationException: If it names none, or a URL; see `paths_of` too.
+    """
+    paths = paths_of(text, where)
+    if url := next(filter(is_url, paths), None):
+        raise MisconfigurationException(f"{where}: {url} is a URL; download it, and give the path of the file")
+    return [name for path in paths for name in find_files(path)]
 
 
 def cut(chunks: Iterable[str]) -> Iterator[Piece]:

@@ -11,10 +11,10 @@ from typing import Any
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from datamodules.files import ROWS, ending_of, find_files
+from datamodules.files import ROWS, ending_of
 from datamodules.hub_datasets import load_hub_dataset
 from datamodules.rows import rows_of
-from datamodules.sources import HUB, AnySource, source_of
+from datamodules.sources import AnySource, hub_name, local_files_of, source_of
 from datamodules.splits import SIDES, Side, SplitDocuments, require_fractions, side_of, sides_of
 from lightning_modules.common.ranges import Probability
 
@@ -79,16 +79,15 @@ def reviews_of(reviews: AnyReviews, labelled: bool = True) -> ReviewSource:
         labelled: Whether the labels are needed.
 
     Raises:
-        MisconfigurationException: If files with labels have another form than rows.
+        MisconfigurationException: If reviews with labels are no files of rows on this machine, and no dataset.
     """
     if isinstance(reviews, ReviewSource):
         return reviews
     if not labelled:
         return TextReviews(reviews)
-    if isinstance(reviews, str) and reviews.startswith(HUB):
-        return HubReviews(reviews.removeprefix(HUB), unlabelled_split=None, classes=None)
-    source_of(reviews, "data.reviews")  # refuses empty settings and classes that do not exist
-    files = [name for path in (reviews if isinstance(reviews, list) else [str(reviews)]) for name in find_files(path)]
+    if (dataset := hub_name(reviews, "data.reviews")) is not None:
+        return HubReviews(dataset, unlabelled_split=None, classes=None)
+    files = local_files_of(reviews, "data.reviews")
     for file in files:
         if ending_of(file) not in ROWS:
             raise MisconfigurationException(

@@ -10,10 +10,9 @@ from typing import Any, Literal
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from datamodules.files import find_files
 from datamodules.hub_datasets import load_hub_dataset
 from datamodules.rows import rows_of
-from datamodules.sources import HUB, source_of
+from datamodules.sources import hub_name, local_files_of
 from datamodules.splits import Side, require_fractions, side_of
 from lightning_modules.common.citation_marks import cited, renumber
 from lightning_modules.common.ranges import PositiveInt, Probability
@@ -184,11 +183,13 @@ AnyRecords = RecordSource | str | list[str] | Path
 
 
 def records_of(records: AnyRecords) -> RecordSource:
-    """Return the source that the setting `data.records` names: a source, files of rows, or `hub:OWNER/NAME`."""
+    """Return the source that the setting `data.records` names: a source, files of rows, or `hub:OWNER/NAME`.
+
+    Raises:
+        MisconfigurationException: If it names no dataset and no files of this machine.
+    """
     if isinstance(records, RecordSource):
         return records
-    if isinstance(records, str) and records.startswith(HUB):
-        return HubRecords(records.removeprefix(HUB))
-    source_of(records, "data.records")  # refuses empty settings and classes that do not exist
-    paths = records if isinstance(records, list) else [str(records)]
-    return JSONLines([name for path in paths for name in find_files(path)])
+    if (dataset := hub_name(records, "data.records")) is not None:
+        return HubRecords(dataset)
+    return JSONLines(local_files_of(records, "data.records"))

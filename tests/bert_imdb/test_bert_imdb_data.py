@@ -104,6 +104,20 @@ def test_a_column_that_holds_no_classes_is_refused(content, message):
         _ = reviews_of("a.csv").classes
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("hub:", "data.reviews: 'hub:' names no dataset; give hub:OWNER/NAME"),
+        ("https://x.org/a.csv", "data.reviews: https://x.org/a.csv is a URL; download it"),
+        (["a.csv", "hub:nobody/nothing"], "data.reviews: hub:nobody/nothing is in a list"),
+        ([], "data.reviews is empty"),
+    ],
+)
+def test_a_setting_that_names_no_files_of_this_machine_is_refused(given, message):
+    with pytest.raises(MisconfigurationException, match=f"^{message}"):
+        reviews_of(given)
+
+
 def test_plain_text_has_no_labels():
     Path("a.txt").write_text("text")
     with pytest.raises(MisconfigurationException, match=r"data.reviews: a.txt has no labels; give a file of rows"):

@@ -115,6 +115,20 @@ def test_a_file_of_questions_and_answers_is_a_source(tmp_path, given):
     assert sorted(every) == sorted((q, a, (reference,) if reference else ()) for q, a, reference in rows)
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("hub:", "data.records: 'hub:' names no dataset; give hub:OWNER/NAME"),
+        ("https://x.org/a.csv", "data.records: https://x.org/a.csv is a URL; download it"),
+        (["a.csv", "hub:nobody/nothing"], "data.records: hub:nobody/nothing is in a list"),
+        ("", "data.records is empty"),
+    ],
+)
+def test_a_setting_that_names_no_files_of_this_machine_is_refused(given, message):
+    with pytest.raises(MisconfigurationException, match=f"^{message}"):
+        records_of(given)
+
+
 def test_records_need_no_references(tmp_path):
     file = write(tmp_path / "a.jsonl", {"question": "Who?", "answer": "Ann."})
     (record,) = JSONLines(str(file), val_fraction=0).records("train")
