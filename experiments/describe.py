@@ -5,7 +5,7 @@ import shutil
 import textwrap
 from collections.abc import Iterable, Sequence
 
-from experiments import index, options
+from experiments import index, names, options
 from experiments.index import Parameter
 from experiments.source_text import kept_in_cache
 
@@ -31,7 +31,7 @@ def main(args: Sequence[str]) -> None:
 
 
 def _describe(args: Sequence[str]) -> None:
-    for flag, value in options.flags(args[1:]):
+    for flag, value in names.flags(args[1:]):
         if match := re.fullmatch(r"--([\w.]+)\.help", flag):
             if not _print_class(match[1], value):
                 _ask_the_parser(args)

@@ -1,6 +1,7 @@
 """Experiments, presets and studies by name: a file of the working folder, else the one that comes with the project."""
 
 import difflib
+import itertools
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -61,6 +62,19 @@ def is_experiment(file: Path) -> bool:
     """Return whether a YAML file is an experiment, a preset or a study, and not one of claims, or of something else."""
     text = file.read_text(encoding="utf-8", errors="replace")
     return re.search(r"^(trainer|model|parameters):", text, re.MULTILINE) is not None
+
+
+def flags(args: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Yield the flags of a command line as they are written, with their values, or with the words that follow them.
+
+    A `+` at the end of a flag stays. The flag of `-cFILE` is `-c`.
+    """
+    for word, following in itertools.pairwise([*args, ""]):
+        if word.startswith("-c") and len(word) > 2:  # -cFILE
+            yield "-c", word[2:].removeprefix("=")
+        elif word.startswith("-"):
+            flag, equals, value = word.partition("=")
+            yield flag, value if equals else following
 
 
 def with_files(args: Sequence[str]) -> list[str]:

@@ -7,7 +7,7 @@ import ast
 import functools
 import itertools
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -145,7 +145,7 @@ def arguments(path: str) -> dict[str, Parameter]:
 def chosen(args: Sequence[str]) -> dict[str, Chosen]:
     """Return the classes that the files and flags of a command line choose for the sections that name one."""
     found = {name: Chosen() for name in SECTIONS}
-    for flag, value in flags(args):
+    for flag, value in names.flags(args):
         if flag in ("-c", "--config"):
             file = names.find(value)
             for name, content in _content(file).items() if file else ():
@@ -172,13 +172,6 @@ def _content(file: Path) -> dict[str, Any]:
     except (UserError, OSError):
         return {}
     return content if isinstance(content, dict) else {}
-
-
-def flags(args: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Yield the flags of a command line with their values, or with the words that follow them."""
-    for word, following in itertools.pairwise([*args, ""]):
-        flag, equals, value = word.partition("=")
-        yield flag, value if equals else following
 
 
 def values(parameter: Parameter) -> list[str]:

@@ -170,8 +170,8 @@ def _takes(path: str) -> str:
 
 def _beside_class_path(command_line: Sequence[str]) -> str | None:
     """Return the error of arguments of a class that are beside its `class_path` in a file or a flag, if there are."""
-    given: list[tuple[str, Any]] = [(f"{file}: ", read_yaml(file)) for file in _config_files(command_line)]
-    for flag, value in options_of.flags(command_line):
+    given: list[tuple[str, Any]] = [(f"{file}: ", read_yaml(file)) for file in trust.files(command_line)]
+    for flag, value in names.flags(command_line):
         with contextlib.suppress(yaml.YAMLError):
             given.append(("", {flag: load_yaml(value)}))
     for where, content in given:
@@ -272,22 +272,16 @@ def _plain(reason: str) -> str:
 def _place(typed: str, command_line: Sequence[str]) -> str:
     """Return the configuration file and line of the first key of this name, or an empty text."""
     key = re.compile(rf"\b{re.escape(typed.rsplit('.', 1)[-1])}\+?:")
-    for file in reversed([*_config_files(command_line)]) if typed else ():  # the last one counts
+    for file in reversed(trust.files(command_line)) if typed else ():  # the last one counts
         for number, line in enumerate(file.read_text(errors="replace").splitlines(), start=1):
             if key.search(line.split("#")[0]):
                 return f"{file}, line {number}: "
     return ""
 
 
-def _config_files(command_line: Sequence[str]) -> Iterator[Path]:
-    for flag, value in itertools.pairwise(command_line):
-        if flag in ("-c", "--config") and Path(value).is_file():
-            yield Path(value)
-
-
 def _broken_file(command_line: Sequence[str]) -> str | None:
     """Return what is wrong with the first configuration file that is not a mapping in YAML."""
-    for file in _config_files(command_line):
+    for file in trust.files(command_line):
         try:
             if not isinstance(read_yaml(file), dict | None):
                 return f"{file}: holds no settings, such as `trainer: {{max_steps: 100}}`"

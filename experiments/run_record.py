@@ -19,7 +19,7 @@ import yaml
 from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from experiments import options
+from experiments import names
 from experiments.opening import block, opening_lines
 from experiments.parser import ExperimentParser
 from experiments.run_folder import CONFIG, RunFolder
@@ -223,7 +223,7 @@ class RunRecord(SaveConfigCallback):
 
 def _given(settings: Iterable[str]) -> Iterator[str]:
     """Yield the flags of the command line that give some settings, or settings below them, with their values."""
-    for flag, value in options.flags(ExperimentParser.command_line):
+    for flag, value in names.flags(ExperimentParser.command_line):
         if any(f"{flag}.".startswith(f"--{name}.") for name in settings):
             yield f"{flag} {shlex.quote(value)}"
 

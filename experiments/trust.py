@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from experiments import run_folder
+from experiments import names, run_folder
 from experiments.errors import UserError
 from experiments.yaml_files import load_yaml, read_yaml
 from lightning_modules.runtime.private_names import NEVER_IMPORTED, restricted_imports
@@ -73,7 +73,7 @@ def trusted(args: Sequence[str]) -> Iterator[None]:
         MisconfigurationException: If `--allow` names no package, or the configuration of a run folder would choose a
             checkpoint, or a place outside of the working folder to write to.
     """
-    recorded = [file for file in _files(args) if run_folder_of(file)]
+    recorded = [file for file in files(args) if run_folder_of(file)]
     named = named_by_user(args)
     for file in recorded:
         _check_recorded(file, args)
@@ -89,13 +89,14 @@ def trusted(args: Sequence[str]) -> Iterator[None]:
 
 def named_by_user(args: Sequence[str]) -> list[str]:
     """Return the texts that may be class paths in the flags of a command line and in its files but those of runs."""
-    files = (file for file in _files(args) if not run_folder_of(file))
-    return [*_named_by_flags(args), *(path for file in files for path in _named_in(_content(file)))]
+    own = (file for file in files(args) if not run_folder_of(file))
+    return [*_named_by_flags(args), *(path for file in own for path in _named_in(_content(file)))]
 
 
-def _files(args: Sequence[str]) -> list[Path]:
-    files = (Path(value) for flag, value in _flags(args) if flag in ("-c", "--config"))
-    return [file for file in files if file.is_file()]
+def files(args: Sequence[str]) -> list[Path]:
+    """Return the configuration files of a command line, in its order."""
+    given = (Path(value) for flag, value in _flags(args) if flag in ("-c", "--config"))
+    return [file for file in given if file.is_file()]
 
 
 def of_run(packages: Sequence[str]) -> Mapping[str, bool]:
@@ -175,15 +176,8 @@ def _denies(verdicts: Mapping[str, bool], path: str) -> str | None:
 
 
 def _flags(args: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Yield the flags of a command line with their values."""
-    for number, word in enumerate(args):
-        if word.startswith("-c") and len(word) > 2:  # -cFILE
-            yield "-c", word[2:].removeprefix("=")
-        elif word.startswith("-"):
-            flag, equals, value = word.partition("=")
-            if not equals and number + 1 < len(args):
-                value = args[number + 1]
-            yield flag.rstrip("+"), value
+    """Yield the flags of a command line with their values; `--KEY+` is `--KEY`."""
+    return ((flag.rstrip("+"), value) for flag, value in names.flags(args))
 
 
 def _named_by_flags(args: Sequence[str]) -> Iterator[str]:
@@ -233,8 +227,8 @@ def _check_recorded(file: Path, args: Sequence[str]) -> None:
             raise MisconfigurationException(f"{file}: {key} is not a setting of a run; remove it, or give it as a flag")
     by_flag = {flag.rsplit(".", 1)[-1] for flag, _ in _flags(args)}
     places = [*_places(content)]
-    root, *names = (str((content.get("run") or {}).get(key) or "") for key in ("root", "topic", "study", "name"))
-    if Path(root, *names).resolve() != file.parent.resolve():
+    root, *below = (str((content.get("run") or {}).get(key) or "") for key in ("root", "topic", "study", "name"))
+    if Path(root, *below).resolve() != file.parent.resolve():
         places.append(("root", root))  # of a folder that was moved
     for key, place in places:
         outside = not Path(place).expanduser().resolve().is_relative_to(Path.cwd().resolve())

@@ -91,6 +91,8 @@ COMMANDS = [
     ("fit", ["-c", "broken.yaml"], 2, ["broken.yaml, line 2: "]),
     ("fit", ["-c", "list.yaml"], 2, ["list.yaml"]),
     ("fit tiny", ["-c", "unknown.yaml"], 2, ["unknown.yaml, line 1: ", "modle", "did you mean 'model'"]),
+    ("fit tiny", ["-cunknown.yaml"], 2, ["unknown.yaml, line 1: ", "modle", "did you mean 'model'"]),
+    ("fit tiny", ["--config=beside.yaml"], 2, ["beside.yaml, line 1: optimizer: lr belongs under init_args"]),
     (
         "fit tiny",
         ["--trainer.max_epoch=3"],

@@ -52,6 +52,7 @@ def test_with_an_experiment_the_help_has_the_arguments_of_its_classes(llm_train)
     assert shown.count("advances at every optimiser step") == 1
     assert "--model.vocab_size" not in shown  # linked from the data
     assert "--optimizer.params" not in shown
+    assert "--model.n_layer\n" in llm_train("fit", "--help", f"-c{NAME}").out
 
 
 @pytest.mark.parametrize(

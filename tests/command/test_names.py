@@ -65,6 +65,18 @@ def test_a_name_stands_wherever_a_file_of_settings_does(words):
     assert names.with_files(["fit", *given, "--trainer.max_steps", "1"]) == ["fit", *meant, "--trainer.max_steps", "1"]
 
 
+def test_flags_are_yielded_as_they_are_written():
+    words = ["fit", "-cx", "-c=y", "--config", "z", "--trainer.callbacks+=A", "--data.source+", "B=1", "--help"]
+    assert [*names.flags(words)] == [
+        ("-c", "x"),
+        ("-c", "y"),
+        ("--config", "z"),
+        ("--trainer.callbacks+", "A"),
+        ("--data.source+", "B=1"),
+        ("--help", ""),
+    ]
+
+
 @pytest.mark.parametrize("word", ["{trainer: {max_steps: 1}}", "seed_everything: 1", "--trainer.max_steps"])
 def test_settings_in_place_of_a_file_stay_as_they_are(word):
     assert names.with_files(["fit", "-c", word]) == ["fit", "-c", word]
