@@ -140,8 +140,14 @@ class GPT2WebGLMQADataModule(WithTokenizer, ExperimentDataModule):
 
     def encoder(self, max_tokens: int) -> PromptEncoder:
         """Return an encoder for the template of this datamodule, for examples of at most `max_tokens` positions."""
-        chat = self.chat_template, self.system_message
-        return PromptEncoder(self.tokenizer, self.template, max_tokens, self.missing_citations, *chat)
+        return PromptEncoder(
+            self.tokenizer,
+            self.template,
+            max_tokens,
+            self.missing_citations,
+            chat_template=self.chat_template,
+            system_message=self.system_message,
+        )
 
     def prepare_data(self) -> None:
         """Download or make the records, on one process of each machine."""

@@ -71,15 +71,7 @@ class PromptEncoder:
         chat_template: bool = False,
         system_message: str | None = None,
     ) -> None:
-        for placeholder in _PLACEHOLDERS:
-            if (times := template.count(placeholder)) != 1:
-                raise MisconfigurationException(
-                    f"data.template {template!r} has {placeholder} {times} times: give each placeholder once"
-                )
-        if not template.endswith("{answer}"):
-            raise MisconfigurationException(
-                f"data.template {template!r} has text after {{answer}}: end it there, the end-of-text token follows"
-            )
+        check_template(template)
         if chat_template:
             template, _ = in_chat_template(tokenizer, template, system_message)
         elif system_message is not None:
@@ -102,19 +94,24 @@ class PromptEncoder:
         self._before, self._after = self._parts(before), self._parts(stripped)
         (self._line_end,) = encode(tokenizer, ["\n"])
 
-    def _parts(self, text: str) -> list[str]:
-        """Return the pieces of a text, of which those that are special tokens stand alone."""
-        if not self._special:
-            return [text]
-        longest_first = sorted(self._special, key=len, reverse=True)
-        return [part for part in re.split(f"({'|'.join(map(re.escape, longest_first))})", text) if part]
+    def _parts(self, text: str) -> list[str | np.ndarray]:
+        """Return the pieces of a text, of which those that are special tokens stand alone.
 
-    def _ids_of(self, parts: Sequence[str], question: str) -> np.ndarray:
+        Only the piece with `{question}` stays text; the others are the same in each record, and become token ids, (T,).
+        """
+        longest_first = sorted(self._special, key=len, reverse=True)
+        pieces = re.split(f"({'|'.join(map(re.escape, longest_first))})", text) if self._special else [text]
+        return [self._part(piece) for piece in pieces if piece]
+
+    def _part(self, text: str) -> str | np.ndarray:
+        if text in self._special:
+            return np.array([self._special[text]], dtype=np.uint32)
+        return text if "{question}" in text else encode(self.tokenizer, [text])[0]
+
+    def _ids_of(self, parts: Sequence[str | np.ndarray], question: str) -> np.ndarray:
         """Return the token ids of pieces of the template with a question in its place, (T,)."""
         ids = [
-            np.array([self._special[part]], dtype=np.uint32)
-            if part in self._special
-            else encode(self.tokenizer, [part.replace("{question}", question)])[0]
+            encode(self.tokenizer, [part.replace("{question}", question)])[0] if isinstance(part, str) else part
             for part in parts
         ]
         return np.concatenate([np.empty(0, dtype=np.uint32), *ids])
@@ -181,6 +178,23 @@ class PromptEncoder:
         self.skipped[reason].append(record.place)
 
 
+def check_template(template: str) -> None:
+    """Check that a template has each placeholder once, and `{answer}` at its end.
+
+    Raises:
+        MisconfigurationException: If it has not.
+    """
+    for placeholder in _PLACEHOLDERS:
+        if (times := template.count(placeholder)) != 1:
+            raise MisconfigurationException(
+                f"data.template {template!r} has {placeholder} {times} times: give each placeholder once"
+            )
+    if not template.endswith("{answer}"):
+        raise MisconfigurationException(
+            f"data.template {template!r} has text after {{answer}}: end it there, the end-of-text token follows"
+        )
+
+
 def in_chat_template(
     tokenizer: "PreTrainedTokenizerFast", template: str, system_message: str | None = None
 ) -> tuple[str, str]:
@@ -194,9 +208,10 @@ def in_chat_template(
         system_message: Message of the system; `None` leaves it to the chat template.
 
     Raises:
-        MisconfigurationException: If there is no chat template, if it refuses the messages or has no place for a part
-            of them, or if no special token ends an answer.
+        MisconfigurationException: If the template lacks a placeholder, if there is no chat template, if it refuses the
+            messages or has no place for a part of them, or if no special token ends an answer.
     """
+    check_template(template)
     if not tokenizer.chat_template:
         raise MisconfigurationException(
             "data.chat_template: the tokenizer has no chat template; give that of an instruct model, or set it to false"

@@ -9,10 +9,10 @@ import tiny_bases
 import yaml
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from datamodules.gpt2_webglm_qa import GPT2WebGLMQADataModule, JSONLines
+from datamodules.gpt2_webglm_qa import GPT2WebGLMQADataModule, JSONLines, prompts
 from datamodules.gpt2_webglm_qa.cited_answers import Record
 from datamodules.gpt2_webglm_qa.prompts import PromptEncoder, in_chat_template
-from datamodules.tokenizers import load_tokenizer
+from datamodules.tokenizers import encode, load_tokenizer
 
 TEMPLATE = "{references}\nQ: {question}\n{answer}"
 CHAT = "<|im_start|>user\n[1] One.\n[2] Two.\n\nQ: Why?<|im_end|>\n<|im_start|>assistant\n"
@@ -83,6 +83,23 @@ def test_a_template_without_a_place_for_references_and_a_message_without_a_chat_
         PromptEncoder(tokenizer, "{question}{answer}", chat_template=True)
     with pytest.raises(MisconfigurationException, match=r"set data.chat_template to true"):
         PromptEncoder(tokenizer, TEMPLATE, system_message="Be brief.")
+
+
+def test_a_wrong_template_is_not_blamed_on_the_chat_template(base, tokenizer):
+    with pytest.raises(MisconfigurationException, match=r"^data.template .* has {references} 0 times"):
+        in_chat_template(tokenizer, "{question}{answer}")
+    given = {"tokenizer": str(base), "template": "{references}{answer}", "chat_template": True}
+    with pytest.raises(MisconfigurationException, match=r"^data.template .* has {question} 0 times"):
+        GPT2WebGLMQADataModule(JSONLines("absent"), block_size=200, batch_size=1, max_answer_tokens=2, **given)
+
+
+def test_only_the_piece_with_the_question_is_encoded_for_each_record(tokenizer, monkeypatch):
+    encoder = PromptEncoder(tokenizer, f"Read:\n{TEMPLATE}", 400, chat_template=True, system_message="Be brief.")
+    encoded: list[str] = []
+    monkeypatch.setattr(prompts, "encode", lambda of, texts: encoded.extend(texts) or encode(of, texts))
+    prompt = encoder.prompt("Why?", ["One."], 1)
+    assert encoded == ["\nQ: Why?", "[1]", " One."]
+    assert "system\nBe brief.<|im_end|>\n<|im_start|>user\nRead:\n[1] One.\n" in tokenizer.decode(prompt.ids)
 
 
 def test_the_prompts_of_a_run_are_those_of_its_data_and_of_older_runs_plain(base):
