@@ -255,9 +255,7 @@ def described(docstring: str) -> dict[str, str]:
             name, found[entry[1]] = entry[1], [entry[2]]
         elif name is not None:
             found[name].append(line.strip())
-    return {
-        name: _ROLE.sub(lambda f: f[1] or f"`{f[2]}`", " ".join(filter(None, lines))) for name, lines in found.items()
-    }
+    return {name: _plain(" ".join(filter(None, lines))) for name, lines in found.items()}
 
 
 # --- this project -----------------------------------------------------------------------------------------------------

@@ -113,6 +113,11 @@ def test_the_first_sentence_of_a_text(text, sentence):
     assert index.first_sentence(text) == sentence
 
 
+def test_a_link_in_the_text_of_an_argument_is_its_words():
+    docstring = "Does.\n\nArgs:\n    a: See `the page <https://x.org>`_ and\n        :class:`~b.C`, ``d``.\n"
+    assert index.described(docstring) == {"a": "See the page and C, `d`."}
+
+
 def test_what_is_read_of_a_module_is_kept_in_the_cache_until_the_file_changes(tmp_path, monkeypatch):
     read, file, cache = source_text.read.__wrapped__, tmp_path / "mine.py", cache_root() / "source_text.json"
     file.write_text('class Mine(Base):\n    """One."""\n    def __init__(self, width: int = 1, *more): ...\n')
