@@ -5,18 +5,14 @@ import importlib
 import inspect
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import yaml
 from jsonargparse import get_loader, set_loader
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from experiments import trust
+from experiments import index, trust
 from experiments.yaml_files import check_yaml
-
-_ROOT = Path(__file__).parents[1]
-_FOLDERS = ("lightning_modules", "datamodules")
 
 
 def import_class(class_path: str, verdicts: Mapping[str, bool] | None = None) -> type:
@@ -51,19 +47,12 @@ def current(class_path: str) -> str:
     """
     module, _, name = class_path.rpartition(".")
     top = module.split(".")[0]
-    if top not in _FOLDERS or re.search(rf"\b{re.escape(name)}\b", _source(module)):
+    if top not in index.OWN or re.search(rf"\b{re.escape(name)}\b", index.source(module)):
         return class_path
     definition = re.compile(rf"^class {re.escape(name)}\b", re.MULTILINE)
-    files = sorted((_ROOT / top).rglob("*.py"))
+    files = sorted((index.ROOT / top).rglob("*.py"))
     found = [file for file in files if definition.search(file.read_text(encoding="utf-8"))]
-    return ".".join([*found[0].relative_to(_ROOT).with_suffix("").parts, name]) if len(found) == 1 else class_path
-
-
-def _source(module: str) -> str:
-    """Return the source of a module or of the `__init__.py` of a package; an empty text if there is none."""
-    place = _ROOT / module.replace(".", "/")
-    files = [file for file in (place / "__init__.py", place.with_suffix(".py")) if file.is_file()]
-    return files[0].read_text(encoding="utf-8") if files else ""
+    return ".".join([*found[0].relative_to(index.ROOT).with_suffix("").parts, name]) if len(found) == 1 else class_path
 
 
 def accept_moved_classes() -> None:

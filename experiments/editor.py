@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from jsonargparse import set_parsing_settings
 
+from experiments import index
 from experiments.cli import ExperimentCLI
 from experiments.errors import CommandParser
 from experiments.parser import ExperimentParser
@@ -25,7 +26,6 @@ class _Description(ExperimentCLI):
         raise SystemExit(0)
 
 
-_FOLDERS = ("lightning_modules", "datamodules")
 # Arguments that the module passes to an optimiser or schedule, which a YAML leaves out.
 _PASSED = {"Optimizer": ["params"], "StepSchedule": ["optimizer", "total_steps"], "LRScheduler": ["optimizer"]}
 _OTHERS = [  # a class of the user, and arguments of the class that an earlier file names
@@ -45,7 +45,7 @@ _OTHERS = [  # a class of the user, and arguments of the class that an earlier f
 
 def _import_all() -> None:
     """Import every module of the project: the schema lists the classes that are loaded."""
-    for folder in map(importlib.import_module, _FOLDERS):
+    for folder in map(importlib.import_module, index.OWN):
         for module in pkgutil.walk_packages(folder.__path__, f"{folder.__name__}."):
             importlib.import_module(module.name)
 
