@@ -4,6 +4,7 @@ import argparse
 import difflib
 import re
 import sys
+from collections.abc import Iterable
 from typing import Any, NoReturn
 
 
@@ -17,6 +18,12 @@ class UserError(Exception):
 
 class UsageError(UserError):
     """A mistake in the command line itself; the command exits with code 2."""
+
+
+def did_you_mean(word: Any, candidates: Iterable[str]) -> str:
+    """Return a hint at the candidate that is most like the word, or nothing if none is."""
+    close = difflib.get_close_matches(str(word), candidates, n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
 
 
 class CommandParser(argparse.ArgumentParser):

@@ -1,12 +1,11 @@
 """Experiments, presets and studies by name: a file of the working folder, else the one that comes with the project."""
 
-import difflib
 import itertools
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from experiments.errors import UsageError
+from experiments.errors import UsageError, did_you_mean
 
 SHIPPED = Path(__file__).parent
 _HERE = "experiments"  # the folder of experiments in a checkout
@@ -42,10 +41,8 @@ def find_or_explain(name: str, what: str) -> Path:
         return file
     known = sorted({*names(), *names(Path(_HERE)), *names(Path()), *(file.stem for file in Path().glob("*.yaml"))})
     asked = name.removeprefix(f"{_HERE}/").removesuffix(".yaml")
-    close = difflib.get_close_matches(asked, known, n=1)
-    hint = f" (did you mean {close[0]!r}?)" if close else ""
     raise UsageError(
-        f"{what} {name}: does not exist in {Path.cwd()}, and no experiment has this name{hint}; "
+        f"{what} {name}: does not exist in {Path.cwd()}, and no experiment has this name{did_you_mean(asked, known)}; "
         "`llm-train list` shows those that come with the project"
     )
 

@@ -4,15 +4,16 @@ https://docs.wandb.ai/models/sweeps/sweep-config-keys#distribution-options-for-r
 """
 
 import bisect
-import difflib
 import itertools
 import json
 import math
 import statistics
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated, Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, WrapValidator, model_validator
+
+from experiments.errors import did_you_mean
 
 if TYPE_CHECKING:  # optuna is slow to import
     from optuna.distributions import BaseDistribution
@@ -52,12 +53,6 @@ class SectionError(ValueError):
     def __init__(self, message: str, *key: str | int) -> None:
         super().__init__(message)
         self.key = key
-
-
-def did_you_mean(word: Any, candidates: Iterable[str]) -> str:
-    """Return a hint at the candidate that is most like the word, or nothing if none is."""
-    close = difflib.get_close_matches(str(word), candidates, n=1)
-    return f" (did you mean {close[0]!r}?)" if close else ""
 
 
 class Distribution(Section):

@@ -14,8 +14,8 @@ from typing import Annotated, Any, Literal, Self
 import yaml
 from pydantic import Discriminator, Field, PositiveInt, PrivateAttr, Tag, ValidationError, model_validator
 
-from experiments.errors import UserError
-from experiments.study.distributions import ABSENT, Distribution, Number, Section, SectionError, did_you_mean
+from experiments.errors import UserError, did_you_mean
+from experiments.study.distributions import ABSENT, Distribution, Number, Section, SectionError
 from experiments.study.names import flag_value
 from experiments.yaml_files import LOADER, RepeatedKey, describe, load_yaml
 
