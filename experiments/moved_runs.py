@@ -14,7 +14,7 @@ from typing import Any
 from jsonargparse import Namespace
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from experiments.yaml_files import read_yaml
+from experiments import run_folder
 from lightning_modules.common.hub import is_path
 from lightning_modules.common.messages import say
 from lightning_modules.runtime.checkpoint_io import AtomicCheckpointIO
@@ -95,10 +95,7 @@ def check_paths(arguments: Namespace, config: Path) -> None:
 
 def _started_in(config: Path) -> Path | None:
     """Return the folder in which a run was started, if its folder is still where it was, or `None`."""
-    content = read_yaml(config)
-    section = content.get("run") if isinstance(content, dict) else None
-    if not isinstance(section, dict):
-        return None
+    section = run_folder.recorded(config)
     parts = [str(section[key]) for key in ("root", "topic", "study", "name") if section.get(key)]
     below, run = Path(*parts), config.parent.resolve()
     if below.is_absolute() or not parts or run.parts[-len(below.parts) :] != below.parts:

@@ -193,8 +193,8 @@ def of_checkpoint(checkpoint: Path) -> RunFolder | None:
     path = checkpoint.parent.parent
     if checkpoint.parent.name != CHECKPOINTS or not (path / CONFIG).is_file():
         return None
-    recorded = _recorded(path / CONFIG)
-    return RunFolder(path, recorded.get("topic", path.parent.name), is_new=False, study=recorded.get("study"))
+    section = recorded(path / CONFIG)
+    return RunFolder(path, section.get("topic", path.parent.name), is_new=False, study=section.get("study"))
 
 
 def of_config(config: Path, arguments: RunArguments) -> RunFolder | None:
@@ -204,10 +204,10 @@ def of_config(config: Path, arguments: RunArguments) -> RunFolder | None:
     """
     if not is_run(config.parent) or not config.is_file():
         return None
-    recorded = _recorded(config)
-    if any(recorded.get(name) != getattr(arguments, name) for name in ("name", "root", "topic", "study")):
+    section = recorded(config)
+    if any(section.get(name) != getattr(arguments, name) for name in ("name", "root", "topic", "study")):
         return None
-    return RunFolder(config.parent, recorded["topic"], is_new=False, study=recorded["study"])
+    return RunFolder(config.parent, section["topic"], is_new=False, study=section["study"])
 
 
 def is_run(folder: Path) -> bool:
@@ -226,8 +226,8 @@ def check_links(folder: Path) -> None:
         folders[:] = [name for name in folders if name != "wandb"]  # W&B links to its own logs
 
 
-def _recorded(config: Path) -> dict[str, Any]:
-    """Return the section `run:` of a recorded configuration."""
+def recorded(config: Path) -> dict[str, Any]:
+    """Return the section `run:` of a recorded configuration; empty if it has none."""
     content = read_yaml(config)
     section = content.get("run") if isinstance(content, dict) else None
     return section if isinstance(section, dict) else {}
