@@ -135,7 +135,7 @@ class Run:
             found += [dict(zip(self.module.hparams["classes"], row, strict=True)) for row in probabilities.tolist()]
         return found
 
-    @property
+    @cached_property
     def data_class(self) -> Any:
         """Class of the datamodule of the run."""
         return import_class(self.config["data"]["class_path"], trust.of_run(self.allow))
