@@ -20,6 +20,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from datamodules.base import ExperimentDataModule
 from experiments import monitored, moved_runs, names, resume, run_folder, trust
+from experiments.options import DEFAULTS
 from experiments.parser import ExperimentParser, check_nulls
 from experiments.run_folder import RunArguments, RunFolder
 from experiments.run_record import RunRecord
@@ -36,7 +37,6 @@ from lightning_modules.runtime.loggers import RunLogger, WandbRecorder
 from lightning_modules.runtime.private_names import SettingsGoOverCheckpoint, leave_unused_gpus_alone
 
 LINKED = ("vocab_size", "pad_token_id", "block_size", "classes")  # attributes of the data, arguments of a module
-DEFAULTS = Path(__file__).parent / "trainer" / "defaults.yaml"
 _LENGTH = ("max_steps", "max_epochs", "max_time")  # the arguments of the trainer that end a run
 _LOST_PEER = re.compile(r"[Cc]onnection (closed|reset|refused)|[Bb]roken pipe|remote process exited|NCCL communicator")
 _NOISE = (  # warnings of Lightning that do not hold here, or that a user cannot act on
@@ -368,7 +368,7 @@ def main(args: Sequence[str]) -> None:
     args = names.with_files(args)
     cli = ExperimentCLI.__new__(ExperimentCLI)  # LightningCLI runs in its constructor, which may raise
     try:
-        with trust.trusted(args), importable([*trust.named_by_user(args), *trust.allowed(args)]):
+        with trust.trusted(args) as named, importable(named):
             cli.__init__(args)  # type: ignore[misc]
         cli.say_that_it_was_a_trial()
     except RuntimeError as error:

@@ -66,28 +66,30 @@ def run_folder_of(config: Path) -> Path | None:
 
 
 @contextlib.contextmanager
-def trusted(args: Sequence[str]) -> Iterator[None]:
-    """Set which classes can be imported by name in the block, from a command line.
+def trusted(args: Sequence[str]) -> Iterator[list[str]]:
+    """Set which classes can be imported by name in the block, from a command line; yield what the user names in it.
+
+    That is the class paths of its flags and files, and the packages of `--allow`.
 
     Raises:
         MisconfigurationException: If `--allow` names no package, or the configuration of a run folder would choose a
             checkpoint, or a place outside of the working folder to write to.
     """
     recorded = [file for file in files(args) if run_folder_of(file)]
-    named = named_by_user(args)
+    named, packages = _named_by_user(args), allowed(args)
     for file in recorded:
         _check_recorded(file, args)
     global _verdicts
     before = _verdicts
-    _verdicts = _verdicts_on(allowed(args), named if recorded else None)
+    _verdicts = _verdicts_on(packages, named if recorded else None)
     try:
         with restricted_imports(_verdicts):
-            yield
+            yield [*named, *packages]
     finally:
         _verdicts = before
 
 
-def named_by_user(args: Sequence[str]) -> list[str]:
+def _named_by_user(args: Sequence[str]) -> list[str]:
     """Return the texts that may be class paths in the flags of a command line and in its files but those of runs."""
     own = (file for file in files(args) if not run_folder_of(file))
     return [*_named_by_flags(args), *(path for file in own for path in _named_in(_content(file)))]
