@@ -8,6 +8,7 @@ import shutil
 import zlib
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
+from typing import BinaryIO, cast
 from urllib.parse import urlparse
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -24,7 +25,7 @@ ROWS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 READ_ERRORS = (OSError, EOFError, zlib.error)  # of files, the last two of damaged .gz files
 
 _CHUNK = 2**20  # characters that are decoded at once
-_BINARY = 0.01  # a text has no zero bytes; a file with this share of them in the first chunk is refused
+_BINARY = 0.01  # a text has no zero bytes; a file with a larger share of them in a chunk is refused
 
 
 def is_url(path: str) -> bool:
@@ -93,6 +94,11 @@ def identity_of(path: Path) -> list[str]:
         return [str(path.resolve()), hashlib.file_digest(file, "blake2b").hexdigest()]
 
 
+def open_bytes(path: Path) -> BinaryIO:
+    """Open a file, optionally compressed (`.gz`), to read its bytes."""
+    return cast(BinaryIO, gzip.open(path)) if path.suffix == ".gz" else path.open("rb")
+
+
 def decoded(path: Path, name: str, refuse_binary: bool = False) -> Iterator[str]:
     """Yield the text of a UTF-8 file, optionally compressed (`.gz`), in chunks.
 
@@ -106,7 +112,7 @@ def decoded(path: Path, name: str, refuse_binary: bool = False) -> Iterator[str]
     Raises:
         MisconfigurationException: If it cannot be decoded.
     """
-    with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+    with open_bytes(path) as file:
         reader = io.TextIOWrapper(file, encoding="utf-8-sig")
         try:
             while text := reader.read(_CHUNK):

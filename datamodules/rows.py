@@ -1,7 +1,6 @@
 """Rows of JSON lines, tables and Parquet files, with the file and the line in every error."""
 
 import csv
-import gzip
 import io
 import json
 from collections.abc import Iterator
@@ -10,7 +9,7 @@ from typing import Any
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from datamodules.files import READ_ERRORS, ending_of
+from datamodules.files import READ_ERRORS, ending_of, open_bytes
 from lightning_modules.common.messages import first_line
 
 _SEPARATORS = {".csv": ",", ".tsv": "\t"}
@@ -119,15 +118,19 @@ def json_rows(path: Path) -> Iterator[tuple[str, Any]]:
 
 def _json_list(path: Path) -> list[Any] | None:
     """Return the values of a file that holds one list, or `None` if it begins otherwise."""
-    lines = _lines(path)
-    first = next((line for _, line in lines if line.strip()), "")
-    if not first.lstrip().startswith("["):
+    lines = (line for _, line in _lines(path))
+    text = ""
+    while not text.strip() and (line := next(lines, "")):
+        text += line  # empty lines too, so that an error in JSON has the right line
+    if not text.lstrip().startswith("["):
         return None
+    text += "".join(lines)
     try:
-        values = json.loads("".join(line for _, line in _lines(path)), object_pairs_hook=_object)
+        values = json.loads(text, object_pairs_hook=_object)
     except (ValueError, RecursionError) as error:
         raise MisconfigurationException(f"{path}: is no list in JSON ({error})") from error
-    check_characters(json.dumps(values, ensure_ascii=False), str(path))
+    if "\\u" in text:
+        check_characters(json.dumps(values, ensure_ascii=False), str(path))
     return values
 
 
@@ -166,9 +169,9 @@ def table_rows(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
     if not path.is_file():
-        raise MisconfigurationException(f"{path} does not exist: give a file of JSON lines, or a table (.csv)")
+        raise MisconfigurationException(f"{path} does not exist: give a file of JSON lines, or a table (.csv, .tsv)")
     try:
-        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+        with open_bytes(path) as file:
             # Bytes that are not UTF-8 become surrogates, so that their line is known.
             text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
             for number, line in enumerate(text, start=1):

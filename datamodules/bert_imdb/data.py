@@ -417,7 +417,7 @@ class BertImdbDataModule(ReviewsDataModule):
     def _to_predict(self) -> list[Review]:
         if (self.text is None) == (self.file is None):
             raise MisconfigurationException(
-                'predict: give either --data.text "a review" or --data.file FILE, of JSON lines or a table (.csv)'
+                'predict: give either --data.text "a review" or --data.file FILE, of JSON lines or a table (.csv, .tsv)'
             )
         if self.file is None:
             return [parse_review({"text": self.text}, "data.text", None)]

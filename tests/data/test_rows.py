@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from datamodules import rows
+from datamodules.files import open_bytes
 from datamodules.rows import json_rows, table_rows
 
 ROW = {"text": "Étude № 1, 学習\u2028so \u200b", "n": 1}
@@ -49,6 +51,32 @@ def test_a_line_that_is_not_json_is_named(content, message):
     Path("a.jsonl").write_bytes(b"{}\n" + content + b"\n{}\n")
     with pytest.raises(MisconfigurationException, match=f"^a.jsonl, {message}"):
         list(json_rows(Path("a.jsonl")))
+
+
+def test_a_list_is_read_once_and_checked_for_characters_only_where_it_escapes_some(monkeypatch):
+    Path("a.json").write_text(json.dumps([ROW, ROW], ensure_ascii=False, indent=1), encoding="utf-8")
+    opened, checked = [], []
+    monkeypatch.setattr(rows, "open_bytes", lambda path: opened.append(path) or open_bytes(path))
+    monkeypatch.setattr(rows, "check_characters", lambda text, place: checked.append(place))
+    assert list(json_rows(Path("a.json"))) == [("a.json, item 1", ROW), ("a.json, item 2", ROW)]
+    assert (opened, checked) == ([Path("a.json")], [])
+    Path("a.json").write_text(json.dumps([ROW]))
+    assert list(json_rows(Path("a.json"))) == [("a.json, item 1", ROW)]
+    assert checked == ["a.json"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"\r\n\n [1,\n 2,,\n 3]\n", r"a.json: is no list in JSON \(.*: line 4 column 4 \(char 11\)\)"),
+        (b'\n["\\ud83d"]', r"a.json: a text has \\ud83d, half of a surrogate pair"),
+        (b'["a",\n"\xe9"]', r"a.json, line 2: is not UTF-8"),
+    ],
+)
+def test_an_error_in_a_list_has_its_place(content, message):
+    Path("a.json").write_bytes(content)
+    with pytest.raises(MisconfigurationException, match=f"^{message}"):
+        list(json_rows(Path("a.json")))
 
 
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-32"])
