@@ -14,7 +14,10 @@ from lightning_modules.common.messages import say
 
 Side = Literal["train", "val", "test"]
 Kind = Literal["documents", "parts", "tail"]  # how a text was split
+DocumentSplit = Literal["auto", "groups", "documents"]  # how documents are split, see `SplitDocuments`
 SIDES: tuple[Side, ...] = ("train", "val", "test")
+
+CUT_FEW = ", or set data.split auto, which cuts few documents"  # the end of an advice where documents stay whole
 
 FEW = 20  # documents, of which whole ones would be too coarse a split; or examples, of which a score would vary much
 
@@ -113,7 +116,7 @@ class SplitDocuments:
     """
 
     source: Source
-    split: Literal["documents", "auto", "groups"] = "documents"
+    split: DocumentSplit = "documents"
     val_fraction: float = 0.0
     test_fraction: float = 0.0
 

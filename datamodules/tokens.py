@@ -21,7 +21,7 @@ from tqdm import tqdm
 from datamodules.base import ExperimentDataModule, Order
 from datamodules.cache import cache_root, digest
 from datamodules.sources import Piece, Source
-from datamodules.splits import SIDES, Kind, Side, SplitDocuments, describe, require_fractions
+from datamodules.splits import CUT_FEW, SIDES, Kind, Side, SplitDocuments, describe, require_fractions
 from datamodules.tokenizers import (
     WithTokenizer,
     encode,
@@ -283,6 +283,7 @@ class TokenDataModule(WithTokenizer, ExperimentDataModule):
     """Base of the datamodules whose batches are windows of token files; the subclasses document the arguments."""
 
     source: Source | None = None  # the text whose characters the tokenizer `character` has
+    split: Split = "tail"  # how the text is split
 
     def __init__(
         self,
@@ -345,8 +346,8 @@ class TokenDataModule(WithTokenizer, ExperimentDataModule):
             other, text = "", ""
             if own_source is not None:
                 other, text = f", or give data.{side}_source", f" ({files['train'].split})"
-            if getattr(self, "split", None) == "documents":
-                other += ", or set data.split auto, which cuts few documents"
+            if self.split == "documents":
+                other += CUT_FEW
             raise MisconfigurationException(
                 f"there is no {side} text{text}: set data.{side}_fraction above 0 (or, if the text is short, to a "
                 f"larger fraction){other}"

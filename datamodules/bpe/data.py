@@ -3,14 +3,13 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import count, islice
-from typing import Literal
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from datamodules.base import ExperimentDataModule, leave_signals_to_the_parent
 from datamodules.sources import AnySource, source_of
-from datamodules.splits import SIDES, Side, SplitDocuments, describe, require_fractions
+from datamodules.splits import CUT_FEW, SIDES, DocumentSplit, Side, SplitDocuments, describe, require_fractions
 from lightning_modules.common.messages import say
 from lightning_modules.common.ranges import NonNegativeInt, PositiveInt
 
@@ -44,7 +43,7 @@ class BPEDataModule(ExperimentDataModule):
         val_source: AnySource | None = None,
         test_source: AnySource | None = None,
         num_workers: NonNegativeInt = 0,
-        split: Literal["auto", "groups", "documents"] = "documents",
+        split: DocumentSplit = "documents",
     ) -> None:
         super().__init__(batch_size, num_workers)
         require_fractions(val_fraction, test_fraction)
@@ -70,8 +69,7 @@ class BPEDataModule(ExperimentDataModule):
             if self.splits[split].is_empty():
                 raise MisconfigurationException(
                     f"there is no {split} text: no document was assigned to it; set data.{split}_fraction higher, "
-                    f"or give data.{split}_source"
-                    + (", or set data.split auto, which cuts few documents" if self.text.split == "documents" else "")
+                    f"or give data.{split}_source" + (CUT_FEW if self.text.split == "documents" else "")
                 )
         if (few := self.text.few) is not None:
             fractions = self.text.val_fraction, self.text.test_fraction

@@ -3,7 +3,6 @@
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
-from typing import Literal
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.utils.data import DataLoader
@@ -11,8 +10,8 @@ from torch.utils.data import DataLoader
 from datamodules.files import find_files
 from datamodules.gpt_neo_style.books import cut_into_passages, read_book
 from datamodules.sources import AnySource, ListText, source_of
-from datamodules.splits import SIDES
-from datamodules.tokens import Split, TokenDataModule, TokenFile, describe_sizes, sequential_windows
+from datamodules.splits import SIDES, DocumentSplit
+from datamodules.tokens import TokenDataModule, TokenFile, describe_sizes, sequential_windows
 from lightning_modules.common.messages import say
 from lightning_modules.common.ranges import NonNegativeInt, PositiveInt, PositiveShare, TwoOrMore
 
@@ -70,7 +69,7 @@ class GPTNeoStyleDataModule(TokenDataModule):
         cache_dir: str | None = None,
         num_workers: NonNegativeInt = 0,
         seed: NonNegativeInt = 0,
-        base_split: Literal["auto", "groups", "documents"] = "documents",
+        base_split: DocumentSplit = "documents",
     ) -> None:
         fractions = val_fraction, test_fraction
         super().__init__(block_size, batch_size, tokenizer, *fractions, cache_dir, num_workers, seed)
@@ -78,7 +77,7 @@ class GPTNeoStyleDataModule(TokenDataModule):
             raise MisconfigurationException("data.books is empty: give at least one book")
         self.books, self.other_books = books, other_books
         self.base_source = source_of(base_source, "data.base_source") if base_source else None
-        self.base_split: Split = base_split
+        self.base_split = base_split
         self.base_val_fraction = base_val_fraction
         self.base_windows = base_windows
         self.passages = passages
