@@ -84,9 +84,9 @@ def _candidates(before: Sequence[str], current: str) -> Iterator[str]:
         yield from COMMANDS
         return
     command, previous = before[0], before[-1]
-    flag, equals, _ = current.partition("=")
+    flag, equals, value = current.partition("=")
     if equals and current.startswith("-"):
-        yield from _values(command, flag, before, current.partition("=")[2])
+        yield from _values(command, flag, before, value)
     elif current.startswith("-"):
         yield from _flags(command, before, current)
     elif previous.startswith("-") and "=" not in previous:
@@ -99,7 +99,7 @@ def _words(command: str, current: str) -> Iterator[str]:
     """Yield the words that follow a command without a flag."""
     match command:
         case "study":
-            yield from (name for name, _ in listing.studies())
+            yield from names.files("*/studies/*.yaml")
             yield from _files(current, ".yaml")
         case "copy":
             yield from names.names()
@@ -108,8 +108,10 @@ def _words(command: str, current: str) -> Iterator[str]:
             yield from listing.KINDS
         case "completion":
             yield from _SCRIPTS
-        case "compare" | "claims":
+        case "compare":
             yield from _files(current)
+        case "claims":  # of the topics of a checkout, else of the project
+            yield from (file.parent.name for root in names.ROOTS[1:] for file in root.glob("*/claims.yaml"))
         case "fit" | "validate" | "test" | "predict":
             yield "-c"
 
@@ -137,18 +139,18 @@ def _flags(command: str, before: Sequence[str], current: str) -> Iterator[str]:
 def _values(command: str, flag: str, before: Sequence[str], current: str) -> Iterator[str]:
     key = flag.lstrip("-").rstrip("+")
     if flag in ("-c", "--config"):
-        yield from (name for name, _ in [*listing.experiments(), *listing.presets()])
+        yield from names.files("*.yaml", "*/*.yaml")
         yield from _files(current, ".yaml")
-    elif key == "run" or key in ("ckpt_path", "allow"):
+    elif key in ("run", "ckpt_path", "allow"):
         yield from ("last", "best") if key == "ckpt_path" else ()
         yield from _files(current)
     elif command in options.COMMANDS:
         if kinds := options.classes(key, current):
             yield from (kind.path for kind in kinds)
         name, dot, option = key.partition(".")
-        known = options.own(command) if not dot else {}
-        if name in ("run", "trainer") and dot:
-            known, option = options.section(name), option
+        known = {} if dot else options.own(command)
+        if dot and name in ("run", "trainer"):
+            known = options.section(name)
         elif dot and name in options.SECTIONS:
             known = options.arguments(options.chosen(before[1:])[name].path)
         if (parameter := known.get(option if dot else name)) is not None:

@@ -16,7 +16,7 @@ Rows = Iterator[tuple[str, str]]  # name or class path, and what it is
 def topics() -> Rows:
     """Yield the topics of the working folder and of the project."""
     found: dict[str, str] = {}
-    for root in (Path(), Path("experiments"), names.SHIPPED):
+    for root in names.ROOTS:
         for folder in sorted({file.parent for file in root.glob("*/offline.yaml")}):
             found.setdefault(folder.name, _heading(folder / "README.md"))
     yield from sorted(found.items())
@@ -85,14 +85,7 @@ def _classes(flag: str) -> Rows:
 
 
 def _files(*patterns: str) -> Rows:
-    """Yield the files of patterns by name; those of the working folder go before those of the project."""
-    found: dict[str, str] = {}
-    for root in (Path(), Path("experiments"), names.SHIPPED):
-        for file in sorted(file for pattern in patterns for file in root.glob(pattern)):
-            name = "/".join(part for part in file.relative_to(root).with_suffix("").parts if part != "studies")
-            if names.is_experiment(file) and names.find(name) == file:
-                found.setdefault(name, comment(file))
-    yield from found.items()
+    yield from ((name, comment(file)) for name, file in names.files(*patterns).items())
 
 
 def comment(file: Path) -> str:

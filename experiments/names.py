@@ -9,6 +9,7 @@ from experiments.errors import UsageError, did_you_mean
 
 SHIPPED = Path(__file__).parent
 _HERE = "experiments"  # the folder of experiments in a checkout
+ROOTS = (Path(), Path(_HERE), SHIPPED)  # in which a name is looked for; the first file counts
 
 
 def find(name: str) -> Path | None:
@@ -22,7 +23,7 @@ def find(name: str) -> Path | None:
         return path if path.is_file() else None
     inside = path.relative_to(_HERE) if path.parts[0] == _HERE else path
     below = [inside, inside.parent / "studies" / inside.name] if len(inside.parts) == 2 else [inside]
-    places = [path, *(root / part for root in (Path(), Path(_HERE), SHIPPED) for part in below)]
+    places = [path, *(root / part for root in ROOTS for part in below)]
     files = (file for place in places for file in (place, place.with_name(f"{place.name}.yaml")))
     return next(filter(Path.is_file, files), None)
 
@@ -39,7 +40,8 @@ def find_or_explain(name: str, what: str) -> Path:
     """
     if (file := find(name)) is not None:
         return file
-    known = sorted({*names(), *names(Path(_HERE)), *names(Path()), *(file.stem for file in Path().glob("*.yaml"))})
+    in_roots = {name for root in ROOTS for name in names(root)}
+    known = sorted(in_roots | {file.stem for file in Path().glob("*.yaml")})
     asked = name.removeprefix(f"{_HERE}/").removesuffix(".yaml")
     raise UsageError(
         f"{what} {name}: does not exist in {Path.cwd()}, and no experiment has this name{did_you_mean(asked, known)}; "
@@ -53,6 +55,21 @@ def names(root: Path = SHIPPED) -> Iterator[str]:
         yield f"{file.parent.name}/{file.stem}"
     for file in filter(is_experiment, sorted(root.glob("*/studies/*.yaml"))):
         yield f"{file.parts[-3]}/{file.stem}"
+
+
+def files(*patterns: str) -> dict[str, Path]:
+    """Return the experiments, presets and studies that match a pattern by name, each with the file of `find`.
+
+    Args:
+        *patterns: Patterns of paths below the folders of experiments, such as `*/studies/*.yaml`.
+    """
+    found: dict[str, Path] = {}
+    for root in ROOTS:
+        for file in sorted(file for pattern in patterns for file in root.glob(pattern)):
+            name = "/".join(part for part in file.relative_to(root).with_suffix("").parts if part != "studies")
+            if name not in found and find(name) == file and is_experiment(file):
+                found[name] = file
+    return found
 
 
 def is_experiment(file: Path) -> bool:

@@ -8,12 +8,17 @@ from pathlib import Path
 import pytest
 from helpers import TINY
 
-from experiments import completion, options
+from experiments import completion, listing, options
 from experiments.__main__ import COMMANDS
 from lightning_modules.runtime.private_names import option_names
 
 ROOT = Path(__file__).parents[2]
 NAME = f"{TINY.parent.name}/offline"
+STUDY = next(
+    f"{file.parts[-3]}/{file.stem}"
+    for file in sorted(ROOT.glob("experiments/*/studies/*.yaml"))
+    if (file.parents[1] / "claims.yaml").is_file()
+)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -106,6 +111,8 @@ LINES = [
     ("llm-train generate --pr", {"--prompt", "--precision"}, {"--run"}),
     ("llm-train generate --run fo", {"folder/"}, {"text.txt"}),
     ("llm-train compare fo", {"folder/"}, set()),
+    (f"llm-train study {STUDY[:9]}", {STUDY}, {NAME}),
+    ("llm-train claims ", {STUDY.split("/")[0]}, {"folder/"}),
     ("llm-train study --j", {"--jobs"}, set()),
     ("llm-train copy trainer/c", {"trainer/cpu"}, set()),
     ("llm-train list s", {"schedules", "sources", "studies"}, {"topics"}),
@@ -123,6 +130,12 @@ def test_a_line_is_completed(line, expected, others):
     found = {*completion.complete(line)}
     assert expected <= found
     assert not others & found
+
+
+def test_names_are_completed_without_what_they_are(monkeypatch):
+    expected = {name for name, _ in [*listing.experiments(), *listing.presets()]}
+    monkeypatch.delattr(listing, "comment")  # reads the files again
+    assert {*completion.complete("llm-train fit -c ")} == expected
 
 
 def test_bash_completes_with_the_script(llm_train):
