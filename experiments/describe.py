@@ -6,15 +6,10 @@ import textwrap
 from collections.abc import Iterable, Sequence
 
 from experiments import index, names, options
+from experiments.__main__ import COMMANDS
 from experiments.index import Parameter
 from experiments.source_text import kept_in_cache
 
-_WHAT = {
-    "fit": "Train a model.",
-    "validate": "Evaluate a checkpoint on the validation data.",
-    "test": "Evaluate a checkpoint on the test data.",
-    "predict": "Apply a checkpoint to new data.",
-}
 _ABOUT = """\
 Settings come from `experiments/trainer/defaults.yaml`, from each -c and from each flag, in this order. Later ones go
 over earlier ones: mappings are merged and a list is replaced; `--trainer.callbacks+ CLASS` adds to a list."""
@@ -41,17 +36,19 @@ def _describe(args: Sequence[str]) -> None:
 
 def _print_class(key: str, path: str) -> bool:
     """Print the help of a class, or the classes that a flag takes; return whether they are known."""
-    kinds = options.classes(key)
-    kind = index.find(path) or next((kind for kind in kinds if kind.name == path), None)
+    kinds = [] if (kind := index.find(path)) else options.classes(key)
+    kind = kind or next((kind for kind in kinds if kind.name == path), None)
     if kind is not None:
         print(f"{kind.path}: {kind.summary}\n")
         _print_note(key)
         _print_options(f"--{key}.", options.arguments(kind.path).values())
-    elif kinds and (not path or path.startswith("-")):
-        print(f"--{key} CLASS")
-        _print_note(key)
-        _print_classes(kinds)
-    return kind is not None or bool(kinds and (not path or path.startswith("-")))
+        return True
+    if not kinds or (path and not path.startswith("-")):
+        return False
+    print(f"--{key} CLASS")
+    _print_note(key)
+    _print_classes(kinds)
+    return True
 
 
 def _ask_the_parser(args: Sequence[str]) -> None:
@@ -62,7 +59,7 @@ def _ask_the_parser(args: Sequence[str]) -> None:
 
 def _print_command(command: str, chosen: dict[str, options.Chosen]) -> None:
     print(f"usage: llm-train {command} -c NAME [-c FILE ...] [--KEY VALUE ...]\n")
-    _wrap(f"{_WHAT[command]} {_ABOUT}")
+    _wrap(f"{COMMANDS[command][1].capitalize()}. {_ABOUT}")
     print("\noptions:")
     own = options.own(command)
     _print_options("--", own.values())
