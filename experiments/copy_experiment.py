@@ -6,6 +6,7 @@ from pathlib import Path
 
 from experiments import names
 from experiments.errors import CommandParser, UserError
+from lightning_modules.common.files import write_text
 
 
 def main(args: Sequence[str]) -> None:
@@ -50,8 +51,7 @@ def copy(source: Path, target: Path) -> Path:
     comment = re.compile(r"^#.*$", re.MULTILINE)
     text = comment.sub(lambda line: _of_the_copy(line[0], source, target), text)
     text = re.sub(rf"^name: {re.escape(source.stem)}$", f"name: {target.stem}", text, flags=re.MULTILINE)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(text, encoding="utf-8")
+    write_text(target, text)
     return target
 
 

@@ -6,8 +6,6 @@ import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-OWN = ("experiments", "lightning_modules", "datamodules")  # packages of this project
-
 
 @contextlib.contextmanager
 def importable(class_paths: Iterable[str]) -> Iterator[None]:

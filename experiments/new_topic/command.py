@@ -8,6 +8,7 @@ from pathlib import Path
 
 from experiments.errors import CommandParser, UserError
 from experiments.names import SHIPPED
+from lightning_modules.common.files import write_text
 
 FOLDERS = ("experiments", "lightning_modules", "datamodules", "tests")
 TEMPLATE = Path(__file__).parent / "template"
@@ -109,8 +110,7 @@ def _template(*tops: str) -> list[Path]:
 
 def _write(target: Path, text: str, name: str) -> None:
     target = target.with_name(target.name.replace(_TOPIC, name))
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(_renamed(text, name), encoding="utf-8")
+    write_text(target, _renamed(text, name))
 
 
 def _renamed(text: str, name: str) -> str:
