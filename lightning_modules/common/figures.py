@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+import numpy as np
+
 from lightning_modules.common.files import atomic_file
 
 if TYPE_CHECKING:  # matplotlib is imported where it is used: it is slow to import
@@ -63,8 +65,9 @@ def smoothed(values: Sequence[float]) -> list[float] | None:
     reach = len(values) // 20
     if reach < 1:
         return None
-    means = []
-    for place in range(len(values)):
-        n = min(reach, place, len(values) - 1 - place)
-        means.append(sum(values[place - n : place + n + 1]) / (2 * n + 1))
-    return means
+    array = np.asarray(values, dtype=float)
+    begin = [float(array[: 2 * n + 1].mean()) for n in range(reach)]
+    end = [float(array[-2 * n - 1 :].mean()) for n in reversed(range(reach))]
+    # Each window has a sum of its own: with differences of running sums, one NaN would be in all that follow.
+    inner = np.lib.stride_tricks.sliding_window_view(array, 2 * reach + 1).mean(axis=1)
+    return [*begin, *inner.tolist(), *end]

@@ -154,6 +154,10 @@ def test_training_curves_are_smoothed_with_the_raw_one_behind():
     assert mean[0] == values[0]
     assert np.abs(np.array(mean[3:-3]) - 2).max() < 0.1
     assert smoothed(values[:19]) is None
+    with_gap = [*values[:30], math.nan, *values[31:]]
+    reach = [min(3, place, 59 - place) for place in range(60)]
+    means = [sum(with_gap[place - n : place + n + 1]) / (2 * n + 1) for place, n in enumerate(reach)]
+    assert smoothed(with_gap) == pytest.approx(means, nan_ok=True)
     arms = [SimpleNamespace(label="a", shown={"a": "1"})]
     curve = Curve("train/loss", 0, "", True, np.arange(60), np.array(values))
     (axes,) = draw_curves([curve], arms, [0]).axes
