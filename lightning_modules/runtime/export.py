@@ -1,6 +1,7 @@
 """Export of the trained model in the format of Hugging Face."""
 
 import copy
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ from lightning_modules.finetuning.adapters import merged
 from lightning_modules.finetuning.bases import context_of
 from lightning_modules.runtime.checkpoint import RunCheckpoint
 from lightning_modules.runtime.checkpoint_io import AtomicCheckpointIO
-from lightning_modules.runtime.model_card import context_in, model_card
+from lightning_modules.runtime.model_card import model_card
 
 if TYPE_CHECKING:  # imported where used: transformers is slow to import
     from transformers import PreTrainedTokenizerFast
@@ -70,9 +71,10 @@ class ExportModel(L.Callback):
 
         def write(folder: Path) -> None:
             chat_template = getattr(pl_module.data, "exported_chat_template", None)
-            export_model(module, pl_module.data.tokenizer, folder, chat_template)
+            context = export_model(module, pl_module.data.tokenizer, folder, chat_template)
             known = {split: n for split, n in n_rows.items() if n}
-            card = model_card(run, folder, base, checkpoint["global_step"], results, known, self.licence)
+            step = checkpoint["global_step"]
+            card = model_card(run, folder, base, context, step, results, known, self.licence)
             write_text(folder / "README.md", card)
 
         replace_folder(run / "model", write)
@@ -92,7 +94,7 @@ def _n_rows(loaders: Any) -> int:
 
 def export_model(
     module: ExperimentModule, tokenizer: "PreTrainedTokenizerFast", folder: Path, chat_template: str | None = None
-) -> None:
+) -> int | None:
     """Write a model and its tokenizer, with what other programs need to truncate, to pad and to stop.
 
     Args:
@@ -100,12 +102,15 @@ def export_model(
         tokenizer: Tokenizer that it was trained with.
         folder: Folder to create.
         chat_template: Chat template of the tokenizer; `None` leaves the one that it has.
+
+    Returns:
+        The context of the model, in tokens, or `None` if there is no limit.
     """
     with merged(module):
         module.save_pretrained(folder)
     config = read_json(folder / "config.json", {})
-    model = getattr(module, "model", None)
-    context = context_of(model) if hasattr(model, "get_input_embeddings") else context_in(config)
+    generation = read_json(folder / "generation_config.json", {})
+    context = _context(getattr(module, "model", None), config)
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.chat_template = chat_template or tokenizer.chat_template
     if context:
@@ -118,12 +123,10 @@ def export_model(
         tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"
         if tokenizer.pad_token_id is None and end is not None:
             tokenizer.pad_token = tokenizer.eos_token
-        settings = {"eos_token_id": end, "pad_token_id": tokenizer.pad_token_id, "max_length": context}
-        _update(folder / "generation_config.json", settings)
-    _update(folder / "config.json", tokens)
-    for name in ("config.json", "generation_config.json"):
-        if (folder / name).is_file():
-            _drop_unknown_tokens(folder / name, tokenizer, config.get("vocab_size"))
+        generation |= _given({"eos_token_id": end, "pad_token_id": tokenizer.pad_token_id, "max_length": context})
+    files = {"config.json": config | _given(tokens)} | ({"generation_config.json": generation} if generation else {})
+    for name, fields in files.items():
+        write_json(folder / name, fields | _known_tokens(fields, tokenizer, config.get("vocab_size")))
     tokenizer.save_pretrained(folder)
     # The class has another name in earlier versions of Transformers, and the rest is about this machine.
     settings = read_json(folder / "tokenizer_config.json", {})
@@ -133,18 +136,26 @@ def export_model(
     write_json(folder / "tokenizer_config.json", settings)
     for file in folder.iterdir():  # weights are written for the owner alone, whatever the umask
         file.chmod((folder / "config.json").stat().st_mode)
+    return context
 
 
-def _update(file: Path, fields: dict[str, Any]) -> None:
-    """Set fields of a JSON file; `None` leaves a field as it is."""
-    given = {name: value for name, value in fields.items() if value is not None}
-    write_json(file, read_json(file, {}) | given)
+def _context(model: Any, config: Mapping[str, Any]) -> int | None:
+    """Return the context of a model of Transformers, else that of its `config.json`; GPT-2 has its own name for it."""
+    if hasattr(model, "get_input_embeddings") and (context := context_of(model)):
+        return context
+    given = config.get("max_position_embeddings") or config.get("n_positions")
+    return given if given and given > 0 else None  # as `context_of`
 
 
-def _drop_unknown_tokens(file: Path, tokenizer: "PreTrainedTokenizerFast", vocab_size: int | None) -> None:
-    """Replace special tokens of the base that are not in the vocabulary, of which Transformers would warn."""
-    fields = read_json(file, {})
-    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        if vocab_size is not None and isinstance(fields.get(name), int) and fields[name] >= vocab_size:
-            fields[name] = getattr(tokenizer, name)
-    write_json(file, fields)
+def _given(fields: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+def _known_tokens(
+    fields: Mapping[str, Any], tokenizer: "PreTrainedTokenizerFast", vocab_size: int | None
+) -> dict[str, Any]:
+    """Return special tokens for those of the base that are not in the vocabulary, of which Transformers would warn."""
+    given = {name: fields.get(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    if vocab_size is None:
+        return {}
+    return {name: getattr(tokenizer, name) for name, i in given.items() if isinstance(i, int) and i >= vocab_size}

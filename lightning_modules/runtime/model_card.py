@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from lightning_modules.common.files import read_json
+from lightning_modules.common.hub import is_path
 
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 _SECTIONS = ("seed_everything", "model", "data", "optimizer", "lr_scheduler", "trainer")
@@ -32,8 +33,8 @@ _EXAMPLES = {
 
 
 def model_card(
-    run: Path, model: Path, base: str | None, step: int, results: Mapping[str, float], n_rows: Mapping[str, int],
-    licence: str | None,
+    run: Path, model: Path, base: str | None, context: int | None, step: int, results: Mapping[str, float],
+    n_rows: Mapping[str, int], licence: str | None,
 ) -> str:  # fmt: skip
     """Return the text of the `README.md` of an exported model, with the fields that the Hugging Face hub reads.
 
@@ -41,6 +42,7 @@ def model_card(
         run: Folder of the run; its `config.yaml` and `environment.json` are read if they are there.
         model: Folder of the model in Transformers' format.
         base: Model that the training started from: a name on the hub, or a folder.
+        context: Length of the longest sequence that the model takes, in tokens, or `None` if there is no limit.
         step: Optimiser steps that the weights were trained for.
         results: Validation metrics of these weights, by name.
         n_rows: Number of rows of each split.
@@ -53,19 +55,18 @@ def model_card(
     section = config.get("run") or {"name": run.name}
     name = "/".join(str(section[key]) for key in ("topic", "study", "name") if section.get(key))
     versions = {"python": session.get("python")} | session.get("packages", {})
-    is_on_hub = base is not None and _HUB_NAME.fullmatch(base) is not None and not Path(base).exists()
     header = {
         "library_name": "transformers" if task else None,
         "pipeline_tag": task,
         "license": licence or "unknown",
-        "base_model": base if is_on_hub else None,
+        "base_model": base if base and _is_hub_name(base) else None,
         "datasets": sorted(set(_hub_datasets(config.get("data")))) or None,
         "tags": ["llm-train"],
     }
     facts = {
         "class": f"`{architecture.get('architectures', [architecture.get('model_type')])[0]}`",
         "weights": f"{_n_weights(model):,}",
-        "context": f"{context} tokens" if (context := context_in(architecture)) else None,
+        "context": f"{context} tokens" if context else None,
         "trained from": f"`{_public(base)}`" if base else "a random initialisation",
         "training": f"{step:,} steps of `{config['model']['class_path']}`" if config else f"{step:,} steps",
         "licence": licence or "unknown",
@@ -92,11 +93,6 @@ def model_card(
     return "\n\n".join(parts) + "\n"
 
 
-def context_in(architecture: Mapping[str, Any]) -> int | None:
-    """Return the context that a `config.json` gives, in tokens; GPT-2 has its own name for it."""
-    return architecture.get("max_position_embeddings") or architecture.get("n_positions")
-
-
 def _task(architecture: Mapping[str, Any]) -> str | None:
     classes = [*architecture.get("architectures", []), *architecture.get("auto_map", [])]
     return next((task for name in classes for end, task in _TASKS.items() if name.endswith(end)), None)
@@ -121,11 +117,18 @@ def _config(run: Path) -> dict[str, Any]:
     return yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
 
+def _is_hub_name(text: str) -> bool:
+    """Return whether a text is a name on the hub with an owner."""
+    return not is_path(text) and _HUB_NAME.fullmatch(text) is not None
+
+
 def _hub_datasets(config: Any, key: str = "") -> Iterator[str]:
     """Yield the names of data sets on the hub in a configuration of the data."""
     if isinstance(config, str):
         if key == "dataset" or config.startswith("hub:"):
-            yield from re.findall(_HUB_NAME, config.removeprefix("hub:"))[:1]
+            dataset, _, _ = config.removeprefix("hub:").partition(":")  # a column may follow
+            if _is_hub_name(dataset):
+                yield dataset
     elif isinstance(config, dict | list):
         for name, value in config.items() if isinstance(config, dict) else enumerate(config):
             yield from _hub_datasets(value, str(name))

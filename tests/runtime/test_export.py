@@ -1,7 +1,10 @@
 """The export of a run: by default, once, also after an interruption, and not where there is nothing to export."""
 
+import pytest
 from helpers import LAST, RUNS, weights
 
+from datamodules.tokenizers import byte_tokenizer
+from lightning_modules.base import ExperimentModule
 from lightning_modules.runtime import export
 
 EXPORT = {"class_path": "lightning_modules.runtime.export.ExportModel"}
@@ -14,7 +17,9 @@ def test_a_configuration_that_names_the_default_callback_again_exports_once(llm_
     done = llm_train("fit", "-c", tiny(**{"trainer__callbacks+": [EXPORT, licensed]}))
     assert done.code == 0, done.err
     assert len(exported) == 1
-    assert "license: mit\n" in (RUNS / "tiny/model/README.md").read_text()
+    card = (RUNS / "tiny/model/README.md").read_text()
+    assert "license: mit\n" in card
+    assert "| context | 16 tokens |" in card
 
 
 def test_a_run_that_was_killed_is_generated_from_and_exported_when_it_is_resumed(llm_train, forked, tiny):
@@ -41,3 +46,23 @@ def test_without_a_checkpoint_there_is_no_model(llm_train, tiny):
     assert done.code == 0, done.err
     assert f"{RUNS}/tiny has no checkpoint, and so no model/" in done.err
     assert not (RUNS / "tiny/model").exists()
+
+
+@pytest.mark.parametrize(
+    ("model_type", "sizes", "context"),
+    [
+        ("bert", {"max_position_embeddings": 20}, 20),
+        ("roberta", {"max_position_embeddings": 20, "pad_token_id": 1}, 18),  # positions begin after the padding's
+        ("xlnet", {"d_model": 8, "n_layer": 1, "n_head": 2, "d_inner": 8}, None),
+    ],
+)
+def test_the_context_of_an_exported_model_is_that_of_its_tokenizer(tmp_path, model_type, sizes, context):
+    from transformers import AutoConfig, AutoModel, AutoTokenizer
+
+    small = {"vocab_size": 257, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    module, tokenizer = ExperimentModule(), byte_tokenizer()
+    module.model = AutoModel.from_config(AutoConfig.for_model(model_type, **small | sizes))
+    module.save_pretrained = module.model.save_pretrained
+    assert export.export_model(module, tokenizer, tmp_path / "model") == context
+    exported = AutoTokenizer.from_pretrained(tmp_path / "model")
+    assert exported.model_max_length == (context or tokenizer.model_max_length)

@@ -9,7 +9,7 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from lightning_modules.runtime.model_card import model_card
+from lightning_modules.runtime.model_card import _hub_datasets, model_card
 
 HOME = "/home/ada.lovelace"
 COMMAND = ["llm-train", "fit", "-c", f"{HOME}/my experiments/offline.yaml", "--model.base", "../ada/model"]
@@ -33,7 +33,7 @@ CONFIG = {
 
 
 def card(folder: Path, architecture: dict, base: str | None = None, licence: str | None = None) -> tuple[dict, str]:
-    """Return the fields and the text of the card of a run."""
+    """Return the fields and the text of the card of a run, of a model with a context of 64 tokens."""
     (folder / "model").mkdir(exist_ok=True)
     (folder / "config.yaml").write_text(yaml.safe_dump(CONFIG))
     session = {"started": "2026-11-27T04:00:00+00:00", "command": shlex.join(COMMAND), "packages": {"torch": "2.13.0"}}
@@ -41,7 +41,7 @@ def card(folder: Path, architecture: dict, base: str | None = None, licence: str
     (folder / "model/config.json").write_text(json.dumps(architecture))
     save_file({"a": torch.zeros(20, 60), "b": torch.zeros(34)}, folder / "model/model.safetensors")
     results = {"val/loss": 1.23456, "val/auroc": float("nan")}
-    text = model_card(folder, folder / "model", base, 1200, results, {"train": 5000}, licence)
+    text = model_card(folder, folder / "model", base, 64, 1200, results, {"train": 5000}, licence)
     start, header, *rest = text.split("---\n", 2)
     assert start == ""
     return yaml.safe_load(header), "".join(rest)
@@ -71,7 +71,7 @@ def test_the_hub_reads_the_task_and_a_reader_how_to_use_the_model(tmp_path, arch
 
 
 def test_base_licence_and_data_on_the_hub_are_fields(tmp_path):
-    fields, text = card(tmp_path, {"architectures": ["GPT2LMHeadModel"], "n_positions": 64}, "org/base", "mit")
+    fields, text = card(tmp_path, {"architectures": ["GPT2LMHeadModel"], "n_positions": 66}, "org/base", "mit")
     assert fields["base_model"] == "org/base"
     assert fields["license"] == "mit"
     assert fields["datasets"] == ["org/other.data", "org/some-data"]
@@ -116,3 +116,24 @@ def test_a_folder_named_as_a_model_on_the_hub_is_not_on_the_hub(tmp_path, monkey
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs/one").mkdir(parents=True)
     assert "base_model" not in card(tmp_path, {"architectures": ["GPT2LMHeadModel"]}, "runs/one")[0]
+
+
+@pytest.mark.parametrize(
+    ("dataset", "named"),
+    [
+        ("owner/data.set", ["owner/data.set"]),
+        ("/home/alice/qa", []),
+        ("./data/qa", []),
+        ("~/data/qa", []),
+        ("../alice/qa", []),
+        ("alice/private/qa", []),
+        ("alice/qa.json", []),
+        ("here/qa", []),  # in a folder of this machine
+        ("runs/qa", []),
+    ],
+)
+def test_a_dataset_on_the_hub_is_named_and_a_path_is_not(tmp_path, monkeypatch, dataset, named):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+    assert list(_hub_datasets({"dataset": dataset})) == named
+    assert list(_hub_datasets({"records": [f"hub:{dataset}:answer"]})) == named
