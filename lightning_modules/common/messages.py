@@ -10,7 +10,7 @@ ERASE_LINE = "\r\x1b[K"  # of a terminal
 
 def on_terminal() -> bool:
     """Return whether standard error is a terminal that can write over a line."""
-    return sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+    return not sys.stderr.closed and sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
 
 
 def say(line: str) -> None:

@@ -1,5 +1,6 @@
 """Progress of a run: steps, loss, speed, time left; one line of a terminal, or some lines of a file."""
 
+import contextlib
 import os
 import sys
 import time
@@ -51,17 +52,15 @@ class ProgressLine:
         """Draw the line, in a file only if something has changed."""
         self._drawn = time.monotonic()
         if self.in_terminal:
-            sys.stderr.write(ERASE_LINE + self.text(terminal_width() - 1))
+            _write(ERASE_LINE + self.text(terminal_width() - 1))
         elif self._last != (content := f"{self.position} {self.shown}"):
             self._last = content
-            sys.stderr.write(f"{self.text()}\n")
-        sys.stderr.flush()
+            _write(f"{self.text()}\n")
 
     def close(self, keep: bool = True) -> None:
         """End the line of a terminal, or remove it."""
         if self.in_terminal:
-            sys.stderr.write("\n" if keep else ERASE_LINE)
-            sys.stderr.flush()
+            _write("\n" if keep else ERASE_LINE)
 
     def text(self, width: int | None = None) -> str:
         """Return the line; in a terminal it has a bar, and leaves out metrics that do not fit into `width` columns."""
@@ -87,6 +86,13 @@ class ProgressLine:
             n_full = round(n_columns * min(1.0, self.position / self.total))
             end = f"|{_full_block() * n_full}{' ' * (n_columns - n_full)}| {end}"
         return (start + end)[:width]
+
+
+def _write(text: str) -> None:
+    """Write to standard error; a run goes on if its terminal or pipe is gone, or its stream is closed."""
+    with contextlib.suppress(OSError, ValueError):
+        sys.stderr.write(text)
+        sys.stderr.flush()
 
 
 def terminal_width() -> int:
@@ -202,9 +208,7 @@ class RunProgress(ProgressBar):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: object
     ) -> None:
         """Advance."""
-        if trainer.state.fn != TrainerFn.FITTING:
-            self._show(trainer, batch_idx + 1)
-        elif (line := self._validation) is not None:
+        if line := self._validation or self._line:
             line.position = batch_idx + 1
             if line.is_due:
                 line.draw()

@@ -1,5 +1,6 @@
 """Callbacks that stop a run: with a checkpoint on SIGTERM and Ctrl-C, and if the loss is infinite or NaN."""
 
+import contextlib
 import math
 import os
 import signal
@@ -56,7 +57,8 @@ class GracefulStop(L.Callback):
             what = "Ctrl-C" if signal_number == signal.SIGINT else signal.Signals(signal_number).name
             line = f"{what}: stopping after this step, with a checkpoint; a second one stops at once\n"
             # Not `print`, which cannot be called while the signal interrupts it.
-            os.write(2, f"{ERASE_LINE if on_terminal() else ''}{line}".encode())
+            with contextlib.suppress(OSError):  # the terminal or the pipe is gone, and the checkpoint is still due
+                os.write(2, f"{ERASE_LINE if on_terminal() else ''}{line}".encode())
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: object) -> None:
         """Save and raise `SystemExit` between two optimiser steps if any rank got a signal."""

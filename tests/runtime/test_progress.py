@@ -1,7 +1,10 @@
 """What a run shows while it trains: its opening lines, the line of its progress, and how it stops."""
 
+import contextlib
+import io
 import os
 import signal
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -123,3 +126,36 @@ def test_a_signal_is_answered_in_one_line_and_a_second_one_stops_at_once(number,
         assert stopped.value.code == 128 + number
     finally:
         stop.teardown(trainer, None, "fit")
+
+
+def test_a_signal_is_kept_if_the_terminal_is_gone(monkeypatch):
+    def gone(*_: object) -> int:
+        raise BrokenPipeError
+
+    stop, trainer = GracefulStop(), SimpleNamespace(world_size=1)
+    stop.on_train_start(trainer, None)
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "write", gone)
+            signal.raise_signal(signal.SIGTERM)
+        assert stop.received == signal.SIGTERM
+    finally:
+        stop.teardown(trainer, None, "fit")
+
+
+@pytest.mark.parametrize("in_terminal", [True, False], ids=["terminal", "file"])
+@pytest.mark.parametrize("is_closed", [True, False], ids=["closed", "broken"])
+def test_a_line_whose_stream_is_gone_is_not_drawn(monkeypatch, in_terminal, is_closed):
+    reading, writing = os.pipe()
+    os.close(reading)
+    stream = io.TextIOWrapper(io.FileIO(writing, "w"), "utf-8", write_through=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stderr", stream)
+        if is_closed:
+            stream.close()
+        line = ProgressLine("train", 24)
+        line.in_terminal = in_terminal
+        line.draw()
+        line.close()
+        with contextlib.suppress(BrokenPipeError):  # of what is still in the stream
+            stream.close()
