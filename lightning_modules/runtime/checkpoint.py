@@ -69,15 +69,7 @@ class RunCheckpoint(Checkpoint):
             better = operator.lt if self.mode == "min" else operator.gt
             # If the first score is NaN, no score compares as better, so the first number replaces it.
             if best is None or (math.isnan(best) and not math.isnan(score)) or better(score, best):
-                before = self.state_dict()
-                self.best_score, self.best_step = score, trainer.global_step
-                metrics = trainer.callback_metrics.items()
-                self.best_metrics = {name: float(value) for name, value in metrics if name.startswith("val/")}
-                try:
-                    self._save(trainer, "best", "last")
-                except OSError:  # a full disk: `best.ckpt` is still the earlier one
-                    self.load_state_dict(before)
-                    raise
+                self._save(trainer, "best", "last")
                 return
         self._save(trainer, "last")
 
@@ -92,14 +84,26 @@ class RunCheckpoint(Checkpoint):
 
     def _save(self, trainer: L.Trainer, *names: str) -> None:
         """Write a checkpoint under the first name; the others become names of the same file."""
+        before = self.state_dict()
+        if "best" in names:  # set first, because the checkpoint holds it
+            self._set_best(trainer)
         if trainer.fast_dev_run:
             return
         first, *others = (self._folder / f"{name}.ckpt" for name in names)
-        trainer.save_checkpoint(first)
+        try:
+            trainer.save_checkpoint(first)
+        except OSError:  # a full disk: `best.ckpt` is still the earlier one
+            self.load_state_dict(before)
+            raise
         for other in others if trainer.is_global_zero else ():
             link_or_copy(first, other)
         if "last" in names:
             self._step_of_last = trainer.global_step
+
+    def _set_best(self, trainer: L.Trainer) -> None:
+        self.best_score, self.best_step = self._score(trainer), trainer.global_step
+        metrics = trainer.callback_metrics.items()
+        self.best_metrics = {name: float(value) for name, value in metrics if name.startswith("val/")}
 
     def _score(self, trainer: L.Trainer) -> float:
         if self.monitor not in trainer.callback_metrics:

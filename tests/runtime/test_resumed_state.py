@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from lightning_modules.runtime import checkpoint
 from lightning_modules.runtime.checkpoint import RunCheckpoint
 from lightning_modules.runtime.loggers import MetricsCSV
 
@@ -56,6 +57,25 @@ def test_the_first_number_takes_the_place_of_a_score_that_is_not_a_number(mode):
     assert (callback.best_score, callback.best_step) == (2.0, 12)
     assert files_written(callback, 16, math.nan) == ["last"]
     assert callback.best_score == 2.0
+
+
+@pytest.mark.parametrize(("fails", "step"), [("save_checkpoint", 4), ("link_or_copy", 8)])
+def test_the_best_step_is_that_of_the_file_that_was_written(monkeypatch, fails, step):
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    callback = RunCheckpoint("val/loss")
+    files_written(callback, 4, 2.0)
+    if fails == "link_or_copy":
+        monkeypatch.setattr(checkpoint, fails, full)
+    else:
+        monkeypatch.setattr(Path, "touch", full)
+    with pytest.raises(OSError, match="No space left"):
+        files_written(callback, 8, 1.0)
+    assert Path("checkpoints/best.ckpt").exists() == (fails == "link_or_copy")
+    assert (callback.best_score, callback.best_step) == ({4: 2.0, 8: 1.0}[step], step)
+    assert callback.best_metrics == {"val/loss": callback.best_score}
+    assert callback._step_of_last == 4
 
 
 def test_a_resumed_run_drops_the_rows_of_later_steps(tmp_path):
