@@ -14,8 +14,7 @@ from lightning_modules.finetuning.bases import (
     as_mask,
     attends_within_records,
     check_fit,
-    check_padding,
-    check_vocabulary,
+    check_tokenizer,
     load_pretrained,
     save_pretrained,
 )
@@ -106,9 +105,7 @@ class BertMaskedLMModule(ExperimentModule):
     def setup(self, stage: str) -> None:
         """Let the model attend within the reviews by a kernel without a mask, on a GPU; compare the vocabularies."""
         if stage == "fit":
-            tokenizer = getattr(self._data, "tokenizer", None)
-            check_vocabulary(self.hparams["base"], tokenizer)
-            check_padding(self.model, str(self.hparams["base"]), tokenizer)
+            check_tokenizer(self.model, self.hparams["base"], self._data)
         self.within_records = attends_within_records(self.trainer, self.model)
 
     def loss(self, batch: Batch) -> Loss:

@@ -14,8 +14,7 @@ from lightning_modules.finetuning.bases import (
     as_mask,
     attends_within_records,
     check_fit,
-    check_padding,
-    check_vocabulary,
+    check_tokenizer,
     load_pretrained,
     save_pretrained,
 )
@@ -92,9 +91,7 @@ class BertImdbModule(ClassifierModule):
     def setup(self, stage: str) -> None:
         """Let the encoder attend within the reviews by a kernel without a mask, on a GPU; compare the vocabularies."""
         if stage == "fit":
-            tokenizer = getattr(self._data, "tokenizer", None)
-            check_vocabulary(self.hparams["base"], tokenizer)
-            check_padding(self.model.encoder, str(self.hparams["base"]), tokenizer)
+            check_tokenizer(self.model.encoder, self.hparams["base"], self._data)
         self.within_records = attends_within_records(self.trainer, self.model.encoder)
 
     def features(self, batch: Batch) -> Tensor:

@@ -199,6 +199,22 @@ def _positions_after_padding(model: "PreTrainedModel") -> Any:
     return next((table for table in tables if getattr(table, "padding_idx", None) is not None), None)
 
 
+def check_tokenizer(model: "PreTrainedModel", base: str | None, data: Any) -> None:
+    """Refuse data whose tokenizer does not fit a model; see `check_vocabulary` and `check_padding`.
+
+    Args:
+        model: Model to check.
+        base: Folder or name of the model that it starts from, or `None`.
+        data: Data module, which may have no tokenizer.
+
+    Raises:
+        MisconfigurationException: If its tokens have other ids, or its padding token is another one.
+    """
+    tokenizer = getattr(data, "tokenizer", None)
+    check_vocabulary(base, tokenizer)
+    check_padding(model, str(base), tokenizer)
+
+
 def check_padding(model: "PreTrainedModel", base: str, tokenizer: Any) -> None:
     """Refuse a tokenizer whose padding token is not the one from which a model counts its positions.
 

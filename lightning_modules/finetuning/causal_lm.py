@@ -13,8 +13,7 @@ from lightning_modules.base import CompileMode, ExperimentModule
 from lightning_modules.finetuning.bases import (
     architecture_of,
     check_fit,
-    check_padding,
-    check_vocabulary,
+    check_tokenizer,
     context_of,
     evaluating,
     load_pretrained,
@@ -67,9 +66,7 @@ class FineTunedCausalLM(ExperimentModule):
     def setup(self, stage: str) -> None:
         """Compare the vocabulary of the data with that of the base, before training."""
         if stage == "fit":
-            tokenizer = getattr(self._data, "tokenizer", None)
-            check_vocabulary(self.hparams["base"], tokenizer)
-            check_padding(self.model, str(self.hparams["base"]), tokenizer)
+            check_tokenizer(self.model, self.hparams["base"], self._data)
 
     def before_compilation(self) -> None:
         """Find the output layer."""
