@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import functools
 import hashlib
 import importlib.metadata
 import io
@@ -105,14 +106,21 @@ def _dequantized(file: Path) -> Path:
     with file.open("rb") as opened:
         if opened.read(len(_MAGIC)) != _MAGIC:
             raise ValueError(f"{file} is no GGUF file, it does not begin with {_MAGIC.decode()}: download it again")
-        opened.seek(0)
-        fingerprint = hashlib.file_digest(opened, "blake2b").hexdigest()[:20]
+    status = file.stat()
+    fingerprint = _fingerprint(file.resolve(), status.st_size, status.st_mtime_ns)
     folder = cache_root() / "gguf" / f"{file.stem}-{fingerprint}"
     with _locked(folder.with_name(f"{folder.name}.lock")):  # several processes may need it at once
         if not folder.is_dir():
             say(f"{file}: dequantising it once, to {folder}")
             replace_folder(folder, lambda fresh: _dequantize(file, fresh))
     return folder
+
+
+@functools.cache
+def _fingerprint(file: Path, size: int, mtime_ns: int) -> str:
+    """Return a hash of the content of a file, computed again only if its size or time has changed."""
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "blake2b").hexdigest()[:20]
 
 
 def _dequantize(file: Path, folder: Path) -> None:

@@ -1,7 +1,9 @@
 """Pretrained models in packages, GGUF files and old folders: found, loaded, checked, and refused in one line."""
 
+import hashlib
 import importlib.util
 import json
+import os
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -93,6 +95,21 @@ def test_a_gguf_file_gives_the_same_scores_and_is_dequantised_once(gguf, monkeyp
     assert load_pretrained(str(folder)).config.tie_word_embeddings
     assert "quantization_config" not in json.loads((folder / "config.json").read_text())
     assert not capfd.readouterr().err
+
+
+@needs_gguf
+def test_a_gguf_file_is_read_for_its_hash_only_if_it_has_changed(gguf, tmp_path, monkeypatch):
+    file = shutil.copy(gguf, tmp_path / "base.gguf")
+    folder, read = model_folder(str(file)), []
+    monkeypatch.setattr(pretrained.hashlib, "file_digest", lambda *_: read.append(1) or hashlib.blake2b())
+    monkeypatch.chdir(tmp_path)
+    assert model_folder(str(file)) == model_folder("base.gguf") == folder
+    assert not read
+    monkeypatch.setattr(pretrained, "_dequantize", lambda _, fresh: fresh.mkdir())
+    time = file.stat().st_mtime_ns + 1
+    os.utime(file, ns=(time, time))
+    assert model_folder(str(file)) != folder
+    assert read
 
 
 @needs_gguf
