@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torchmetrics import Metric
 
-from lightning_modules.common.batches import explain_missing_entry
+from lightning_modules.common.batches import explained_entries
 from lightning_modules.finetuning.adapters import adapted_layers, add_adapters
 from lightning_modules.optim import (
     OptimizerFactory,
@@ -139,11 +139,8 @@ class ExperimentModule(L.LightningModule):
     def _evaluate(self, batch: Any, metrics: Metric | None) -> None:
         if metrics is None:
             raise MisconfigurationException(f"{type(self).__name__}: call self.track(metric) in the constructor")
-        try:
+        with explained_entries(batch, type(self).__name__):
             self.evaluation_step(batch, metrics)
-        except KeyError as error:
-            explain_missing_entry(error, batch, type(self).__name__)
-            raise
 
     def on_validation_epoch_end(self) -> None:
         """Log the results of the validation as `val/...`."""
@@ -172,11 +169,8 @@ class ExperimentModule(L.LightningModule):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the loss of a batch, and log it."""
-        try:
+        with explained_entries(batch, type(self).__name__):
             found = self._loss_function(batch)
-        except KeyError as error:
-            explain_missing_entry(error, batch, type(self).__name__)
-            raise
         if isinstance(found, Loss):
             self.log_train_loss(found.mean, found.weight)
             return found.value
@@ -343,18 +337,25 @@ class ExperimentModule(L.LightningModule):
         return module
 
     @classmethod
-    def load_from_checkpoint(cls, checkpoint_path: Any, map_location: Any = None, *_: Any, **arguments: Any) -> Self:
+    def load_from_checkpoint(
+        cls,
+        checkpoint_path: Any,
+        map_location: Any = None,
+        hparams_file: Any = None,
+        strict: bool | None = None,
+        weights_only: bool | None = None,
+        **arguments: Any,
+    ) -> Self:
         """Return the module of a checkpoint file, as `of_checkpoint`; nothing in the file is run.
 
         Args:
             checkpoint_path: Path of the file.
             map_location: Device of the module; `None` means the CPU.
-            *_: Further arguments of Lightning's method, which are not used: all weights must fit, and only tensors and
-                plain values are read.
+            hparams_file: Not used: the checkpoint holds the arguments of the constructor.
+            strict: Not used: all weights must fit.
+            weights_only: Not used: only tensors and plain values are read.
             **arguments: Arguments of the constructor, in place of those in the checkpoint.
         """
-        for unused in ("hparams_file", "strict", "weights_only"):
-            arguments.pop(unused, None)
         module = cls.of_checkpoint(AtomicCheckpointIO().load_model(checkpoint_path), **arguments)
         return module if map_location is None else module.to(map_location)
 

@@ -2,22 +2,33 @@
 
 import linecache
 import traceback
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 
-def explain_missing_entry(error: KeyError, batch: Any, reader: str) -> None:
-    """Raise a `MisconfigurationException` if an error is about an entry that a batch does not have.
+@contextmanager
+def explained_entries(batch: Any, reader: str) -> Iterator[None]:
+    """Explain a `KeyError` in the block if it is about an entry that a batch does not have.
 
     Args:
-        error: Error of the code that read the batch.
         batch: The batch. The code has to read it as `NAME[...]` with a name that is bound to this object.
-        reader: Who read the batch, for the message.
+        reader: Who reads the batch, for the message.
+
+    Raises:
+        MisconfigurationException: If the batch has no such entry.
     """
-    if not isinstance(batch, Mapping):
-        return
+    try:
+        yield
+    except KeyError as error:
+        if isinstance(batch, Mapping):
+            _explain(error, batch, reader)
+        raise
+
+
+def _explain(error: KeyError, batch: Mapping[Any, Any], reader: str) -> None:
     entries = ", ".join(map(repr, batch)) or "no entry at all"
     *_, (frame, _) = traceback.walk_tb(error.__traceback__)
     place = traceback.extract_tb(error.__traceback__)[-1]
