@@ -48,10 +48,11 @@ class WordVectors(L.Callback):
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Leave out the words that are not in the vocabulary, and say so."""
         known = pl_module.data.text.words
-        for word in set(self.words).difference(known):
-            self.words = [other for other in self.words if other != word]
+        unknown = set(self.words).difference(known)
+        for word in dict.fromkeys(word for word in self.words if word in unknown):
             similar = ", ".join(difflib.get_close_matches(word, known, n=3)) or "none"
             say(f"WordVectors: {word!r} is not in the vocabulary (similar words: {similar}): left out")
+        self.words = [word for word in self.words if word not in unknown]
 
     @rank_zero_only
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

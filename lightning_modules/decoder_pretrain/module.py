@@ -1,6 +1,5 @@
 """Pretraining of the decoder: predict the next token of running text."""
 
-import json
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -10,7 +9,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from lightning_modules.base import CompileMode, ExperimentModule
-from lightning_modules.common.files import read_json, write_text
+from lightning_modules.common.files import read_json, write_json
 from lightning_modules.common.messages import say
 from lightning_modules.common.ranges import PositiveFloat, PositiveInt, Probability
 from lightning_modules.finetuning.bases import check_fit, check_sizes, evaluating, load_pretrained, local_folder
@@ -184,7 +183,7 @@ class PretrainModule(ExperimentModule):
         folder.mkdir(parents=True)
         state = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
         save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-        write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
+        write_json(folder / "config.json", config)
 
 
 def load_decoder(pretrained: str, vocab_size: int, block_size: int, **changes: Any) -> Decoder:

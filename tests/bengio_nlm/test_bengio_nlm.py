@@ -251,10 +251,13 @@ def test_nearest_neighbours_by_cosine():
 
 def test_words_that_the_text_does_not_have_are_left_out_and_named(capsys):
     module = SimpleNamespace(data=SimpleNamespace(text=SimpleNamespace(words=["here", "there"])))
-    vectors = WordVectors(["here", "were"])
+    missing = ["were", *"abcdefgh"]
+    vectors = WordVectors([*missing, "here", "were"])
     vectors.on_fit_start(None, module)
     assert vectors.words == ["here"]
-    assert "'were' is not in the vocabulary (similar words: here, there): left out" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "'were' is not in the vocabulary (similar words: here, there): left out" in said
+    assert [line.split("'")[1] for line in said.splitlines()] == missing  # once, in the order given
 
 
 # Results
