@@ -104,7 +104,8 @@ def one_line(message: str, options: Sequence[str], command_line: Sequence[str]) 
     what = "; ".join(dict.fromkeys(_that_matter(list(filter(None, reasons))))) or "is not valid"
     if denied := _DENIED.search(message):  # the other types that were tried do not matter
         what = trust.refusal(*denied.groups())
-    schedule = options_of.chosen(command_line[1:])["lr_scheduler"].path
+    chosen = options_of.chosen(command_line[1:])
+    schedule = chosen["lr_scheduler"].path
     if key == "lr_scheduler" and (advice := takes_built_schedules(schedule.rpartition(".")[2])):
         what = advice  # these are arguments that a YAML cannot give
     if (hidden := _HIDDEN.search(message)) and Path(hidden[1]).resolve() != names.SHIPPED.parent / hidden[1]:
@@ -118,7 +119,6 @@ def one_line(message: str, options: Sequence[str], command_line: Sequence[str]) 
         word = next(filter(None, unknown.groups()))
         typed = word.removeprefix("--")
         is_word = any(given.partition("=")[0].removeprefix("--") == typed for given in command_line)
-        chosen = options_of.chosen(command_line[1:])
         if class_paths := _CLASS_PATH.findall(message[: unknown.start()]):  # the last one is around the option
             similar = _closest(typed, inspect.signature(import_class(class_paths[-1])).parameters)
             takes = _takes(class_paths[-1])
