@@ -21,7 +21,7 @@ from lightning_modules.common.files import write_text
 from lightning_modules.common.hub import hub_answers, is_path
 from lightning_modules.common.makers import maker_of
 from lightning_modules.common.messages import first_line
-from lightning_modules.common.pretrained import PACKAGE, model_folder
+from lightning_modules.common.pretrained import is_packed, model_folder
 
 if TYPE_CHECKING:  # imported where used: transformers is slow to import
     from transformers import PreTrainedTokenizerFast
@@ -57,11 +57,10 @@ def load_tokenizer(name: str, source: Source | None = None, cache_dir: Path | No
         if source is None:
             raise MisconfigurationException("tokenizer character needs a source of text: give one")
         return character_tokenizer(*_scan(source, cache_dir or cache_root()))
-    path = Path(name).expanduser()
-    if name.startswith(PACKAGE) or path.suffix == ".gguf":
+    if is_packed(name):
         tokenizer = _from_disk(_folder_of_model(name))
     elif is_path(name):
-        tokenizer = _from_disk(path)
+        tokenizer = _from_disk(Path(name).expanduser())
     else:
         tokenizer = _from_hub(name)
     if len(tokenizer) <= 1:

@@ -12,7 +12,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from datamodules.cache import cache_root, cached_array, digest, read_array
 from lightning_modules.common.hub import hub_answers, is_path
 from lightning_modules.common.makers import maker_of
-from lightning_modules.common.pretrained import PACKAGE, model_folder
+from lightning_modules.common.pretrained import found_folder
 
 INITIAL_STD = 0.02  # of the normal distribution of new embeddings in GPT-2, GPT-Neo, BERT and RoBERTa
 
@@ -128,16 +128,14 @@ def _read_model(source: str) -> PositionMatrix:
 
 
 def _folder_of(source: str) -> Path | None:
-    """Return the folder of a model, which may be in a run folder; `None` for a name on the hub."""
-    if source.startswith(PACKAGE) or source.endswith(".gguf"):
-        try:
-            return model_folder(source)
-        except ValueError as error:
-            raise _unusable(str(error)) from error
+    """Return the folder of a model, see `found_folder`; `None` for a name on the hub."""
+    try:
+        folder = found_folder(source)
+    except ValueError as error:
+        raise _unusable(str(error)) from error
+    if folder is not None:
+        return folder
     path = Path(source).expanduser()
-    for folder in (path, path / "model"):
-        if (folder / "config.json").is_file():
-            return folder
     if path.is_dir():
         raise _unusable(f"{source} holds neither a config.json nor a model/ with one: give a model, or a finished run")
     if is_path(source):

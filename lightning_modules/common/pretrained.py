@@ -35,21 +35,33 @@ def model_folder(name: str) -> Path | None:
     Raises:
         ValueError: If `name` is a local path or a package, and there is no such model.
     """
+    if (folder := found_folder(name)) is not None or not is_path(name):
+        return folder
+    path = Path(name).expanduser()
+    problem = "holds no config.json, nor a model/ that does" if path.is_dir() else "does not exist"
+    problem = "is a file" if path.is_file() else problem
+    advice = f"; {maker}" if (maker := maker_of(path)) else ""
+    raise ValueError(
+        f"{name} {problem}: give a folder with config.json and model.safetensors, the folder of a finished run, a "
+        f".gguf file, or a hub name{advice}"
+    )
+
+
+def found_folder(name: str) -> Path | None:
+    """Return the folder of a model as `model_folder` does, but `None` for a path without one too.
+
+    Raises:
+        ValueError: If `name` is a GGUF file or a package that gives no model.
+    """
     path = _in_package(name.removeprefix(PACKAGE)) if name.startswith(PACKAGE) else Path(name).expanduser()
     if path.suffix == ".gguf":
         return _dequantized(path)
-    for folder in (path / "model", path):
-        if (folder / "config.json").is_file():
-            return folder
-    if is_path(name):
-        problem = "holds no config.json, nor a model/ that does" if path.is_dir() else "does not exist"
-        problem = "is a file" if path.is_file() else problem
-        advice = f"; {maker}" if (maker := maker_of(path)) else ""
-        raise ValueError(
-            f"{name} {problem}: give a folder with config.json and model.safetensors, the folder of a finished run, a "
-            f".gguf file, or a hub name{advice}"
-        )
-    return None
+    return next((folder for folder in (path / "model", path) if (folder / "config.json").is_file()), None)
+
+
+def is_packed(name: str) -> bool:
+    """Return whether a name means a model in an installed package or in a GGUF file, and not a folder or hub name."""
+    return name.startswith(PACKAGE) or Path(name).suffix == ".gguf"
 
 
 def vocabulary_of(folder: Path) -> dict[str, int]:

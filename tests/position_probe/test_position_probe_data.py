@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from datamodules.position_probe.data import EXTRAPOLATION, INTERPOLATION, SEEN, PositionProbeDataModule, hold_out_blocks
 from datamodules.position_probe.position_matrices import PositionMatrix, controls, load_positions, sinusoids
 from datamodules.sources import ListText
+from lightning_modules.common.pretrained import model_folder
 
 ROWS = torch.randn(24, 8, generator=torch.Generator().manual_seed(0))
 TOKENS = torch.randn(11, 8, generator=torch.Generator().manual_seed(1))
@@ -59,6 +60,13 @@ def test_the_tables_of_a_model_are_read_from_its_folder_or_its_run(tmp_path, mod
         assert matrix.rows == pytest.approx(ROWS[first:].numpy())
         assert matrix.tokens == pytest.approx(TOKENS.numpy())
         assert (matrix.initial_std, matrix.model_type) == (0.5, model_type)
+
+
+def test_the_model_of_a_run_comes_first_as_for_a_base(tmp_path):
+    save_model(tmp_path / "run", rows=ROWS + 1)
+    inner = save_model(tmp_path / "run/model")
+    source = str(tmp_path / "run")
+    assert load_positions(source).model == inner == str(model_folder(source))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
