@@ -25,12 +25,12 @@ COMMANDS = {
     "generate": ("experiments.generate", "continue a prompt with the model of a run, or ask it questions"),
     "study": ("experiments.study.command", "run a W&B sweep file on this machine"),
     "compare": ("experiments.comparison.command", "compare runs: tables with intervals, curves, and a page"),
-    "list": ("experiments.listing", "list topics, experiments, studies and classes, one line each"),
+    "list": ("experiments.help.listing", "list topics, experiments, studies and classes, one line each"),
     "claims": ("experiments.claims.command", "check the claims of the experiments against records of runs"),
     "new": ("experiments.new_topic.command", "write a small working topic, to be replaced by your own"),
     "copy": ("experiments.copy_experiment", "copy an experiment, study or preset, to be edited"),
-    "schema": ("experiments.editor", "print the JSON schema of the YAML files, for editors"),
-    "completion": ("experiments.completion", "print a completion script for the shell"),
+    "schema": ("experiments.help.editor", "print the JSON schema of the YAML files, for editors"),
+    "completion": ("experiments.help.completion", "print a completion script for the shell"),
 }
 
 # What others call a command, or an earlier version did.
@@ -111,7 +111,7 @@ def _module_of(args: Sequence[str]) -> str:
     """Return the module that runs a command line; that of a help imports neither PyTorch nor Lightning."""
     module = COMMANDS[args[0]][0]
     asks_for_help = any(arg in ("-h", "--help") or arg.partition("=")[0].endswith(".help") for arg in args[1:])
-    return "experiments.describe" if module == "experiments.cli" and asks_for_help else module
+    return "experiments.help.describe" if module == "experiments.cli" and asks_for_help else module
 
 
 def _mistake_behind(error: BaseException) -> BaseException | None:

@@ -14,7 +14,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from datamodules.tokenizers import decode_stream, encode, load_tokenizer
 from experiments import trust
 from experiments.class_paths import import_class
-from experiments.run_folder import CHECKPOINTS, CONFIG
+from experiments.run.run_folder import CHECKPOINTS, CONFIG
 from experiments.yaml_files import read_yaml
 from lightning_modules.base import ExperimentModule
 from lightning_modules.common.makers import similar_path

@@ -11,7 +11,8 @@ import yaml
 from jsonargparse import get_loader, set_loader
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from experiments import index, trust
+from experiments import trust
+from experiments.help import index
 from experiments.yaml_files import check_yaml
 
 

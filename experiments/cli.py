@@ -19,11 +19,12 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from datamodules.base import ExperimentDataModule
-from experiments import monitored, moved_runs, names, resume, run_folder, trust
-from experiments.options import DEFAULTS
+from experiments import names, trust
+from experiments.help.options import DEFAULTS
 from experiments.parser import ExperimentParser, check_nulls
-from experiments.run_folder import RunArguments, RunFolder
-from experiments.run_record import RunRecord
+from experiments.run import monitored, moved_runs, resume, run_folder
+from experiments.run.run_folder import RunArguments, RunFolder
+from experiments.run.run_record import RunRecord
 from experiments.study.names import arm_of_agent, flag_value
 from experiments.working_folder import importable
 from experiments.yaml_files import load_yaml, read_yaml

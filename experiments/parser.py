@@ -18,9 +18,9 @@ from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from experiments import names, trust
-from experiments import options as options_of
 from experiments.class_paths import accept_moved_classes, import_class
 from experiments.errors import UserError
+from experiments.help import options as options_of
 from experiments.yaml_files import load_yaml, read_yaml
 from lightning_modules.optim.schedules import takes_built_schedules
 from lightning_modules.runtime.private_names import option_names

@@ -17,8 +17,9 @@ from typing import Any
 import yaml
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from experiments import names, run_folder
+from experiments import names
 from experiments.errors import UserError
+from experiments.run import run_folder
 from experiments.yaml_files import load_yaml, read_yaml
 from lightning_modules.runtime.private_names import NEVER_IMPORTED, restricted_imports
 

@@ -14,7 +14,6 @@ from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torchmetrics import Metric
 
-from lightning_modules.common.batches import explained_entries
 from lightning_modules.finetuning.adapters import adapted_layers, add_adapters
 from lightning_modules.optim import (
     OptimizerFactory,
@@ -24,6 +23,7 @@ from lightning_modules.optim import (
     weight_decay_groups,
 )
 from lightning_modules.runtime import private_names
+from lightning_modules.runtime.batches import explained_entries
 from lightning_modules.runtime.checkpoint_io import AtomicCheckpointIO
 from lightning_modules.runtime.sharded import FullyShardedStrategy
 

@@ -248,7 +248,7 @@ class WandbRecorder(OpenWandbLogger):
 
     @rank_zero_only
     def log_hyperparams(self, params: dict[str, Any] | Namespace) -> None:
-        """Do nothing: the resolved YAML is logged, see `experiments.run_record`."""
+        """Do nothing: the resolved YAML is logged, see `experiments.run.run_record`."""
 
     def log_artifacts(self) -> None:
         """Log the files of the run that other runs can start from."""

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from helpers import TINY
 
-from experiments import completion, listing, options
 from experiments.__main__ import COMMANDS
+from experiments.help import completion, listing, options
 from lightning_modules.runtime.private_names import option_names
 
 ROOT = Path(__file__).parents[2]

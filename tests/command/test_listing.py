@@ -9,8 +9,9 @@ import pytest
 import torch
 from lightning.pytorch import Trainer, callbacks
 
-from experiments import index, listing, names, source_text
+from experiments import names
 from experiments.class_paths import import_class
+from experiments.help import index, listing, source_text
 from lightning_modules.common.cache import cache_root
 
 ROOT = Path(__file__).parents[2]

@@ -8,7 +8,7 @@ import yaml
 from helpers import RUNS, TINY, text, with_settings
 from shared_runs import own_world, run_command
 
-from experiments import moved_runs
+from experiments.run import moved_runs
 
 TOKENIZER = "runs/words/first/tokenizer"
 

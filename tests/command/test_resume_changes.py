@@ -9,7 +9,7 @@ import yaml
 from helpers import LAST, contents, with_settings
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from experiments.resume import changes
+from experiments.run.resume import changes
 
 SAVED = {
     "seed_everything": 1,

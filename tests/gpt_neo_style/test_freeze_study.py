@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from experiments.class_paths import import_class
-from experiments.options import DEFAULTS
+from experiments.help.options import DEFAULTS
 from lightning_modules.base import ExperimentModule
 
 STUDIES = Path(__file__).parents[2] / "experiments/gpt_neo_style/studies"

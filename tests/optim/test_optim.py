@@ -9,7 +9,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
-from experiments import options
+from experiments.help import options
 from lightning_modules.optim import ScheduleFactory, build_schedule, check_optimizer, weight_decay_groups
 from lightning_modules.optim.schedules import (
     Constant,

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 from helpers import RUNS
 
-from experiments import opening
+from experiments.run import opening
 from lightning_modules.runtime import progress as lines
 from lightning_modules.runtime.progress import ProgressLine, RunProgress, terminal_width
 from lightning_modules.runtime.stop import GracefulStop

@@ -9,7 +9,7 @@ import forks
 import pytest
 from helpers import BEST, LAST, RUNS, assert_same_weights, contents, metrics_that_repeat
 
-from experiments.run_folder import numbered
+from experiments.run.run_folder import numbered
 from lightning_modules.runtime import checkpoint, checkpoint_io
 
 # settings, step of the kill, step of the checkpoint

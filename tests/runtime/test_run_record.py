@@ -13,7 +13,7 @@ import yaml
 from helpers import BEST, RUNS
 from wandb.util import get_core_path
 
-from experiments.run_folder import RunFolder, claim, find, numbered, of_checkpoint
+from experiments.run.run_folder import RunFolder, claim, find, numbered, of_checkpoint
 from lightning_modules.metrics import CorpusLoss
 from lightning_modules.runtime.learning_curve import read_metric
 from lightning_modules.runtime.loggers import MetricsCSV, WandbRecorder

@@ -7,7 +7,7 @@ import pytest
 import torch
 from helpers import BEST, LAST, RUNS
 
-from experiments.run_folder import find, newest
+from experiments.run.run_folder import find, newest
 from lightning_modules.optim.schedules import Cosine
 
 

@@ -11,7 +11,7 @@ from helpers import RUNS
 from torch.utils.data import DataLoader
 
 import datamodules.base
-from experiments import run_record
+from experiments.run import run_record
 from lightning_modules.runtime.peak_flops import format_of, peak_flops
 from lightning_modules.runtime.tf32 import TF32
 from lightning_modules.runtime.throughput import Throughput, _tokens_in

@@ -9,7 +9,7 @@ import wandb
 from helpers import RUNS
 
 from experiments.cli import ExperimentCLI
-from experiments.run_folder import claim
+from experiments.run.run_folder import claim
 from lightning_modules.runtime import loggers
 from lightning_modules.runtime.loggers import WandbRecorder
 

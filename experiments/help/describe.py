@@ -5,10 +5,11 @@ import shutil
 import textwrap
 from collections.abc import Iterable, Sequence
 
-from experiments import index, names, options
+from experiments import names
 from experiments.__main__ import COMMANDS
-from experiments.index import Parameter
-from experiments.source_text import kept_in_cache
+from experiments.help import index, options
+from experiments.help.index import Parameter
+from experiments.help.source_text import kept_in_cache
 
 _ABOUT = """\
 Settings come from `experiments/trainer/defaults.yaml`, from each -c and from each flag, in this order. Later ones go

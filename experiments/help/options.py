@@ -12,9 +12,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from experiments import index, names
+from experiments import names
 from experiments.errors import UserError
-from experiments.index import Parameter
+from experiments.help import index
+from experiments.help.index import Parameter
 from experiments.yaml_files import load_yaml, read_yaml
 
 COMMANDS = ("fit", "validate", "test", "predict")
@@ -79,7 +80,7 @@ def _added(command: str) -> dict[str, Parameter]:
 @functools.cache
 def section(name: str) -> dict[str, Parameter]:
     """Return the options of the sections `run` and `trainer`, by name."""
-    kind = index.find({"run": "experiments.run_folder.RunArguments", "trainer": _TRAINER}[name])
+    kind = index.find({"run": "experiments.run.run_folder.RunArguments", "trainer": _TRAINER}[name])
     found = dict(index.parameters(kind)) if kind else {}
     if name == "trainer":
         for key, value in read_yaml(DEFAULTS)["trainer"].items():

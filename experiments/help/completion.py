@@ -6,10 +6,11 @@ import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from experiments import index, listing, names, options
+from experiments import names
 from experiments.__main__ import COMMANDS
 from experiments.errors import CommandParser
-from experiments.source_text import kept_in_cache
+from experiments.help import index, listing, options
+from experiments.help.source_text import kept_in_cache
 
 _SCRIPTS = {
     "bash": """\

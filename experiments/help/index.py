@@ -12,10 +12,10 @@ import textwrap
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from experiments import source_text
-from experiments.source_text import Definition, Function, Module, Parameter
+from experiments.help import source_text
+from experiments.help.source_text import Definition, Function, Module, Parameter
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 OWN = ("lightning_modules", "datamodules")  # packages of the classes of this project
 _FOLLOWED = ("lightning.", "torch.optim.", *(f"{package}." for package in (*OWN, "experiments")))  # with their bases
 _MOST_FILES = 200  # of a package that is searched for classes of the user

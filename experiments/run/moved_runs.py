@@ -14,7 +14,7 @@ from typing import Any
 from jsonargparse import Namespace
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from experiments import run_folder
+from experiments.run import run_folder
 from lightning_modules.common.hub import is_path
 from lightning_modules.common.messages import say
 from lightning_modules.runtime.checkpoint_io import AtomicCheckpointIO

@@ -6,9 +6,10 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from experiments import index, names, options
+from experiments import names
 from experiments.errors import CommandParser
-from experiments.source_text import kept_in_cache
+from experiments.help import index, options
+from experiments.help.source_text import kept_in_cache
 
 Rows = Iterator[tuple[str, str]]  # name or class path, and what it is
 

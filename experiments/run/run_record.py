@@ -20,9 +20,9 @@ from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from experiments import names
-from experiments.opening import block, opening_lines
 from experiments.parser import ExperimentParser
-from experiments.run_folder import CONFIG, RunFolder
+from experiments.run.opening import block, opening_lines
+from experiments.run.run_folder import CONFIG, RunFolder
 from experiments.trust import SESSION_KEYS, unknown_packages
 from lightning_modules.common.files import read_json, write_json, write_text
 from lightning_modules.common.messages import say

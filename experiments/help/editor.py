@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from jsonargparse import set_parsing_settings
 
-from experiments import index
 from experiments.cli import ExperimentCLI
 from experiments.errors import CommandParser
+from experiments.help import index
 from experiments.parser import ExperimentParser
 
 

@@ -1,0 +1,1 @@
+"""Help, completion, lists and the schema, read from the source text without importing PyTorch."""
