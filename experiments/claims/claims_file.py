@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, ValidationError, model_validator
 
+from experiments.comparison.measures import mode_of
 from experiments.study.distributions import ABSENT, Number, PositiveNumber, Section, SectionError
 from experiments.study.sweep_file import mistake
 from experiments.yaml_files import read_yaml
@@ -34,7 +35,7 @@ class Records(Section):
         flags: Further flags of all runs, such as `--trainer.max_steps=1200`; the study is then named as
             the records are.
         metrics: Metrics whose last value is recorded; the first is that of the figure and of the differences.
-        best: Those among them whose best value is recorded too.
+        best: Those among them whose best value is recorded too; the name says which is best: `val/loss`.
         baseline: Settings of the arm with which the table in the README compares the others: `initialization=gpt2`.
         test: Whether the best checkpoint of each run is tested, for metrics of the test split.
         deterministic: Whether the seed has no effect, so that one run of an arm is all there is to know.
@@ -50,6 +51,15 @@ class Records(Section):
     test: bool = False
     deterministic: bool = False
     needs: str = ""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        for metric in self.best:
+            if metric not in self.metrics:
+                raise SectionError(f"{metric} is not in metrics:", "best")
+            if mode_of(metric) is None:
+                raise SectionError(f"the name of {metric} does not say whether small or large values are good", "best")
+        return self
 
 
 class Bounds(Section):
@@ -167,6 +177,8 @@ class Topic(Section):
         for i, claim in enumerate(self.claims):
             if claim.study not in self.studies:
                 raise SectionError(f"there is no study {claim.study!r} in studies:", "claims", i, "study")
+            if claim.value == "best" and claim.metric not in self.studies[claim.study].best:
+                raise SectionError(f"{claim.study} does not record the best {claim.metric}", "claims", i, "value")
             if claim.name in seen:
                 raise SectionError(f"there are two claims of the name {claim.name!r}", "claims", i, "name")
             seen.add(claim.name)

@@ -173,7 +173,7 @@ class _Judge:
 
     def _measure(self, arm: Settings) -> Measure:
         metric = self._metric(arm)
-        return Measure(metric, self.claim.value, mode_of(metric, [], [], []) if self.claim.value == "best" else None)
+        return Measure(metric, self.claim.value, mode_of(metric) if self.claim.value == "best" else None)
 
     def _runs(self, arm: Settings) -> list[Run]:
         """Return the finished runs of an arm, of which at least one has the metric."""

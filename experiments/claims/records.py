@@ -19,8 +19,8 @@ from experiments.claims.claims_file import Records
 from experiments.comparison.measures import Measure, mode_of
 from experiments.comparison.runs import FINISHED, SEEDS, Run, Series, read_folder
 from experiments.errors import UserError
-from experiments.study.journal import goal_of, settings_of
-from experiments.study.names import flatten_settings
+from experiments.study.journal import settings_of
+from experiments.study.names import flatten_settings, last_part
 from experiments.study.sweep_file import Sweep
 from lightning_modules.common.files import csv_text, read_json
 from lightning_modules.common.messages import say
@@ -80,11 +80,8 @@ def make_records(folder: Path, study: Records, sweep: Sweep) -> str:
     flat = {name: dict(flatten_settings(values)) for name, values in settings.items()}
     varied = [".".join(key) for key, spec in sweep.distributions.items() if spec.is_swept]
     keys = [key for key in varied if key not in SEEDS]
-    goals = dict(filter(None, [goal_of(folder)]))
     columns = {metric: Measure(metric, "last", None) for metric in study.metrics}
-    for metric in study.best:
-        mode = mode_of(metric, [run for run, _ in runs], [], [], goals)
-        columns[f"{metric}{_BEST}"] = Measure(metric, "best", mode)
+    columns |= {f"{metric}{_BEST}": Measure(metric, "best", mode_of(metric)) for metric in study.best}
     rows = []
     for run, name in runs:
         for metric in study.metrics:
@@ -158,12 +155,8 @@ def _provenance(folder: Path, run: Run, metric: str) -> list[str]:
 
 
 def _short(value: Any) -> str:
-    """Return a setting as the records have it: the stem of a YAML file, the name of a class, else as in YAML."""
-    if not isinstance(value, str):
-        return json.dumps(value)
-    if value.endswith(".yaml"):
-        return Path(value).stem
-    return value.rsplit(".", 1)[-1] if value.count(".") > 1 and value.replace(".", "").isidentifier() else value
+    """Return a setting as the records have it: a text as in the names of arms, else as in YAML."""
+    return last_part(value) if isinstance(value, str) else json.dumps(value)
 
 
 def _value(cell: str) -> Any:

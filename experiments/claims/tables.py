@@ -52,7 +52,7 @@ def paper_number(judgement: Judgement) -> str:
 
 def arms_and_measures(study: Records, recorded: Recorded) -> tuple[list[Arm], list[Measure]]:
     """Return the arms of a study and the measures of its metrics."""
-    modes = {metric: mode_of(metric, [], [], []) for metric in study.metrics}
+    modes = {metric: mode_of(metric) for metric in study.metrics}
     last = [Measure(metric, "last", mode) for metric, mode in modes.items()]
     return arms_of(recorded.runs), [*last, *(Measure(metric, "best", modes[metric]) for metric in study.best)]
 

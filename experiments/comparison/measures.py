@@ -87,9 +87,9 @@ def choose_metrics(runs: Sequence[Run], asked: Sequence[str]) -> tuple[list[str]
 
 def mode_of(
     metric: str,
-    runs: Sequence[Run],
-    maximize: Collection[str],
-    minimize: Collection[str],
+    runs: Sequence[Run] = (),
+    maximize: Collection[str] = (),
+    minimize: Collection[str] = (),
     goals: Mapping[str, str] | None = None,
 ) -> Mode | None:
     """Return whether small or large values of a metric are good.

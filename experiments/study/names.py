@@ -88,8 +88,11 @@ def _short_value(value: Any) -> str:
         return min(repr(value), f"{value:.4g}", key=len).replace("e+", "e")
     if not isinstance(value, str):
         value = json.dumps(value, separators=(",", ":"), ensure_ascii=False)
-    if re.fullmatch(r"([A-Za-z_]\w*\.)+[A-Za-z_]\w*", value):  # a class
-        value = value.rsplit(".", 1)[-1]
-    elif value.endswith(".yaml"):
-        value = Path(value).stem
-    return re.sub(r"[,=-]+", "-", _plain(value)) or "none"
+    return re.sub(r"[,=-]+", "-", _plain(last_part(value))) or "none"
+
+
+def last_part(value: str) -> str:
+    """Return the name of a class without its modules, the stem of a YAML file, and any other text as it is."""
+    if value.endswith(".yaml"):
+        return Path(value).stem
+    return value.rsplit(".", 1)[-1] if re.fullmatch(r"([A-Za-z_]\w*\.)+[A-Za-z_]\w*", value) else value

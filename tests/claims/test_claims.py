@@ -189,6 +189,10 @@ def test_a_claim_that_the_records_cannot_decide(claim, message):
         ({"holds_if": {"mean": {"within": 1, "below": 2}}}, "has within: and another bound; choose one"),
         ({"name": "Has Spaces"}, "claims.0.name: "),
         (
+            {"value": "best", "metric": "val/accuracy"},
+            "claims.0.value: depth does not record the best val/accuracy",
+        ),
+        (
             {"holds_if": {"mean": {"within": 1}}, "source": {"paper": "A"}},
             "holds_if.mean: needs of:, or a number",
         ),
@@ -202,6 +206,20 @@ def test_a_mistake_in_the_file_is_one_line(topic, llm_train, change, message):
     (line,) = done.err.splitlines()
     assert (done.code, line.startswith("error: experiments/topic/claims.yaml, line ")) == (1, True)
     assert message in line
+
+
+@pytest.mark.parametrize(
+    ("best", "message"),
+    [
+        ("val/f1", "val/f1 is not in metrics:"),
+        ("val/gap", "the name of val/gap does not say whether small or large values are good"),
+    ],
+)
+def test_the_best_value_is_of_a_recorded_metric_whose_direction_is_known(best, message):
+    study = DEPTH["studies"]["depth"] | {"metrics": ["val/loss", "val/gap"], "best": [best]}
+    Path("claims.yaml").write_text(yaml.safe_dump(DEPTH | {"studies": {"depth": study}}))
+    with pytest.raises(UserError, match=re.escape(f"studies.depth.best: {message}")):
+        read_claims(Path("claims.yaml"))
 
 
 @pytest.mark.parametrize(
