@@ -1,11 +1,9 @@
 """The folder of a run: `runs/<topic>/<name>/`."""
 
 import contextlib
-import fcntl
 import glob
 import os
 import re
-import socket
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +14,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from experiments.yaml_files import read_yaml
+from lightning_modules.common.files import try_lock
 from lightning_modules.common.messages import say
 
 CHECKPOINTS = "checkpoints"
@@ -75,27 +74,16 @@ class Lock:
 
     def __init__(self, folder: Path) -> None:
         self._file = folder / ".lock"
-        while True:
-            self._open = self._file.open("a+")
-            try:
-                # A lock of fcntl is not inherited by forked processes, and works on NFS.
-                fcntl.lockf(self._open, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except (BlockingIOError, PermissionError):
-                self._open.seek(0)
-                holder = self._open.read().strip() or "another process"
-                self._open.close()
-                raise MisconfigurationException(
-                    f"{folder} is being trained by {holder}; wait for it or stop it, or give another --run.name"
-                ) from None
-            except OSError:  # a file system without locks
-                break
+        opened = try_lock(self._file)
+        if opened is None:
+            holder = ""
             with contextlib.suppress(FileNotFoundError):
-                if self._file.stat().st_ino == os.fstat(self._open.fileno()).st_ino:
-                    break
-            self._open.close()  # the holder has just removed the file
-        self._open.truncate(0)
-        self._open.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        self._open.flush()
+                holder = self._file.read_text(encoding="utf-8").strip()
+            raise MisconfigurationException(
+                f"{folder} is being trained by {holder or 'another process'}; wait for it or stop it, or give another "
+                "--run.name"
+            )
+        self._open = opened
 
     def release(self) -> None:
         """Give the right back."""

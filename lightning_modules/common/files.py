@@ -1,17 +1,20 @@
 """Files that are complete or absent: each is written under a temporary name and then renamed."""
 
+import contextlib
 import csv
+import fcntl
 import io
 import itertools
 import json
 import math
 import os
 import shutil
+import socket
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, BinaryIO, TextIO, TypeVar
 
 _Value = TypeVar("_Value", dict[str, Any], list[Any])
 
@@ -31,6 +34,34 @@ def atomic_file(target: Path) -> Iterator[BinaryIO]:
         raise OSError(error.errno, error.strerror, str(target)) from error  # a full disk names no file
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def try_lock(file: Path) -> TextIO | None:
+    """Lock a file for this process, whose number and host it then holds, and return it open.
+
+    The lock ends when the file is closed or the process ends. A file system without locks gives one to every process.
+
+    Returns:
+        The open file; `None` if another process has locked it.
+    """
+    while True:
+        opened = file.open("a+")
+        try:
+            # A lock of fcntl is not inherited by forked processes, and works on NFS.
+            fcntl.lockf(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            opened.close()
+            return None
+        except OSError:  # a file system without locks
+            break
+        with contextlib.suppress(FileNotFoundError):
+            if file.stat().st_ino == os.fstat(opened.fileno()).st_ino:
+                break
+        opened.close()  # the holder has just removed the file
+    opened.truncate(0)
+    opened.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    opened.flush()
+    return opened
 
 
 def link_or_copy(source: Path, target: Path) -> None:

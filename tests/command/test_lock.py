@@ -59,7 +59,7 @@ def test_a_lock_whose_file_was_removed_meanwhile_is_taken_again(tmp_path, monkey
         if not removed:
             removed.append((tmp_path / ".lock").unlink())
 
-    monkeypatch.setattr("experiments.run.run_folder.fcntl.lockf", remove_once)
+    monkeypatch.setattr("lightning_modules.common.files.fcntl.lockf", remove_once)
     lock = Lock(tmp_path)
     assert removed
     assert (tmp_path / ".lock").is_file()
@@ -71,7 +71,7 @@ def test_a_file_system_without_locks_is_no_error(tmp_path, monkeypatch):
     def refuse(file: object, how: int) -> None:
         raise OSError(37, "No locks available")
 
-    monkeypatch.setattr("experiments.run.run_folder.fcntl.lockf", refuse)
+    monkeypatch.setattr("lightning_modules.common.files.fcntl.lockf", refuse)
     Lock(tmp_path).release()
 
 
@@ -79,6 +79,6 @@ def test_a_lock_says_who_holds_it(tmp_path, monkeypatch):
     def held(file: object, how: int) -> None:
         raise BlockingIOError
 
-    monkeypatch.setattr("experiments.run.run_folder.fcntl.lockf", held)
+    monkeypatch.setattr("lightning_modules.common.files.fcntl.lockf", held)
     with pytest.raises(MisconfigurationException, match=r"is being trained by another process; wait for it"):
         Lock(tmp_path)
