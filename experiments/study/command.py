@@ -8,23 +8,26 @@ import sys
 from collections.abc import Sequence
 
 from experiments import names
-from experiments.errors import CommandParser
+from experiments.errors import CommandParser, UsageError
 from experiments.study.journal import Journal
+from experiments.study.launchers import Launcher, LocalLauncher
 from experiments.study.runs import Plan, number_of_runs, study_folder
+from experiments.study.slurm import SlurmLauncher
 from experiments.study.study import Study
 from experiments.study.sweep_file import read_sweep_file
 from lightning_modules.common.messages import say
 
-_OWN_FLAGS = ("--jobs", "--runs", "--name", "--seed", "--dry_run")
+_OWN_FLAGS = ("--jobs", "--runs", "--name", "--seed", "--dry_run", "--launcher")
 _PASSED_ON = re.compile(r"--[\w.]+\+?=.*", re.DOTALL)
 
 
 def main(args: Sequence[str]) -> None:
     """Start the runs of a sweep file, resume those that were interrupted, and print how each ends."""
-    options, flags = _parse(args)
+    options, flags, slurm_options = _parse(args)
     sweep = read_sweep_file(names.find_or_explain(options.file, "study"))
     n_runs = number_of_runs(sweep, options.runs)
-    plan = Plan(sweep, study_folder(sweep, flags, options.name), flags, n_runs, options.jobs, options.seed)
+    jobs = options.jobs or (n_runs if options.launcher == "slurm" and sweep.method != "bayes" else 1)
+    plan = Plan(sweep, study_folder(sweep, flags, options.name), flags, n_runs, jobs, options.seed)
     if options.dry_run:
         is_bayes = sweep.method == "bayes"
         journal = Journal(plan, in_memory=True)
@@ -34,7 +37,8 @@ def main(args: Sequence[str]) -> None:
         if is_bayes:
             print("# the next ones depend on the results")
         return
-    study = Study(plan)
+    launcher: Launcher = SlurmLauncher(plan, slurm_options) if options.launcher == "slurm" else LocalLauncher(plan)
+    study = Study(plan, launcher)
     code = study.run()
     if code:
         say(f"{'resume' if study.signals else 'again '}  {shlex.join(['llm-train', *args])}")
@@ -44,31 +48,58 @@ def main(args: Sequence[str]) -> None:
         sys.exit(code)
 
 
-def _parse(args: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+def _parse(args: Sequence[str]) -> tuple[argparse.Namespace, list[str], dict[str, str | bool]]:
     parser = CommandParser(
         prog="llm-train study",
         usage="llm-train study FILE [options] [--key=value ...] [-- WORD ...]",
-        description="Run a W&B sweep file on this machine. The same command resumes a study that was interrupted: it "
-        "does not repeat finished runs, and resumes the others. Every run is an ordinary one in "
-        "runs/TOPIC/STUDY/ARM, and W&B shows it in the study's group: online if you are logged in.",
+        description="Run a W&B sweep file on this machine, or as jobs of a SLURM cluster. The same command resumes a "
+        "study that was interrupted: it does not repeat finished runs, and resumes the others. Every run is an "
+        "ordinary one in runs/TOPIC/STUDY/ARM, and W&B shows it in the study's group: online if you are logged in.",
         epilog="Every run gets --key=value, such as --trainer.max_steps=100, and what follows --. With an account, "
         "`wandb sweep FILE` and `wandb agent` run the same file on any number of machines.",
     )
     parser.add_argument("file", metavar="FILE", help="sweep file, or the name of a study: TOPIC/STUDY")
-    parser.add_argument("--jobs", type=_count, default=1, help="runs at a time, which share the cores (default: 1)")
+    parser.add_argument(
+        "--jobs",
+        type=_count,
+        help="runs at a time, which share the cores and have GPUs of their own (default: 1; with slurm, all runs)",
+    )
     parser.add_argument("--runs", type=_count, help="maximum number of runs; random and bayes need it, or run_cap")
     parser.add_argument("--name", help="name of the study (default: `name:` in FILE, or the name of FILE)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the draws of random and bayes (default: 0)")
     parser.add_argument("--dry_run", action="store_true", help="print the commands of the runs and exit")
+    parser.add_argument("--launcher", choices=("local", "slurm"), default="local", help="where (default: local)")
+    parser.add_argument(
+        "--slurm.NAME",
+        metavar="VALUE",
+        help="option of sbatch for each run, such as --slurm.partition gpu --slurm.time 8:00:00 --slurm.gpus 1",
+    )
     args = list(args[1:])
     split = args.index("--") if "--" in args else len(args)
-    options, flags = parser.parse_known_args(args[:split])
+    words, slurm_options = _without_slurm_options(args[:split])
+    options, flags = parser.parse_known_args(words)
+    if slurm_options and options.launcher != "slurm":
+        raise UsageError(f"--slurm.{next(iter(slurm_options))} needs --launcher slurm")
     for flag in flags:
         if not _PASSED_ON.fullmatch(flag):
             parser.error(f"no such option: {flag}; write --key=value for the runs, or put it after --")
         if close := difflib.get_close_matches(flag.split("=")[0], _OWN_FLAGS, n=1, cutoff=0.75):
             parser.error(f"no such option: {flag} (did you mean {close[0]}?)")
-    return options, flags + args[split + 1 :]
+    return options, flags + args[split + 1 :], slurm_options
+
+
+def _without_slurm_options(args: Sequence[str]) -> tuple[list[str], dict[str, str | bool]]:
+    """Return the words that are not `--slurm.NAME VALUE` or `--slurm.NAME=VALUE`, and these options."""
+    words, options, rest = list[str](), dict[str, str | bool](), list(args)
+    while rest:
+        name, has_value, value = rest.pop(0).partition("=")
+        if not name.startswith("--slurm."):
+            words.append(name + has_value + value)
+            continue
+        if not has_value and rest and not rest[0].startswith("--"):
+            has_value, value = "=", rest.pop(0)
+        options[name.removeprefix("--slurm.").replace("-", "_")] = value if has_value else True
+    return words, options
 
 
 def _count(text: str) -> int:

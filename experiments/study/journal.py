@@ -5,7 +5,7 @@ import fcntl
 import itertools
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -13,13 +13,22 @@ from experiments.errors import UserError
 from experiments.study.names import arm_name
 from experiments.study.runs import Plan, Run
 
+JOB = "job"  # attribute of the trial of a run that was submitted to a cluster
+
 _FILE = "journal.log"
+_STUDY = "study"  # the name in the journal
 
 
 class Journal:
-    """The trials of a study, one for each start of a run; the latest trial of an arm says how the arm has ended."""
+    """The trials of a study, one for each start of a run; the latest trial of an arm says how the arm has ended.
 
-    def __init__(self, plan: Plan, in_memory: bool = False) -> None:
+    Args:
+        plan: The study.
+        in_memory: Whether nothing is written.
+        find: Function that returns whether a run that an earlier command has submitted waits or is alive.
+    """
+
+    def __init__(self, plan: Plan, in_memory: bool = False, find: Callable[[Run], bool] = lambda run: False) -> None:
         import optuna
         from optuna.storages.journal import JournalFileBackend, JournalStorage
         from optuna.trial import TrialState
@@ -33,9 +42,14 @@ class Journal:
             if spec.is_swept
         }
         rule = sweep.early_terminate
+        self._storage = (
+            optuna.storages.InMemoryStorage()
+            if in_memory
+            else JournalStorage(JournalFileBackend(str(plan.folder / _FILE)))
+        )
         self._optuna = optuna.create_study(
-            storage=None if in_memory else JournalStorage(JournalFileBackend(str(plan.folder / _FILE))),
-            study_name="study",
+            storage=self._storage,
+            study_name=_STUDY,
             direction="maximize" if sweep.maximize else "minimize",
             pruner=pruners.SuccessiveHalvingPruner(rule.first, int(rule.eta)) if rule else pruners.NopPruner(),
             load_if_exists=True,
@@ -51,8 +65,12 @@ class Journal:
             raise UserError(f"{plan.folder} was begun with other {other}: remove it, or give this study another --name")
         while self._optuna.get_trials(states=(TrialState.WAITING,)):
             self._optuna.ask(self._distributions)
+        self.found: list[Run] = []  # runs that go on since an earlier command
         for trial in self._optuna.get_trials(states=(TrialState.RUNNING,)):
-            self._optuna.tell(trial.number, state=TrialState.FAIL)
+            if JOB in trial.user_attrs and find(run := self._run_of(trial)):
+                self.found.append(run)
+            else:
+                self._optuna.tell(trial.number, state=TrialState.FAIL)
         latest = {trial.user_attrs["arm"]: trial for trial in self._optuna.trials if "arm" in trial.user_attrs}
         # Runs that were interrupted or failed are the first that `next` returns.
         self._again = [trial for trial in latest.values() if trial.state == TrialState.FAIL]
@@ -63,20 +81,33 @@ class Journal:
         """Return the next run to start or to resume, or `None` if there is none."""
         if self._again:
             earlier = self._again.pop(0)
-            attributes = {key: earlier.user_attrs[key] for key in ("arm", "settings")}
-            if Path(attributes["arm"]).name != attributes["arm"] or attributes["arm"] == "..":  # it may be removed
-                raise UserError(f"{self._plan.folder / _FILE}: {attributes['arm']!r} is not a name of a run")
+            attributes = self._checked_attributes(earlier)
             self._optuna.enqueue_trial(earlier.params, attributes)
-            trial = self._optuna.ask(self._distributions)
-            if json.dumps(self._settings(trial)) != json.dumps(attributes["settings"]):  # they become flags
-                raise UserError(f"{self._plan.folder / _FILE}: the settings of {attributes['arm']} are not the sweep's")
-            run = Run(self._plan, **attributes, trial=trial)
+            run = Run(self._plan, **attributes, trial=self._optuna.ask(self._distributions))
         elif len(self.outcomes) < self._plan.n_runs and not self.reached_target:
             run = self._draw(len(self.outcomes))
         else:
             return None
         self.outcomes[run.arm] = "RUNNING"
         return run
+
+    def _run_of(self, trial: Any) -> Run:
+        """Return the run of a trial that the journal has as running."""
+        from optuna.trial import Trial
+
+        study_id = self._storage.get_study_id_from_name(_STUDY)
+        trial_id = self._storage.get_trial_id_from_study_id_trial_number(study_id, trial.number)
+        attributes = self._checked_attributes(trial) | {"n_reported": len(trial.intermediate_values)}
+        return Run(self._plan, **attributes, trial=Trial(self._optuna, trial_id))
+
+    def _checked_attributes(self, trial: Any) -> dict[str, Any]:
+        """Return the arm and the settings of a trial; the arm names a folder, and the settings become flags."""
+        attributes = {key: trial.user_attrs[key] for key in ("arm", "settings")}
+        if Path(attributes["arm"]).name != attributes["arm"] or attributes["arm"] == "..":  # it may be removed
+            raise UserError(f"{self._plan.folder / _FILE}: {attributes['arm']!r} is not a name of a run")
+        if json.dumps(self._settings(trial)) != json.dumps(attributes["settings"]):
+            raise UserError(f"{self._plan.folder / _FILE}: the settings of {attributes['arm']} are not the sweep's")
+        return attributes
 
     def _draw(self, i: int) -> Run:
         """Draw the settings of run i."""

@@ -1,4 +1,4 @@
-"""The plan of a study, the processes of its runs, and their results."""
+"""The plan of a study, and its runs: their commands, their folders and their results."""
 
 import contextlib
 import csv
@@ -8,23 +8,27 @@ import math
 import os
 import shutil
 import signal
-import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
-from subprocess import DEVNULL, STDOUT, Popen
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, Protocol
+
+import yaml
 
 from experiments import names
 from experiments.errors import UserError
 from experiments.study.names import folder_name
 from experiments.study.sweep_file import Sweep
-from experiments.yaml_files import read_yaml
+from experiments.yaml_files import load_yaml, read_yaml
 
 if TYPE_CHECKING:  # optuna is slow to import
     import optuna
 
+LOGS = "logs"  # in the folder of a study
+
 _LAST_CHECKPOINT = Path("checkpoints/last.ckpt")
+_CONFIG = ("-c", "--config")
 _OF_ANOTHER_RUN = ("WANDB_RUN_ID", "WANDB_SWEEP_ID", "WANDB_SWEEP_PARAM_PATH")  # no two runs may share an id
 
 
@@ -43,7 +47,7 @@ class Plan:
         """Return the command of a run."""
         root, topic = self.folder.parent.parent, self.folder.parent.name
         place = {"root": root, "topic": topic, "study": self.folder.name, "name": arm}
-        words = self.sweep.words(settings, self.folder / "logs" / f"{arm}.json")
+        words = self.sweep.words(settings, self.folder / LOGS / f"{arm}.json")
         return [*words, *self.flags, *(f"--run.{key}={value}" for key, value in place.items())]
 
 
@@ -60,20 +64,44 @@ def number_of_runs(sweep: Sweep, at_most: int | None) -> int:
 def study_folder(sweep: Sweep, flags: Sequence[str], name: str | None) -> Path:
     """Return the folder of a study, in the folder of the topic that its command trains."""
     place: dict[str, str] = {"root": "runs"}
-    words = [*sweep.words({}, Path()), *flags]
-    pairs = list(itertools.pairwise(words)) + [word.split("=", 1) for word in words if "=" in word]
-    for flag, value in pairs:
-        if flag in ("-c", "--config"):
+    for flag, value in _settings([*sweep.words({}, Path()), *flags]):
+        if flag in _CONFIG:
             config = _config(sweep, value)
             model = config.get("model")
             class_path = str(model.get("class_path") if isinstance(model, dict) else model)
             if "." in class_path:
                 place["topic"] = class_path.split(".")[-2]
             place |= {key: given for key, given in (config.get("run") or {}).items() if given is not None}
-    place |= {flag.removeprefix("--run."): value for flag, value in pairs if flag in ("--run.root", "--run.topic")}
+        elif flag in ("--run.root", "--run.topic"):
+            place[flag.removeprefix("--run.")] = value
     if "topic" not in place:
         raise UserError(f"{sweep.path}: its command has no `-c FILE` with a model; add --run.topic=NAME to it")
     return Path(place["root"]) / place["topic"] / folder_name(name or sweep.name or sweep.path.stem)
+
+
+def trainer_settings(sweep: Sweep, words: Sequence[str]) -> dict[str, Any]:
+    """Return the section `trainer:` of the command of a run, from its YAML files and its flags."""
+    trainer: dict[str, Any] = {}
+    for flag, value in _settings(words):
+        if flag in _CONFIG:
+            section = _config(sweep, value).get("trainer")
+        elif flag == "--trainer" or flag.startswith("--trainer."):
+            given: Any = value
+            with contextlib.suppress(yaml.YAMLError):  # a value that is not YAML is text
+                given = load_yaml(value)
+            key = flag.removeprefix("--trainer").removeprefix(".")
+            section = {key: given} if key else given
+        else:
+            continue
+        trainer |= section if isinstance(section, dict) else {}
+    return trainer
+
+
+def _settings(words: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Yield the flags of a command line with their values, from left to right."""
+    for word, following in itertools.pairwise([*words, ""]):
+        flag, has_value, value = word.partition("=")
+        yield (flag, value) if has_value else (word, following)
 
 
 def _config(sweep: Sweep, name: str) -> dict[str, Any]:
@@ -91,6 +119,16 @@ def own_package(environment: Mapping[str, str]) -> dict[str, str]:
     return {"PYTHONSAFEPATH": "1", "PYTHONPATH": os.pathsep.join(searched)}
 
 
+class Job(Protocol):
+    """A run that a launcher has started: a process of this machine (`subprocess.Popen`), or a job of a cluster."""
+
+    def poll(self) -> int | None:
+        """Return the exit code, negative for a signal; `None` while the run is alive, or waits to be."""
+
+    def send_signal(self, number: int) -> None:
+        """Send the run a signal: SIGTERM, on which it saves and exits, or SIGKILL."""
+
+
 @dataclass
 class Run:
     """One start of a run."""
@@ -99,59 +137,63 @@ class Run:
     arm: str  # name of the run and of its folder
     settings: dict[str, Any]
     trial: "optuna.Trial"
-    process: Popen | None = None  # none if the run had finished before
+    job: Job | None = None  # none if the run had finished before
     stopped_early: bool = False  # by the pruner
-    began: float = field(default_factory=time.monotonic)
     _changed: int = 0  # when metrics.csv was last read for the pruner
-    _n_reported: int = 0  # values that the pruner has seen
+    n_reported: int = 0  # values that the pruner has seen
 
     def __post_init__(self) -> None:
         self.folder = self.plan.folder / self.arm
+        self.log = self.plan.folder / LOGS / f"{self.arm}.log"
         self._metrics = self.folder / "metrics.csv"
-        self._log = self.plan.folder / "logs" / f"{self.arm}.log"
 
-    def start(self, lock: BinaryIO) -> None:
-        """Start the process, which resumes the run if it has a checkpoint; a finished run gets none.
+    @property
+    def is_finished(self) -> bool:
+        """Whether the run has reached its end."""
+        return self._summary().get("status") == "finished"
 
-        The process holds the study's lock too, so that the folder stays locked as long as a run lives.
-        """
-        if self._summary().get("status") == "finished":
-            return
-        words = self.plan.command(self.arm, self.settings)
-        if (self.folder / _LAST_CHECKPOINT).is_file():
-            words.append("--ckpt_path=last")
-        elif self.folder.exists():
-            shutil.rmtree(self.folder)  # it has nothing to resume from
+    @property
+    def has_checkpoint(self) -> bool:
+        """Whether there is something to resume from."""
+        return (self.folder / _LAST_CHECKPOINT).is_file()
+
+    @property
+    def command(self) -> list[str]:
+        """The command, without the flag that resumes the run."""
+        return self.plan.command(self.arm, self.settings)
+
+    @property
+    def seconds(self) -> float:
+        """Time since the run was started, or submitted."""
+        began = self.trial.datetime_start
+        return (datetime.now() - began).total_seconds() if began else 0.0
+
+    def prepare(self) -> None:
+        """Remove a folder that has nothing to resume from, and write the file of the settings if the command has it."""
+        if self.folder.exists() and not self.has_checkpoint:
+            shutil.rmtree(self.folder)
+        if "${args_json_file}" in self.plan.sweep.command:
+            self.log.with_suffix(".json").write_text(json.dumps(self.settings), encoding="utf-8")
+
+    def environment(self) -> dict[str, str | None]:
+        """Return the variables that differ from those of this process; `None` for those to be removed."""
+        changed: dict[str, str | None] = dict.fromkeys(_OF_ANOTHER_RUN)
         sweep = self.plan.sweep
-        if "${args_json_file}" in sweep.command:
-            self._log.with_suffix(".json").write_text(json.dumps(self.settings), encoding="utf-8")
-        environment = {name: value for name, value in os.environ.items() if name not in _OF_ANOTHER_RUN}
         for name, value in (("WANDB_PROJECT", sweep.project), ("WANDB_ENTITY", sweep.entity)):
-            if value is not None:
-                environment.setdefault(name, value)
-        if ["-m", "experiments"] in map(list, itertools.pairwise(words)):
-            environment |= own_package(environment)
-        if self.plan.jobs > 1:
-            environment.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // self.plan.jobs)))
-        with self._log.open("ab") as output:
-            self.process = Popen(
-                words,
-                env=environment,
-                stdin=DEVNULL,
-                stdout=output,
-                stderr=STDOUT,
-                process_group=0,  # Ctrl-C reaches the study alone, which signals each run once
-                pass_fds=[lock.fileno()],
-            )
+            if value is not None and name not in os.environ:
+                changed[name] = value
+        if ["-m", "experiments"] in map(list, itertools.pairwise(self.command)):
+            changed |= own_package(os.environ)
+        return changed
 
     def exit_code(self) -> int | None:
         """Return the exit code; `None` while the run is alive."""
-        return self.process.poll() if self.process else 0
+        return self.job.poll() if self.job else 0
 
     def stop(self, kill: bool = False) -> None:
-        """Tell the process to save and exit, or kill it."""
-        if self.process:
-            (self.process.kill if kill else self.process.terminate)()
+        """Tell the run to save and exit, or kill it."""
+        if self.job:
+            self.job.send_signal(signal.SIGKILL if kill else signal.SIGTERM)
 
     def should_stop(self) -> bool:
         """Report the new values of the sweep's metric to the pruner, and return whether the run is to be stopped."""
@@ -159,9 +201,9 @@ class Run:
         if changed == self._changed:
             return False
         self._changed = changed
-        for value in self._values()[self._n_reported :]:
-            self._n_reported += 1
-            self.trial.report(value, self._n_reported)
+        for value in self._values()[self.n_reported :]:
+            self.n_reported += 1
+            self.trial.report(value, self.n_reported)
             if self.trial.should_prune():
                 return True
         return False
@@ -179,7 +221,7 @@ class Run:
         if code < 0:
             return f"ended by {signal.Signals(-code).name}"
         if code:
-            lines = self._log.read_text(encoding="utf-8", errors="replace").split("\n")
+            lines = self.log.read_text(encoding="utf-8", errors="replace").split("\n") if self.log.is_file() else []
             last = next((line.strip() for line in reversed(lines) if line.strip()), "")
             return last.removeprefix("error: ") or f"exit code {code}"
         return None if self.folder.is_dir() else f"it has left no {self.folder}"

@@ -4,10 +4,12 @@ import contextlib
 import signal
 import time
 from collections.abc import Iterator
+from typing import BinaryIO
 
 from experiments.errors import UserError
 from experiments.study.journal import Journal, locked
-from experiments.study.runs import Plan, Run
+from experiments.study.launchers import Launcher
+from experiments.study.runs import LOGS, Plan, Run
 from lightning_modules.common.messages import say
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -16,8 +18,9 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 class Study:
     """The runs of one sweep file."""
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: Plan, launcher: Launcher) -> None:
         self.plan = plan
+        self.launcher = launcher
         self.running: list[Run] = []
         self.signals: list[int] = []  # received so far
         self._n_passed_on = 0
@@ -27,25 +30,35 @@ class Study:
         folder = self.plan.folder
         if (folder / "config.yaml").is_file():
             raise UserError(f"{folder} is the folder of a run; give the study another --name")
-        (folder / "logs").mkdir(parents=True, exist_ok=True)
+        (folder / LOGS).mkdir(parents=True, exist_ok=True)
         with locked(folder) as lock, self._listening():
-            self.journal = Journal(self.plan)
+            self.journal = Journal(self.plan, find=self.launcher.find)
+            self.running = self.journal.found
             done = f", {self._n_done} of them done" if self.journal.outcomes else ""
-            say(f"study   {folder}: {self._total} runs{done}; their output goes to {folder / 'logs'}")
+            goes_on = f", {len(self.running)} submitted before" if self.running else ""
+            say(f"study   {folder}: {self._total} runs{done}{goes_on}; their output goes to {folder / LOGS}")
             while True:
-                while len(self.running) < self.plan.jobs and not self.signals and (new := self.journal.next()):
-                    new.start(lock)
-                    self.running.append(new)
-                self._pass_signals_on()
-                if not self.running:
+                self._start(lock)
+                goes_on_alone = self._pass_signals_on()
+                if not self.running or goes_on_alone:
                     break
                 for run in list(self.running):
                     self._check(run)
-                time.sleep(0.05)
+                time.sleep(self.launcher.pause)
         n_failed = self.journal.count("FAIL")
         target = ", the target is reached" if self.journal.reached_target else ""
         say(f"\nstudy   {folder} ({self._n_done} of {self._total} runs done, {n_failed} failed{target})")
         return 128 + self.signals[0] if self.signals else int(n_failed > 0)
+
+    def _start(self, lock: BinaryIO) -> None:
+        """Start as many runs as the launcher takes; those that have finished before get no job."""
+        new: list[Run] = []
+        while len(self.running) < self.launcher.at_once and not self.signals and (run := self.journal.next()):
+            self.running.append(run)
+            if not run.is_finished:
+                new.append(run)
+        if new:
+            self.launcher.start(new, lock)
 
     @property
     def _n_done(self) -> int:
@@ -78,7 +91,7 @@ class Study:
         number = len(self.journal.outcomes) - self.journal.count("RUNNING", "AGAIN")
         best = f"{metric} {value:.4f}" if value is not None else ""
         how = f"failed: {error}" if error else f"{best}, stopped early" if run.stopped_early else best
-        took = _duration(time.monotonic() - run.began) if run.process else "finished before"
+        took = _duration(run.seconds) if run.job else "finished before"
         say(f"[{number:>{len(str(self._total))}}/{self._total}] {run.arm}  {how}  ({took})")
 
     @contextlib.contextmanager
@@ -92,15 +105,21 @@ class Study:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-    def _pass_signals_on(self) -> None:
-        """Tell the runs to save and exit after the first signal, and kill them after the second."""
+    def _pass_signals_on(self) -> bool:
+        """Tell the runs to save and exit after the first signal, and kill them after the second.
+
+        Returns:
+            Whether the runs go on without the study.
+        """
         n_before, self._n_passed_on = self._n_passed_on, len(self.signals)
         if n_before == len(self.signals):
-            return
+            return False
+        left_alone = self.launcher.left_alone()
         if not n_before:
-            say("stopping: the runs save and exit; once more kills them")
-        for run in self.running:
+            say(left_alone or "stopping: the runs save and exit; once more kills them")
+        for run in [] if left_alone else self.running:
             run.stop(kill=n_before > 0)
+        return left_alone is not None
 
 
 def _duration(seconds: float) -> str:

@@ -128,7 +128,7 @@ def run_page(llm_train, no_pictures, monkeypatch, tmp_path):
     """Return a function that runs a page in the working folder of the test, as a session of a user."""
     imported = set(sys.modules)
     monkeypatch.setattr("sys.stdin", io.StringIO())  # a chat ends with its input
-    monkeypatch.setattr("experiments.study.runs.Popen", forks.StudyProcess)
+    monkeypatch.setattr("experiments.study.launchers.Popen", forks.StudyProcess)
 
     def run(page: str) -> None:
         settings, variables = settings_of(page), {"__name__": "__main__"}

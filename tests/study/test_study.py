@@ -8,99 +8,22 @@ import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import forks
-import optuna
 import pytest
 import yaml
 from helpers import RUNS
-from optuna.storages.journal import JournalFileBackend, JournalStorage
+from stub_runs import GRID, STUDY, given, trials
 
 from experiments.errors import UserError
-from experiments.study import runs
+from experiments.study import launchers
 from experiments.study.distributions import Distribution
 from experiments.study.journal import Journal
 from experiments.study.names import arm_name, folder_name
 from experiments.study.runs import Plan, study_folder
 from experiments.study.sweep_file import read_sweep_file
-
-STUDY = Path("runs/toy/sweep")
-STUB = '''
-"""Stands for a run: leaves the files of one, and does what the flag --act tells it."""
-import json, os, signal, sys
-from pathlib import Path
-
-signal.alarm(60)  # a stub that waits in vain ends
-given = dict(word.removeprefix("--").split("=", 1) for word in sys.argv[1:] if "=" in word)
-folder = Path(given["run.root"], given["run.topic"], given["run.study"], given["run.name"])
-(folder / "checkpoints").mkdir(parents=True, exist_ok="ckpt_path" in given)
-about = {"threads": os.environ.get("OMP_NUM_THREADS"), "pid": os.getpid()}
-(folder / "given.json").write_text(json.dumps(given | about))
-print("hello", flush=True)
-acts = float(given.get("lr", 1)) > 0.2 and "ckpt_path" not in given and not Path("go").exists()
-act = given.get("act") if acts else None
-
-def on_sigterm(number, frame):
-    if act == "stubborn":
-        os.kill(os.getppid(), signal.SIGINT)
-        return
-    (folder / "checkpoints/last.ckpt").touch()
-    sys.exit(128 + number)
-
-signal.signal(signal.SIGTERM, on_sigterm)
-values = [float(given.get("lr", 1)) * rate for rate in (1, 0.5, 0.75)]
-with (folder / "metrics.csv").open("w") as metrics:
-    print("step,val/loss", file=metrics)
-    for step, value in enumerate(values, start=1):
-        print(f"{step},{value}", file=metrics, flush=True)
-if act == "save_and_meet":
-    (folder / "checkpoints/last.ckpt").touch()
-if act in ("meet", "save_and_meet", "kill"):  # two runs wait for each other at a pipe
-    open("pipe", "wb" if act == "save_and_meet" or given.get("seed_everything") == "1" else "rb").close()
-if act == "kill":
-    os.kill(os.getppid(), signal.SIGKILL)
-if act in ("SIGINT", "SIGTERM", "SIGHUP", "stubborn"):
-    os.kill(os.getppid(), signal.SIGINT if act == "stubborn" else signal.Signals[act])
-while act not in (None, "meet", "SIGHUP"):
-    signal.pause()
-if given.get("end") == "fails":
-    sys.exit("Traceback\\nerror: it was told to fail")
-(folder / "summary.json").write_text(json.dumps({"status": "finished"}))
-'''
-GRID = {"lr": {"values": [0.3, 0.1]}, "seed_everything": {"values": [1, 2]}, "end": {"value": "well"}}
-
-
-@pytest.fixture
-def sweep(tmp_path: Path) -> Callable[..., Path]:
-    """Write a sweep file whose runs are stubs. Arguments replace the keys below; `None` removes one."""
-    (tmp_path / "stub.py").write_text(STUB)
-
-    def write(file_name: str = "sweep.yaml", **keys: object) -> Path:
-        content = {
-            "method": "grid",
-            "metric": {"name": "val/loss", "goal": "minimize"},
-            "parameters": GRID,
-            "command": ["${env}", "${interpreter}", "stub.py", "--run.topic=toy", "${args}"],
-        } | keys
-        path = tmp_path / file_name
-        path.write_text(yaml.safe_dump({k: v for k, v in content.items() if v is not None}, sort_keys=False))
-        return path
-
-    return write
-
-
-def trials() -> list[optuna.trial.FrozenTrial]:
-    """Return the trials in the journal."""
-    storage = JournalStorage(JournalFileBackend(str(STUDY / "journal.log")))
-    return optuna.load_study(study_name="study", storage=storage).trials
-
-
-def given(arm: str) -> dict[str, str]:
-    return json.loads((STUDY / arm / "given.json").read_text())
-
 
 # The file
 
@@ -409,7 +332,7 @@ def test_jobs_run_at_the_same_time_and_share_the_cores(llm_train, sweep, monkeyp
     os.mkfifo("pipe")
     done = llm_train("study", sweep(), "--jobs", "2", "--runs", "2", "--act=meet")
     assert done.code == 0, done.err
-    assert {given(arm)["threads"] for arm in ("lr=0.3,seed=1", "lr=0.3,seed=2")} == {"3"}
+    assert {given(arm)["environment"]["OMP_NUM_THREADS"] for arm in ("lr=0.3,seed=1", "lr=0.3,seed=2")} == {"3"}
 
 
 RANDOM = {
@@ -576,7 +499,7 @@ def test_what_a_study_cannot_do_costs_one_line(llm_train, sweep, tmp_path):
 
 
 def test_a_study_of_the_real_command_leaves_ordinary_runs_that_can_be_compared(llm_train, tiny, sweep, monkeypatch):
-    monkeypatch.setattr(runs, "Popen", forks.StudyProcess)
+    monkeypatch.setattr(launchers, "Popen", forks.StudyProcess)
     tiny(trainer__max_steps=4, trainer__val_check_interval=2)
     command = ["${env}", "${interpreter}", "-m", "experiments", "fit", "-c", "tiny.yaml", "${args}"]
     parameters = {"optimizer": {"parameters": {"lr": {"values": [0.01, 0.02]}}}, "model.n_layer": {"value": 1}}
