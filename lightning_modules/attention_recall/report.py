@@ -14,6 +14,7 @@ from lightning_modules.common.files import write_csv, write_text
 from lightning_modules.common.targets import IGNORED
 from lightning_modules.models.attention import recorded_weights
 from lightning_modules.runtime.drawing import DrawsAtTheEnd, new_figure, save_figure
+from lightning_modules.runtime.sharded import whole_model
 from lightning_modules.runtime.stages import validates_a_fit
 
 
@@ -28,11 +29,16 @@ class AttentionReport(DrawsAtTheEnd):
     `examples("val")` and `token_names` of the data.
     """
 
-    @rank_zero_only
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write the two files."""
         if not validates_a_fit(trainer) or trainer.fast_dev_run:
             return
+        with whole_model(trainer, type(self).__name__) as usable:
+            if usable:
+                self._write(trainer, pl_module)
+
+    @rank_zero_only
+    def _write(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         run = Path(trainer.default_root_dir)
         example = pl_module.data.examples("val")[torch.arange(1)]
         with torch.no_grad(), recorded_weights(pl_module) as weights:

@@ -15,6 +15,7 @@ from lightning_modules.common.messages import say
 from lightning_modules.common.ranges import NonNegativeInt, PositiveInt, ThreeOrMore
 from lightning_modules.runtime.checkpoint_io import AtomicCheckpointIO
 from lightning_modules.runtime.drawing import show_figures, show_table
+from lightning_modules.runtime.sharded import whole_model
 from lightning_modules.runtime.stages import validates_a_fit
 
 _SIZE = (11, 8)  # of the figure, inches
@@ -69,11 +70,16 @@ class WordVectors(L.Callback):
             file.write(f"## Step {trainer.global_step}\n\n{''.join(lines)}\n")
         show_table(trainer, "neighbours", ["step", "word", "neighbour", "cosine"], rows)
 
-    @rank_zero_only
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write the word vectors, and draw them."""
         if trainer.fast_dev_run:
             return
+        with whole_model(trainer, type(self).__name__) as usable:
+            if usable:
+                self._write(trainer, pl_module)
+
+    @rank_zero_only
+    def _write(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         folder = Path(trainer.default_root_dir)
         words, vectors = pl_module.data.text.words, pl_module.word_vectors
         best = folder / "checkpoints" / "best.ckpt"

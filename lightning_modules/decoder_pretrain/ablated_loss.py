@@ -17,6 +17,7 @@ from lightning_modules.metrics import CorpusLoss
 from lightning_modules.models.decoder import Decoder
 from lightning_modules.runtime.drawing import DrawsAtTheEnd, new_figure, save_figure
 from lightning_modules.runtime.learning_curve import read_metric
+from lightning_modules.runtime.sharded import evaluating
 
 if TYPE_CHECKING:
     from lightning_modules.decoder_pretrain.module import PretrainModule
@@ -75,10 +76,7 @@ class AblatedLoss(DrawsAtTheEnd):
     ) -> None:
         """Evaluate the batch again for each share, with that share of the units switched off."""
         for share, metrics in self._metrics.items():
-            with (
-                units_switched_off(pl_module.decoder, share, self.seed, batch_idx),
-                trainer.precision_plugin.forward_context(),
-            ):
+            with units_switched_off(pl_module.decoder, share, self.seed, batch_idx), evaluating(trainer):
                 pl_module.evaluation_step(batch, metrics)
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: "PretrainModule") -> None:

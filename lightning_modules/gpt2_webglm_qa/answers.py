@@ -17,6 +17,7 @@ from lightning_modules.common.ranges import NonNegativeInt, PositiveInt
 from lightning_modules.gpt2_webglm_qa import citations
 from lightning_modules.runtime.drawing import log_before_training, show_table
 from lightning_modules.runtime.processes import gathered
+from lightning_modules.runtime.sharded import whole_model
 
 # The systems that answer the questions, and their names in the tables.
 SYSTEMS = {
@@ -96,6 +97,11 @@ class AnswerQuestions(L.Callback):
             self._write(trainer)
 
     def _ask(self, trainer: L.Trainer, pl_module: L.LightningModule, side: str, limit: int | float) -> None:
+        with whole_model(trainer, type(self).__name__) as usable:
+            if usable:
+                self._ask_whole(trainer, pl_module, side, limit)
+
+    def _ask_whole(self, trainer: L.Trainer, pl_module: L.LightningModule, side: str, limit: int | float) -> None:
         if not self._examples:
             # A limit on the number of batches is a limit on the batches of questions too.
             n = min(self.n_questions, limit * self.batch_size) if isinstance(limit, int) else self.n_questions

@@ -11,6 +11,7 @@ from lightning_modules.base import ExperimentModule
 from lightning_modules.common.ranges import PositiveInt
 from lightning_modules.runtime.drawing import DrawsAtTheEnd, new_figure, save_figure
 from lightning_modules.runtime.learning_curve import read_metric
+from lightning_modules.runtime.sharded import evaluating
 
 
 class GeneralizationGap(DrawsAtTheEnd):
@@ -53,7 +54,7 @@ class GeneralizationGap(DrawsAtTheEnd):
         metrics = metrics.clone()
         metrics.reset()
         for batch in self._loader:
-            with trainer.precision_plugin.forward_context():
+            with evaluating(trainer):
                 pl_module.evaluation_step(trainer.strategy.batch_to_device(batch), metrics)
         loss = pl_module.evaluation_results(metrics, "val")["loss"]
         pl_module.log_dict({"val/train_text_loss": loss, "val/gap": validation["loss"] - loss}, sync_dist=True)

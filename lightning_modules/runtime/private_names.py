@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Self
 import lightning as L
 import torch
 from jsonargparse._common import default_import_path_denylist, parsing_settings
+from lightning.fabric.utilities.device_dtype_mixin import _update_properties
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
@@ -20,6 +21,7 @@ from lightning.pytorch.trainer import trainer as trainer_module
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 from torch.distributed._composable import checkpoint as recompute_in_backward
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 from torchmetrics import Metric
 
@@ -128,6 +130,17 @@ def takes_unused_parameters(trainer: L.Trainer) -> bool:
 def set_data_parallel_size(strategy: ModelParallelStrategy, size: int) -> None:
     """Set the number of processes that share the weights, once it is known."""
     strategy._data_parallel_size = size
+
+
+def set_process_group_backend(strategy: ModelParallelStrategy, backend: str) -> None:
+    """Set the backend of the processes, once their device is known."""
+    strategy._process_group_backend = backend
+
+
+def move_all_but_shards(module: L.LightningModule, device: torch.device) -> None:
+    """Move the buffers and metrics of a module to a device, and leave its sharded parameters where they are."""
+    module._apply(lambda tensor: tensor if isinstance(tensor, DTensor) else tensor.to(device))
+    _update_properties(module, device=device)
 
 
 # --- the command line -------------------------------------------------------------------------------------------------

@@ -11,12 +11,12 @@ import lightning as L
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from lightning_modules.base import ExperimentModule
 from lightning_modules.common.files import write_text
 from lightning_modules.common.ranges import ClosedUnitInterval, NonNegativeFloat, PositiveInt
 from lightning_modules.runtime.drawing import show_table
+from lightning_modules.runtime.sharded import whole_model
 
 _MOST_COLUMNS = 4  # of samples side by side
 _WIDTH = 44  # characters of a column
@@ -57,19 +57,22 @@ class SampleText(L.Callback):
         self.seed = seed
         self.heads: list[str] = []  # of the columns: the step and the validation loss
         self.continuations: list[list[str]] = []  # by column, then by prompt
+        self._has_new = False  # of the validation in progress, on this process
 
-    @rank_zero_only
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Generate the samples, at a point where a subclass can still log metrics of them."""
-        if trainer.state.fn == TrainerFn.FITTING:
-            self.prompts = self.prompts or prompts_of(pl_module.data)
-            self.heads.append(f"step {trainer.global_step}")
-            self.continuations.append(self.draw(trainer, pl_module))
+        """Generate the samples on rank 0, at a point where a subclass can still log metrics of them."""
+        if trainer.state.fn != TrainerFn.FITTING:
+            return
+        with whole_model(trainer, type(self).__name__) as usable:
+            self._has_new = usable and trainer.is_global_zero
+            if self._has_new:
+                self.prompts = self.prompts or prompts_of(pl_module.data)
+                self.heads.append(f"step {trainer.global_step}")
+                self.continuations.append(self.draw(trainer, pl_module))
 
-    @rank_zero_only
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write the samples; the validation loss is known now."""
-        if trainer.state.fn != TrainerFn.FITTING:
+        if trainer.state.fn != TrainerFn.FITTING or not self._has_new:
             return
         if "val/loss" in trainer.callback_metrics:
             self.heads[-1] += f", val/loss {trainer.callback_metrics['val/loss']:.3f}"

@@ -3,15 +3,18 @@
 Each process keeps 1/n of every tensor. The weights of a block are gathered just before the block is used and freed
 after it, and its gradients are reduced into the shards. The result is that of one process.
 
-Paper: Zhao et al., "PyTorch FSDP: Experiences on Scaling Fully Sharded Data Parallel" (2023),
-https://arxiv.org/abs/2304.11277. Tutorial: https://docs.pytorch.org/tutorials/intermediate/FSDP_tutorial.html
+Papers: Zhao et al., "PyTorch FSDP: Experiences on Scaling Fully Sharded Data Parallel" (2023),
+https://arxiv.org/abs/2304.11277; Micikevicius et al., "Mixed Precision Training" (2018),
+https://arxiv.org/abs/1710.03740. Tutorial: https://docs.pytorch.org/tutorials/intermediate/FSDP_tutorial.html
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
@@ -21,75 +24,232 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.optim import Optimizer
 
+from lightning_modules.common.messages import say
+from lightning_modules.finetuning.adapters import linear_layers
 from lightning_modules.runtime import private_names
 
 
-def _entered(step: str, context: str) -> Callable[..., Any]:
-    """Return a method that runs a step of the module through the outermost unit, in a context of the precision."""
+def _evaluated(step: str) -> Callable[..., Any]:
+    """Return a method that runs a step of an evaluation through the outermost unit."""
 
-    def enter(self: "FullyShardedStrategy", *args: Any, **kwargs: Any) -> Any:
-        with getattr(self.precision_plugin, context)():
-            return self._units[0](step, *args, **kwargs)
+    def evaluate(self: "FullyShardedStrategy", *args: Any, **kwargs: Any) -> Any:
+        with self.precision_plugin.forward_context(), self.taking_part():
+            return self._outer[0](step, *args, **kwargs)
 
-    return enter
+    return evaluate
 
 
 class FullyShardedStrategy(ModelParallelStrategy):
     """FSDP2 over all processes; each block of a model is a unit that is gathered separately, and the rest is another.
 
+    The training, a validation, a test and predictions gather a block at a time. Callbacks that generate text use the
+    whole model; each process holds it for that time only (see `whole_model`).
+
     A checkpoint is one file with whole tensors, as with other strategies: a run can be resumed with any number of
-    processes, sharded or not. During a validation or a test each process holds the whole model.
+    processes, sharded or not.
+
+    `trainer.precision` chooses what is stored and gathered:
+
+    - `32-true`: float32 everywhere.
+    - `bf16-mixed`: shards, gradients between processes and optimiser state are float32. The weights of linear layers
+      are gathered in bfloat16, the type in which autocast would use them. All others (embeddings, norms) are gathered
+      in float32. So the numbers are those of `bf16-mixed` without sharding.
+    - `bf16-true`: weights, optimiser state and gradients are bfloat16, and the processes add gradients up in float32.
+      This takes half the memory, but there is no copy of the weights in float32: a step that changes a weight by less
+      than about 1/256 of it is rounded away.
 
     Args:
         activation_checkpointing: Whether to compute blocks again in the backward pass and keep only their inputs, which
             takes far less memory and about a third more time.
+        cpu_offload: Whether the shards and the optimiser state are in the memory of the host, where the optimiser steps
+            too. A GPU then holds activations and gathered blocks only.
+        sync_every_batch: Whether the processes add up gradients after each batch of `accumulate_grad_batches`. `false`
+            adds up once an optimiser step, which saves communication, but each process holds whole gradients in
+            float32 until then.
+        whole_model: Whether each process may hold the whole model while samples are generated. `false` leaves out the
+            callbacks that need it, and says so.
     """
 
-    def __init__(self, activation_checkpointing: bool = False) -> None:
+    def __init__(
+        self,
+        activation_checkpointing: bool = False,
+        cpu_offload: bool = False,
+        sync_every_batch: bool = True,
+        whole_model: bool = True,
+    ) -> None:
         super().__init__(tensor_parallel_size=1, save_distributed_checkpoint=False)
         self.activation_checkpointing = activation_checkpointing
+        self.cpu_offload = cpu_offload
+        self.sync_every_batch = sync_every_batch
+        self.gathers_whole_model = whole_model
+        self._outer: list[FSDPModule] = []  # the outermost units, which are gathered for the whole of a step
+        self._blocks: list[FSDPModule] = []
+        self._order: list[FSDPModule] = []  # in which an evaluation uses the blocks
+        self._is_evaluating = False
+        self._left_out: set[str] = set()  # callbacks
+
+    # --- processes ----------------------------------------------------------------------------------------------------
 
     def setup_environment(self) -> None:
         """Shard over all processes."""
         private_names.set_data_parallel_size(self, self.num_nodes * self.num_processes)
+        if self.cpu_offload and self.root_device.type == "cuda":
+            private_names.set_process_group_backend(self, "cpu:gloo,cuda:nccl")  # norms of gradients on the host
         super().setup_environment()
+
+    def setup(self, trainer: L.Trainer) -> None:
+        """Set up model and optimisers; evaluate without `torch.inference_mode`.
+
+        Weights that were first gathered in that mode could not be used in training.
+        """
+        in_fit = trainer.fit_loop.epoch_loop.val_loop
+        for loop in (in_fit, trainer.validate_loop, trainer.test_loop, trainer.predict_loop):
+            loop.inference_mode = False
+        super().setup(trainer)
+
+    def model_to_device(self) -> None:
+        """Move the model to the device, without its shards if they stay in the memory of the host."""
+        if self.cpu_offload:
+            private_names.move_all_but_shards(self.model, self.root_device)
+        else:
+            super().model_to_device()
+
+    # --- units --------------------------------------------------------------------------------------------------------
 
     def shard(self, module: L.LightningModule) -> None:
         """Shard the weights of a module in place; they must be the same on every process."""
-        mesh = self.device_mesh["data_parallel"]
-        entry, *blocks = self._units = [_Entry(module), *_blocks(module)]
-        for block in blocks:
+        is_mixed = self.precision_plugin.precision == "bf16-mixed"
+        rounded = _weights_of_products(module) if is_mixed else set(module.parameters())
+        self._blocks = [block for block in _blocks(module) if not rounded.isdisjoint(block.parameters())]
+        for block in self._blocks:
+            rounded.update(block.parameters(recurse=False))  # only the unit of a block can gather its own parameters
+        exact = {parameter for parameter in module.parameters() if parameter not in rounded}
+        with_exact = [part for part in module.modules() if not exact.isdisjoint(part.parameters(recurse=False))]
+        for block in self._blocks:
             if self.activation_checkpointing:
                 private_names.recompute_in_backward(block)
-            fully_shard(block, mesh=mesh)
-        fully_shard(entry, mesh=mesh, reshard_after_forward=False)
+            self._make_unit(block, torch.bfloat16 if is_mixed else None, exact)
+        entry = _Entry(module)
+        self._outer = [self._make_unit(entry, torch.bfloat16 if is_mixed else None, exact, is_outer=True)]
+        if exact:
+            sharded = set(module.parameters()) - exact
+            self._outer.insert(0, self._make_unit(_Entry(entry, with_exact), None, sharded, is_outer=True))
         # In the backward pass, each unit prefetches the one before it. By default PyTorch prefetches the unit that was
         # used before it, which differs between ranks after a validation: rank 0 alone may have generated samples.
-        for place, unit in enumerate(self._units):
-            unit.set_modules_to_backward_prefetch([self._units[place - 1]])
+        units = [*self._outer, *self._blocks]
+        for place, unit in enumerate(units):
+            unit.set_modules_to_backward_prefetch([units[place - 1]])
 
-    training_step = _entered("training_step", "train_step_context")
-    validation_step = _entered("validation_step", "val_step_context")
-    test_step = _entered("test_step", "test_step_context")
-    predict_step = _entered("predict_step", "predict_step_context")
+    def _make_unit(
+        self, part: nn.Module, dtype: torch.dtype | None, others: set[nn.Parameter], is_outer: bool = False
+    ) -> FSDPModule:
+        """Shard the weights of a part, except those of other units.
+
+        Args:
+            part: Part of the model.
+            dtype: Number type in which the weights are gathered and used; `None` means that of the shards.
+            others: Parameters that belong to other units.
+            is_outer: Whether the gathered weights are kept from the forward to the backward pass.
+        """
+        return fully_shard(
+            part,
+            mesh=self.device_mesh["data_parallel"],
+            reshard_after_forward=not is_outer,
+            # Autocast chooses the types of activations.
+            mp_policy=MixedPrecisionPolicy(dtype, reduce_dtype=torch.float32, cast_forward_inputs=False),
+            offload_policy=CPUOffloadPolicy(self.root_device.type == "cuda") if self.cpu_offload else OffloadPolicy(),
+            ignored_params=others or None,
+        )
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Run a training step through the outermost unit."""
+        with self.precision_plugin.train_step_context():
+            return self._outer[0]("training_step", *args, **kwargs)
+
+    validation_step = _evaluated("validation_step")
+    test_step = _evaluated("test_step")
+    predict_step = _evaluated("predict_step")
+
+    @contextmanager
+    def taking_part(self) -> Iterator[None]:
+        """Gather each block once within the context, also if this process has no share of a batch and runs none.
+
+        All processes must gather the same blocks in the same order.
+        """
+        used: list[FSDPModule] = []
+        hooks = [block.register_forward_pre_hook(lambda block, _: used.append(block)) for block in self._blocks]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+        if not used:
+            for block in self._order or self._blocks:
+                block.unshard()
+                block.reshard()
+        else:
+            self._order = used
+
+    @contextmanager
+    def block_backward_sync(self) -> Iterator[None]:
+        """Keep the gradients of a batch on this process, if the next one adds to them."""
+        if self.sync_every_batch:
+            yield
+            return
+        self._outer[0].set_requires_gradient_sync(False)
+        try:
+            yield
+        finally:
+            self._outer[0].set_requires_gradient_sync(True)
 
     def on_validation_start(self) -> None:
-        """Gather the whole model, so that one process can use it alone, for example to generate samples."""
-        for unit in self._units:
-            unit.set_reshard_after_forward(False, recurse=False)
-            unit.unshard()
+        """Do what the first step of the module does once, on all processes, one of which may have no share of it.
+
+        The outermost weights stay gathered, so that callbacks can use them, and evaluate the module too.
+        """
+        self._is_evaluating = True
+        with self.precision_plugin.forward_context():
+            self._outer[0]("before_compilation")
 
     def on_validation_end(self) -> None:
-        """Shard the model again."""
-        for place, unit in enumerate(self._units):
-            unit.set_reshard_after_forward(place > 0, recurse=False)  # the outermost is used until the end of a step
+        """Free the gathered weights."""
+        self._is_evaluating = False
+        for unit in self._outer:
             unit.reshard()
 
     on_test_start = on_predict_start = on_validation_start
     on_test_end = on_predict_end = on_validation_end
+
+    @contextmanager
+    def whole_model(self) -> Iterator[None]:
+        """Gather the whole model within the context, so that one process can use it alone; enter it on every process.
+
+        The weights have the types in which the training uses them.
+        """
+        for unit in [*self._outer, *self._blocks]:
+            unit.set_reshard_after_forward(False, recurse=False)
+            unit.unshard()
+        is_mixed = self.precision_plugin.precision == "bf16-mixed"
+        try:
+            with self.precision_plugin.forward_context() if is_mixed else nullcontext():
+                yield
+        finally:
+            for unit in self._blocks:
+                unit.set_reshard_after_forward(True, recurse=False)
+                unit.reshard()
+            for unit in () if self._is_evaluating else self._outer:
+                unit.reshard()
+
+    def say_left_out(self, callback: str) -> None:
+        """Say once that a callback is left out because it needs the whole model."""
+        if callback not in self._left_out:
+            self._left_out.add(callback)
+            say(f"{callback} is left out: it needs the whole model, and trainer.strategy.whole_model is false")
+
+    # --- checkpoints --------------------------------------------------------------------------------------------------
 
     @property
     def lightning_restore_optimizer(self) -> bool:
@@ -138,15 +298,63 @@ def require_whole_weights(trainer: L.Trainer, callback: str) -> None:
         )
 
 
-class _Entry(nn.Module):
-    """Outermost unit: its `forward` runs a step of the module, after the weights outside the blocks are gathered."""
+@contextmanager
+def evaluating(trainer: L.Trainer) -> Iterator[None]:
+    """Run an `evaluation_step` of the module in this context if a callback calls it, on all processes together."""
+    strategy = trainer.strategy
+    is_sharded = isinstance(strategy, FullyShardedStrategy)
+    with trainer.precision_plugin.forward_context(), strategy.taking_part() if is_sharded else nullcontext():
+        yield
 
-    def __init__(self, module: L.LightningModule) -> None:
+
+@contextmanager
+def whole_model(trainer: L.Trainer, user: str) -> Iterator[bool]:
+    """Gather the whole model within the context if it is sharded; enter it on every process.
+
+    A callback that runs the module at the end of a validation, on one process alone or a different number of times on
+    each, does so in this context.
+
+    Args:
+        trainer: Trainer of the run.
+        user: What uses the model, such as the name of a callback.
+
+    Yields:
+        Whether the model may be used: not if the strategy has `whole_model: false`, which is said once for each user.
+    """
+    strategy = trainer.strategy
+    if not isinstance(strategy, FullyShardedStrategy):
+        yield True
+    elif strategy.gathers_whole_model:
+        with strategy.whole_model():
+            yield True
+    else:
+        strategy.say_left_out(user)
+        yield False
+
+
+class _Entry(nn.Module):
+    """Outermost unit: its `forward` runs a step of the module, after the weights outside the blocks are gathered.
+
+    Args:
+        module: The module, or another entry, within this one.
+        parts: Further parts whose weights this unit gathers.
+    """
+
+    def __init__(self, module: nn.Module, parts: Sequence[nn.Module] = ()) -> None:
         super().__init__()
         self.module = module
+        self.parts = nn.ModuleList(parts)
 
     def forward(self, step: str, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(self.module, _Entry):
+            return self.module(step, *args, **kwargs)
         return getattr(self.module, step)(*args, **kwargs)
+
+
+def _weights_of_products(module: nn.Module) -> set[nn.Parameter]:
+    """Return the parameters that autocast rounds: those of linear layers, without matrices that embed tokens too."""
+    embeddings = {p for part in module.modules() if isinstance(part, nn.Embedding) for p in part.parameters()}
+    return {p for layer in linear_layers(module).values() for p in layer.parameters(recurse=False)} - embeddings
 
 
 def _blocks(module: nn.Module) -> Iterator[nn.Module]:

@@ -38,7 +38,8 @@ HELD = {
     _FitLoop: ["_combined_loader", "_data_fetcher", "_should_accumulate"],
     _TrainingEpochLoop: ["_broadcast_sigterm_tensor", "_batches_that_stepped"],
     DDPStrategy: ["_ddp_kwargs"],
-    ModelParallelStrategy: ["_data_parallel_size"],
+    ModelParallelStrategy: ["_data_parallel_size", "_process_group_backend"],
+    nn.Module: ["_apply"],
     LightningCLI: ["_parse_ckpt_path", "_subcommand_parsers"],
     _ActionsContainer: ["_actions"],
     Metric: ["_apply"],
@@ -250,6 +251,18 @@ def test_strategies():
     assert strategy._data_parallel_size == "auto"
     private_names.set_data_parallel_size(strategy, 3)
     assert strategy._data_parallel_size == 3
+    private_names.set_process_group_backend(strategy, "cpu:gloo,cuda:nccl")
+    assert strategy.process_group_backend == "cpu:gloo,cuda:nccl"
+
+
+def test_a_module_moves_without_its_shards(monkeypatch):
+    monkeypatch.setattr(private_names, "DTensor", nn.Parameter)
+    module = BoringModel()
+    module.register_buffer("table", torch.ones(2))
+    module.metric = CorpusLoss()
+    private_names.move_all_but_shards(module, torch.device("meta"))
+    assert [t.device.type for t in (module.table, module.metric.nats, module.layer.weight)] == ["meta", "meta", "cpu"]
+    assert module.device.type == "meta"
 
 
 def test_activations_are_computed_again_in_the_backward_pass():

@@ -1,0 +1,160 @@
+"""Sharded weights: precision, what is held in memory and when, gradients that are accumulated, shards on the host."""
+
+import json
+import pydoc
+import shutil
+from pathlib import Path
+from typing import Any
+
+import forks
+import pytest
+import torch
+import yaml
+from held_weights import measure
+from helpers import LAST, RUNS, TINY, weights
+from shared_runs import own_world
+from torch.distributed.tensor import DTensor
+
+from lightning_modules.runtime.samples import SampleText
+from lightning_modules.runtime.sharded import FullyShardedStrategy
+
+MODULE: Any = pydoc.locate(yaml.safe_load(TINY.read_text())["model"]["class_path"])
+SETTINGS = {
+    "model__init_args__dropout": 0.0,
+    "model__init_args__n_layer": 3,
+    "model__init_args__n_embd": 48,
+    "data__init_args__batch_size": 4,
+    "data__init_args__val_fraction": 0.008,  # five windows, the last of which one process has alone
+    "trainer__gradient_clip_val": 0.5,
+    "trainer__accumulate_grad_batches": 2,
+    "trainer__max_steps": 3,
+    "trainer__val_check_interval": 6,
+    "trainer__num_sanity_val_steps": 1,
+    "trainer__log_every_n_steps": 1,
+    "trainer__callbacks+": [
+        {
+            "class_path": "lightning_modules.runtime.samples.SampleText",
+            "init_args": {"prompts": ["ae"], "max_new_tokens": 4, "temperature": 0.0},
+        },
+        {"class_path": "lightning_modules.runtime.generalization.GeneralizationGap", "init_args": {"n_windows": 5}},
+    ],
+}
+STRATEGY = "--trainer.strategy"
+ON_HOST = (f"{STRATEGY}.cpu_offload=true", f"{STRATEGY}.sync_every_batch=false", f"{STRATEGY}.whole_model=false")
+
+
+def precision(name: str) -> str:
+    return f"--trainer.precision={name}"
+
+
+def gathered(module: torch.nn.Module) -> int:
+    """Return the number of blocks whose weights are whole in memory."""
+    return sum(
+        any(not isinstance(p, DTensor) and p.untyped_storage().nbytes() for p in block.parameters() if p.ndim == 2)
+        for block in module.decoder.blocks
+    )
+
+
+def watch(file: Path) -> None:
+    """For `prepare`: write the most blocks that are whole in memory in each kind of work, as a JSON object.
+
+    A batch without rows does not run the network.
+    """
+    most: dict[str, int] = {}
+
+    def note(work: str, module: torch.nn.Module) -> None:
+        if not isinstance(module.trainer.strategy, FullyShardedStrategy):
+            return
+        most[work] = max(most.get(work, 0), gathered(module))
+        file.write_text(json.dumps(most))
+
+    evaluate, draw = MODULE.evaluation_step, SampleText.draw
+    start = FullyShardedStrategy.on_validation_start
+
+    def evaluation_step(self: Any, batch: dict[str, Any], metrics: Any) -> None:
+        if len(batch["input_ids"]) == 0:
+            most["empty batches"] = most.get("empty batches", 0) + 1
+            return
+        hooks = [b.feed_forward.register_forward_hook(lambda *_: note("validation", self)) for b in self.decoder.blocks]
+        evaluate(self, batch, metrics)
+        for hook in hooks:
+            hook.remove()
+
+    def drawn(self: SampleText, trainer: Any, module: Any) -> list[str]:
+        note("samples", module)
+        return draw(self, trainer, module)
+
+    def started(self: FullyShardedStrategy) -> None:
+        start(self)
+        note("start", self.lightning_module)
+
+    MODULE.evaluation_step, SampleText.draw = evaluation_step, drawn  # type: ignore[method-assign]
+    FullyShardedStrategy.on_validation_start = started  # type: ignore[method-assign]
+
+
+@pytest.fixture
+def jobs(tiny, tmp_path_factory) -> Path:
+    """Return the folder in which a job of two processes has made its runs, once in a test session."""
+    folder = tmp_path_factory.getbasetemp() / "sharded_jobs"
+    if (folder / "codes.txt").exists():
+        return folder
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+
+    def prepare(rank: int) -> None:
+        measure(folder / f"held_{rank}.txt")
+        watch(folder / f"gathered_{rank}.txt")
+
+    fit = ("fit", "-c", tiny(**SETTINGS), *(word for word in forks.SHARDED if "precision" not in word))
+    with own_world(folder):
+        first = (*fit, precision("bf16-mixed"), "--run.name=bf16-mixed")
+        then = [
+            (*fit, precision("bf16-true"), "--run.name=bf16-true", f"{STRATEGY}.activation_checkpointing=true"),
+            (*fit, precision("32-true"), "--run.name=32-true", *ON_HOST),
+        ]
+        job = forks.start_ranks(2, *first, prepare=prepare, output=folder / "output.txt", then=then)
+        (folder / "codes.txt").write_text(str(forks.wait(job)))
+    return folder
+
+
+def column(run: Path, name: str) -> torch.Tensor:
+    header, *rows = [line.split(",") for line in (run / "metrics.csv").read_text().splitlines()]
+    return torch.tensor([float(row[header.index(name)]) for row in rows if row[header.index(name)]])
+
+
+@pytest.mark.parametrize(("name", "tolerance"), [("32-true", 1e-6), ("bf16-mixed", 2e-4), ("bf16-true", 2e-3)])
+def test_sharded_processes_learn_what_one_process_does_in_the_same_precision(jobs, whole, name, tolerance):
+    assert (jobs / "codes.txt").read_text() == "[0, 0]"
+    one, sharded = whole(**SETTINGS, trainer__precision=name), jobs / RUNS / name
+    for metric in ("train/loss", "val/loss", "val/train_text_loss"):
+        torch.testing.assert_close(column(sharded, metric), column(one, metric), rtol=tolerance, atol=0)
+    dtypes = {weight.dtype for weight in weights(sharded / LAST).values()}
+    assert dtypes == {torch.bfloat16 if name == "bf16-true" else torch.float32}
+
+
+def test_nothing_is_kept_of_the_weights_of_blocks_between_forward_and_backward_pass(jobs, whole):
+    sizes = [(w.shape, w.numel()) for w in weights(whole(**SETTINGS) / LAST).values()]
+    matrices = sum(n for shape, n in sizes if len(shape) == 2) - sum(n for shape, n in sizes[:2])
+    for rank in range(2):
+        held = [json.loads(line) for line in (jobs / f"held_{rank}.txt").read_text().splitlines()]
+        # A tied output matrix is copied
+        assert {step["n_copies"] for step in held[:6]} == {1}
+        with_copies = held[0]["units"] + held[0]["copies"] + 2 * matrices
+        assert all(step["units"] + step["copies"] < 0.6 * with_copies for step in held[:6])
+
+
+def test_a_validation_gathers_one_block_at_a_time_and_samples_the_whole_model(jobs):
+    of_rank = [json.loads((jobs / f"gathered_{rank}.txt").read_text()) for rank in range(2)]
+    assert [most["start"] for most in of_rank] == [0, 0]
+    assert [most["validation"] for most in of_rank] == [1, 1]
+    assert of_rank[0]["samples"] == 3
+    assert (of_rank[0].get("empty batches"), of_rank[1]["empty batches"] > 0) == (None, True)
+
+
+def test_samples_can_be_left_out_so_that_no_process_holds_the_whole_model(jobs, whole):
+    one = whole(**SETTINGS, trainer__precision="bf16-mixed")
+    ours, expected = ((run / "samples.md").read_text().splitlines() for run in (jobs / RUNS / "bf16-mixed", one))
+    assert [line for line in ours if "val/loss" not in line] == [line for line in expected if "val/loss" not in line]
+    assert not (jobs / RUNS / "32-true/samples.md").exists()
+    line = "SampleText is left out: it needs the whole model, and trainer.strategy.whole_model is false\n"
+    assert (jobs / "output.txt").read_text().count(line) == 1
