@@ -4,11 +4,12 @@ import glob
 import gzip
 import hashlib
 import io
+import re
 import shutil
 import zlib
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO, cast
+from typing import Any, BinaryIO, cast
 from urllib.parse import urlparse
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -20,12 +21,16 @@ from lightning_modules.common.messages import first_line, say
 # Endings of the files that are read from a folder; each may be followed by .gz. A file that is named is read as text
 # whatever its ending, unless it is one of ROWS.
 TEXT = (".txt", ".text", ".md", ".markdown", ".rst")
-ROWS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
+JSON_LINES = (".jsonl", ".ndjson")
+ROWS = (*JSON_LINES, ".json", ".csv", ".tsv", ".parquet")
 
 READ_ERRORS = (OSError, EOFError, zlib.error)  # of files, the last two of damaged .gz files
 
 _CHUNK = 2**20  # characters that are decoded at once
 _BINARY = 0.01  # a text has no zero bytes; a file with a larger share of them in a chunk is refused
+
+# GPT-like pre-tokenizers always split after such a newline. Other whitespace around a cut could be one token.
+LINE_START = re.compile(r"\S\n(?=\S)")
 
 
 def is_url(path: str) -> bool:
@@ -94,12 +99,40 @@ def identity_of(path: Path) -> list[str]:
         return [str(path.resolve()), hashlib.file_digest(file, "blake2b").hexdigest()]
 
 
-def open_bytes(path: Path) -> BinaryIO:
-    """Open a file, optionally compressed (`.gz`), to read its bytes."""
+def open_bytes(path: Path, begin: int = 0, end: int | None = None) -> BinaryIO:
+    """Open a file, optionally compressed (`.gz`), to read its bytes, or those of a range of an uncompressed one."""
+    if begin or end is not None:
+        return io.BufferedReader(cast(io.RawIOBase, _Range(path, begin, end)))
     return cast(BinaryIO, gzip.open(path)) if path.suffix == ".gz" else path.open("rb")
 
 
-def decoded(path: Path, name: str, refuse_binary: bool = False) -> Iterator[str]:
+class _Range(io.RawIOBase):
+    """The bytes of a file from `begin` to `end`, at their places in the file."""
+
+    def __init__(self, path: Path, begin: int, end: int | None) -> None:
+        self._file = path.open("rb", buffering=0)
+        self._file.seek(begin)
+        self._left = (path.stat().st_size if end is None else end) - begin
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        n = self._file.readinto(memoryview(buffer)[: self._left])
+        self._left -= n
+        return n
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
+def decoded(
+    path: Path, name: str, refuse_binary: bool = False, begin: int = 0, end: int | None = None
+) -> Iterator[str]:
     """Yield the text of a UTF-8 file, optionally compressed (`.gz`), in chunks.
 
     A byte order mark is dropped and every line end becomes a newline.
@@ -108,12 +141,14 @@ def decoded(path: Path, name: str, refuse_binary: bool = False) -> Iterator[str]
         path: The file.
         name: Its name in error messages.
         refuse_binary: Whether to refuse a file with many zero bytes, which can be decoded but is no text.
+        begin: First byte; see `open_bytes`.
+        end: Byte after the last.
 
     Raises:
         MisconfigurationException: If it cannot be decoded.
     """
-    with open_bytes(path) as file:
-        reader = io.TextIOWrapper(file, encoding="utf-8-sig")
+    with open_bytes(path, begin, end) as file:
+        reader = io.TextIOWrapper(file, encoding="utf-8" if begin else "utf-8-sig")
         try:
             while text := reader.read(_CHUNK):
                 if refuse_binary and text.count("\0") > _BINARY * len(text):
@@ -127,6 +162,28 @@ def decoded(path: Path, name: str, refuse_binary: bool = False) -> Iterator[str]
             raise MisconfigurationException(
                 f"text file {name} is not UTF-8: byte {byte} cannot be decoded ({error.reason}); {_advice(error)}"
             ) from error
+
+
+def safe_cuts(path: Path, n: int) -> list[int]:
+    """Return at most `n - 1` bytes at which a text file can be cut into about equal parts, in order.
+
+    Each is the beginning of a line with a character other than whitespace on both sides of the line end before it: see
+    `sources.cut`. A part without such a place is not cut, and is joined to the next.
+    """
+    size, found = path.stat().st_size, []
+    with path.open("rb") as file:
+        for k in range(1, n):
+            place = size * k // n
+            file.seek(place)
+            line = file.readline(size * (k + 1) // n - place)  # its beginning may be within a character
+            while place + len(line) < size * (k + 1) // n:
+                place += len(line)
+                before, line = line, file.readline(size * (k + 1) // n - place)
+                around = (before[-8:] + line[:8]).decode(errors="replace").replace("\r\n", "\n")
+                if LINE_START.search(around):
+                    found.append(place)
+                    break
+    return found
 
 
 def _advice(error: UnicodeDecodeError) -> str:

@@ -17,11 +17,11 @@ _SEPARATORS = {".csv": ",", ".tsv": "\t"}
 csv.field_size_limit(2**31 - 1)  # characters; by default, a text of 131,073 is an error
 
 
-def rows_of(path: Path) -> Iterator[tuple[str, Any]]:
+def rows_of(path: Path, begin: int = 0, end: int | None = None) -> Iterator[tuple[str, Any]]:
     """Yield the place and the value of each row of a file, as its ending says.
 
     A table has the ending `.csv` or `.tsv`, a Parquet file `.parquet`; others have JSON lines. All but Parquet files
-    may be compressed (`.gz`).
+    may be compressed (`.gz`). The lines of JSON from byte `begin` to `end` can be read alone.
 
     Raises:
         MisconfigurationException: If the file or a row cannot be read.
@@ -31,20 +31,22 @@ def rows_of(path: Path) -> Iterator[tuple[str, Any]]:
         return parquet_rows(path)
     if ending in _SEPARATORS:
         return table_rows(path)
-    return json_rows(path)
+    return json_rows(path, begin, end)
 
 
-def texts_of_rows(path: Path, column: str | None = None) -> Iterator[str]:
+def texts_of_rows(path: Path, column: str | None = None, begin: int = 0, end: int | None = None) -> Iterator[str]:
     """Yield the text of each row of a file that has some.
 
     Args:
         path: The file, see `rows_of`.
         column: Name of the column; by default `text`, or else the only column of the first row that holds text.
+        begin: First byte of the rows.
+        end: Byte after the last.
 
     Raises:
         MisconfigurationException: If there is no such column, or it holds something else than text.
     """
-    for place, row in rows_of(path):
+    for place, row in rows_of(path, begin, end):
         if not isinstance(row, dict):
             raise MisconfigurationException(f"{place}: is {type(row).__name__}, and must be an object with a text")
         column = column or _text_column(row, path, place)
@@ -56,6 +58,13 @@ def texts_of_rows(path: Path, column: str | None = None) -> Iterator[str]:
             raise MisconfigurationException(f"{place}: {column!r} is {type(row[column]).__name__}, and must be text")
         if row[column]:
             yield row[column]
+
+
+def text_column(path: Path) -> str | None:
+    """Return the column that `texts_of_rows` reads by default; `None` if there is no row."""
+    for place, row in rows_of(path):
+        return _text_column(row, path, place) if isinstance(row, dict) else None
+    return None
 
 
 def _text_column(row: dict[str, Any], path: Path, place: str) -> str:
@@ -92,7 +101,7 @@ def parquet_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         raise MisconfigurationException(f"{path} could not be read as Parquet: {first_line(error)}") from error
 
 
-def json_rows(path: Path) -> Iterator[tuple[str, Any]]:
+def json_rows(path: Path, begin: int = 0, end: int | None = None) -> Iterator[tuple[str, Any]]:
     """Yield the place and the value of each line of a file of JSON lines, optionally compressed (`.gz`).
 
     The file is in UTF-8. A byte order mark and empty lines are skipped. A file with the ending `.json` may also hold
@@ -104,9 +113,8 @@ def json_rows(path: Path) -> Iterator[tuple[str, Any]]:
     if ending_of(path.name) == ".json" and (values := _json_list(path)) is not None:
         yield from ((f"{path}, item {number}", value) for number, value in enumerate(values, start=1))
         return
-    for number, line in _lines(path):
+    for place, line in _lines(path, begin, end):
         if line.strip():
-            place = f"{path}, line {number}"
             try:
                 row = json.loads(line, object_pairs_hook=_object)
             except (ValueError, RecursionError) as error:
@@ -167,16 +175,19 @@ def table_rows(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
         raise MisconfigurationException(f"{path}, line {reader.line_num}: is no row of a table ({error})") from error
 
 
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
+def _lines(path: Path, begin: int = 0, end: int | None = None) -> Iterator[tuple[str, str]]:
+    """Yield the place and the text of each line."""
+    after = f" after byte {begin}" if begin else ""
     if not path.is_file():
         raise MisconfigurationException(f"{path} does not exist: give a file of JSON lines, or a table (.csv, .tsv)")
     try:
-        with open_bytes(path) as file:
+        with open_bytes(path, begin, end) as file:
             # Bytes that are not UTF-8 become surrogates, so that their line is known.
             text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
             for number, line in enumerate(text, start=1):
-                _check_decoded(line, f"{path}, line {number}")
-                yield number, line
+                place = f"{path}, line {number}{after}"
+                _check_decoded(line, place)
+                yield place, line
     except READ_ERRORS as error:
         raise MisconfigurationException(f"{path} could not be read: {first_line(error)}") from error
 

@@ -12,17 +12,19 @@ import sys
 import sysconfig
 import tokenize
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from itertools import chain, islice
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from datamodules.cache import digest
 from datamodules.files import (
+    JSON_LINES,
+    LINE_START,
     READ_ERRORS,
     ROWS,
     decoded,
@@ -31,18 +33,21 @@ from datamodules.files import (
     find_files,
     identity_of,
     is_url,
+    safe_cuts,
     split_column,
 )
 from datamodules.hub_datasets import hub_errors, load_hub_dataset
-from datamodules.rows import check_characters, texts_of_rows
+from datamodules.rows import check_characters, text_column, texts_of_rows
 from lightning_modules.common.messages import first_line
 from lightning_modules.common.ranges import PositiveInt
 
 # Characters. A tokenizer needs up to a hundred bytes of memory for each, and encodes several pieces at once.
 PIECE_SIZE = 2**16
 
-# GPT-like pre-tokenizers always split after such a newline. Other whitespace around a cut could be one token.
-_LINE_START = re.compile(r"\S\n(?=\S)")
+# A text of more bytes than a part is prepared in parts, at most that many. A process that is killed loses the one that
+# it prepares.
+PART_SIZE = 2**25
+MOST_PARTS = 512
 
 
 class Piece(NamedTuple):
@@ -62,6 +67,18 @@ class Source(ABC):
     @abstractmethod
     def fingerprint(self) -> str:
         """Return a string that changes when the text changes."""
+
+    def parts(self) -> Sequence["Source"]:
+        """Return sources whose documents, one source after the other, are those of this one.
+
+        A large text has many parts, of which each can be read alone. They depend on the text only, so that several
+        processes agree.
+        """
+        return [self]
+
+    def opening(self) -> str:
+        """Return the beginning of the document in which this part of a text begins; empty if a document begins."""
+        return ""
 
     def documents(self) -> Iterator[str]:
         """Yield every document whole."""
@@ -145,11 +162,15 @@ def local_files_of(text: str | list[str] | Path, where: str) -> list[str]:
     return [name for path in paths for name in find_files(path)]
 
 
-def cut(chunks: Iterable[str]) -> Iterator[Piece]:
+def cut(chunks: Iterable[str], ends_document: bool = True) -> Iterator[Piece]:
     """Cut one document, given as consecutive strings of any length, into pieces of at most `PIECE_SIZE` characters.
 
     A cut is made after the last newline that has a non-space character on both sides; if there is none, after the last
     newline; if a line is longer than a piece, within the line.
+
+    Args:
+        chunks: The document.
+        ends_document: Whether the last piece is the last of the document.
     """
     rest = ""
     for chunk in chunks:
@@ -161,16 +182,29 @@ def cut(chunks: Iterable[str]) -> Iterator[Piece]:
             start = end
         rest = rest[start:]
     if rest:
-        yield Piece(rest, True)
+        yield Piece(rest, ends_document)
 
 
 def _last_cut(text: str, start: int, limit: int) -> int:
     newline = text.rfind("\n", start, limit)
     while newline > start:
-        if _LINE_START.match(text, newline - 1):
+        if LINE_START.match(text, newline - 1):
             return newline + 1
         newline = text.rfind("\n", start, newline)
     return text.rfind("\n", start, limit) + 1 or limit
+
+
+class FileRange(NamedTuple):
+    """A file or URL, or the bytes of it from `begin` to `end`; the column of the text if the file has rows."""
+
+    name: str
+    column: str | None = None
+    begin: int = 0
+    end: int | None = None
+
+    def path(self) -> Path:
+        """Return the path of the file on this machine; download it if it is a URL."""
+        return download(self.name) if is_url(self.name) else Path(self.name)
 
 
 @dataclass
@@ -194,30 +228,36 @@ class Files(Source):
     def pieces(self) -> Iterator[Piece]:
         """Yield the documents in pieces, decoded as they are read."""
         is_empty = True
-        for name, column in self._files():
-            try:
-                path = download(name) if is_url(name) else Path(name)
-                if ending_of(name) in ROWS:
-                    documents: Iterable[Iterable[str]] = ([text] for text in texts_of_rows(path, column))
-                else:
-                    documents = [decoded(path, name, refuse_binary=True)]
-                for document in documents:
-                    for piece in cut(document):
-                        is_empty = False
-                        yield piece
-            except READ_ERRORS as error:
-                raise MisconfigurationException(f"{name} could not be read ({first_line(error)})") from error
+        for piece in chain.from_iterable(map(self.read, self._files())):
+            is_empty = False
+            yield piece
         if is_empty:
             paths = self.paths if isinstance(self.paths, str) else ", ".join(self.paths)
             raise MisconfigurationException(f"{paths} is empty: give a file that holds text")
 
+    def read(self, text: FileRange) -> Iterator[Piece]:
+        """Yield the documents of a file, or of a range of it, in pieces."""
+        path, bounds = text.path(), (text.begin, text.end)
+        try:
+            if ending_of(text.name) in ROWS:
+                for document in texts_of_rows(path, text.column, *bounds):
+                    yield from cut([document])
+            else:
+                yield from cut(decoded(path, text.name, True, *bounds), ends_document=text.end is None)
+        except READ_ERRORS as error:
+            raise MisconfigurationException(f"{text.name} could not be read ({first_line(error)})") from error
+
+    def parts(self) -> Sequence[Source]:
+        """Return ranges of large files of text or JSON lines, and several small files together."""
+        return _parts_of(self, self._files())
+
     def fingerprint(self) -> str:
         """Return a hash of the paths and contents of the files, of the URLs, and of the columns."""
-        return digest(["Files", [[_identity(name), column] for name, column in self._files()]])
+        return digest(["Files", [[_identity(file.name), file.column] for file in self._files()]])
 
-    def _files(self) -> list[tuple[str, str | None]]:
+    def _files(self) -> list[FileRange]:
         paths = map(split_column, [self.paths] if isinstance(self.paths, str) else self.paths)
-        return [(name, column) for path, column in paths for name in find_files(path)]
+        return [FileRange(name, column) for path, column in paths for name in find_files(path)]
 
 
 @dataclass
@@ -234,24 +274,77 @@ class TextFiles(Source):
 
     def pieces(self) -> Iterator[Piece]:
         """Yield the files in pieces, decoded as they are read."""
-        for name in self._files():
-            path = download(name) if is_url(name) else Path(name)
-            piece = None
-            try:
-                for piece in cut(decoded(path, name)):
-                    yield piece
-            except READ_ERRORS as error:
-                raise MisconfigurationException(f"text file {name} could not be read ({error})") from error
-            if piece is None:
-                raise MisconfigurationException(f"text file {name} is empty: give a file that holds text")
+        return chain.from_iterable(map(self.read, self._files()))
+
+    def read(self, text: FileRange) -> Iterator[Piece]:
+        """Yield a file, or a range of it, in pieces."""
+        piece = None
+        try:
+            for piece in cut(decoded(text.path(), text.name, False, text.begin, text.end), text.end is None):
+                yield piece
+        except READ_ERRORS as error:
+            raise MisconfigurationException(f"text file {text.name} could not be read ({error})") from error
+        if piece is None:
+            raise MisconfigurationException(f"text file {text.name} is empty: give a file that holds text")
+
+    def parts(self) -> Sequence[Source]:
+        """Return ranges of large files, and several small files together."""
+        return _parts_of(self, self._files())
 
     def fingerprint(self) -> str:
         """Return a hash of the paths and contents of the files, and of the URLs."""
-        return digest(["TextFiles", [_identity(name) for name in self._files()]])
+        return digest(["TextFiles", [_identity(file.name) for file in self._files()]])
 
-    def _files(self) -> list[str]:
+    def _files(self) -> list[FileRange]:
         paths = [self.paths] if isinstance(self.paths, str) else self.paths
-        return [name for path in paths for name in find_files(path)]
+        return [FileRange(name) for path in paths for name in find_files(path)]
+
+
+@dataclass
+class _PartOfFiles(Source):
+    """Ranges of the files of a source; `first` is the first range of the file of which another one begins the part."""
+
+    whole: Files | TextFiles
+    ranges: list[FileRange]
+    first: FileRange
+
+    def pieces(self) -> Iterator[Piece]:
+        return chain.from_iterable(map(self.whole.read, self.ranges))
+
+    def opening(self) -> str:
+        is_row = isinstance(self.whole, Files) and ending_of(self.first.name) in ROWS
+        return "" if is_row or self.first == self.ranges[0] else next(self.whole.read(self.first)).text
+
+    def fingerprint(self) -> str:
+        return digest([self.whole.fingerprint(), self.ranges])
+
+
+def _parts_of(source: Files | TextFiles, files: list[FileRange]) -> Sequence[Source]:
+    sizes = [file.path().stat().st_size for file in files]
+    wanted = max(PART_SIZE, sum(sizes) // MOST_PARTS)
+    parts: list[_PartOfFiles] = []
+    filled = wanted  # bytes of the last part
+    for file, size in zip(files, sizes, strict=True):
+        ranges = _ranges_of(source, file, -(-size // wanted))
+        for part in ranges:
+            if filled >= wanted or part.begin:
+                parts.append(_PartOfFiles(source, [], ranges[0]))
+                filled = 0
+            parts[-1].ranges.append(part)
+            filled += (size if part.end is None else part.end) - part.begin
+    return parts if len(parts) > 1 else [source]
+
+
+def _ranges_of(source: Files | TextFiles, file: FileRange, n: int) -> list[FileRange]:
+    """Return at most `n` ranges that are a file, in which lines of rows stay whole."""
+    path, ending = file.path(), ending_of(file.name)
+    has_rows = isinstance(source, Files) and ending in ROWS
+    if n < 2 or path.suffix == ".gz" or (has_rows and ending not in JSON_LINES):
+        return [file]
+    if has_rows and file.column is None:
+        file = file._replace(column=text_column(path))
+    begins = [0, *safe_cuts(path, n)]
+    return [file._replace(begin=begin, end=end) for begin, end in zip(begins, [*begins[1:], None], strict=True)]
 
 
 def _identity(name: str) -> str | list[str]:
@@ -282,8 +375,14 @@ class HubText(Source):
 
     def pieces(self) -> Iterator[Piece]:
         """Yield the rows in pieces. Rows without text are skipped."""
-        rows = load_hub_dataset(self.dataset, self.split, self.config, self.revision, self.streaming)
+        return self.read()
+
+    def read(self, part: int = 0, n_parts: int = 1) -> Iterator[Piece]:
+        """Yield the rows of one of several consecutive parts in pieces."""
+        rows = self._rows
         with hub_errors(self.dataset, self.split, self.config):
+            if n_parts > 1:
+                rows = rows.shard(n_parts, part, contiguous=True)
             columns = rows.column_names or list(next(iter(rows)))  # some streams have no column names
             if self.column not in columns:
                 raise MisconfigurationException(
@@ -293,11 +392,27 @@ class HubText(Source):
             for number, row in enumerate(islice(rows.select_columns([self.column]), self.max_documents)):
                 text = row[self.column]
                 if not isinstance(text, str | None):
-                    kind = type(text).__name__
+                    kind, of = type(text).__name__, f" of part {part} of {n_parts}" if n_parts > 1 else ""
                     raise MisconfigurationException(
-                        f"dataset {self.dataset}, row {number}: column {self.column} holds {kind}, not text"
+                        f"dataset {self.dataset}, row {number}{of}: column {self.column} holds {kind}, not text"
                     )
                 yield from cut([text or ""])
+
+    @cached_property
+    def _rows(self) -> Any:
+        """The rows, loaded once; a stream in parts that are as small as its files allow."""
+        rows = load_hub_dataset(self.dataset, self.split, self.config, self.revision, self.streaming)
+        with hub_errors(self.dataset, self.split, self.config):
+            small = not self.streaming or self.max_documents or rows.num_shards >= MOST_PARTS
+            return rows if small or not hasattr(rows, "reshard") else rows.reshard()  # datasets 4.0 has none
+
+    def parts(self) -> Sequence[Source]:
+        """Return groups of the files of a stream, or of their row groups, or of the rows of a dataset on the disk."""
+        if self.max_documents is not None:
+            return [self]
+        rows = self._rows
+        n = min(rows.num_shards if self.streaming else (rows.dataset_size or 0) // PART_SIZE, MOST_PARTS)
+        return [_PartOfDataset(self, part, n) for part in range(n)] if n > 1 else [self]
 
     def fingerprint(self) -> str:
         """Return a hash of the arguments, and of the paths and contents of local files."""
@@ -305,6 +420,21 @@ class HubText(Source):
         files = [identity_of(path) for path in sorted(folder.rglob("*")) if path.is_file()] if folder.is_dir() else []
         asked = [self.dataset, self.config, self.split, self.column, self.max_documents, self.revision]
         return digest(["HubText", asked, files])
+
+
+@dataclass
+class _PartOfDataset(Source):
+    """Consecutive rows of a dataset."""
+
+    whole: HubText
+    part: int
+    n_parts: int
+
+    def pieces(self) -> Iterator[Piece]:
+        return self.whole.read(self.part, self.n_parts)
+
+    def fingerprint(self) -> str:
+        return digest([self.whole.fingerprint(), self.part, self.n_parts])
 
 
 PythonKind = Literal["topics", "docstrings", "modules", "tests"]

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, NamedTuple
@@ -146,11 +146,26 @@ class SplitDocuments:
             return None
         return groups_of(self.source.documents())
 
+    def parts(self) -> Sequence["SplitDocuments"]:
+        """Return the parts of the source, if they can be split one by one, or else this one."""
+        if self.split == "groups" or self.few is not None:
+            return [self]
+        parts = self.source.parts()
+        if len(parts) == 1:
+            return [self]
+        return [SplitDocuments(part, "documents", self.val_fraction, self.test_fraction) for part in parts]
+
+    @cached_property
+    def opening_side(self) -> Side | None:
+        """The split of the document in which a part of a text begins, `None` if it begins with a document."""
+        opening = self.source.opening()
+        return side_of(opening, self.val_fraction, self.test_fraction) if opening else None
+
     def __iter__(self) -> Iterator[tuple[Side, Piece]]:
         if self.few is not None:
             yield from self._parts(self.few)
             return
-        starts_document, side, number = True, SIDES[0], 0
+        starts_document, side, number = self.opening_side is None, self.opening_side or SIDES[0], 0
         sides: list[Side] = []
         for piece in self.source.pieces():
             if starts_document:

@@ -1,13 +1,17 @@
 """Token files: a text is tokenised once, written to the cache, mapped into memory, and read in windows."""
 
 import json
+import multiprocessing
 import os
 import shutil
+import signal
 import tempfile
-from collections.abc import Collection, Iterable, Iterator
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 
@@ -20,16 +24,17 @@ from tqdm import tqdm
 
 from datamodules.base import ExperimentDataModule, Order
 from datamodules.cache import cache_root, digest
+from datamodules.fast_encoding import TextEncoder, fast_encoder
 from datamodules.sources import Piece, Source
 from datamodules.splits import CUT_FEW, SIDES, Kind, Side, SplitDocuments, describe, require_fractions
 from datamodules.tokenizers import (
     WithTokenizer,
-    encode,
     load_tokenizer,
     token_byte_lengths,
     tokenizer_fingerprint,
     vocab_size,
 )
+from lightning_modules.common.files import try_lock, write_json
 from lightning_modules.common.messages import say
 from lightning_modules.common.targets import IGNORED
 
@@ -41,6 +46,7 @@ Split = Literal["auto", "groups", "tail", "documents"]
 _FORMAT = 2  # increase it when the content of the files changes, so that older files are not read
 _BATCH_CHARACTERS = 2**20  # encoded at once on all cores; memory use grows with it
 _BATCH_PIECES = 2**10
+_WAIT = 0.2  # seconds between two looks at what other processes have written
 
 
 @dataclass(frozen=True)
@@ -51,10 +57,74 @@ class TokenFile:
     dtype: str
     n_tokens: int
     split: str = ""  # of the whole text, in words
+    begin: int = 0  # number of the first token in the file
 
     def open(self) -> np.ndarray:
         """Return the tokens, (n_tokens,), mapped into memory that processes share."""
-        return np.memmap(self.path, dtype=self.dtype, mode="r", shape=(self.n_tokens,))
+        offset = self.begin * np.dtype(self.dtype).itemsize
+        return np.memmap(self.path, dtype=self.dtype, mode="r", offset=offset, shape=(self.n_tokens,))
+
+
+@dataclass(frozen=True)
+class TokenFiles:
+    """The token files of the parts of a text, which are read as one file."""
+
+    files: tuple[TokenFile, ...]
+    split: str = ""
+
+    @property
+    def n_tokens(self) -> int:
+        """Number of tokens in all files."""
+        return sum(file.n_tokens for file in self.files)
+
+    def between(self, begin: int, end: int) -> "TokenFiles":
+        """Return the tokens from one place to another."""
+        found, start = [], 0
+        for file in self.files:
+            first, last = max(begin, start) - start, min(end, start + file.n_tokens) - start
+            if first < last:
+                found.append(replace(file, begin=file.begin + first, n_tokens=last - first))
+            start += file.n_tokens
+        return TokenFiles(tuple(found), self.split)
+
+    def open(self) -> "JoinedTokens":
+        """Return the tokens; each file is mapped into memory when it is needed."""
+        return JoinedTokens(self.files)
+
+
+Tokens = TokenFile | TokenFiles
+
+
+class JoinedTokens:
+    """The tokens of several files one after the other, indexed as an array.
+
+    Args:
+        files: Token files, each of which has some tokens.
+    """
+
+    def __init__(self, files: Sequence[TokenFile]) -> None:
+        self._files = files
+        self._ends = np.cumsum([file.n_tokens for file in files])
+        self._open: dict[int, np.ndarray] = {}
+
+    def __getitem__(self, places: np.ndarray) -> np.ndarray:
+        """Return the tokens at these places, (B, T) int64, which do not decrease in a row."""
+        found = np.empty(places.shape, dtype=self._files[0].dtype)
+        for row, tokens in zip(places, found, strict=True):
+            for number in range(self._file_with(row[0]), self._file_with(row[-1]) + 1):
+                end = self._ends[number]
+                start = end - self._files[number].n_tokens
+                inside = (start <= row) & (row < end)
+                tokens[inside] = self._tokens(number)[row[inside] - start]
+        return found
+
+    def _file_with(self, place: int) -> int:
+        return int(np.searchsorted(self._ends, place, side="right"))
+
+    def _tokens(self, number: int) -> np.ndarray:
+        if number not in self._open:
+            self._open[number] = self._files[number].open()
+        return self._open[number]
 
 
 def prepare_tokens(
@@ -65,11 +135,15 @@ def prepare_tokens(
     val_fraction: float = 0.0,
     test_fraction: float = 0.0,
     announce: bool = True,
-) -> dict[str, TokenFile]:
+    n_processes: int = 1,
+) -> dict[str, Tokens]:
     """Return the token files of the splits train, val and test; write them the first time.
 
-    The folder of the files appears only when all of them are complete. If two processes prepare the same text, the
-    files of the first are kept. If the tokenizer has an end-of-text token, that token separates documents.
+    A folder of files appears only when all of them are complete. A large text is written in parts, each to a folder of
+    its own. Several processes, also of several machines, share the parts: each part is locked by the process that
+    writes it. If the preparation stops, the parts that are complete are used by the next one. If two processes prepare
+    the same small text, the files of the first are kept. If the tokenizer has an end-of-text token, that token
+    separates documents.
 
     Args:
         source: Text to tokenise.
@@ -80,6 +154,7 @@ def prepare_tokens(
         val_fraction: Part of the tokens (`tail`), or of the documents, that is held out for validation.
         test_fraction: Part that is held out for the test.
         announce: Whether to say where new files are.
+        n_processes: Processes that write the parts of a large text; 1 is this one.
 
     Raises:
         MisconfigurationException: If the text cannot be read or tokenised, or the files cannot be written.
@@ -88,15 +163,18 @@ def prepare_tokens(
     folder = cache_dir / "tokens" / digest(parts)
     if (files := _read(folder)) is not None:
         return files
-    if folder.exists():
-        say(f"the prepared text in {folder} is damaged: preparing it again")
+    fractions = val_fraction, test_fraction
+    text = SplitDocuments(source) if split == "tail" else SplitDocuments(source, split, *fractions)
+    texts = text.parts()
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix="unfinished-", ignore_cleanup_errors=True) as parent:
-            fresh = Path(parent, "fresh")
-            fresh.mkdir()
-            _write(fresh, source, tokenizer, split, (val_fraction, test_fraction))
-            _publish(fresh, folder, scrap=Path(parent, "damaged"))
+        if len(texts) == 1:
+            if folder.exists():
+                say(f"the prepared text in {folder} is damaged: preparing it again")
+            _write_folder(folder, partial(_write_text, text, tokenizer, split, fractions))
+        else:
+            text_parts = _Parts(folder, texts, tokenizer)
+            _write_parts(text_parts, n_processes)
+            text_parts.join(split, fractions)
     except OSError as error:
         raise MisconfigurationException(
             f"the prepared text cannot be written to {folder.parent} ({error}): make room there, or choose another "
@@ -109,24 +187,57 @@ def prepare_tokens(
     return files
 
 
-def describe_sizes(files: dict[str, TokenFile]) -> str:
+def describe_sizes(files: Mapping[str, Tokens]) -> str:
     """Return the number of tokens of each split that has some, for a message."""
     return ", ".join(f"{side} {file.n_tokens:,}" for side, file in files.items() if file.n_tokens)
 
 
-def _read(folder: Path) -> dict[str, TokenFile] | None:
+def _read(folder: Path) -> dict[str, Tokens] | None:
     """Return the token files in a folder, or `None` if one is missing or damaged."""
     try:
         meta = json.loads((folder / "meta.json").read_text())
-        files = {
-            str(side): TokenFile(folder / f"{side}.bin", meta["dtype"], meta["tokens"][side], meta["split"])
-            for side in SIDES
-        }
-        size = np.dtype(meta["dtype"]).itemsize
-        whole = all(file.path.stat().st_size == file.n_tokens * size for file in files.values())
-        return files if whole else None
+        if "parts" in meta:
+            return _read_parts(folder, meta)
+        files = _files_of(folder, meta["dtype"], meta["tokens"], meta["split"])
+        return {**files} if _are_whole(files.values()) else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def _read_parts(folder: Path, meta: dict[str, Any]) -> dict[str, Tokens] | None:
+    parts = [
+        _files_of(folder / _name(number), meta["dtype"], tokens, meta["split"])
+        for number, tokens in enumerate(meta["parts"])
+    ]
+    if not all(_are_whole(files.values()) for files in parts):
+        return None
+    found: dict[str, Tokens] = {}
+    for side, (written_as, begin) in meta["places"].items():
+        files = TokenFiles(tuple(files[written_as] for files in parts), meta["split"])
+        found[side] = files.between(begin, begin + meta["tokens"][side])
+    return found
+
+
+def _files_of(folder: Path, dtype: str, tokens: dict[str, int], split: str) -> dict[str, TokenFile]:
+    return {str(side): TokenFile(folder / f"{side}.bin", dtype, tokens[side], split) for side in SIDES}
+
+
+def _are_whole(files: Iterable[TokenFile]) -> bool:
+    return all(file.path.stat().st_size == file.n_tokens * np.dtype(file.dtype).itemsize for file in files)
+
+
+def _name(part: int) -> str:
+    return f"{part:05d}"
+
+
+def _write_folder(folder: Path, write: Callable[[Path], None], prefix: str = "unfinished-") -> None:
+    """Call a function that fills a folder, which appears under its name when it is complete."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=prefix, ignore_cleanup_errors=True) as parent:
+        fresh = Path(parent, "fresh")
+        fresh.mkdir()
+        write(fresh)
+        _publish(fresh, folder, scrap=Path(parent, "damaged"))
 
 
 def _publish(fresh: Path, folder: Path, scrap: Path) -> None:
@@ -141,48 +252,231 @@ def _publish(fresh: Path, folder: Path, scrap: Path) -> None:
             raise
 
 
-def _write(
-    folder: Path, source: Source, tokenizer: "PreTrainedTokenizerFast", split: Split, fractions: tuple[float, float]
+# --- the parts of a large text ----------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Parts:
+    """The parts of a text, and the folder with a folder for the files of each."""
+
+    folder: Path
+    texts: Sequence[SplitDocuments]
+    tokenizer: "PreTrainedTokenizerFast"
+
+    def __post_init__(self) -> None:
+        self._missing = list(range(len(self.texts)))
+
+    def missing(self) -> list[int]:
+        """Return the numbers of the parts that no process has completed."""
+        self._missing = [number for number in self._missing if _read(self.folder / _name(number)) is None]
+        return self._missing
+
+    def write_missing(self) -> Iterator[int]:
+        """Write the missing parts that no other process writes, and wait for the others; yield the number of each."""
+        while numbers := self.missing():
+            written = False
+            for number in numbers:
+                if self._write(number):
+                    written = True
+                    yield number
+            if not written:
+                time.sleep(_WAIT)
+
+    def _write(self, number: int) -> bool:
+        """Write a part, and return whether it is complete; if not, another process writes it."""
+        folder, prefix = self.folder / _name(number), f"{_name(number)}-"
+        if _read(folder) is not None:
+            return True
+        lock_file = folder.with_suffix(".lock")
+        lock = try_lock(lock_file)
+        if lock is None:
+            return False
+        with lock:
+            for unfinished in self.folder.glob(f"{prefix}*"):  # of a process that was killed
+                shutil.rmtree(unfinished, ignore_errors=True)
+            if _read(folder) is None:
+                _write_folder(folder, partial(_write_part, self.texts[number], self.tokenizer, number > 0), prefix)
+            lock_file.unlink(missing_ok=True)
+        return True
+
+    def join(self, split: Split, fractions: tuple[float, float]) -> None:
+        """Write `meta.json`, which says where the tokens of each split are in the parts."""
+        parts = [json.loads((self.folder / _name(i) / "meta.json").read_text()) for i in range(len(self.texts))]
+        tokens, documents, sizes = (
+            {side: sum(part[name][side] for part in parts) for side in SIDES}
+            for name in ("tokens", "documents", "sizes")
+        )
+        places: dict[Side, tuple[Side, int]] = {side: (side, 0) for side in SIDES}
+        if split == "tail":
+            tokens, begins = _tail(tokens["train"], *fractions)
+            places = {side: ("train", begins[side]) for side in SIDES}
+        else:
+            for side in SIDES:
+                # A separator is before the first document of each part but the first of the text.
+                first = next((part for part in parts if part["tokens"][side]), parts[0])
+                if first["begins_with_separator"][side]:
+                    places[side], tokens[side] = (side, 1), tokens[side] - 1
+        meta = {
+            "dtype": parts[0]["dtype"],
+            "tokens": tokens,
+            "split": describe("tail" if split == "tail" else "documents", documents, sizes, *fractions),
+            "parts": [part["tokens"] for part in parts],
+            "places": places,
+        }
+        write_json(self.folder / "meta.json", meta, indent=None)
+
+
+def _write_parts(parts: _Parts, n_processes: int) -> None:
+    """Write the missing parts of a text in one or several processes."""
+    parts.folder.mkdir(parents=True, exist_ok=True)
+    n, n_missing = len(parts.texts), len(parts.missing())
+    say(f"preparing text in {n} parts in {parts.folder}" + f" ({n - n_missing} are there)" * (n_missing < n))
+    with tqdm(total=n, initial=n - n_missing, desc="preparing", unit="part", disable=None) as bar:
+        if n_processes == 1:
+            for _ in parts.write_missing():
+                bar.update()
+            return
+        fast_encoder(parts.tokenizer)  # once, for the copies of this process
+        for _ in _in_processes(min(n_processes, n_missing), parts.write_missing):
+            bar.update(n - len(parts.missing()) - bar.n)
+
+
+def _in_processes(n: int, work: Callable[[], Iterable[object]]) -> Iterator[None]:
+    """Do some work in copies of this process, which share it; yield from time to time until all have ended.
+
+    Raises:
+        MisconfigurationException: If one of them failed, or was killed.
+    """
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+    parent = os.getpid()
+
+    def child() -> None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # this process ends its copies
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one thread
+        try:
+            for _ in work():
+                if os.getppid() != parent:  # which was killed
+                    return
+        except (MisconfigurationException, OSError) as error:
+            sender.send(error)
+            raise SystemExit(1) from error
+
+    copies = [context.Process(target=child, daemon=True) for _ in range(n)]
+    try:
+        for copy in copies:
+            copy.start()
+        while any(copy.is_alive() for copy in copies) and not any(copy.exitcode for copy in copies):
+            yield
+            wait([copy.sentinel for copy in copies if copy.is_alive()], timeout=_WAIT)
+        if failed := next((copy for copy in copies if copy.exitcode), None):
+            if receiver.poll():
+                raise receiver.recv()
+            raise MisconfigurationException(
+                f"a process that prepared text ended with exit code {failed.exitcode} (out of memory?): run the "
+                "command again, which writes only the parts that are missing"
+            )
+    finally:
+        for copy in copies:
+            copy.terminate()
+            copy.join()
+
+
+# --- writing ----------------------------------------------------------------------------------------------------------
+
+
+def _write_text(
+    text: SplitDocuments,
+    tokenizer: "PreTrainedTokenizerFast",
+    split: Split,
+    fractions: tuple[float, float],
+    folder: Path,
 ) -> None:
+    """Write the token files of a text that has no parts, and what they hold."""
+    written = _write_documents(folder, text, tokenizer)
+    if split == "tail":
+        written["tokens"], begins = _tail(written["tokens"]["train"], *fractions)
+        for side in ("test", "val"):
+            begin = begins[side] * np.dtype(written["dtype"]).itemsize
+            with open(folder / "train.bin", "r+b") as train, open(folder / f"{side}.bin", "wb") as held_out:
+                train.seek(begin)
+                shutil.copyfileobj(train, held_out)
+                train.truncate(begin)
+    kind: Kind = "tail" if split == "tail" else "parts" if text.few is not None else "documents"
+    said = describe(kind, written["documents"], written["sizes"], *fractions)
+    meta = {"dtype": written["dtype"], "tokens": written["tokens"], "split": said}
+    (folder / "meta.json").write_text(json.dumps(meta))
+
+
+def _tail(n: int, val_fraction: float, test_fraction: float) -> tuple[dict[Side, int], dict[Side, int]]:
+    """Return the number of tokens in each split of `n` tokens whose ends are held out, and the first token of each."""
+    val, test = int(n * (1 - val_fraction - test_fraction)), int(n * (1 - test_fraction))
+    return {"train": val, "val": test - val, "test": n - test}, {"train": 0, "val": val, "test": test}
+
+
+def _write_part(text: SplitDocuments, tokenizer: "PreTrainedTokenizerFast", follows: bool, folder: Path) -> None:
+    """Write the token files of a part of a text, and what they hold."""
+    written = _write_documents(folder, text, tokenizer, is_part=True, follows=follows)
+    (folder / "meta.json").write_text(json.dumps(written | {"split": ""}))
+
+
+def _write_documents(
+    folder: Path,
+    text: SplitDocuments,
+    tokenizer: "PreTrainedTokenizerFast",
+    is_part: bool = False,
+    follows: bool = False,
+) -> dict[str, Any]:
+    """Write the tokens of documents to the file of the split of each.
+
+    Args:
+        folder: Folder of the files.
+        text: The documents.
+        tokenizer: Their tokenizer.
+        is_part: Whether they are a part of a text, so that the progress is not that of the text.
+        follows: Whether other documents are before these, so that a separator is before the first one too.
+
+    Returns:
+        The NumPy type of an id, and for each split the number of tokens, of documents, and of bytes of text, and
+        whether the file begins with a separator.
+    """
     dtype = np.dtype(np.uint16 if vocab_size(tokenizer) <= 2**16 else np.uint32)
     separator = tokenizer.eos_token_id
-    tokens: dict[str, int] = dict.fromkeys(SIDES, 0)
+    tokens: dict[Side, int] = dict.fromkeys(SIDES, 0)
     documents: dict[Side, int] = dict.fromkeys(SIDES, 0)
     sizes: dict[Side, int] = dict.fromkeys(SIDES, 0)
-    text = SplitDocuments(source) if split == "tail" else SplitDocuments(source, split, *fractions)
+    begins_with_separator: dict[Side, bool] = dict.fromkeys(SIDES, False)
     with ExitStack() as stack:
-        files: dict[str, BinaryIO] = {side: stack.enter_context(open(folder / f"{side}.bin", "w+b")) for side in SIDES}
+        files: dict[Side, BinaryIO] = {side: stack.enter_context(open(folder / f"{side}.bin", "wb")) for side in SIDES}
 
-        def append(side: str, ids: np.ndarray) -> None:
-            ids.astype(dtype).tofile(files[side])
+        def append(side: Side, ids: np.ndarray) -> None:
+            files[side].write(ids.astype(dtype).data)
             tokens[side] += len(ids)
 
-        def move_tail(side: str, begin: int) -> None:
-            tokens[side], tokens["train"] = tokens["train"] - begin, begin
-            files["train"].seek(begin * dtype.itemsize)
-            shutil.copyfileobj(files["train"], files[side])
-            files["train"].truncate(begin * dtype.itemsize)
-
-        bar = stack.enter_context(tqdm(desc="tokenizing", unit="char", unit_scale=True, delay=1, disable=None))
-        before: Side | None = None  # the split of the last piece, if its document goes on
+        disable = True if is_part else None
+        bar = stack.enter_context(tqdm(desc="tokenizing", unit="char", unit_scale=True, delay=1, disable=disable))
+        encode = TextEncoder(tokenizer)
+        before = text.opening_side  # the split of the last piece, if its document goes on
         for batch in _batches(text):
-            encoded = encode(tokenizer, [piece.text for _, piece in batch])
+            encoded = encode([piece.text for _, piece in batch])
             for (side, piece), ids in zip(batch, encoded, strict=True):
                 if side != before:
                     documents[side] += 1
-                    if separator is not None and tokens[side]:
+                    if separator is not None and (tokens[side] or follows):
+                        begins_with_separator[side] |= not tokens[side]
                         append(side, np.array([separator]))
                 append(side, ids)
                 sizes[side] += len(piece.text.encode())
                 before = None if piece.ends_document else side
                 bar.update(len(piece.text))
-        if split == "tail":
-            n, (val_fraction, test_fraction) = tokens["train"], fractions
-            move_tail("test", int(n * (1 - test_fraction)))
-            move_tail("val", int(n * (1 - val_fraction - test_fraction)))
-    kind: Kind = "tail" if split == "tail" else "parts" if text.few is not None else "documents"
-    said = describe(kind, documents, sizes, *fractions)
-    (folder / "meta.json").write_text(json.dumps({"dtype": dtype.name, "tokens": tokens, "split": said}))
+    return {
+        "dtype": dtype.name,
+        "tokens": tokens,
+        "documents": documents,
+        "sizes": sizes,
+        "begins_with_separator": begins_with_separator,
+    }
 
 
 def _batches(pieces: Iterable[tuple[Side, Piece]]) -> Iterator[list[tuple[Side, Piece]]]:
@@ -235,13 +529,13 @@ class TokenWindows(Dataset):
     """
 
     def __init__(
-        self, file: TokenFile, block_size: int, byte_lengths: np.ndarray, pad_token_id: int = 0, **labels: str
+        self, file: Tokens, block_size: int, byte_lengths: np.ndarray, pad_token_id: int = 0, **labels: str
     ) -> None:
         self.file, self.block_size, self.byte_lengths, self.pad_token_id = file, block_size, byte_lengths, pad_token_id
         self.labels = labels
 
     @cached_property
-    def tokens(self) -> np.ndarray:
+    def tokens(self) -> np.ndarray | JoinedTokens:
         """The tokens of the file, (n_tokens,), mapped into memory."""
         return self.file.open()
 
@@ -284,6 +578,7 @@ class TokenDataModule(WithTokenizer, ExperimentDataModule):
 
     source: Source | None = None  # the text whose characters the tokenizer `character` has
     split: Split = "tail"  # how the text is split
+    n_processes = 1  # that tokenise a large text
 
     def __init__(
         self,
@@ -314,16 +609,19 @@ class TokenDataModule(WithTokenizer, ExperimentDataModule):
         val_fraction: float = 0.0,
         test_fraction: float = 0.0,
         announce: bool = True,
-    ) -> dict[str, TokenFile]:
+    ) -> dict[str, Tokens]:
         """Return the token files of a text; see `prepare_tokens`."""
-        return prepare_tokens(source, self.tokenizer, self.cache_dir, split, val_fraction, test_fraction, announce)
+        fractions = val_fraction, test_fraction
+        return prepare_tokens(
+            source, self.tokenizer, self.cache_dir, split, *fractions, announce, n_processes=self.n_processes
+        )
 
-    def windows_of(self, file: TokenFile, **labels: str) -> TokenWindows:
+    def windows_of(self, file: Tokens, **labels: str) -> TokenWindows:
         """Return the windows of a token file; each batch has the labels too."""
         byte_lengths = token_byte_lengths(self.tokenizer)
         return TokenWindows(file, self.block_size, byte_lengths, self.tokenizer.pad_token_id or 0, **labels)
 
-    def require_text(self, files: dict[str, TokenFile], stage: str, own_source: Collection[str] | None = None) -> None:
+    def require_text(self, files: Mapping[str, Tokens], stage: str, own_source: Collection[str] | None = None) -> None:
         """Check that the splits that a stage needs have enough text.
 
         Args:

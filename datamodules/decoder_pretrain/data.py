@@ -6,7 +6,7 @@ from typing import Literal
 from torch.utils.data import DataLoader
 
 from datamodules.sources import AnySource, Source, source_of
-from datamodules.tokens import Split, TokenDataModule, TokenFile, random_windows, sequential_windows
+from datamodules.tokens import Split, TokenDataModule, Tokens, random_windows, sequential_windows
 from lightning_modules.common.messages import say
 from lightning_modules.common.ranges import NonNegativeInt, PositiveInt, Probability
 
@@ -98,7 +98,7 @@ class PretrainDataModule(TokenDataModule):
         return self._covering("test")
 
     @cached_property
-    def files(self) -> dict[str, TokenFile]:
+    def files(self) -> dict[str, Tokens]:
         """The token file of each split; the text is read, and tokenised if need be, at the first access."""
         files = self.tokenize(self.source, self.split, self.val_fraction, self.test_fraction)
         return files | {side: self.tokenize(source)["train"] for side, source in self.held_out.items()}

@@ -11,7 +11,7 @@ from datamodules.files import find_files
 from datamodules.gpt_neo_style.books import cut_into_passages, read_book
 from datamodules.sources import AnySource, ListText, source_of
 from datamodules.splits import SIDES, DocumentSplit
-from datamodules.tokens import TokenDataModule, TokenFile, describe_sizes, sequential_windows
+from datamodules.tokens import TokenDataModule, Tokens, describe_sizes, sequential_windows
 from lightning_modules.common.messages import say
 from lightning_modules.common.ranges import NonNegativeInt, PositiveInt, PositiveShare, TwoOrMore
 
@@ -125,7 +125,7 @@ class GPTNeoStyleDataModule(TokenDataModule):
         return passages
 
     @cached_property
-    def files(self) -> dict[str, dict[str, TokenFile]]:
+    def files(self) -> dict[str, dict[str, Tokens]]:
         """The token file of each text and split; the texts are read, and tokenised if need be, at the first access."""
         texts = {"book": self.book_passages}
         if self.other_books:

@@ -56,7 +56,7 @@ def test_a_line_that_is_not_json_is_named(content, message):
 def test_a_list_is_read_once_and_checked_for_characters_only_where_it_escapes_some(monkeypatch):
     Path("a.json").write_text(json.dumps([ROW, ROW], ensure_ascii=False, indent=1), encoding="utf-8")
     opened, checked = [], []
-    monkeypatch.setattr(rows, "open_bytes", lambda path: opened.append(path) or open_bytes(path))
+    monkeypatch.setattr(rows, "open_bytes", lambda path, *bounds: opened.append(path) or open_bytes(path, *bounds))
     monkeypatch.setattr(rows, "check_characters", lambda text, place: checked.append(place))
     assert list(json_rows(Path("a.json"))) == [("a.json, item 1", ROW), ("a.json, item 2", ROW)]
     assert (opened, checked) == ([Path("a.json")], [])
