@@ -41,6 +41,9 @@ _NO_PATH = "is no class path such as package.module.Class"
 _NO_ATTRIBUTE = re.compile(r"module '([\w.]+)' has no attribute '(\w+)'")
 _CLASS_PATH = re.compile(r"class_path[ =]'([\w.]+)'")
 _DENIED = re.compile(r"Importing '([\w.]+)' is not allowed, denied by the '([\w.*]+)' entry ")
+_SETTING_OF_PATH = re.compile(
+    r"class_path '([^']+\.[^A-Z'][^.']*)':\s+No module named .*?NestedArg\(key='(\w+)'", re.DOTALL
+)
 _OTHER_FORM = re.compile(r"expected (str|list|str, bytes or os\.PathLike object, not \w+)(, got |$)")
 _KEY = re.compile(r'Parser key "([^"]+)":')
 # Lines of a message of jsonargparse that are not the reason: the types it tried, and the whole value.
@@ -104,6 +107,8 @@ def one_line(message: str, options: Sequence[str], command_line: Sequence[str]) 
     what = "; ".join(dict.fromkeys(_that_matter(list(filter(None, reasons))))) or "is not valid"
     if denied := _DENIED.search(message):  # the other types that were tried do not matter
         what = trust.refusal(*denied.groups())
+    if on_path := _SETTING_OF_PATH.search(message):
+        what = f"{on_path[1]} is a path, which has no setting {on_path[2]}: give class_path and init_args in its place"
     chosen = options_of.chosen(command_line[1:])
     schedule = chosen["lr_scheduler"].path
     if key == "lr_scheduler" and (advice := takes_built_schedules(schedule.rpartition(".")[2])):

@@ -114,9 +114,9 @@ class ClassifierModule(ExperimentModule):
         return {"probabilities": self._scores(batch).softmax(-1), "positions": batch["positions"]}
 
     def closing_lines(self, best: Mapping[str, float]) -> list[str]:
-        """Return the accuracy of the model and of baselines, and whether the model does better than a constant answer.
+        """Return the accuracy of the model and of baselines, and what to change if the model is worse than one of them.
 
-        That answer is the most frequent class of the validation split.
+        A baseline is also the constant answer: the most frequent class of the validation split.
         """
         found = sorted((item for item in best.items() if item[0].endswith("/accuracy")), key=lambda item: len(item[0]))
         shown = ", ".join(f"{name} {value:.4f}" for name, value in found)
@@ -127,6 +127,10 @@ class ClassifierModule(ExperimentModule):
             if best["val/accuracy"] <= constant + 1e-6:
                 lines.append(f"no better than always the most frequent class, which has an accuracy of {constant:.4f}")
                 lines.append("it may need more steps, such as --trainer.max_epochs 40, or a higher --optimizer.lr")
+            elif best["val/accuracy"] < max(value for _, value in found):
+                lines.append(
+                    "a baseline is better: a pretrained model needs an --optimizer.lr of 1e-5 to 1e-4, others more"
+                )
         return lines
 
     def _scores(self, batch: Batch) -> Tensor:

@@ -16,7 +16,14 @@ from lightning_modules.common.messages import ERASE_LINE, on_terminal
 from lightning_modules.common.ranges import NonNegativeFloat
 from lightning_modules.runtime.stages import validates_a_fit
 
-_SHOWN = {"train/loss": "loss", "val/loss": "val loss", "test/loss": "test loss", "perf/tokens_per_second": "tokens/s"}
+_SHOWN = {
+    "train/loss": "loss",
+    "val/loss": "val loss",
+    "val/accuracy": "val accuracy",
+    "test/loss": "test loss",
+    "test/accuracy": "test accuracy",
+    "perf/tokens_per_second": "tokens/s",
+}
 _BAR = 20  # columns, fewer in a narrow terminal
 _USUAL_WIDTH = 80  # columns of a terminal that does not say its width
 _SHARE_BETWEEN_LINES = 0.02  # of the time so far: the lines of a file get rarer in a long run

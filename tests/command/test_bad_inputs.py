@@ -187,6 +187,12 @@ def test_an_error_about_a_class_of_ones_own_has_no_needless_words(llm_train, tin
     assert llm_train("fit", "-c", run / "config.yaml").err.endswith("if you trust its code, add --allow mine\n")
 
 
+def test_a_setting_of_a_path_is_refused_as_such(llm_train, tiny):
+    error = llm_train("fit", "-c", tiny(), "--data.source", "mine.csv", "--data.source.text_field", "words").err
+    said = "mine.csv is a path, which has no setting text_field: give class_path and init_args in its place"
+    assert error == f"error: --data.source: {said}\n"
+
+
 @pytest.mark.parametrize(("experiment", "flags", "code", "said"), TOPICS, ids=lambda value: str(value)[:60])
 def test_one_line_says_what_is_wrong_with_an_experiment(llm_train, files, experiment, flags, code, said):
     assert_one_line(llm_train("fit", "-c", ROOT / f"experiments/{experiment}.yaml", *flags), code, said)
