@@ -44,6 +44,7 @@ SCALES: dict[str, Callable[[int, int], float]] = {
     "match_rms_adamw": lambda r, c: 0.2 * math.sqrt(max(r, c)),
 }
 _EPSILON = 1e-7  # of the norm, for a gradient of zeros
+_MOST_GATHERED = 2**26  # entries of sharded matrices that a process has whole at a time, or one matrix if it has more
 
 
 class Muon(Optimizer):
@@ -51,7 +52,7 @@ class Muon(Optimizer):
 
     Muon updates the two-dimensional parameters within the layers of a model (its stack of blocks), other than
     embeddings; see `lightning_modules.optim.groups`. Matrices of one shape are orthogonalised together. A schedule
-    scales both learning rates. A matrix that is sharded over processes is gathered for its step.
+    scales both learning rates. Matrices that are sharded over processes are gathered for their step, a few at a time.
 
     Args:
         params: Filled in by the framework: groups of named parameters.
@@ -154,21 +155,33 @@ def _step_of_muon(group: dict[str, Any], state: dict[Tensor, Any]) -> None:
 
 def _orthogonal_factors(updates: list[Tensor], ns_steps: int, dtype: torch.dtype) -> list[Tensor]:
     """Return U Vᵀ of each matrix; those of one shape, and those of the transposed shape, are computed together."""
-    whole = [update.full_tensor() if isinstance(update, DTensor) else update for update in updates]
     by_shape: dict[tuple[int, ...], list[int]] = {}
-    for i, matrix in enumerate(whole):
-        by_shape.setdefault(tuple(sorted(matrix.shape)), []).append(i)
-    factors = list(whole)
-    for members in by_shape.values():
-        wide = torch.stack([whole[i] if whole[i].size(0) <= whole[i].size(1) else whole[i].mT for i in members])
-        for i, factor in zip(members, orthogonalized(wide.to(dtype), ns_steps).to(wide.dtype).unbind(), strict=True):
-            factors[i] = factor if factor.shape == whole[i].shape else factor.mT.contiguous()
-    return [
-        distribute_tensor(factor, update.device_mesh, update.placements, src_data_rank=None)
-        if isinstance(update, DTensor)
-        else factor
-        for factor, update in zip(factors, updates, strict=True)
-    ]
+    for i, update in enumerate(updates):
+        by_shape.setdefault(tuple(sorted(update.shape)), []).append(i)
+    factors = list(updates)
+    for (rows, columns), members in by_shape.items():
+        # All at once, sharded matrices would be gathered to as much memory as the model.
+        is_sharded = any(isinstance(updates[i], DTensor) for i in members)
+        most = max(1, _MOST_GATHERED // (rows * columns)) if is_sharded else len(members)
+        for start in range(0, len(members), most):
+            some = members[start : start + most]
+            whole = [_whole(updates[i]) for i in some]
+            wide = torch.stack([matrix if matrix.size(0) <= matrix.size(1) else matrix.mT for matrix in whole])
+            found = orthogonalized(wide.to(dtype), ns_steps).to(wide.dtype).unbind()
+            for i, matrix, factor in zip(some, whole, found, strict=True):
+                factors[i] = _sharded_as(updates[i], factor if factor.shape == matrix.shape else factor.mT.contiguous())
+    return factors
+
+
+def _whole(matrix: Tensor) -> Tensor:
+    return matrix.full_tensor() if isinstance(matrix, DTensor) else matrix
+
+
+def _sharded_as(other: Tensor, whole: Tensor) -> Tensor:
+    """Return the shard of a tensor on this process, if another of its shape is sharded, or the tensor itself."""
+    if not isinstance(other, DTensor):
+        return whole
+    return distribute_tensor(whole, other.device_mesh, other.placements, src_data_rank=None)
 
 
 def orthogonalized(matrices: Tensor, steps: int = 5) -> Tensor:

@@ -56,7 +56,7 @@ def jobs(tiny, forked, tmp_path_factory, monkeypatch) -> Path:
 
     def rank_1_gets_a_signal(rank: int) -> None:  # in the last run: the others begin at step 8, or end before step 5
         if rank == 1:
-            forks.signal_after_step(5, signal.SIGTERM)
+            forks.signal_after_step(5, signal.SIGTERM, group=True)
 
     with own_world(folder):
         two = forks.start_ranks(2, *fit, "two", *forks.TWO_PROCESSES, prepare=rank_1_dies, output=folder / "killed.txt")
@@ -73,7 +73,7 @@ def jobs(tiny, forked, tmp_path_factory, monkeypatch) -> Path:
             (*fit, "kept", *dropout, activations, "false"),
             (*fit, "again", *dropout, activations, "true"),
             (*fit, "compiled", *dropout, activations, "false", "--model.compile=true"),
-            (*fit, "sharded", *forks.SHARDED),
+            (*fit, "sharded", *forks.SHARDED, "--data.num_workers=1"),
         ]
         job = forks.start_ranks(
             2, *fit, "two", *forks.TWO_PROCESSES, prepare=rank_1_gets_a_signal, output=folder / "output.txt", then=then
@@ -100,7 +100,7 @@ def column(run: Path, name: str) -> torch.Tensor:
     return torch.tensor([float(row[header.index(name)]) for row in rows if row[header.index(name)]])
 
 
-def test_a_signal_to_one_of_two_processes_stops_both_with_a_checkpoint(jobs):
+def test_a_signal_to_one_of_two_processes_and_its_worker_stops_both_with_a_checkpoint(jobs):
     assert (jobs / "codes.txt").read_text() == "[143, 143]"
     # The ranks exchange their signals at step 10; the validations are at steps 8 and 12.
     assert step_of(jobs / RUNS / "sharded") == 10

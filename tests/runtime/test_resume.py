@@ -10,6 +10,7 @@ import pytest
 from helpers import BEST, LAST, RUNS, assert_same_weights, contents, metrics_that_repeat
 
 from experiments.run.run_folder import numbered
+from lightning_modules.metrics import CorpusLoss
 from lightning_modules.runtime import checkpoint, checkpoint_io
 
 # settings, step of the kill, step of the checkpoint
@@ -212,6 +213,31 @@ def test_a_signal_to_the_group_spares_the_workers_of_the_loader(llm_train, forke
     assert saved_step("group") in (12, 13)
     assert llm_train(*command, "--ckpt_path", "last").code == 0
     assert_same_weights(whole() / LAST, RUNS / "group" / LAST)
+
+
+def signal_in(owner: type, method: str, call: int) -> None:
+    """For `prepare`: the process sends SIGTERM to a group of its own in the middle of a call of a method."""
+    os.setpgid(0, 0)
+    original, calls = getattr(owner, method), []
+
+    def called(*args: object, **kwargs: object) -> object:
+        calls.append(1)
+        if len(calls) == call:
+            os.kill(0, signal.SIGTERM)
+        return original(*args, **kwargs)
+
+    setattr(owner, method, called)
+
+
+@pytest.mark.parametrize(
+    ("owner", "method", "workers"),
+    [(CorpusLoss, "update", 2), (checkpoint_io.AtomicCheckpointIO, "save_checkpoint", 0)],
+    ids=["validation", "checkpoint"],
+)
+def test_a_signal_to_the_group_in_a_validation_or_a_checkpoint(forked, tiny, owner, method, workers):
+    command = ("fit", "-c", tiny(data__init_args__num_workers=workers), "--run.name", "group")
+    assert forked(*command, prepare=lambda: signal_in(owner, method, 1)) == 143
+    assert saved_step("group") == 9  # after the validation at step 8, and one step more
 
 
 def test_a_configuration_in_a_run_folder_means_that_run_also_beside_a_newer_one(llm_train, tiny, whole):

@@ -69,7 +69,7 @@ def watch(file: Path) -> None:
         file.write_text(json.dumps(most))
 
     evaluate, draw = MODULE.evaluation_step, SampleText.draw
-    start = FullyShardedStrategy.on_validation_start
+    start, shard = FullyShardedStrategy.on_validation_start, FullyShardedStrategy.shard
 
     def evaluation_step(self: Any, batch: dict[str, Any], metrics: Any) -> None:
         if len(batch["input_ids"]) == 0:
@@ -88,6 +88,21 @@ def watch(file: Path) -> None:
         start(self)
         note("start", self.lightning_module)
 
+    names = ("reduce_scatter_single", "reduce_scatter_tensor")  # the second before torch 2.13
+    name = next(name for name in names if hasattr(torch.distributed, name))
+    reduce = getattr(torch.distributed, name)
+    runs: list[str] = []
+
+    def sharded(self: FullyShardedStrategy, module: Any) -> None:
+        runs.append(f"reductions, {module.trainer.precision}")
+        shard(self, module)
+
+    def reduced(*args: Any, **kwargs: Any) -> Any:
+        most[runs[-1]] = most.get(runs[-1], 0) + 1
+        return reduce(*args, **kwargs)
+
+    setattr(torch.distributed, name, reduced)
+    FullyShardedStrategy.shard = sharded  # type: ignore[method-assign]
     MODULE.evaluation_step, SampleText.draw = evaluation_step, drawn  # type: ignore[method-assign]
     FullyShardedStrategy.on_validation_start = started  # type: ignore[method-assign]
 
@@ -107,7 +122,7 @@ def jobs(tiny, tmp_path_factory) -> Path:
 
     fit = ("fit", "-c", tiny(**SETTINGS), *(word for word in forks.SHARDED if "precision" not in word))
     with own_world(folder):
-        first = (*fit, precision("bf16-mixed"), "--run.name=bf16-mixed")
+        first = (*fit, precision("bf16-mixed"), "--run.name=bf16-mixed", f"{STRATEGY}.sync_every_batch=false")
         then = [
             (*fit, precision("bf16-true"), "--run.name=bf16-true", f"{STRATEGY}.activation_checkpointing=true"),
             (*fit, precision("32-true"), "--run.name=32-true", *ON_HOST),
@@ -130,6 +145,14 @@ def test_sharded_processes_learn_what_one_process_does_in_the_same_precision(job
         torch.testing.assert_close(column(sharded, metric), column(one, metric), rtol=tolerance, atol=0)
     dtypes = {weight.dtype for weight in weights(sharded / LAST).values()}
     assert dtypes == {torch.bfloat16 if name == "bf16-true" else torch.float32}
+
+
+def test_gradients_are_added_up_over_processes_after_each_batch_or_once_a_step(jobs):
+    units, batches, steps = 4, 6, 3  # the units: three blocks and the rest
+    for rank in range(2):
+        counted = json.loads((jobs / f"gathered_{rank}.txt").read_text())
+        found = [counted[f"reductions, {name}"] for name in ("bf16-true", "bf16-mixed", "32-true")]
+        assert found == [units * batches, units * steps, units * steps]
 
 
 def test_nothing_is_kept_of_the_weights_of_blocks_between_forward_and_backward_pass(jobs, whole):
