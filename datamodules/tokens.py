@@ -324,6 +324,8 @@ class _Parts:
             "places": places,
         }
         write_json(self.folder / "meta.json", meta, indent=None)
+        for lock_file in self.folder.glob("*.lock"):  # of processes that were killed
+            lock_file.unlink(missing_ok=True)
 
 
 def _write_parts(parts: _Parts, n_processes: int) -> None:

@@ -22,6 +22,7 @@ COMMANDS = {
     "validate": ("experiments.cli", "evaluate a checkpoint on the validation data"),
     "test": ("experiments.cli", "evaluate a checkpoint on the test data"),
     "predict": ("experiments.cli", "apply a checkpoint to new data"),
+    "prepare": ("experiments.prepare", "fetch and tokenise what an experiment reads, ahead of its runs"),
     "generate": ("experiments.generate", "continue a prompt with the model of a run, or ask it questions"),
     "study": ("experiments.study.command", "run a W&B sweep file on this machine"),
     "compare": ("experiments.comparison.command", "compare runs: tables with intervals, curves, and a page"),

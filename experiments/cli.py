@@ -358,8 +358,8 @@ def _with_nulls(flag: str) -> str:
     return flag
 
 
-def main(args: Sequence[str]) -> None:
-    """Run the subcommand that the command line begins with."""
+def main(args: Sequence[str], kind: type[ExperimentCLI] = ExperimentCLI) -> None:
+    """Run the subcommand that the command line begins with, by this class or a kind of it."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     for message in _NOISE:
@@ -367,7 +367,7 @@ def main(args: Sequence[str]) -> None:
     if arm_of_agent():
         args = [_with_nulls(arg) for arg in args]
     args = names.with_files(args)
-    cli = ExperimentCLI.__new__(ExperimentCLI)  # LightningCLI runs in its constructor, which may raise
+    cli = kind.__new__(kind)  # LightningCLI runs in its constructor, which may raise
     try:
         with trust.trusted(args) as named, importable(named):
             cli.__init__(args)  # type: ignore[misc]
