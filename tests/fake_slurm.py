@@ -145,7 +145,7 @@ def sbatch(*args: str) -> None:
 
 def slurmd(job_id: str) -> None:
     """Run one job until it has ended."""
-    signal.alarm(120)
+    signal.alarm(600)
     job = Job(JOBS / job_id)
     array, _, place = job_id.partition("_")
     while job.state == "PENDING":

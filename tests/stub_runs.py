@@ -15,7 +15,7 @@ from pathlib import Path
 signal.alarm(60)  # a stub that waits in vain ends
 given = dict(word.removeprefix("--").split("=", 1) for word in sys.argv[1:] if "=" in word)
 folder = Path(given["run.root"], given["run.topic"], given["run.study"], given["run.name"])
-if "auto_resume" in given and (folder / "checkpoints/last.ckpt").exists():
+if "--auto_resume" in sys.argv and (folder / "checkpoints/last.ckpt").exists():
     given["ckpt_path"] = "last"
 (folder / "checkpoints").mkdir(parents=True, exist_ok="ckpt_path" in given)
 seen = ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "SLURM_PROCID", "WANDB_RUN_ID", "WANDB_PROJECT")

@@ -181,7 +181,7 @@ def task_of(run: Run) -> Callable[[], object]:
     changes = run.environment()
     removed = [word for name, value in changes.items() if value is None for word in ("-u", name)]
     added = [f"{name}={value}" for name, value in changes.items() if value is not None]
-    words = ["env", *removed, *added, *run.command, "--auto_resume=true"]
+    words = ["env", *removed, *added, *run.command, "--auto_resume"]
     return functools.partial(os.execvp, "sh", ["sh", "-c", _BECOME_THE_RUN, str(run.log.absolute()), *words])
 
 

@@ -220,9 +220,9 @@ def test_runs_are_jobs_of_the_local_executor_of_submitit(slurm, llm_train, sweep
     monkeypatch.setattr(command, "SlurmLauncher", OnThisMachine)
     path = sweep(parameters=GRID | {"end": {"values": ["well", "fails"]}})
     done = llm_train("study", path, "--launcher=slurm", "--runs=2")
-    assert done.code == 1
-    assert "[1/2] lr=0.3,seed=1,end=well  val/loss 0.1500" in done.err
-    assert "[2/2] lr=0.3,seed=1,end=fails  failed: " in done.err
+    assert (done.code, "(1 of 2 runs done, 1 failed)" in done.err) == (1, True)
+    assert "] lr=0.3,seed=1,end=well  val/loss 0.1500" in done.err
+    assert "] lr=0.3,seed=1,end=fails  failed: " in done.err
 
 
 def test_what_a_launcher_cannot_do_costs_one_line(slurm, llm_train, sweep, monkeypatch, tmp_path):
