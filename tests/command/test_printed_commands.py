@@ -25,7 +25,7 @@ ELSEWHERE = {
     "study TOPIC/STUDY --jobs 8": "tests/study",
     "study TOPIC/STUDY --launcher slurm --slurm.partition gpu --slurm.gpus 1 --slurm.time 8:00:00": "tests/study",
     "study TOPIC/STUDY --launcher slurm --slurm.nodes 2 --slurm.ntasks_per_node 8 --slurm.gpus_per_node 8 "
-    "-- -c trainer/slurm --trainer.num_nodes=2": "tests/study",
+    "-- -c trainer/slurm --trainer.num_nodes 2": "tests/study",
     "fit -c FILE.yaml --trainer.callbacks+ my_package.MyCallback": "tests/command/test_working_folder.py",
 }
 READS_TOKENIZER = ROOT / "experiments" / TINY.parent.name / "offline.yaml"
