@@ -29,12 +29,81 @@ from torch.utils.data import DataLoader, Dataset, SequentialSampler
 from lightning_modules.common.ranges import NonNegativeInt, PositiveInt
 
 # Maps an epoch to its positions in order, (n,) int64. The same epoch always gives the same order.
-Order = Callable[[int], Tensor]
+Order = Callable[[int], "Tensor | LazyOrder"]
+
+MOST_IN_MEMORY = 2**26  # positions of an order that is kept in memory, half a gigabyte
+
+_MIX = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)  # of SplitMix64
+_ROUNDS = 6
 
 
 def shuffled(n: int, seed: int) -> Order:
     """Return the order that shuffles 0 to n - 1 in each epoch."""
+    if n > MOST_IN_MEMORY:
+        return lambda epoch: LazyOrder(n, Permutation(n, seed, epoch))
     return lambda epoch: torch.from_numpy(np.random.default_rng([seed, epoch]).permutation(n))
+
+
+class LazyOrder:
+    """An order of which only the positions that are asked for are computed.
+
+    Args:
+        n: Number of positions.
+        compute: Maps places in the order, (k,) int64, to positions, (k,) int64.
+    """
+
+    def __init__(self, n: int, compute: Callable[[np.ndarray], np.ndarray]) -> None:
+        self.n, self.compute = n, compute
+
+    def __len__(self) -> int:
+        return self.n
+
+    def __getitem__(self, places: slice) -> Tensor:
+        """Return the positions at some consecutive places, (k,) int64."""
+        return torch.from_numpy(self.compute(np.arange(*places.indices(self.n), dtype=np.int64)))
+
+    def __add__(self, offset: int) -> "LazyOrder":
+        """Return the order of the positions that are greater by an offset."""
+        return LazyOrder(self.n, lambda places: self.compute(places) + offset)
+
+
+class Permutation:
+    """A random permutation of 0 to n - 1 that is computed number by number, and so needs no memory.
+
+    A Feistel network permutes the numbers of an even number of bits: in each round, one half is combined with a hash of
+    the other (Luby and Rackoff 1988, https://doi.org/10.1137/0217022). What it maps to n or more is mapped again, until
+    it is less (Black and Rogaway 2002, https://doi.org/10.1007/3-540-45760-7_9).
+
+    Args:
+        n: Number of numbers.
+        *key: Numbers that choose the permutation.
+    """
+
+    def __init__(self, n: int, *key: int) -> None:
+        self.n = n
+        self._bits = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))  # of a half
+        self._keys = np.random.default_rng(key).integers(2**63, size=_ROUNDS).astype(np.uint64)
+
+    def __call__(self, numbers: np.ndarray) -> np.ndarray:
+        """Return where numbers of 0 to n - 1 are mapped to, in the same shape, int64."""
+        found = self._network(numbers.astype(np.uint64))
+        while (outside := found >= self.n).any():
+            found[outside] = self._network(found[outside])
+        return found.astype(np.int64)
+
+    def _network(self, numbers: np.ndarray) -> np.ndarray:
+        mask = (np.uint64(1) << self._bits) - np.uint64(1)
+        left, right = numbers >> self._bits, numbers & mask
+        for key in self._keys:
+            left, right = right, left ^ (hashed(right + key) & mask)
+        return (left << self._bits) | right
+
+
+def hashed(numbers: np.ndarray) -> np.ndarray:
+    """Return hashes of numbers, uint64: the last steps of SplitMix64 (Steele et al. 2014)."""
+    for factor, shift in zip(_MIX, (30, 27), strict=True):
+        numbers = (numbers ^ (numbers >> np.uint64(shift))) * np.uint64(factor)
+    return numbers ^ (numbers >> np.uint64(31))
 
 
 def _as_in_the_first_epoch(order: Order) -> Order:

@@ -7,6 +7,7 @@ are chosen so that the tokens of the pieces are the tokens of the document.
 import ast
 import hashlib
 import importlib
+import math
 import re
 import sys
 import sysconfig
@@ -531,3 +532,40 @@ class ListText(Source):
     def fingerprint(self) -> str:
         """Return a hash of the texts."""
         return digest(["ListText", self.texts])
+
+
+@dataclass
+class Mixture(Source):
+    """Several texts, of which pretraining takes shares by weight; elsewhere, one after the other.
+
+    An epoch has no window twice, and is as long as the text allows that is the first to be used up. The others go on in
+    the next epoch, so that each is read to its end before any of it is repeated.
+
+    Args:
+        sources: The texts: sources, files, folders, glob patterns, URLs or `hub:OWNER/NAME`, at least 2.
+        weights: Share of each in the training windows, more than 0; `[3, 1]` and `[0.75, 0.25]` mean the same.
+
+    Raises:
+        MisconfigurationException: If a weight is missing, or is not more than 0.
+    """
+
+    sources: list[AnySource]
+    weights: list[float]
+
+    def __post_init__(self) -> None:
+        if len(self.sources) < 2 or len(self.weights) != len(self.sources):
+            raise MisconfigurationException(
+                f"data.source: a mixture of {len(self.sources)} sources has {len(self.weights)} weights; give two "
+                "sources or more, and a weight for each"
+            )
+        if not all(0 < weight < math.inf for weight in self.weights):
+            raise MisconfigurationException(f"data.source: the weights {self.weights} must all be more than 0")
+        self.texts = [source_of(text, f"data.source.sources[{i}]") for i, text in enumerate(self.sources)]
+
+    def pieces(self) -> Iterator[Piece]:
+        """Yield the documents of the texts one after the other."""
+        return chain.from_iterable(text.pieces() for text in self.texts)
+
+    def fingerprint(self) -> str:
+        """Return a hash of the texts and their weights."""
+        return digest(["Mixture", [text.fingerprint() for text in self.texts], self.weights])

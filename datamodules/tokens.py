@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from functools import cached_property, partial
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -22,7 +23,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from datamodules.base import ExperimentDataModule, Order
+from datamodules.base import MOST_IN_MEMORY, ExperimentDataModule, LazyOrder, Order, Permutation, hashed
 from datamodules.cache import cache_root, digest
 from datamodules.fast_encoding import TextEncoder, fast_encoder
 from datamodules.sources import Piece, Source
@@ -93,6 +94,13 @@ class TokenFiles:
 
 
 Tokens = TokenFile | TokenFiles
+
+
+def joined(texts: Sequence[Tokens]) -> TokenFiles:
+    """Return several texts one after the other."""
+    files = [file for text in texts for file in (text.files if isinstance(text, TokenFiles) else [text])]
+    split = "; ".join(dict.fromkeys(text.split for text in texts))
+    return TokenFiles(tuple(file for file in files if file.n_tokens), split)
 
 
 class JoinedTokens:
@@ -499,7 +507,14 @@ def random_windows(n_tokens: int, block_size: int, seed: int) -> tuple[int, Orde
     n = n_tokens // block_size
     # After the last start there is room for a window and the target of its last token.
     last = n_tokens - block_size
-    return n, lambda epoch: torch.from_numpy(np.random.default_rng([seed, epoch]).integers(last, size=n))
+    if n <= MOST_IN_MEMORY:
+        return n, lambda epoch: torch.from_numpy(np.random.default_rng([seed, epoch]).integers(last, size=n))
+
+    def order(epoch: int) -> LazyOrder:
+        key = np.random.default_rng([seed, epoch]).integers(2**63).astype(np.uint64)
+        return LazyOrder(n, lambda places: (hashed(places.astype(np.uint64) + key) % np.uint64(last)).astype(np.int64))
+
+    return n, order
 
 
 def sequential_windows(n_tokens: int, block_size: int, seed: int) -> tuple[int, Order]:
@@ -511,10 +526,70 @@ def sequential_windows(n_tokens: int, block_size: int, seed: int) -> tuple[int, 
     n = max(1, n_tokens // block_size - 1)  # one less than would fit, to leave room for the offset
     spare = n_tokens - 1 - n * block_size
 
-    def order(epoch: int) -> Tensor:
+    def order(epoch: int) -> Tensor | LazyOrder:
         rng = np.random.default_rng([seed, epoch])
         offset = rng.integers(min(spare + 1, block_size))
+        if n > MOST_IN_MEMORY:
+            windows = Permutation(n, seed, epoch)
+            return LazyOrder(n, lambda places: offset + block_size * windows(places))
         return torch.from_numpy(offset + block_size * rng.permutation(n))
+
+    return n, order
+
+
+def mixed_windows(n_tokens: Sequence[int], weights: Sequence[float], block_size: int, seed: int) -> tuple[int, Order]:
+    """Return the number of windows in an epoch of several texts, and their order.
+
+    Each text is cut into windows, which have a random order of their own, round and round. An epoch takes the next ones
+    of each text, in proportion to the weights, and shuffles them. It is as long as it can be without a window that
+    occurs twice: one text is used up, and the next epoch takes up the others where this one has left them. Rounding
+    does not add up: after any number of epochs, the share of a text is right to a window.
+
+    Args:
+        n_tokens: Number of tokens of each text; the texts are one after the other in a file.
+        weights: Share of each text, more than 0, in any unit.
+        block_size: Length of a window, in tokens.
+        seed: Seed of the orders.
+
+    Raises:
+        MisconfigurationException: If a text is too short, or its weight too small for a window in an epoch.
+    """
+    begins = np.cumsum([0, *n_tokens[:-1]])
+    counts = [max(0, n - 1) // block_size for n in n_tokens]  # windows of each text
+    shares = [Fraction(str(weight)) for weight in weights]
+    total = sum(shares)
+    # An epoch has up to two windows of a text more than its share.
+    n = min(int((count - 2) * total / share) for count, share in zip(counts, shares, strict=True))
+    problems = [(i, "three are needed") for i, count in enumerate(counts) if count < 3]
+    problems += [(i, "an epoch has less than one of them") for i, share in enumerate(shares) if n * share < total]
+    for number, problem in problems[:1]:
+        raise MisconfigurationException(
+            f"data.source: source {number + 1} of the mixture has {counts[number]:,} training windows of {block_size} "
+            f"tokens, and {problem}: give it more text or a larger weight, or make data.block_size smaller"
+        )
+    bounds = [sum(shares[:i], Fraction(0)) / total for i in range(len(shares) + 1)]  # of the shares in an epoch
+    orders = [Permutation(count, seed, number) for number, count in enumerate(counts)]
+
+    def taken(epoch: int) -> np.ndarray:
+        """Return the number of windows of each text in the epochs before this one."""
+        return np.diff([round(epoch * n * bound) for bound in bounds])
+
+    def order(epoch: int) -> LazyOrder:
+        before = taken(epoch)
+        ends = np.cumsum(taken(epoch + 1) - before)
+        shuffle = Permutation(n, seed, epoch)
+
+        def starts(places: np.ndarray) -> np.ndarray:
+            numbers = shuffle(places)
+            texts = np.searchsorted(ends, numbers, side="right")
+            found = np.empty_like(numbers)
+            for text, begin in enumerate([0, *ends[:-1]]):
+                chosen = texts == text
+                window = orders[text]((before[text] + numbers[chosen] - begin) % counts[text])
+                found[chosen] = begins[text] + block_size * window
+            return found
+
+        return LazyOrder(n, starts)
 
     return n, order
 

@@ -3,10 +3,19 @@
 from functools import cached_property
 from typing import Literal
 
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.utils.data import DataLoader
 
-from datamodules.sources import AnySource, Source, source_of
-from datamodules.tokens import Split, TokenDataModule, Tokens, random_windows, sequential_windows
+from datamodules.sources import AnySource, Mixture, Source, source_of
+from datamodules.tokens import (
+    Split,
+    TokenDataModule,
+    Tokens,
+    joined,
+    mixed_windows,
+    random_windows,
+    sequential_windows,
+)
 from lightning_modules.common.messages import say
 from lightning_modules.common.ranges import NonNegativeInt, PositiveInt, Probability
 
@@ -19,14 +28,15 @@ class PretrainDataModule(TokenDataModule):
     the end of the text; `target_bytes` is the number of UTF-8 bytes of the targets.
 
     Args:
-        source: The text: a source, or a file, folder, glob pattern, URL or `hub:OWNER/NAME`, see `source_of`.
+        source: The text: a source, or a file, folder, glob pattern, URL or `hub:OWNER/NAME`, see `source_of`. A
+            `datamodules.sources.Mixture` takes shares of several by weight.
         block_size: Length of a window, in tokens (1 or more); the context that the model trains on.
         batch_size: Number of windows in a batch, over all processes (1 or more).
         tokenizer: `byte`; `character` (the characters of the source); a folder with a tokenizer.json, such as
             `tokenizer/` in a run of the topic bpe; such a file; or a name on the hub.
         windows: `random`: each window starts at a random token, and an epoch has as many windows as fit into the
             training text. `sequential`: an epoch is the text cut into blocks, in shuffled order; the boundaries move
-            from epoch to epoch.
+            from epoch to epoch. A mixture needs `sequential`; its boundaries do not move.
         split: `tail` holds out the end of the text. `documents` holds out documents, drawn by a hash of their
             beginning, so that copies share a split. `auto` does the same if there are more than 20, and holds out the
             end of each if there are fewer. `groups` is `auto`, but documents with many lines in common share a split.
@@ -41,7 +51,7 @@ class PretrainDataModule(TokenDataModule):
             for all. The test has all windows of its text.
 
     Raises:
-        MisconfigurationException: If the two fractions leave nothing to train on.
+        MisconfigurationException: If the two fractions leave nothing to train on, or a mixture has random windows.
     """
 
     def __init__(
@@ -64,6 +74,8 @@ class PretrainDataModule(TokenDataModule):
         fractions = 0.0 if val_source else val_fraction, 0.0 if test_source else test_fraction
         super().__init__(block_size, batch_size, tokenizer, *fractions, cache_dir, num_workers, seed)
         self.source: Source = source_of(source)
+        if isinstance(self.source, Mixture) and windows != "sequential":
+            raise MisconfigurationException(f"data.windows is {windows}: a mixture needs data.windows sequential")
         self.windows = windows
         self.split = split
         self.val_windows = val_windows
@@ -85,8 +97,12 @@ class PretrainDataModule(TokenDataModule):
 
     def train_dataloader(self) -> DataLoader:
         """Return the loader of the training windows."""
-        choose = random_windows if self.windows == "random" else sequential_windows
-        n, order = choose(self.files["train"].n_tokens, self.block_size, self.seed)
+        if isinstance(self.source, Mixture):
+            sizes = [files["train"].n_tokens for files in self._texts]
+            n, order = mixed_windows(sizes, self.source.weights, self.block_size, self.seed)
+        else:
+            choose = random_windows if self.windows == "random" else sequential_windows
+            n, order = choose(self.files["train"].n_tokens, self.block_size, self.seed)
         return self.training_loader(self.windows_of(self.files["train"]), n, order)
 
     def val_dataloader(self) -> DataLoader | list:
@@ -100,8 +116,16 @@ class PretrainDataModule(TokenDataModule):
     @cached_property
     def files(self) -> dict[str, Tokens]:
         """The token file of each split; the text is read, and tokenised if need be, at the first access."""
-        files = self.tokenize(self.source, self.split, self.val_fraction, self.test_fraction)
+        files = self._texts[0]
+        if isinstance(self.source, Mixture):
+            files = {side: joined([text[side] for text in self._texts]) for side in files}
         return files | {side: self.tokenize(source)["train"] for side, source in self.held_out.items()}
+
+    @cached_property
+    def _texts(self) -> list[dict[str, Tokens]]:
+        """The token files of the text, or of each text of a mixture."""
+        sources = self.source.texts if isinstance(self.source, Mixture) else [self.source]
+        return [self.tokenize(source, self.split, self.val_fraction, self.test_fraction) for source in sources]
 
     def _covering(self, side: str) -> DataLoader | list:
         if self.files[side].n_tokens < 2:

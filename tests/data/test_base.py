@@ -14,7 +14,8 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.utils.data import Dataset, SequentialSampler
 
 import datamodules
-from datamodules.base import ExperimentDataModule, GlobalBatches, shuffled
+from datamodules import base
+from datamodules.base import ExperimentDataModule, GlobalBatches, Permutation, shuffled
 from lightning_modules.common.ranges import NonNegativeInt, PositiveInt
 
 
@@ -205,3 +206,42 @@ def test_the_datamodules_of_all_topics_have_the_same_ranges(topic):
         assert types.get("batch_size", PositiveInt) is PositiveInt
         assert types.get("num_workers", NonNegativeInt) is NonNegativeInt
         assert types.get("seed", NonNegativeInt) is NonNegativeInt
+
+
+# --- orders that are computed when they are needed -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 16, 17, 1000])
+def test_a_permutation_has_each_number_once(n):
+    numbers = np.arange(n)
+    permutation = Permutation(n, 1, 2)
+    assert sorted(permutation(numbers)) == numbers.tolist()
+    assert permutation(numbers[::-1]).tolist() == permutation(numbers)[::-1].tolist()
+    assert permutation(numbers).tolist() == Permutation(n, 1, 2)(numbers).tolist()
+    assert n < 17 or permutation(numbers).tolist() not in (Permutation(n, 1, 3)(numbers).tolist(), numbers.tolist())
+
+
+def test_a_permutation_is_random():
+    """Compare the places of each number over many keys, and its neighbours, with those of a uniform permutation."""
+    places = np.stack([Permutation(10, seed)(np.arange(10)) for seed in range(1_000)])
+    counts = np.stack([np.bincount(column, minlength=10) for column in places.T])
+    assert abs(counts - 100).max() < 48  # five standard deviations
+    neighbours = (np.diff(places) == 1).sum()
+    assert abs(neighbours - 1_000 * 9 / 10) < 150
+    large = Permutation(10**12, 0)(np.arange(10**11, 10**11 + 20_000))
+    assert len(set(large.tolist())) == 20_000
+    assert abs(large.mean() / 10**12 - 0.5) < 0.02
+    assert abs(np.corrcoef(large[1:], large[:-1])[0, 1]) < 0.04
+
+
+@pytest.mark.parametrize("make", [shuffled, lambda n, seed: lambda epoch: shuffled(n, seed)(epoch) + 7])
+def test_an_order_that_does_not_fit_into_memory_has_each_position_once(monkeypatch, make):
+    in_memory = make(101, 3)(2)
+    monkeypatch.setattr(base, "MOST_IN_MEMORY", 100)
+    order = make(101, 3)
+    assert sorted(order(2)[:].tolist()) == sorted(in_memory.tolist())
+    assert order(2)[:].tolist() != order(1)[:].tolist()
+    ranks = [GlobalBatches(101, order, 10, rank, 2) for rank in range(2)]
+    ranks[0].skip = ranks[1].skip = 3
+    shares = [[batch.tolist() for batch in rank] for rank in ranks]
+    assert [one + two for one, two in zip(*shares, strict=True)] == order(0)[30:100].view(7, 10).tolist()
