@@ -181,3 +181,9 @@ def test_samples_can_be_left_out_so_that_no_process_holds_the_whole_model(jobs, 
     assert not (jobs / RUNS / "32-true/samples.md").exists()
     line = "SampleText is left out: it needs the whole model, and trainer.strategy.whole_model is false\n"
     assert (jobs / "output.txt").read_text().count(line) == 1
+
+
+def test_float16_is_refused_in_one_line(llm_train, tiny):
+    refused = llm_train("fit", "-c", tiny(), *forks.SHARDED[:2], "--trainer.accelerator=cpu", precision("16-mixed"))
+    assert (refused.code, len(refused.err.splitlines())) == (1, 1), refused.err
+    assert "precision='16-mixed'" in refused.err
