@@ -7,6 +7,7 @@ import socket
 import threading
 import tracemalloc
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from unittest import mock
 
@@ -323,6 +324,69 @@ def test_short_texts_are_texts(tmp_path, content):
     assert list(source_of("a.txt").documents()) == [content.decode().replace("\r", "")]
 
 
+# --- parts -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_parts(monkeypatch):
+    monkeypatch.setattr(sources, "PART_SIZE", 50)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.text("ab \n\r\té終\u3000", max_size=60), min_size=1, max_size=4))
+def test_the_parts_of_files_are_the_whole(tmp_path_factory, texts):
+    folder = tmp_path_factory.mktemp("parts")
+    for number, one in enumerate(texts):
+        (folder / f"{number}.txt").write_bytes(("\ufeffx" + one).encode())
+    with mock.patch.object(sources, "PART_SIZE", 20):
+        parts = Files(str(folder)).parts()
+        again = [list(part.pieces()) for part in parts]
+    whole = list(Files(str(folder)).documents())
+    pieces = list(chain.from_iterable(again))
+    assert "".join(text for text, _ in pieces) == "".join(whole)
+    assert sum(ends_document for _, ends_document in pieces) == len(whole) == len(texts)
+    begins = True
+    for part, pieces in zip(parts, again, strict=True):
+        assert begins == (not part.opening())
+        begins = pieces[-1].ends_document
+
+
+def test_a_text_is_cut_at_lines_and_files_that_cannot_be_cut_stay_whole(small_parts):
+    lines = "".join(f"line {number}\n" for number in range(40))
+    Path("a.txt").write_text(lines)
+    with gzip.open("b.txt.gz", "wt") as file:
+        file.write(os.urandom(100).hex())
+    Path("c.csv").write_text("text\n" + lines)
+    rows = "".join(f'{{"text": "row {number}", "other": "x"}}\n' for number in range(40))
+    Path("d.jsonl").write_text(rows)
+    assert len(source_of("a.txt").parts()) == 7
+    assert all(next(part.pieces()).text.startswith("line ") for part in source_of("a.txt").parts())
+    assert [len(source_of(name).parts()) for name in ("b.txt.gz", "c.csv")] == [1, 1]
+    parts = source_of("d.jsonl:other").parts()
+    assert len(parts) > 10
+    assert [text for part in parts for text in part.documents()] == ["x"] * 40
+    assert len(TextFiles("d.jsonl").parts()) > 10
+    assert "".join(text for part in TextFiles("d.jsonl").parts() for text in part.documents()) == rows
+    several = source_of(["a.txt", "b.txt.gz", "c.csv", "d.jsonl"])
+    assert [*chain.from_iterable(part.pieces() for part in several.parts())][-1] == Piece("row 39", True)
+
+
+def test_parts_of_rows_share_the_column_of_the_first(small_parts):
+    rows = ['{"a": "one", "n": 1}'] * 9 + ['{"a": "two", "b": "other"}'] * 9
+    Path("a.jsonl").write_text("\n".join(rows))
+    found = [text for part in source_of("a.jsonl").parts() for text in part.documents()]
+    assert found == ["one"] * 9 + ["two"] * 9
+
+
+def test_an_error_in_a_part_has_its_place(small_parts):
+    Path("a.txt").write_bytes(b"some text\n" * 30 + b"\xe9\n")
+    with pytest.raises(MisconfigurationException, match="byte 300 cannot be decoded"):
+        list(source_of("a.txt").parts()[-1].pieces())
+    Path("a.jsonl").write_text('{"text": "a"}\n' * 20 + "[\n")
+    with pytest.raises(MisconfigurationException, match=r"a.jsonl, line 4 after byte 238: is no JSON object"):
+        list(source_of("a.jsonl").parts()[-1].pieces())
+
+
 # --- HubText ---------------------------------------------------------------------------------------------------------
 
 
@@ -341,6 +405,39 @@ def test_rows_are_documents(dataset, streaming):
     source = HubText(str(dataset), streaming=streaming)
     assert list(source.pieces()) == [Piece("one", True), Piece("two\nlines", True)]
     assert list(HubText(str(dataset), streaming=streaming, max_documents=1).documents()) == ["one"]
+
+
+@pytest.fixture
+def many_files(dataset):
+    """Return a dataset of seven Parquet files of three rows, each a row group."""
+    import pyarrow
+    from pyarrow import parquet
+
+    (dataset / "train.jsonl").unlink()
+    for number in range(7):
+        rows = pyarrow.table({"text": [f"{number} {row}" for row in range(3)], "id": [1, 2, 3]})
+        parquet.write_table(rows, dataset / f"train-{number}.parquet", row_group_size=1)
+    return dataset
+
+
+@pytest.mark.parametrize("most", [4, 7, 12, 512])
+@pytest.mark.parametrize("streaming", [True, False])
+def test_the_parts_of_a_dataset_are_its_files_row_groups_or_rows(many_files, streaming, most, monkeypatch):
+    monkeypatch.setattr(sources, "MOST_PARTS", most)
+    monkeypatch.setattr(sources, "PART_SIZE", 40)
+    source = HubText(str(many_files), streaming=streaming)
+    parts = [list(part.documents()) for part in source.parts()]
+    assert list(chain.from_iterable(parts)) == [f"{number} {row}" for number in range(7) for row in range(3)]
+    assert len(parts) == (min(most, 21) if streaming else min(most, source._rows.dataset_size // 40))
+    assert all(part.opening() == "" for part in source.parts())
+    assert len({part.fingerprint() for part in source.parts()}) == len(parts) > 1
+    assert HubText(str(many_files), streaming=streaming, max_documents=3).parts()[1:] == []
+
+
+def test_an_error_in_a_part_of_a_dataset_names_the_part(many_files):
+    part = HubText(str(many_files), column="id").parts()[2]
+    with pytest.raises(MisconfigurationException, match="row 0 of part 2 of 21: column id holds int, not text"):
+        list(part.pieces())
 
 
 def test_a_missing_column_lists_those_there_are(dataset):
