@@ -1,11 +1,13 @@
 """Files of text and of rows: finding them by path, folder, glob or URL, and decoding them."""
 
+import contextlib
 import glob
 import gzip
 import hashlib
 import io
 import re
 import shutil
+import time
 import zlib
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
@@ -15,7 +17,7 @@ from urllib.parse import urlparse
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from datamodules.cache import cache_root, digest
-from lightning_modules.common.files import atomic_file
+from lightning_modules.common.files import atomic_file, write_text
 from lightning_modules.common.messages import first_line, say
 
 # Endings of the files that are read from a folder; each may be followed by .gz. A file that is named is read as text
@@ -26,6 +28,8 @@ ROWS = (*JSON_LINES, ".json", ".csv", ".tsv", ".parquet")
 
 READ_ERRORS = (OSError, EOFError, zlib.error)  # of files, the last two of damaged .gz files
 
+_LARGE = 2**26  # bytes of a file whose hash is kept
+_SETTLED = 60  # seconds since the last change of a file whose hash is kept
 _CHUNK = 2**20  # characters that are decoded at once
 _BINARY = 0.01  # a text has no zero bytes; a file with a larger share of them in a chunk is refused
 
@@ -93,10 +97,22 @@ def _files_of(folder: Path) -> list[str]:
 def identity_of(path: Path) -> list[str]:
     """Return the path and a hash of the content of a file.
 
-    A file can change within its size and modification time. Hashing takes one to two seconds a gigabyte.
+    Hashing takes one to two seconds a gigabyte, so the hash of a large file is kept in the cache. It is used as long as
+    the system has counted no change of the file: a user can set the time of the last modification, but not this one.
     """
+    state = path.stat()
+    name = digest([str(path.resolve()), state.st_size, state.st_mtime_ns, state.st_ctime_ns, state.st_ino])
+    kept = cache_root() / "hashes" / name
+    is_large = state.st_size >= _LARGE
+    if is_large and kept.is_file() and re.fullmatch("[0-9a-f]{128}", known := kept.read_text()):
+        return [str(path.resolve()), known]
     with path.open("rb") as file:
-        return [str(path.resolve()), hashlib.file_digest(file, "blake2b").hexdigest()]
+        found = hashlib.file_digest(file, "blake2b").hexdigest()
+    # A file that is still written may change again within the resolution of its times.
+    if is_large and time.time() - state.st_ctime > _SETTLED:
+        with contextlib.suppress(OSError):  # a cache that cannot be written
+            write_text(kept, found)
+    return [str(path.resolve()), found]
 
 
 def open_bytes(path: Path, begin: int = 0, end: int | None = None) -> BinaryIO:

@@ -324,6 +324,27 @@ def test_short_texts_are_texts(tmp_path, content):
     assert list(source_of("a.txt").documents()) == [content.decode().replace("\r", "")]
 
 
+def test_the_hash_of_a_large_file_is_kept_until_the_file_changes(tmp_path, cache, monkeypatch):
+    file = tmp_path / "a.txt"
+    file.write_text("text")
+    before = TextFiles(str(file)).fingerprint()
+    monkeypatch.setattr("datamodules.files._LARGE", 4)
+    assert TextFiles(str(file)).fingerprint() == before
+    assert not (cache / "hashes").exists()  # the file has just been written
+    monkeypatch.setattr("datamodules.files._SETTLED", -1)
+    assert TextFiles(str(file)).fingerprint() == before
+    with mock.patch("hashlib.file_digest", side_effect=AssertionError):
+        assert TextFiles(str(file)).fingerprint() == before
+    state = file.stat()
+    file.write_text("next")
+    os.utime(file, ns=(state.st_atime_ns, state.st_mtime_ns))
+    assert TextFiles(str(file)).fingerprint() != before
+    for kept in (cache / "hashes").iterdir():
+        kept.write_text("damaged")
+    file.write_text("text")
+    assert TextFiles(str(file)).fingerprint() == before
+
+
 # --- parts -----------------------------------------------------------------------------------------------------------
 
 
