@@ -30,6 +30,7 @@ COMMANDS = {
     "claims": ("experiments.claims.command", "check the claims of the experiments against records of runs"),
     "new": ("experiments.new_topic.command", "write a small working topic, to be replaced by your own"),
     "copy": ("experiments.copy_experiment", "copy an experiment, study or preset, to be edited"),
+    "convert": ("experiments.convert", "make whole files of checkpoints that were saved in shards"),
     "schema": ("experiments.help.editor", "print the JSON schema of the YAML files, for editors"),
     "completion": ("experiments.help.completion", "print a completion script for the shell"),
 }

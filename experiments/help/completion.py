@@ -109,7 +109,7 @@ def _words(command: str, current: str) -> Iterator[str]:
             yield from listing.KINDS
         case "completion":
             yield from _SCRIPTS
-        case "compare":
+        case "compare" | "convert":
             yield from _files(current)
         case "claims":  # of the topics of a checkout, else of the project
             yield from (file.parent.name for root in names.ROOTS[1:] for file in root.glob("*/claims.yaml"))

@@ -3,10 +3,11 @@
 import os
 import pickle
 import re
+import shutil
 import zipfile
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -15,6 +16,7 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_modules.common.files import atomic_file
+from lightning_modules.runtime import shards
 
 _FOLDER = 0x10  # among the attributes of a member of a zip archive
 
@@ -66,12 +68,13 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             raise OSError(error.errno, reason, str(path)) from error
 
     def load_checkpoint(self, path: str | Path, map_location: Any = "cpu", weights_only: bool | None = None) -> dict:
-        """Load a checkpoint without running code from it; `weights_only` is ignored.
+        """Load a checkpoint, also one in shards, without running code from it; `weights_only` is ignored.
 
         Raises:
             MisconfigurationException: If the file is missing, damaged, not a checkpoint, or holds pickled code.
         """
-        return self._load(Path(path), map_location=map_location)
+        rest, files = self.load_parts(path, map_location=map_location)
+        return shards.put_together(rest, shards.whole(files)) if files else rest
 
     def load_model(self, path: str | Path) -> dict[str, Any]:
         """Load a checkpoint for inference: without the states of its optimisers, which are most of it.
@@ -81,8 +84,46 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         Raises:
             MisconfigurationException: As in `load_checkpoint`.
         """
-        checkpoint = self._load(Path(path), map_location="cpu", mmap=True)
-        return {name: part for name, part in checkpoint.items() if name != "optimizer_states"}
+        rest, files = self.load_parts(path, map_location="cpu", mmap=True)
+        if files:
+            files = [{place: t for place, t in file.items() if place.startswith("state_dict/")} for file in files]
+            rest = shards.put_together(rest, shards.whole(files))
+        return {name: part for name, part in rest.items() if name != "optimizer_states"}
+
+    def load_parts(self, path: str | Path, **options: Any) -> tuple[dict[str, Any], list[shards.Tensors]]:
+        """Return a checkpoint, and the files of its shards: none if it is whole.
+
+        Args:
+            path: Path of the file.
+            **options: Arguments of `torch.load`.
+
+        Raises:
+            MisconfigurationException: As in `load_checkpoint`.
+        """
+        checkpoint = self._load(Path(path), **options)
+        if shards.SHARDS not in checkpoint:
+            return checkpoint, []
+        folder = shards.folder_of(Path(path), checkpoint)
+        files = [folder / f"{number}.ckpt" for number in range(checkpoint[shards.SHARDS]["n"])]
+        return checkpoint, [self._load(file, **options)["state_dict"] for file in files]
+
+    def shards_of(self, path: Path) -> Path | None:
+        """Return the folder of the shards of a checkpoint; `None` if it is whole.
+
+        Raises:
+            MisconfigurationException: As in `load_checkpoint`.
+        """
+        checkpoint = self._load(path, map_location="meta")
+        return shards.folder_of(path, checkpoint) if shards.SHARDS in checkpoint else None
+
+    def remove_unused_shards(self, folder: Path) -> None:
+        """Remove the shards in a folder of checkpoints that belong to none of them."""
+        used = set()
+        for path in folder.glob("*.ckpt"):
+            with suppress(MisconfigurationException):  # a damaged one cannot be resumed from
+                used.add(self.shards_of(path))
+        for unused in shards.folders_in(folder) - used:
+            shutil.rmtree(unused)
 
     def _load(self, path: Path, **options: Any) -> dict[str, Any]:
         if not path.is_file():

@@ -16,6 +16,7 @@ from lightning_modules.finetuning.bases import context_of
 from lightning_modules.runtime.checkpoint import RunCheckpoint
 from lightning_modules.runtime.checkpoint_io import AtomicCheckpointIO
 from lightning_modules.runtime.model_card import model_card
+from lightning_modules.runtime.sharded import saves_shards
 
 if TYPE_CHECKING:  # imported where used: transformers is slow to import
     from transformers import PreTrainedTokenizerFast
@@ -55,6 +56,9 @@ class ExportModel(L.Callback):
         if not self._is_in_charge(trainer, pl_module) or not hasattr(pl_module, "save_pretrained"):
             return
         if (run / "model").is_dir() and not self._has_trained:
+            return
+        if saves_shards(trainer):
+            say(f"export: no model/, for the checkpoints are in shards; llm-train convert {run} makes whole files")
             return
         files = [file for name in ("best", "last") if (file := run / f"checkpoints/{name}.ckpt").is_file()]
         if not files:

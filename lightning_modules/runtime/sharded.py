@@ -8,6 +8,7 @@ https://arxiv.org/abs/2304.11277; Micikevicius et al., "Mixed Precision Training
 https://arxiv.org/abs/1710.03740. Tutorial: https://docs.pytorch.org/tutorials/intermediate/FSDP_tutorial.html
 """
 
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -20,6 +21,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
+    get_model_state_dict,
     get_optimizer_state_dict,
     set_model_state_dict,
     set_optimizer_state_dict,
@@ -29,7 +31,8 @@ from torch.optim import Optimizer
 
 from lightning_modules.common.messages import say
 from lightning_modules.finetuning.adapters import linear_layers
-from lightning_modules.runtime import private_names
+from lightning_modules.runtime import private_names, shards
+from lightning_modules.runtime.checkpoint_io import AtomicCheckpointIO
 
 
 def _evaluated(step: str) -> Callable[..., Any]:
@@ -71,6 +74,9 @@ class FullyShardedStrategy(ModelParallelStrategy):
             float32 until then.
         whole_model: Whether each process may hold the whole model while samples are generated. `false` leaves out the
             callbacks that need it, and says so.
+        save_distributed_checkpoint: Whether each process saves its share of a checkpoint in a file of its own, for a
+            model that is too large for the memory of one machine. `model/` is not written then. Every layout can load
+            such a checkpoint; `llm-train convert` makes one file of it.
     """
 
     def __init__(
@@ -79,8 +85,10 @@ class FullyShardedStrategy(ModelParallelStrategy):
         cpu_offload: bool = False,
         sync_every_batch: bool = True,
         whole_model: bool = True,
+        save_distributed_checkpoint: bool = False,
     ) -> None:
-        super().__init__(tensor_parallel_size=1, save_distributed_checkpoint=False)
+        super().__init__(tensor_parallel_size=1, save_distributed_checkpoint=save_distributed_checkpoint)
+        self.saves_shards = save_distributed_checkpoint
         self.activation_checkpointing = activation_checkpointing
         self.cpu_offload = cpu_offload
         self.sync_every_batch = sync_every_batch
@@ -90,6 +98,7 @@ class FullyShardedStrategy(ModelParallelStrategy):
         self._order: list[FSDPModule] = []  # in which an evaluation uses the blocks
         self._is_evaluating = False
         self._left_out: set[str] = set()  # callbacks
+        self._has_loaded_shares = False
 
     # --- processes ----------------------------------------------------------------------------------------------------
 
@@ -256,25 +265,68 @@ class FullyShardedStrategy(ModelParallelStrategy):
         """Whether Lightning passes the states of the optimisers, as it does with strategies that do not shard."""
         return True
 
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
+        """Save a checkpoint: on rank 0 one with whole tensors, or the share of each process (see `shards.py`)."""
+        if not self.saves_shards:
+            super().save_checkpoint(checkpoint, filepath, storage_options)
+            return
+        file = Path(self.broadcast(filepath))
+        folder = shards.new_folder(file, checkpoint["global_step"], self.broadcast(uuid.uuid4().hex[:8]))
+        rest, tensors = shards.taken_apart(checkpoint)
+        mine = {"state_dict": shards.share(tensors, self.global_rank)}
+        files = AtomicCheckpointIO()
+        files.save_checkpoint(mine, folder / f"{self.global_rank}.ckpt")
+        self.barrier()
+        if self.is_global_zero:
+            rest[shards.SHARDS] = {"folder": folder.name, "n": self.world_size}
+            files.save_checkpoint(rest, file)
+            files.remove_unused_shards(file.parent)
+
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
-        """Load a checkpoint as other strategies do: check its checksums, and run no code from it."""
-        return self.checkpoint_io.load_checkpoint(checkpoint_path)
+        """Load a checkpoint as other strategies do: check its checksums, and run no code from it.
+
+        Of a checkpoint in shards, a process reads its share only.
+        """
+        if not isinstance(self.checkpoint_io, AtomicCheckpointIO):
+            return self.checkpoint_io.load_checkpoint(checkpoint_path)
+        # The processes of a machine map the same memory.
+        rest, files = self.checkpoint_io.load_parts(checkpoint_path, map_location="cpu", mmap=True)
+        self._has_loaded_shares = bool(files)
+        if not files:
+            return rest
+        weights = self.model.state_dict()
+        parameters = dict(self.model.named_parameters())
+        of_optimizers = [[parameters[name] for name in self._names(optimizer)] for optimizer in self.optimizers]
+        tensors = {}
+        for place in files[0]:
+            kind, _, name = place.partition("/")
+            if kind == "state_dict":
+                tensors[place] = shards.rows_like(files, place, weights.get(name, torch.empty(0)))
+            elif of_optimizers:  # not in an evaluation
+                number, parameter, _ = name.split("/")
+                tensors[place] = shards.rows_like(files, place, of_optimizers[int(number)][int(parameter)])
+        return shards.put_together(rest, tensors)
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """Return the weights in the memory of the host: whole on rank 0 and none on the others, or sharded."""
+        options = StateDictOptions(full_state_dict=not self.saves_shards, cpu_offload=True)
+        return get_model_state_dict(self.model, options=options)
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        """Load the weights of a whole checkpoint into the shards."""
-        options = StateDictOptions(full_state_dict=True, strict=strict)
+        """Load the weights of a checkpoint into the shards."""
+        options = StateDictOptions(full_state_dict=not self._has_loaded_shares, strict=strict)
         set_model_state_dict(self.model, checkpoint["state_dict"], options=options)
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """Return the whole state of an optimiser on rank 0, as one process would; an empty one on the other ranks."""
+        """Return the state of an optimiser, numbered as on one process; it is whole on rank 0, or sharded."""
         optimizer = getattr(optimizer, "optimizer", optimizer)  # Lightning wraps it
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        options = StateDictOptions(full_state_dict=not self.saves_shards, cpu_offload=True)
         state = get_optimizer_state_dict(self.model, optimizer, options=options)
         return _renamed(state, {name: i for i, name in enumerate(self._names(optimizer))})
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        """Load the states of the optimisers of a whole checkpoint into the shards."""
-        options = StateDictOptions(full_state_dict=True)
+        """Load the states of the optimisers of a checkpoint into the shards."""
+        options = StateDictOptions(full_state_dict=not self._has_loaded_shares)
         for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
             named = _renamed(state, dict(enumerate(self._names(optimizer))))
             set_optimizer_state_dict(self.model, optimizer, named, options=options)
@@ -283,6 +335,11 @@ class FullyShardedStrategy(ModelParallelStrategy):
         """Return the names of the parameters in the order by which the optimiser numbers their states."""
         names = {parameter: name for name, parameter in self.model.named_parameters()}
         return [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def saves_shards(trainer: L.Trainer) -> bool:
+    """Return whether the checkpoints of a run are in shards."""
+    return isinstance(trainer.strategy, FullyShardedStrategy) and trainer.strategy.saves_shards
 
 
 def require_whole_weights(trainer: L.Trainer, callback: str) -> None:

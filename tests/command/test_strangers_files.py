@@ -150,6 +150,7 @@ ON_THE_RUN = {
     "study": [["journal.log"], ["config.yaml", "--dry_run"]],
     "list": [["topics"], ["studies"]],
     "copy": [["config.yaml", "copied.yaml"]],
+    "convert": [["."]],
     "new": [["a/b"]],
     "claims": [["lost"]],
     "new-topic": [["a/b"]],

@@ -48,6 +48,7 @@ def jobs(tiny, forked, tmp_path_factory, monkeypatch) -> Path:
     monkeypatch.setattr(ExperimentModule, "compile_backend", "aot_eager")
     fit = ("fit", "-c", tiny(**SETTINGS), "--auto_resume", "--run.name")
     dropout = (*forks.SHARDED, "--model.init_args.dropout=0.1", "--trainer.max_steps=3")
+    in_shards = "--trainer.strategy.save_distributed_checkpoint=true"
     activations = "--trainer.strategy.activation_checkpointing"
 
     def rank_1_dies(rank: int) -> None:
@@ -73,7 +74,7 @@ def jobs(tiny, forked, tmp_path_factory, monkeypatch) -> Path:
             (*fit, "kept", *dropout, activations, "false"),
             (*fit, "again", *dropout, activations, "true"),
             (*fit, "compiled", *dropout, activations, "false", "--model.compile=true"),
-            (*fit, "sharded", *forks.SHARDED, "--data.num_workers=1"),
+            (*fit, "sharded", *forks.SHARDED, in_shards, "--data.num_workers=1"),
         ]
         job = forks.start_ranks(
             2, *fit, "two", *forks.TWO_PROCESSES, prepare=rank_1_gets_a_signal, output=folder / "output.txt", then=then

@@ -12,9 +12,11 @@ import torch
 import yaml
 from held_weights import measure
 from helpers import LAST, RUNS, TINY, weights
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from shared_runs import own_world
 from torch.distributed.tensor import DTensor
 
+from lightning_modules.runtime.checkpoint_io import AtomicCheckpointIO
 from lightning_modules.runtime.samples import SampleText
 from lightning_modules.runtime.sharded import FullyShardedStrategy
 
@@ -40,7 +42,10 @@ SETTINGS = {
     ],
 }
 STRATEGY = "--trainer.strategy"
-ON_HOST = (f"{STRATEGY}.cpu_offload=true", f"{STRATEGY}.sync_every_batch=false", f"{STRATEGY}.whole_model=false")
+ON_HOST = [f"{STRATEGY}.{name}=true" for name in ("cpu_offload", "save_distributed_checkpoint")]
+ON_HOST += [f"{STRATEGY}.{name}=false" for name in ("sync_every_batch", "whole_model")]
+LONGER = ("--trainer.max_steps=4", "--trainer.val_check_interval=8")
+SHARDS = f"{RUNS}/32-true/checkpoints/best.ckpt"
 
 
 def precision(name: str) -> str:
@@ -126,6 +131,7 @@ def jobs(tiny, tmp_path_factory) -> Path:
         then = [
             (*fit, precision("bf16-true"), "--run.name=bf16-true", f"{STRATEGY}.activation_checkpointing=true"),
             (*fit, precision("32-true"), "--run.name=32-true", *ON_HOST),
+            (*fit, precision("32-true"), "--run.name=longer", *ON_HOST, "--ckpt_path", SHARDS, *LONGER),
         ]
         job = forks.start_ranks(2, *first, prepare=prepare, output=folder / "output.txt", then=then)
         (folder / "codes.txt").write_text(str(forks.wait(job)))
@@ -143,7 +149,8 @@ def test_sharded_processes_learn_what_one_process_does_in_the_same_precision(job
     one, sharded = whole(**SETTINGS, trainer__precision=name), jobs / RUNS / name
     for metric in ("train/loss", "val/loss", "val/train_text_loss"):
         torch.testing.assert_close(column(sharded, metric), column(one, metric), rtol=tolerance, atol=0)
-    dtypes = {weight.dtype for weight in weights(sharded / LAST).values()}
+    saved = AtomicCheckpointIO().load_checkpoint(sharded / LAST)["state_dict"]
+    dtypes = {weight.dtype for weight in saved.values()}
     assert dtypes == {torch.bfloat16 if name == "bf16-true" else torch.float32}
 
 
@@ -152,7 +159,7 @@ def test_gradients_are_added_up_over_processes_after_each_batch_or_once_a_step(j
     for rank in range(2):
         counted = json.loads((jobs / f"gathered_{rank}.txt").read_text())
         found = [counted[f"reductions, {name}"] for name in ("bf16-true", "bf16-mixed", "32-true")]
-        assert found == [units * batches, units * steps, units * steps]
+        assert found == [units * batches, units * steps, units * (steps + 1)]  # the last is the step of `longer`
 
 
 def test_nothing_is_kept_of_the_weights_of_blocks_between_forward_and_backward_pass(jobs, whole):
@@ -180,10 +187,53 @@ def test_samples_can_be_left_out_so_that_no_process_holds_the_whole_model(jobs, 
     assert [line for line in ours if "val/loss" not in line] == [line for line in expected if "val/loss" not in line]
     assert not (jobs / RUNS / "32-true/samples.md").exists()
     line = "SampleText is left out: it needs the whole model, and trainer.strategy.whole_model is false\n"
-    assert (jobs / "output.txt").read_text().count(line) == 1
+    assert (jobs / "output.txt").read_text().count(line) == 2  # in the two runs of float32, once
 
 
 def test_float16_is_refused_in_one_line(llm_train, tiny):
     refused = llm_train("fit", "-c", tiny(), *forks.SHARDED[:2], "--trainer.accelerator=cpu", precision("16-mixed"))
     assert (refused.code, len(refused.err.splitlines())) == (1, 1), refused.err
     assert "precision='16-mixed'" in refused.err
+
+
+def test_each_process_saves_its_share_and_any_layout_goes_on_from_the_shares(jobs, llm_train, tiny):
+    best = jobs / SHARDS
+    (folder,) = [path for path in best.parent.iterdir() if path.is_dir()]
+    assert sorted(path.name for path in folder.iterdir()) == ["0.ckpt", "1.ckpt"]
+    assert best.samefile(best.with_name("last.ckpt"))
+    assert best.stat().st_size < 0.1 * sum(path.stat().st_size for path in folder.iterdir())
+    assert "export: no model/, for the checkpoints are in shards" in (jobs / "output.txt").read_text()
+    done = llm_train("fit", "-c", tiny(**SETTINGS), "--run.name=longer", "--ckpt_path", best, *LONGER)
+    assert done.code == 0, done.err
+    one, two = (AtomicCheckpointIO().load_checkpoint(run / LAST) for run in (RUNS / "longer", jobs / RUNS / "longer"))
+    for name, weight in one["state_dict"].items():
+        torch.testing.assert_close(two["state_dict"][name], weight, rtol=1e-3, atol=1e-4)
+    (one_state, two_state) = (checkpoint["optimizer_states"][0]["state"] for checkpoint in (one, two))
+    assert {i: set(state) for i, state in two_state.items()} == {i: set(state) for i, state in one_state.items()}
+    for i, state in one_state.items():
+        torch.testing.assert_close(two_state[i]["exp_avg"], state["exp_avg"], rtol=1e-3, atol=1e-5)
+
+
+def test_a_command_makes_whole_files_of_shards(jobs, llm_train):
+    run = RUNS / "32-true"
+    shutil.copytree(jobs / run, run)
+    files = AtomicCheckpointIO()
+    before = files.load_checkpoint(run / LAST)
+    done = llm_train("convert", run)
+    assert (done.code, [line.split()[0] for line in done.out.splitlines()]) == (0, ["wrote", "wrote"]), done.err
+    assert [path.name for path in sorted((run / "checkpoints").iterdir())] == ["best.ckpt", "last.ckpt"]
+    after = torch.load(run / LAST, weights_only=True)
+    assert str(after) == str(before)
+    again = llm_train("convert", run)
+    assert (again.code, [line.split()[0] for line in again.out.splitlines()]) == (0, ["whole", "whole"])
+    assert not (run / ".lock").exists()
+    refused = llm_train("convert", run.parent)
+    assert (refused.code, len(refused.err.splitlines())) == (1, 1), refused.err
+
+
+@pytest.mark.parametrize(("folder", "reason"), [("../shards_1_a", "refused"), ("shards_1_a", "no such checkpoint")])
+def test_a_checkpoint_names_no_shards_elsewhere(tmp_path, folder, reason):
+    file = tmp_path / "last.ckpt"
+    AtomicCheckpointIO().save_checkpoint({"state_dict": {}, "shards": {"folder": folder, "n": 1}}, file)
+    with pytest.raises(MisconfigurationException, match=reason):
+        AtomicCheckpointIO().load_checkpoint(file)
