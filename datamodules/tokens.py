@@ -73,7 +73,7 @@ class TokenFiles:
     files: tuple[TokenFile, ...]
     split: str = ""
 
-    @property
+    @cached_property
     def n_tokens(self) -> int:
         """Number of tokens in all files."""
         return sum(file.n_tokens for file in self.files)
@@ -169,7 +169,7 @@ def prepare_tokens(
     """
     parts = [_FORMAT, source.fingerprint(), tokenizer_fingerprint(tokenizer), split, val_fraction, test_fraction]
     folder = cache_dir / "tokens" / digest(parts)
-    if (files := _read(folder)) is not None:
+    if (files := prepared(folder)) is not None:
         return files
     fractions = val_fraction, test_fraction
     text = SplitDocuments(source) if split == "tail" else SplitDocuments(source, split, *fractions)
@@ -188,7 +188,7 @@ def prepare_tokens(
             f"the prepared text cannot be written to {folder.parent} ({error}): make room there, or choose another "
             "folder with data.cache_dir or $LLM_TRAIN_CACHE"
         ) from error
-    files = _read(folder)
+    files = prepared(folder)
     assert files is not None
     if announce:
         say(f"prepared text in {folder} (tokens: {describe_sizes(files)})")
@@ -200,7 +200,7 @@ def describe_sizes(files: Mapping[str, Tokens]) -> str:
     return ", ".join(f"{side} {file.n_tokens:,}" for side, file in files.items() if file.n_tokens)
 
 
-def _read(folder: Path) -> dict[str, Tokens] | None:
+def prepared(folder: Path) -> dict[str, Tokens] | None:
     """Return the token files in a folder, or `None` if one is missing or damaged."""
     try:
         meta = json.loads((folder / "meta.json").read_text())
@@ -249,14 +249,14 @@ def _write_folder(folder: Path, write: Callable[[Path], None], prefix: str = "un
 
 
 def _publish(fresh: Path, folder: Path, scrap: Path) -> None:
-    if _read(folder) is not None:
+    if prepared(folder) is not None:
         return  # another process has written the same files
     try:
         if folder.exists():
             os.rename(folder, scrap)
         os.rename(fresh, folder)
     except OSError:
-        if _read(folder) is None:
+        if prepared(folder) is None:
             raise
 
 
@@ -276,7 +276,7 @@ class _Parts:
 
     def missing(self) -> list[int]:
         """Return the numbers of the parts that no process has completed."""
-        self._missing = [number for number in self._missing if _read(self.folder / _name(number)) is None]
+        self._missing = [number for number in self._missing if prepared(self.folder / _name(number)) is None]
         return self._missing
 
     def write_missing(self) -> Iterator[int]:
@@ -293,7 +293,7 @@ class _Parts:
     def _write(self, number: int) -> bool:
         """Write a part, and return whether it is complete; if not, another process writes it."""
         folder, prefix = self.folder / _name(number), f"{_name(number)}-"
-        if _read(folder) is not None:
+        if prepared(folder) is not None:
             return True
         lock_file = folder.with_suffix(".lock")
         lock = try_lock(lock_file)
@@ -302,7 +302,7 @@ class _Parts:
         with lock:
             for unfinished in self.folder.glob(f"{prefix}*"):  # of a process that was killed
                 shutil.rmtree(unfinished, ignore_errors=True)
-            if _read(folder) is None:
+            if prepared(folder) is None:
                 _write_folder(folder, partial(_write_part, self.texts[number], self.tokenizer, number > 0), prefix)
             lock_file.unlink(missing_ok=True)
         return True

@@ -1,8 +1,9 @@
 """Two machines, simulated by two network namespaces: torchrun joins them, one is killed and starts again.
 
 Needs root and iproute2. Each machine has its own address and reaches the other through a pair of virtual network
-cards. An offline experiment trains on both. After its third validation, all processes of the second machine are killed,
-and the machine is started again. The job must end with the steps and weights of one process.
+cards. The first prepares a text of several parts, which both then read. An offline experiment trains on both. After its
+third validation, all processes of the second machine are killed, and the machine is started again. The job must end
+with the steps and weights of one process.
 """
 
 import os
@@ -19,12 +20,17 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from helpers import RUNS
 
+from datamodules.sources import PART_SIZE, PythonText
+
 ROOT = Path(__file__).parents[2]
 MACHINES = {"machine0": "10.77.0.1", "machine1": "10.77.0.2"}
 STEPS, EVERY = 200, 25
+EXPERIMENT = [
+    "-c", str(ROOT / "experiments" / RUNS.name / "offline.yaml"),
+    "--data.tokenizer=byte", "--data.source=text.txt", "--data.split=tail", "--model.n_layer=2",
+]  # fmt: skip
 FIT = [
-    "-m", "experiments", "fit", "-c", str(ROOT / "experiments" / RUNS.name / "offline.yaml"),
-    "--data.tokenizer=byte", "--data.source.kinds=[topics]", "--model.n_layer=2",
+    "-m", "experiments", "fit", *EXPERIMENT,
     f"--trainer.max_steps={STEPS}", f"--trainer.val_check_interval={EVERY}", "--trainer.limit_val_batches=8",
 ]  # fmt: skip
 ON_BOTH = [
@@ -47,6 +53,19 @@ def connect() -> None:
         ip("-n", name, "address", "add", f"{address}/24", "dev", f"card{number}")
         for card in (f"card{number}", "lo"):
             ip("-n", name, "link", "set", card, "up")
+
+
+def write_text(size: int) -> None:
+    """Write a text of at least this many bytes."""
+    text = "\n".join(PythonText(["topics"]).documents())
+    Path("text.txt").write_text(text * (1 + size // len(text)), encoding="utf-8")
+
+
+def prepare(name: str) -> str:
+    """Prepare the text on a machine, and return what that says."""
+    command = [sys.executable, "-m", "experiments", "prepare", *EXPERIMENT, "--processes=2"]
+    done = subprocess.run(["ip", "netns", "exec", name, *command], check=True, capture_output=True, text=True)
+    return next(line.split(" in /")[0] for line in done.stderr.splitlines() if line.startswith("preparing"))
 
 
 def start(name: str) -> subprocess.Popen:
@@ -92,9 +111,11 @@ if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
         os.environ["LLM_TRAIN_CACHE"] = f"{folder}/cache"
-        subprocess.run([sys.executable, *FIT, "--run.name=one"], check=True, capture_output=True)
+        write_text(3 * PART_SIZE)
         try:
             connect()
+            prepared = prepare("machine0")
+            subprocess.run([sys.executable, *FIT, "--run.name=one"], check=True, capture_output=True)
             first, second = (start(name) for name in MACHINES)
             wait_for_step(3 * EVERY)
             kill_all("machine1")
@@ -107,10 +128,14 @@ if __name__ == "__main__":
                 kill_all(name)
                 ip("netns", "delete", name)
         seconds = time.monotonic() - killed
-        said = [line for line in Path("machine0.log").read_text().splitlines() if "resuming from" in line]
+        logs = [line for name in MACHINES for line in Path(f"{name}.log").read_text().splitlines()]
+        said = [line for line in logs if "resuming from" in line]
+        again = sum("prepar" in line for line in logs)
         one, two = last("one"), last("two")
         gap = max((one["state_dict"][name] - two["state_dict"][name]).abs().max() for name in one["state_dict"])
     print("| what | figure |\n|---|---|")
+    print(f"| on the first machine | {prepared} |")
+    print(f"| texts prepared again by the job | {again} |")
     print(f"| exit codes | {codes} |")
     print(f"| after the kill | {'; '.join(said)} |")
     print(f"| from the kill to the end | {seconds:.0f} s |")
