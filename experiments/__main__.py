@@ -23,6 +23,7 @@ COMMANDS = {
     "test": ("experiments.cli", "evaluate a checkpoint on the test data"),
     "predict": ("experiments.cli", "apply a checkpoint to new data"),
     "prepare": ("experiments.prepare", "fetch and tokenise what an experiment reads, ahead of its runs"),
+    "estimate": ("experiments.estimate", "estimate the memory, time and disk of a run"),
     "generate": ("experiments.generate", "continue a prompt with the model of a run, or ask it questions"),
     "study": ("experiments.study.command", "run a W&B sweep file on this machine"),
     "compare": ("experiments.comparison.command", "compare runs: tables with intervals, curves, and a page"),

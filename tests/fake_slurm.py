@@ -162,6 +162,7 @@ def slurmd(job_id: str) -> None:
         n_tasks = job.read("ntasks-per-node") or "1"
         given = {"SLURM_JOB_ID": job.read("raw_id"), "SLURM_NTASKS": n_tasks, "SLURM_JOB_NUM_NODES": "1"}
         given |= {"SLURM_JOB_NAME": job.read("job-name"), "SLURM_RESTART_COUNT": job.read("restarts")}
+        given |= {"SLURM_NTASKS_PER_NODE": n_tasks} if job.read("ntasks-per-node") else {}
         given |= {"SLURM_ARRAY_JOB_ID": array, "SLURM_ARRAY_TASK_ID": place} if place else {}
         words = ["bash", job.folder / "script"]
         with (job.folder / "output").open("ab") as output:

@@ -4,9 +4,10 @@ Lightning 2.6 has no public way to resume an epoch at the right batch, to test w
 accumulated, or to switch off its own handling of SIGTERM, which hangs with several processes.
 """
 
+import weakref
 from argparse import ArgumentParser
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, Self
 
@@ -327,3 +328,88 @@ def flash_attention(
     return torch.ops.aten._flash_attention_forward(
         query, key, value, cu_seqlens, cu_seqlens, longest, longest, dropout, is_causal, False, scale=scale, **window
     )[0]
+
+
+# --- PyTorch's tensors without data -----------------------------------------------------------------------------------
+
+
+def without_data() -> AbstractContextManager:
+    """Return a context in which tensors have shapes and no memory, whatever their device."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+@contextmanager
+def memory_watched() -> Iterator[Callable[[], int]]:
+    """Yield a function that returns the largest memory, in bytes, that tensors made in the context have had at once."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._pytree import tree_leaves
+
+    known: set[int] = set()  # identities of the storages that are counted
+    now = most = 0
+
+    def forget(identity: int, size: int) -> None:
+        nonlocal now
+        known.remove(identity)
+        now -= size
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            nonlocal now, most
+            given = set(map(id, storages((args, kwargs))))
+            result = func(*args, **(kwargs or {}))
+            for storage in storages(result):
+                if id(storage) not in known | given:
+                    known.add(id(storage))
+                    now += storage.nbytes()
+                    weakref.finalize(storage, forget, id(storage), storage.nbytes())
+            most = max(most, now)
+            return result
+
+    def storages(values: Any) -> list[torch.UntypedStorage]:
+        return [leaf.untyped_storage() for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
+
+    with Watch():
+        yield lambda: most
+
+
+def kept_by_compiled(function: Callable[..., Tensor], *args: Any) -> tuple[int, int]:
+    """Return the bytes that the compiled forward pass keeps for the backward pass, and those of its largest tensor.
+
+    The function is traced and divided as `torch.compile` does for a GPU, and not run; its arguments may have no data.
+    """
+    from torch._dynamo import reset
+    from torch._dynamo.backends.common import aot_autograd
+    from torch._dynamo.exc import BackendCompilerFailed
+    from torch._functorch.partitioners import min_cut_rematerialization_partition
+
+    kept: dict[int, int] = {}
+    largest = 0
+
+    class TracedError(Exception):
+        """Ends the compilation."""
+
+    def count(graph: torch.fx.GraphModule, _: object) -> None:
+        nonlocal largest
+        largest = max(storage.nbytes() for storage in storages(graph.graph.nodes))
+        inputs = set(map(id, storages(graph.graph.find_nodes(op="placeholder"))))
+        (output,) = graph.graph.find_nodes(op="output")
+        for storage in storages(output.args[0]):
+            if id(storage) not in inputs:
+                kept[id(storage)] = storage.nbytes()
+        raise TracedError
+
+    def storages(nodes: Iterable[Any]) -> list[torch.UntypedStorage]:
+        values = [node.meta.get("val") for node in nodes if isinstance(node, torch.fx.Node)]
+        return [value.untyped_storage() for value in values if isinstance(value, Tensor)]
+
+    backend = aot_autograd(fw_compiler=count, bw_compiler=count, partition_fn=min_cut_rematerialization_partition)
+    try:
+        torch.compile(function, backend=backend)(*args)
+    except BackendCompilerFailed as error:
+        if not isinstance(error.inner_exception, TracedError):
+            raise
+    finally:
+        reset()
+    return sum(kept.values()), largest

@@ -345,3 +345,25 @@ def test_loggers_are_given_the_number_of_the_step():
 def test_torch_says_whether_it_finds_a_compiler():
     with torch._inductor.config.patch({"cpp.cxx": (None, "no-such-compiler")}):
         assert not private_names.finds_cpp_compiler()
+
+
+def test_tensors_without_data_have_shapes_only():
+    with private_names.without_data():
+        matrix = torch.ones(10**6, 10**6)
+        assert (matrix @ matrix).shape == (10**6, 10**6)
+
+
+def test_the_largest_memory_of_tensors_is_seen():
+    with private_names.memory_watched() as most:
+        first = torch.zeros(1000)
+        second = first + 1
+        part = second[:10]
+        del first, second
+        assert most() == 8000
+        third = part.new_zeros(500)  # the part keeps the second
+    assert (most(), third.sum()) == (8000, 0)
+
+
+def test_torch_divides_a_function_as_it_is_told():  # tests/command/test_estimate.py traces one
+    assert "partition_fn" in inspect.signature(torch._functorch.aot_autograd.aot_module_simplified).parameters
+    assert "inner_exception" in inspect.getsource(torch._dynamo.exc.BackendCompilerFailed)

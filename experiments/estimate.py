@@ -1,0 +1,230 @@
+"""`llm-train estimate`: the memory, time and disk that a run will take, before it runs."""
+
+import shlex
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from experiments.errors import CommandParser, UserError, did_you_mean
+
+if TYPE_CHECKING:  # imported where they are used: the help answers without them
+    from experiments.cli import ExperimentCLI
+    from lightning_modules.base import ExperimentModule
+    from lightning_modules.runtime.step_memory import StepMemory
+
+GIB = 2**30
+_USABLE = 0.92  # share of a GPU's memory: CUDA itself and gaps between tensors take the rest
+_IN_LOW_PRECISION = 2  # bytes of a weight that is gathered in bfloat16
+
+
+class Device(NamedTuple):
+    """A GPU: its name for the table of peak rates, and its memory in GiB."""
+
+    name: str
+    memory: float
+
+
+DEVICES = {
+    "t4": Device("T4", 15),
+    "l4": Device("L4", 22),
+    "l40s": Device("L40S", 45),
+    "a100": Device("A100-SXM4-80GB", 79),
+    "a100-40gb": Device("A100-SXM4-40GB", 39),
+    "h100": Device("H100 80GB HBM3", 79),
+    "h200": Device("H200", 140),
+    "b200": Device("B200", 178),
+    "rtx4090": Device("GeForce RTX 4090", 24),
+    "rtx5090": Device("GeForce RTX 5090", 31),
+}
+
+
+class Measured(NamedTuple):
+    """A measured speed; experiments/trainer/README.md has how, and the date."""
+
+    weights: float
+    mfu: float  # model FLOP utilisation
+    what: str
+
+
+MEASURED = [
+    Measured(124e6, 0.444, "GPT-2 small in bfloat16, compiled, on one H200"),
+    Measured(10.7e6, 0.212, "10.7 million weights in bfloat16, compiled with CUDA graphs, on one H200"),
+]
+
+
+def main(args: Sequence[str]) -> None:
+    """Print what a run will take.
+
+    Args:
+        args: Command line, `estimate` first.
+    """
+    parser = CommandParser(
+        prog="llm-train estimate",
+        usage="llm-train estimate -c NAME [-c FILE ...] [--KEY VALUE ...] [--devices N] [--device NAME]",
+        description="Estimate memory, time and disk of a run, with the files and flags of `llm-train fit`. Model and "
+        "training step have no memory for this: they run on the shapes of the tensors.",
+    )
+    parser.add_argument("--devices", type=int, default=1, help="number of GPUs that share the batch (default: 1)")
+    parser.add_argument("--device", default="h100", metavar="NAME", help=f"{', '.join(DEVICES)} (default: h100)")
+    options, rest = parser.parse_known_args(args[1:])
+    if options.devices < 1:
+        raise UserError(f"--devices {options.devices}: give 1 or more")
+    if options.device.lower() not in DEVICES:
+        raise UserError(
+            f"--device {options.device}: is not in the table{did_you_mean(options.device, DEVICES)}; "
+            f"there are {', '.join(DEVICES)}"
+        )
+    if not rest:
+        raise UserError("estimate needs an experiment: give -c NAME, as for fit")
+
+    import torch
+    from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+    from experiments import cli
+    from lightning_modules.common.messages import first_line
+    from lightning_modules.runtime import private_names
+    from lightning_modules.runtime.step_memory import WHOLE
+
+    warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
+
+    class Estimation(cli.ExperimentCLI):
+        """The command `fit` up to its model, which has no data: no run begins."""
+
+        def instantiate_classes(self) -> None:
+            """Build model and data without memory for weights, in the type that the precision has for them."""
+            dtype = WHOLE.get(str(self.arguments["trainer"]["precision"]), torch.float32)
+            before = torch.get_default_dtype()
+            torch.set_default_dtype(dtype)
+            try:
+                with private_names.without_data():
+                    super().instantiate_classes()
+            except (RuntimeError, ValueError) as error:
+                if any(isinstance(found, (MisconfigurationException, OSError)) for found in _causes(error)):
+                    raise
+                name = self.arguments["model"].class_path.rpartition(".")[2]
+                raise UserError(f"estimate: {name} cannot be built without memory: {first_line(error)}") from error
+            finally:
+                torch.set_default_dtype(before)
+
+        def instantiate_trainer(self, **_: Any) -> Any:
+            """Print the estimate in place of training."""
+            self.model.optimizer_factory = self.config_init["fit"]["optimizer"]
+            for line in estimate(self, options.devices, options.device.lower()):
+                print(line)
+            return SimpleNamespace(fit=lambda *_, **__: None)
+
+    cli.main(["fit", *rest], Estimation)
+    print(f"next    llm-train fit {shlex.join(rest)}")
+
+
+def estimate(cli: "ExperimentCLI", n_devices: int, device: str) -> list[str]:
+    """Return the lines of an estimate.
+
+    Args:
+        cli: The command, with model and data.
+        n_devices: Number of GPUs.
+        device: Name of the GPU, in `DEVICES`.
+    """
+    from lightning_modules.base import ExperimentModule
+    from lightning_modules.runtime.step_memory import size_of
+
+    model, data, trainer = cli.model, cli.datamodule, cli.arguments["trainer"]
+    n_weights = sum(weight.numel() for weight in model.parameters())
+    n_trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+    lines = [f"model   {type(model).__name__}: {n_weights:,} weights, of which {n_trained:,} are trained"]
+    batch_size, length = getattr(data, "batch_size", None), getattr(data, "block_size", None)
+    precision = str(trainer["precision"] or "32-true")
+    if not isinstance(batch_size, int) or not isinstance(length, int) or type(model).loss is ExperimentModule.loss:
+        return [*lines, "memory  not known: the batches have no fixed number of tokens"]
+    try:
+        memory = _memory(model, batch_size, length, precision, trainer["accumulate_grad_batches"] > 1)
+    except KeyError as error:
+        return [*lines, f"memory  not known: the batches have {error} too, beside input_ids and targets"]
+    compiled = "compiled" if model.compile_mode else "not compiled"
+    lines.append(f"memory  of a step with {batch_size} x {length:,} tokens, {precision}, {compiled}, in GiB:")
+    parts = memory._asdict().items()
+    lines.append("        " + ", ".join(f"{name} {_gib(value)}" for name, value in parts))
+    largest, rest = _units(model)
+    needs = presets(memory, n_devices, largest, rest)
+    limit = DEVICES[device].memory * _USABLE * GIB
+    lines.append(f"fits    on {n_devices} x {device}, {DEVICES[device].memory} GiB each:")
+    for name, needed in needs.items():
+        fits = "fits" if needed <= limit else "does not fit"
+        lines.append(f"        {name:<13} {_gib(needed):>7} GiB a device: {fits}")
+    if min(needs.values()) > limit:
+        lines.append("        a smaller data.batch_size with more trainer.accumulate_grad_batches needs less, as does")
+        lines.append("        trainer.strategy.activation_checkpointing of trainer/fsdp, which is not counted here")
+    lines += time_lines(model, trainer, batch_size * length, n_trained, n_devices, device)
+    checkpoint = size_of(*model.parameters(), *model.buffers()) + memory.optimizer
+    model_folder = f"and {_gib(memory.weights)} GiB of model/"
+    return [*lines, f"disk    {_gib(checkpoint)} GiB a checkpoint, last.ckpt and best.ckpt, {model_folder}"]
+
+
+def _memory(model: "ExperimentModule", batch_size: int, length: int, precision: str, accumulates: bool) -> "StepMemory":
+    """Return the memory of a training step on one device; raise a `KeyError` if a batch has other entries."""
+    import torch
+
+    from lightning_modules.runtime import private_names
+    from lightning_modules.runtime.step_memory import step_memory
+
+    with private_names.without_data():
+        batch = {name: torch.zeros(batch_size, length, dtype=torch.int64) for name in ("input_ids", "targets")}
+        return step_memory(model, batch, precision, accumulates)
+
+
+def _units(model: Any) -> tuple[int, int]:
+    """Return the numbers of weights of the largest block, and of what is outside of the blocks."""
+    from torch import nn
+
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    blocks = max(lists, key=lambda blocks: sum(weight.numel() for weight in blocks.parameters()), default=[])
+    sizes = [sum(weight.numel() for weight in block.parameters()) for block in blocks]
+    whole = sum(weight.numel() for weight in model.parameters())
+    return max(sizes, default=0), whole - sum(sizes)
+
+
+def presets(memory: "StepMemory", n_devices: int, largest: int, rest: int) -> dict[str, float]:
+    """Return the bytes on each device with each preset, from the simplest one on."""
+    held = memory.weights + memory.gradients + memory.optimizer
+    share = memory.activations / n_devices  # each device has its share of the batch
+    if n_devices == 1:
+        return {"trainer/gpu": held + share}
+    # DistributedDataParallel adds gradients up in buckets, a copy of them. With FSDP2 the weights outside of the blocks
+    # are whole during a step, and two blocks are: one is used while the next is gathered.
+    gathered = 4 * rest + _IN_LOW_PRECISION * 2 * largest
+    return {"trainer/ddp": held + memory.gradients + share, "trainer/fsdp": held / n_devices + gathered + share}
+
+
+def time_lines(
+    model: Any, trainer: Mapping[str, Any], tokens_of_batch: int, n_weights: int, n_devices: int, device: str
+) -> list[str]:
+    """Return the lines about the speed and the length of a run."""
+    from lightning_modules.runtime.peak_flops import peak_flops
+
+    flops = getattr(model, "flops_per_token", None)
+    peak = peak_flops(DEVICES[device].name, "bfloat16") or peak_flops(DEVICES[device].name, "float16")
+    if not flops or not peak:
+        return ["speed   not known: the model has no flops_per_token, or the table no peak rate of the device"]
+    nearest = min(MEASURED, key=lambda row: abs(row.weights - n_weights))
+    speed = nearest.mfu * peak * n_devices / flops
+    lines = [
+        f"speed   {speed:,.0f} tokens/s at MFU {nearest.mfu}, measured with {nearest.what};",
+        "        other sizes, precisions and devices differ, and the devices of a job wait for each other",
+    ]
+    steps, accumulated = trainer["max_steps"], trainer["accumulate_grad_batches"]
+    if not isinstance(steps, int) or steps < 1:
+        return [*lines, "time    not known: the run has no trainer.max_steps"]
+    tokens = steps * accumulated * tokens_of_batch
+    return [*lines, f"time    {tokens / speed / 3600:,.2f} h for {tokens:,} tokens, without validations and samples"]
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """Yield an error, and those that it comes from."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _gib(n_bytes: float) -> str:
+    return f"{n_bytes / GIB:,.2f}"

@@ -1,0 +1,130 @@
+"""`llm-train estimate`: the memory of a training step, counted by hand; the measured speed; what it does not know."""
+
+import re
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from helpers import TINY
+from torch import Tensor, nn
+
+from experiments import estimate
+from experiments.class_paths import import_class
+from experiments.estimate import DEVICES, MEASURED
+from lightning_modules.base import ExperimentModule
+from lightning_modules.runtime import private_names
+from lightning_modules.runtime.peak_flops import peak_flops
+from lightning_modules.runtime.step_memory import StepMemory, step_memory
+
+ROOT = Path(__file__).parents[2]
+DECODER = yaml.safe_load(TINY.read_text())["model"]["class_path"]
+N, C = 4 * 32, 16  # tokens of a batch, and width
+
+
+class Chain(ExperimentModule):
+    """A module whose tensors can be counted."""
+
+    def __init__(self, compile: bool = False) -> None:
+        super().__init__(compile)
+        self.table = nn.Embedding(3, C)
+        self.frozen = nn.Parameter(torch.zeros(5), requires_grad=False)
+        self.optimizer_factory = torch.optim.AdamW
+
+    def loss(self, batch: dict[str, Tensor]) -> Tensor:
+        """Return a sum: the input of each function is kept for the backward pass."""
+        return self.table(batch["input_ids"]).sin().cos().sin().cos().sum()
+
+
+def memory_of(compile: bool, **arguments: bool) -> StepMemory:
+    """Return the memory of a step of the chain."""
+    with private_names.without_data():
+        batch = {"input_ids": torch.zeros(4, 32, dtype=torch.int64)}
+        return step_memory(Chain(compile), batch, "32-true", **arguments)
+
+
+def test_the_memory_of_a_step_is_that_of_its_tensors():
+    found, matrix, tensor = memory_of(compile=False, accumulates=True), 4 * 3 * C, 4 * N * C
+    assert found[:2] == (matrix + 4 * 5, matrix)
+    assert found.optimizer == 2 * matrix + 4  # two moments of each weight, and the number of the step
+    # The four inputs, and in the backward pass of a cosine: the sine of its input, its negative, and the product.
+    assert found.activations == pytest.approx(7 * tensor, abs=8)
+    assert found.total == sum(found)
+    # The gradient of the first batch is made when the activations are gone.
+    assert memory_of(compile=False).total == found.total - matrix
+
+
+def test_a_compiled_step_keeps_one_of_the_results_in_a_row():
+    # The others are computed again; the largest tensor counts twice.
+    assert memory_of(compile=True).activations == pytest.approx((1 + 2) * 4 * N * C, abs=8)
+
+
+def test_the_speed_of_the_measured_run_is_the_measured_one():
+    with torch.device("meta"):
+        model = import_class(DECODER)(50257, 1024, vocab_multiple=64)
+    n_weights = sum(weight.numel() for weight in model.parameters())
+    trainer = {"max_steps": 100, "accumulate_grad_batches": 8}
+    speed, _, time = estimate.time_lines(model, trainer, 64 * 1024, n_weights, 1, "h200")
+    found = re.match(r"speed   ([\d,]+) tokens/s at MFU 0.444, measured with GPT-2 small", speed)
+    page = (ROOT / "experiments/trainer/README.md").read_text()
+    measured = re.search(r"`compile: true` \| ([\d,]+) tokens/s, MFU 0.444, 19.9 GiB", page)
+    assert float(found[1].replace(",", "")) == pytest.approx(float(measured[1].replace(",", "")), rel=2e-3)
+    assert time == "time    0.03 h for 52,428,800 tokens, without validations and samples"
+    assert all(f"MFU {row.mfu}" in page for row in MEASURED)
+    assert all(peak_flops(device.name, "float16") for device in DEVICES.values())
+
+
+def test_an_estimate_is_printed_and_no_run_begins(llm_train, tiny):
+    config = tiny()
+    done = llm_train("estimate", "-c", config, "--devices", "2", "--device", "L4", "--model.n_layer=1")
+    assert done.code == 0, done.err
+    lines = done.out.splitlines()
+    n_weights = int(re.match(r"model   PretrainModule: ([\d,]+) weights", lines[0])[1].replace(",", ""))
+    assert "memory  of a step with 4 x 16 tokens, 32-true, not compiled, in GiB:" in lines
+    assert "fits    on 2 x l4, 22 GiB each:" in lines
+    assert [line.split()[0] for line in lines if line.endswith(": fits")] == ["trainer/ddp", "trainer/fsdp"]
+    assert any(line.startswith("speed   ") for line in lines)
+    assert lines[-1] == f"next    llm-train fit -c {config} --model.n_layer=1"
+    assert n_weights < 20_000
+    assert not Path("runs").exists()
+
+
+def test_memory_on_several_devices():
+    memory = StepMemory(weights=4_000, gradients=4_000, optimizer=8_000, activations=16_000)
+    of = partial(estimate.presets, memory, largest=100, rest=50)
+    assert of(1) == {"trainer/gpu": 32_000}
+    assert of(8) == {"trainer/ddp": 16_000 + 4_000 + 2_000, "trainer/fsdp": 2_000 + 4 * 50 + 2 * 2 * 100 + 2_000}
+
+
+MINE = """
+from torch import float64, nn
+from lightning_modules.base import ExperimentModule
+
+class OtherBatches(ExperimentModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(3, 2)
+
+    def loss(self, batch):
+        return self.table(batch["context"]).sum()
+
+class Converted(OtherBatches):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table.to(float64)
+"""
+
+
+def test_what_an_estimate_does_not_know_is_one_line(llm_train, tiny):
+    config = tiny()
+    assert "error: --device h10: is not in the table (did you mean" in llm_train("estimate", "--device=h10").err
+    assert llm_train("estimate", "--devices=0").err == "error: --devices 0: give 1 or more\n"
+    assert "estimate needs an experiment" in llm_train("estimate").err
+    missing = llm_train("estimate", "-c", config, "--data.tokenizer", "nowhere/tokenizer")
+    assert (missing.code, len(missing.err.splitlines())) == (1, 1)
+    Path("mine.py").write_text(MINE)
+    converted = llm_train("estimate", "-c", config, "--model=mine.Converted")
+    assert re.fullmatch(r"error: estimate: Converted cannot be built without memory: .*\n", converted.err)
+    other = llm_train("estimate", "-c", config, "--model=mine.OtherBatches")
+    assert "memory  not known: the batches have 'context' too, beside input_ids and targets\n" in other.out, other.err
