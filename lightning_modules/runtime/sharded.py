@@ -62,7 +62,7 @@ class FullyShardedStrategy(ModelParallelStrategy):
       in float32. So the numbers are those of `bf16-mixed` without sharding.
     - `bf16-true`: weights, optimiser state and gradients are bfloat16, and the processes add gradients up in float32.
       This takes half the memory, but there is no copy of the weights in float32: a step that changes a weight by less
-      than about 1/256 of it is rounded away.
+      than 1/512 of it is rounded away.
 
     Args:
         activation_checkpointing: Whether to compute blocks again in the backward pass and keep only their inputs, which

@@ -65,7 +65,7 @@ def watch(file: Path) -> None:
 
     A batch without rows does not run the network.
     """
-    most: dict[str, int] = {}
+    most: dict[str, Any] = {}
 
     def note(work: str, module: torch.nn.Module) -> None:
         if not isinstance(module.trainer.strategy, FullyShardedStrategy):
@@ -97,6 +97,7 @@ def watch(file: Path) -> None:
     name = next(name for name in names if hasattr(torch.distributed, name))
     reduce = getattr(torch.distributed, name)
     runs: list[str] = []
+    types: set[str] = set()
 
     def sharded(self: FullyShardedStrategy, module: Any) -> None:
         runs.append(f"reductions, {module.trainer.precision}")
@@ -104,6 +105,8 @@ def watch(file: Path) -> None:
 
     def reduced(*args: Any, **kwargs: Any) -> Any:
         most[runs[-1]] = most.get(runs[-1], 0) + 1
+        types.update(str(value.dtype) for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor))
+        most["types"] = sorted(types)
         return reduce(*args, **kwargs)
 
     setattr(torch.distributed, name, reduced)
@@ -154,12 +157,13 @@ def test_sharded_processes_learn_what_one_process_does_in_the_same_precision(job
     assert dtypes == {torch.bfloat16 if name == "bf16-true" else torch.float32}
 
 
-def test_gradients_are_added_up_over_processes_after_each_batch_or_once_a_step(jobs):
+def test_gradients_are_added_up_in_float32_after_each_batch_or_once_a_step(jobs):
     units, batches, steps = 4, 6, 3  # the units: three blocks and the rest
     for rank in range(2):
         counted = json.loads((jobs / f"gathered_{rank}.txt").read_text())
         found = [counted[f"reductions, {name}"] for name in ("bf16-true", "bf16-mixed", "32-true")]
         assert found == [units * batches, units * steps, units * (steps + 1)]  # the last is the step of `longer`
+        assert counted["types"] == ["torch.float32"]
 
 
 def test_nothing_is_kept_of_the_weights_of_blocks_between_forward_and_backward_pass(jobs, whole):
