@@ -19,7 +19,7 @@ def test_a_run_finds_what_was_prepared(llm_train, tiny):
     assert "prepared text in " in prepared.err
     assert "\ndata    " in prepared.err
     assert not Path("runs").exists()
-    fitted = llm_train("fit", "-c", config)
+    fitted = llm_train("fit", "-c", config, "--trainer.fast_dev_run", "1")
     assert fitted.code == 0, fitted.err
     assert "prepared text" not in fitted.err
 

@@ -116,6 +116,16 @@ def test_a_mixture_shares_the_characters_of_its_texts():
     assert data.tokenizer.decode(data.files["train"].open()[np.array([[0, 1, 2, 446, 447]])][0]) == "abcyz"
 
 
+def test_a_loader_that_resumes_goes_on_with_the_same_windows():
+    loaders = [mixture(text(400), text(300, seed=1), weights=[1, 3]).train_dataloader() for _ in range(2)]
+    for loader in loaders:
+        loader.sampler.set_epoch(1)
+    whole = [batch["input_ids"].tolist() for batch in loaders[0]]
+    loaders[1].sampler.skip = 5
+    assert [batch["input_ids"].tolist() for batch in loaders[1]] == whole[5:]
+
+
+@pytest.mark.slow  # seconds, and the order is that of the test above
 def test_a_killed_run_of_a_mixture_resumes_with_the_same_weights(tiny, whole, forked, no_pictures, tmp_path):
     for number in range(2):
         (tmp_path / f"{number}.txt").write_text(text(1_000, seed=number))
