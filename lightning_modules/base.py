@@ -178,7 +178,7 @@ class ExperimentModule(L.LightningModule):
         return found
 
     def before_compilation(self) -> None:
-        """Do what `loss` does at its first call and cannot be compiled."""
+        """Do what `loss` does at its first call and cannot be compiled; it may be called several times."""
 
     def _loss_function(self, batch: Any) -> Tensor | Loss:
         if not self.compile_mode:

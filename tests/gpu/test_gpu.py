@@ -155,8 +155,10 @@ def in_own_process(*commands: tuple[str | Path, ...], then: str = "pass") -> str
 
 
 @pytest.mark.gpu
-def test_one_gpu_trains_with_the_shipped_preset_of_sharding_and_resumes(small):
-    command = ("fit", "-c", small("sharded", trainer__max_steps=16), *preset("fsdp"), "--trainer.devices", "1")
+@pytest.mark.parametrize("arguments", [(), ("cpu_offload", "save_distributed_checkpoint")], ids=["", "host"])
+def test_one_gpu_trains_with_the_shipped_preset_of_sharding_and_resumes(small, arguments):
+    flags = [f"--trainer.strategy.{name}=true" for name in arguments]
+    command = ("fit", "-c", small("sharded", trainer__max_steps=16), *preset("fsdp"), "--trainer.devices", "1", *flags)
     in_own_process(command, (*command, "--ckpt_path", "last", "--trainer.max_steps", "24"))
     assert math.isfinite(last(RUNS / "sharded", "val/loss"))
     assert json.loads((RUNS / "sharded/environment.json").read_text())[-1]["precision"] == "bf16-mixed"

@@ -241,3 +241,13 @@ def test_a_checkpoint_names_no_shards_elsewhere(tmp_path, folder, reason):
     AtomicCheckpointIO().save_checkpoint({"state_dict": {}, "shards": {"folder": folder, "n": 1}}, file)
     with pytest.raises(MisconfigurationException, match=reason):
         AtomicCheckpointIO().load_checkpoint(file)
+
+
+def test_shards_that_no_checkpoint_names_are_removed(tmp_path):
+    files = AtomicCheckpointIO()
+    for name in ("shards_1_a", "shards_2_b", "shards_of_mine"):
+        files.save_checkpoint({"state_dict": {}}, tmp_path / name / "0.ckpt")
+    files.save_checkpoint({"state_dict": {}, "shards": {"folder": "shards_2_b", "n": 1}}, tmp_path / "last.ckpt")
+    (tmp_path / "best.ckpt").write_bytes(b"damaged")
+    files.remove_unused_shards(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"best.ckpt", "last.ckpt", "shards_2_b", "shards_of_mine"}
