@@ -25,7 +25,7 @@ COMMANDS = {
     "prepare": ("experiments.prepare", "fetch and tokenise what an experiment reads, ahead of its runs"),
     "estimate": ("experiments.estimate", "estimate the memory, time and disk of a run"),
     "generate": ("experiments.generate", "continue a prompt with the model of a run, or ask it questions"),
-    "study": ("experiments.study.command", "run a W&B sweep file on this machine"),
+    "study": ("experiments.study.command", "run a W&B sweep file on this machine or a cluster"),
     "compare": ("experiments.comparison.command", "compare runs: tables with intervals, curves, and a page"),
     "list": ("experiments.help.listing", "list topics, experiments, studies and classes, one line each"),
     "claims": ("experiments.claims.command", "check the claims of the experiments against records of runs"),

@@ -1,1 +1,1 @@
-"""`llm-train study`: run a W&B sweep file on this machine."""
+"""`llm-train study`: run a W&B sweep file on this machine or on a SLURM cluster."""

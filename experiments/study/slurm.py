@@ -108,7 +108,8 @@ class SlurmLauncher:
         self._study = plan.folder.name
         self._jobs: list[SlurmJob] = []
         self._asked, self._queued = 0.0, dict[str, str]()
-        is_independent = plan.sweep.method != "bayes" and not (plan.sweep.metric and plan.sweep.metric.target)
+        target = plan.sweep.metric.target if plan.sweep.metric else None
+        is_independent = plan.sweep.method != "bayes" and target is None
         self.at_once = plan.n_runs if is_independent else plan.jobs
         self._executor = SlurmExecutor(self.folder, python=f"{shlex.quote(sys.executable)} -P")
         self._executor.update_parameters(
