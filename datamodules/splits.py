@@ -113,16 +113,23 @@ class SplitDocuments:
             for it, and a number for each of its long lines is kept in memory.
         val_fraction: Part of the documents, or of the characters of each, for validation.
         test_fraction: Part of the documents, or of the characters of each, for the test.
+        lengths: For a part of a text of few documents, the lengths of its documents, the first of which may have begun
+            in an earlier part.
+        begin: Number of characters of the first document in earlier parts.
     """
 
     source: Source
     split: DocumentSplit = "documents"
     val_fraction: float = 0.0
     test_fraction: float = 0.0
+    lengths: list[Length] | None = None
+    begin: int = 0
 
     @cached_property
     def few(self) -> list[Length] | None:
         """The length of each document if each is cut; `None` if they stay whole. No more is read than decides it."""
+        if self.lengths is not None:
+            return self.lengths
         if self.split == "documents" or not self.val_fraction + self.test_fraction:
             return None
         lengths: list[Length] = []
@@ -147,19 +154,35 @@ class SplitDocuments:
         return groups_of(self.source.documents())
 
     def parts(self) -> Sequence["SplitDocuments"]:
-        """Return the parts of the source, if they can be split one by one, or else this one."""
-        if self.split == "groups" or self.few is not None:
+        """Return the parts of the source, each of which can be split alone, or only this one."""
+        parts = [] if self.split == "groups" and self.few is None else self.source.parts()
+        if len(parts) < 2:
             return [self]
-        parts = self.source.parts()
-        if len(parts) == 1:
-            return [self]
-        return [SplitDocuments(part, "documents", self.val_fraction, self.test_fraction) for part in parts]
+        fractions = self.val_fraction, self.test_fraction
+        if self.few is None:
+            return [SplitDocuments(part, "documents", *fractions) for part in parts]
+        found: list[SplitDocuments] = []
+        number = begin = 0
+        for part in parts:
+            found.append(SplitDocuments(part, self.split, *fractions, self.few[number:], begin))
+            for text, ends_document in part.pieces():
+                begin = 0 if ends_document else begin + len(text)
+                number += ends_document
+        return found
 
     @cached_property
     def opening_side(self) -> Side | None:
         """The split of the document in which a part of a text begins, `None` if it begins with a document."""
+        if self.lengths is not None:
+            return self._side_before(self.begin, self.lengths[0].characters) if self.begin else None
         opening = self.source.opening()
         return side_of(opening, self.val_fraction, self.test_fraction) if opening else None
+
+    def _side_before(self, place: int, n: int) -> Side:
+        """Return the split of the character before a place in a document of `n` characters that is cut."""
+        if place > round(n * (1 - self.test_fraction)):
+            return "test"
+        return "val" if place > round(n * (1 - self.val_fraction - self.test_fraction)) else "train"
 
     def __iter__(self) -> Iterator[tuple[Side, Piece]]:
         if self.few is not None:
@@ -182,9 +205,12 @@ class SplitDocuments:
         held_out: dict[Side, float] = {"val": self.val_fraction, "test": self.test_fraction}
         held_out = {side: fraction for side, fraction in held_out.items() if fraction}
         smallest = min(held_out.values())
+        begin = self.begin  # of the piece in the document
         for n, _ in lengths:
             side, left = SIDES[0], dict(held_out)
-            begin = 0  # of the piece in the document
+            while left and begin >= round(n * (1 - sum(left.values()))):  # an earlier part had the cut
+                side = next(iter(left))
+                del left[side]
             for text, ends_document in pieces:
                 while left and begin + len(text) > (end := round(n * (1 - sum(left.values())))):
                     place = _good_cut(text, end - begin, int(_MOVE * smallest * n))
@@ -197,6 +223,7 @@ class SplitDocuments:
                 begin += len(text)
                 if ends_document:
                     break
+            begin = 0
 
 
 def _good_cut(text: str, place: int, most: int) -> int:

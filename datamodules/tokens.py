@@ -327,7 +327,7 @@ class _Parts:
         meta = {
             "dtype": parts[0]["dtype"],
             "tokens": tokens,
-            "split": describe("tail" if split == "tail" else "documents", documents, sizes, *fractions),
+            "split": describe(_kind(split, self.texts[0]), documents, sizes, *fractions),
             "parts": [part["tokens"] for part in parts],
             "places": places,
         }
@@ -413,10 +413,13 @@ def _write_text(
                 train.seek(begin)
                 shutil.copyfileobj(train, held_out)
                 train.truncate(begin)
-    kind: Kind = "tail" if split == "tail" else "parts" if text.few is not None else "documents"
-    said = describe(kind, written["documents"], written["sizes"], *fractions)
+    said = describe(_kind(split, text), written["documents"], written["sizes"], *fractions)
     meta = {"dtype": written["dtype"], "tokens": written["tokens"], "split": said}
     (folder / "meta.json").write_text(json.dumps(meta))
+
+
+def _kind(split: Split, text: SplitDocuments) -> Kind:
+    return "tail" if split == "tail" else "parts" if text.few is not None else "documents"
 
 
 def _tail(n: int, val_fraction: float, test_fraction: float) -> tuple[dict[Side, int], dict[Side, int]]:

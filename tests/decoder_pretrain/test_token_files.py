@@ -91,8 +91,11 @@ def all_tokens(files):
     return {side: files[side].open()[places[side]].tolist() for side in files if files[side].n_tokens}
 
 
-@pytest.mark.parametrize("split", ["tail", "documents", "auto"])
-@pytest.mark.parametrize("kind", ["text", "files", "rows", "crlf"])
+@pytest.mark.parametrize(
+    ("kind", "split"),
+    [(kind, split) for kind in ("text", "files", "rows", "crlf") for split in ("tail", "documents")]
+    + [("files", "auto"), ("rows", "auto")],
+)
 def test_a_text_in_parts_has_the_tokens_of_the_whole(kind, split, tmp_path, monkeypatch):
     folder = tmp_path / "texts"
     folder.mkdir()
@@ -111,12 +114,34 @@ def test_a_text_in_parts_has_the_tokens_of_the_whole(kind, split, tmp_path, monk
     whole = prepare_tokens(source, byte_tokenizer(), tmp_path / "whole", **options)
     monkeypatch.setattr(sources, "PART_SIZE", 10_000)
     parts = prepare_tokens(source, byte_tokenizer(), tmp_path / "parts", **options)
-    few = split == "auto" and kind in ("text", "crlf")  # one document, which is cut by its length
-    assert len(list((tmp_path / "parts/tokens").glob("*/0*"))) == (0 if few else len(source.parts()))
+    assert len(list((tmp_path / "parts/tokens").glob("*/0*"))) == len(source.parts())
     assert len(source.parts()) >= 5
     assert all_tokens(parts) == all_tokens(whole)
     assert [file.split for file in parts.values()] == [file.split for file in whole.values()]
     assert prepare_tokens(source, byte_tokenizer(), tmp_path / "parts", **options) == parts
+
+
+@pytest.mark.parametrize("split", ["auto", "groups"])
+@pytest.mark.parametrize("held_out", [(0.2, 0.1), (0.3, 0.0), (0.0, 0.45)])
+def test_few_documents_are_cut_across_parts(split, held_out, tmp_path, monkeypatch):
+    documents = [text(n, seed=seed).replace(". ", ".\n") for seed, n in enumerate((7_000, 500, 3_000))]
+    for number, document in enumerate(documents):
+        (tmp_path / f"{number}.txt").write_text(document)
+    source = Files(f"{tmp_path}/*.txt")
+    monkeypatch.setattr(sources, "PIECE_SIZE", 1_000)
+    whole = prepare_tokens(source, byte_tokenizer(), tmp_path / "whole", split, *held_out)
+    monkeypatch.setattr(sources, "PART_SIZE", 10_000)
+    parts = prepare_tokens(source, byte_tokenizer(), tmp_path / "parts", split, *held_out)
+    assert len(parts["train"].files) >= 3
+    assert parts["train"].split == whole["train"].split
+    cut = [[], [], []]
+    for side, tokens_of_side in all_tokens(parts).items():
+        ends = [place for place, token in enumerate(tokens_of_side[0]) if token == 256]
+        assert len(ends) == 2  # between three documents
+        for number, (begin, end) in enumerate(zip([-1, *ends], [*ends, None], strict=True)):
+            cut[number].append(bytes(tokens_of_side[0][begin + 1 : end]).decode())
+        assert abs(parts[side].n_tokens - whole[side].n_tokens) < 200  # a cut is at a line of its piece
+    assert ["".join(sides) for sides in cut] == documents
 
 
 @pytest.fixture
