@@ -58,7 +58,7 @@ class Study:
         """Start the runs that are missing, and test them if the claims need it; exit on a signal."""
         for experiment in self.spec.first:
             if read_json(Path("runs", experiment, "summary.json"), {}).get("status") != FINISHED:
-                _run(["fit", "-c", experiment, "--auto_resume", "true"])
+                _run(["fit", "-c", experiment, "--auto_resume"])
         name = ["--name", self._run_name] if self._run_name else []
         flags = [*self.spec.flags, *([f"--run.root={root}"] if root != "runs" else [])]
         try:

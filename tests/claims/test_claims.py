@@ -314,17 +314,19 @@ def test_the_command_runs_what_is_missing_and_leaves_a_page(topic, llm_train, mo
     assert page.count("data:image/png;base64,") == 1
 
 
-def test_what_a_study_starts_from_runs_first_and_its_runs_are_tested(topic, llm_train, monkeypatch):
+def test_what_a_study_starts_from_runs_first_and_its_runs_are_tested(topic, llm_train, tiny, monkeypatch):
     asked = []
     monkeypatch.setattr(command.study_command, "main", lambda words: asked.append(words[0]))
-    monkeypatch.setattr(command, "_run", lambda words: asked.append(words[:3]))
+    monkeypatch.setattr(command, "_run", asked.append)
     claims = {**DEPTH, "studies": {"depth": {**DEPTH["studies"]["depth"], "first": ["topic/offline"], "test": True}}}
     (topic / "claims.yaml").write_text(yaml.safe_dump(claims))
     folder = write_runs(Path("runs"), {1: LOSSES[1], 2: LOSSES[2][:2]})
     (folder / "n_layer=1,seed=0/summary_test.json").write_text('{"metrics": {"test/loss": 1.0}}')
     llm_train("claims")
     runs = [f"runs/topic/depth/n_layer={n},seed={seed}/config.yaml" for n, seed in ((1, 1), (1, 2), (2, 0), (2, 1))]
-    assert asked == [["fit", "-c", "topic/offline"], "study", *(["test", "-c", config] for config in runs)]
+    tests = [["test", "-c", config, "--ckpt_path", "best"] for config in runs]
+    assert asked == [["fit", "-c", "topic/offline", "--auto_resume"], "study", *tests]
+    assert llm_train("fit", "-c", tiny(), *asked[0][3:], "--print_config").code == 0
 
 
 def test_a_study_with_needs_runs_only_by_name_and_is_judged_by_its_records(topic, llm_train, monkeypatch):
