@@ -147,6 +147,7 @@ def test_jobs_outlive_the_study_and_go_on_after_an_interruption(slurm, llm_train
     assert "the jobs go on, and the same command finds them; `scancel 7` ends them" in printed
     one, two = fake_slurm.jobs()
     assert (one.id, one.state, two.id, two.state) == ("7_0", "RUNNING", "7_1", "PENDING")
+    assert one.read("step") == str(given("end=well")["pid"])  # the task is the run, and gets its signals
     for line in ("--partition=gpu", "--time=8:00:00", "--requeue", "--signal=TERM@300", "--array=0-1%1"):
         assert f"#SBATCH {line}\n" in one.read("script")
 
