@@ -157,7 +157,7 @@ def slurmd(job_id: str) -> None:
             if starts := is_next and n_running < int(job.read("at_a_time")):
                 job.write("state", "RUNNING")
         if not starts:
-            time.sleep(0.02)
+            time.sleep(0.05)
             continue
         n_tasks = job.read("ntasks-per-node") or "1"
         given = {"SLURM_JOB_ID": job.read("raw_id"), "SLURM_NTASKS": n_tasks, "SLURM_JOB_NUM_NODES": "1"}

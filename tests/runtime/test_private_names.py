@@ -365,5 +365,8 @@ def test_the_largest_memory_of_tensors_is_seen():
 
 
 def test_torch_divides_a_function_as_it_is_told():  # tests/command/test_estimate.py traces one
-    assert "partition_fn" in inspect.signature(torch._functorch.aot_autograd.aot_module_simplified).parameters
-    assert "inner_exception" in inspect.getsource(torch._dynamo.exc.BackendCompilerFailed)
+    from torch._dynamo.exc import BackendCompilerFailed
+    from torch._functorch.aot_autograd import aot_module_simplified
+
+    assert "partition_fn" in inspect.signature(aot_module_simplified).parameters
+    assert "inner_exception" in inspect.getsource(BackendCompilerFailed)

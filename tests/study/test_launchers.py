@@ -106,8 +106,8 @@ def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("PATH", f"{fake_slurm.install(tmp_path)}:{os.environ['PATH']}")
     monkeypatch.setenv("FAKE_SLURM", str(tmp_path / "slurm"))
     monkeypatch.setattr(fake_slurm, "JOBS", tmp_path / "slurm")
-    monkeypatch.setattr(SlurmLauncher, "pause", 0.01)
-    monkeypatch.setattr(SlurmLauncher, "refresh", 0.1)
+    monkeypatch.setattr(SlurmLauncher, "pause", 0.05)
+    monkeypatch.setattr(SlurmLauncher, "refresh", 0.3)
     yield
     for job in fake_slurm.jobs():
         job.end("CANCELLED")
