@@ -47,6 +47,7 @@ Split = Literal["auto", "groups", "tail", "documents"]
 _FORMAT = 2  # increase it when the content of the files changes, so that older files are not read
 _BATCH_CHARACTERS = 2**20  # encoded at once on all cores; memory use grows with it
 _BATCH_PIECES = 2**10
+_MOST_OPEN = 256  # files of a text that are mapped at once; a process may often open 1,024
 _WAIT = 0.2  # seconds between two looks at what other processes have written
 
 
@@ -131,6 +132,8 @@ class JoinedTokens:
 
     def _tokens(self, number: int) -> np.ndarray:
         if number not in self._open:
+            if len(self._open) == _MOST_OPEN:
+                self._open.pop(next(iter(self._open)))
             self._open[number] = self._files[number].open()
         return self._open[number]
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from helpers import contents, text
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
@@ -280,7 +281,8 @@ class Deadly(Files):
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def test_windows_are_the_same_across_parts(large, tmp_path):
+def test_windows_are_the_same_across_parts(large, tmp_path, monkeypatch):
+    monkeypatch.setattr(tokens, "_MOST_OPEN", 2)
     data = [
         PretrainDataModule(source, 64, 4, windows=windows, split="documents", cache_dir=str(tmp_path), val_fraction=0)
         for source in (large, ListText([(tmp_path / "text.txt").read_text()]))
@@ -289,6 +291,9 @@ def test_windows_are_the_same_across_parts(large, tmp_path):
     batches = [[batch["input_ids"].tolist() for batch in one.train_dataloader()] for one in data]
     assert batches[0] == batches[2]
     assert batches[1] == batches[3]
+    windows = data[0].windows_of(data[0].files["train"])
+    assert windows[torch.tensor([0, 20_000, 40_000])]["input_ids"].shape == (3, 64)
+    assert len(windows.tokens._open) == 2
     assert len(data[0].files["train"].files) == len(large.parts()) == 6
 
 
