@@ -22,12 +22,15 @@ from lightning_modules.common.messages import say
 _OF_THE_STUDY = ("array", "error", "job_name", "open_mode", "output")
 _DEFAULTS = {"requeue": True, "signal": "TERM@300"}  # five minutes before the time is up, the run saves and exits
 _SAVED = 143  # exit code of a run that has saved a checkpoint on SIGTERM
+_MOST_RESTARTS = 200  # of a job: one whose time is too short for a single step would never end
 
-# What the batch script does after `srun`. SLURM ends the script, too, when it cancels or preempts a job, so only a run
-# that has been told that its time is almost up gets to the second line.
+# What the batch script does after `srun`. SLURM ends the script, too, when it cancels or preempts a job. So a run that
+# has saved, and whose script goes on, is one whose time is almost up.
 _AFTERWARDS = """
 code=$?
-if [ "$code" -eq {saved} ] && scontrol requeue "$SLURM_JOB_ID"; then exit "$code"; fi
+if [ "$code" -eq {saved} ] && [ "${{SLURM_RESTART_COUNT:-0}}" -lt {most} ]; then
+    scontrol requeue "$SLURM_JOB_ID" && exit "$code"
+fi
 id="${{SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}}${{SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}}"
 echo "$code" > {folder}/"$id.part" && mv {folder}/"$id.part" {folder}/"$id.code"
 exit "$code"
@@ -117,8 +120,14 @@ class SlurmLauncher:
             wckey=None,
             array_parallelism=plan.jobs,
             additional_parameters=_DEFAULTS | options,
-            teardown=_AFTERWARDS.format(saved=_SAVED, folder=shlex.quote(str(self.folder))).strip().splitlines(),
+            teardown=self.afterwards,
         )
+
+    @property
+    def afterwards(self) -> list[str]:
+        """The lines of a batch script that follow `srun`."""
+        folder = shlex.quote(str(self.folder))
+        return _AFTERWARDS.format(saved=_SAVED, most=_MOST_RESTARTS, folder=folder).strip().splitlines()
 
     def left_alone(self) -> str:
         """Return what a study prints that is stopped: its jobs go on."""

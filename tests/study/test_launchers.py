@@ -2,6 +2,7 @@
 
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -13,6 +14,7 @@ import fake_slurm
 import forks
 import pytest
 import submitit
+from helpers import LAST, RUNS, assert_same_weights
 from stub_runs import GRID, STUDY, given, trials
 
 from experiments.study import command, launchers
@@ -192,6 +194,26 @@ def test_a_run_that_slurm_ends_has_failed_and_is_submitted_again(slurm, llm_trai
     assert (done.code, "slurm   job 8: 1 run" in done.err) == (0, True), done.err
 
 
+@pytest.mark.parametrize(
+    ("code", "restarts", "requeues", "written"),
+    [
+        (0, "", True, "0\n"),
+        (1, "", True, "1\n"),
+        (143, "199", True, ""),
+        (143, "", False, "143\n"),
+        (143, "200", True, "143\n"),
+    ],
+)
+def test_the_end_of_a_batch_script(slurm, sweep, tmp_path, code, restarts, requeues, written):
+    launcher = SlurmLauncher(Plan(read_sweep_file(sweep()), STUDY, [], n_runs=1, jobs=1, seed=0), {})
+    launcher.folder.mkdir(parents=True)
+    script = "\n".join([f"scontrol() {{ {str(requeues).lower()}; }}", f"(exit {code})", *launcher.afterwards])
+    job = {"SLURM_JOB_ID": "71", "SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "1", "SLURM_RESTART_COUNT": restarts}
+    assert subprocess.run(["bash", "-c", script], env=os.environ | job).returncode == code
+    file = launcher.folder / "7_1.code"
+    assert (file.read_text() if file.exists() else "") == written
+
+
 def test_a_run_that_is_stopped_early_is_cancelled(slurm, llm_train, sweep):
     rule = {"type": "hyperband", "min_iter": 2, "eta": 2}
     path = sweep(parameters={"lr": {"values": [0.1, 0.9]}}, early_terminate=rule)
@@ -249,3 +271,23 @@ def test_what_a_launcher_cannot_do_costs_one_line(slurm, llm_train, sweep, monke
         error("--jobs=2", "--trainer.devices=4", "--name=other")
         == "error: lr=0.3,seed=1 asks for 4 devices, and there are 2 GPUs"
     )
+
+
+@pytest.mark.slow  # 10 seconds of processor time
+def test_the_real_command_ends_with_the_same_weights_after_an_interruption(slurm, llm_train, sweep, tiny, whole):
+    settings = {"trainer__max_steps": 300, "trainer__val_check_interval": 50}
+    uninterrupted = whole(**settings)
+    command = ["${env}", "${interpreter}", "-m", "experiments", "fit", "-c", str(tiny(**settings)), "${args}"]
+    path = sweep("real.yaml", command=command, parameters={"seed_everything": {"value": 5}})
+    run = RUNS / "real/run=1"
+
+    def interrupt() -> None:
+        until(lambda: (run / LAST).exists())
+        fake_slurm.jobs()[0].time_is_almost_up()
+
+    interrupted = in_background(interrupt)
+    done = llm_train("study", path, "--launcher=slurm")
+    interrupted.join()
+    assert done.code == 0, (done.err, (RUNS / "real/logs/run=1.log").read_text())
+    assert fake_slurm.jobs()[0].read("restarts") == "1"
+    assert_same_weights(run / LAST, uninterrupted / LAST)
