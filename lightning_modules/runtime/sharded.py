@@ -151,6 +151,7 @@ class FullyShardedStrategy(ModelParallelStrategy):
         units = [*self._outer, *self._blocks]
         for place, unit in enumerate(units):
             unit.set_modules_to_backward_prefetch([units[place - 1]])
+        self._order = [part for part in module.modules() if part in self._blocks]
 
     def _make_unit(
         self, part: nn.Module, dtype: torch.dtype | None, others: set[nn.Parameter], is_outer: bool = False
@@ -196,7 +197,7 @@ class FullyShardedStrategy(ModelParallelStrategy):
             for hook in hooks:
                 hook.remove()
         if not used:
-            for block in self._order or self._blocks:
+            for block in self._order:
                 block.unshard()
                 block.reshard()
         else:
@@ -287,6 +288,7 @@ class FullyShardedStrategy(ModelParallelStrategy):
 
         Of a checkpoint in shards, a process reads its share only.
         """
+        self._has_loaded_shares = False
         if not isinstance(self.checkpoint_io, AtomicCheckpointIO):
             return self.checkpoint_io.load_checkpoint(checkpoint_path)
         # The processes of a machine map the same memory.
@@ -304,7 +306,8 @@ class FullyShardedStrategy(ModelParallelStrategy):
                 tensors[place] = shards.rows_like(files, place, weights.get(name, torch.empty(0)))
             elif of_optimizers:  # not in an evaluation
                 number, parameter, _ = name.split("/")
-                tensors[place] = shards.rows_like(files, place, of_optimizers[int(number)][int(parameter)])
+                own = dict(enumerate(of_optimizers[int(number)]))  # may be fewer; then the weights are refused
+                tensors[place] = shards.rows_like(files, place, own.get(int(parameter), torch.empty(0)))
         return shards.put_together(rest, tensors)
 
     def lightning_module_state_dict(self) -> dict[str, Any]:

@@ -91,6 +91,7 @@ def watch(file: Path) -> None:
 
     def started(self: FullyShardedStrategy) -> None:
         start(self)
+        most["inference mode"] = self.lightning_module.trainer.fit_loop.epoch_loop.val_loop.inference_mode
         note("start", self.lightning_module)
 
     names = ("reduce_scatter_single", "reduce_scatter_tensor")  # the second before torch 2.13
@@ -180,6 +181,7 @@ def test_nothing_is_kept_of_the_weights_of_blocks_between_forward_and_backward_p
 def test_a_validation_gathers_one_block_at_a_time_and_samples_the_whole_model(jobs):
     of_rank = [json.loads((jobs / f"gathered_{rank}.txt").read_text()) for rank in range(2)]
     assert [most["start"] for most in of_rank] == [0, 0]
+    assert [most["inference mode"] for most in of_rank] == [False, False]  # what it gathers could not be trained
     assert [most["validation"] for most in of_rank] == [1, 1]
     assert of_rank[0]["samples"] == 3
     assert (of_rank[0].get("empty batches"), of_rank[1]["empty batches"] > 0) == (None, True)
