@@ -145,6 +145,7 @@ ON_THE_RUN = {
     "test": [["-c", "config.yaml", "--ckpt_path", "checkpoints/last.ckpt"]],
     "predict": [["-c", "config.yaml", "--ckpt_path", "best"]],
     "prepare": [["-c", "config.yaml", "--processes", "1"]],
+    "estimate": [["-c", "config.yaml"]],
     "generate": [["--run", ".", "--prompt", "a", "--max_new_tokens", "2"]],
     "compare": [[".", "--metrics", FORMULA, "val/loss"]],
     "study": [["journal.log"], ["config.yaml", "--dry_run"]],
