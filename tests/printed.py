@@ -45,7 +45,7 @@ def kind_of(command: str) -> str:
     name, files = command.split()[0], experiments_of(command)
     if f"llm-train {command}\n" in GUIDES:
         return "guide"
-    if "TOPIC" in command or re.search(r"-c FILE(.yaml)? ", command):
+    if "TOPIC" in command or re.search(r"-c FILE(.yaml)?( |$)", command):
         return "general"
     if name == "compare":
         return "compare"
