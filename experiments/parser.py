@@ -42,7 +42,7 @@ _NO_ATTRIBUTE = re.compile(r"module '([\w.]+)' has no attribute '(\w+)'")
 _CLASS_PATH = re.compile(r"class_path[ =]'([\w.]+)'")
 _DENIED = re.compile(r"Importing '([\w.]+)' is not allowed, denied by the '([\w.*]+)' entry ")
 _SETTING_OF_PATH = re.compile(
-    r"class_path '([^']+\.[^A-Z'][^.']*)':\s+No module named .*?NestedArg\(key='(\w+)'", re.DOTALL
+    r"class_path '([^']+\.[^A-Z'][^.']*)':\s+(?:No module named|module ').*?NestedArg\(key='(\w+)'", re.DOTALL
 )
 _OTHER_FORM = re.compile(r"expected (str|list|str, bytes or os\.PathLike object, not \w+)(, got |$)")
 _KEY = re.compile(r'Parser key "([^"]+)":')

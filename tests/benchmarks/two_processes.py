@@ -8,6 +8,7 @@ numbers depend on the rank. `EXPERIMENT` is such as `TOPIC/offline`.
 """
 
 import csv
+import inspect
 import os
 import signal
 import sys
@@ -21,6 +22,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import forks
 from shortened import length, offline_experiments, run_of, shortened
 
+from experiments.class_paths import import_class
+
 STEPS, EVERY = 40, 20  # optimiser steps of a run, and between two validations
 FLAGS = ("--trainer.limit_val_batches=8", "--trainer.log_every_n_steps=5")
 LAYOUTS = {"ddp": forks.TWO_PROCESSES, "fsdp": forks.SHARDED}
@@ -33,8 +36,8 @@ def name(experiment: Path) -> str:
 
 def flags_without_dropout(experiment: Path) -> tuple[str, ...]:
     """Return flags that switch off the dropout of an experiment."""
-    arguments = yaml.safe_load(experiment.read_text())["model"].get("init_args", {})
-    return tuple(f"--model.{argument}=0" for argument in arguments if argument.endswith("dropout"))
+    module = import_class(yaml.safe_load(experiment.read_text())["model"]["class_path"])
+    return tuple(f"--model.{name}=0" for name in inspect.signature(module).parameters if name.endswith("dropout"))
 
 
 def ranks(layout: str, *command: str | Path, output: Path, dies: bool = False) -> list[int]:
