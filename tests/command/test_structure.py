@@ -3,6 +3,8 @@
 import re
 from pathlib import Path
 
+import yaml
+
 ROOT = Path(__file__).parents[2]
 FOLDERS = ("experiments", "lightning_modules", "datamodules", "tests")
 TOPICS = sorted({path.parent.name for path in (ROOT / "experiments").glob("*/offline*.yaml")})
@@ -28,3 +30,11 @@ def test_no_file_outside_the_packages_of_a_topic_names_it():
         if names.search(line)
     }
     assert not named, "\n".join(sorted(named))
+
+
+def test_every_fault_of_the_benchmark_can_be_put_into_the_source():
+    faults = [fault for file in ROOT.glob("tests/*/mutants.yaml") for fault in yaml.safe_load(file.read_text())]
+    assert len(faults) > 80
+    for fault in faults:
+        assert (ROOT / fault["file"]).read_text(encoding="utf-8").count(fault["before"]) == 1, fault
+        assert (ROOT / fault["tests"].split("::")[0]).exists(), fault
