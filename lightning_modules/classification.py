@@ -119,18 +119,16 @@ class ClassifierModule(ExperimentModule):
         A baseline is also the constant answer: the most frequent class of the validation split.
         """
         found = sorted((item for item in best.items() if item[0].endswith("/accuracy")), key=lambda item: len(item[0]))
-        shown = ", ".join(f"{name} {value:.4f}" for name, value in found)
-        lines = [shown] if shown else []
-        labels = self.predictions[1] if hasattr(self, "predictions") else torch.empty(0, dtype=torch.int64)
-        if "val/accuracy" in best and len(labels):
-            constant = labels.bincount().max().item() / len(labels)
-            if best["val/accuracy"] <= constant + 1e-6:
-                lines.append(f"no better than always the most frequent class, which has an accuracy of {constant:.4f}")
-                lines.append("it may need more steps, such as --trainer.max_epochs 40, or a higher --optimizer.lr")
-            elif best["val/accuracy"] < max(value for _, value in found):
-                lines.append(
-                    "a baseline is better: a pretrained model needs an --optimizer.lr of 1e-5 to 1e-4, others more"
-                )
+        if "val/accuracy" in best and hasattr(self, "predictions") and len(labels := self.predictions[1]):
+            found.append(("always the most frequent class", labels.bincount().max().item() / len(labels)))
+        if not found:
+            return []
+        lines = [", ".join(f"{name} {value:.4f}" for name, value in found)]
+        ours, (name, constant) = best.get("val/accuracy", 1.0), found[-1]
+        if name.startswith("always") and ours <= constant + 1e-6:
+            lines.append("it may need more steps, such as --trainer.max_epochs 40, or a higher --optimizer.lr")
+        elif ours < max(value for _, value in found):
+            lines.append("a baseline is better: a pretrained model needs an --optimizer.lr of 1e-5 to 1e-4, others more")
         return lines
 
     def _scores(self, batch: Batch) -> Tensor:

@@ -4,6 +4,8 @@ import argparse
 import shlex
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
+from itertools import groupby
+from operator import attrgetter
 from pathlib import Path
 
 import numpy as np
@@ -144,7 +146,7 @@ def _write(
     notes: Sequence[str],
 ) -> list[str]:
     """Write all files and return their names."""
-    drawn = [measure for measure in measures if measure.kind != "last" or measure.mode is None]
+    drawn = [next(group) for _, group in groupby(measures, key=attrgetter("metric"))]  # the best, where there is one
     curves = figures.curves_of([measure.metric for measure in drawn], arms)
     runs = tables.runs_table(arms, measures)
     images = {"summary.png": figures.draw_summary(arms, drawn, ranking)}

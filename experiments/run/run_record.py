@@ -184,6 +184,8 @@ class RunRecord(SaveConfigCallback):
         if summary["best"]:
             lines.append(("best", "{metric} {value:.4f} at step {step}".format(**summary["best"])))
             lines += [("", line) for line in pl_module.closing_lines(of_best)]
+        if is_fit and summary["status"] == "finished" and (folder / "model").is_dir():
+            lines.append(("model", f"{folder}/model; the README.md there says how other programs use it"))
         if "peak_gpu_memory_mib" in summary:
             lines.append(("memory", f"{summary['peak_gpu_memory_mib']:,} MiB on the GPU at most"))
         if not is_fit:

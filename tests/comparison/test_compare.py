@@ -418,6 +418,8 @@ def test_the_measures_of_a_metric_are_its_best_and_its_last_value():
     run = run_with(loss=10.0)  # after 9.0
     assert [measure.kind for measure in measures_of("val/loss", "min", [run])] == ["best", "last"]
     assert [measure.kind for measure in measures_of("val/loss", "max", [run])] == ["best = last"]
+    runs = [run, run_with(loss=11.0)]  # the best of both is 9.0
+    assert [measure.kind for measure in measures_of("val/loss", "min", runs)] == ["last"]
     assert [measure.kind for measure in measures_of("val/loss", None, [run])] == ["last"]
 
 
