@@ -7,6 +7,7 @@ import gc
 import hashlib
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -42,9 +43,13 @@ def pytest_collection_finish() -> None:
 
 @pytest.fixture(autouse=True)
 def _own_world(tmp_path: Path) -> Iterator[None]:
-    """Give each test a working folder and a cache of its own, and disable W&B."""
+    """Give each test a working folder, a cache and modules of its own, and disable W&B."""
+    imported = set(sys.modules)
     with own_world(tmp_path):
         yield
+    for name in sys.modules.keys() - imported:
+        if str(getattr(sys.modules[name], "__file__", None)).startswith(str(tmp_path)):
+            del sys.modules[name]
 
 
 @pytest.fixture

@@ -193,8 +193,6 @@ def test_an_error_about_a_class_of_ones_own_has_no_needless_words(llm_train, tin
 def test_a_setting_of_a_path_is_refused_as_such(llm_train, tiny, monkeypatch, has_module):
     if has_module:
         monkeypatch.setitem(sys.modules, "mine", types.ModuleType("mine"))
-    else:
-        monkeypatch.delitem(sys.modules, "mine", raising=False)
     error = llm_train("fit", "-c", tiny(), "--data.source", "mine.csv", "--data.source.text_field", "words").err
     said = "mine.csv is a path, which has no setting text_field: give class_path and init_args in its place"
     assert error == f"error: --data.source: {said}\n"

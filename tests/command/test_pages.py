@@ -124,9 +124,8 @@ def beginning(settings: dict[str, str], command: str) -> list[str]:
 
 
 @pytest.fixture
-def run_page(llm_train, no_pictures, monkeypatch, tmp_path):
+def run_page(llm_train, no_pictures, monkeypatch):
     """Return a function that runs a page in the working folder of the test, as a session of a user."""
-    imported = set(sys.modules)
     monkeypatch.setattr("sys.stdin", io.StringIO())  # a chat ends with its input
     monkeypatch.setattr("experiments.study.launchers.Popen", forks.StudyProcess)
 
@@ -166,10 +165,7 @@ def run_page(llm_train, no_pictures, monkeypatch, tmp_path):
             shown = ".*".join(map(re.escape, error.split("...")))
             assert re.fullmatch(shown, done.err.splitlines()[-1]), f"{command}: {done.err}"
 
-    yield run
-    for name in set(sys.modules) - imported:
-        if str(getattr(sys.modules[name], "__file__", None)).startswith(str(tmp_path)):
-            del sys.modules[name]
+    return run
 
 
 @pytest.mark.parametrize("guide", GUIDES, ids=lambda path: path.stem)
