@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torchmetrics.functional.classification import multiclass_auroc, multiclass_calibration_error, multiclass_f1_score
@@ -128,7 +127,7 @@ class ClassifierModule(ExperimentModule):
         if name.startswith("always") and ours <= constant + 1e-6:
             lines.append("it may need more steps, such as --trainer.max_epochs 40, or a higher --optimizer.lr")
         elif ours < max(value for _, value in found):
-            lines.append("a baseline is better: a pretrained model needs an --optimizer.lr of 1e-5 to 1e-4, others more")
+            lines.append("a baseline is better: pretrained models need an --optimizer.lr of 1e-5 to 1e-4, others more")
         return lines
 
     def _scores(self, batch: Batch) -> Tensor:

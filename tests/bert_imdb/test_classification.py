@@ -100,7 +100,7 @@ def test_the_closing_lines_compare_the_accuracy_with_a_constant_answer():
     shown = "val/accuracy 0.6250, val/words/accuracy 0.6000, always the most frequent class 0.5000"
     assert module.closing_lines(best) == [shown]
     _, remark = module.closing_lines(best | {"val/words/accuracy": 1.0})
-    assert remark == "a baseline is better: a pretrained model needs an --optimizer.lr of 1e-5 to 1e-4, others more"
+    assert remark == "a baseline is better: pretrained models need an --optimizer.lr of 1e-5 to 1e-4, others more"
     _, advice = module.closing_lines(best | {"val/accuracy": 0.5})
     assert "--trainer.max_epochs 40" in advice
 
