@@ -2,13 +2,15 @@
 
 import shlex
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from experiments.errors import CommandParser, UserError, did_you_mean
 
 if TYPE_CHECKING:  # imported where they are used: the help answers without them
+    from torch import Tensor
+
     from experiments.cli import ExperimentCLI
     from lightning_modules.base import ExperimentModule
     from lightning_modules.runtime.step_memory import StepMemory
@@ -130,8 +132,8 @@ def estimate(cli: "ExperimentCLI", n_devices: int, device: str) -> list[str]:
     from lightning_modules.runtime.step_memory import size_of
 
     model, data, trainer = cli.model, cli.datamodule, cli.arguments["trainer"]
-    n_weights = sum(weight.numel() for weight in model.parameters())
-    n_trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+    n_weights = _count(model.parameters())
+    n_trained = _count(weight for weight in model.parameters() if weight.requires_grad)
     lines = [f"model   {type(model).__name__}: {n_weights:,} weights, of which {n_trained:,} are trained"]
     batch_size, length = getattr(data, "batch_size", None), getattr(data, "block_size", None)
     precision = str(trainer["precision"] or "32-true")
@@ -178,10 +180,9 @@ def _units(model: Any) -> tuple[int, int]:
     from torch import nn
 
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
-    blocks = max(lists, key=lambda blocks: sum(weight.numel() for weight in blocks.parameters()), default=[])
-    sizes = [sum(weight.numel() for weight in block.parameters()) for block in blocks]
-    whole = sum(weight.numel() for weight in model.parameters())
-    return max(sizes, default=0), whole - sum(sizes)
+    blocks = max(lists, key=lambda blocks: _count(blocks.parameters()), default=[])
+    sizes = [_count(block.parameters()) for block in blocks]
+    return max(sizes, default=0), _count(model.parameters()) - sum(sizes)
 
 
 def presets(memory: "StepMemory", n_devices: int, largest: int, rest: int) -> dict[str, float]:
@@ -217,6 +218,10 @@ def time_lines(
         return [*lines, "time    not known: the run has no trainer.max_steps"]
     tokens = steps * accumulated * tokens_of_batch
     return [*lines, f"time    {tokens / speed / 3600:,.2f} h for {tokens:,} tokens, without validations and samples"]
+
+
+def _count(parameters: "Iterable[Tensor]") -> int:
+    return sum(parameter.numel() for parameter in parameters)
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

@@ -117,16 +117,19 @@ class ClassifierModule(ExperimentModule):
 
         A baseline is also the constant answer: the most frequent class of the validation split.
         """
-        found = sorted((item for item in best.items() if item[0].endswith("/accuracy")), key=lambda item: len(item[0]))
-        if "val/accuracy" in best and hasattr(self, "predictions") and len(labels := self.predictions[1]):
-            found.append(("always the most frequent class", labels.bincount().max().item() / len(labels)))
+        by_length = sorted(best.items(), key=lambda item: len(item[0]))
+        found = {name: value for name, value in by_length if name.endswith("/accuracy")}
+        constant = float("nan")  # not known
+        if "val/accuracy" in found and hasattr(self, "predictions") and len(labels := self.predictions[1]):
+            constant = labels.bincount().max().item() / len(labels)
+            found["always the most frequent class"] = constant
         if not found:
             return []
-        lines = [", ".join(f"{name} {value:.4f}" for name, value in found)]
-        ours, (name, constant) = best.get("val/accuracy", 1.0), found[-1]
-        if name.startswith("always") and ours <= constant + 1e-6:
+        lines = [", ".join(f"{name} {value:.4f}" for name, value in found.items())]
+        ours = found.get("val/accuracy", 1.0)
+        if ours <= constant + 1e-6:
             lines.append("it may need more steps, such as --trainer.max_epochs 40, or a higher --optimizer.lr")
-        elif ours < max(value for _, value in found):
+        elif ours < max(found.values()):
             lines.append("a baseline is better: pretrained models need an --optimizer.lr of 1e-5 to 1e-4, others more")
         return lines
 

@@ -39,12 +39,6 @@ def adapted_layers(model: nn.Module) -> dict[str, nn.Module]:
     return {name: module for name, module in model.named_modules() if hasattr(module, "lora_A")}
 
 
-def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the linear layers of a model by name, `nn.Linear` and GPT-2's `Conv1D`."""
-    kinds = ("Linear", "Conv1D")  # by name, because importing Conv1D from transformers takes seconds
-    return {name: module for name, module in model.named_modules() if type(module).__name__ in kinds}
-
-
 @contextmanager
 def merged(model: nn.Module) -> Iterator[None]:
     """Merge the adapters of a model into its weights within the context, so that it is a plain model.

@@ -5,9 +5,10 @@ from typing import Any
 import lightning as L
 
 from lightning_modules.common.ranges import PositiveFloat, PositiveInt, Probability
-from lightning_modules.finetuning.adapters import adapted_layers, add_adapters, linear_layers
+from lightning_modules.finetuning.adapters import adapted_layers, add_adapters
 from lightning_modules.finetuning.freeze import FreezingCallback
 from lightning_modules.finetuning.selection import ModelParts, Selection, matching
+from lightning_modules.models.linear_layers import linear_layers
 
 
 class LoRA(FreezingCallback):

@@ -30,7 +30,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.optim import Optimizer
 
 from lightning_modules.common.messages import say
-from lightning_modules.finetuning.adapters import linear_layers
+from lightning_modules.models.linear_layers import linear_layers
 from lightning_modules.runtime import private_names, shards
 from lightning_modules.runtime.checkpoint_io import AtomicCheckpointIO
 

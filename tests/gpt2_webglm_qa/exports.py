@@ -11,8 +11,9 @@ from torch import nn
 from datamodules.gpt2_webglm_qa.chat_format import as_chat_template
 from datamodules.gpt2_webglm_qa.prompts import TEMPLATE, PromptEncoder
 from datamodules.tokenizers import byte_tokenizer
-from lightning_modules.finetuning.adapters import adapted_layers, add_adapters, linear_layers
+from lightning_modules.finetuning.adapters import adapted_layers, add_adapters
 from lightning_modules.gpt2_webglm_qa import GPT2WebGLMQAModule
+from lightning_modules.models.linear_layers import linear_layers
 
 CONTEXT = 160
 QUESTION, REFERENCES = 'Who said "a {b}"?', ["Ann  said\nit. ", "Bob."]
