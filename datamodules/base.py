@@ -15,8 +15,12 @@ If the datamodule has the attributes `vocab_size`, `pad_token_id`, `block_size` 
 the arguments of the module that have the same names.
 """
 
+import multiprocessing
+import multiprocessing.util
+import os
 import signal
 from collections.abc import Callable, Iterator
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -117,6 +121,24 @@ def leave_signals_to_the_parent(worker: int) -> None:
     """
     for signal_number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signal_number, signal.SIG_IGN)
+
+
+@cache
+def _kill_workers_at_exit(process: int) -> None:
+    """Let the process with this number kill the workers that are left when it exits.
+
+    Without this, Python would send them SIGTERM, which they ignore, and wait for them for ever. Workers are left if an
+    error or a second signal has kept the trainer from ending them.
+    """
+    # Not `atexit`, whose functions are not called in a process that multiprocessing has started.
+    multiprocessing.util.Finalize(None, _kill_workers, exitpriority=0)
+
+
+def _kill_workers() -> None:
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # that of torch would call the end of a worker an error
+    for worker in multiprocessing.active_children():
+        if worker.daemon:
+            worker.kill()
 
 
 class GlobalBatches(SequentialSampler):
@@ -220,6 +242,8 @@ class ExperimentDataModule(LightningDataModule):
         return self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
 
     def _loader(self, dataset: Dataset, n: int, order: Order, drop_last: bool) -> DataLoader:
+        if self.num_workers:
+            _kill_workers_at_exit(os.getpid())
         return DataLoader(
             dataset,
             batch_size=None,

@@ -1,5 +1,6 @@
 """The real command in copies of this process, which import nothing and can be killed, alone or as ranks of a job."""
 
+import faulthandler
 import multiprocessing
 import os
 import signal
@@ -20,6 +21,7 @@ ROOT = Path(__file__).parents[1]
 _ON_CPU = ("--trainer.accelerator=cpu", "--trainer.devices=2")
 TWO_PROCESSES = ("-c", str(ROOT / "experiments/trainer/ddp.yaml"), *_ON_CPU)
 SHARDED = ("-c", str(ROOT / "experiments/trainer/fsdp.yaml"), *_ON_CPU, "--trainer.precision=32-true")
+_LONGEST = 240  # seconds of one copy
 
 Commands = Sequence[Sequence[str | Path]]
 
@@ -37,6 +39,8 @@ def start(
     """
 
     def child() -> None:
+        # A copy that hangs says where, and ends.
+        faulthandler.dump_traceback_later(_LONGEST, exit=True, file=sys.__stderr__)
         # tqdm's lock is one semaphore for a process and its copies: a copy killed while it draws would keep it.
         tqdm.set_lock(threading.RLock())
         # The copy handles signals as a process that a user starts, also where the tests run in the background.

@@ -17,6 +17,7 @@ from lightning_modules.finetuning.bases import (
     check_tokenizer,
     load_pretrained,
     save_pretrained,
+    set_dropout,
 )
 
 if TYPE_CHECKING:  # imported where used: transformers is slow to import
@@ -41,6 +42,8 @@ class BertImdbModule(ClassifierModule):
         head: `linear`, or `mlp`, which has a tanh layer first. `cls` with `mlp` is the head of BERT, and starts from
             the weights of the base's pooler if it has one.
         dropout: Dropout before the last layer, in [0, 1).
+        base_dropout: Dropout inside the encoder, in [0, 1); `null` for its own. With 0, the attention on a CPU never
+            holds a matrix of weights, which makes a step about twice as fast.
         vocab_size: Number of tokens; linked from the data.
         block_size: Number of tokens in the longest review; linked from the data.
         classes: Names of the classes; linked from the data.
@@ -63,6 +66,7 @@ class BertImdbModule(ClassifierModule):
         pooling: Literal["cls", "mean", "both"] = "cls",
         head: Literal["linear", "mlp"] = "mlp",
         dropout: Probability = 0.1,
+        base_dropout: Probability | None = None,
         vocab_size: int | None = None,
         block_size: int | None = None,
         classes: list[str] | None = None,
@@ -76,6 +80,8 @@ class BertImdbModule(ClassifierModule):
         encoder = load_pretrained(base, "AutoModel", architecture)
         _require_encoder(encoder, base)
         check_fit(encoder, base, vocab_size, block_size, argument="data.max_tokens")
+        if base_dropout is not None:
+            set_dropout(encoder, base_dropout)
         config = EncoderClassifierConfig(
             encoder=architecture_of(encoder),
             pooling=pooling,

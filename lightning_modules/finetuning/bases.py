@@ -89,6 +89,16 @@ def load_pretrained(
     return model.train()  # from_pretrained returns it in evaluation mode, and Lightning keeps the mode
 
 
+def set_dropout(model: nn.Module, p: float) -> None:
+    """Set the probability of each dropout of a model; its configuration, which is exported, stays as it is."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = p
+        for name, value in vars(module).items():
+            if "dropout" in name and isinstance(value, float):  # of an attention that calls a function
+                setattr(module, name, p)
+
+
 @contextmanager
 def weights_follow() -> Iterator[None]:
     """Do not check or name the weights of bases within the context, because those of a checkpoint replace them."""

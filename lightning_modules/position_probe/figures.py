@@ -117,7 +117,7 @@ def draw_probes(by_distance: Path, file: Path) -> Path:
             octaves = sorted(octave for t, case, octave in pairs if (t, case) == (target, name))
             means = np.array([errors[target, name, octave] / pairs[target, name, octave] for octave in octaves])
             ax.plot(octaves, 1 - means if target == "order" else means, marker="o", markersize=3.5, **_STYLES[name])
-        ax.set_xticks(octaves, [_range_of(octave) for octave in octaves], fontsize=8)
+        ax.set_xticks(octaves, [_range_of(octave) for octave in octaves], fontsize=8, rotation=30, ha="right")
         ax.set_title(title, fontsize=10)
         ax.set_xlabel("distance of the two positions")
         ax.set_ylim(0, 1.03 if target == "order" else None)

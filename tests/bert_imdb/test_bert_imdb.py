@@ -427,6 +427,15 @@ def test_the_parts_of_the_model_are_found(base):
     assert {name.split(".")[1] for name in parts.head} == {"head"}
 
 
+def test_without_dropout_in_the_base_its_features_are_those_of_the_evaluation(base):
+    batch = some_batch(base)
+    for p, same in ((None, False), (0.0, True)):  # the tiny base has dropout in its configuration
+        module = BertImdbModule(base=str(base), base_dropout=p, **SIZES)
+        in_training, in_evaluation = module.train().features(batch), module.eval().features(batch)
+        assert torch.allclose(in_training, in_evaluation, atol=1e-5) == same
+        assert module.model.encoder.config.attention_probs_dropout_prob == 0.1  # as it will be exported
+
+
 def test_other_encoders_are_loaded_too(tmp_path, base):
     from transformers import DistilBertConfig, DistilBertModel
 

@@ -6,6 +6,7 @@ import signal
 from pathlib import Path
 
 import forks
+import lightning as L
 import pytest
 from helpers import BEST, LAST, RUNS, assert_same_weights, contents, metrics_that_repeat
 
@@ -238,6 +239,20 @@ def test_a_signal_to_the_group_in_a_validation_or_a_checkpoint(forked, tiny, own
     command = ("fit", "-c", tiny(data__init_args__num_workers=workers), "--run.name", "group")
     assert forked(*command, prepare=lambda: signal_in(owner, method, 1)) == 143
     assert saved_step("group") == 9  # after the validation at step 8, and one step more
+
+
+def leave_the_workers() -> None:
+    """For `prepare`: a second signal comes before the trainer has ended the workers of its loaders."""
+    forks.signal_after_step(12, signal.SIGTERM)
+
+    def teardown(trainer: L.Trainer) -> None:
+        signal.raise_signal(signal.SIGTERM)
+
+    L.Trainer._teardown = teardown
+
+
+def test_a_second_signal_ends_a_run_whose_workers_are_left(forked, tiny):
+    assert forked("fit", "-c", tiny(data__init_args__num_workers=2), prepare=leave_the_workers) == 143
 
 
 def test_a_configuration_in_a_run_folder_means_that_run_also_beside_a_newer_one(llm_train, tiny, whole):
