@@ -139,6 +139,11 @@ class RunRecord(SaveConfigCallback):
                 say(f"{self._run.path} is finished: nothing is left to do")
             return
         is_fit = self.cli.subcommand == "fit"
+        for checkpoint in _of(RunCheckpoint, trainer.checkpoint_callbacks):
+            try:
+                checkpoint.wait()
+            except OSError as failed:  # on top of the error that ends the run
+                say(str(failed))
         checkpoints = [c for c in _of(RunCheckpoint, trainer.checkpoint_callbacks) if c.best_score is not None]
         best, shown = None, {}
         if is_fit and checkpoints:

@@ -2,6 +2,8 @@
 
 import math
 import operator
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,6 +14,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning_modules.common.files import link_or_copy
 from lightning_modules.common.ranges import PositiveInt
 from lightning_modules.runtime import private_names
+from lightning_modules.runtime.checkpoint_io import AtomicCheckpointIO
 from lightning_modules.runtime.stages import validates_a_fit
 
 
@@ -43,6 +46,7 @@ class RunCheckpoint(Checkpoint):
         self.best_metrics: dict[str, float] = {}  # all metrics of the best validation
         self._folder = Path()
         self._step_of_last = -1
+        self._complete = self.state_dict()  # at the last checkpoint whose file is complete
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Set the folder on all ranks to that of rank 0."""
@@ -76,6 +80,16 @@ class RunCheckpoint(Checkpoint):
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write `last.ckpt` with the weights after the last step."""
         self.save_last(trainer)
+        self.wait()
+
+    def wait(self) -> None:
+        """Wait until the files are complete.
+
+        Raises:
+            OSError: If the disk is full or the folder cannot be written.
+        """
+        with self._as_on_the_disk():
+            AtomicCheckpointIO.wait()
 
     def save_last(self, trainer: L.Trainer) -> None:
         """Write `last.ckpt`, unless it was written at this step or gradients are being accumulated."""
@@ -84,21 +98,37 @@ class RunCheckpoint(Checkpoint):
 
     def _save(self, trainer: L.Trainer, *names: str) -> None:
         """Write a checkpoint under the first name; the others become names of the same file."""
-        before = self.state_dict()
-        if "best" in names:  # set first, because the checkpoint holds it
-            self._set_best(trainer)
-        if trainer.fast_dev_run:
-            return
-        first, *others = (self._folder / f"{name}.ckpt" for name in names)
-        try:
+        with self._as_on_the_disk():
+            AtomicCheckpointIO.wait()  # for the one before, which may fail
+            if "best" in names:  # set first, because the checkpoint holds it
+                self._set_best(trainer)
+            if trainer.fast_dev_run:
+                return
+            first, *others = (self._folder / f"{name}.ckpt" for name in names)
             trainer.save_checkpoint(first)
-        except OSError:  # a full disk: `best.ckpt` is still the earlier one
-            self.load_state_dict(before)
-            raise
-        for other in others if trainer.is_global_zero else ():
-            link_or_copy(first, other)
+            state = self.state_dict()
+
+            def complete() -> None:
+                for other in others if trainer.is_global_zero else ():
+                    link_or_copy(first, other)
+                self._complete = state
+
+            files = trainer.strategy.checkpoint_io
+            if isinstance(files, AtomicCheckpointIO):
+                files.then(complete)
+            else:
+                complete()
         if "last" in names:
             self._step_of_last = trainer.global_step
+
+    @contextmanager
+    def _as_on_the_disk(self) -> Iterator[None]:
+        """If a write fails, as on a full disk, return to the best score of the file that is there."""
+        try:
+            yield
+        except OSError:
+            self.load_state_dict(self._complete)
+            raise
 
     def _set_best(self, trainer: L.Trainer) -> None:
         self.best_score, self.best_step = self._score(trainer), trainer.global_step
@@ -121,10 +151,12 @@ class RunCheckpoint(Checkpoint):
         """Restore the best score so far."""
         self.best_score, self.best_step = state_dict["best_score"], state_dict["best_step"]
         self.best_metrics = state_dict.get("best_metrics", {})
+        self._complete = self.state_dict()
 
 
 def save_last(trainer: L.Trainer) -> None:
-    """Write `last.ckpt` now, unless it was written at this step; call it on all ranks."""
+    """Write `last.ckpt` now, unless it was written at this step, and wait for it; call it on all ranks."""
     for callback in trainer.checkpoint_callbacks:
         if isinstance(callback, RunCheckpoint):
             callback.save_last(trainer)
+            callback.wait()

@@ -6,10 +6,12 @@ import re
 import shutil
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from copy import copy
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, ClassVar
 
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
@@ -49,15 +51,90 @@ def _errors_of(file: BinaryIO) -> Iterator[Any]:
         raise
 
 
+def _copy_of(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """Return a checkpoint whose tensors are copies on the CPU, which the next step does not change."""
+    copies: dict[tuple, torch.Tensor] = {}  # tensors that share memory, such as tied weights, do so in the copy
+
+    def copied(value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            place = value.untyped_storage().data_ptr(), value.storage_offset(), value.shape, value.stride(), value.dtype
+            if place not in copies:
+                copies[place] = value.detach().to("cpu", copy=True)
+            return copies[place].detach()
+        if isinstance(value, dict):
+            same = copy(value)  # with its attributes, as the state of a module has
+            same.update((key, copied(part)) for key, part in value.items())
+            return same
+        return type(value)(map(copied, value)) if isinstance(value, list | tuple) else value
+
+    return copied(checkpoint)
+
+
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Checkpoint files, written under a temporary name and renamed; only tensors and plain types are read."""
+    """Checkpoint files, written under a temporary name and renamed; only tensors and plain types are read.
+
+    Args:
+        background: Whether the training goes on while a checkpoint is written from a copy of its tensors, which takes
+            as much memory of the machine. The next checkpoint, whoever reads one, and the end of the run wait for it.
+    """
+
+    _tasks: ClassVar[list[Future]] = []  # of this process, in order
+
+    def __init__(self, background: bool = False) -> None:
+        super().__init__()
+        self.background = background
+        self._thread: ThreadPoolExecutor | None = None
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         """Save a checkpoint; a file of that name is replaced only when the new one is complete.
 
         Raises:
-            OSError: If the disk is full or the folder cannot be written; the earlier file is untouched.
+            OSError: If the disk is full or the folder cannot be written; the earlier file is untouched. The error of
+                a write in the background is raised when the run next waits for it.
         """
+        self.wait()
+        if self.background:
+            self._thread = self._thread or ThreadPoolExecutor(max_workers=1)
+            self._tasks.append(self._thread.submit(self._write, _copy_of(checkpoint), path))
+        else:
+            self._write(checkpoint, path)
+
+    def then(self, function: Callable[[], None]) -> None:
+        """Call a function when the checkpoint that was saved last is complete; not if its write fails."""
+        if not self._tasks:
+            function()
+            return
+        assert self._thread is not None
+        before = self._tasks[-1]
+
+        def call() -> None:
+            if before.exception() is None:
+                function()
+
+        self._tasks.append(self._thread.submit(call))
+
+    @classmethod
+    def wait(cls) -> None:
+        """Wait until what this process writes in the background is complete.
+
+        Raises:
+            OSError: As in `save_checkpoint`.
+        """
+        tasks = list(cls._tasks)
+        cls._tasks.clear()
+        for task in tasks:
+            task.result()
+
+    def teardown(self) -> None:
+        """Wait for the last write."""
+        try:
+            self.wait()
+        finally:
+            if self._thread is not None:
+                self._thread.shutdown()
+                self._thread = None
+
+    def _write(self, checkpoint: dict[str, Any], path: str | Path) -> None:
         try:
             with atomic_file(Path(path)) as file, _errors_of(file) as recorded:
                 torch.save(checkpoint, recorded)
@@ -126,6 +203,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             shutil.rmtree(unused)
 
     def _load(self, path: Path, **options: Any) -> dict[str, Any]:
+        self.wait()
         if not path.is_file():
             raise MisconfigurationException(f"{path}: no such checkpoint")
         try:
