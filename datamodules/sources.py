@@ -20,6 +20,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from datamodules.cache import digest
@@ -40,7 +41,7 @@ from datamodules.files import (
 from datamodules.hub_datasets import hub_errors, load_hub_dataset
 from datamodules.rows import check_characters, text_column, texts_of_rows
 from lightning_modules.common.messages import first_line
-from lightning_modules.common.ranges import PositiveInt
+from lightning_modules.common.ranges import NonNegativeInt, PositiveInt
 
 # Characters. A tokenizer needs up to a hundred bytes of memory for each, and encodes several pieces at once.
 PIECE_SIZE = 2**16
@@ -49,6 +50,8 @@ PIECE_SIZE = 2**16
 # it prepares.
 PART_SIZE = 2**25
 MOST_PARTS = 512
+
+SHUFFLED_SIZE = 2**27  # characters of documents that are shuffled together
 
 
 class Piece(NamedTuple):
@@ -569,3 +572,70 @@ class Mixture(Source):
     def fingerprint(self) -> str:
         """Return a hash of the texts and their weights."""
         return digest(["Mixture", [text.fingerprint() for text in self.texts], self.weights])
+
+
+@dataclass
+class Shuffled(Source):
+    """The documents of a text in random order, so that those that share a window have nothing to do with each other.
+
+    Windows are shuffled anyway; what they hold is what follows one another in the text, such as the pages of one site.
+    The documents of a part of a large text are shuffled among themselves, 128 million characters at a time, which are
+    kept in memory. A document that parts share keeps its place.
+
+    Args:
+        source: The text: a source, files, a folder, a glob pattern, URLs or `hub:OWNER/NAME`.
+        seed: Seed of the order, 0 or greater.
+
+    Raises:
+        MisconfigurationException: If the text is a mixture, each text of which can be shuffled.
+    """
+
+    source: AnySource
+    seed: NonNegativeInt = 0
+
+    def __post_init__(self) -> None:
+        self.text = source_of(self.source, "data.source.source")
+        if isinstance(self.text, Mixture):
+            raise MisconfigurationException(
+                "data.source: a mixture is not shuffled as a whole: give it texts that are each a Shuffled"
+            )
+
+    def pieces(self) -> Iterator[Piece]:
+        """Yield the documents, those of each part shuffled."""
+        return chain.from_iterable(map(self._shuffled, self.text.parts()))
+
+    def parts(self) -> Sequence[Source]:
+        """Return the parts of the text, each of them shuffled."""
+        parts = self.text.parts()
+        return [Shuffled(part, self.seed) for part in parts] if len(parts) > 1 else [self]
+
+    def opening(self) -> str:
+        """Return the beginning of the document in which the text begins."""
+        return self.text.opening()
+
+    def fingerprint(self) -> str:
+        """Return a hash of the text and the seed."""
+        return digest(["Shuffled", self.text.fingerprint(), self.seed])
+
+    def _shuffled(self, part: Source) -> Iterator[Piece]:
+        draw = np.random.default_rng(self.seed)
+        documents: list[list[Piece]] = []
+        document: list[Piece] = []
+        stays = bool(part.opening())  # the part begins with the rest of a document
+        size = 0
+        for piece in part.pieces():
+            document.append(piece)
+            size += len(piece.text)
+            if not piece.ends_document:
+                continue
+            if stays:
+                yield from document
+                stays = False
+            else:
+                documents.append(document)
+            document = []
+            if size >= SHUFFLED_SIZE:
+                yield from chain.from_iterable(documents[i] for i in draw.permutation(len(documents)))
+                documents, size = [], 0
+        yield from chain.from_iterable(documents[i] for i in draw.permutation(len(documents)))
+        yield from document  # goes on in the next part

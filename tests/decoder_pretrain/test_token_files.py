@@ -21,7 +21,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from datamodules import fast_encoding, sources, tokens
 from datamodules.decoder_pretrain import PretrainDataModule
 from datamodules.fast_encoding import TextEncoder, fast_encoder
-from datamodules.sources import Files, ListText
+from datamodules.sources import Files, ListText, Shuffled
 from datamodules.tokenizers import byte_tokenizer, encode, load_tokenizer
 from datamodules.tokens import prepare_tokens
 
@@ -120,6 +120,53 @@ def test_a_text_in_parts_has_the_tokens_of_the_whole(kind, split, tmp_path, monk
     assert all_tokens(parts) == all_tokens(whole)
     assert [file.split for file in parts.values()] == [file.split for file in whole.values()]
     assert prepare_tokens(source, byte_tokenizer(), tmp_path / "parts", **options) == parts
+
+
+@pytest.mark.parametrize("kind", ["rows", "files"])
+@pytest.mark.parametrize("size", [2_000, 10**9])
+def test_the_documents_of_each_part_are_shuffled(kind, size, tmp_path, monkeypatch):
+    if kind == "rows":
+        rows = [json.dumps({"text": text(50, seed=n)}) for n in range(300)]
+        (tmp_path / "a.jsonl").write_text("\n".join(rows) + "\n")
+    else:
+        for number, n in enumerate([40, 7_000, 30, 20, 2_000, 10, *[200] * 20]):  # the second is in several parts
+            (tmp_path / f"{number:02d}.txt").write_text(text(n, seed=number))
+    source = Files(str(tmp_path / "*.*"))
+    monkeypatch.setattr(sources, "PIECE_SIZE", 1_000)
+    monkeypatch.setattr(sources, "PART_SIZE", 10_000)
+    monkeypatch.setattr(sources, "SHUFFLED_SIZE", size)
+    documents, (one, same, other) = list(source.documents()), (Shuffled(source, seed) for seed in (1, 1, 2))
+    assert len(one.parts()) == len(source.parts()) >= 4
+    assert list(one.documents()) == list(same.documents()) != documents
+    assert list(one.documents()) != list(other.documents())
+    assert sorted(one.documents()) == sorted(documents)
+    assert [piece for part in one.parts() for piece in part.pieces()] == list(one.pieces())
+    for part, shuffled in zip(source.parts(), one.parts(), strict=True):
+        assert sorted(part.pieces()) == sorted(shuffled.pieces())
+        assert part.opening() == shuffled.opening()
+    if size > 10_000 and kind == "rows":  # no document of a part is near its place
+        moved = np.abs(np.diff([documents.index(document) for document in one.parts()[0].documents()]))
+        assert moved.mean() > 5
+    assert len({source.fingerprint(), one.fingerprint(), other.fingerprint()}) == 3
+
+
+def test_few_shuffled_documents_are_cut_as_their_parts_are(tmp_path, monkeypatch):
+    for number, n in enumerate([3_000, 40, 2_500, 500]):
+        (tmp_path / f"{number}.txt").write_text(text(n, seed=number).replace(". ", ".\n"))
+    source = Shuffled(f"{tmp_path}/*.txt", seed=3)
+    monkeypatch.setattr(sources, "PIECE_SIZE", 1_000)
+    monkeypatch.setattr(sources, "PART_SIZE", 10_000)
+    parts = prepare_tokens(source, byte_tokenizer(), tmp_path / "parts", "auto", 0.2, 0.1)
+    text_of = {side: bytes(t for t in found[0] if t < 256).decode() for side, found in all_tokens(parts).items()}
+    for document in source.documents():
+        assert document[:100] in text_of["train"]
+        assert document[-12:] in text_of["test"]
+
+
+def test_a_mixture_is_not_shuffled_as_a_whole():
+    mixture = sources.Mixture([sources.ListText(["a"]), sources.ListText(["b"])], [1, 1])
+    with pytest.raises(MisconfigurationException, match=r"give it texts that are each a Shuffled"):
+        Shuffled(mixture)
 
 
 @pytest.mark.parametrize("split", ["auto", "groups"])
