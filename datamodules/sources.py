@@ -576,11 +576,12 @@ class Mixture(Source):
 
 @dataclass
 class Shuffled(Source):
-    """The documents of a text in random order, so that those that share a window have nothing to do with each other.
+    """The documents of a text in random order, in place of one in which neighbours may belong together.
 
     Windows are shuffled anyway; what they hold is what follows one another in the text, such as the pages of one site.
-    The documents of a part of a large text are shuffled among themselves, 128 million characters at a time, which are
-    kept in memory. A document that parts share keeps its place.
+    The documents of a part of a large text (32 MiB, or more if there would be over 512 parts) are shuffled among
+    themselves, in memory, at most 134 million characters at a time. A document that is longer, or begins in an earlier
+    part, keeps its place.
 
     Args:
         source: The text: a source, files, a folder, a glob pattern, URLs or `hub:OWNER/NAME`.
@@ -620,22 +621,22 @@ class Shuffled(Source):
     def _shuffled(self, part: Source) -> Iterator[Piece]:
         draw = np.random.default_rng(self.seed)
         documents: list[list[Piece]] = []
-        document: list[Piece] = []
-        stays = bool(part.opening())  # the part begins with the rest of a document
+        document: list[Piece] = []  # that has begun
+        stays = bool(part.opening())  # whether it keeps its place
         size = 0
         for piece in part.pieces():
+            if stays:
+                yield piece
+                stays = not piece.ends_document
+                continue
             document.append(piece)
             size += len(piece.text)
-            if not piece.ends_document:
-                continue
-            if stays:
-                yield from document
-                stays = False
-            else:
+            if piece.ends_document:
                 documents.append(document)
-            document = []
+                document = []
             if size >= SHUFFLED_SIZE:
                 yield from chain.from_iterable(documents[i] for i in draw.permutation(len(documents)))
-                documents, size = [], 0
+                yield from document
+                documents, document, size, stays = [], [], 0, bool(document)
         yield from chain.from_iterable(documents[i] for i in draw.permutation(len(documents)))
-        yield from document  # goes on in the next part
+        yield from document  # it goes on in the next part

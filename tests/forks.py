@@ -39,8 +39,8 @@ def start(
     """
 
     def child() -> None:
-        # A copy that hangs says where, and ends.
-        faulthandler.dump_traceback_later(_LONGEST, exit=True, file=sys.__stderr__)
+        if "PYTEST_CURRENT_TEST" in os.environ:  # a copy that hangs says where, and ends
+            faulthandler.dump_traceback_later(_LONGEST, exit=True, file=sys.__stderr__)
         # tqdm's lock is one semaphore for a process and its copies: a copy killed while it draws would keep it.
         tqdm.set_lock(threading.RLock())
         # The copy handles signals as a process that a user starts, also where the tests run in the background.

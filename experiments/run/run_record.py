@@ -142,7 +142,7 @@ class RunRecord(SaveConfigCallback):
         for checkpoint in _of(RunCheckpoint, trainer.checkpoint_callbacks):
             try:
                 checkpoint.wait()
-            except OSError as failed:  # on top of the error that ends the run
+            except Exception as failed:  # on top of the error that ends the run
                 say(str(failed))
         checkpoints = [c for c in _of(RunCheckpoint, trainer.checkpoint_callbacks) if c.best_score is not None]
         best, shown = None, {}

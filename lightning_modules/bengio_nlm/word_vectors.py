@@ -82,6 +82,7 @@ class WordVectors(L.Callback):
     def _write(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         folder = Path(trainer.default_root_dir)
         words, vectors = pl_module.data.text.words, pl_module.word_vectors
+        AtomicCheckpointIO.wait()
         best = folder / "checkpoints" / "best.ckpt"
         if best.is_file():
             state = AtomicCheckpointIO().load_model(best)["state_dict"]

@@ -90,7 +90,7 @@ def load_pretrained(
 
 
 def set_dropout(model: nn.Module, p: float) -> None:
-    """Set the probability of each dropout of a model; its configuration, which is exported, stays as it is."""
+    """Set the probability of each dropout layer of a model; its configuration, which is exported, stays as it is."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = p

@@ -83,13 +83,15 @@ class RunCheckpoint(Checkpoint):
         self.wait()
 
     def wait(self) -> None:
-        """Wait until the files are complete.
+        """Wait until the files are complete; the best score is then that of the file that is there.
 
         Raises:
             OSError: If the disk is full or the folder cannot be written.
         """
-        with self._as_on_the_disk():
+        try:
             AtomicCheckpointIO.wait()
+        finally:
+            self.load_state_dict(self._complete)
 
     def save_last(self, trainer: L.Trainer) -> None:
         """Write `last.ckpt`, unless it was written at this step or gradients are being accumulated."""
@@ -103,15 +105,16 @@ class RunCheckpoint(Checkpoint):
             if "best" in names:  # set first, because the checkpoint holds it
                 self._set_best(trainer)
             if trainer.fast_dev_run:
+                self._complete = self.state_dict()
                 return
             first, *others = (self._folder / f"{name}.ckpt" for name in names)
             trainer.save_checkpoint(first)
             state = self.state_dict()
 
             def complete() -> None:
+                self._complete = state
                 for other in others if trainer.is_global_zero else ():
                     link_or_copy(first, other)
-                self._complete = state
 
             files = trainer.strategy.checkpoint_io
             if isinstance(files, AtomicCheckpointIO):
@@ -160,3 +163,4 @@ def save_last(trainer: L.Trainer) -> None:
         if isinstance(callback, RunCheckpoint):
             callback.save_last(trainer)
             callback.wait()
+            trainer.strategy.barrier()  # a rank that exits earlier would take along the one that writes

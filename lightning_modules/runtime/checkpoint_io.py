@@ -53,7 +53,7 @@ def _errors_of(file: BinaryIO) -> Iterator[Any]:
 
 def _copy_of(checkpoint: dict[str, Any]) -> dict[str, Any]:
     """Return a checkpoint whose tensors are copies on the CPU, which the next step does not change."""
-    copies: dict[tuple, torch.Tensor] = {}  # tensors that share memory, such as tied weights, do so in the copy
+    copies: dict[tuple, torch.Tensor] = {}  # equal views, such as tied weights, share memory in the copy too
 
     def copied(value: Any) -> Any:
         if isinstance(value, torch.Tensor):
@@ -75,7 +75,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
     Args:
         background: Whether the training goes on while a checkpoint is written from a copy of its tensors, which takes
-            as much memory of the machine. The next checkpoint, whoever reads one, and the end of the run wait for it.
+            as much memory as the file. The next checkpoint, whoever reads one, and the end of the run wait for it.
     """
 
     _tasks: ClassVar[list[Future]] = []  # of this process, in order
@@ -120,10 +120,11 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         Raises:
             OSError: As in `save_checkpoint`.
         """
-        tasks = list(cls._tasks)
-        cls._tasks.clear()
-        for task in tasks:
-            task.result()
+        while cls._tasks:
+            error = cls._tasks[0].exception()  # after the end of the task
+            cls._tasks.pop(0)
+            if error is not None:
+                raise error
 
     def teardown(self) -> None:
         """Wait for the last write."""

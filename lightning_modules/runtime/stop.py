@@ -23,8 +23,8 @@ class GracefulStop(L.Callback):
     """Callback that stops all ranks after the same optimiser step, with a checkpoint, on SIGTERM or Ctrl-C.
 
     A signal to one rank is enough. The exit code is 128 + the number of the signal: 143 for SIGTERM, 130 for Ctrl-C. A
-    second signal ends the process at once. Nothing is saved between two micro-batches of one optimiser step, because
-    accumulated gradients are not part of a checkpoint.
+    second signal ends the process at once, or after a checkpoint that is being written in the background. Nothing is
+    saved between two micro-batches of one optimiser step, because accumulated gradients are not part of a checkpoint.
 
     Args:
         every_n_steps: Number of optimiser steps between two exchanges of signals between the ranks. A run on one

@@ -144,7 +144,7 @@ def test_the_documents_of_each_part_are_shuffled(kind, size, tmp_path, monkeypat
     for part, shuffled in zip(source.parts(), one.parts(), strict=True):
         assert sorted(part.pieces()) == sorted(shuffled.pieces())
         assert part.opening() == shuffled.opening()
-    if size > 10_000 and kind == "rows":  # no document of a part is near its place
+    if size > 10_000 and kind == "rows":
         moved = np.abs(np.diff([documents.index(document) for document in one.parts()[0].documents()]))
         assert moved.mean() > 5
     assert len({source.fingerprint(), one.fingerprint(), other.fingerprint()}) == 3

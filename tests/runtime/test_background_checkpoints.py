@@ -4,6 +4,7 @@ import json
 import signal
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import forks
@@ -17,8 +18,8 @@ BACKGROUND = ("--trainer.plugins.background", "true")
 
 
 @pytest.fixture
-def gate(monkeypatch) -> threading.Event:
-    """Return an event before which no checkpoint is written."""
+def gate(monkeypatch) -> Iterator[threading.Event]:
+    """Yield an event before which no checkpoint is written."""
     opened, save = threading.Event(), torch.save
 
     def save_later(*args: object) -> None:
@@ -26,7 +27,9 @@ def gate(monkeypatch) -> threading.Event:
         save(*args)
 
     monkeypatch.setattr(torch, "save", save_later)
-    return opened
+    yield opened
+    opened.set()
+    AtomicCheckpointIO.wait()
 
 
 def write_slowly() -> None:
@@ -82,11 +85,14 @@ def test_a_run_ends_with_the_files_of_one_that_waits(llm_train, forked, tiny, wh
     assert (run / "model/model.safetensors").read_bytes() == (whole() / "model/model.safetensors").read_bytes()
 
 
-def test_a_write_that_fails_ends_the_run_and_the_record_names_the_file_that_is_there(llm_train, tiny, monkeypatch):
+@pytest.mark.parametrize("last", [8, 16])
+def test_a_write_that_fails_ends_the_run_and_the_record_names_the_file_that_is_there(
+    llm_train, tiny, monkeypatch, last
+):
     write = AtomicCheckpointIO._write
 
     def write_once(self: AtomicCheckpointIO, checkpoint: dict, path: str) -> None:
-        if checkpoint["global_step"] > 8:
+        if checkpoint["global_step"] > last:
             raise OSError(28, "No space left on device")
         write(self, checkpoint, path)
 
@@ -94,5 +100,5 @@ def test_a_write_that_fails_ends_the_run_and_the_record_names_the_file_that_is_t
     failed = llm_train("fit", "-c", tiny(), *BACKGROUND)
     assert (failed.code, failed.err.splitlines()[-1]) == (1, "error: [Errno 28] No space left on device")
     summary = json.loads((RUNS / "tiny/summary.json").read_text())
-    assert (summary["status"], summary["best"]["step"]) == ("failed", 8)
-    assert AtomicCheckpointIO().load_checkpoint(RUNS / "tiny" / BEST)["global_step"] == 8
+    assert (summary["status"], summary["best"]["step"]) == ("failed", last)
+    assert AtomicCheckpointIO().load_checkpoint(RUNS / "tiny" / BEST)["global_step"] == last
