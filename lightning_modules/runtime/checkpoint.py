@@ -2,8 +2,6 @@
 
 import math
 import operator
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -100,38 +98,28 @@ class RunCheckpoint(Checkpoint):
 
     def _save(self, trainer: L.Trainer, *names: str) -> None:
         """Write a checkpoint under the first name; the others become names of the same file."""
-        with self._as_on_the_disk():
-            AtomicCheckpointIO.wait()  # for the one before, which may fail
-            if "best" in names:  # set first, because the checkpoint holds it
-                self._set_best(trainer)
-            if trainer.fast_dev_run:
-                self._complete = self.state_dict()
-                return
-            first, *others = (self._folder / f"{name}.ckpt" for name in names)
-            trainer.save_checkpoint(first)
-            state = self.state_dict()
+        AtomicCheckpointIO.wait()  # for the one before, which may fail
+        if "best" in names:  # set first, because the checkpoint holds it
+            self._set_best(trainer)
+        state = self.state_dict()
+        if trainer.fast_dev_run:
+            self._complete = state
+            return
+        first, *others = (self._folder / f"{name}.ckpt" for name in names)
+        trainer.save_checkpoint(first)
 
-            def complete() -> None:
-                self._complete = state
-                for other in others if trainer.is_global_zero else ():
-                    link_or_copy(first, other)
+        def complete() -> None:
+            self._complete = state
+            for other in others if trainer.is_global_zero else ():
+                link_or_copy(first, other)
 
-            files = trainer.strategy.checkpoint_io
-            if isinstance(files, AtomicCheckpointIO):
-                files.then(complete)
-            else:
-                complete()
+        files = trainer.strategy.checkpoint_io
+        if isinstance(files, AtomicCheckpointIO):
+            files.then(complete)
+        else:
+            complete()
         if "last" in names:
             self._step_of_last = trainer.global_step
-
-    @contextmanager
-    def _as_on_the_disk(self) -> Iterator[None]:
-        """If a write fails, as on a full disk, return to the best score of the file that is there."""
-        try:
-            yield
-        except OSError:
-            self.load_state_dict(self._complete)
-            raise
 
     def _set_best(self, trainer: L.Trainer) -> None:
         self.best_score, self.best_step = self._score(trainer), trainer.global_step

@@ -55,10 +55,10 @@ def test_a_checkpoint_that_does_not_fit_leaves_the_earlier_one(disk_with_room_fo
 def test_the_record_of_a_run_names_the_best_checkpoint_that_was_written(llm_train, tiny, monkeypatch):
     save = AtomicCheckpointIO.save_checkpoint
 
-    def save_once(self: AtomicCheckpointIO, checkpoint: dict, path: str, *args: object) -> None:
+    def save_once(self: AtomicCheckpointIO, checkpoint: dict, path: str, **options: object) -> None:
         if checkpoint["global_step"] > 8:
             raise OSError(*FULL)
-        save(self, checkpoint, path, *args)
+        save(self, checkpoint, path, **options)
 
     monkeypatch.setattr(AtomicCheckpointIO, "save_checkpoint", save_once)
     assert llm_train("fit", "-c", tiny()).code == 1

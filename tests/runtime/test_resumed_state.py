@@ -73,6 +73,7 @@ def test_the_best_step_is_that_of_the_file_that_was_written(monkeypatch, fails, 
         monkeypatch.setattr(Path, "touch", full)
     with pytest.raises(OSError, match="No space left"):
         files_written(callback, 8, 1.0)
+    callback.wait()  # as the record of a run does, whatever has ended it
     assert Path("checkpoints/best.ckpt").exists() == (fails == "link_or_copy")
     assert (callback.best_score, callback.best_step) == ({4: 2.0, 8: 1.0}[step], step)
     assert callback.best_metrics == {"val/loss": callback.best_score}
