@@ -59,11 +59,13 @@ class Throughput(L.Callback):
             torch.cuda.synchronize(pl_module.device)
         seconds, before = time.perf_counter() - self._clock, self._seen_at_clock
         self._count()
-        self.tokens_per_second = (self.tokens_seen - before) / seconds
-        metrics = {"perf/tokens_per_second": self.tokens_per_second, "train/tokens_seen": float(self.tokens_seen)}
-        flops_per_token = getattr(pl_module, "flops_per_token", None)
-        if self._peak_flops and flops_per_token:
-            metrics["perf/mfu"] = self.tokens_per_second * flops_per_token / (self._peak_flops * trainer.world_size)
+        metrics: dict[str, float] = {}
+        if self.tokens_seen > before:  # batches of cached features have no tokens
+            self.tokens_per_second = (self.tokens_seen - before) / seconds
+            metrics = {"perf/tokens_per_second": self.tokens_per_second, "train/tokens_seen": float(self.tokens_seen)}
+            flops_per_token = getattr(pl_module, "flops_per_token", None)
+            if self._peak_flops and flops_per_token:
+                metrics["perf/mfu"] = self.tokens_per_second * flops_per_token / (self._peak_flops * trainer.world_size)
         if on_gpu:
             metrics["perf/gpu_memory_mib"] = torch.cuda.max_memory_allocated(pl_module.device) / 2**20
         pl_module.log_dict(metrics)

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 
 import datamodules.base
 from experiments.run import run_record
+from lightning_modules.runtime import throughput
 from lightning_modules.runtime.peak_flops import format_of, peak_flops
 from lightning_modules.runtime.tf32 import TF32
 from lightning_modules.runtime.throughput import Throughput, _tokens_in
@@ -53,6 +54,18 @@ def test_the_peak_in_float32_depends_on_tf32():
         assert format_of("32-true") == "tf32"
     finally:
         torch.set_float32_matmul_precision("highest")
+
+
+@pytest.mark.parametrize(("batch", "logged"), [({"input_ids": torch.zeros(2, 3)}, True), ({"features": 0}, False)])
+def test_batches_without_tokens_have_no_speed(monkeypatch, batch, logged):
+    monkeypatch.setattr(throughput.private_names, "is_accumulating", lambda trainer: False)
+    trainer = SimpleNamespace(log_every_n_steps=1, global_step=1, strategy=_OneProcess(), precision="32-true")
+    metrics = {}
+    module = SimpleNamespace(device=torch.device("cpu"), log_dict=metrics.update)
+    callback = Throughput()
+    callback.on_train_start(trainer, module)
+    callback.on_train_batch_end(trainer, module, None, batch, 0)
+    assert metrics.keys() == ({"perf/tokens_per_second", "train/tokens_seen"} if logged else set())
 
 
 def test_the_tokens_of_a_batch_are_those_that_it_names_or_all():
