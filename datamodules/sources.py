@@ -620,10 +620,15 @@ class Shuffled(Source):
 
     def _shuffled(self, part: Source) -> Iterator[Piece]:
         draw = np.random.default_rng(self.seed)
-        documents: list[list[Piece]] = []
+        documents: list[list[Piece]] = []  # that are complete
         document: list[Piece] = []  # that has begun
         stays = bool(part.opening())  # whether it keeps its place
         size = 0
+
+        def held() -> Iterator[Piece]:
+            yield from chain.from_iterable(documents[i] for i in draw.permutation(len(documents)))
+            yield from document  # it goes on after these
+
         for piece in part.pieces():
             if stays:
                 yield piece
@@ -635,8 +640,6 @@ class Shuffled(Source):
                 documents.append(document)
                 document = []
             if size >= SHUFFLED_SIZE:
-                yield from chain.from_iterable(documents[i] for i in draw.permutation(len(documents)))
-                yield from document
+                yield from held()
                 documents, document, size, stays = [], [], 0, bool(document)
-        yield from chain.from_iterable(documents[i] for i in draw.permutation(len(documents)))
-        yield from document  # it goes on in the next part
+        yield from held()

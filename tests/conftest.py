@@ -13,7 +13,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import yaml
 from shared_runs import own_world, run_command
 from shortened import needs, run_of, shortened
 
@@ -91,16 +90,12 @@ def tiny(tmp_path: Path) -> Callable[..., Path]:
 
     Settings replace values by their key path, see `with_settings`.
     """
-    from helpers import TINY, text, with_settings
+    from helpers import text, write_tiny
 
     (tmp_path / "text.txt").write_text(text(2_000))
 
     def write(name: str = "tiny", **settings: object) -> Path:
-        config = yaml.safe_load(TINY.read_text())
-        config["data"]["init_args"]["source"]["init_args"]["paths"] = str(tmp_path / "text.txt")
-        file = tmp_path / f"{name}.yaml"
-        file.write_text(yaml.safe_dump(with_settings(config, settings), sort_keys=False))
-        return file
+        return write_tiny(tmp_path / f"{name}.yaml", tmp_path / "text.txt", settings)
 
     return write
 

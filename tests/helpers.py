@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from safetensors.torch import load_file
 
 TINY = next(Path(__file__).parent.glob("*/tiny.yaml"))  # the run of the fixture `tiny`, by the topic that it belongs to
@@ -28,6 +29,14 @@ def with_settings(config: dict[str, Any], settings: dict[str, Any]) -> dict[str,
             section = section.setdefault(key, {})
         section[last] = value
     return config
+
+
+def write_tiny(file: Path, text_file: Path, settings: dict[str, Any]) -> Path:
+    """Write the YAML of the tiny run on a text, with some settings, and return it."""
+    config = yaml.safe_load(TINY.read_text())
+    config["data"]["init_args"]["source"]["init_args"]["paths"] = str(text_file)
+    file.write_text(yaml.safe_dump(with_settings(config, settings), sort_keys=False))
+    return file
 
 
 def weights(checkpoint: Path) -> dict[str, torch.Tensor]:

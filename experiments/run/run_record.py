@@ -139,12 +139,13 @@ class RunRecord(SaveConfigCallback):
                 say(f"{self._run.path} is finished: nothing is left to do")
             return
         is_fit = self.cli.subcommand == "fit"
-        for checkpoint in _of(RunCheckpoint, trainer.checkpoint_callbacks):
+        checkpoints = list(_of(RunCheckpoint, trainer.checkpoint_callbacks))
+        for checkpoint in checkpoints:
             try:
                 checkpoint.wait()
             except Exception as failed:  # on top of the error that ends the run
                 say(str(failed))
-        checkpoints = [c for c in _of(RunCheckpoint, trainer.checkpoint_callbacks) if c.best_score is not None]
+        checkpoints = [checkpoint for checkpoint in checkpoints if checkpoint.best_score is not None]
         best, shown = None, {}
         if is_fit and checkpoints:
             metric, value, step = checkpoints[0].monitor, checkpoints[0].best_score, checkpoints[0].best_step

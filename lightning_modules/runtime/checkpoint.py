@@ -98,7 +98,6 @@ class RunCheckpoint(Checkpoint):
 
     def _save(self, trainer: L.Trainer, *names: str) -> None:
         """Write a checkpoint under the first name; the others become names of the same file."""
-        AtomicCheckpointIO.wait()  # for the one before, which may fail
         if "best" in names:  # set first, because the checkpoint holds it
             self._set_best(trainer)
         state = self.state_dict()
@@ -113,11 +112,7 @@ class RunCheckpoint(Checkpoint):
             for other in others if trainer.is_global_zero else ():
                 link_or_copy(first, other)
 
-        files = trainer.strategy.checkpoint_io
-        if isinstance(files, AtomicCheckpointIO):
-            files.then(complete)
-        else:
-            complete()
+        AtomicCheckpointIO.then(complete)
         if "last" in names:
             self._step_of_last = trainer.global_step
 

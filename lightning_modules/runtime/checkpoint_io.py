@@ -78,12 +78,12 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             as much memory as the file. The next checkpoint, whoever reads one, and the end of the run wait for it.
     """
 
-    _tasks: ClassVar[list[Future]] = []  # of this process, in order
+    _thread: ClassVar[ThreadPoolExecutor | None] = None  # of this process, while it has something to write
+    _tasks: ClassVar[list[Future]] = []  # of the thread, in order
 
     def __init__(self, background: bool = False) -> None:
         super().__init__()
         self.background = background
-        self._thread: ThreadPoolExecutor | None = None
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         """Save a checkpoint; a file of that name is replaced only when the new one is complete.
@@ -94,24 +94,23 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         """
         self.wait()
         if self.background:
-            self._thread = self._thread or ThreadPoolExecutor(max_workers=1)
-            self._tasks.append(self._thread.submit(self._write, _copy_of(checkpoint), path))
+            self._submit(self._write, _copy_of(checkpoint), path)
         else:
             self._write(checkpoint, path)
 
-    def then(self, function: Callable[[], None]) -> None:
+    @classmethod
+    def then(cls, function: Callable[[], None]) -> None:
         """Call a function when the checkpoint that was saved last is complete; not if its write fails."""
-        if not self._tasks:
+        if not cls._tasks:
             function()
             return
-        assert self._thread is not None
-        before = self._tasks[-1]
+        before = cls._tasks[-1]
 
         def call() -> None:
             if before.exception() is None:
                 function()
 
-        self._tasks.append(self._thread.submit(call))
+        cls._submit(call)
 
     @classmethod
     def wait(cls) -> None:
@@ -131,9 +130,14 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         try:
             self.wait()
         finally:
-            if self._thread is not None:
-                self._thread.shutdown()
-                self._thread = None
+            if (thread := self._thread) is not None:
+                thread.shutdown()
+                AtomicCheckpointIO._thread = None
+
+    @classmethod
+    def _submit(cls, function: Callable[..., None], *args: Any) -> None:
+        thread = AtomicCheckpointIO._thread = cls._thread or ThreadPoolExecutor(max_workers=1)
+        cls._tasks.append(thread.submit(function, *args))
 
     def _write(self, checkpoint: dict[str, Any], path: str | Path) -> None:
         try:

@@ -11,11 +11,9 @@ import tempfile
 import time
 from pathlib import Path
 
-import yaml
-
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import forks
-from helpers import RUNS, TINY, text, with_settings
+from helpers import RUNS, text, write_tiny
 
 from lightning_modules.runtime.checkpoint import RunCheckpoint
 
@@ -54,7 +52,7 @@ if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
         Path("text.txt").write_text(text(4_000))
-        Path("large.yaml").write_text(yaml.safe_dump(with_settings(yaml.safe_load(TINY.read_text()), SETTINGS)))
+        write_tiny(Path("large.yaml"), Path("text.txt"), SETTINGS)
         for number in range(ROUNDS):
             for background in ("false", "true"):
                 run = f"{background}_{number}"

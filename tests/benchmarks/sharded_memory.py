@@ -12,12 +12,11 @@ import tempfile
 from pathlib import Path
 
 import torch
-import yaml
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import forks
 from held_weights import measure
-from helpers import RUNS, TINY, text, with_settings
+from helpers import RUNS, text, write_tiny
 
 STEPS = 20
 SETTINGS = {
@@ -44,8 +43,7 @@ if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
         Path("text.txt").write_text(text(4_000))
-        config = with_settings(yaml.safe_load(TINY.read_text()), SETTINGS)
-        Path("deep.yaml").write_text(yaml.safe_dump(config))
+        write_tiny(Path("deep.yaml"), Path("text.txt"), SETTINGS)
         for name, layout in (("fsdp", forks.SHARDED), ("ddp", forks.TWO_PROCESSES)):
             words = [word for word in layout if "precision" not in word] + ["--trainer.precision=bf16-mixed"]
             ranks = forks.start_ranks(

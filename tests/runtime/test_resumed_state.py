@@ -30,7 +30,6 @@ def files_written(callback: RunCheckpoint, step: int, loss: float) -> list[str]:
         sanity_checking=False,
         is_global_zero=True,
         save_checkpoint=lambda file: file.touch(),
-        strategy=SimpleNamespace(checkpoint_io=None),
         state=SimpleNamespace(fn="fit"),
     )
     callback._folder = folder
