@@ -40,6 +40,8 @@ MOST_IN_MEMORY = 2**26  # positions of an order that is kept in memory, half a g
 _MIX = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)  # of SplitMix64
 _ROUNDS = 6
 
+_STOPS = (signal.SIGINT, signal.SIGTERM)
+
 
 def shuffled(n: int, seed: int) -> Order:
     """Return the order that shuffles 0 to n - 1 in each epoch."""
@@ -119,8 +121,9 @@ def leave_signals_to_the_parent(worker: int) -> None:
 
     A terminal, a container and a job scheduler send these signals to the whole process group.
     """
-    for signal_number in (signal.SIGINT, signal.SIGTERM):
+    for signal_number in _STOPS:
         signal.signal(signal_number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPS)  # see `_Loader`
 
 
 @cache
@@ -139,6 +142,20 @@ def _kill_workers() -> None:
     for worker in multiprocessing.active_children():
         if worker.daemon:
             worker.kill()
+
+
+class _Loader(DataLoader):
+    """A loader that starts its workers while signals to stop are blocked, which the workers inherit.
+
+    Until a worker calls `leave_signals_to_the_parent`, SIGTERM would end it, by a handler of torch, and so the run.
+    """
+
+    def __iter__(self) -> Any:
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOPS)
+        try:
+            return super().__iter__()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class GlobalBatches(SequentialSampler):
@@ -244,7 +261,7 @@ class ExperimentDataModule(LightningDataModule):
     def _loader(self, dataset: Dataset, n: int, order: Order, drop_last: bool) -> DataLoader:
         if self.num_workers:
             _kill_workers_at_exit(os.getpid())
-        return DataLoader(
+        return _Loader(
             dataset,
             batch_size=None,
             sampler=GlobalBatches(n, order, self.batch_size, *self._rank_and_world_size, drop_last),

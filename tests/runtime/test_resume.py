@@ -3,6 +3,7 @@
 import os
 import shutil
 import signal
+import time
 from pathlib import Path
 
 import forks
@@ -10,6 +11,7 @@ import lightning as L
 import pytest
 from helpers import BEST, LAST, RUNS, assert_same_weights, contents, metrics_that_repeat
 
+from datamodules import base
 from experiments.run.run_folder import numbered
 from lightning_modules.metrics import CorpusLoss
 from lightning_modules.runtime import checkpoint, checkpoint_io
@@ -230,6 +232,19 @@ def signal_in(owner: type, method: str, call: int) -> None:
     setattr(owner, method, called)
 
 
+def start_a_worker_slowly() -> None:
+    """For `prepare`: the second worker of a loader starts when the first has loaded batches."""
+    original = base.leave_signals_to_the_parent
+
+    def later(worker: int) -> None:
+        end = time.monotonic() + 0.5 * worker
+        while time.monotonic() < end:
+            time.sleep(0.01)
+        original(worker)
+
+    base.leave_signals_to_the_parent = later
+
+
 @pytest.mark.parametrize(
     ("owner", "method", "workers"),
     [(CorpusLoss, "update", 2), (checkpoint_io.AtomicCheckpointIO, "save_checkpoint", 0)],
@@ -237,7 +252,12 @@ def signal_in(owner: type, method: str, call: int) -> None:
 )
 def test_a_signal_to_the_group_in_a_validation_or_a_checkpoint(forked, tiny, owner, method, workers):
     command = ("fit", "-c", tiny(data__init_args__num_workers=workers), "--run.name", "group")
-    assert forked(*command, prepare=lambda: signal_in(owner, method, 1)) == 143
+
+    def prepare() -> None:
+        start_a_worker_slowly()
+        signal_in(owner, method, 1)
+
+    assert forked(*command, prepare=prepare) == 143
     assert saved_step("group") == 9  # after the validation at step 8, and one step more
 
 
