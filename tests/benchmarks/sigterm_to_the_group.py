@@ -2,7 +2,8 @@
 
 The job is one process or two, with 0 or 4 workers of the loader each, all in one process group. It trains an offline
 experiment and signals its group while it trains, validates, or writes a checkpoint. Then `--auto_resume` finishes it,
-and its weights are compared with those of a job that was not stopped.
+and its weights are compared with those of a job that was not stopped. Arguments of this script are passed on to `fit`
+for the jobs that are stopped: `--trainer.plugins.background true` writes their checkpoints in the background.
 """
 
 import itertools
@@ -68,7 +69,7 @@ def fit(experiment: Path, name: str, n: int, workers: int, *flags: str, moment: 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     os.environ |= {"WANDB_MODE": "disabled"}
-    sys.argv = ["llm-train"]
+    flags, sys.argv = sys.argv[1:], ["llm-train"]
     experiment = offline_experiments()[0]
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
@@ -78,11 +79,11 @@ if __name__ == "__main__":
         print("|---|---|---|---|---|---|", flush=True)
         for n, workers, moment in itertools.product(LAYOUTS, (0, 4), MOMENTS):
             name = f"{moment.replace(' ', '_')}_{n}_{workers}"
-            codes = fit(experiment, name, n, workers, moment=moment)
+            codes = fit(experiment, name, n, workers, *flags, moment=moment)
             run, whole = (run_of(experiment).with_name(stem) for stem in (name, f"whole_{n}"))
             last = run / "checkpoints/last.ckpt"
             step = torch.load(last, weights_only=True)["global_step"] if last.is_file() else "no checkpoint"
-            again = fit(experiment, name, n, workers, "--auto_resume")
+            again = fit(experiment, name, n, workers, *flags, "--auto_resume")
             verdict = "same" if again == [0] * n and same(whole, run) else f"OTHER {again}"
             cells = (n, workers, moment, ", ".join(map(str, codes)), step, verdict)
             print(f"| {' | '.join(map(str, cells))} |", flush=True)
