@@ -4,6 +4,7 @@ import contextlib
 import io
 import math
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -37,6 +38,16 @@ def own_world(folder: Path) -> Iterator[None]:
         yield
         if (wandb := sys.modules.get("wandb")) and wandb.run is not None:  # left by a test in which W&B fails
             wandb.finish()
+
+
+@contextlib.contextmanager
+def temporary_world() -> Iterator[None]:
+    """For a benchmark: work in a temporary folder as a test does, on one thread."""
+    import torch
+
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder, own_world(Path(folder)):
+        yield
 
 
 def _save_figure_once(figure: "Figure", file: Path) -> Path:

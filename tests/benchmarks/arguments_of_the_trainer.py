@@ -7,14 +7,12 @@ import argparse
 import os
 import shutil
 import sys
-import tempfile
 from collections import Counter
 from pathlib import Path
 
-import torch
-
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import forks
+from shared_runs import temporary_world
 from shortened import offline_experiments, run_of, shortened
 from trainer_flags import CASES, FLAGS, fault, flags_of
 
@@ -33,19 +31,15 @@ def fit(experiment: Path, *flags: str) -> tuple[int, str]:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    os.environ |= {"WANDB_MODE": "disabled", "CUDA_VISIBLE_DEVICES": ""}
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("topics", nargs="*", metavar="TOPIC", help="topics (default: all)")
     parser.add_argument("--arguments", nargs="+", default=list(FLAGS), help="arguments of the trainer (default: all)")
     chosen = parser.parse_args()
     cases = [(name, value) for name, value in CASES if name in chosen.arguments]
-    sys.argv = ["llm-train"]
     counts: dict[str, Counter[str]] = {name: Counter() for name in chosen.arguments}
     faults = []
-    with tempfile.TemporaryDirectory() as folder:
-        os.chdir(folder)
-        os.environ["LLM_TRAIN_CACHE"] = str(Path("cache").resolve())
+    with temporary_world():
         paths = offline_experiments()
         for experiment in paths:  # some of them read the runs of others
             code, printed = fit(experiment)

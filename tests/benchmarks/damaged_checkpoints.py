@@ -6,11 +6,9 @@ checkpoint. A resume that succeeds must end with the weights of the run that was
 """
 
 import itertools
-import os
 import random
 import shutil
 import sys
-import tempfile
 from collections import Counter
 from pathlib import Path
 
@@ -18,6 +16,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import forks
+from shared_runs import temporary_world
 from shortened import length, offline_experiments, run_of, shortened
 
 STEPS, EVERY = 6, 2  # optimiser steps of a run, and between two validations
@@ -77,13 +76,9 @@ def outcome(run: Path, code: int, printed: str, right: dict[str, torch.Tensor]) 
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    os.environ |= {"WANDB_MODE": "disabled"}
-    sys.argv = ["llm-train"]
     draw = random.Random(0)
     counts: dict[str, Counter[str]] = {"--ckpt_path last": Counter(), "--auto_resume": Counter()}
-    with tempfile.TemporaryDirectory() as folder:
-        os.chdir(folder)
+    with temporary_world():
         experiments, right = offline_experiments(), {}
         for experiment in experiments:
             run = run_of(experiment)

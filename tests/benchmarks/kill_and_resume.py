@@ -12,7 +12,6 @@ import random
 import shutil
 import signal
 import sys
-import tempfile
 import threading
 import time
 from pathlib import Path
@@ -21,6 +20,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import forks
+from shared_runs import temporary_world
 from shortened import length, offline_experiments, run_of, shortened
 
 KILLS = 20
@@ -86,12 +86,8 @@ def same(one: Path, two: Path) -> bool:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    os.environ |= {"WANDB_MODE": "disabled"}
-    sys.argv = ["llm-train"]
     draw = random.Random(0)
-    with tempfile.TemporaryDirectory() as folder:
-        os.chdir(folder)
+    with temporary_world():
         experiments, seconds = offline_experiments(), {}
         for experiment in experiments:  # whole runs, under the names by which others read them
             run = run_of(experiment)

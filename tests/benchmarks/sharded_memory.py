@@ -6,17 +6,14 @@ weights, and copies of weights in bfloat16 that the backward pass needs (see `he
 
 import csv
 import json
-import os
 import sys
-import tempfile
 from pathlib import Path
-
-import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import forks
 from held_weights import measure
 from helpers import RUNS, text, write_tiny
+from shared_runs import temporary_world
 
 STEPS = 20
 SETTINGS = {
@@ -37,11 +34,7 @@ def column(run: Path, name: str) -> list[float]:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    os.environ |= {"WANDB_MODE": "disabled"}
-    sys.argv = ["llm-train"]
-    with tempfile.TemporaryDirectory() as folder:
-        os.chdir(folder)
+    with temporary_world():
         Path("text.txt").write_text(text(4_000))
         write_tiny(Path("deep.yaml"), Path("text.txt"), SETTINGS)
         for name, layout in (("fsdp", forks.SHARDED), ("ddp", forks.TWO_PROCESSES)):

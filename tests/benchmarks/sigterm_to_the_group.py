@@ -11,7 +11,6 @@ import os
 import random
 import signal
 import sys
-import tempfile
 import threading
 import time
 from pathlib import Path
@@ -21,6 +20,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import forks
 from kill_and_resume import doing, same
+from shared_runs import temporary_world
 from shortened import length, offline_experiments, run_of, shortened
 
 STEPS, EVERY = 30, 10  # optimiser steps of a job, and between two validations
@@ -67,12 +67,9 @@ def fit(experiment: Path, name: str, n: int, workers: int, *flags: str, moment: 
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    os.environ |= {"WANDB_MODE": "disabled"}
-    flags, sys.argv = sys.argv[1:], ["llm-train"]
+    flags = sys.argv[1:]
     experiment = offline_experiments()[0]
-    with tempfile.TemporaryDirectory() as folder:
-        os.chdir(folder)
+    with temporary_world():
         for n in LAYOUTS:
             assert fit(experiment, f"whole_{n}", n, 0) == [0] * n, Path(f"whole_{n}.log").read_text()[-3000:]
         print("| processes | workers | signalled while | exit codes | last step | weights after the resume |")

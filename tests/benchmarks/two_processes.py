@@ -9,10 +9,8 @@ numbers depend on the rank. `EXPERIMENT` is such as `TOPIC/offline`.
 
 import csv
 import inspect
-import os
 import signal
 import sys
-import tempfile
 from pathlib import Path
 
 import torch
@@ -20,6 +18,7 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import forks
+from shared_runs import temporary_world
 from shortened import length, offline_experiments, run_of, shortened
 
 from experiments.class_paths import import_class
@@ -104,12 +103,8 @@ def gap_of_weights(one: Path, two: Path) -> str:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    os.environ |= {"WANDB_MODE": "disabled"}
     wanted = sys.argv[1:]
-    sys.argv = ["llm-train"]
-    with tempfile.TemporaryDirectory() as folder:
-        os.chdir(folder)
+    with temporary_world():
         print("| experiment | layout | losses of training | validation | test | weights |\n|---|---|---|---|---|---|")
         for experiment in offline_experiments():
             one = fit(experiment, "")

@@ -9,15 +9,13 @@ import multiprocessing
 import os
 import statistics
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-
-import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import forks
 from helpers import RUNS
+from shared_runs import temporary_world
 
 ROOT = Path(__file__).parents[2]
 ROUNDS = 4
@@ -54,12 +52,9 @@ def measure(windows: int, number: int) -> tuple[float, float, float]:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    os.environ |= {"WANDB_MODE": "disabled", "OMP_NUM_THREADS": "1"}
-    sys.argv = ["llm-train"]
+    os.environ["OMP_NUM_THREADS"] = "1"
     print("| windows a step | one process, tokens/s | two processes | two runs apart |\n|---|---|---|---|")
-    with tempfile.TemporaryDirectory() as folder:
-        os.chdir(folder)
+    with temporary_world():
         for windows in STEPS:
             rows = [measure(windows, i) for i in range(ROUNDS)]
             for one, two, apart in rows:
