@@ -39,7 +39,7 @@ class Records(Section):
         baseline: Settings of the arm with which the table in the README compares the others: `initialization=gpt2`.
         test: Whether the best checkpoint of each run is tested, for metrics of the test split.
         deterministic: Whether the seed has no effect, so that one run of an arm is all there is to know.
-        needs: What a run needs besides two CPU cores, such as `the hub`; it runs only if its name is given.
+        needs: What a run needs besides two CPU cores, such as `the hub`; it runs only if its own name is given.
     """
 
     file: str = ""

@@ -105,8 +105,8 @@ def main(args: Sequence[str]) -> None:
     judgements: list[Judgement] = []
     recorded: dict[str, Recorded] = {}
     for study in studies:
-        if study.spec.needs and not (options.check or options.names):
-            say(f"left out: {study.title} needs {study.spec.needs}; it runs if its name is given")
+        if study.spec.needs and not options.check and study.title not in options.names:
+            say(f"left out: {study.title} needs {study.spec.needs}; it runs if its own name is given")
             continue
         if options.check:
             found = committed(folder, study)
