@@ -133,6 +133,10 @@ class StepSchedule(LRScheduler):
                 self._compare_rates(state_dict)
         else:
             self.last_epoch, self._step_count = state_dict["last_epoch"], state_dict["_step_count"]
+        self._set_rates()
+
+    def _set_rates(self) -> None:
+        """Give the groups of the optimiser the rates of the next step."""
         self._last_lr = self.get_lr()
         for group, base_lr, lr in zip(self.optimizer.param_groups, self.base_lrs, self._last_lr, strict=True):
             group |= {"initial_lr": base_lr, "lr": lr}
@@ -300,6 +304,9 @@ class ReduceOnPlateau(Decay):
         if self.validations_without_improvement > self.patience:
             self.reduction *= self.factor
             self.validations_without_improvement = 0
+            # The rate of the next step is set before a validation. A run resumed from the checkpoint of this validation
+            # makes that step at the reduced rate, so this run does too.
+            self._set_rates()
 
 
 class InSequence(SequentialLR):
@@ -349,12 +356,14 @@ def build_schedule(factory: Callable[..., LRScheduler], optimizer: Optimizer, to
         factory: Class of a schedule with its other arguments: ours takes the optimiser and the length of the run; one
             of torch takes the optimiser, and the length if it has an argument `total_steps` that is not set.
         optimizer: Its learning rates are the peaks.
-        total_steps: Number of optimiser steps of the whole run; infinity if it is not known.
+        total_steps: Number of optimiser steps of the whole run; if it is not known, infinity or -1, which Lightning gives
+            for `max_epochs` of data without a length.
 
     Raises:
         ValueError: If an argument is wrong, or the schedule depends on a length that is not known.
     """
-    length = sys.maxsize if total_steps == math.inf else int(total_steps)
+    is_known = 0 <= total_steps < math.inf
+    length = int(total_steps) if is_known else sys.maxsize
     built = built_class(factory)
     if built is not None and built in (ChainedScheduler, SequentialLR):
         raise ValueError(takes_built_schedules(built.__name__))
@@ -365,10 +374,10 @@ def build_schedule(factory: Callable[..., LRScheduler], optimizer: Optimizer, to
         is_given = any(given.get(name) is not None for name in ("total_steps", "epochs"))
         takes_length = "total_steps" in signature(built).parameters and not is_given
         schedule = factory(optimizer, **({"total_steps": length} if takes_length else {}))
-    if total_steps == math.inf and _needs_length(schedule):
+    if not is_known and _needs_length(schedule):
         raise ValueError(
-            f"{type(schedule).__name__} depends on the length of the run, which is unknown; set trainer.max_steps or "
-            "trainer.max_epochs, or take Constant with a warmup in steps"
+            f"{type(schedule).__name__} depends on the length of the run, which is unknown; set trainer.max_steps, or "
+            "trainer.max_epochs if the data have a length, or take Constant with a warmup in steps"
         )
     return schedule
 

@@ -115,6 +115,15 @@ def test_a_restored_schedule_goes_on_where_it_was_also_in_a_longer_run():
     assert (second.last_epoch, second.reduction, second.total_steps) == (4, 0.5, 20)
 
 
+@pytest.mark.parametrize("total_steps", [math.inf, -1])  # no limit; max_epochs of data without a length
+def test_a_run_of_unknown_length_has_schedules_that_need_none_only(total_steps):
+    for factory in (Cosine, partial(Constant, warmup=0.1)):
+        with pytest.raises(ValueError, match="depends on the length of the run, which is unknown"):
+            build_schedule(factory, optimizer(), total_steps)
+    schedule = build_schedule(partial(Constant, warmup=2), optimizer(), total_steps)
+    assert rates(schedule, 4) == [0.5, 1.0, 1.0, 1.0]
+
+
 @pytest.mark.parametrize(
     ("schedule", "setting", "condition"),
     [

@@ -77,6 +77,15 @@ def test_schedules_without_a_length_do_not_change(schedule):
     assert second.change_of_length == ""
 
 
+def test_a_plateau_reduces_the_rate_of_the_next_step_as_a_run_that_is_resumed_there():
+    first = new(ReduceOnPlateau, 10, patience=0)
+    first.observe({"val/loss": 1.0})
+    rates_of(first, 4)
+    first.observe({"val/loss": 1.0})
+    second = resumed(first, 0, new(ReduceOnPlateau, 10, patience=0))
+    assert rates_of(first, 3) == rates_of(second, 3) == [0.5, 0.5, 0.5]
+
+
 def test_a_new_schedule_or_argument_or_peak_is_followed_from_the_step_on():
     assert rates_of(resumed(new(Cosine, 8), 4, new(Linear, 8, final=0.2)), 2) == pytest.approx([0.6, 0.5])
     assert rates_of(resumed(new(Linear, 8), 4, new(Linear, 8, final=0.2)), 2) == pytest.approx([0.6, 0.5])
