@@ -96,6 +96,9 @@ class AveragedWeights(L.Callback):
         state = dict(checkpoint["state_dict"])
         checkpoint[TRAINED] = {name: state[name] for name in self._averages}
         averages = {name: average.to(state[name].dtype) for name, average in self._averages.items()}
+        first_names = {p: name for name, p in pl_module.named_parameters()}
+        all_names = pl_module.named_parameters(remove_duplicate=False)  # a tied weight is saved under each of its names
+        averages = {name: averages[first_names[p]] for name, p in all_names if first_names[p] in averages}
         checkpoint["state_dict"] = state | averages
         checkpoint[_WEIGHTS] = f"averages with decay {self.decay} after {self.updates} steps"
 

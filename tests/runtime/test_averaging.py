@@ -43,6 +43,21 @@ def test_the_average_follows_the_weights_closely_at_first_and_skips_micro_batche
     assert callback.updates == 3
 
 
+def test_tied_weights_are_saved_as_averages_under_each_of_their_names():
+    module = nn.ModuleDict({"embedding": nn.Embedding(3, 2), "head": nn.Linear(2, 3, bias=False)})
+    module["head"].weight = module["embedding"].weight
+    trainer = SimpleNamespace(global_step=1, optimizers=[torch.optim.SGD(module.parameters(), lr=0.1)])
+    callback = AveragedWeights()
+    callback.load_state_dict({"updates": 1, "averages": {"embedding.weight": torch.full((3, 2), 7.0)}})
+    callback.on_train_start(trainer, module)
+    checkpoint = {"state_dict": module.state_dict()}
+    callback.on_save_checkpoint(trainer, module, checkpoint)
+    saved = checkpoint["state_dict"]
+    assert all((saved[name] == 7).all() for name in ("embedding.weight", "head.weight"))
+    assert saved["embedding.weight"].data_ptr() == saved["head.weight"].data_ptr()  # the file has them once
+    assert checkpoint["trained_weights"].keys() == {"embedding.weight"}
+
+
 def test_the_averages_are_validated_and_exported_and_training_goes_on_without_them(llm_train, whole):
     run, plain = whole(**SETTINGS), whole(trainer__max_steps=16)
     trained = checkpoint(run)["trained_weights"]
