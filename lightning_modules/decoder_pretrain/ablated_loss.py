@@ -16,7 +16,7 @@ from lightning_modules.decoder_pretrain.signal_propagation import require_decode
 from lightning_modules.metrics import CorpusLoss
 from lightning_modules.models.decoder import Decoder
 from lightning_modules.runtime.drawing import DrawsAtTheEnd, new_figure, save_figure
-from lightning_modules.runtime.learning_curve import read_metric
+from lightning_modules.runtime.learning_curve import read_metrics
 from lightning_modules.runtime.sharded import evaluating
 
 if TYPE_CHECKING:
@@ -100,15 +100,14 @@ class AblatedLoss(DrawsAtTheEnd):
         """Draw the loss against the share, at the best validation and at the last one."""
         shares = sorted({0.0, *self.shares})
         names = [_name("val", share) if share else "val/loss" for share in shares]
-        columns = [dict(zip(*read_metric(run / "metrics.csv", name), strict=True)) for name in names]
-        steps = [step for step in columns[0] if all(step in column for column in columns)]
+        steps, columns = read_metrics(run / "metrics.csv", *names)
         if not steps:
             return []
         figure = new_figure(7, 4)
         axes = figure.add_subplot()
-        for step in sorted({min(steps, key=columns[0].__getitem__), steps[-1]}):
-            losses = [column[step] for column in columns]
-            axes.plot([100 * share for share in shares], losses, marker="o", markersize=4, label=f"step {step}")
+        for i in sorted({columns[0].index(min(columns[0])), len(steps) - 1}):
+            losses = [column[i] for column in columns]
+            axes.plot([100 * share for share in shares], losses, marker="o", markersize=4, label=f"step {steps[i]}")
         axes.set(xlabel="hidden units switched off, %", ylabel="loss of the validation text")
         axes.grid(alpha=0.3)
         axes.legend()

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 from lightning_modules.base import ExperimentModule
 from lightning_modules.common.ranges import PositiveInt
 from lightning_modules.runtime.drawing import DrawsAtTheEnd, new_figure, save_figure
-from lightning_modules.runtime.learning_curve import read_metric
+from lightning_modules.runtime.learning_curve import read_metrics
 from lightning_modules.runtime.sharded import evaluating
 
 
@@ -71,9 +71,7 @@ class GeneralizationGap(DrawsAtTheEnd):
 
     def draw(self, run: Path) -> list[Path]:
         """Draw both losses against the optimiser step, with the gap between them shaded."""
-        (steps, seen), (_, unseen) = (
-            read_metric(run / "metrics.csv", name) for name in ("val/train_text_loss", "val/loss")
-        )
+        steps, (seen, unseen) = read_metrics(run / "metrics.csv", "val/train_text_loss", "val/loss")
         if not steps:
             return []
         figure = new_figure(7, 4)

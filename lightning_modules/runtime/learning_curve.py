@@ -45,6 +45,19 @@ class LearningCurve(DrawsAtTheEnd):
         return [save_figure(figure, run / "figures/learning_curve.png")]
 
 
+def read_metrics(metrics_csv: Path, *names: str) -> tuple[list[int], list[list[float]]]:
+    """Return the steps at which all of some metrics were logged, and the values of each metric at these steps.
+
+    A callback that a resumed run adds has no values of earlier validations.
+
+    Raises:
+        MisconfigurationException: As `read_metric`.
+    """
+    columns = [dict(zip(*read_metric(metrics_csv, name), strict=True)) for name in names]
+    steps = [step for step in columns[0] if all(step in column for column in columns)]
+    return steps, [[column[step] for step in steps] for column in columns]
+
+
 def read_metric(metrics_csv: Path, name: str) -> tuple[list[int], list[float]]:
     """Return the steps at which a metric was logged, and its values; two empty lists if it was not.
 

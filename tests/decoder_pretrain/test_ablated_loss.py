@@ -9,6 +9,7 @@ import pytest
 import torch
 from helpers import text
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from matplotlib.figure import Figure
 from torch.utils.data import DataLoader
 
 from datamodules.decoder_pretrain import PretrainDataModule
@@ -111,6 +112,27 @@ def test_at_least_one_share_is_needed():
 def test_a_run_that_logged_nothing_has_no_figures(tmp_path):
     for callback in (GeneralizationGap(), AblatedLoss([0.5]), LearningCurve()):
         assert callback.draw(tmp_path) == []
+
+
+def test_figures_of_callbacks_that_a_resumed_run_adds_begin_with_their_first_validation(tmp_path, monkeypatch):
+    rows = ["step,val/loss,val/train_text_loss,val/loss_ablated_50", "8,1.0,,", "16,2.0,0.5,4.0", "24,3.0,0.7,5.0"]
+    (tmp_path / "metrics.csv").write_text("\n".join(rows))
+    drawn: list[dict[str, tuple[list[float], list[float]]]] = []
+
+    def keep(figure: Figure, file: Path) -> Path:
+        lines = figure.axes[0].get_lines()
+        drawn.append({str(line.get_label()): (list(line.get_xdata()), list(line.get_ydata())) for line in lines})
+        return file
+
+    for callback in (GeneralizationGap(), AblatedLoss([0.5])):
+        monkeypatch.setattr(f"{type(callback).__module__}.save_figure", keep)
+        assert len(callback.draw(tmp_path)) == 1
+    gap, ablated = drawn
+    assert gap == {
+        "validation text": ([16, 24], [2.0, 3.0]),
+        "training text, no dropout": ([16, 24], [0.5, 0.7]),
+    }
+    assert ablated == {"step 16": ([0, 50], [2.0, 4.0]), "step 24": ([0, 50], [3.0, 5.0])}
 
 
 def test_modules_and_data_without_a_text_are_refused(tmp_path):
