@@ -2,11 +2,11 @@
 
 | class                 | parts                                                                                       |
 |-----------------------|---------------------------------------------------------------------------------------------|
-| `GPT2LMHeadModel`     | the defaults of `DecoderConfig`                                                             |
-| `LlamaForCausalLM`    | rotary positions, RMSNorm, SwiGLU                                                           |
+| `GPT2LMHeadModel`     | the defaults of `DecoderConfig`; any ε of the norms                                         |
+| `LlamaForCausalLM`    | rotary positions, RMSNorm, SwiGLU; any ε of the norms                                       |
 | `NanoChatForCausalLM` | rotary positions, RMSNorm without weights, after the embedding too, ReLU², QK-norm, no bias |
 
-Llama and NanoChat may have fewer heads of keys and values and an output matrix of their own, NanoChat a soft cap.
+All may have an output matrix of their own, Llama and NanoChat fewer heads of keys and values, NanoChat a soft cap.
 """
 
 from collections.abc import Callable, Mapping
@@ -18,16 +18,17 @@ from torch import Tensor
 
 from lightning_modules.models import gpt2_format, llama_format
 from lightning_modules.models.decoder import Decoder, DecoderConfig
+from lightning_modules.models.norms import RMS_NORM_EPSILON
 
 OWN_MODEL_TYPE = "llm_train_decoder"
 
 # Fields of a configuration that every class has. All others are parts, of which a class has some values only.
 _COMMON = {
-    *("vocab_size", "block_size", "n_layer", "n_head", "n_embd", "bias", "attention"),
+    *("vocab_size", "block_size", "n_layer", "n_head", "n_embd", "bias", "attention", "tied_embeddings"),
     *("embedding_dropout", "attention_dropout", "residual_dropout"),
+    "rotary_base",  # has no effect on learned positions
 }
 _CLASSIC: dict[str, Any] = {field.name: field.default for field in fields(DecoderConfig) if field.name not in _COMMON}
-_FREE_IN_LLAMA = ("n_kv_head", "tied_embeddings", "norm_eps", "rotary_base")
 _LLAMA = _CLASSIC | {"positions": "rotary", "norm": "rms", "feed_forward": "swiglu"}
 _NANOCHAT = _CLASSIC | {
     "positions": "rotary",
@@ -61,15 +62,21 @@ class Format:
 
     def misfits(self, config: DecoderConfig) -> list[str]:
         """Return the parts of a decoder that the class does not have, such as `qk_norm=True`."""
-        if config.n_kv_head == config.n_head:
+        if config.n_kv_head == config.n_head:  # the default, spelled out
             config = replace(config, n_kv_head=None)
+        if config.norm != "layer" and config.norm_eps == RMS_NORM_EPSILON:
+            config = replace(config, norm_eps=None)
         return [f"{name}={own}" for name, value in self.parts.items() if (own := getattr(config, name)) != value]
 
 
-def _of_llama(name: str, parts: Mapping[str, Any], free: tuple[str, ...], model_type: llama_format.ModelType) -> Format:
+def _without(parts: Mapping[str, Any], *free: str) -> dict[str, Any]:
+    return {part: value for part, value in parts.items() if part not in free}
+
+
+def _of_llama(name: str, parts: Mapping[str, Any], model_type: llama_format.ModelType) -> Format:
     return Format(
         name,
-        {part: value for part, value in parts.items() if part not in free},
+        parts,
         partial(llama_format.hub_config, model_type=model_type),
         partial(llama_format.to_hub_state_dict, model_type=model_type),
         llama_format.decoder_config_from_hub,
@@ -80,19 +87,14 @@ def _of_llama(name: str, parts: Mapping[str, Any], free: tuple[str, ...], model_
 FORMATS: dict[str, Format] = {
     "gpt2": Format(
         "GPT2LMHeadModel",
-        _CLASSIC,
+        _without(_CLASSIC, "norm_eps"),
         gpt2_format.gpt2_config,
         gpt2_format.to_gpt2_state_dict,
         gpt2_format.decoder_config_from_gpt2,
         gpt2_format.from_gpt2_state_dict,
     ),
-    "llama": _of_llama("LlamaForCausalLM", _LLAMA, _FREE_IN_LLAMA, "llama"),
-    "nanochat": _of_llama(
-        "NanoChatForCausalLM",
-        _NANOCHAT,
-        ("n_kv_head", "tied_embeddings", "logit_soft_cap", "rotary_base"),
-        "nanochat",
-    ),
+    "llama": _of_llama("LlamaForCausalLM", _without(_LLAMA, "n_kv_head", "norm_eps"), "llama"),
+    "nanochat": _of_llama("NanoChatForCausalLM", _without(_NANOCHAT, "n_kv_head", "logit_soft_cap"), "nanochat"),
 }
 
 
@@ -124,7 +126,7 @@ def imported(config: Mapping[str, Any], state: Mapping[str, Tensor], block_size:
         **changes: Further fields of `DecoderConfig` to set, such as `attention`.
 
     Raises:
-        ValueError: If our decoder has no such parts, or the weights do not fit.
+        ValueError: If the configuration cannot be converted, or the weights do not fit.
     """
     model_type = config.get("model_type")
     changes["block_size"] = block_size

@@ -4,7 +4,7 @@ The two formats differ in names and in one layout: the linear layers of GPT-2 ar
 while torch's nn.Linear computes x Wᵀ with W (out, in). Four matrices of each block are therefore transposed.
 
     GPT-2                            our decoder
-    transformer.wte                  token_embedding       (and lm_head, the same matrix)
+    transformer.wte                  token_embedding
     transformer.wpe                  position_embedding
     transformer.h.N.ln_1             blocks.N.attention_norm
     transformer.h.N.attn.c_attn      blocks.N.attention.qkv                transposed
@@ -13,6 +13,7 @@ while torch's nn.Linear computes x Wᵀ with W (out, in). Four matrices of each 
     transformer.h.N.mlp.c_fc         blocks.N.feed_forward.expansion       transposed
     transformer.h.N.mlp.c_proj       blocks.N.feed_forward.projection      transposed
     transformer.ln_f                 final_norm
+    lm_head                          output; with tied embeddings, token_embedding
 """
 
 import re
@@ -36,6 +37,7 @@ _OURS_TO_GPT2 = {
     "feed_forward.expansion": "mlp.c_fc",
     "feed_forward.projection": "mlp.c_proj",
     "final_norm": "ln_f",
+    "output": "lm_head",
 }
 _CAUSAL_MASK_BUFFER = re.compile(r"h\.\d+\.attn\.(masked_)?bias")  # old checkpoints contain the causal mask
 
@@ -61,10 +63,10 @@ def gpt2_config(config: DecoderConfig) -> dict[str, Any]:
         "embd_pdrop": config.embedding_dropout,
         "attn_pdrop": config.attention_dropout,
         "resid_pdrop": config.residual_dropout,
-        "layer_norm_epsilon": LAYER_NORM_EPSILON,
+        "layer_norm_epsilon": LAYER_NORM_EPSILON if config.norm_eps is None else config.norm_eps,
         "scale_attn_weights": True,
         "scale_attn_by_inverse_layer_idx": False,
-        "tie_word_embeddings": True,
+        "tie_word_embeddings": config.tied_embeddings,
         "bos_token_id": None,
         "eos_token_id": None,
         "pad_token_id": None,
@@ -75,23 +77,21 @@ def decoder_config_from_gpt2(gpt2: Mapping[str, Any]) -> DecoderConfig:
     """Return the configuration of our decoder for a GPT-2; missing fields have the default of GPT-2.
 
     Raises:
-        ValueError: If a field has a value that our decoder does not implement.
+        ValueError: If a field has a value that cannot be converted.
     """
-    n_embd = gpt2.get("n_embd", 768)
-    implemented = {
+    n_embd, epsilon = gpt2.get("n_embd", 768), gpt2.get("layer_norm_epsilon", LAYER_NORM_EPSILON)
+    converted = {
         "model_type": ("gpt2",),
         "activation_function": ("gelu_new", "gelu_pytorch_tanh"),  # two names of the tanh formula
         "n_inner": (None, 4 * n_embd),
-        "layer_norm_epsilon": (LAYER_NORM_EPSILON,),
         "scale_attn_weights": (True,),
         "scale_attn_by_inverse_layer_idx": (False,),
         "add_cross_attention": (False,),
-        "tie_word_embeddings": (True,),
     }
-    for field, values in implemented.items():
+    for field, values in converted.items():
         if field in gpt2 and gpt2[field] not in values:
             choices = " or ".join(repr(value) for value in values)
-            raise ValueError(f"GPT-2 configuration has {field}={gpt2[field]!r}: our decoder has only {choices}")
+            raise ValueError(f"GPT-2 configuration has {field}={gpt2[field]!r}: only {choices} can be converted")
     return DecoderConfig(
         vocab_size=gpt2.get("vocab_size", 50257),
         block_size=gpt2.get("n_positions", 1024),
@@ -101,6 +101,8 @@ def decoder_config_from_gpt2(gpt2: Mapping[str, Any]) -> DecoderConfig:
         embedding_dropout=gpt2.get("embd_pdrop", 0.1),
         attention_dropout=gpt2.get("attn_pdrop", 0.1),
         residual_dropout=gpt2.get("resid_pdrop", 0.1),
+        tied_embeddings=gpt2.get("tie_word_embeddings", True),
+        norm_eps=None if epsilon == LAYER_NORM_EPSILON else epsilon,
     )
 
 
@@ -119,14 +121,14 @@ def to_gpt2_state_dict(decoder: Decoder) -> dict[str, Tensor]:
             weight = ours[name.removesuffix("bias") + "weight"]
             tensor = weight.new_zeros(len(weight))  # (out,)
         state[f"transformer.{_gpt2_name(name)}"] = tensor
-    state["lm_head.weight"] = state["transformer.wte.weight"]
+    state["lm_head.weight"] = state.pop("transformer.lm_head.weight", state["transformer.wte.weight"])
     return state
 
 
 def from_gpt2_state_dict(state: Mapping[str, Tensor], config: DecoderConfig) -> dict[str, Tensor]:
     """Return the weights of a GPT-2 for `Decoder(config).load_state_dict`.
 
-    The prefix `transformer.`, the output matrix and the mask buffers of old checkpoints may be present or absent.
+    The prefix `transformer.`, a tied output matrix and the mask buffers of old checkpoints may be present or absent.
 
     Args:
         state: Weights of GPT-2; they are not changed.
@@ -134,11 +136,11 @@ def from_gpt2_state_dict(state: Mapping[str, Tensor], config: DecoderConfig) -> 
             positions are kept. Its `bias` may be false if all biases of the checkpoint are zero.
 
     Raises:
-        ValueError: If a weight is missing, unknown or of another shape, or the output matrix is not the embedding.
+        ValueError: If a weight is missing, unknown or of another shape, or a tied output matrix is not the embedding.
     """
     theirs = {name.removeprefix("transformer."): tensor for name, tensor in state.items()}
     theirs = {name: tensor for name, tensor in theirs.items() if not _CAUSAL_MASK_BUFFER.fullmatch(name)}
-    head = theirs.pop("lm_head.weight", None)
+    head = theirs.pop("lm_head.weight", None) if config.tied_embeddings else None
     ours = {}
     for name, shape in _parameter_shapes(config).items():
         gpt2_name = _gpt2_name(name)
@@ -158,7 +160,7 @@ def from_gpt2_state_dict(state: Mapping[str, Tensor], config: DecoderConfig) -> 
         if config.bias or not gpt2_name.endswith(".bias") or tensor.any():
             raise ValueError(f"the GPT-2 checkpoint has {gpt2_name}, for which the decoder has no place")
     if head is not None and not torch.equal(head, ours["token_embedding.weight"]):
-        raise ValueError("lm_head.weight is not wte.weight: our decoder has tied embeddings only")
+        raise ValueError("lm_head.weight is not wte.weight, although tie_word_embeddings is true")
     return ours
 
 

@@ -8,9 +8,9 @@ residual stream, to which 2 n_layer layers add:
 
     var(x_n) = var(x_0) + sum of the variances of the added terms
 
-The second is that of the embedding, which is the output matrix too. An untrained network should predict all tokens with
-equal probability, for a loss of ln(vocab_size); the larger the rows of the embedding, the more confident and the worse
-are its predictions.
+The second is that of the output matrix, which is the token embedding too if the two are tied. An untrained network
+should predict all tokens with equal probability, for a loss of ln(vocab_size); the larger the rows of the output
+matrix, the more confident and the worse are its predictions.
 
 Each function sets all weights of a decoder in place and draws from torch's global generator. A decoder that was built
 on the meta device and moved by `to_empty` is therefore complete afterwards. With the same seed, the
@@ -23,13 +23,14 @@ Zhang et al., "Fixup Initialization" (2019), https://arxiv.org/abs/1901.09321.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from lightning_modules.models.decoder import Decoder
+from lightning_modules.models.feed_forward import ACTIVATIONS
 from lightning_modules.models.value_embedding import ValueMix
 
 InitializationName = Literal[
@@ -75,13 +76,19 @@ def too_large(decoder: Decoder) -> None:
 def xavier(decoder: Decoder) -> None:
     """Initialise as Glorot and Bengio (2010): U(-a, a), a = √(6 / (fan_in + fan_out)); variance 2 / (fan_in + fan_out).
 
-    This variance is a compromise between the requirements of signal and gradient. Queries, keys and values count as
-    three matrices, although they are stored as one. The token embedding counts as the output layer, from n_embd to
-    vocab_size.
+    This variance is a compromise between the requirements of signal and gradient. Matrices that are stored as one count
+    each: those of queries, keys and values, and the two parts of SwiGLU. The token embedding counts as the output
+    layer, from n_embd to vocab_size.
     """
+    config = decoder.config
 
     def draw(name: str, weight: Tensor) -> None:
-        for matrix in weight.chunk(3) if name.endswith(".qkv") else [weight]:
+        matrices: Sequence[Tensor] = [weight]
+        if name.endswith(".qkv"):
+            matrices = weight.split([config.n_embd, config.kv_width, config.kv_width])
+        elif name.endswith(".expansion"):
+            matrices = weight.chunk(ACTIVATIONS[config.feed_forward].n_parts)
+        for matrix in matrices:
             nn.init.xavier_uniform_(matrix)
 
     _initialize(decoder, draw)

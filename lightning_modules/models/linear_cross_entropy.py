@@ -29,7 +29,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-IGNORED = -100  # target of a row without a loss: the default `ignore_index` of `F.cross_entropy`
+# Target of a row without a loss: the default `ignore_index` of `F.cross_entropy`. The same number is in
+# `common/targets.py`, which imports no torch, and which the models do not import.
+IGNORED = -100
 
 # Bytes or numbers of the scores in a chunk. On a CPU they stay in the cache, and the memory allocator keeps the memory
 # from chunk to chunk. On a GPU, in one kernel, they are 0.5 GiB in bfloat16, with enough rows for its matrix units;

@@ -72,14 +72,14 @@ def decoder_config_from_hub(hub: Mapping[str, Any]) -> DecoderConfig:
     """Return the configuration of our decoder for a Llama or a NanoChat with all fields of its class.
 
     Raises:
-        ValueError: If a field has a value that our decoder does not implement.
+        ValueError: If a field has a value that cannot be converted.
     """
     model_type = hub["model_type"]
     if model_type == "nanochat" and hub["attention_bias"]:
         raise ValueError("nanochat configuration has attention_bias=True: our decoder has biases everywhere or nowhere")
     epsilon, rope = hub["rms_norm_eps"], hub.get("rope_parameters") or {}
     if model_type == "nanochat" and epsilon != RMS_NORM_EPSILON:  # QK-norm has the same one there
-        raise ValueError(f"nanochat configuration has rms_norm_eps={epsilon}: our decoder has only {RMS_NORM_EPSILON}")
+        raise ValueError(f"nanochat configuration has rms_norm_eps={epsilon}: our QK-norm has only {RMS_NORM_EPSILON}")
     parts: dict[str, Any] = {"norm": "rms", "feed_forward": "swiglu"}
     if model_type == "nanochat":
         parts = {
@@ -107,7 +107,7 @@ def decoder_config_from_hub(hub: Mapping[str, Any]) -> DecoderConfig:
     for name, value in (hub_config(config, model_type) | {"head_dim": config.head_dim}).items():
         theirs = hub.get(name, value)
         if name in _FIXED and theirs not in (None, value):
-            raise ValueError(f"{model_type} configuration has {name}={theirs!r}: our decoder has only {value!r}")
+            raise ValueError(f"{model_type} configuration has {name}={theirs!r}: only {value!r} can be converted")
     return config
 
 

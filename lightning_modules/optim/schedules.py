@@ -356,8 +356,8 @@ def build_schedule(factory: Callable[..., LRScheduler], optimizer: Optimizer, to
         factory: Class of a schedule with its other arguments: ours takes the optimiser and the length of the run; one
             of torch takes the optimiser, and the length if it has an argument `total_steps` that is not set.
         optimizer: Its learning rates are the peaks.
-        total_steps: Number of optimiser steps of the whole run; if it is not known, infinity or -1, which Lightning gives
-            for `max_epochs` of data without a length.
+        total_steps: Number of optimiser steps of the whole run; if it is not known, infinity or -1 (Lightning's number
+            for `max_epochs` of data without a length).
 
     Raises:
         ValueError: If an argument is wrong, or the schedule depends on a length that is not known.

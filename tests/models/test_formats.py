@@ -16,6 +16,7 @@ from lightning_modules.models.generation import generate
 
 SIZES = {"vocab_size": 31, "block_size": 24, "n_layer": 2, "n_head": 4, "n_embd": 32}
 CONFIGS = {
+    "gpt2, untied, another epsilon": DecoderConfig(**SIZES, tied_embeddings=False, norm_eps=1e-2),
     "llama": DecoderConfig(**SIZES, **LLAMA),
     "llama, few keys, untied, no bias": DecoderConfig(
         **SIZES, **LLAMA, n_kv_head=2, tied_embeddings=False, bias=False, attention_dropout=0.1
@@ -48,7 +49,8 @@ def pair(request, tmp_path):
     save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
     model, found = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, output_loading_info=True)
     assert not any(found[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    assert type(model).__name__ == {"l": "LlamaForCausalLM", "n": "NanoChatForCausalLM"}[request.param[0]]
+    classes = {"g": "GPT2LMHeadModel", "l": "LlamaForCausalLM", "n": "NanoChatForCausalLM"}
+    assert type(model).__name__ == classes[request.param[0]]
     return decoder, model.eval()
 
 
@@ -71,7 +73,9 @@ def test_transformers_gives_the_same_logits_and_greedy_tokens(pair):
 def test_back_to_our_decoder(pair):
     ours, theirs = pair
     again = imported(theirs.config.to_dict(), theirs.state_dict(), block_size=24)
-    assert again.config == dataclasses.replace(ours.config, n_kv_head=ours.config.n_kv_head or ours.config.n_head)
+    n_kv_head = again.config.n_kv_head  # Llama and NanoChat always say it
+    assert again.config == dataclasses.replace(ours.config, n_kv_head=n_kv_head)
+    assert n_kv_head == ours.config.n_kv_head or (ours.config.n_kv_head, n_kv_head) == (None, ours.config.n_head)
     assert all(torch.equal(again.state_dict()[name], tensor) for name, tensor in ours.state_dict().items())
     assert (
         imported(theirs.config.to_dict(), theirs.state_dict(), block_size=7, attention="explicit").config.block_size
@@ -97,7 +101,7 @@ def test_the_same_gradients():
         (NANOCHAT | {"value_embeddings": True}, "NanoChatForCausalLM has no value_embeddings=True"),
         (NANOCHAT | {"bias": True}, "NanoChatForCausalLM has no bias=True"),
         (LLAMA | {"qk_norm": True}, "LlamaForCausalLM has no qk_norm=True"),
-        ({"n_kv_head": 2, "tied_embeddings": False}, "GPT2LMHeadModel has no n_kv_head=2, tied_embeddings=False"),
+        ({"n_kv_head": 2, "tied_embeddings": False}, "GPT2LMHeadModel has no n_kv_head=2"),
         ({"norm": "rms"}, "GPT2LMHeadModel has no norm=rms"),
     ],
 )
@@ -115,20 +119,29 @@ def test_a_decoder_without_a_class_is_saved_in_our_own_format(changes, missing):
         shorter(random_ids(13))
 
 
-def test_as_many_heads_of_keys_as_of_queries_are_no_part_of_their_own():
-    config, _, reason = exported(random_decoder(DecoderConfig(**SIZES, n_kv_head=4)))
-    assert (config["model_type"], reason) == ("gpt2", None)
+@pytest.mark.parametrize(
+    ("model_type", "parts"),
+    [
+        ("gpt2", {"n_kv_head": 4}),
+        ("gpt2", {"norm_eps": 1e-5}),
+        ("gpt2", {"rotary_base": 50.0}),
+        ("nanochat", NANOCHAT | {"norm_eps": 1e-6}),
+    ],
+)
+def test_defaults_that_are_spelled_out_and_a_base_of_no_angles_are_no_parts_of_their_own(model_type, parts):
+    config, _, reason = exported(random_decoder(DecoderConfig(**SIZES, **parts)))
+    assert (config["model_type"], reason) == (model_type, None)
 
 
 @pytest.mark.parametrize(
     ("name", "field", "value", "message"),
     [
-        ("llama", "intermediate_size", 100, "has intermediate_size=100: our decoder has only 88"),
-        ("llama", "hidden_act", "gelu", "has hidden_act='gelu': our decoder has only 'silu'"),
-        ("llama", "mlp_bias", False, "has mlp_bias=False: our decoder has only True"),
-        ("llama", "head_dim", 16, "has head_dim=16: our decoder has only 8"),
+        ("llama", "intermediate_size", 100, "has intermediate_size=100: only 88 can be converted"),
+        ("llama", "hidden_act", "gelu", "has hidden_act='gelu': only 'silu' can be converted"),
+        ("llama", "mlp_bias", False, "has mlp_bias=False: only True can be converted"),
+        ("llama", "head_dim", 16, "has head_dim=16: only 8 can be converted"),
         ("llama", "rope_parameters", {"rope_type": "linear", "rope_theta": 1e4}, "has rope_parameters={.*linear"),
-        ("nanochat", "rms_norm_eps", 1e-5, "has rms_norm_eps=1e-05: our decoder has only 1e-06"),
+        ("nanochat", "rms_norm_eps", 1e-5, "has rms_norm_eps=1e-05: our QK-norm has only 1e-06"),
         ("nanochat", "attention_bias", True, "has attention_bias=True: our decoder has biases everywhere or nowhere"),
         ("llama", "model_type", "mamba", "a mamba model: our decoder reads gpt2, llama, nanochat"),
     ],

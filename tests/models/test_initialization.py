@@ -56,6 +56,17 @@ def test_every_weight_has_the_statistics_of_the_formula(initialization):
     assert n_matrices == 2 + 4 * CONFIG.n_layer
 
 
+def test_xavier_counts_each_of_the_matrices_that_are_stored_as_one():
+    decoder = initialized(
+        "xavier", DecoderConfig(20, 8, n_layer=1, n_head=4, n_embd=64, n_kv_head=1, feed_forward="swiglu")
+    )
+    block = decoder.blocks[0]
+    parts = [*block.attention.qkv.weight.split([64, 16, 16]), *block.feed_forward.expansion.weight.chunk(2)]
+    for matrix in parts:
+        bound = math.sqrt(6 / sum(matrix.shape))
+        assert 0.98 * bound < matrix.abs().max().item() <= bound, matrix.shape
+
+
 @pytest.mark.parametrize("initialization", NAMES)
 def test_the_weights_depend_only_on_the_seed(initialization):
     one, again, other = (initialized(initialization, SMALL, seed).state_dict() for seed in (1, 1, 2))
