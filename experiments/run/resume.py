@@ -15,7 +15,7 @@ becomes of the rate.
 """
 
 import filecmp
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -72,26 +72,41 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> Changes:
 def _settings(config: Any, name: str = "") -> Iterator[tuple[str, Any]]:
     """Yield the settings of a configuration by their names as flags; a class is the setting of its section.
 
-    Callbacks, loggers and other classes in a list go by the names of the classes, since their order does not matter.
+    The items of a list of classes go by their places, and their classes are the setting of the list. The callbacks,
+    loggers and plugins of the trainer go by the names of their classes, since their order does not matter.
     """
+    parts: Mapping[str, Any]
     if isinstance(config, Mapping) and "class_path" in config:
-        class_path = current(config["class_path"])
-        yield name, class_path
-        yield from _settings(config.get("init_args") or {}, name)
+        yield name, current(config["class_path"])
+        parts = {**(config.get("init_args") or {}), **(config.get("dict_kwargs") or {})}
     elif isinstance(config, Mapping):
-        for key, value in config.items():
-            if name or key != "run":
-                yield from _settings(value, f"{name}.{key}" if name else key)
+        if name.startswith(("data.", "model.")):  # no section, in which another version may have more keys
+            yield name, sorted(map(str, config))
+        parts = {key: value for key, value in config.items() if name or key != "run"}
     elif isinstance(config, list) and any(isinstance(item, Mapping) and "class_path" in item for item in config):
-        yield name, sorted(str(_class_name(item)) for item in config)
-        for item in config:
-            yield from _settings(item, f"{name}.{_class_name(item)}")
+        classes = [_class_name(item) for item in config]
+        if name.startswith("trainer."):
+            yield name, sorted(classes)
+            parts = dict(zip(_numbered(classes), config, strict=True))
+        else:
+            yield name, classes
+            parts = {str(place): item for place, item in enumerate(config)}
     else:
         yield name, config
+        return
+    for key, value in parts.items():
+        yield from _settings(value, f"{name}.{key}" if name else key)
 
 
-def _class_name(item: Any) -> Any:
-    return item["class_path"].rpartition(".")[-1] if isinstance(item, Mapping) and "class_path" in item else item
+def _class_name(item: Any) -> str:
+    """Return the name of the class that an item of a list names, or that of its type, such as `str` for a file."""
+    is_class = isinstance(item, Mapping) and "class_path" in item
+    return item["class_path"].rpartition(".")[-1] if is_class else type(item).__name__
+
+
+def _numbered(classes: Sequence[str]) -> list[str]:
+    """Return names of classes in which the second of a name has the number 2: `Timer`, `Timer.2`."""
+    return [f"{name}.{n}" if (n := classes[: i + 1].count(name)) > 1 else name for i, name in enumerate(classes)]
 
 
 def _have_moved(was: Any, wanted: Any) -> bool:

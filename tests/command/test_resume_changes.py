@@ -123,6 +123,56 @@ def test_a_file_or_folder_that_was_moved_or_copied_may_have_another_path(tmp_pat
         changes(before, now)
 
 
+def shuffled(path: str, seed: int = 0) -> dict:
+    source = {"class_path": "datamodules.sources.TextFiles", "init_args": {"paths": path}}
+    return {"class_path": "datamodules.sources.Shuffled", "init_args": {"source": source, "seed": seed}}
+
+
+@pytest.mark.parametrize(
+    ("sources", "name"),
+    [
+        ([shuffled("c.txt"), shuffled("b.txt"), "d.txt"], "data.source.sources.0.source.paths"),
+        ([shuffled("b.txt"), shuffled("a.txt"), "d.txt"], "data.source.sources.0.source.paths"),
+        ([shuffled("a.txt"), shuffled("b.txt", seed=1), "d.txt"], "data.source.sources.1.seed"),
+        ([shuffled("a.txt"), shuffled("b.txt"), "e.txt"], "data.source.sources.2"),
+        ([shuffled("a.txt"), "d.txt", shuffled("b.txt")], "data.source.sources"),
+        ([shuffled("a.txt"), shuffled("b.txt")], "data.source.sources"),
+    ],
+)
+def test_each_source_of_a_mixture_and_their_order_are_kept(sources, name):
+    key = "data__init_args__source"
+    mixture = {"class_path": "datamodules.sources.Mixture", "init_args": {"weights": [3, 1, 1]}}
+    mixture["init_args"]["sources"] = [shuffled("a.txt"), shuffled("b.txt"), "d.txt"]
+    before = with_settings(copy.deepcopy(SAVED), {key: mixture})
+    assert changes(before, copy.deepcopy(before)) == {}
+    now = with_settings(copy.deepcopy(before), {f"{key}__init_args__sources": sources})
+    with pytest.raises(MisconfigurationException, match=rf"^{name}: it is "):
+        changes(before, now)
+
+
+@pytest.mark.parametrize("architecture", [{"n_layer": 2, "n_head": 1}, {}, None])
+def test_a_mapping_in_the_model_is_kept(architecture):
+    key = "model__init_args__architecture"
+    before = with_settings(copy.deepcopy(SAVED), {key: {"n_layer": 2}})
+    with pytest.raises(MisconfigurationException, match=r"^model\.architecture: it is "):
+        changes(before, with_settings(copy.deepcopy(SAVED), {key: architecture}))
+
+
+def test_two_callbacks_of_one_class_and_the_order_of_schedules_are_compared():
+    timers = [{"class_path": "t.Timer", "init_args": {"duration": hours}} for hours in (1, 2)]
+    schedules = [{"class_path": f"t.{name}"} for name in ("Linear", "Cosine")]
+    lists = {"trainer__callbacks": timers, "lr_scheduler": {"class_path": "t.Together", "init_args": {"of": schedules}}}
+    before = with_settings(copy.deepcopy(SAVED), copy.deepcopy(lists))
+    timers[0]["init_args"]["duration"] = 3
+    schedules.reverse()
+    changed = changes(before, with_settings(copy.deepcopy(SAVED), lists))
+    assert changed["trainer.callbacks.Timer.duration"] == [1, 3]
+    assert changed["lr_scheduler.of"] == [["Linear", "Cosine"], ["Cosine", "Linear"]]
+    timers[1]["init_args"]["duration"] = 4
+    changed = changes(before, with_settings(copy.deepcopy(SAVED), lists))
+    assert changed["trainer.callbacks.Timer.2.duration"] == [2, 4]
+
+
 def test_a_class_that_has_moved_is_the_same_class():
     before = with_settings(
         copy.deepcopy(SAVED), {"trainer__callbacks": [{"class_path": "lightning_modules.GracefulStop"}]}
