@@ -176,7 +176,7 @@ def _parse(args: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--temperature", type=float, help="0 takes the likeliest token (default: 0.8; in a chat, 0)")
     parser.add_argument("--top_k", type=int, help="sample from this many likeliest tokens only")
     parser.add_argument(
-        "--top_p", type=float, help="sample from the smallest set of tokens with this probability (0 to 1)"
+        "--top_p", type=float, help="sample from the smallest set of tokens with this probability (above 0, at most 1)"
     )
     parser.add_argument(
         "--precision", choices=["32", "bf16"], help="of the weights (default: 32; on a GPU, bf16 if the run had it)"

@@ -14,7 +14,8 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_modules.base import ExperimentModule
 from lightning_modules.common.files import write_text
-from lightning_modules.common.ranges import ClosedUnitInterval, NonNegativeFloat, PositiveInt
+from lightning_modules.common.messages import say
+from lightning_modules.common.ranges import PositiveInt, PositiveShare, Temperature
 from lightning_modules.runtime.drawing import show_table
 from lightning_modules.runtime.sharded import whole_model
 
@@ -32,31 +33,37 @@ class SampleText(L.Callback):
     run must have `encode` and `decode`, and the module `generate`.
 
     Args:
-        prompts: Texts to continue; `null` takes a few words from each of two places of the validation text.
+        prompts: Texts to continue, none of them empty; `null` takes a few words from each of two places of the
+            validation text.
         max_new_tokens: Length of a continuation in tokens.
-        temperature: Divisor of the logits; 0 takes the most probable token.
+        temperature: Divisor of the logits (0 or more); 0 takes the most probable token.
         top_k: Number of most probable tokens to sample from; `null` for all.
-        top_p: Total probability of the most probable tokens to sample from; `null` for all.
+        top_p: Total probability of the most probable tokens to sample from (above 0, at most 1); `null` for all.
         seed: Seed of the samples.
+
+    Raises:
+        MisconfigurationException: If `prompts` is an empty list, or a prompt is empty.
     """
 
     def __init__(
         self,
         prompts: list[str] | None = None,
         max_new_tokens: PositiveInt = 200,
-        temperature: NonNegativeFloat = 0.8,
+        temperature: Temperature = 0.8,
         top_k: PositiveInt | None = None,
-        top_p: ClosedUnitInterval | None = None,
+        top_p: PositiveShare | None = None,
         seed: int = 0,
     ) -> None:
-        if prompts is not None and not prompts:
-            raise MisconfigurationException("SampleText: prompts is empty; give at least one text to continue")
+        if prompts is not None and not (prompts and all(prompts)):
+            reason = "has an empty text" if prompts else "is empty"
+            raise MisconfigurationException(f"SampleText: prompts {reason}; give at least one character to continue")
         self.prompts = prompts or []  # those of the validation text are read at the first validation
         self.how: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
         self.how["max_new_tokens"] = max_new_tokens
         self.seed = seed
         self.heads: list[str] = []  # of the columns: the step and the validation loss
         self.continuations: list[list[str]] = []  # by column, then by prompt
+        self._continued: list[str] | None = None  # prompts of the continuations, where they are known
         self._has_new = False  # of the validation in progress, on this process
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -67,8 +74,17 @@ class SampleText(L.Callback):
             self._has_new = usable and trainer.is_global_zero
             if self._has_new:
                 self.prompts = self.prompts or prompts_of(pl_module.data)
+                self._drop_samples_of_other_prompts()
                 self.heads.append(f"step {trainer.global_step}")
                 self.continuations.append(self.draw(trainer, pl_module))
+
+    def _drop_samples_of_other_prompts(self) -> None:
+        """Drop the samples of the checkpoint if this run has other prompts; older checkpoints have no prompts."""
+        others = [texts for texts in self.continuations if len(texts) != len(self.prompts)]
+        if others or self._continued not in (None, self.prompts):
+            say("samples.md: the prompts are not those of the checkpoint; the earlier samples are left out")
+            self.heads, self.continuations = [], []
+        self._continued = self.prompts
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write the samples; the validation loss is known now."""
@@ -104,12 +120,13 @@ class SampleText(L.Callback):
         return [pl_module.data.decode(row, before=ids[0].tolist()) for row in rows]
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the samples so far."""
-        return {"heads": list(self.heads), "continuations": list(self.continuations)}
+        """Return the samples so far, and their prompts."""
+        return {"heads": list(self.heads), "continuations": list(self.continuations), "prompts": self._continued}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the samples so far."""
         self.heads, self.continuations = list(state_dict["heads"]), list(state_dict["continuations"])
+        self._continued = state_dict.get("prompts")
 
 
 def prompts_of(data: Any) -> list[str]:

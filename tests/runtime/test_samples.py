@@ -1,0 +1,77 @@
+"""Samples of generated text: what a resumed run keeps, and arguments that are refused."""
+
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from jsonargparse import ArgumentError, ArgumentParser
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from lightning_modules.runtime.samples import SampleText
+
+
+class Written(SampleText):
+    """Samples that need no model: a continuation is the step."""
+
+    def draw(self, trainer, pl_module):
+        return [f" goes on at {trainer.global_step}" for _ in self.prompts]
+
+
+def validate(callback: SampleText, step: int) -> list[str]:
+    """Make a validation, and return the heads of the columns of each prompt in `samples.md`."""
+    state = SimpleNamespace(fn=TrainerFn.FITTING)
+    trainer = SimpleNamespace(
+        state=state, strategy=None, is_global_zero=True, global_step=step, callback_metrics={}, default_root_dir=".",
+        loggers=[],
+    )  # fmt: skip
+    callback.on_validation_epoch_end(trainer, SimpleNamespace(data=None))
+    callback.on_validation_end(trainer, SimpleNamespace())
+    return re.findall(r"^step .*", Path("samples.md").read_text(), flags=re.MULTILINE)
+
+
+def resumed(prompts: list[str] | None, state: dict[str, object]) -> SampleText:
+    callback = Written(prompts)
+    callback.load_state_dict(state)
+    return callback
+
+
+def test_a_resumed_run_keeps_the_samples_of_the_same_prompts_only(capsys):
+    first = Written(["a", "b"])
+    validate(first, 8)
+    state = first.state_dict()
+    assert validate(resumed(["a", "b"], state), 16) == [f"step 8{' ' * 39}| step 16"] * 2
+    # A run that is stopped before its first validation hands on what it has.
+    assert len(validate(resumed(["a", "b"], resumed(["a", "b"], state).state_dict()), 16)[0]) > 40
+    assert not capsys.readouterr().err
+    for others in (["a", "b", "c"], ["a"], ["a", "c"]):
+        assert validate(resumed(others, state), 16) == ["step 16"] * len(others)
+        assert "samples.md: the prompts are not those of the checkpoint" in capsys.readouterr().err
+    del state["prompts"]  # a checkpoint of an earlier version
+    assert validate(resumed(["a", "b"], state), 16) == [f"step 8{' ' * 39}| step 16"] * 2
+    assert validate(resumed(["a"], state), 16) == ["step 16"]
+
+
+@pytest.mark.parametrize(
+    ("flag", "condition"),
+    [
+        ("--top_p=0", "v>0 and v<=1"),
+        ("--top_p=1.5", "v>0 and v<=1"),
+        ("--top_k=0", "v>0"),
+        ("--temperature=-1", "v>=0"),
+        ("--temperature=inf", "v>=0 and v<inf"),
+        ("--max_new_tokens=0", "v>0"),
+    ],
+)
+def test_the_parser_refuses_what_generation_would(flag, condition):
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(SampleText)
+    with pytest.raises(ArgumentError, match=f"does not conform to restriction {condition}"):
+        parser.parse_args([flag])
+
+
+@pytest.mark.parametrize("prompts", [[], ["a", ""]])
+def test_there_is_at_least_one_prompt_and_none_is_empty(prompts):
+    with pytest.raises(MisconfigurationException, match="SampleText: prompts"):
+        SampleText(prompts)
