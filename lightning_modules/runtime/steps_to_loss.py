@@ -38,9 +38,11 @@ class StepsToLoss(L.Callback):
         self._before = step, loss
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the last validation, and whether the target was reached."""
-        return {"reached": self.reached, "before": self._before}
+        """Return the last validation, whether the target was reached, and what both are about."""
+        return {"reached": self.reached, "before": self._before, "target": self.target, "monitor": self.monitor}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the last validation."""
-        self.reached, self._before = state_dict["reached"], state_dict["before"]
+        """Restore the last validation, unless this run has another target or metric; older checkpoints hold neither."""
+        mine = {"target": self.target, "monitor": self.monitor}
+        if all(state_dict.get(name, value) == value for name, value in mine.items()):
+            self.reached, self._before = state_dict["reached"], state_dict["before"]
