@@ -87,7 +87,7 @@ class Run:
             max_new_tokens: Largest number of tokens to generate.
             temperature: 0 takes the most probable token; smaller values than 1 sharpen the distribution.
             top_k: Number of the most probable tokens to draw from; `None` means all.
-            top_p: Total probability of the most probable tokens to draw from (0 to 1); `None` means all.
+            top_p: Total probability of the most probable tokens to draw from (above 0, at most 1); `None` means all.
             seed: Seed of the random numbers, or a generator on the device of the module.
 
         Raises:
@@ -128,7 +128,7 @@ class Run:
         found = []
         for start in range(0, len(texts), _AT_ONCE):
             some = list(texts[start : start + _AT_ONCE])
-            batch = data.batch_of_texts(self.tokenizer, self.config["data"]["init_args"], some)
+            batch = data.batch_of_texts(self.tokenizer, self.data_arguments, some)
             batch = {name: tensor.to(self.module.device) for name, tensor in batch.items()}
             with torch.no_grad():
                 probabilities = self.module.predict_step(batch, 0)["probabilities"]  # (B, K)
@@ -138,7 +138,12 @@ class Run:
     @cached_property
     def data_class(self) -> Any:
         """Class of the datamodule of the run."""
-        return import_class(self.config["data"]["class_path"], trust.of_run(self.allow))
+        return import_class(_section(self.folder, self.config, "data")["class_path"], trust.of_run(self.allow))
+
+    @property
+    def data_arguments(self) -> dict[str, Any]:
+        """Arguments of the datamodule of the run."""
+        return _section(self.folder, self.config, "data")["init_args"]
 
     def _cannot(self, what: str) -> MisconfigurationException:
         return MisconfigurationException(f"{self.folder}: a {type(self.module).__name__} does not {what}")
@@ -171,13 +176,30 @@ def load_run(
         advice = f"did you mean {meant}?" if meant else "give the folder of a run, such as runs/TOPIC/NAME"
         raise MisconfigurationException(f"{folder}: no {CONFIG} in it; {advice}")
     config = read_yaml(folder / CONFIG)
-    module_class: Any = import_class(config["model"]["class_path"], trust.of_run(allow))
+    module_class: Any = import_class(_section(folder, config, "model")["class_path"], trust.of_run(allow))
+    if not issubclass(module_class, ExperimentModule):
+        raise MisconfigurationException(f"{folder / CONFIG}: model: {module_class.__name__} is no module of a run")
     path = folder / CHECKPOINTS / f"{checkpoint}.ckpt"
     if checkpoint == "best" and not path.is_file():
         path = path.with_name("last.ckpt")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     module = module_class.of_checkpoint(AtomicCheckpointIO().load_model(path)).to(device).eval()
     return Run(folder, config, module, tuple(allow))
+
+
+def _section(folder: Path, config: Any, name: str) -> dict[str, Any]:
+    """Return a section of the configuration of a run that names a class; `init_args` is there, and may be empty.
+
+    Raises:
+        MisconfigurationException: If there is none: another program has written the file.
+    """
+    section = config.get(name) if isinstance(config, dict) else None
+    if not isinstance(section, dict) or not isinstance(section.get("class_path"), str):
+        raise MisconfigurationException(
+            f"{folder / CONFIG}: has no section `{name}` with a class_path; give the folder of a run"
+        )
+    arguments = section.get("init_args")
+    return section | {"init_args": arguments if isinstance(arguments, dict) else {}}
 
 
 def _meant(folder: Path) -> Path | None:
