@@ -1,6 +1,10 @@
 """The format of the prompts as a chat template, with which other programs write them."""
 
 import json
+from functools import partial
+
+# A JSON string is a literal of Jinja too, except for a character that JSON writes as two escapes, such as an emoji.
+_literal = partial(json.dumps, ensure_ascii=False)
 
 
 def as_chat_template(template: str) -> str:
@@ -18,13 +22,13 @@ def as_chat_template(template: str) -> str:
     return "\n".join(
         (
             '{%- set question = (messages | selectattr("role", "equalto", "user") | list | last).content -%}',
-            f"{{{{- {json.dumps(before)} | replace('{{question}}', question) -}}}}",
+            f"{{{{- {_literal(before)} | replace('{{question}}', question) -}}}}",
             "{%- for document in documents or [] -%}",
             '{{- "[" ~ loop.index ~ "] " ~ (document.text.split() | join(" ")) ~ "\\n" -}}',
             "{%- endfor -%}",
-            f"{{{{- {json.dumps(end)} | replace('{{question}}', question) -}}}}",
+            f"{{{{- {_literal(end)} | replace('{{question}}', question) -}}}}",
             '{%- if messages[-1].role == "assistant" -%}',
-            f"{{{{- {json.dumps(after[len(end) :])} ~ messages[-1].content.strip() ~ eos_token -}}}}",
+            f"{{{{- {_literal(after[len(end) :])} ~ messages[-1].content.strip() ~ eos_token -}}}}",
             "{%- endif -%}",
         )
     )

@@ -10,6 +10,7 @@ import yaml
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from datamodules.gpt2_webglm_qa import GPT2WebGLMQADataModule, JSONLines, prompts
+from datamodules.gpt2_webglm_qa.chat_format import as_chat_template
 from datamodules.gpt2_webglm_qa.cited_answers import Record
 from datamodules.gpt2_webglm_qa.prompts import PromptEncoder, in_chat_template
 from datamodules.tokenizers import encode, load_tokenizer
@@ -42,6 +43,13 @@ def test_a_record_is_a_conversation_in_the_chat_template(tokenizer):
     assert example.prompt_ids.tolist().count(1) == 2  # <|im_start|> is one token
     assert tokenizer.decode(example.answer_ids) == "It is [2].<|im_end|>"
     assert example.answer_ids[-1] == 2
+
+
+def test_the_exported_chat_template_has_the_characters_of_the_template(tokenizer):
+    tokenizer.chat_template = as_chat_template('\U0001f642 "Ünder" \\ {references}\U0001f914 {question}\n{answer}')
+    chat = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]
+    text = tokenizer.apply_chat_template(chat, documents=[{"title": "", "text": "One."}], tokenize=False)
+    assert text == f'\U0001f642 "Ünder" \\ [1] One.\n\U0001f914 Why?\nSo.{tokenizer.eos_token}'
 
 
 def test_special_tokens_in_a_record_are_text(tokenizer):
