@@ -6,6 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from lightning_modules.common.hub import hub_answers, is_path
+from lightning_modules.common.messages import first_line
+
 if TYPE_CHECKING:  # imported where it is used: it is slow to import
     from tokenizers import Tokenizer
 
@@ -32,13 +35,17 @@ def load_reference(name: str) -> "Tokenizer":
             tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         elif path.is_dir():
             raise OSError("the folder holds neither tokenizer.json nor vocab.json and merges.txt")
+        elif is_path(name):
+            raise OSError(f"it does not exist (working folder: {Path.cwd()})")
         else:
             from transformers import AutoTokenizer
 
-            tokenizer = AutoTokenizer.from_pretrained(name).backend_tokenizer
+            tokenizer = AutoTokenizer.from_pretrained(
+                name, local_files_only=not hub_answers(), trust_remote_code=False
+            ).backend_tokenizer
     except Exception as error:  # the two libraries raise nothing narrower
         raise MisconfigurationException(
-            f"model.reference: {name!r} could not be loaded ({str(error).splitlines()[0]}); give a folder with "
+            f"model.reference: {name!r} could not be loaded ({first_line(error)}); give a folder with "
             "tokenizer.json, or with GPT-2's vocab.json and merges.txt, or null"
         ) from error
     return _of_text_only(tokenizer)

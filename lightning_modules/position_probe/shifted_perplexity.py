@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lightning_modules.common.files import write_csv
 from lightning_modules.common.ranges import TwoOrMore
+from lightning_modules.finetuning.bases import load_pretrained
 from lightning_modules.metrics import next_token_loss
 from lightning_modules.position_probe.figures import draw_shifted_perplexity
 from lightning_modules.runtime.drawing import show_figures
@@ -46,9 +47,7 @@ class ShiftedPerplexity(L.Callback):
         data = pl_module.data
         if data.matrix.model_type not in _DECODERS or (windows := data.text_windows()) is None:  # (N, T)
             return
-        from transformers import AutoModelForCausalLM
-
-        model = AutoModelForCausalLM.from_pretrained(data.matrix.model, dtype=torch.float32).to(pl_module.device).eval()
+        model = load_pretrained(data.matrix.model, argument="data.source").to(pl_module.device).eval()
         last = len(data.matrix.rows) - windows.size(1)
         starts = [round(last * k / (self.n_starts - 1)) for k in range(self.n_starts)]
         windows = windows.to(pl_module.device)

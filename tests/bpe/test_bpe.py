@@ -236,6 +236,23 @@ def test_a_reference_may_be_a_folder_a_file_or_the_two_files_of_gpt2(whole, tmp_
         assert [i - 1 for i in encoding.ids] == expected  # one special token takes the first id
 
 
+def test_a_reference_on_the_hub_runs_no_code_and_is_looked_up_only_if_the_hub_answers(monkeypatch):
+    def refuse(name: str, **settings: object) -> None:
+        asked.append((name, settings))
+        raise ValueError
+
+    asked: list[tuple[str, dict]] = []
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", refuse)
+    monkeypatch.setattr("lightning_modules.bpe.rust_tokenizers.hub_answers", lambda: False)
+    with pytest.raises(MisconfigurationException, match=r"'owner/name' could not be loaded \(ValueError\)"):
+        load_reference("owner/name")
+    with pytest.raises(
+        MisconfigurationException, match=r"'runs/lost' could not be loaded \(OSError: it does not exist"
+    ):
+        load_reference("runs/lost")
+    assert asked == [("owner/name", {"local_files_only": True, "trust_remote_code": False})]
+
+
 def test_a_checkpoint_is_evaluated_on_the_validation_and_the_test_split(llm_train, whole):
     shutil.copytree(whole, RUNS / "tiny")
     config = RUNS / "tiny/config.yaml"
