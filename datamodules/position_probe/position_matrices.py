@@ -3,6 +3,7 @@
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import numpy as np
@@ -112,8 +113,7 @@ def _read_model(source: str) -> PositionMatrix:
             f"{source} is no folder and no .npy file, and the Hugging Face hub gave no model of that name: "
             "check the name and the network, or give sinusoids, which needs neither"
         )
-    with fsspec.open(config_file, "rb") as file:
-        config = json.load(file)
+    config = _read_json(config_file)
     model_type = config.get("model_type")
     if model_type not in _TENSORS or config.get("position_embedding_type", "absolute") != "absolute":
         raise _unusable(
@@ -159,12 +159,24 @@ def _locate(source: str, folder: Path | None, name: str) -> str | None:
     return f"hf://{source}/{name}" if hub_answers() and file_exists(source, name) else None
 
 
+def _read_json(file: str) -> dict[str, Any]:
+    """Return the content of a JSON file or its URL."""
+    with fsspec.open(file, "rb") as opened:
+        text = opened.read()
+    try:
+        content = json.loads(text)
+    except ValueError as error:
+        raise _unusable(f"{file} is damaged ({error}): make or download it again") from error
+    if not isinstance(content, dict):
+        raise _unusable(f"{file} is damaged (it holds no dict): make or download it again")
+    return content
+
+
 def _find_tensor(source: str, folder: Path | None, ending: str) -> np.ndarray:
     """Return the tensor of a model whose name has this ending, without reading the others."""
     file = _locate(source, folder, "model.safetensors")
     if file is None and (index := _locate(source, folder, "model.safetensors.index.json")):
-        with fsspec.open(index, "rb") as opened:
-            shards = json.load(opened)["weight_map"]
+        shards = _read_json(index).get("weight_map", {})
         file = next((_locate(source, folder, shard) for name, shard in shards.items() if _ends(name, ending)), None)
     if file is None:
         raise _unusable(f"{source} has no model.safetensors with {ending}: save the model with save_pretrained")

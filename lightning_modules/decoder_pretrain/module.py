@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_modules.base import CompileMode, ExperimentModule
 from lightning_modules.common.files import read_json, write_json
-from lightning_modules.common.messages import say
+from lightning_modules.common.messages import first_line, say
 from lightning_modules.common.ranges import PositiveFloat, PositiveInt, Probability
 from lightning_modules.finetuning.bases import check_fit, check_sizes, evaluating, load_pretrained, local_folder
 from lightning_modules.metrics import CorpusLoss
@@ -196,16 +196,23 @@ def load_decoder(pretrained: str, vocab_size: int, block_size: int, **changes: A
         **changes: Further fields of `DecoderConfig` to set, such as `attention`.
 
     Raises:
-        MisconfigurationException: If there is no such model, or its vocabulary or context is smaller.
+        MisconfigurationException: If there is no such model, it is damaged, or its vocabulary or context is smaller.
         ValueError: If our decoder has not the parts of the model.
     """
     folder = local_folder(pretrained, "model.pretrained")
     own = {} if folder is None else read_json(folder / "config.json", {})
     if folder is not None and own.get("model_type") == OWN_MODEL_TYPE:
+        from safetensors import SafetensorError
         from safetensors.torch import load_file
 
-        check_sizes(own["vocab_size"], own["block_size"], pretrained, vocab_size, block_size)
-        return imported(own, load_file(folder / "model.safetensors"), block_size, **changes)
+        try:
+            check_sizes(own["vocab_size"], own["block_size"], pretrained, vocab_size, block_size)
+            return imported(own, load_file(folder / "model.safetensors"), block_size, **changes)
+        # A field or a file is missing, or the weights are damaged or do not fit.
+        except (KeyError, OSError, RuntimeError, SafetensorError) as error:
+            raise MisconfigurationException(
+                f"model.pretrained: {pretrained} could not be loaded ({first_line(error)}): make or download it again"
+            ) from error
     model = load_pretrained(pretrained, argument="model.pretrained")
     check_fit(model, pretrained, vocab_size, block_size)
     return imported(model.config.to_dict(), model.state_dict(), block_size, **changes)

@@ -1,7 +1,6 @@
 """Pretrained models of Transformers: loading, saving, checking them against the data, and computing scores."""
 
 import json
-import pickle
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -76,8 +75,11 @@ def load_pretrained(
                 trust_remote_code=False,
                 adapter_kwargs={"local_files_only": on_disk},  # without it, adapters are looked up on the hub
             )
-    # A missing file, an unknown architecture, a damaged config.json, or pickled weights that would run code.
-    except (OSError, ValueError, KeyError, ImportError, pickle.UnpicklingError) as error:
+    except MisconfigurationException:
+        raise
+    # A missing file, an unknown architecture, pickled weights that would run code, or a damaged file: the readers check
+    # little, and so it fails anywhere in them.
+    except Exception as error:
         where = "" if folder else ", which is no local folder, from the Hugging Face hub: check the name and network"
         raise MisconfigurationException(
             f"{argument}: {auto_class} could not load {base}{where} ({first_line(error)})"

@@ -135,6 +135,29 @@ def test_parts_that_do_not_fit_are_refused_in_one_line(arguments, message):
     assert "\n" not in str(error.value)
 
 
+def test_damaged_files_in_our_own_format_are_refused_in_one_line(tmp_path):
+    PretrainModule(**SIZES, value_embeddings=True).save_pretrained(tmp_path / "model")
+    config, weights = tmp_path / "model/config.json", tmp_path / "model/model.safetensors"
+    settings = json.loads(config.read_text())
+    half = weights.read_bytes()[:-1000]
+
+    def refusal() -> str:
+        with pytest.raises(MisconfigurationException) as caught:
+            PretrainModule(vocab_size=257, block_size=16, pretrained=str(tmp_path))
+        assert "\n" not in str(caught.value)
+        return str(caught.value)
+
+    config.write_text(json.dumps(settings | {"n_layer": 3}))
+    assert "could not be loaded (RuntimeError: Error(s) in loading" in refusal()
+    config.write_text(json.dumps({name: value for name, value in settings.items() if name != "vocab_size"}))
+    assert f"model.pretrained: {tmp_path} could not be loaded (KeyError: 'vocab_size'): make" in refusal()
+    config.write_text(json.dumps(settings))
+    weights.write_bytes(half)
+    assert "could not be loaded (SafetensorError: Error while" in refusal()
+    weights.unlink()
+    assert "could not be loaded (FileNotFoundError: " in refusal()
+
+
 def test_the_arguments_reach_the_decoder():
     module = PretrainModule(**SIZES, **PARTS, value_embeddings=True, vocab_multiple=64)
     config = module.decoder.config

@@ -1,5 +1,6 @@
 """Bases from anywhere: they are loaded ready for training, checked against the data, and generate with a cache."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,23 @@ def test_a_base_that_cannot_be_loaded_is_refused_in_one_line(name, message):
     Path("broken/config.json").write_text('{"model_type": "gpt_neon"}')
     with pytest.raises(MisconfigurationException, match=message) as caught:
         FineTunedCausalLM(name, vocab_size=257, block_size=8)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("model.safetensors", b"", "SafetensorError: Error while deserializing header"),
+        ("model.safetensors", None, "SafetensorError: Error while deserializing header"),
+        ("config.json", b'{"model_type": "gpt_neo", "num_layers": null}', "Validation"),
+    ],
+)
+def test_a_base_with_a_damaged_file_is_refused_in_one_line(base, tmp_path, file, content, message):
+    folder = shutil.copytree(base, tmp_path / "base")
+    half = (folder / file).read_bytes()[:-1000]
+    (folder / file).write_bytes(half if content is None else content)
+    with pytest.raises(MisconfigurationException, match=rf"^model\.base: .* could not load .*{message}") as caught:
+        load_pretrained(str(folder))
     assert "\n" not in str(caught.value)
 
 

@@ -112,9 +112,11 @@ def no_folder(path: Path) -> str:
     return str(path)
 
 
-def damaged(path: Path, content: bytes) -> str:
+def damaged(path: Path, content: bytes, name: str = "model.safetensors") -> str:
     folder = Path(save_model(path))
-    (folder / "model.safetensors").write_bytes(content)
+    if name == "model.safetensors.index.json":
+        (folder / "model.safetensors").unlink()
+    (folder / name).write_bytes(content)
     return str(folder)
 
 
@@ -147,6 +149,15 @@ def text_file(path: Path) -> str:
         (lambda p: damaged(p / "m", b"12345"), {}, "is damaged or no safetensors file"),
         (lambda p: damaged(p / "m", b"\x04" + bytes(7) + b"[1]]"), {}, "is damaged or no safetensors file"),
         (lambda p: damaged(p / "m", b"\x02" + bytes(7) + b"{}"), {}, "has no tensor wpe.weight"),
+        (
+            lambda p: damaged(p / "m", b'{"model_type": ', "config.json"),
+            {},
+            r"config\.json is damaged \(Expecting value",
+        ),
+        (lambda p: damaged(p / "m", b"\xff{}", "config.json"), {}, r"config\.json is damaged"),
+        (lambda p: damaged(p / "m", b"[]", "config.json"), {}, r"config\.json is damaged \(it holds no dict\)"),
+        (lambda p: damaged(p / "m", b"{", "model.safetensors.index.json"), {}, r"index\.json is damaged"),
+        (lambda p: damaged(p / "m", b"{}", "model.safetensors.index.json"), {}, r"no model\.safetensors with wpe"),
     ],
 )
 def test_a_source_without_a_position_matrix_is_refused_in_one_line(tmp_path, make, settings, message):
