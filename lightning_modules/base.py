@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torchmetrics import Metric
 
-from lightning_modules.finetuning.adapters import adapted_layers, add_adapters
+from lightning_modules.finetuning.adapters import adapted_layers, adapter_settings, add_adapters
 from lightning_modules.optim import (
     OptimizerFactory,
     OptimizerSettings,
@@ -380,8 +380,10 @@ class ExperimentModule(L.LightningModule):
         return f"{package if re_exported else module}.{name}"
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Record the class of the module."""
+        """Record the class of the module, and its adapters, which are added before its weights are loaded."""
         checkpoint["module_class"] = self._public_path
+        if settings := adapter_settings(self):
+            checkpoint["adapters"] = settings
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Check that a checkpoint fits this module, and add the adapters that it holds.

@@ -85,7 +85,7 @@ class BengioNLMModule(KeepsBufferDtypes, ExperimentModule):
         places = np.arange(sides["val"].start, sides["val"].stop)
         self.trigram.fit(np.stack([ids[places - 1], ids[places - 2]], axis=1), ids[places])
         self._unigram = (self.trigram.unigrams + 1) / (self.trigram.n_tokens + data.vocab_size)
-        if stage == "fit":  # the weights of a checkpoint are loaded after this
+        if stage == "fit" and not self.network.b.any():  # a trained bias is not zero
             with torch.no_grad():
                 self.network.b.copy_(torch.from_numpy(np.log(self._unigram)))
 

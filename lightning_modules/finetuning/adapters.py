@@ -9,14 +9,21 @@ Paper: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models" (2021), h
 
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
 
 
-def add_adapters(model: nn.Module, targets: Sequence[str], rank: int, alpha: float, dropout: float = 0.0) -> None:
+def add_adapters(
+    model: nn.Module,
+    targets: Sequence[str],
+    rank: int,
+    alpha: float,
+    dropout: float = 0.0,
+    also_trained: Collection[str] = (),
+) -> None:
     """Freeze a model and add adapters to some of its linear layers, in place.
 
     Args:
@@ -25,6 +32,7 @@ def add_adapters(model: nn.Module, targets: Sequence[str], rank: int, alpha: flo
         rank: Rank of the adapters, at least 1.
         alpha: The output of an adapter is multiplied by `alpha / rank`.
         dropout: Probability that an input of an adapter is dropped in training.
+        also_trained: Full names of parameters of the model that are not frozen.
     """
     from peft import LoraConfig, inject_adapter_in_model
 
@@ -32,6 +40,32 @@ def add_adapters(model: nn.Module, targets: Sequence[str], rank: int, alpha: flo
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*fan_in_fan_out.*")  # peft sets it for Conv1D, and warns
         inject_adapter_in_model(config, model)
+    for name, parameter in plain_parameters(model).items():
+        parameter.requires_grad = name in also_trained
+
+
+def adapter_settings(model: nn.Module) -> dict[str, Any] | None:
+    """Return the arguments with which `add_adapters` makes the adapters of a model, or `None` if it has none."""
+    layers: dict[str, Any] = adapted_layers(model)
+    if not layers:
+        return None
+    layer = next(iter(layers.values()))
+    return {
+        "targets": list(layers),
+        "rank": layer.r["default"],
+        "alpha": layer.lora_alpha["default"],
+        "dropout": getattr(layer.lora_dropout["default"], "p", 0.0),  # no dropout is an identity
+        "also_trained": [name for name, parameter in plain_parameters(model).items() if parameter.requires_grad],
+    }
+
+
+def plain_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters of a model that are not of adapters, by their names in the model without adapters."""
+    return {
+        name.replace(".base_layer.", "."): parameter
+        for name, parameter in model.named_parameters()
+        if ".lora_" not in name
+    }
 
 
 def adapted_layers(model: nn.Module) -> dict[str, nn.Module]:

@@ -5,9 +5,9 @@ from typing import Any
 import lightning as L
 
 from lightning_modules.common.ranges import PositiveFloat, PositiveInt, Probability
-from lightning_modules.finetuning.adapters import adapted_layers, add_adapters
+from lightning_modules.finetuning.adapters import adapted_layers, add_adapters, plain_parameters
 from lightning_modules.finetuning.freeze import FreezingCallback
-from lightning_modules.finetuning.selection import ModelParts, Selection, matching
+from lightning_modules.finetuning.selection import ModelParts, matching
 from lightning_modules.models.linear_layers import linear_layers
 
 
@@ -15,7 +15,7 @@ class LoRA(FreezingCallback):
     """Callback that freezes the model and trains low-rank adapters of its linear layers (Hu et al., 2021).
 
     A checkpoint holds the frozen weights and the adapters; `model/` is exported as a plain model, with the adapters
-    merged into its weights.
+    merged into its weights. A model that has adapters, because it was loaded or trained before, keeps them.
 
     Args:
         rank: Rank of the adapters, at least 1.
@@ -37,7 +37,7 @@ class LoRA(FreezingCallback):
         keep_dropout: bool = False,
     ) -> None:
         super().__init__(keep_dropout)
-        self.sizes = {"rank": rank, "alpha": alpha, "dropout": dropout}
+        self.sizes: dict[str, Any] = {"rank": rank, "alpha": alpha, "dropout": dropout}
         self.targets = targets
         self.also_trained = also_trained
 
@@ -47,18 +47,14 @@ class LoRA(FreezingCallback):
         Raises:
             MisconfigurationException: If a pattern matches nothing.
         """
-        if adapted_layers(pl_module):
-            return
-        layers = linear_layers(pl_module)
+        parameters, layers = plain_parameters(pl_module), linear_layers(pl_module)
         patterns = self.targets or [f"{ModelParts(pl_module).stack}.*"]
         with self.selecting():
-            chosen = {name for pattern in patterns for name in matching(layers, pattern, "linear layer")}
-            also_trained = Selection(patterns=self.also_trained).of(pl_module) if self.also_trained else {}
-        self.adapters = {"targets": [name for name in layers if name in chosen]} | self.sizes
-        add_adapters(pl_module, **self.adapters)
-        for parameter in also_trained.values():
-            parameter.requires_grad = True
-
-    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Record the adapters, which are added to a model before its weights are loaded from the checkpoint."""
-        checkpoint["adapters"] = self.adapters
+            also_trained = {
+                name for pattern in self.also_trained or () for name in matching(parameters, pattern, "parameter")
+            }
+            if not adapted_layers(pl_module):
+                chosen = {name for pattern in patterns for name in matching(layers, pattern, "linear layer")}
+                add_adapters(pl_module, [name for name in layers if name in chosen], **self.sizes)
+        for name, parameter in parameters.items():
+            parameter.requires_grad = name in also_trained

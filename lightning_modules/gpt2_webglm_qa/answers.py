@@ -73,7 +73,11 @@ class AnswerQuestions(L.Callback):
         self._answers: dict[str, list[Answer]] = {}
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Extend Lightning's sanity check, which a resumed run skips, to a whole validation of the untuned base."""
+        """Forget the questions of an earlier stage, and let Lightning's sanity check be a whole validation of the base.
+
+        A resumed run skips the sanity check.
+        """
+        self._examples, self._answers = (), {}
         if stage == "fit" and not trainer.fast_dev_run:
             trainer.num_sanity_val_steps = math.inf
 

@@ -48,8 +48,9 @@ class WangChenModule(KeepsBufferDtypes, GradientFreeModule):
     def setup(self, stage: str) -> None:
         """Register the sums of the errors over the repetitions, which are the state of this module."""
         self.cases: list[str] = self.data.cases
-        self.register_buffer("sums", torch.zeros(len(self.cases), 2, dtype=torch.float64))
-        self.register_buffer("repetitions", torch.zeros((), dtype=torch.int64))
+        if not hasattr(self, "sums"):  # else it was loaded, or trained before
+            self.register_buffer("sums", torch.zeros(len(self.cases), 2, dtype=torch.float64))
+            self.register_buffer("repetitions", torch.zeros((), dtype=torch.int64))
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Check that a checkpoint fits; without data, register its sums first."""

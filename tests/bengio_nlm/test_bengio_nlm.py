@@ -278,6 +278,24 @@ def test_the_mixture_keeps_its_precision_where_the_module_is_cast():
     assert module.to("meta").mixture.is_meta
 
 
+def test_the_bias_starts_at_the_frequencies_and_a_trained_one_is_kept():
+    text = data()
+    text.setup("fit")
+
+    def set_up(module: BengioNLMModule) -> torch.Tensor:
+        module.data = text
+        module.setup("fit")
+        return module.network.b.detach()
+
+    module = BengioNLMModule(vocab_size=text.vocab_size, block_size=3, h=2, m=2)
+    assert set_up(module).exp().sum() == pytest.approx(1)
+    module.network.b.data += 1  # training
+    checkpoint = {"state_dict": module.state_dict(), "hyper_parameters": dict(module.hparams)}
+    module.on_save_checkpoint(checkpoint)
+    for again in (BengioNLMModule.of_checkpoint(checkpoint), module):
+        assert set_up(again).exp().sum() == pytest.approx(math.e)
+
+
 @pytest.mark.parametrize("mix", ["none", "equal", "learned"])
 def test_results_by_hand(mix):
     module = BengioNLMModule(vocab_size=5, block_size=3, mix=mix)

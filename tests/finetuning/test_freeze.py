@@ -18,6 +18,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from shared_runs import own_world, run_command
 from tiny_bases import llama
 from torch import nn
+from torch.utils.data import DataLoader
 
 from experiments.class_paths import import_class
 from lightning_modules.base import ExperimentModule
@@ -501,6 +502,38 @@ def test_adapters_can_be_chosen_and_a_new_head_trained_with_them(bert):
         MisconfigurationException, match=r"no linear layer is named '\*.qkv'; there are .*layer.\*.attent"
     ):
         LoRA(targets=["*.qkv"]).setup(None, copy.deepcopy(bert), "fit")
+
+
+def test_a_model_with_adapters_is_loaded_and_trained_again_with_and_without_the_callback(tmp_path):
+    def checkpoint_of(model: L.LightningModule, *callbacks: L.Callback) -> dict:
+        quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+        trainer = L.Trainer(accelerator="cpu", max_steps=1, default_root_dir=tmp_path, callbacks=[*callbacks], **quiet)
+        model.optimizer_factory = lambda groups: torch.optim.SGD(groups, lr=0.1)
+        ids = torch.arange(8)[None]
+        trainer.fit(model, DataLoader([{"input_ids": ids, "targets": ids}], batch_size=None))
+        trainer.save_checkpoint(tmp_path / "model.ckpt")
+        return torch.load(tmp_path / "model.ckpt", weights_only=True)
+
+    callback = LoRA(rank=2, alpha=3.0, dropout=0.1, targets=["*.qkv"], also_trained=["*final_norm*", "*qkv.bias"])
+    first = checkpoint_of(decoder(), callback)
+    assert first["adapters"].keys() == {"targets", "rank", "alpha", "dropout", "also_trained"}
+
+    def trained(model: nn.Module) -> set[str]:
+        return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+    names = trained(TinyModule.of_checkpoint(first))
+    assert {"decoder.final_norm.weight", "decoder.blocks.0.attention.qkv.base_layer.bias"} < names
+    del first["adapters"]["also_trained"]  # as in older checkpoints
+    for callbacks, expected in (([], {name for name in names if "lora" in name}), ([callback], names)):
+        again = TinyModule.of_checkpoint(first)
+        second = checkpoint_of(again, *callbacks)
+        assert trained(again) == expected
+        assert second["adapters"].items() >= first["adapters"].items()
+        assert trained(TinyModule.of_checkpoint(second)) == expected
+        before = first["state_dict"]
+        assert {name for name, weight in second["state_dict"].items() if not torch.equal(weight, before[name])} >= {
+            name for name in expected if "lora_A" not in name
+        }
 
 
 def test_adapters_are_merged_and_unmerged():

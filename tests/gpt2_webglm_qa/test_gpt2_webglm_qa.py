@@ -349,6 +349,19 @@ def test_saved_answers_of_the_base_are_used_for_the_same_questions_only(fitted, 
     assert callback._remembered(SimpleNamespace(sanity_checking=False, default_root_dir=tmp_path)) == {}
 
 
+def test_each_stage_of_a_process_asks_its_own_questions(records, tmp_path):
+    callback, tuned, data = AnswerQuestions(n_questions=3), module(), datamodule(records)
+    tuned.data = data
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    trainer = L.Trainer(accelerator="cpu", default_root_dir=tmp_path, callbacks=[callback], **quiet)
+    for run, side in ((trainer.validate, "val"), (trainer.test, "test")):
+        run(tuned, data, verbose=False)
+        asked = [
+            row["question"] for row in json.loads((tmp_path / f"answers_{run.__name__}.json").read_text())["questions"]
+        ]
+        assert asked == [example.record.question for example in data.questions(side, 3)]
+
+
 def test_a_killed_run_resumes_to_the_same_weights_and_answers(llm_train, forked, fitted, qa):
     config = qa()
     assert forked("fit", "-c", config, prepare=lambda: forks.die_after_step(4)) == -signal.SIGKILL
@@ -369,15 +382,14 @@ def test_frozen_embeddings_are_those_of_the_base():
 
 def test_a_checkpoint_with_adapters_needs_no_base(base, records, tmp_path):
     shutil.copytree(base, tmp_path / "base")
-    tuned, callback = GPT2WebGLMQAModule(str(tmp_path / "base"), vocab_size=257, block_size=CONTEXT), LoRA()
-    callback.setup(None, tuned, "fit")
+    tuned = GPT2WebGLMQAModule(str(tmp_path / "base"), vocab_size=257, block_size=CONTEXT)
+    LoRA().setup(None, tuned, "fit")
     adapters = {name: parameter for name, parameter in tuned.named_parameters() if parameter.requires_grad}
     assert len(adapters) == 2 * 2 * 4  # two matrices for each of the four linear layers of each block
     for parameter in adapters.values():
         torch.nn.init.normal_(parameter)
     checkpoint = {"state_dict": tuned.state_dict(), "hyper_parameters": dict(tuned.hparams)}
     tuned.on_save_checkpoint(checkpoint)
-    callback.on_save_checkpoint(None, tuned, checkpoint)
     shutil.rmtree(tmp_path / "base")
     again = GPT2WebGLMQAModule.of_checkpoint(checkpoint)
     prompts = [example.prompt_ids for example in datamodule(records).questions("val", 4)]

@@ -292,6 +292,19 @@ def test_wang_chen_module_has_no_validation_and_no_test():
     assert module.next_command("runs/position_probe/wang_chen") == "llm-train fit -c position_probe/full"
 
 
+def test_the_errors_of_a_loaded_wang_chen_module_are_kept_in_a_further_fit():
+    data = PositionProbeDataModule("sinusoids", n_positions=30, n_embd=4)
+    data.setup("fit")
+    checkpoint = {"state_dict": {"unused": torch.zeros(1), "sums": torch.ones(len(data.cases), 2).double()}}
+    checkpoint |= {"hyper_parameters": {}, "module_class": "lightning_modules.position_probe.WangChenModule"}
+    checkpoint["state_dict"]["repetitions"] = torch.tensor(3)
+    module = WangChenModule.of_checkpoint(checkpoint)
+    module.data = data
+    module.setup("fit")
+    assert module.repetitions == 3
+    assert (module.sums == 1).all()
+
+
 def test_pairs_too_few_for_their_folds():
     module = WangChenModule()
     module.data = PositionProbeDataModule("sinusoids", n_positions=30, n_embd=4)
@@ -364,3 +377,7 @@ def test_the_reports_of_a_model_with_text(decoder, tmp_path):
     report.on_train_end(trainer, module)  # without a validation there is nothing to draw
     left = {file.name for file in tmp_path.rglob("*") if file.is_file()}
     assert not left & {"shifted_perplexity.csv", "geometry.csv", "probes.csv", "probes_by_distance.png"}
+
+    (tmp_path / "model/config.json").write_text("{}")  # damaged after the matrix was read
+    with pytest.raises(MisconfigurationException, match=r"^data\.source: .*could not load .*/model \(ValueError: "):
+        ShiftedPerplexity().on_fit_start(trainer, module)
