@@ -14,8 +14,8 @@ import sysconfig
 import tokenize
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import cached_property, partial
+from dataclasses import dataclass, field
+from functools import cache, cached_property, partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -311,6 +311,7 @@ class _PartOfFiles(Source):
     whole: Files | TextFiles
     ranges: list[FileRange]
     first: FileRange
+    whole_fingerprint: Callable[[], str] = field(compare=False)
 
     def pieces(self) -> Iterator[Piece]:
         return chain.from_iterable(map(self.whole.read, self.ranges))
@@ -320,19 +321,21 @@ class _PartOfFiles(Source):
         return "" if is_row or self.first == self.ranges[0] else next(self.whole.read(self.first)).text
 
     def fingerprint(self) -> str:
-        return digest([self.whole.fingerprint(), self.ranges])
+        ranges = [[_path(name), *rest] for name, *rest in self.ranges]
+        return digest([self.whole_fingerprint(), ranges])
 
 
 def _parts_of(source: Files | TextFiles, files: list[FileRange]) -> Sequence[Source]:
     sizes = [file.path().stat().st_size for file in files]
     wanted = max(PART_SIZE, sum(sizes) // MOST_PARTS)
+    whole_fingerprint = cache(source.fingerprint)  # of all files, and so computed once for all parts
     parts: list[_PartOfFiles] = []
     filled = wanted  # bytes of the last part
     for file, size in zip(files, sizes, strict=True):
         ranges = _ranges_of(source, file, -(-size // wanted))
         for part in ranges:
             if filled >= wanted or part.begin:
-                parts.append(_PartOfFiles(source, [], ranges[0]))
+                parts.append(_PartOfFiles(source, [], ranges[0], whole_fingerprint))
                 filled = 0
             parts[-1].ranges.append(part)
             filled += (size if part.end is None else part.end) - part.begin
@@ -349,6 +352,10 @@ def _ranges_of(source: Files | TextFiles, file: FileRange, n: int) -> list[FileR
         file = file._replace(column=text_column(path))
     begins = [0, *safe_cuts(path, n)]
     return [file._replace(begin=begin, end=end) for begin, end in zip(begins, [*begins[1:], None], strict=True)]
+
+
+def _path(name: str) -> str:
+    return name if is_url(name) else str(Path(name).resolve())
 
 
 def _identity(name: str) -> str | list[str]:
@@ -414,9 +421,9 @@ class HubText(Source):
         """Return groups of the files of a stream, or of their row groups, or of the rows of a dataset on the disk."""
         if self.max_documents is not None:
             return [self]
-        rows = self._rows
+        rows, whole_fingerprint = self._rows, cache(self.fingerprint)
         n = min(rows.num_shards if self.streaming else (rows.dataset_size or 0) // PART_SIZE, MOST_PARTS)
-        return [_PartOfDataset(self, part, n) for part in range(n)] if n > 1 else [self]
+        return [_PartOfDataset(self, part, n, whole_fingerprint) for part in range(n)] if n > 1 else [self]
 
     def fingerprint(self) -> str:
         """Return a hash of the arguments, and of the paths and contents of local files."""
@@ -433,12 +440,15 @@ class _PartOfDataset(Source):
     whole: HubText
     part: int
     n_parts: int
+    whole_fingerprint: Callable[[], str] = field(compare=False)
 
     def pieces(self) -> Iterator[Piece]:
         return self.whole.read(self.part, self.n_parts)
 
     def fingerprint(self) -> str:
-        return digest([self.whole.fingerprint(), self.part, self.n_parts])
+        rows = self.whole._rows
+        divided = ["shards", rows.num_shards] if self.whole.streaming else ["rows", len(rows)]
+        return digest([self.whole_fingerprint(), divided, self.part, self.n_parts])
 
 
 PythonKind = Literal["topics", "docstrings", "modules", "tests"]

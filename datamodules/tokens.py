@@ -152,9 +152,9 @@ def prepare_tokens(
 
     A folder of files appears only when all of them are complete. A large text is written in parts, each to a folder of
     its own. Several processes, also of several machines, share the parts: each part is locked by the process that
-    writes it. If the preparation stops, the parts that are complete are used by the next one. If two processes prepare
-    the same small text, the files of the first are kept. If the tokenizer has an end-of-text token, that token
-    separates documents.
+    writes it. If the preparation stops, the parts that are complete are used by the next one, unless it divides the
+    text otherwise. If two processes prepare the same small text, the files of the first are kept. If the tokenizer has
+    an end-of-text token, that token separates documents.
 
     Args:
         source: Text to tokenise.
@@ -180,7 +180,7 @@ def prepare_tokens(
     try:
         if len(texts) == 1:
             if folder.exists():
-                say(f"the prepared text in {folder} is damaged: preparing it again")
+                say(f"the prepared text in {folder} is incomplete or damaged: preparing it again")
             _write_folder(folder, partial(_write_text, text, tokenizer, split, fractions))
         else:
             text_parts = _Parts(folder, texts, tokenizer)
@@ -216,8 +216,9 @@ def prepared(folder: Path) -> dict[str, Tokens] | None:
 
 
 def _read_parts(folder: Path, meta: dict[str, Any]) -> dict[str, Tokens] | None:
+    division = folder / meta.get("division", "")  # older versions had the parts in the folder itself
     parts = [
-        _files_of(folder / _name(number), meta["dtype"], tokens, meta["split"])
+        _files_of(division / _name(number), meta["dtype"], tokens, meta["split"])
         for number, tokens in enumerate(meta["parts"])
     ]
     if not all(_are_whole(files.values()) for files in parts):
@@ -268,14 +269,19 @@ def _publish(fresh: Path, folder: Path, scrap: Path) -> None:
 
 @dataclass
 class _Parts:
-    """The parts of a text, and the folder with a folder for the files of each."""
+    """The parts of a text, and the folder of the text.
 
-    folder: Path
+    The same text can be divided otherwise, such as a dataset of the hub that is downloaded in place of streamed. So the
+    folders of the parts are in one that is named by this division.
+    """
+
+    text_folder: Path
     texts: Sequence[SplitDocuments]
     tokenizer: "PreTrainedTokenizerFast"
 
     def __post_init__(self) -> None:
         self._missing = list(range(len(self.texts)))
+        self.folder = self.text_folder / digest([text.source.fingerprint() for text in self.texts])
 
     def missing(self) -> list[int]:
         """Return the numbers of the parts that no process has completed."""
@@ -311,7 +317,7 @@ class _Parts:
         return True
 
     def join(self, split: Split, fractions: tuple[float, float]) -> None:
-        """Write `meta.json`, which says where the tokens of each split are in the parts."""
+        """Write `meta.json`, which says where the tokens of each split are in the parts; remove other divisions."""
         parts = [json.loads((self.folder / _name(i) / "meta.json").read_text()) for i in range(len(self.texts))]
         tokens, documents, sizes = (
             {side: sum(part[name][side] for part in parts) for side in SIDES}
@@ -331,19 +337,23 @@ class _Parts:
             "dtype": parts[0]["dtype"],
             "tokens": tokens,
             "split": describe(_kind(split, self.texts[0]), documents, sizes, *fractions),
+            "division": self.folder.name,
             "parts": [part["tokens"] for part in parts],
             "places": places,
         }
-        write_json(self.folder / "meta.json", meta, indent=None)
+        write_json(self.text_folder / "meta.json", meta, indent=None)
         for lock_file in self.folder.glob("*.lock"):  # of processes that were killed
             lock_file.unlink(missing_ok=True)
+        for other in self.text_folder.iterdir():
+            if other.is_dir() and other != self.folder:
+                shutil.rmtree(other, ignore_errors=True)
 
 
 def _write_parts(parts: _Parts, n_processes: int) -> None:
     """Write the missing parts of a text in one or several processes."""
     parts.folder.mkdir(parents=True, exist_ok=True)
     n, n_missing = len(parts.texts), len(parts.missing())
-    say(f"preparing text in {n} parts in {parts.folder}" + f" ({n - n_missing} are there)" * (n_missing < n))
+    say(f"preparing text in {n} parts in {parts.text_folder}" + f" ({n - n_missing} are there)" * (n_missing < n))
     with tqdm(total=n, initial=n - n_missing, desc="preparing", unit="part", disable=None) as bar:
         if n_processes == 1:
             for _ in parts.write_missing():

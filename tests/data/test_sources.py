@@ -11,6 +11,7 @@ from itertools import chain
 from pathlib import Path
 from unittest import mock
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -18,6 +19,8 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from datamodules import sources
 from datamodules.sources import Files, HubText, ListText, Piece, PythonText, TextFiles, cut, source_of
+from datamodules.tokenizers import byte_tokenizer
+from datamodules.tokens import prepare_tokens
 
 
 @pytest.fixture(autouse=True)
@@ -382,6 +385,9 @@ def test_a_text_is_cut_at_lines_and_files_that_cannot_be_cut_stay_whole(small_pa
     Path("d.jsonl").write_text(rows)
     assert len(source_of("a.txt").parts()) == 7
     assert all(next(part.pieces()).text.startswith("line ") for part in source_of("a.txt").parts())
+    relative, absolute = (source_of(path).parts() for path in (Path("a.txt"), Path("a.txt").absolute()))
+    assert [part.fingerprint() for part in relative] == [part.fingerprint() for part in absolute]
+    assert len({part.fingerprint() for part in relative}) == 7
     assert [len(source_of(name).parts()) for name in ("b.txt.gz", "c.csv")] == [1, 1]
     parts = source_of("d.jsonl:other").parts()
     assert len(parts) > 10
@@ -453,6 +459,29 @@ def test_the_parts_of_a_dataset_are_its_files_row_groups_or_rows(many_files, str
     assert all(part.opening() == "" for part in source.parts())
     assert len({part.fingerprint() for part in source.parts()}) == len(parts) > 1
     assert HubText(str(many_files), streaming=streaming, max_documents=3).parts()[1:] == []
+
+
+def test_a_preparation_that_goes_on_with_other_parts_has_the_whole_text(many_files, tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "MOST_PARTS", 4)
+    monkeypatch.setattr(sources, "PART_SIZE", 40)
+    streamed, downloaded = (HubText(str(many_files), streaming=streaming) for streaming in (True, False))
+    assert len(streamed.parts()) == len(downloaded.parts()) == 4  # of whole files, and of rows
+    read = HubText.read
+
+    def read_two(self, part, n_parts):
+        if part == 2:
+            raise MisconfigurationException("the network is gone")
+        return read(self, part, n_parts)
+
+    monkeypatch.setattr(HubText, "read", read_two)
+    with pytest.raises(MisconfigurationException, match="the network is gone"):
+        prepare_tokens(streamed, byte_tokenizer(), tmp_path / "cache")
+    monkeypatch.setattr(HubText, "read", read)
+    file = prepare_tokens(downloaded, byte_tokenizer(), tmp_path / "cache")["train"]
+    assert len(file.files) == 4
+    (tokens,) = file.open()[np.arange(file.n_tokens)[None]]
+    assert bytes(np.where(tokens < 256, tokens, ord("|")).tolist()).decode().split("|") == list(streamed.documents())
+    assert len(list((tmp_path / "cache/tokens").glob("*/*"))) == 2  # meta.json and one folder of parts
 
 
 def test_an_error_in_a_part_of_a_dataset_names_the_part(many_files):
