@@ -54,7 +54,6 @@ class Journal:
             pruner=pruners.SuccessiveHalvingPruner(rule.first, int(rule.eta)) if rule else pruners.NopPruner(),
             load_if_exists=True,
         )
-        self.reached_target = False
         content = sweep.model_dump(exclude_unset=True, warnings=False)  # they cannot tell Nested from Distribution
         asked: dict[str, Any] = {key: content.get(key) for key in ("method", "parameters", "metric", "command")}
         asked |= {"flags": plan.flags, "seed": None if sweep.method == "grid" else plan.seed}
@@ -153,9 +152,17 @@ class Journal:
         # Optuna wants a number of every complete trial; a sweep without a metric has none.
         self._optuna.tell(run.trial, (value or 0.0) if state == TrialState.COMPLETE else None, state)
         self.outcomes[run.arm] = state.name
+
+    @property
+    def reached_target(self) -> bool:
+        """Whether a run, also one of an earlier command, has reached the target of the metric."""
+        from optuna.trial import TrialState
+
         target = self._sweep.metric.target if self._sweep.metric else None
-        if state == TrialState.COMPLETE and target is not None and value is not None:
-            self.reached_target |= value >= target if self._sweep.maximize else value <= target
+        if target is None:
+            return False
+        values = (trial.value for trial in self._optuna.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)))
+        return any(value >= target if self._sweep.maximize else value <= target for value in values)
 
     def count(self, *outcomes: str) -> int:
         """Return how many arms have one of these outcomes."""

@@ -21,6 +21,7 @@ from experiments.errors import UserError
 from experiments.study.names import folder_name
 from experiments.study.sweep_file import Sweep
 from experiments.yaml_files import load_yaml, read_yaml
+from lightning_modules.common.files import read_json
 
 if TYPE_CHECKING:  # optuna is slow to import
     import optuna
@@ -64,7 +65,7 @@ def number_of_runs(sweep: Sweep, at_most: int | None) -> int:
 def study_folder(sweep: Sweep, flags: Sequence[str], name: str | None) -> Path:
     """Return the folder of a study, in the folder of the topic that its command trains."""
     place: dict[str, str] = {"root": "runs"}
-    for flag, value in _settings([*sweep.words({}, Path()), *flags]):
+    for flag, value in _flags([*sweep.words({}, Path()), *flags]):
         if flag in _CONFIG:
             config = _config(sweep, value)
             model = config.get("model")
@@ -82,7 +83,7 @@ def study_folder(sweep: Sweep, flags: Sequence[str], name: str | None) -> Path:
 def trainer_settings(sweep: Sweep, words: Sequence[str]) -> dict[str, Any]:
     """Return the section `trainer:` of the command of a run, from its YAML files and its flags."""
     trainer: dict[str, Any] = {}
-    for flag, value in _settings(words):
+    for flag, value in _flags(words):
         if flag in _CONFIG:
             section = _config(sweep, value).get("trainer")
         elif flag == "--trainer" or flag.startswith("--trainer."):
@@ -97,11 +98,9 @@ def trainer_settings(sweep: Sweep, words: Sequence[str]) -> dict[str, Any]:
     return trainer
 
 
-def _settings(words: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Yield the flags of a command line with their values, from left to right."""
-    for word, following in itertools.pairwise([*words, ""]):
-        flag, has_value, value = word.partition("=")
-        yield (flag, value) if has_value else (word, following)
+def _flags(words: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Yield the flags of the command of a run; those before `fit` are of another program: `srun -c 4 llm-train fit`."""
+    return names.flags(words[words.index("fit") :] if "fit" in words else words)
 
 
 def _config(sweep: Sweep, name: str) -> dict[str, Any]:
@@ -228,8 +227,7 @@ class Run:
 
     def _summary(self) -> dict[str, Any]:
         """Return the summary that a run writes at its end."""
-        file = self.folder / "summary.json"
-        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        return read_json(self.folder / "summary.json", {})
 
     def _values(self) -> list[float]:
         """Return the finite values of the sweep's metric that the run has written so far."""

@@ -31,7 +31,7 @@ class Study:
         if (folder / "config.yaml").is_file():
             raise UserError(f"{folder} is the folder of a run; give the study another --name")
         (folder / LOGS).mkdir(parents=True, exist_ok=True)
-        with locked(folder) as lock, self._listening():
+        with locked(folder) as lock, self._listening(), self._stopping_on_error():
             self.journal = Journal(self.plan, find=self.launcher.find)
             self.running = self.journal.found
             done = f", {self._n_done} of them done" if self.journal.outcomes else ""
@@ -104,6 +104,17 @@ class Study:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+    @contextlib.contextmanager
+    def _stopping_on_error(self) -> Iterator[None]:
+        """Tell the runs to save and exit if the study ends with an error, unless they are made to go on without it."""
+        try:
+            yield
+        except BaseException:
+            if self.launcher.left_alone() is None:
+                for run in self.running:
+                    run.stop()
+            raise
 
     def _pass_signals_on(self) -> bool:
         """Tell the runs to save and exit after the first signal, and kill them after the second.

@@ -60,6 +60,7 @@ class Started:
         ("0,1,2,3", 2, ["--trainer.devices=auto"], ["0,1", "2,3"], False),
         ("0,1,2,3", 2, ["--trainer.devices", "auto", "--trainer={'devices': 3}"], ["0,1,2", "3,0,1"], True),
         ("0,1,2,3", 2, ["-c", "trainer/ddp"], ["0,1", "2,3"], False),
+        ("0,1,2,3", 2, ["-ctrainer/ddp"], ["0,1", "2,3"], False),
         ("0,1,2,3", 2, ["-c", "trainer/ddp", "-c", "trainer/cpu"], ["0,1,2,3"] * 2, False),
         ("0,1,2,3", 2, ["--trainer.devices=[1]"], ["0,1,2,3"] * 2, False),  # by their numbers among all
         ("0,1", 1, [], ["0,1"], False),

@@ -10,11 +10,12 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from subprocess import Popen
 
 import forks
 import pytest
 import yaml
-from helpers import RUNS
+from helpers import RUNS, TINY
 from stub_runs import GRID, STUDY, given, trials
 
 from experiments.errors import UserError
@@ -64,6 +65,12 @@ def test_all_keys_of_a_sweep_file_are_accepted(sweep):
     assert (read.method, read.metric.name, read.maximize) == ("bayes", "val/loss", True)
     assert study_folder(read, [], None) == Path("runs/toy/a-study-of-rates")
     assert read.early_terminate.first == 3
+
+
+@pytest.mark.parametrize("words", [["-c", "{}"], ["-c{}"], ["--config={}"]])
+def test_a_study_lies_in_the_folder_of_the_topic_that_its_command_trains(sweep, words):
+    command = ["srun", "-c", "4", "-n1", "llm-train", "fit", *(word.format(TINY) for word in words), "${args}"]
+    assert study_folder(read_sweep_file(sweep(command=command)), [], None) == RUNS / "sweep"
 
 
 WRONG = {
@@ -371,6 +378,9 @@ def test_a_study_ends_at_the_target_and_only_its_first_command_is_known_before(l
     done = llm_train("study", path)
     assert (done.code, len(trials())) == (0, 1)
     assert "(1 of 3 runs done, 0 failed, the target is reached)" in done.err
+    again = llm_train("study", path)
+    assert (again.code, len(trials())) == (0, 1)
+    assert "(1 of 3 runs done, 0 failed, the target is reached)" in again.err
 
 
 def test_a_run_that_is_not_among_the_best_at_a_rung_is_stopped_and_not_repeated(llm_train, sweep):
@@ -456,12 +466,29 @@ def test_a_run_that_finished_unseen_is_not_repeated(llm_train, sweep):
     lines = journal.read_text().splitlines(keepends=True)
     journal.write_text("".join(lines[:-1]))  # killed before it could write the result
     (STUDY / "lr=0.3,seed=1/given.json").unlink()
+    summary = STUDY / "lr=0.3,seed=1/summary.json"
+    whole = summary.read_text()
+    summary.write_text(whole[:-1])
+    damaged = llm_train("study", path, "--runs=1")
+    assert (damaged.code, f"error: {summary} is damaged" in damaged.err.splitlines()[-1]) == (1, True), damaged.err
+    summary.write_text(whole)
     done = llm_train("study", path, "--runs=1")
     assert (done.code, "[1/1] lr=0.3,seed=1  val/loss 0.1500  (finished before)" in done.err) == (0, True)
     assert not (STUDY / "lr=0.3,seed=1/given.json").exists()
 
 
 # Errors, and what is not imported
+
+
+def test_an_error_of_the_study_stops_its_runs(llm_train, sweep, monkeypatch):
+    started = []
+    monkeypatch.setattr(launchers, "Popen", lambda *args, **given: started.append(Popen(*args, **given)) or started[-1])
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    parameters = {"trainer.devices": {"values": [1, 4]}, "act": {"value": "wait"}}
+    done = llm_train("study", sweep(parameters=parameters), "--jobs=2")
+    assert (done.code, "devices=4 asks for 4 devices, and there are 2 GPUs" in done.err) == (1, True), done.err
+    (first,) = started
+    assert first.wait(timeout=30) in (-signal.SIGTERM, 128 + signal.SIGTERM)
 
 
 def test_a_study_runs_without_torch(sweep):
