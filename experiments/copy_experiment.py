@@ -57,10 +57,10 @@ def copy(source: Path, target: Path) -> Path:
 
 def _of_the_copy(line: str, source: Path, target: Path) -> str:
     """Return a line of the comment of a file for its copy, which has another path and other runs."""
-    if source.is_relative_to(names.SHIPPED):
-        shipped = f"experiments/{source.relative_to(names.SHIPPED).as_posix()}"
-        line = line.replace(shipped, target.as_posix())
-        line = line.replace("README.md of this folder", f"experiments/{shipped.split('/')[1]}/README.md")
+    root, path = names.SHIPPED.parent.resolve(), source.resolve()
+    named = path.relative_to(root) if path.is_relative_to(root) else source  # as comments name it
+    line = re.sub(rf"(?<![\w./-]){re.escape(named.as_posix())}\b", lambda _: target.as_posix(), line)
+    line = line.replace("README.md of this folder", (named.parent / "README.md").as_posix())
     return re.sub(rf"\bruns/(\w+)/{re.escape(source.stem)}\b", rf"runs/\1/{target.stem}", line)
 
 

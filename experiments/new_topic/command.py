@@ -126,6 +126,9 @@ def with_row(readme: str, name: str) -> str:
         name: Name of the topic.
     """
     lines = readme.splitlines(keepends=True)
-    last = max((number for number, line in enumerate(lines) if line.startswith("| [`")), default=len(lines) - 1)
-    lines.insert(last + 1, f"| [`{name}`](experiments/{name}/README.md) | TODO | not measured | |\n")
+    topics = [number for number, line in enumerate(lines) if line.startswith("| [`")]
+    end = topics[-1] if topics else len(lines)
+    while end < len(lines) and lines[end].startswith("|"):  # a topic may have several rows
+        end += 1
+    lines.insert(end, f"| [`{name}`](experiments/{name}/README.md) | TODO | not measured | |\n")
     return "".join(lines)

@@ -15,7 +15,15 @@ from experiments.names import SHIPPED, find
 from experiments.new_topic.command import FOLDERS, with_row
 from experiments.study.sweep_file import read_sweep_file
 
-README = "# Project\n\n| topic | what |\n|---|---|\n| [`a`](experiments/a/README.md) | a |\n\nEnd.\n"
+README = """# Project
+
+| topic | what |
+|---|---|
+| [`a`](experiments/a/README.md) | a |
+| | `b.yaml`: another experiment of a |
+
+End.
+"""
 
 
 @pytest.fixture
@@ -55,7 +63,7 @@ def test_it_writes_four_folders_and_one_row(llm_train, checkout):
     assert not [path for path in files if "majority" in path.name or "ajority" in path.read_text()]
     before, after = README.splitlines(), (checkout / "README.md").read_text().splitlines()
     (row,) = [line for line in after if line not in before]
-    assert after.index(row) == before.index("| [`a`](experiments/a/README.md) | a |") + 1
+    assert after.index(row) == before.index("| | `b.yaml`: another experiment of a |") + 1
     assert row.startswith("| [`topic_of_a_test`](experiments/topic_of_a_test/README.md) |")
 
 
@@ -147,6 +155,18 @@ def test_a_copy_keeps_the_settings_and_says_what_to_do_next(llm_train, arguments
     assert source.name not in [Path(name).name for name in shipped]
     again = llm_train("copy", *arguments)
     assert (again.code, f"{copied} exists" in again.err, len(again.err.splitlines())) == (1, True, 1)
+
+
+def test_the_commands_in_the_comments_of_a_copy_name_the_copy(llm_train, tmp_path, monkeypatch):
+    Path("mine").mkdir()
+    Path("mine/width.yaml").write_text("# llm-train fit -c mine/width.yaml, not not_mine/width.yaml\nmodel: Net\n")
+    llm_train("copy", "mine/width", "wide")
+    assert Path("wide.yaml").read_text().splitlines()[0] == "# llm-train fit -c wide.yaml, not not_mine/width.yaml"
+    monkeypatch.chdir(SHIPPED.parent)  # in a clone, the file is found as experiments/TOPIC/offline.yaml
+    copied = tmp_path / "copy.yaml"
+    llm_train("copy", f"{TOPIC}/offline", copied)
+    assert f"# llm-train fit -c {copied}\n" in copied.read_text().replace("#   ", "# ")
+    assert f"see experiments/{TOPIC}/README.md." in copied.read_text()
 
 
 def test_a_copy_of_an_experiment_that_reads_another_run_says_what_makes_that(llm_train):
