@@ -113,6 +113,9 @@ def claim(root: Path, topic: str, name: str, study: str | None = None) -> RunFol
     The name of a repeated run, `offline.2`, is followed by `offline.3`; a name that only looks like one, `lr0.2` where
     there is no run `lr0`, by `lr0.2.2`. Only rank 0 creates the folder; the other ranks get a path that they do not
     write to.
+
+    Raises:
+        MisconfigurationException: If the root is a link to a folder that does not exist.
     """
     mark = _mark(study)
     parent, base = root / topic / (study or ""), name
@@ -122,14 +125,19 @@ def claim(root: Path, topic: str, name: str, study: str | None = None) -> RunFol
     number = 1 + max((int(path.name[len(base) + 1 :] or 1) for path in taken), default=0)
     while True:
         path = parent / (base if number == 1 else f"{base}{mark}{number}")
-        if not (parent / name).exists():
+        if not os.path.lexists(parent / name):  # a link to nothing takes a name too
             path = parent / name
         try:
             if rank_zero_only.rank == 0:
                 path.mkdir(parents=True)
             return RunFolder(path, topic, is_new=True, study=study)
-        except FileExistsError:  # another run has just taken it
-            number += 1
+        except FileExistsError as error:
+            if Path(error.filename) != path:  # a folder above it
+                raise MisconfigurationException(
+                    f"{error.filename} is a link to {os.readlink(error.filename)}, which does not exist; create that "
+                    "folder, or give another --run.root"
+                ) from error
+            number += 1  # another run has just taken it
 
 
 def newest(root: Path, topic: str, name: str, study: str | None = None) -> RunFolder | None:

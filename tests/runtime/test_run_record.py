@@ -11,6 +11,7 @@ import torch
 import wandb
 import yaml
 from helpers import BEST, RUNS
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from wandb.util import get_core_path
 
 from experiments.run.run_folder import RunFolder, claim, find, numbered, of_checkpoint
@@ -38,6 +39,15 @@ def test_a_name_that_ends_in_a_dot_and_digits_is_kept(tmp_path):
     assert claim(tmp_path, "topic", "lr0").name == "lr0"
     assert find(tmp_path, "topic", "lr0.05").name == "lr0.05.2"
     assert numbered(tmp_path / "topic", "v1") == []
+
+
+def test_a_link_to_nothing_is_a_name_that_is_taken_and_no_folder_of_runs(tmp_path):
+    (tmp_path / "topic").mkdir()
+    (tmp_path / "topic/name").symlink_to("lost")
+    assert claim(tmp_path, "topic", "name").name == "name.2"
+    (tmp_path / "runs").symlink_to("lost")
+    with pytest.raises(MisconfigurationException, match=r"runs is a link to lost, which does not exist; create that"):
+        claim(tmp_path / "runs", "topic", "name")
 
 
 def test_a_checkpoint_belongs_to_the_run_that_it_lies_in(tmp_path):
