@@ -20,7 +20,8 @@ class RunCheckpoint(Checkpoint):
     """Callback that writes `best.ckpt` (by a validation metric) and `last.ckpt` to `checkpoints/` in the run folder.
 
     The last step of a run is validated too, whatever the interval of the validations: its weights may be the best. Both
-    are written after a validation, the best one if the metric improved; then they are one file with two names.
+    are written after a validation, the best one if the metric improved; then they are one file with two names. A metric
+    that is NaN is never the best.
     The last one is also written when the training ends or is stopped. Lightning's `ModelCheckpoint` writes its last
     checkpoint only if the best one improves.
 
@@ -50,17 +51,20 @@ class RunCheckpoint(Checkpoint):
         """Set the folder on all ranks to that of rank 0."""
         self._folder = Path(trainer.strategy.broadcast(trainer.default_root_dir)) / "checkpoints"
 
-    def on_train_batch_end(self, trainer: L.Trainer, *_: object) -> None:
-        """Write `last.ckpt` if it is due, never between the micro-batches of one optimiser step.
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Write `last.ckpt` every so many steps, when all callbacks and loggers have seen the step."""
+        if self.every_n_train_steps:
+            private_names.call_after_steps(trainer, self._save_if_due)
 
-        It is not written after the last batch of an epoch either: Lightning would resume without the validation that
-        follows.
-        """
-        if 0 < trainer.max_steps <= trainer.global_step:
-            trainer.should_stop = True  # Lightning then validates after this batch
+    def _save_if_due(self, trainer: L.Trainer) -> None:
         due = self.every_n_train_steps and trainer.global_step % self.every_n_train_steps == 0
-        if due and not trainer.is_last_batch:
+        if due and not private_names.training_is_done(trainer):  # `on_train_end` writes it, when all have ended
             self.save_last(trainer)
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: object) -> None:
+        """Let Lightning validate after the last step."""
+        if 0 < trainer.max_steps <= trainer.global_step:
+            trainer.should_stop = True
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write `best.ckpt` if the metric improved, and `last.ckpt` in any case."""
@@ -69,8 +73,8 @@ class RunCheckpoint(Checkpoint):
         if self.monitor is not None:
             score, best = self._score(trainer), self.best_score
             better = operator.lt if self.mode == "min" else operator.gt
-            # If the first score is NaN, no score compares as better, so the first number replaces it.
-            if best is None or (math.isnan(best) and not math.isnan(score)) or better(score, best):
+            # A score that is NaN is never the best; it may be in checkpoints of earlier versions.
+            if not math.isnan(score) and (best is None or math.isnan(best) or better(score, best)):
                 self._save(trainer, "best", "last")
                 return
         self._save(trainer, "last")
@@ -90,6 +94,11 @@ class RunCheckpoint(Checkpoint):
             AtomicCheckpointIO.wait()
         finally:
             self.load_state_dict(self._complete)
+
+    @property
+    def has_last(self) -> bool:
+        """Whether `last.ckpt` is there."""
+        return (self._folder / "last.ckpt").is_file()
 
     def save_last(self, trainer: L.Trainer) -> None:
         """Write `last.ckpt`, unless it was written at this step or gradients are being accumulated."""

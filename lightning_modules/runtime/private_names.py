@@ -1,7 +1,8 @@
 """All uses of private names of Lightning, jsonargparse, torchmetrics, W&B, Transformers and PyTorch; each has a test.
 
-Lightning 2.6 has no public way to resume an epoch at the right batch, to test whether gradients are being
-accumulated, or to switch off its own handling of SIGTERM, which hangs with several processes.
+Lightning 2.6 has no public way to resume an epoch at the right batch, to stop or save between two steps, to test
+whether gradients are being accumulated, or to switch off its own handling of SIGTERM, which hangs with several
+processes.
 """
 
 import weakref
@@ -95,6 +96,43 @@ def count_step_of_checkpoint(trainer: L.Trainer) -> None:
     """
     if trainer.fit_loop.epoch_loop._batches_that_stepped == trainer.global_step - 1:
         shift_logged_step(trainer, 1)
+
+
+def begin_next_epoch(trainer: L.Trainer) -> None:
+    """Begin the next epoch, when a run is resumed from a checkpoint that was written between two epochs.
+
+    If `max_steps` limits the run, Lightning takes an epoch that is complete for one in progress.
+    """
+    epochs = trainer.fit_loop.epoch_progress.current
+    if epochs.ready == epochs.completed:
+        trainer.fit_loop.epoch_loop.restarting = False
+        trainer.fit_loop.epoch_loop.batch_progress.reset_on_run()
+
+
+def call_after_steps(trainer: L.Trainer, function: Callable[[L.Trainer], None]) -> None:
+    """Call a function after each optimiser step, when callbacks, loggers and a validation after it have seen it.
+
+    After the last step of an epoch, it is called when the epoch has ended. A checkpoint of that moment resumes exactly.
+    """
+    epochs, batches = trainer.fit_loop, trainer.fit_loop.epoch_loop
+    end_epoch, end_batch = epochs.on_advance_end, batches.on_advance_end
+
+    def after_batch(data_fetcher: Any) -> None:
+        end_batch(data_fetcher)
+        is_resumed_validation = batches.val_loop.restarting  # of the step of the checkpoint, before the first batch
+        if not trainer.is_last_batch and not is_resumed_validation and not is_accumulating(trainer):
+            function(trainer)
+
+    def after_epoch() -> None:
+        end_epoch()
+        function(trainer)
+
+    batches.on_advance_end, epochs.on_advance_end = after_batch, after_epoch
+
+
+def training_is_done(trainer: L.Trainer) -> bool:
+    """Return whether the step that has ended was the last of the training."""
+    return trainer.fit_loop.done
 
 
 def skip_sigterm_broadcast(trainer: L.Trainer) -> None:

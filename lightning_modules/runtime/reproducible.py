@@ -33,9 +33,10 @@ class ReproducibleSteps(L.Callback):
             self.seed = int(os.environ.get("PL_GLOBAL_SEED", 0))  # set by seed_everything
         before, trainer.accumulate_grad_batches = trainer.accumulate_grad_batches, _batches_a_step(trainer)
         private_names.go_back_to_last_step(trainer)
+        private_names.begin_next_epoch(trainer)
         trainer.accumulate_grad_batches = before  # the scheduler of Lightning takes no other before an epoch begins
         done = private_names.batches_done_in_epoch(trainer)
-        if 0 < done < trainer.num_training_batches:
+        if trainer.global_step and done < trainer.num_training_batches:  # resumed, and not at the end of an epoch
             for loader in private_names.train_dataloaders(trainer):
                 # A stream has no positions to sample; there the dataset holds the order.
                 order = loader.sampler if hasattr(loader.sampler, "skip") else loader.dataset

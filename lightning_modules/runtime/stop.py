@@ -4,23 +4,27 @@ import contextlib
 import math
 import os
 import signal
-from typing import Any
+from typing import Any, NoReturn
 
 import lightning as L
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from torch.distributed.tensor import DTensor
 
 from lightning_modules.common.messages import ERASE_LINE, on_terminal
 from lightning_modules.common.ranges import PositiveInt
 from lightning_modules.runtime import private_names
-from lightning_modules.runtime.checkpoint import save_last
+from lightning_modules.runtime.checkpoint import RunCheckpoint, save_last
 
 _MOST_UNREAD = 1000  # losses of steps on a GPU, if metrics are logged seldom or never
 
 
 class GracefulStop(L.Callback):
     """Callback that stops all ranks after the same optimiser step, with a checkpoint, on SIGTERM or Ctrl-C.
+
+    It stops when all callbacks and loggers have seen the step, and after the validation if one is due. A run whose last
+    step is done ends as usual.
 
     A signal to one rank is enough. The exit code is 128 + the number of the signal: 143 for SIGTERM, 130 for Ctrl-C. A
     second signal ends the process at once, or after a checkpoint that is being written in the background. Nothing is
@@ -38,7 +42,8 @@ class GracefulStop(L.Callback):
         self._previous_handlers: dict[int, Any] = {}
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Switch off Lightning's own handling of SIGTERM."""
+        """Stop between two steps, and switch off Lightning's own handling of SIGTERM."""
+        private_names.call_after_steps(trainer, self._stop_if_asked)
         private_names.skip_sigterm_broadcast(trainer)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -60,18 +65,18 @@ class GracefulStop(L.Callback):
             with contextlib.suppress(OSError):  # the terminal or the pipe is gone, and the checkpoint is still due
                 os.write(2, f"{ERASE_LINE if on_terminal() else ''}{line}".encode())
 
-    def on_train_batch_end(self, trainer: L.Trainer, *_: object) -> None:
-        """Save and raise `SystemExit` between two optimiser steps if any rank got a signal."""
-        due = self.received if self._group is None else trainer.global_step % self.every_n_steps == 0
-        # A validation may follow the last batch of an epoch; stop after it, since RunCheckpoint saves after it too.
-        if not due or private_names.is_accumulating(trainer) or trainer.is_last_batch:
-            return
-        received = torch.tensor([self.received])
+    def _stop_if_asked(self, trainer: L.Trainer) -> None:
+        """Save and raise `SystemExit` if any rank got a signal."""
+        received = self.received
         if self._group is not None:
-            torch.distributed.all_reduce(received, op=torch.distributed.ReduceOp.MAX, group=self._group)
-        if received.item():
+            if trainer.global_step % self.every_n_steps:
+                return
+            of_all = torch.tensor([received])
+            torch.distributed.all_reduce(of_all, op=torch.distributed.ReduceOp.MAX, group=self._group)
+            received = int(of_all.item())
+        if received and not private_names.training_is_done(trainer):
             save_last(trainer)
-            raise SystemExit(128 + int(received.item()))
+            raise SystemExit(128 + received)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Restore the earlier signal handlers."""
@@ -85,10 +90,11 @@ def _stop_at_once(signal_number: int, frame: object) -> None:
 
 
 class StopOnNonFiniteLoss(L.Callback):
-    """Callback that stops the run if the training loss is infinite or NaN, before a checkpoint is written.
+    """Callback that stops the run if the training loss, or a trained weight, is infinite or NaN.
 
-    On a GPU the losses stay there, and are read when metrics are logged and before a checkpoint, so that the GPU does
-    not have to wait.
+    Losses and weights are checked before a checkpoint is written, on all ranks: if one of them finds such a number,
+    none writes. On a GPU the losses stay there, and are read then and when metrics are logged, so that the GPU does not
+    have to wait.
 
     Args:
         every_n_steps: Fewest optimiser steps between two readings on a GPU.
@@ -112,25 +118,46 @@ class StopOnNonFiniteLoss(L.Callback):
         self._losses.append(loss.detach() if on_cpu else loss.detach().clone())
         logged = every and trainer.global_step % every == 0
         if on_cpu or (logged and len(self._steps) >= self.every_n_steps) or len(self._steps) >= _MOST_UNREAD:
-            self._check()
+            self._check(trainer)
 
-    def on_save_checkpoint(self, *_: object) -> None:
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Check before a checkpoint replaces a good one."""
-        self._check()
+        found = self._bad_loss()
+        if not found and not _trained_weights_are_finite(pl_module):
+            found = f"a weight was not finite after step {trainer.global_step}"
+        if trainer.strategy.reduce_boolean_decision(bool(found), all=False):
+            _raise(trainer, found or "the training loss of another process was not finite")
 
-    def on_train_end(self, *_: object) -> None:
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Check the last steps."""
-        self._check()
+        self._check(trainer)
 
-    def _check(self) -> None:
-        """Raise `MisconfigurationException` if the loss of a step was not finite."""
+    def _check(self, trainer: L.Trainer) -> None:
+        if found := self._bad_loss():
+            _raise(trainer, found)
+
+    def _bad_loss(self) -> str:
+        """Read the losses; return the first step whose loss was not finite, in words, or nothing."""
         if not self._steps:
-            return
+            return ""
         losses = [self._losses[0].item()] if len(self._losses) == 1 else torch.stack(self._losses).tolist()
         bad = [step for step, loss in zip(self._steps, losses, strict=True) if not math.isfinite(loss)]
         if bad:
-            raise MisconfigurationException(
-                f"the training loss was not finite at step {bad[0]}: lower optimizer.lr, clip the gradients "
-                "(trainer.gradient_clip_val) or warm the rate up; the last good checkpoint was kept"
-            )
+            return f"the training loss was not finite at step {bad[0]}"
         self._steps, self._losses = [], []
+        return ""
+
+
+def _trained_weights_are_finite(module: torch.nn.Module) -> bool:
+    """Return whether the trained weights of this process are finite; of sharded weights, its shards."""
+    trained = [p.detach() for p in module.parameters() if p.requires_grad]
+    own = [p.to_local() if isinstance(p, DTensor) else p for p in trained]
+    return bool(torch.nn.utils.get_total_norm([p for p in own if p.numel()], math.inf).isfinite())
+
+
+def _raise(trainer: L.Trainer, reason: str) -> NoReturn:
+    callbacks = [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, RunCheckpoint)]
+    kept = "the last good checkpoint was kept" if any(c.has_last for c in callbacks) else "there is no checkpoint yet"
+    raise MisconfigurationException(
+        f"{reason}: lower optimizer.lr, clip the gradients (trainer.gradient_clip_val) or warm the rate up; {kept}"
+    )

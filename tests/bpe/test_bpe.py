@@ -344,8 +344,7 @@ def test_a_run_killed_while_it_learned_resumes_to_the_same_tokenizer(llm_train, 
 def test_a_signal_saves_and_the_run_resumes_from_there(llm_train, forked, tmp_path, whole):
     config = write_config(tmp_path, model__init_args__count_workers=1)
     assert forked("fit", "-c", config, prepare=lambda: forks.signal_after_step(4, signal.SIGTERM)) == 143
-    # The signal comes after the callback that stops a run has looked for one, so a step follows.
-    assert AtomicCheckpointIO().load_checkpoint(RUNS / "tiny" / LAST)["global_step"] == 5
+    assert AtomicCheckpointIO().load_checkpoint(RUNS / "tiny" / LAST)["global_step"] == 4
     assert llm_train("fit", "-c", config, "--ckpt_path", "last").code == 0
     assert merges_of(RUNS / "tiny") == merges_of(whole)
 

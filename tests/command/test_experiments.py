@@ -78,7 +78,7 @@ def test_every_offline_experiment_runs_shortened_and_would_not_make_the_host_wai
     llm_train, make_what_it_needs, monkeypatch, path
 ):
     make_what_it_needs(path)
-    monkeypatch.setattr(StopOnNonFiniteLoss, "_check", lambda self: None)  # on the CPU it reads the loss at every step
+    monkeypatch.setattr(StopOnNonFiniteLoss, "_check", lambda *_: None)  # on the CPU it reads the loss at every step
     no_sync = ("--trainer.log_every_n_steps=3", "--trainer.callbacks+=gpu.callbacks.NoSync")
     done = llm_train("fit", "-c", path, *shortened(path), *no_sync)
     assert done.code == 0, done.err

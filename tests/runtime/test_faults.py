@@ -16,6 +16,7 @@ from helpers import LAST, RUNS, assert_same_weights, metrics_that_repeat
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from lightning_modules.runtime.checkpoint import RunCheckpoint
 from lightning_modules.runtime.checkpoint_io import AtomicCheckpointIO
 from lightning_modules.runtime.loggers import MetricsCSV
 from lightning_modules.runtime.sharded import FullyShardedStrategy, require_whole_weights
@@ -142,16 +143,35 @@ def test_a_run_continues_without_wandb_if_that_fails(llm_train, tiny, monkeypatc
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_loss_that_is_not_finite_stops_the_run(value):
-    stop = StopOnNonFiniteLoss()
+    stop, checkpoint = StopOnNonFiniteLoss(), RunCheckpoint()
     for outputs in (None, torch.tensor(1.0), {"loss": torch.tensor(1.0)}):
         stop.on_train_batch_end(after_step(2), None, outputs, None, 0)
-    with pytest.raises(MisconfigurationException, match="not finite at step 3"):
-        stop.on_train_batch_end(after_step(3), None, {"loss": torch.tensor(value)}, None, 0)
+    for kept in ("there is no checkpoint yet", "the last good checkpoint was kept"):
+        with pytest.raises(MisconfigurationException, match=f"not finite at step 3: .*; {kept}$"):
+            stop.on_train_batch_end(after_step(3, checkpoint), None, {"loss": torch.tensor(value)}, None, 0)
+        Path("last.ckpt").touch()
 
 
-def after_step(step: int) -> SimpleNamespace:
+def after_step(step: int, *checkpoints: RunCheckpoint, others_fail: bool = False) -> SimpleNamespace:
     """Return what the callback reads of a trainer, which logs every second step."""
-    return SimpleNamespace(global_step=step, log_every_n_steps=2)
+    strategy = SimpleNamespace(reduce_boolean_decision=lambda failed, all: failed or others_fail)
+    return SimpleNamespace(global_step=step, log_every_n_steps=2, checkpoint_callbacks=checkpoints, strategy=strategy)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_no_checkpoint_has_a_trained_weight_that_is_not_finite(value):
+    module = torch.nn.ParameterList([torch.tensor([1.0, 2.0]), torch.tensor([1.0, value]), torch.zeros(0)])
+    module[1].requires_grad = False
+    stop = StopOnNonFiniteLoss()
+    stop.on_save_checkpoint(after_step(4), module, {})
+    module[1].requires_grad = True
+    with pytest.raises(MisconfigurationException, match="a weight was not finite after step 5"):
+        stop.on_save_checkpoint(after_step(5), module, {})
+
+
+def test_no_process_writes_a_checkpoint_if_the_loss_of_one_is_not_finite():
+    with pytest.raises(MisconfigurationException, match="the training loss of another process was not finite"):
+        StopOnNonFiniteLoss().on_save_checkpoint(after_step(4, others_fail=True), torch.nn.Linear(1, 1), {})
 
 
 def test_a_loss_on_another_device_is_read_when_metrics_are_logged_and_before_a_checkpoint():
@@ -166,11 +186,11 @@ def test_a_loss_on_another_device_is_read_when_metrics_are_logged_and_before_a_c
     for step, value in enumerate([1.0, float("nan"), 1.0], start=1):
         stop.on_train_batch_end(after_step(step), None, {"loss": loss(value)}, None, 0)
     with pytest.raises(MisconfigurationException, match="not finite at step 2"):
-        stop.on_save_checkpoint(None, None, {})
+        stop.on_save_checkpoint(after_step(3), torch.nn.Linear(1, 1), {})
     with pytest.raises(MisconfigurationException, match="not finite at step 2"):
         stop.on_train_batch_end(after_step(4), None, {"loss": loss(1.0)}, None, 0)
     with pytest.raises(MisconfigurationException, match="not finite at step 2"):
-        stop.on_train_end(None, None)
+        stop.on_train_end(after_step(4), None)
 
 
 def test_the_states_of_optimisers_take_no_memory_where_only_the_model_is_needed(monkeypatch, tmp_path):

@@ -49,10 +49,12 @@ def test_a_resumed_run_keeps_its_best_checkpoint_until_a_better_validation(mode,
 
 
 @pytest.mark.parametrize("mode", ["min", "max"])
-def test_the_first_number_takes_the_place_of_a_score_that_is_not_a_number(mode):
+@pytest.mark.parametrize("first", [None, math.nan])  # `best.ckpt` of earlier versions may have a score that is NaN
+def test_a_score_that_is_not_a_number_is_never_the_best(mode, first):
     callback = RunCheckpoint("val/loss", mode)
-    assert files_written(callback, 4, math.nan) == ["best", "last"]
-    assert files_written(callback, 8, math.nan) == ["last"]
+    callback.load_state_dict({"best_score": first, "best_step": first and 2})
+    assert files_written(callback, 4, math.nan) == ["last"]
+    assert callback.best_step == (first and 2)
     assert files_written(callback, 12, 2.0) == ["best", "last"]
     assert (callback.best_score, callback.best_step) == (2.0, 12)
     assert files_written(callback, 16, math.nan) == ["last"]

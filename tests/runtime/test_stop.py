@@ -1,0 +1,193 @@
+"""Runs that are stopped after any step of an epoch, or killed after a checkpoint between two steps."""
+
+import signal
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.loggers.logger import Logger
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from datamodules.base import GlobalBatches, shuffled
+from lightning_modules.runtime import private_names
+from lightning_modules.runtime.averaging import AveragedWeights
+from lightning_modules.runtime.checkpoint import RunCheckpoint
+from lightning_modules.runtime.checkpoint_io import AtomicCheckpointIO
+from lightning_modules.runtime.reproducible import ReproducibleSteps
+from lightning_modules.runtime.stop import GracefulStop
+from lightning_modules.runtime.throughput import Throughput
+
+LAST = "checkpoints/last.ckpt"
+AT_EPOCH_ENDS = {"check_val_every_n_epoch": 1, "val_check_interval": 1.0}
+
+
+class Numbers(Dataset):
+    def __getitem__(self, positions: Tensor) -> dict[str, Tensor]:
+        return {"input_ids": torch.sin(positions + 1.0)}
+
+
+class Line(L.LightningModule):
+    """A line with dropout, so that its weights depend on the order of the data and on random numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.tensor([0.1, 0.2, 0.3]))
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        x = batch["input_ids"]
+        loss = (nn.functional.dropout(self.w, 0.3) * x[:, None] + 1).square().mean()
+        self.log("train/loss", loss)
+        return loss
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        self.log("val/loss", self.w.sum())
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.parameters(), lr=0.1)
+
+
+class Rows(Logger):
+    """A logger that keeps the metrics of each step."""
+
+    name = version = ""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows: dict[int, dict[str, float]] = defaultdict(dict)
+
+    def log_metrics(self, metrics: dict[str, float], step: int) -> None:
+        self.rows[step].update({name: float(value) for name, value in metrics.items() if "perf" not in name})
+
+    def log_hyperparams(self, *_: object) -> None: ...
+
+
+class Signal(L.Callback):
+    """Sends SIGTERM to this process after a step, before other callbacks have seen it."""
+
+    def __init__(self, at: int | None) -> None:
+        self.at = at
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: object) -> None:
+        if trainer.global_step == self.at and not private_names.is_accumulating(trainer):
+            signal.raise_signal(signal.SIGTERM)
+
+
+def fit(
+    folder: Path,
+    batches: int,
+    logger: Rows,
+    at: int | None = None,
+    added: Sequence[L.Callback] = (),
+    workers: int = 0,
+    every: int | None = None,
+    **settings: object,
+) -> tuple:
+    """Train with the callbacks of the defaults; return the exit code, the step, the weights and the tokens seen.
+
+    Args:
+        folder: Folder of the run, which goes on if it has a checkpoint.
+        batches: Number of batches in an epoch.
+        logger: Logger of the metrics.
+        at: Step after which the run gets a signal.
+        added: Further callbacks.
+        workers: Processes that load the data.
+        every: Steps between two checkpoints.
+        **settings: Arguments of the trainer.
+    """
+    settings = {"max_epochs": -1, "check_val_every_n_epoch": None, "log_every_n_steps": 1} | settings
+    throughput, last = Throughput(), folder / LAST
+    trainer = L.Trainer(
+        accelerator="cpu",
+        default_root_dir=folder,
+        callbacks=[
+            *(ReproducibleSteps(3), Signal(at), GracefulStop(every_n_steps=2), throughput, AveragedWeights()),
+            *(*added, RunCheckpoint(every_n_train_steps=every)),
+        ],
+        logger=logger,
+        plugins=[AtomicCheckpointIO()],
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,
+        **settings,
+    )
+    module, code = Line(), 0
+    loaders = [
+        DataLoader(Numbers(), sampler=GlobalBatches(n, shuffled(n, 0), 4), batch_size=None, num_workers=n_workers)
+        for n, n_workers in ((4 * batches, workers), (4, 0))
+    ]
+    try:
+        trainer.fit(module, *loaders, ckpt_path=last if last.is_file() else None)
+    except SystemExit as leave:
+        code = leave.code
+    return code, trainer.global_step, module.w.tolist(), throughput.state_dict()["tokens_seen"]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("batches", "settings", "stops"),
+    [
+        (1, {"max_steps": 5, "val_check_interval": 4}, (1, 2, 4, 5)),
+        (3, {"max_steps": 7, "val_check_interval": 4}, (2, 3, 4, 6)),
+        (2, AT_EPOCH_ENDS | {"max_steps": 5, "check_val_every_n_epoch": 2}, (2, 4)),
+        (2, AT_EPOCH_ENDS | {"max_epochs": 3, "check_val_every_n_epoch": 2}, (1, 2, 4, 6)),
+        (2, {"max_steps": 5, "limit_val_batches": 0}, (2, 3, 5)),
+        (2, {"max_steps": 5, "limit_val_batches": 0, "workers": 1}, (4,)),
+        (3, {"max_steps": 3, "val_check_interval": 4, "accumulate_grad_batches": 4}, (1, 2)),
+    ],
+)
+def test_a_run_stops_after_any_step_and_resumes_exactly(tmp_path, batches, settings, stops):
+    whole = Rows()
+    finished = fit(tmp_path / "whole", batches, whole, **settings)
+    for at in stops:
+        rows, folder = Rows(), tmp_path / str(at)
+        code, step, *_ = fit(folder, batches, rows, at, **settings)
+        assert (code, step) == (0 if at == finished[1] else 143, at)  # a run that is done ends as usual
+        if code:
+            assert fit(folder, batches, rows, **settings) == finished
+        assert rows.rows == whole.rows
+        ours, theirs = (
+            torch.load(f / LAST, weights_only=True)["state_dict"]["w"] for f in (folder, tmp_path / "whole")
+        )
+        assert torch.equal(ours, theirs)  # the averages
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("every", "saved"), [(2, 4), (3, 3)])  # at the end of an epoch, and within one
+def test_a_killed_run_resumes_from_a_checkpoint_of_every_so_many_steps(tmp_path, every, saved):
+    class Fail(L.Callback):
+        def on_train_batch_start(self, trainer: L.Trainer, *_: object) -> None:
+            if trainer.global_step == 5:
+                raise ConnectionError
+
+    settings, whole, rows = {"max_steps": 7, "limit_val_batches": 0}, Rows(), Rows()
+    finished = fit(tmp_path / "whole", 2, whole, **settings)
+    with pytest.raises(ConnectionError):
+        fit(tmp_path, 2, rows, added=[Fail()], every=every, **settings)
+    assert torch.load(tmp_path / LAST, weights_only=True)["global_step"] == saved
+    assert fit(tmp_path, 2, rows, every=every, **settings) == finished
+    assert rows.rows == whole.rows
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("batches", [1, 2, 3])
+def test_processes_exchange_signals_whatever_the_number_of_steps_of_an_epoch(tmp_path, monkeypatch, batches):
+    class OfTwo(L.Callback):
+        def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+            (stop,) = (callback for callback in trainer.callbacks if isinstance(callback, GracefulStop))
+            stop._group = object()
+
+    exchanges = []
+
+    def reduce(received: Tensor, **_: object) -> None:
+        exchanges.append(int(received))
+        if len(exchanges) == 2:  # the other process has a signal
+            received.fill_(signal.SIGTERM)
+
+    monkeypatch.setattr(torch.distributed, "all_reduce", reduce)
+    code, step, *_ = fit(tmp_path, batches, Rows(), added=[OfTwo()], max_steps=9, limit_val_batches=0)
+    assert (code, step, exchanges) == (143, 4, [0, 0])
