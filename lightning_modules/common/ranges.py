@@ -1,12 +1,11 @@
 """Number ranges as types. The parser checks them and shows them in `--help`."""
 
-import math
 from typing import Any
 
 from jsonargparse.typing import register_type, restricted_number_type
 
 
-def _numbers(name: str, base: type, *restrictions: tuple[str, float]) -> Any:
+def _numbers(name: str, base: type, *restrictions: tuple[str, int]) -> Any:
     """Return the type of the numbers that meet all restrictions; a parsed value is a plain `int` or `float`.
 
     By default, a parsed value is an instance of the restricted type. A checkpoint keeps the arguments of its module and
@@ -27,4 +26,3 @@ ClosedUnitInterval = _numbers("ClosedUnitInterval", float, (">=", 0), ("<=", 1))
 OpenUnitInterval = _numbers("OpenUnitInterval", float, (">", 0), ("<", 1))
 Probability = _numbers("Probability", float, (">=", 0), ("<", 1))  # of dropping, masking, holding out
 PositiveShare = _numbers("PositiveShare", float, (">", 0), ("<=", 1))  # of a rate, or of documents
-Temperature = _numbers("Temperature", float, (">=", 0), ("<", math.inf))  # of sampling; 0 is greedy

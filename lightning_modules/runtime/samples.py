@@ -1,6 +1,7 @@
 """Samples of generated text, drawn during the training."""
 
 import itertools
+import math
 import re
 import textwrap
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning_modules.base import ExperimentModule
 from lightning_modules.common.files import write_text
 from lightning_modules.common.messages import say
-from lightning_modules.common.ranges import PositiveInt, PositiveShare, Temperature
+from lightning_modules.common.ranges import NonNegativeFloat, PositiveInt, PositiveShare
 from lightning_modules.runtime.drawing import show_table
 from lightning_modules.runtime.sharded import whole_model
 
@@ -42,14 +43,14 @@ class SampleText(L.Callback):
         seed: Seed of the samples.
 
     Raises:
-        MisconfigurationException: If `prompts` is an empty list, or a prompt is empty.
+        MisconfigurationException: If `prompts` is an empty list, a prompt is empty, or the temperature is infinite.
     """
 
     def __init__(
         self,
         prompts: list[str] | None = None,
         max_new_tokens: PositiveInt = 200,
-        temperature: Temperature = 0.8,
+        temperature: NonNegativeFloat = 0.8,
         top_k: PositiveInt | None = None,
         top_p: PositiveShare | None = None,
         seed: int = 0,
@@ -57,6 +58,8 @@ class SampleText(L.Callback):
         if prompts is not None and not (prompts and all(prompts)):
             reason = "has an empty text" if prompts else "is empty"
             raise MisconfigurationException(f"SampleText: prompts {reason}; give at least one character to continue")
+        if not math.isfinite(temperature):
+            raise MisconfigurationException(f"SampleText: temperature is {temperature}; give a finite number")
         self.prompts = prompts or []  # those of the validation text are read at the first validation
         self.how: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
         self.how["max_new_tokens"] = max_new_tokens
