@@ -47,24 +47,31 @@ class TextEncoder:
     def __init__(self, tokenizer: "PreTrainedTokenizerFast") -> None:
         self.tokenizer = tokenizer
         self._fast: Encode | None = None
-        self._is_checked = False
+        self._sample: list[tuple[str, np.ndarray]] = []  # texts at the beginning, and their ids by the library
+        self._missing = _SAMPLE  # characters of the sample
 
     def __call__(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Return the token ids of each text, (T,); see `datamodules.tokenizers.encode`."""
-        sample: list[np.ndarray] = []
-        if not self._is_checked:
-            self._is_checked = True
-            sizes = list(accumulate(map(len, texts)))
-            n = next((number for number, size in enumerate(sizes, start=1) if size >= _SAMPLE), None)
-            if n is not None and (fast := fast_encoder(self.tokenizer)) is not None:
-                sample = encode(self.tokenizer, texts[:n])
-                if all(map(np.array_equal, sample, map(fast, texts[:n]))):
-                    self._fast = fast
+        sample = self._encode_sample(texts) if self._missing > 0 else []
         rest = texts[len(sample) :]
         if self._fast is None:
             return sample + encode(self.tokenizer, rest)
         with ThreadPoolExecutor(_n_threads()) as pool:
             return sample + list(pool.map(self._fast, rest))
+
+    def _encode_sample(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Return the ids of the first texts, which complete the sample, or of all; choose when it is complete."""
+        sizes = accumulate(map(len, texts))
+        n = next((number for number, size in enumerate(sizes, start=1) if size >= self._missing), len(texts))
+        ids = encode(self.tokenizer, texts[:n])
+        self._sample += zip(texts[:n], ids, strict=True)
+        self._missing -= sum(map(len, texts[:n]))
+        if self._missing <= 0:
+            fast = fast_encoder(self.tokenizer)
+            if fast is not None and all(np.array_equal(fast(text), known) for text, known in self._sample):
+                self._fast = fast
+            self._sample = []
+        return ids
 
 
 def _n_threads() -> int:

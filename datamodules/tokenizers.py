@@ -24,6 +24,7 @@ from lightning_modules.common.messages import first_line
 from lightning_modules.common.pretrained import is_packed, model_folder
 
 if TYPE_CHECKING:  # imported where used: transformers is slow to import
+    from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
 END_OF_TEXT = "<|endoftext|>"
@@ -128,8 +129,16 @@ def vocab_size(tokenizer: "PreTrainedTokenizerFast") -> int:
 
 def tokenizer_fingerprint(tokenizer: "PreTrainedTokenizerFast") -> str:
     """Return a hash of all settings that decide which tokens a text has."""
-    text = f"{tokenizer.backend_tokenizer.to_str()} {tokenizer.eos_token_id}"
+    text = f"{_whole_texts(tokenizer).to_str()} {tokenizer.eos_token_id}"
     return hashlib.sha256(text.encode()).hexdigest()[:20]
+
+
+def _whole_texts(tokenizer: "PreTrainedTokenizerFast") -> "Tokenizer":
+    """Return the tokenizer of the library, which no longer truncates or pads, as its file may have asked for."""
+    backend = tokenizer.backend_tokenizer
+    backend.no_truncation()
+    backend.no_padding()
+    return backend
 
 
 def encode(tokenizer: "PreTrainedTokenizerFast", texts: Sequence[str]) -> list[np.ndarray]:
@@ -141,10 +150,8 @@ def encode(tokenizer: "PreTrainedTokenizerFast", texts: Sequence[str]) -> list[n
         return [_look_up(tokenizer, unit, text) for text in texts]
     # Without this variable, the library prints a warning whenever a loader forks its workers.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    backend = tokenizer.backend_tokenizer
+    backend = _whole_texts(tokenizer)
     backend.encode_special_tokens = True  # the characters "<|endoftext|>" in a text are text
-    backend.no_truncation()
-    backend.no_padding()
     encodings = backend.encode_batch_fast(list(texts), add_special_tokens=False)
     return [np.array(encoding.ids, dtype=np.uint32) for encoding in encodings]
 

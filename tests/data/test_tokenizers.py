@@ -163,6 +163,17 @@ def test_fingerprints_differ(bpe_folder):
     assert len({tokenizer_fingerprint(tokenizer) for tokenizer in tokenizers}) == 4
 
 
+def test_the_fingerprint_is_the_same_before_and_after_encoding(bpe_folder, tmp_path):
+    plain, backend = load_tokenizer(str(bpe_folder)), Tokenizer.from_file(str(bpe_folder / "tokenizer.json"))
+    backend.enable_truncation(5)
+    backend.enable_padding(length=5)
+    backend.save(str(tmp_path / "cut.json"))
+    tokenizer = load_tokenizer(str(tmp_path / "cut.json"))
+    before = tokenizer_fingerprint(tokenizer)
+    assert encode(tokenizer, [TEXT])[0].tolist() == encode(plain, [TEXT])[0].tolist()
+    assert tokenizer_fingerprint(tokenizer) == before
+
+
 def test_a_missing_tokenizer_of_a_run_names_the_command_that_makes_it(tmp_path):
     topic = next(Path(experiments.__file__).parent.glob("*/offline.yaml")).parent.name
     for name in (str(tmp_path / f"runs/{topic}/offline/tokenizer"), f"runs/{topic}/offline/tokenizer/tokenizer.json"):

@@ -10,6 +10,7 @@ import random
 import signal
 import sys
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -115,7 +116,7 @@ def test_a_text_in_parts_has_the_tokens_of_the_whole(kind, split, tmp_path, monk
     whole = prepare_tokens(source, byte_tokenizer(), tmp_path / "whole", **options)
     monkeypatch.setattr(sources, "PART_SIZE", 10_000)
     parts = prepare_tokens(source, byte_tokenizer(), tmp_path / "parts", **options)
-    assert len(list((tmp_path / "parts/tokens").glob("*/0*"))) == len(source.parts())
+    assert len(list((tmp_path / "parts/tokens").glob("*/*/0*"))) == len(source.parts())
     assert len(source.parts()) >= 5
     assert all_tokens(parts) == all_tokens(whole)
     assert [file.split for file in parts.values()] == [file.split for file in whole.values()]
@@ -277,13 +278,13 @@ def test_after_an_error_only_the_missing_parts_are_prepared(tmp_path, n_processe
     source = Failing([f"document {number}" for number in range(5)])
     with pytest.raises(MisconfigurationException, match=r"^the network is gone$"):
         prepare(source, tmp_path, n_processes)
-    there = len(list(tmp_path.glob("tokens/*/*/meta.json")))
+    there = len(list(tmp_path.glob("tokens/*/*/*/meta.json")))
     assert there >= 3
     source.works, Failing.readings = True, 0
     files = prepare(source, tmp_path)
     assert Failing.readings == 5 - there
     assert bytes(all_tokens(files)["train"][0][:10]) == b"document 0"
-    assert f"preparing text in 5 parts in {files['train'].files[0].path.parents[1]} ({there} are there)" in (
+    assert f"preparing text in 5 parts in {files['train'].files[0].path.parents[2]} ({there} are there)" in (
         capsys.readouterr().err
     )
 
@@ -303,7 +304,7 @@ def test_a_full_disk_is_one_line_and_loses_no_part(large, tmp_path, monkeypatch)
     assert "cannot be written to" in str(caught.value)
     assert "No space left" in str(caught.value)
     assert "\n" not in str(caught.value)
-    (folder,) = (tmp_path / "cache/tokens").iterdir()
+    (folder,) = (tmp_path / "cache/tokens").glob("*/*")
     assert sorted(path.name for path in folder.iterdir()) == ["00000", "00001", "00002", "00003", "00004.lock"]
     assert len(prepare(large, tmp_path / "cache")["train"].files) == 6
 
@@ -401,3 +402,27 @@ def test_if_the_beginning_of_a_text_has_other_ids_the_library_encodes_it(bpe, mo
     assert [ids.tolist() for ids in TextEncoder(tokenizer)(texts)] == expected
     monkeypatch.setattr(fast_encoding, "encode", lambda _, texts: [np.zeros(9) for _ in texts])
     assert [len(ids) for ids in TextEncoder(tokenizer)(texts)] == [9, 9]
+
+
+def test_the_beginning_of_a_text_may_be_in_several_batches(bpe, monkeypatch):
+    tokenizer = load_tokenizer(bpe)
+    by_library = []
+    monkeypatch.setattr(fast_encoding, "_SAMPLE", 100)
+    monkeypatch.setattr(fast_encoding, "encode", lambda _, texts: by_library.extend(texts) or encode(tokenizer, texts))
+    encoder, batches = TextEncoder(tokenizer), [[f"{number:02d} short text"] * 3 for number in range(6)]
+    found = [ids.tolist() for batch in batches for ids in encoder(batch)]
+    texts = [*chain.from_iterable(batches)]
+    assert found == [ids.tolist() for ids in encode(tokenizer, texts)]
+    assert by_library == texts[:8]  # the first of at least 100 characters
+
+
+def test_a_text_whose_later_beginning_has_other_ids_is_left_to_the_library(bpe, monkeypatch):
+    tokenizer = load_tokenizer(bpe)
+    monkeypatch.setattr(fast_encoding, "_SAMPLE", 100)
+    first = ["a" * 60]
+    known = encode(tokenizer, first)[0]
+    monkeypatch.setattr(fast_encoding, "fast_encoder", lambda _: lambda text: known)
+    encoder, second = TextEncoder(tokenizer), ["b" * 60, "more"]
+    assert [ids.tolist() for batch in (first, second) for ids in encoder(batch)] == [
+        ids.tolist() for ids in encode(tokenizer, first + second)
+    ]
