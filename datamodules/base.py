@@ -153,9 +153,12 @@ class _Loader(DataLoader):
     def __iter__(self) -> Any:
         before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOPS)
         try:
-            return super().__iter__()
+            batches = super().__iter__()
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        if self.num_workers and hasattr(self.dataset, "skip"):
+            self.dataset.skip = 0  # the copies of a stream in the workers skip these batches
+        return batches
 
 
 class GlobalBatches(SequentialSampler):
@@ -259,16 +262,28 @@ class ExperimentDataModule(LightningDataModule):
         return self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
 
     def _loader(self, dataset: Dataset, n: int, order: Order, drop_last: bool) -> DataLoader:
+        return self.loader_of_batches(
+            dataset,
+            sampler=GlobalBatches(n, order, self.batch_size, *self._rank_and_world_size, drop_last),
+            persistent_workers=self.num_workers > 0,
+            pin_memory=self._is_on_gpu,
+        )
+
+    def loader_of_batches(self, dataset: Dataset, **options: Any) -> DataLoader:
+        """Return the loader of a dataset of whole batches, whose workers leave signals to this process and end with it.
+
+        Args:
+            dataset: The dataset, or a stream of batches.
+            **options: Arguments of `DataLoader`.
+        """
         if self.num_workers:
             _kill_workers_at_exit(os.getpid())
         return _Loader(
             dataset,
             batch_size=None,
-            sampler=GlobalBatches(n, order, self.batch_size, *self._rank_and_world_size, drop_last),
             num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
             worker_init_fn=leave_signals_to_the_parent,
-            pin_memory=self._is_on_gpu,
             # By default, a loader draws the seed of its workers from the global generator, whose state must not change.
             generator=torch.Generator().manual_seed(self.seed),
+            **options,
         )

@@ -7,7 +7,7 @@ from itertools import count, islice
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from datamodules.base import ExperimentDataModule, leave_signals_to_the_parent
+from datamodules.base import ExperimentDataModule
 from datamodules.sources import AnySource, source_of
 from datamodules.splits import CUT_FEW, SIDES, DocumentSplit, Side, SplitDocuments, describe, require_fractions
 from lightning_modules.common.messages import say
@@ -30,8 +30,8 @@ class BPEDataModule(ExperimentDataModule):
         num_workers: Processes that read ahead; 0 reads in the training process. Each reads the whole source, so more
             than 1 helps only if a source is slow for other reasons than the disk or the network.
         split: `documents`: a hash of its beginning chooses the split of a document, so that copies share a split, and
-            all runs and processes agree. `auto`: the same if there are more than 20; of fewer, the end of each is held
-            out. `groups`: as `auto`, but documents with many lines in common share a split.
+            all runs and processes agree. `auto`: the same if there are more than 20, and some for each split; if not,
+            the end of each is held out. `groups`: as `auto`, but documents with many lines in common share a split.
     """
 
     def __init__(
@@ -90,10 +90,7 @@ class BPEDataModule(ExperimentDataModule):
         return self._stream("test")
 
     def _stream(self, split: Side) -> DataLoader:
-        stream = BatchStream(self.splits[split], self.batch_size, *self._rank_and_world_size)
-        return DataLoader(
-            stream, batch_size=None, num_workers=self.num_workers, worker_init_fn=leave_signals_to_the_parent
-        )
+        return self.loader_of_batches(BatchStream(self.splits[split], self.batch_size, *self._rank_and_world_size))
 
 
 @dataclass

@@ -8,10 +8,12 @@ from itertools import chain
 from types import SimpleNamespace
 
 import pytest
+import torch
 from helpers import text
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.utils.data import DataLoader
 
+from datamodules import base
 from datamodules.bpe.data import BatchStream, BPEDataModule, SplitText
 from datamodules.sources import ListText, Piece, Source
 from datamodules.splits import SplitDocuments
@@ -72,10 +74,11 @@ def test_one_document_is_cut_if_asked_for(capsys):
 
 
 class Handlers(Source):
-    """What a process does on Ctrl-C."""
+    """What a process does on Ctrl-C, and whether it has blocked it."""
 
     def pieces(self):
-        yield Piece(repr(signal.getsignal(signal.SIGINT)), True)
+        blocked = signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+        yield Piece(f"{signal.getsignal(signal.SIGINT)!r} {blocked}", True)
 
     def fingerprint(self):
         return ""
@@ -83,13 +86,24 @@ class Handlers(Source):
 
 def test_workers_of_a_loader_ignore_interrupts():
     loader = BPEDataModule(Handlers(), val_fraction=0.0, num_workers=1).train_dataloader()
-    assert list(loader) == [["<Handlers.SIG_IGN: 1>"]]
+    assert list(loader) == [["<Handlers.SIG_IGN: 1> False"]]
 
 
-def test_skipping_is_for_one_iteration():
-    stream = BatchStream(SplitText(SplitDocuments(Pieces())), batch_size=10)
-    stream.skip = 5
-    assert [len(list(stream)) for _ in range(2)] == [3, 8]
+def test_workers_of_a_stream_are_guarded_as_those_of_other_loaders(monkeypatch):
+    processes, state = [], torch.get_rng_state()
+    monkeypatch.setattr(base, "_kill_workers_at_exit", processes.append)
+    monkeypatch.setattr(base, "leave_signals_to_the_parent", bool)
+    loader = BPEDataModule(Handlers(), val_fraction=0.0, num_workers=1).train_dataloader()
+    assert [text.endswith("True") for (text,) in loader] == [True]  # blocked until the worker leaves it to its parent
+    assert processes == [os.getpid()]
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_skipping_is_for_one_iteration(num_workers):
+    loader = BPEDataModule(Pieces(), 10, val_fraction=0.0, num_workers=num_workers).train_dataloader()
+    loader.dataset.skip = 5
+    assert [len(list(loader)) for _ in range(2)] == [3, 8]
 
 
 def test_validation_and_test_may_have_sources_of_their_own():
