@@ -3,6 +3,7 @@
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby, zip_longest
@@ -15,7 +16,7 @@ from datamodules.files import ROWS, ending_of
 from datamodules.hub_datasets import load_hub_dataset
 from datamodules.rows import rows_of
 from datamodules.sources import AnySource, hub_name, local_files_of, source_of
-from datamodules.splits import SIDES, Side, SplitDocuments, require_fractions, side_of, sides_of
+from datamodules.splits import FEW, SIDES, Side, SplitDocuments, require_fractions, side_of, sides_of
 from lightning_modules.common.ranges import Probability
 
 CLASSES = ("negative", "positive")
@@ -58,6 +59,10 @@ class ReviewSource(ABC):
         """Yield reviews without labels, to pretrain on; most sources have none."""
         return ()
 
+    def without_labels(self) -> "ReviewSource":
+        """Return the source of the same reviews, whose labels are not needed."""
+        return self
+
     def n_held_out_for_test(self) -> int:
         """Return the number of test reviews that are held out of the training part; 0 if they have a part."""
         return 0
@@ -82,7 +87,7 @@ def reviews_of(reviews: AnyReviews, labelled: bool = True) -> ReviewSource:
         MisconfigurationException: If reviews with labels are no files of rows on this machine, and no dataset.
     """
     if isinstance(reviews, ReviewSource):
-        return reviews
+        return reviews if labelled else reviews.without_labels()
     if not labelled:
         return TextReviews(reviews)
     if (dataset := hub_name(reviews, "data.reviews")) is not None:
@@ -104,7 +109,7 @@ class TextReviews(ReviewSource):
         source: The text: a source, or a file, folder, glob pattern, URL or `hub:OWNER/NAME`, see
             `datamodules.sources.source_of`.
         val_fraction: Fraction of the documents that is held out for validation, in [0, 1): those that `ReviewFiles`
-            holds out. Of 20 or fewer, the end of each is held out.
+            holds out exactly, where it knows no films. Of 20 or fewer, the end of each is held out.
         test_fraction: Fraction that is held out for the test, in [0, 1).
     """
 
@@ -119,7 +124,8 @@ class TextReviews(ReviewSource):
 
     def reviews(self, split: Side) -> Iterator[Review]:
         """Yield the documents of a split, or its part of each."""
-        if self.text.few is None:
+        few = self.text.few
+        if few is None or len(few) > FEW:  # also if no document is drawn for a split: `_sides` has some for each
             for text in self.source.documents():
                 if (key := without_breaks(text)) and self._sides[key] == split:
                     yield Review(text, None)
@@ -138,15 +144,26 @@ class PartedSource(ReviewSource):
     parts: dict[str, Any]  # arguments of `read`, by split; `unlabelled` too, if there are reviews without labels
     fractions: tuple[float, float]  # of `train`, held out for validation and test
     exact = False  # whether the fractions are those of the films or texts, and not probabilities
+    labelled = True  # whether the labels are read
 
     @abstractmethod
     def read(self, part: Any, classes: Sequence[str] | None) -> Iterator[Review]:
         """Yield the reviews of a part; `classes` is `None` to ignore the labels."""
 
+    @property
+    def _read_classes(self) -> Sequence[str] | None:
+        return self.classes if self.labelled else None
+
+    def without_labels(self) -> "PartedSource":
+        """Return the source of the same reviews, whose labels may be missing."""
+        source = copy(self)
+        source.labelled = False
+        return source
+
     def reviews(self, split: Side) -> Iterator[Review]:
         """Yield the reviews of a split."""
         if split != "train" and split in self.parts:
-            yield from self.read(self.parts[split], self.classes)
+            yield from self.read(self.parts[split], self._read_classes)
         else:
             yield from self._of_train[split]
 
@@ -157,7 +174,8 @@ class PartedSource(ReviewSource):
     @cached_property
     def _of_train(self) -> dict[Side, list[Review]]:
         """The reviews of the part `train` by split; it is read once, as a fit needs all of them."""
-        reviews = [(review.film or review.text, review) for review in self.read(self.parts["train"], self.classes)]
+        read = self.read(self.parts["train"], self._read_classes)
+        reviews = [(review.film or review.text, review) for review in read]
         sides = sides_of((key for key, _ in reviews), *self.fractions) if self.exact else None
         parts: dict[Side, list[Review]] = {side: [] for side in SIDES}
         for key, review in reviews:
@@ -318,22 +336,23 @@ class AclImdb(PartedSource):
 
     def __init__(self, folder: str, val_fraction: Probability = 0.1) -> None:
         self.folder = Path(folder).expanduser()
-        self.parts = {"train": "train", "test": "test", "unlabelled": "train"}
+        self.parts = {part: (f"{part}/neg", f"{part}/pos") for part in ("train", "test")}
+        self.parts["unlabelled"] = ("train/unsup",)
         self.fractions = val_fraction, 0.0
 
-    def read(self, part: str, classes: Sequence[str] | None) -> Iterator[Review]:
-        """Yield the reviews of a part, each class ordered by the numbers of its files.
+    def read(self, part: tuple[str, ...], classes: Sequence[str] | None) -> Iterator[Review]:
+        """Yield the reviews of some folders, each ordered by the numbers of its files.
 
         Raises:
             MisconfigurationException: If a folder is missing, or a review is empty.
         """
-        for label, name in enumerate(("neg", "pos") if classes else ("unsup",)):
-            folder = self.folder / part / name
+        for label, name in enumerate(part):
+            folder = self.folder / name
             if not folder.is_dir():
                 raise MisconfigurationException(
                     f"{folder} does not exist: give the folder aclImdb, unpacked from aclImdb_v1.tar.gz"
                 )
-            urls = folder.with_name(f"urls_{name}.txt")  # line i is the film of review i
+            urls = folder.with_name(f"urls_{folder.name}.txt")  # line i is the film of review i
             films = urls.read_text(encoding="utf-8").split() if urls.is_file() else []
             files = sorted(folder.glob("*_*.txt"), key=lambda file: int(file.stem.split("_")[0]))
             for file, film in zip_longest(files, films[: len(files)]):

@@ -38,8 +38,9 @@ class PretrainDataModule(TokenDataModule):
             training text. `sequential`: an epoch is the text cut into blocks, in shuffled order; the boundaries move
             from epoch to epoch. A mixture needs `sequential`; its boundaries do not move.
         split: `tail` holds out the end of the text. `documents` holds out documents, drawn by a hash of their
-            beginning, so that copies share a split. `auto` does the same if there are more than 20, and holds out the
-            end of each if there are fewer. `groups` is `auto`, but documents with many lines in common share a split.
+            beginning, so that copies share a split. `auto` does the same if there are more than 20, and some for each
+            split, and holds out the end of each if not. `groups` is `auto`, but documents with many lines in common
+            share a split.
         val_fraction: Part of the text to hold out for validation (0 to less than 1).
         test_fraction: Part of the text to hold out for the test (0 to less than 1).
         val_source: Text for validation, in place of a part of `source`.

@@ -46,8 +46,8 @@ class GPTNeoStyleDataModule(TokenDataModule):
         num_workers: Processes that load ahead; 0 loads in the training process.
         seed: Seed of the order of the blocks, 0 or more.
         base_split: How the part of `base_source` is chosen: `documents` are drawn by a hash of their beginning; `auto`
-            does the same if there are more than 20, and takes the end of each if there are fewer; `groups` is `auto`,
-            but documents with many lines in common go together.
+            does the same if there are more than 20, and one of them is drawn, and takes the end of each if not;
+            `groups` is `auto`, but documents with many lines in common go together.
 
     Raises:
         MisconfigurationException: If there is no book, or nothing is left to train on.

@@ -64,10 +64,21 @@ def test_a_file_of_rows_is_a_source_whose_classes_are_found_in_it(name):
     assert source.classes == ["bread", "cake", "soup"]
     found = [review for split in SIDES for review in source.reviews(split)]
     assert sorted((review.text, source.classes[review.label]) for review in found) == sorted(RECIPES)
-    # The encoder that is pretrained on the same file does not see what the classifier holds out.
+    assert_same_texts(reviews_of(name, labelled=False), source)
+
+
+def assert_same_texts(unlabelled: ReviewSource, labelled: ReviewSource) -> None:
+    """Assert that an encoder is pretrained on no text that a classifier of the same reviews holds out."""
     for split in SIDES:
-        texts = [review.text for review in reviews_of(name, labelled=False).reviews(split)]
-        assert texts == [review.text for review in source.reviews(split)]
+        texts = [review.text for review in unlabelled.reviews(split)]
+        assert texts == [review.text for review in labelled.reviews(split)]
+
+
+def test_an_encoder_does_not_see_what_is_held_out_of_few_reviews():
+    for begin in range(20):  # a draw gives a split none of 25 texts in one of seven cases
+        rows = "".join(f"review {begin + number},{number % 2}\n" for number in range(25))
+        Path("few.csv").write_text("text,label\n" + rows)
+        assert_same_texts(reviews_of("few.csv", labelled=False), reviews_of("few.csv"))
 
 
 def test_a_file_is_read_once_for_its_classes_and_once_for_all_splits(monkeypatch):
@@ -247,6 +258,22 @@ def test_the_original_folder(tmp_path):
     assert (first.text, first.label, first.film) == ("test neg 0 end", 0, "http://x/tt0/u")
     assert splits["test"][-1].label == 1
     assert [review.text for review in source.unlabelled()] == ["no label"]
+    assert_same_texts(source.without_labels(), source)
+
+
+def test_reviews_to_mask_need_no_labels(tmp_path, tokenizer_folder, capsys):
+    files = {}
+    for name, field in (("train", "text"), ("val", "text"), ("labels", "label")):
+        files[name] = str(tmp_path / f"{name}.csv")
+        lines = [f"review {number} of {name},{number % 2}" for number in range(40)]
+        Path(files[name]).write_text("\n".join([f"text,{'about' if field == 'text' else field}", *lines]))
+    source = ReviewFiles(files["train"], val=files["val"], test_fraction=0.3, unlabelled_file=files["labels"])
+    data = MaskedReviewsDataModule(source, tokenizer_folder, 2)
+    data.setup("fit")
+    assert {review.label for review in [*data.source.reviews("train"), *data.source.reviews("val")]} == {None}
+    assert "40 validate" in capsys.readouterr().err
+    with pytest.raises(MisconfigurationException, match="the review has no 'label'"):
+        list(source.reviews("train"))
 
 
 def test_the_hub(monkeypatch):
