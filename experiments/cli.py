@@ -132,6 +132,7 @@ class ExperimentCLI(SettingsGoOverCheckpoint):
 
     def before_instantiate_classes(self) -> None:
         """Find the checkpoint and its run, and keep the linked arguments that the YAML sets."""
+        trust.check_places(self.arguments, self._args)
         check_nulls(self.arguments)
         for line in dropped_defaults(self._trainer_arguments):
             say(line)
@@ -242,7 +243,7 @@ class ExperimentCLI(SettingsGoOverCheckpoint):
         summary, config = run.path / "summary.json", run.path / run_folder.CONFIG
         if read_json(summary, {}).get("status") != "finished":
             return False
-        saved = (read_yaml(config) or {}).get("trainer") or {}
+        saved = run_folder.recorded(config, "trainer")
         return all(saved.get(key) == self._trainer_arguments[key] for key in _LENGTH)
 
     def _lock_run(self) -> None:

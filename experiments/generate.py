@@ -137,7 +137,7 @@ def _answering(
     options: argparse.Namespace, run: "Run", stream: Callable[..., Iterator[str]]
 ) -> Callable[[str, Sequence[str]], None]:
     """Return a function that prints answers, with prompts in the format that the run was trained on."""
-    arguments = run.config["data"]["init_args"]
+    arguments = run.data_arguments
     if not hasattr(run.data_class, "prompts"):
         raise UserError(
             f"--chat: {run.folder} has not learned to answer ({run.data_class.__name__} has no prompts); give --prompt"

@@ -3,18 +3,21 @@
 What the user names is trusted: a flag, and a YAML that is not in a run folder. A run folder can be a stranger's, and to
 import a class is to run the code of its file. So the `config.yaml` of a run folder may name classes of this project,
 and those of PyTorch and Lightning that neither run commands nor write where they are told; other packages need the
-user's word: `--allow PACKAGE`, or an installed package with an entry point in the group `llm_train.classes`.
+user's word: `--allow PACKAGE`, or an installed package with an entry point in the group `llm_train.classes`. A file
+with the name of a run's configuration, such as `config.yaml`, counts as one wherever it is: it may have been copied.
 """
 
 import contextlib
 import importlib
 import importlib.metadata
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
+from jsonargparse import Namespace
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from experiments import names
@@ -46,11 +49,11 @@ _KNOWN = {
     "lightning.pytorch.strategies.deepspeed": False,
 }
 _LIBRARIES = ("torch", "lightning", "transformers", "torchmetrics")  # allowed class by class, and not as a whole
-_CONFIG = re.compile(r"config(_\w+)?\.yaml")
+_CONFIG = re.compile(r"config(_validate|_test|_predict)?\.yaml")  # the names that runs write
 _CLASS_PATH = re.compile(r"([A-Za-z_]\w*\.)+[A-Za-z_]\w*")
 _NOT_CLASSES = ("--allow", "--ckpt_path", "--run.")  # flags whose values are no classes
 # Arguments of classes that say where to write.
-_PLACES = ("cache_dir", "dirpath", "filename", "log_dir", "name", "root_dir", "save_dir", "sub_dir", "version")
+_PLACES = ("cache_dir", "dirpath", "filename", "log_dir", "name", "root", "root_dir", "save_dir", "sub_dir", "version")
 # Keys that a run does not record, because they are for one session.
 SESSION_KEYS = ("allow", "auto_resume", "ckpt_path", "config", "return_predictions", "verbose", "weights_only")
 
@@ -58,7 +61,10 @@ _verdicts: dict[str, bool] = {}  # of the command that is running
 
 
 def run_folder_of(config: Path) -> Path | None:
-    """Return the run folder that a configuration lies in at any depth, or `None`."""
+    """Return the run folder that a configuration lies in at any depth, or `None`.
+
+    The folder of a file with the name of a run's configuration is a run folder, also without other files of a run.
+    """
     config = config.resolve()
     for folder in config.parents:
         if run_folder.is_run(folder):
@@ -74,12 +80,12 @@ def trusted(args: Sequence[str]) -> Iterator[list[str]]:
 
     Raises:
         MisconfigurationException: If `--allow` names no package, or the configuration of a run folder would choose a
-            checkpoint, or a place outside of the working folder to write to.
+            checkpoint.
     """
-    recorded = [file for file in files(args) if run_folder_of(file)]
-    named, packages = _named_by_user(args), allowed(args)
+    recorded = _recorded(args)
+    named, packages = [path for given in _by_user(args) for path in _named_in(given)], allowed(args)
     for file in recorded:
-        _check_recorded(file, args)
+        _check_keys(file)
     global _verdicts
     before = _verdicts
     _verdicts = _verdicts_on(packages, named if recorded else None)
@@ -90,10 +96,18 @@ def trusted(args: Sequence[str]) -> Iterator[list[str]]:
         _verdicts = before
 
 
-def _named_by_user(args: Sequence[str]) -> list[str]:
-    """Return the texts that may be class paths in the flags of a command line and in its files but those of runs."""
-    own = (file for file in files(args) if not run_folder_of(file))
-    return [*_named_by_flags(args), *(path for file in own for path in _named_in(_content(file)))]
+def _recorded(args: Sequence[str]) -> list[Path]:
+    """Return the configuration files of a command line that are those of runs."""
+    return [file for file in files(args) if run_folder_of(file)]
+
+
+def _by_user(args: Sequence[str]) -> Iterator[Any]:
+    """Yield what the user sets by the flags of a command line and by its files but those of runs."""
+    for flag, value in _flags(args):
+        if flag not in ("-c", "--config") and not flag.startswith(_NOT_CLASSES):
+            with contextlib.suppress(yaml.YAMLError):
+                yield load_yaml(value)
+    yield from (_content(file) for file in files(args) if not run_folder_of(file))
 
 
 def files(args: Sequence[str]) -> list[Path]:
@@ -163,8 +177,9 @@ def refusal(class_path: str, entry: str) -> str:
     if entry in NEVER_IMPORTED:
         return f"{class_path} is not imported: it can run commands or write files"
     return (
-        f"{class_path} is not imported, because a run folder names it and it is not a class that this project knows; "
-        f"if you trust its code, add --allow {unit(class_path)}"
+        f"{class_path} is not imported, because a run folder names it, or a file called {run_folder.CONFIG} as in one, "
+        "and it is not a class that this project knows; rename a file of your own, or if you trust its code, add "
+        f"--allow {unit(class_path)}"
     )
 
 
@@ -181,15 +196,6 @@ def _denies(verdicts: Mapping[str, bool], path: str) -> str | None:
 def _flags(args: Sequence[str]) -> Iterator[tuple[str, str]]:
     """Yield the flags of a command line with their values; `--KEY+` is `--KEY`."""
     return ((flag.rstrip("+"), value) for flag, value in names.flags(args))
-
-
-def _named_by_flags(args: Sequence[str]) -> Iterator[str]:
-    for flag, value in _flags(args):
-        if flag not in ("-c", "--config") and not flag.startswith(_NOT_CLASSES):
-            try:
-                yield from _named_in(load_yaml(value))
-            except yaml.YAMLError:
-                continue
 
 
 def _named_in(config: Any) -> Iterator[str]:
@@ -220,31 +226,54 @@ def _content(file: Path) -> Any:
         return None
 
 
-def _check_recorded(file: Path, args: Sequence[str]) -> None:
-    """Check that the configuration of a run folder chooses neither a checkpoint nor a place outside to write to."""
+def _check_keys(file: Path) -> None:
+    """Check that the configuration of a run sets nothing that is for one session, such as a checkpoint."""
     content = _content(file)
-    if not isinstance(content, dict):
-        return
     for key in SESSION_KEYS:
-        if content.get(key) is not None:
+        if isinstance(content, dict) and content.get(key) is not None:
             raise MisconfigurationException(f"{file}: {key} is not a setting of a run; remove it, or give it as a flag")
+
+
+def check_places(arguments: Namespace, args: Sequence[str]) -> None:
+    """Check that the configuration of a run folder does not choose a place outside of the working folder to write to.
+
+    Args:
+        arguments: The arguments that the command line is parsed to. They hold also what is in the files that a
+            configuration names in place of a section or class.
+        args: The command line. What the user sets in it may be anywhere.
+
+    Raises:
+        MisconfigurationException: If there is such a place.
+    """
+    recorded = _recorded(args)
+    if not recorded:
+        return
     by_flag = {flag.rsplit(".", 1)[-1] for flag, _ in _flags(args)}
-    places = [*_places(content)]
-    root, *below = (str((content.get("run") or {}).get(key) or "") for key in ("root", "topic", "study", "name"))
-    if Path(root, *below).resolve() != file.parent.resolve():
-        places.append(("root", root))  # of a folder that was moved
-    for key, place in places:
+    by_user = {place for given in _by_user(args) for place in _places(given)}
+    run = arguments["run"]
+    run_path = Path(run.root, *filter(None, (run.topic, run.study, run.name))).resolve()
+    if any(run_path == file.parent.resolve() for file in recorded):  # not of a folder that was moved
+        by_user.add(("root", run.root))
+    for key, place in _places(arguments):
         outside = not Path(place).expanduser().resolve().is_relative_to(Path.cwd().resolve())
-        if outside and key not in by_flag:
+        if outside and key not in by_flag and (key, place) not in by_user:
             raise MisconfigurationException(
-                f"{file}: {key} {place} is outside of the working folder, and a run folder does not choose where to "
-                f"write; give {key} as a flag"
+                f"{recorded[-1]}: {key} {place} is outside of the working folder, and a run folder, or a file called "
+                f"{run_folder.CONFIG} as in one, does not choose where to write; give {key} as a flag, or rename a "
+                "file of your own"
             )
 
 
 def _places(config: Any) -> Iterator[tuple[str, str]]:
+    """Yield the arguments in a configuration that say where to write, with their values."""
+    if isinstance(config, Namespace):
+        config = vars(config)
     if isinstance(config, dict):
-        yield from ((key, value) for key, value in config.items() if key in _PLACES and isinstance(value, str))
+        yield from ((key, str(value)) for key, value in config.items() if key in _PLACES and _is_path(value))
     if isinstance(config, dict | list):
         for value in config.values() if isinstance(config, dict) else config:
             yield from _places(value)
+
+
+def _is_path(value: Any) -> bool:
+    return isinstance(value, str | os.PathLike)

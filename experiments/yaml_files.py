@@ -27,17 +27,24 @@ def read_yaml(file: Path) -> Any:
         raise UserError(f"{file}: is not UTF-8 text (byte {error.start})") from error
     except yaml.YAMLError as error:
         raise UserError(f"{file}{describe(error)}") from error
-    except (ValueError, RecursionError) as error:  # a number or a date that Python does not have
-        raise UserError(f"{file}: {error}") from error
 
 
 def load_yaml(text: str) -> Any:
-    """Return the content of a YAML document; raise a `yaml.YAMLError` if a key of a mapping is there twice."""
+    """Return the content of a YAML document.
+
+    Raises:
+        yaml.YAMLError: If it is not YAML, a key of a mapping is there twice, or a value is none that Python has, such
+            as the date 2024-02-30.
+    """
     loader = LOADER(text)
     try:
         node = loader.get_single_node()
         _check(node, {})
         return None if node is None else loader.construct_document(node)
+    except yaml.YAMLError:
+        raise
+    except Exception as error:  # of Python: PyYAML has none of its own for such a value, or for one that is too deep
+        raise yaml.YAMLError(str(error)) from error
     finally:
         loader.dispose()
 

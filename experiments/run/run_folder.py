@@ -5,7 +5,7 @@ import glob
 import os
 import re
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -189,8 +189,7 @@ def of_checkpoint(checkpoint: Path) -> RunFolder | None:
     path = checkpoint.parent.parent
     if checkpoint.parent.name != CHECKPOINTS or not (path / CONFIG).is_file():
         return None
-    section = recorded(path / CONFIG)
-    return RunFolder(path, section.get("topic", path.parent.name), is_new=False, study=section.get("study"))
+    return _existing(path, recorded(path / CONFIG))
 
 
 def of_config(config: Path, arguments: RunArguments) -> RunFolder | None:
@@ -203,7 +202,12 @@ def of_config(config: Path, arguments: RunArguments) -> RunFolder | None:
     section = recorded(config)
     if any(section.get(name) != getattr(arguments, name) for name in ("name", "root", "topic", "study")):
         return None
-    return RunFolder(config.parent, section["topic"], is_new=False, study=section["study"])
+    return _existing(config.parent, section)
+
+
+def _existing(folder: Path, section: Mapping[str, Any]) -> RunFolder:
+    """Return the run in a folder, with what the section `run:` of its configuration says."""
+    return RunFolder(folder, section.get("topic") or folder.parent.name, is_new=False, study=section.get("study"))
 
 
 def is_run(folder: Path) -> bool:
@@ -222,10 +226,10 @@ def check_links(folder: Path) -> None:
         folders[:] = [name for name in folders if name != "wandb"]  # W&B links to its own logs
 
 
-def recorded(config: Path) -> dict[str, Any]:
-    """Return the section `run:` of a recorded configuration; empty if it has none."""
+def recorded(config: Path, name: str = "run") -> dict[str, Any]:
+    """Return a section of a recorded configuration, `run:` or another; empty if it has none."""
     content = read_yaml(config)
-    section = content.get("run") if isinstance(content, dict) else None
+    section = content.get(name) if isinstance(content, dict) else None
     return section if isinstance(section, dict) else {}
 
 

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,25 @@ def test_a_folder_that_is_no_run_and_a_run_without_a_tokenizer(tmp_path, whole):
     run = experiments.load_run(str(tmp_path), "last", "cpu")
     with pytest.raises(MisconfigurationException, match="there is no tokenizer in it"):
         run.generate("a")
+    with pytest.raises(MisconfigurationException, match=r"config.yaml: has no section `data` with a class_path"):
+        replace(run, config={"data": None}).classify(["a"])
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("", "has no section `model` with a class_path; give the folder of a run"),
+        ("- a\n", "has no section `model`"),
+        ("wandb_version: 1\n", "has no section `model`"),
+        ("model: gpt2\n", "has no section `model`"),
+        ("model: {class_path: }\n", "has no section `model`"),
+        ("model: {class_path: lightning_modules.runtime.stop.GracefulStop}\n", "GracefulStop is no module of a run"),
+    ],
+)
+def test_a_configuration_of_another_program_is_refused(tmp_path, content, said):
+    (tmp_path / "config.yaml").write_text(content)
+    with pytest.raises(MisconfigurationException, match=f"config.yaml: .*{said}"):
+        experiments.load_run(tmp_path)
 
 
 def test_a_class_of_another_package_is_not_imported_unless_it_is_allowed(tmp_path, whole, monkeypatch):

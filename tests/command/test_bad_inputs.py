@@ -18,6 +18,8 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from datamodules.cache import cached_array
 from experiments.cli import dropped_defaults
+from experiments.run import run_folder
+from experiments.run.run_folder import RunArguments, RunFolder
 from lightning_modules.finetuning.bases import load_pretrained
 
 ROOT = Path(__file__).parents[2]
@@ -120,6 +122,7 @@ COMMANDS = [
         2,
         ["lr_scheduler.final: 2 does not conform to restriction v>=0 and v<=1"],
     ),
+    ("fit tiny", ["--data.source=2024-02-30"], 1, ["2024-02-30", "not found"]),
     ("fit tiny", ["--data.source.paths=missing.txt"], 1, ["missing.txt", "not found"]),
     ("fit tiny", ["--data.source.paths=empty.txt"], 1, ["empty.txt", "is empty"]),
     ("fit tiny", ["--data.source.paths=latin1.txt"], 1, ["latin1.txt", "byte 3"]),
@@ -175,6 +178,19 @@ def test_one_line_says_what_is_wrong_with_a_command(llm_train, files, tiny, monk
     assert_one_line(llm_train(command, *(["-c", tiny()] if experiment else []), *flags), code, said)
     if any(flag.startswith("--trainer") for flag in flags):  # the run fails before it writes: its folder is removed
         assert not (RUNS / "tiny").exists()
+
+
+def test_a_run_whose_configuration_says_only_its_root_has_the_topic_of_its_folder(tmp_path):
+    config = tmp_path / "runs/topic/name/config.yaml"
+    config.parent.mkdir(parents=True)
+    config.write_text("run: {root: runs}\n")
+    (config.parent / "metrics.csv").touch()  # so that the folder is a run's
+    found = RunFolder(config.parent, "topic", is_new=False)
+    assert run_folder.of_config(config, RunArguments()) == found
+    config.write_text("run: {root: runs, topic: null}\n")
+    assert run_folder.of_checkpoint(config.parent / LAST) == found
+    config.write_text("- run\n")
+    assert run_folder.recorded(config, "trainer") == {}
 
 
 def test_an_error_about_a_class_of_ones_own_has_no_needless_words(llm_train, tiny):

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import yaml
 from helpers import LAST
+from jsonargparse import Namespace
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from experiments import trust
@@ -55,6 +56,8 @@ ATTACKS: list[tuple[str, Any, str]] = [
         {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": ".", "name": "../outside"}},
         OUTSIDE,
     ),
+    ("trainer", "places.yaml", f"save_dir ../outside is {OUTSIDE}"),
+    ("run", "my_experiment", "run: "),
     ("run__root", "../outside", OUTSIDE),
     ("run__topic", "../outside", "not a name of a folder"),
     ("run__study", "a/b", "not a name of a folder"),
@@ -73,6 +76,8 @@ def stranger(whole: Callable[..., Path], tiny: Callable[..., Path], monkeypatch:
     shutil.copytree(whole(), run)
     (run / "hostile.py").write_text(CODE)
     (run / "hostile.yaml").write_text("- class_path: hostile.Hostile\n")
+    logger = {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": "../outside"}}
+    (run / "places.yaml").write_text(yaml.safe_dump({"logger": logger}))
     monkeypatch.syspath_prepend(run)
     yield run
     sys.modules.pop("hostile", None)
@@ -190,6 +195,22 @@ def test_what_the_user_names_by_a_flag_or_in_another_file_needs_no_permission(ll
     assert it_ran()
 
 
+def test_what_the_user_sets_by_a_flag_or_in_another_file_may_be_anywhere(tmp_path):
+    def logger(save_dir: Any) -> dict[str, Any]:
+        return {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": save_dir}}
+
+    Path("own.yaml").write_text(yaml.safe_dump({"trainer": {"logger": logger("/own")}, "run": {"root": "/runs"}}))
+    Path("config.yaml").touch()
+    args = ["fit", "-c", "config.yaml", "-c", "own.yaml", "--trainer.logger+", json.dumps(logger("/flag"))]
+    run = Namespace(name=None, root="/runs", topic=None, study=None)
+    arguments = Namespace(run=run, trainer=Namespace(logger=[Namespace(logger("/own")), logger(Path("/flag"))]))
+    trust.check_places(arguments, args)
+    trust.check_places(arguments, ["fit", "-c", "own.yaml"])
+    for place, rest in (("/flag", args[:-2]), ("/runs", [*args[:3], *args[5:]])):
+        with pytest.raises(MisconfigurationException, match=f"^config.yaml: .* {place} is {OUTSIDE}, .*rename a file"):
+            trust.check_places(arguments, rest)
+
+
 def test_an_installed_package_can_declare_its_classes(monkeypatch):
     class Point:
         value = "my_package.classes"
@@ -208,6 +229,7 @@ def test_a_file_is_of_a_run_folder_wherever_it_lies_in_it(tmp_path, name):
     (tmp_path / "run/checkpoints/last.ckpt").touch()
     assert trust.run_folder_of(tmp_path / "run" / name) == tmp_path / "run"
     assert trust.run_folder_of(tmp_path / "experiment.yaml") is None
+    assert trust.run_folder_of(tmp_path / "config_small.yaml") is None
     assert trust.run_folder_of(tmp_path / "alone/config.yaml") == tmp_path / "alone"
 
 

@@ -23,6 +23,9 @@ MISTAKES = [
     (BOMB, "holds more than 1,000,000 values if its aliases are written out"),
     ("a: [\n", ", line 2: "),
     ("a: !!python/name:os.system\n", ", line 1: could not determine a constructor"),
+    ("a: 2024-02-30\n", ": day is out of range for month"),
+    ("a: !!int ''\n", ": string index out of range"),
+    ("[" * 3000 + "]" * 3000, ": maximum recursion depth exceeded"),
 ]
 
 
@@ -33,6 +36,8 @@ def test_a_file_that_is_not_read_says_the_line(text, said):
         read_yaml(Path("a.yaml"))
     assert str(caught.value).startswith("a.yaml")
     assert said in str(caught.value)
+    with pytest.raises(yaml.YAMLError):
+        load_yaml(text)
 
 
 @pytest.mark.parametrize(
