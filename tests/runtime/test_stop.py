@@ -1,4 +1,4 @@
-"""Runs that are stopped after any step of an epoch, or killed after a checkpoint between two steps."""
+"""Runs that end after any step of an epoch: by a signal, by a failure, or by weights that are not finite."""
 
 import signal
 from collections import defaultdict
@@ -8,7 +8,9 @@ from pathlib import Path
 import lightning as L
 import pytest
 import torch
+from helpers import BEST, LAST
 from lightning.pytorch.loggers.logger import Logger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -18,10 +20,9 @@ from lightning_modules.runtime.averaging import AveragedWeights
 from lightning_modules.runtime.checkpoint import RunCheckpoint
 from lightning_modules.runtime.checkpoint_io import AtomicCheckpointIO
 from lightning_modules.runtime.reproducible import ReproducibleSteps
-from lightning_modules.runtime.stop import GracefulStop
+from lightning_modules.runtime.stop import GracefulStop, StopOnNonFiniteLoss
 from lightning_modules.runtime.throughput import Throughput
 
-LAST = "checkpoints/last.ckpt"
 AT_EPOCH_ENDS = {"check_val_every_n_epoch": 1, "val_check_interval": 1.0}
 
 
@@ -191,3 +192,17 @@ def test_processes_exchange_signals_whatever_the_number_of_steps_of_an_epoch(tmp
     monkeypatch.setattr(torch.distributed, "all_reduce", reduce)
     code, step, *_ = fit(tmp_path, batches, Rows(), added=[OfTwo()], max_steps=9, limit_val_batches=0)
     assert (code, step, exchanges) == (143, 4, [0, 0])
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_step_that_breaks_the_weights_leaves_the_checkpoint_before_it(tmp_path):
+    class Break(L.Callback):
+        def on_train_batch_end(self, trainer: L.Trainer, pl_module: Line, *_: object) -> None:
+            if trainer.global_step == 4:
+                pl_module.w.data[1] = float("nan")
+
+    reason = "a weight was not finite after step 4: .*; the last good checkpoint was kept"
+    with pytest.raises(MisconfigurationException, match=reason):
+        fit(tmp_path, 3, Rows(), added=[Break(), StopOnNonFiniteLoss()], max_steps=9, val_check_interval=2)
+    for name in (LAST, BEST):
+        assert torch.load(tmp_path / name, weights_only=True)["global_step"] == 2
