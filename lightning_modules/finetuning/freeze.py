@@ -201,6 +201,14 @@ class GradualUnfreezing(FreezingCallback):
             self._unfreeze(trainer, pl_module)
         super().on_train_batch_start(trainer, pl_module)
 
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Unfreeze what the stages have left frozen, or another fit of the module would never train it."""
+        for parameter in self._first_epochs:
+            parameter.requires_grad = True
+        for module in self._frozen_modules:
+            module.training = True
+        self._first_epochs, self._frozen_modules = {}, []
+
     def _unfreeze(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         before, self._epoch = self._counts, trainer.current_epoch
         for parameter, first_epoch in self._first_epochs.items():

@@ -385,6 +385,12 @@ def test_parameters_frozen_for_the_whole_run_are_not_unfrozen(order):
     for i in order:
         callbacks[i].on_train_batch_start(trainer, model)
     assert frozen(model) == layers[0]
+    trainer.current_epoch = 0  # as in a fit that ends before the stage
+    callbacks[0].on_train_batch_start(trainer, model)
+    assert not model.decoder.blocks[1].training
+    callbacks[0].teardown(trainer, model, "fit")
+    assert frozen(model) == layers[0]
+    assert model.decoder.blocks[1].training
 
 
 def test_the_earliest_stage_that_names_a_parameter_has_it():
