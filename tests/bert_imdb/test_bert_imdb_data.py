@@ -75,8 +75,8 @@ def assert_same_texts(unlabelled: ReviewSource, labelled: ReviewSource) -> None:
 
 
 def test_an_encoder_does_not_see_what_is_held_out_of_few_reviews():
-    for begin in range(20):  # a draw gives a split none of 25 texts in one of seven cases
-        rows = "".join(f"review {begin + number},{number % 2}\n" for number in range(25))
+    for group in range(20):  # in some, a draw would give a split no text
+        rows = "".join(f"review {number} of {group},{number % 2}\n" for number in range(25))
         Path("few.csv").write_text("text,label\n" + rows)
         assert_same_texts(reviews_of("few.csv", labelled=False), reviews_of("few.csv"))
 

@@ -317,6 +317,20 @@ def test_a_damaged_part_is_written_again(large, tmp_path):
     assert files_in(tmp_path) == content
 
 
+def test_the_parts_of_an_older_version_are_read_where_they_are(large, tmp_path):
+    before = prepare(large, tmp_path)
+    expected = all_tokens(before)
+    division, folder = (before["train"].files[0].path.parents[n] for n in (1, 2))
+    for part in division.iterdir():
+        part.rename(folder / part.name)
+    meta = json.loads((folder / "meta.json").read_text())
+    del meta["division"]
+    (folder / "meta.json").write_text(json.dumps(meta))
+    after = prepare(large, tmp_path)
+    assert after["train"].files[0].path.parents[1] == folder
+    assert all_tokens(after) == expected
+
+
 def test_a_process_that_is_killed_is_named(large, tmp_path):
     with pytest.raises(MisconfigurationException, match=r"ended with exit code -9 .*run the command again"):
         prepare(Deadly(large.paths), tmp_path, n_processes=2)
