@@ -180,7 +180,7 @@ def prepare_tokens(
     try:
         if len(texts) == 1:
             if folder.exists():
-                say(f"the prepared text in {folder} is incomplete or damaged: preparing it again")
+                say(f"the prepared text in {folder} is damaged or incomplete: preparing it again")
             _write_folder(folder, partial(_write_text, text, tokenizer, split, fractions))
         else:
             text_parts = _Parts(folder, texts, tokenizer)
