@@ -72,7 +72,8 @@ def study_folder(sweep: Sweep, flags: Sequence[str], name: str | None) -> Path:
             class_path = str(model.get("class_path") if isinstance(model, dict) else model)
             if "." in class_path:
                 place["topic"] = class_path.split(".")[-2]
-            place |= {key: given for key, given in (config.get("run") or {}).items() if given is not None}
+            own = config.get("run")
+            place |= {key: given for key, given in own.items() if given is not None} if isinstance(own, dict) else {}
         elif flag in ("--run.root", "--run.topic"):
             place[flag.removeprefix("--run.")] = value
     if "topic" not in place:
