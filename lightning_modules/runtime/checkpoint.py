@@ -140,12 +140,15 @@ class RunCheckpoint(Checkpoint):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the best score so far."""
-        return {"best_score": self.best_score, "best_step": self.best_step, "best_metrics": self.best_metrics}
+        best = {"best_score": self.best_score, "best_step": self.best_step, "best_metrics": self.best_metrics}
+        return {"monitor": self.monitor, **best}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the best score so far."""
+        """Restore the best score so far; of a run that monitored another metric, what `best.ckpt` has of this one."""
         self.best_score, self.best_step = state_dict["best_score"], state_dict["best_step"]
         self.best_metrics = state_dict.get("best_metrics", {})
+        if state_dict.get("monitor", self.monitor) != self.monitor:
+            self.best_score = self.best_metrics.get(self.monitor or "")
         self._complete = self.state_dict()
 
 

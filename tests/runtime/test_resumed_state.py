@@ -48,6 +48,15 @@ def test_a_resumed_run_keeps_its_best_checkpoint_until_a_better_validation(mode,
     assert (resumed.best_score, resumed.best_step, resumed.best_metrics) == (better, 12, {"val/loss": better})
 
 
+@pytest.mark.parametrize(("metrics", "written"), [({"val/loss": 2.0}, ["last"]), ({}, ["best", "last"])])
+def test_a_run_resumed_with_another_metric_compares_with_that_metric_of_its_best(metrics, written):
+    first = RunCheckpoint("val/accuracy", "max")
+    first.best_score, first.best_step, first.best_metrics = 0.9, 4, metrics | {"val/accuracy": 0.9}
+    resumed = RunCheckpoint("val/loss", "min")
+    resumed.load_state_dict(first.state_dict())
+    assert files_written(resumed, 8, 2.5) == written  # more than 0.9, which is no loss
+
+
 @pytest.mark.parametrize("mode", ["min", "max"])
 @pytest.mark.parametrize("first", [None, math.nan])  # `best.ckpt` of earlier versions may have a score that is NaN
 def test_a_score_that_is_not_a_number_is_never_the_best(mode, first):
