@@ -53,8 +53,14 @@ def log_scale(axes: "Axes", axis: Literal["x", "y"]) -> None:
     (axes.set_xscale if axis == "x" else axes.set_yscale)("log")
     ticks = axes.xaxis if axis == "x" else axes.yaxis
     ticks.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if decades < 2.5 else (1.0,)))
-    ticks.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}" if value >= 1 else f"{value:g}"))
+    ticks.set_major_formatter(FuncFormatter(lambda value, _: _tick_label(value)))
     ticks.set_minor_formatter(NullFormatter())
+
+
+def _tick_label(value: float) -> str:
+    if value >= 1e6:
+        return f"{value:.0e}".replace("e+0", "e").replace("e+", "e")
+    return f"{value:,.0f}" if value >= 1 else f"{value:g}"
 
 
 def smoothed(values: Sequence[float]) -> list[float] | None:

@@ -13,7 +13,7 @@ FIT = [
     (["--trainer.default_root_dir=x"], "leave it out, and set run.root and run.name", ["--run.root=x", "--run.name=y"]),
     (["--ckpt_path=best", "--auto_resume"], "leave ckpt_path out", ["--auto_resume"]),
     (["--model.vocab_size=9"], "leave it out, it is linked", []),
-    (["--trainer.max_steps=-1"], "set trainer.max_steps or trainer.max_epochs", ["--trainer.max_epochs=1"]),
+    (["--trainer.max_steps=-1"], "set trainer.max_steps, or trainer.max_epochs", ["--trainer.max_epochs=1"]),
     (["--model.n_layr=1"], "did you mean 'n_layer'?", ["--model.n_layer=1"]),
     (["--trainer.max_epoch=1"], "'trainer.max_epochs'", ["--trainer.max_epochs=1"]),
     (["--run.name=a/b"], "leave out slashes", ["--run.name=ab"]),

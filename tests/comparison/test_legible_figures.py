@@ -146,6 +146,12 @@ def test_steps_are_whole_numbers_and_a_logarithmic_axis_has_plain_ones():
     log_scale(axes, "y")
     axes.figure.draw_without_rendering()
     assert {"0.0001", "1", "100"} <= set(text_of(axes.yaxis))
+    axes = new_figure(4, 3).add_subplot()
+    axes.plot([1, 2], [1, 1e14])  # gradients of a run that diverges
+    log_scale(axes, "y")
+    axes.figure.draw_without_rendering()
+    assert [text for text in text_of(axes.yaxis) if "e" in text]
+    assert max(map(len, text_of(axes.yaxis))) <= len("100,000")
 
 
 def test_training_curves_are_smoothed_with_the_raw_one_behind():
