@@ -100,14 +100,14 @@ if __name__ == "__main__":
             name, whole = f"killed_{number}", run_of(experiment)
             after = draw.uniform(0, 0.7 * seconds[experiment])
             wait_for = WAIT_FOR[number % len(WAIT_FOR)]
-            # A run that was finished before the kill is run again, and killed earlier.
+            # A run that was finished before the kill is run again, and killed earlier, whatever it is doing.
             while (
                 code := fit(experiment, name, prepare=lambda a=after, w=wait_for: strike(a, w, note)) + signal.SIGKILL
             ):
                 if code != signal.SIGKILL:
                     sys.exit(f"{name} failed:\n{Path(f'{name}.log').read_text()[-3000:]}")
                 shutil.rmtree(whole.with_name(name))
-                after /= 2
+                after, wait_for = after / 2, ""
             again = fit(experiment, name, "--auto_resume")
             if again:
                 print(Path(f"{name}.log").read_text()[-3000:], file=sys.stderr)
