@@ -54,13 +54,20 @@ class Study:
     def _run_name(self) -> str | None:
         return self.name if self.spec.flags else None  # other flags make other runs than `llm-train study` does
 
-    def run(self, root: str, jobs: int) -> None:
-        """Start the runs that are missing, and test them if the claims need it; exit on a signal."""
+    def run(self, root: str, jobs: int, words: Sequence[str] = ()) -> None:
+        """Start the runs that are missing, and test them if the claims need it; exit on a signal.
+
+        Args:
+            root: Folder of the runs.
+            jobs: Runs at a time.
+            words: What each run of the study gets on its command line, such as the place of its text.
+        """
         for experiment in self.spec.first:
             if read_json(Path("runs", experiment, "summary.json"), {}).get("status") != FINISHED:
                 _run(["fit", "-c", experiment, "--auto_resume"])
         name = ["--name", self._run_name] if self._run_name else []
         flags = [*self.spec.flags, *([f"--run.root={root}"] if root != "runs" else [])]
+        flags += ["--", *words] if words else []
         try:
             study_command.main(["study", str(self.sweep.path), *name, "--jobs", str(jobs), *flags])
         except SystemExit as leave:
@@ -85,7 +92,7 @@ def _run(words: Sequence[str]) -> None:
 
 def main(args: Sequence[str]) -> None:
     """Judge the claims of topics, or write records and tables."""
-    options = _parse(args)
+    options, words = _parse(args)
     folder = Path("experiments") if claims_files(Path("experiments")) else names.SHIPPED
     files = claims_files(folder)
     topics = {topic: read_claims(file) for topic, file in files.items()}
@@ -111,7 +118,7 @@ def main(args: Sequence[str]) -> None:
         if options.check:
             found = committed(folder, study)
         else:
-            study.run(options.runs, options.jobs)
+            study.run(options.runs, options.jobs, words)
             found = read_records(make_records(study.folder(options.runs), study.spec, study.sweep), study.title)
         if found is not None:
             recorded[study.title] = found
@@ -148,12 +155,14 @@ def _conclude(judgements: Sequence[Judgement], are_committed: bool) -> None:
     )
 
 
-def _parse(args: Sequence[str]) -> Namespace:
+def _parse(args: Sequence[str]) -> tuple[Namespace, Sequence[str]]:
     parser = CommandParser(
         prog="llm-train claims",
+        usage="llm-train claims [TOPIC[/STUDY] ...] [options] [-- WORD ...]",
         description="Check the claims in experiments/TOPIC/claims.yaml: run their studies as far as runs are missing, "
         "judge each claim by its records, print the verdicts, and leave claims.json and a page. The exit code is 1 if "
         "a verdict is not the expected one. The same command resumes what was interrupted.",
+        epilog="Every run gets what follows --, such as --data.source.path FOLDER for a text that is elsewhere.",
     )
     parser.add_argument("names", nargs="*", metavar="TOPIC[/STUDY]", help="what to check (default: all)")
     parser.add_argument("--check", action="store_true", help="run nothing: judge the committed records")
@@ -162,10 +171,13 @@ def _parse(args: Sequence[str]) -> Namespace:
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, which share the cores (default: 1)")
     parser.add_argument("--runs", default="runs", metavar="FOLDER", help="folder of the runs (default: runs)")
     parser.add_argument("--out", type=Path, default=Path("runs/claims"), help="folder to write to (runs/claims)")
-    options = parser.parse_args(args[1:])
+    split = args.index("--") if "--" in args else len(args)
+    options, words = parser.parse_args(args[1:split]), args[split + 1 :]
     if options.check and (options.record or options.write):
         parser.error("--check writes nothing: leave out --record and --write")
-    return options
+    if words and (options.check or options.record or options.write):
+        parser.error(f"{' '.join(words)}: is for runs, and --check, --record and --write run nothing")
+    return options, words
 
 
 def _chosen(topics: dict[str, Topic], asked: Sequence[str]) -> list[Study]:

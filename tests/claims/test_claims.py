@@ -314,6 +314,20 @@ def test_the_command_runs_what_is_missing_and_leaves_a_page(topic, llm_train, mo
     assert page.count("data:image/png;base64,") == 1
 
 
+def test_words_after_two_dashes_go_to_the_runs(topic, llm_train, monkeypatch):
+    asked = []
+    monkeypatch.setattr(command.study_command, "main", asked.append)
+    monkeypatch.setattr(command, "write_page", lambda *_: None)
+    write_runs(Path("elsewhere"))
+    words = ["--data.source.path", "my texts"]
+    assert llm_train("claims", "topic", "--runs", "elsewhere", "--", *words).code == 0
+    study = ["study", "experiments/topic/studies/depth.yaml"]
+    assert asked == [[*study, "--jobs", "1", "--run.root=elsewhere", "--", *words]]
+    refused = llm_train("claims", "--check", "--", *words)
+    assert refused.code == 2
+    assert "--data.source.path my texts: is for runs" in refused.err
+
+
 def test_what_a_study_starts_from_runs_first_and_its_runs_are_tested(topic, llm_train, tiny, monkeypatch):
     asked = []
     monkeypatch.setattr(command.study_command, "main", lambda words: asked.append(words[0]))
