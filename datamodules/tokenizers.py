@@ -3,7 +3,6 @@
 import functools
 import hashlib
 import json
-import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -22,10 +21,13 @@ from lightning_modules.common.hub import hub_answers, is_path
 from lightning_modules.common.makers import maker_of
 from lightning_modules.common.messages import first_line
 from lightning_modules.common.pretrained import is_packed, model_folder
+from lightning_modules.common.tokenizer_threads import use_threads
 
 if TYPE_CHECKING:  # imported where used: transformers is slow to import
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
+
+use_threads()  # before a loader starts its workers
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -148,8 +150,6 @@ def encode(tokenizer: "PreTrainedTokenizerFast", texts: Sequence[str]) -> list[n
     unit = tokenizer.init_kwargs.get("unit")
     if unit is not None:  # a look-up gives the same ids about a hundred times as fast
         return [_look_up(tokenizer, unit, text) for text in texts]
-    # Without this variable, the library prints a warning whenever a loader forks its workers.
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     backend = _whole_texts(tokenizer)
     backend.encode_special_tokens = True  # the characters "<|endoftext|>" in a text are text
     encodings = backend.encode_batch_fast(list(texts), add_special_tokens=False)

@@ -377,7 +377,6 @@ def _in_processes(n: int, work: Callable[[], Iterable[object]]) -> Iterator[None
     def child() -> None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # this process ends its copies
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one thread
         try:
             for _ in work():
                 if os.getppid() != parent:  # which was killed

@@ -1,6 +1,5 @@
 """Byte-pair encoding as an experiment: a training step counts words, and merges are learned from the counts."""
 
-import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,13 +22,13 @@ from lightning_modules.bpe.tokenizer import to_tokenizer_json
 from lightning_modules.bpe.word_counter import WordCounter
 from lightning_modules.common.messages import say
 from lightning_modules.common.ranges import NonNegativeInt, PositiveInt
+from lightning_modules.common.tokenizer_threads import use_threads
 from lightning_modules.runtime.stages import validates_a_fit
 
 if TYPE_CHECKING:  # imported where it is used: it is slow to import
     from tokenizers import Tokenizer
 
-# If this is set, the library does not warn of the fork whenever a loader or a counter starts its processes.
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+use_threads()  # before a loader or a counter starts its processes
 
 PATTERNS = {"gpt2": GPT2_PATTERN, "gpt4": GPT4_PATTERN}
 

@@ -2,7 +2,6 @@
 
 import csv
 import json
-import os
 import re
 import shutil
 import signal
@@ -326,12 +325,7 @@ def test_a_killed_run_resumes_to_the_same_weights_metrics_and_predictions(llm_tr
     """Killed after step 8, in the middle of the second epoch."""
     killed = Path("runs/bert_imdb/classified")
     config = write_config(pretrained.run, [REPORT])
-
-    def prepare() -> None:
-        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a forked process has none of the tokenizer's threads
-        forks.die_after_step(8)
-
-    process = forks.start("fit", "-c", config, prepare=prepare)
+    process = forks.start("fit", "-c", config, prepare=lambda: forks.die_after_step(8))
     assert forks.wait([process]) == [-signal.SIGKILL]
     resumed = llm_train("fit", "-c", config, "--ckpt_path", "last")
     assert resumed.code == 0, resumed.err

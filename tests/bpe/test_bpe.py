@@ -6,7 +6,6 @@ import os
 import shutil
 import signal
 from collections import Counter
-from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -58,14 +57,6 @@ def write_config(folder: Path, **settings: object) -> Path:
     file = folder / "tiny.yaml"
     file.write_text(yaml.safe_dump(with_settings(config, settings), sort_keys=False))
     return file
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _no_threads() -> Iterator[None]:
-    """Let the tokenizers run without threads: a copy of this process would wait for those that it does not have."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TOKENIZERS_PARALLELISM", "false")
-        yield
 
 
 @pytest.fixture

@@ -1,6 +1,8 @@
 """Tokenizers of bytes and of characters, from a folder, from a file and from the hub."""
 
 import json
+import multiprocessing
+import os
 from pathlib import Path
 from unittest import mock
 
@@ -345,3 +347,21 @@ def test_half_of_a_surrogate_pair_is_no_text(tokenizer):
         encode(tokenizer(), ["fine", "not \ud83d"])
     with pytest.raises(MisconfigurationException, match=r"text 1 of the list: a text has \\udc00"):
         ListText(["fine", "\udc00"])
+
+
+def test_a_copy_of_a_process_whose_tokenizer_has_threads_encodes_the_same_ids(bpe_folder, monkeypatch):
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "true")
+    tokenizer = load_tokenizer(str(bpe_folder))
+    texts = [TEXT] * 64
+    here = encode(tokenizer, texts)  # starts the threads, which a copy does not have
+
+    def compare() -> None:
+        there = encode(tokenizer, texts)
+        os._exit(0 if all(map(np.array_equal, here, there)) else 1)
+
+    copy = multiprocessing.get_context("fork").Process(target=compare, daemon=True)
+    copy.start()
+    copy.join(timeout=30)
+    ended = copy.exitcode
+    copy.kill()
+    assert ended == 0

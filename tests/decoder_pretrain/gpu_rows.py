@@ -10,7 +10,19 @@ import torch
 import yaml
 from gpu import workload
 from gpu.clock import Times, n_graphs, timed
-from gpu.runs import EXPERIMENTS, Line, Row, Settings, bare_loop, fit, free, logged, speed
+from gpu.runs import (
+    EXPERIMENTS,
+    Line,
+    Row,
+    Settings,
+    bare_loop,
+    fit,
+    free,
+    kernels,
+    logged,
+    speed,
+    with_cudnn_attention,
+)
 from helpers import LAST, weights
 from torch import Tensor, nn
 
@@ -92,6 +104,10 @@ def pretraining(settings: Settings) -> Iterator[Line]:
     yield Line("its own log", logged(clock, tokens_per_second="tokens/s", mfu="MFU"))
     bare = speed(bare_loop(clock, steps, every), tokens, flops)
     yield Line("bare loop, same step", bare | {"fit / this": ours["tokens/s"] / bare["tokens/s"]})
+    if settings.kernels:
+        yield from kernels(clock, every)
+        times = with_cudnn_attention(settings, clock, steps, every)
+        yield Line("bare loop, attention of cuDNN", speed(times, tokens, flops))
     free(clock)
     if settings.nanogpt:
         sizes = settings.choose({"n_layer": 12, "n_head": 12, "n_embd": 768}, _TINY)
@@ -114,6 +130,10 @@ def characters(settings: Settings) -> Iterator[Line]:
     yield Line("`llm-train fit`, reduce-overhead", ours)
     bare = speed(bare_loop(clock, steps, every), tokens, flops)
     yield Line("bare loop, same step", bare | {"fit / this": ours["tokens/s"] / bare["tokens/s"]})
+    if settings.kernels:
+        yield from kernels(clock, every)
+        times = with_cudnn_attention(settings, clock, steps, every)
+        yield Line("bare loop, attention of cuDNN", speed(times, tokens, flops))
     free(clock)
     if settings.nanogpt:
         sizes = settings.choose({"n_layer": 6, "n_head": 6, "n_embd": 384}, _TINY)

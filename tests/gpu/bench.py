@@ -2,6 +2,7 @@
 
     make bench-gpu                                     all rows: minutes on one GPU, under a minute on a CPU
     make bench-gpu ARGS="--rows a,b --nanogpt FOLDER"  rows a and b, also with the model of a clone of nanoGPT
+    make bench-gpu ARGS="--rows a,b --kernels"         also the kernels in which their steps spend the time
 
 All data are random and no network is needed. The variants of a row run in turn in one process, and the rows one after
 the other in a process each. Times are medians over windows of steps after a warm-up; compilation is reported apart.
@@ -30,6 +31,7 @@ from gpu.runs import Line, Row, Settings
 
 TESTS = Path(__file__).parents[1]
 SECONDS_OF_A_ROW = 110  # a row that takes longer is stopped
+SECONDS_WITH_KERNELS = 200  # as its step is compiled twice
 
 
 def rows() -> dict[str, Row]:
@@ -127,6 +129,7 @@ def main(args: Sequence[str] | None = None) -> int:
     parser.add_argument("--rows", help=f"rows to measure, by default all: {','.join(ROWS)}")
     parser.add_argument("--short", action="store_true", help="tiny sizes; always on a CPU")
     parser.add_argument("--nanogpt", type=Path, metavar="FOLDER", help="a clone of nanoGPT to compare with")
+    parser.add_argument("--kernels", action="store_true", help="rows a and b: the time of each kernel, and variants")
     parser.add_argument("--out", type=Path, default=Path("bench_gpu.json"), help="file for the figures (JSON)")
     parser.add_argument("--seconds", type=float, default=300, help="time for all rows together (default: 300)")
     options = parser.parse_args(args)
@@ -134,7 +137,9 @@ def main(args: Sequence[str] | None = None) -> int:
     if unknown := [name for name in wanted if name not in ROWS]:
         parser.error(f"--rows: no row {', '.join(unknown)}; there are {', '.join(ROWS)}")
     on_gpu = torch.cuda.is_available()
-    settings = Settings(short=options.short or not on_gpu, nanogpt=options.nanogpt and options.nanogpt.resolve())
+    nanogpt = options.nanogpt and options.nanogpt.resolve()
+    settings = Settings(options.short or not on_gpu, nanogpt, options.kernels)
+    most = SECONDS_WITH_KERNELS if options.kernels else SECONDS_OF_A_ROW
     out = options.out.resolve()
     log = out.with_suffix(".log")
     log.unlink(missing_ok=True)
@@ -148,7 +153,7 @@ def main(args: Sequence[str] | None = None) -> int:
             if left < 5:
                 reports[name] = {"lines": [], "error": "not run: the time was used up", "seconds": 0.0}
             else:
-                reports[name] = run_row(name, settings, Path(folder, name), log, min(left, SECONDS_OF_A_ROW), start)
+                reports[name] = run_row(name, settings, Path(folder, name), log, min(left, most), start)
             report = reports[name]
             print(f"\n## {name}: {ROWS[name].title} ({report['seconds']:.0f} s)\n", flush=True)
             if report["lines"]:

@@ -1,5 +1,6 @@
 """What the rows of the benchmark share: runs of the command with a clock, and loops to compare them with."""
 
+import contextlib
 import csv
 import gc
 from collections.abc import Callable, Iterator
@@ -10,8 +11,9 @@ from unittest import mock
 
 import torch
 import yaml
-from gpu.clock import Clock, Times, timed
+from gpu.clock import Clock, Times, synchronize, timed
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 
 from experiments.__main__ import main as llm_train
 from lightning_modules.base import ExperimentModule
@@ -30,14 +32,21 @@ class Settings:
     Args:
         short: Whether to take tiny sizes, whose figures mean nothing.
         nanogpt: Folder of a clone of nanoGPT, or `None`.
+        kernels: Whether rows a and b also say in which kernels their steps spend the time, and how long a step takes
+            with the attention of cuDNN.
     """
 
     short: bool = False
     nanogpt: Path | None = None
+    kernels: bool = False
 
     def choose(self, real: Any, short: Any) -> Any:
         """Return the real value, or the one for the short form."""
         return short if self.short else real
+
+    def compiler(self) -> contextlib.AbstractContextManager[Any]:
+        """Return a context in which the short form compiles nothing: the compiler of a CPU takes a minute."""
+        return mock.patch.object(ExperimentModule, "compile_backend", self.choose("inductor", "eager"))
 
     @property
     def device(self) -> str:
@@ -97,8 +106,7 @@ def fit(settings: Settings, experiment: str, steps: int, every: int, **overlay: 
     overlay["trainer"] = trainer | overlay.get("trainer", {})
     file = Path(f"overlay_{len(list(Path().glob('overlay_*')))}.yaml")
     file.write_text(yaml.safe_dump(overlay, sort_keys=False))
-    backend = settings.choose("inductor", "eager")  # the compiler of a CPU takes a minute
-    with mock.patch.object(ExperimentModule, "compile_backend", backend):
+    with settings.compiler():
         llm_train(["fit", "-c", str(EXPERIMENTS / experiment), "-c", str(file), "--run.name", file.stem])
     return Clock.last
 
@@ -110,8 +118,9 @@ def logged(clock: Clock, **names: str) -> dict[str, float]:
     return {new: last[f"perf/{name}"] for name, new in names.items() if f"perf/{name}" in last}
 
 
-def bare_loop(clock: Clock, n_steps: int, every: int) -> Times:
-    """Time a loop of plain PyTorch over the step of a finished run: its loss, clipping and optimiser.
+@contextlib.contextmanager
+def bare_step(clock: Clock) -> Iterator[Callable[[int], None]]:
+    """Yield the step of a finished run, in plain PyTorch: its loss, clipping and optimiser.
 
     The compiled loss of the run is used again. The batches are those of its loader, moved to the device before.
     """
@@ -135,9 +144,45 @@ def bare_loop(clock: Clock, n_steps: int, every: int) -> Times:
     tf32.setup(trainer, module, "fit")  # as in the run: another precision would compile the loss again
     try:
         with mock.patch.object(ExperimentModule, "logging_is_due", False):
-            return timed(step, n_steps, every)
+            yield step
     finally:
         tf32.teardown(trainer, module, "fit")
+
+
+def bare_loop(clock: Clock, n_steps: int, every: int) -> Times:
+    """Time a loop of plain PyTorch over the step of a finished run."""
+    with bare_step(clock) as step:
+        return timed(step, n_steps, every)
+
+
+def with_cudnn_attention(settings: Settings, clock: Clock, n_steps: int, every: int) -> Times:
+    """Time the same loop, compiled anew where cuDNN's attention goes before the flash kernels of torch."""
+    backends = torch.nn.attention.SDPBackend
+    order = [backends.CUDNN_ATTENTION, backends.FLASH_ATTENTION, backends.EFFICIENT_ATTENTION, backends.MATH]
+    anew = mock.patch.object(clock.module, "_compiled_loss", None)
+    with torch.nn.attention.sdpa_kernel(order, set_priority=True), settings.compiler(), anew, bare_step(clock) as step:
+        torch._dynamo.reset()
+        return timed(step, n_steps, every)
+
+
+def kernels(clock: Clock, n_steps: int, most: int = 15) -> Iterator[Line]:
+    """Yield a line for each of the kernels in which the step of a finished run spends most of its time."""
+    activity = ProfilerActivity.CUDA if torch.cuda.is_available() else ProfilerActivity.CPU
+    with bare_step(clock) as step:
+        step(0)
+        synchronize()
+        with profile(activities=[activity]) as profiler:
+            for number in range(n_steps):
+                step(number)
+            synchronize()
+    found = {
+        event.key: (event.self_device_time_total or event.self_cpu_time_total, event.count)
+        for event in profiler.key_averages()
+    }
+    total = sum(microseconds for microseconds, _ in found.values())
+    for name, (microseconds, count) in sorted(found.items(), key=lambda item: -item[1][0])[:most]:
+        figures = {"ms a step": microseconds / n_steps / 1e3, "share": microseconds / total, "calls": count / n_steps}
+        yield Line(name[:60], figures)
 
 
 def moved(batch: dict[str, Any], device: str) -> dict[str, Any]:

@@ -15,6 +15,16 @@ def test_a_row_runs_shortened(row):
 
 
 @pytest.mark.slow
+def test_the_kernels_of_a_step_and_a_variant_are_measured(tmp_path):
+    assert main(["--short", "--rows", "a", "--kernels", "--out", str(tmp_path / "figures.json")]) == 0
+    lines = json.loads((tmp_path / "figures.json").read_text())["rows"]["a"]["lines"]
+    shares = [line["share"] for line in lines if "share" in line]
+    assert shares == sorted(shares, reverse=True)
+    assert 0.5 < sum(shares) <= 1
+    assert lines[-1]["who"] == "bare loop, attention of cuDNN"
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("row", sorted(ROWS.keys() - {"a", "e"}))
 def test_the_other_rows_run_shortened(row, tmp_path):
     assert main(["--short", "--rows", row, "--out", str(tmp_path / "figures.json")]) == 0
