@@ -114,7 +114,7 @@ def _read_model(source: str) -> PositionMatrix:
             "check the name and the network, or give sinusoids, which needs neither"
         )
     config = _read_json(config_file)
-    model_type = config.get("model_type")
+    model_type = _entry(config, config_file, "model_type", str | None)
     if model_type not in _TENSORS or config.get("position_embedding_type", "absolute") != "absolute":
         raise _unusable(
             f"{source}, a {model_type} model, has no table of absolute positions that can be read "
@@ -122,8 +122,8 @@ def _read_model(source: str) -> PositionMatrix:
         )
     positions, tokens = (_find_tensor(source, folder, ending) for ending in _TENSORS[model_type])
     # RoBERTa counts positions from the id of its padding token + 1: the rows before belong to no position.
-    first = config.get("pad_token_id", 1) + 1 if model_type == "roberta" else 0
-    initial_std = config.get("initializer_range", INITIAL_STD)
+    first = _entry(config, config_file, "pad_token_id", int, 1) + 1 if model_type == "roberta" else 0
+    initial_std = _entry(config, config_file, "initializer_range", int | float, INITIAL_STD)
     return PositionMatrix(positions[first:].astype(np.float64), tokens, initial_std, str(folder or source), model_type)
 
 
@@ -172,12 +172,21 @@ def _read_json(file: str) -> dict[str, Any]:
     return content
 
 
+def _entry(content: dict[str, Any], file: str, name: str, kind: Any, default: Any = None) -> Any:
+    """Return an entry of a JSON file, or the default if it is absent."""
+    value = content.get(name, default)
+    if not isinstance(value, kind):
+        raise _unusable(f"{file} is damaged ({name} is {value!r}): make or download it again")
+    return value
+
+
 def _find_tensor(source: str, folder: Path | None, ending: str) -> np.ndarray:
     """Return the tensor of a model whose name has this ending, without reading the others."""
     file = _locate(source, folder, "model.safetensors")
     if file is None and (index := _locate(source, folder, "model.safetensors.index.json")):
-        shards = _read_json(index).get("weight_map", {})
-        file = next((_locate(source, folder, shard) for name, shard in shards.items() if _ends(name, ending)), None)
+        shards = _entry(_read_json(index), index, "weight_map", dict, {})
+        name = next((name for name in shards if _ends(name, ending)), None)
+        file = None if name is None else _locate(source, folder, _entry(shards, index, name, str))
     if file is None:
         raise _unusable(f"{source} has no model.safetensors with {ending}: save the model with save_pretrained")
     if "://" not in file:
@@ -205,7 +214,7 @@ def read_tensor(file: str, ending: str) -> np.ndarray:
             opened.seek(8 + header_size + start)
             data = bytearray(opened.read(end - start))
         tensor = torch.frombuffer(data, dtype=_DTYPES[found["dtype"]]).reshape(found["shape"])
-    except (ValueError, KeyError, TypeError, RuntimeError, OverflowError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, OverflowError) as error:
         raise _unusable(f"{file} is damaged or no safetensors file ({error}): make or download it again") from error
     return tensor.float().numpy()
 

@@ -113,19 +113,30 @@ def call_after_steps(trainer: L.Trainer, function: Callable[[L.Trainer], None]) 
     """Call a function after each optimiser step, when callbacks, loggers and a validation after it have seen it.
 
     After the last step of an epoch, it is called when the epoch has ended. A checkpoint of that moment resumes exactly.
+    A function that is given again, by a second fit of the trainer, is called once.
     """
     epochs, batches = trainer.fit_loop, trainer.fit_loop.epoch_loop
+    functions = vars(epochs).setdefault("called_after_steps", [])
+    if function in functions:
+        return
+    functions.append(function)
+    if len(functions) > 1:
+        return  # the loops call all of them since the first
     end_epoch, end_batch = epochs.on_advance_end, batches.on_advance_end
 
     def after_batch(data_fetcher: Any) -> None:
         end_batch(data_fetcher)
         is_resumed_validation = batches.val_loop.restarting  # of the step of the checkpoint, before the first batch
         if not trainer.is_last_batch and not is_resumed_validation and not is_accumulating(trainer):
-            function(trainer)
+            call_all()
 
     def after_epoch() -> None:
         end_epoch()
-        function(trainer)
+        call_all()
+
+    def call_all() -> None:
+        for function in functions:
+            function(trainer)
 
     batches.on_advance_end, epochs.on_advance_end = after_batch, after_epoch
 

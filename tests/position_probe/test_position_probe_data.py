@@ -148,6 +148,7 @@ def text_file(path: Path) -> str:
         (lambda p: "sinusoids", {}, "data.n_positions is needed for data.source sinusoids"),
         (lambda p: damaged(p / "m", b"12345"), {}, "is damaged or no safetensors file"),
         (lambda p: damaged(p / "m", b"\x04" + bytes(7) + b"[1]]"), {}, "is damaged or no safetensors file"),
+        (lambda p: damaged(p / "m", b"\x03" + bytes(7) + b"[1]"), {}, "is damaged or no safetensors file"),
         (lambda p: damaged(p / "m", b"\x02" + bytes(7) + b"{}"), {}, "has no tensor wpe.weight"),
         (
             lambda p: damaged(p / "m", b'{"model_type": ', "config.json"),
@@ -158,6 +159,23 @@ def text_file(path: Path) -> str:
         (lambda p: damaged(p / "m", b"[]", "config.json"), {}, r"config\.json is damaged \(it holds no dict\)"),
         (lambda p: damaged(p / "m", b"{", "model.safetensors.index.json"), {}, r"index\.json is damaged"),
         (lambda p: damaged(p / "m", b"{}", "model.safetensors.index.json"), {}, r"no model\.safetensors with wpe"),
+        (
+            lambda p: damaged(p / "m", b'{"weight_map": [1]}', "model.safetensors.index.json"),
+            {},
+            r"index\.json is damaged \(weight_map is \[1\]\)",
+        ),
+        (
+            lambda p: damaged(p / "m", b'{"weight_map": {"wpe.weight": 1}}', "model.safetensors.index.json"),
+            {},
+            r"index\.json is damaged \(wpe\.weight is 1\)",
+        ),
+        (
+            lambda p: damaged(p / "m", b'{"model_type": ["gpt2"]}', "config.json"),
+            {},
+            r"config\.json is damaged \(model_type is \['gpt2'\]\)",
+        ),
+        (lambda p: save_model(p / "m", initializer_range="a"), {}, r"damaged \(initializer_range is 'a'\)"),
+        (lambda p: save_model(p / "m", "roberta", pad_token_id="a"), {}, r"damaged \(pad_token_id is 'a'\)"),
     ],
 )
 def test_a_source_without_a_position_matrix_is_refused_in_one_line(tmp_path, make, settings, message):

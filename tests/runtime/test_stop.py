@@ -206,3 +206,18 @@ def test_a_step_that_breaks_the_weights_leaves_the_checkpoint_before_it(tmp_path
         fit(tmp_path, 3, Rows(), added=[Break(), StopOnNonFiniteLoss()], max_steps=9, val_check_interval=2)
     for name in (LAST, BEST):
         assert torch.load(tmp_path / name, weights_only=True)["global_step"] == 2
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_trainer_that_fits_again_asks_once_a_step(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(GracefulStop, "_stop_if_asked", lambda _, trainer: asked.append(trainer.global_step))
+    quiet = {f"enable_{part}": False for part in ("progress_bar", "model_summary", "checkpointing")}
+    trainer = L.Trainer(
+        accelerator="cpu", max_epochs=1, callbacks=[GracefulStop()], logger=False, default_root_dir=tmp_path, **quiet
+    )
+    loader = DataLoader(Numbers(), sampler=GlobalBatches(12, shuffled(12, 0), 4), batch_size=None)
+    trainer.fit(Line(), loader)
+    trainer.fit_loop.max_epochs = 2
+    trainer.fit(Line(), loader)
+    assert asked == [1, 2, 3, 4, 5, 6]
