@@ -1,5 +1,6 @@
 """YAML as this project reads it: with plain types only, and without a key that is there twice."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,11 @@ def load_yaml(text: str) -> Any:
 def check_yaml(text: str) -> None:
     """Raise a `yaml.YAMLError` if a document is not YAML, or if a key of a mapping is there twice."""
     _check(yaml.compose(text, LOADER), {})
+
+
+def numbered(classes: Sequence[str]) -> list[str]:
+    """Return keys for the classes in a list, in which the second of a name has the number 2: `Timer`, `Timer.2`."""
+    return [f"{name}.{n}" if (n := classes[: i + 1].count(name)) > 1 else name for i, name in enumerate(classes)]
 
 
 def describe(error: yaml.YAMLError) -> str:

@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from experiments.errors import UserError
-from experiments.yaml_files import read_yaml
+from experiments.yaml_files import numbered, read_yaml
 
 FINISHED = "finished"
 CONFIG = "config"  # a setting of the runs of a study: the file that is merged over the configuration, by its stem
@@ -122,11 +122,8 @@ def flatten(value: Any, key: str = "") -> dict[str, Any]:
     Classes in a list get their names as keys, `trainer.callbacks.RunCheckpoint`: places can differ between runs.
     """
     if isinstance(value, list) and value and all(isinstance(item, dict) and "class_path" in item for item in value):
-        classes: dict[str, Any] = {}
-        for item in value:
-            name = item["class_path"].rsplit(".", 1)[-1]
-            classes[f"{name}.{len(classes)}" if name in classes else name] = item
-        value = classes
+        names = numbered([item["class_path"].rsplit(".", 1)[-1] for item in value])
+        value = dict(zip(names, value, strict=True))
     if not isinstance(value, dict) or not value:
         return {key: value}
     flat = {}

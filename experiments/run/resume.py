@@ -15,7 +15,7 @@ becomes of the rate.
 """
 
 import filecmp
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from typing import Any
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from experiments.class_paths import current
+from experiments.yaml_files import numbered
 
 Changes = dict[str, list[Any]]  # by the name of a setting as in a flag: the value before and now
 
@@ -87,7 +88,7 @@ def _settings(config: Any, name: str = "") -> Iterator[tuple[str, Any]]:
         classes = [_class_name(item) for item in config]
         if name.startswith("trainer."):
             yield name, sorted(classes)
-            parts = dict(zip(_numbered(classes), config, strict=True))
+            parts = dict(zip(numbered(classes), config, strict=True))
         else:
             yield name, classes
             parts = {str(place): item for place, item in enumerate(config)}
@@ -102,11 +103,6 @@ def _class_name(item: Any) -> str:
     """Return the name of the class that an item of a list names, or that of its type, such as `str` for a file."""
     is_class = isinstance(item, Mapping) and "class_path" in item
     return item["class_path"].rpartition(".")[-1] if is_class else type(item).__name__
-
-
-def _numbered(classes: Sequence[str]) -> list[str]:
-    """Return names of classes in which the second of a name has the number 2: `Timer`, `Timer.2`."""
-    return [f"{name}.{n}" if (n := classes[: i + 1].count(name)) > 1 else name for i, name in enumerate(classes)]
 
 
 def _have_moved(was: Any, wanted: Any) -> bool:

@@ -71,8 +71,12 @@ class Journal:
             else:
                 self._optuna.tell(trial.number, state=TrialState.FAIL)
         latest = {trial.user_attrs["arm"]: trial for trial in self._optuna.trials if "arm" in trial.user_attrs}
-        # Runs that were interrupted or failed are the first that `next` returns.
-        self._again = [trial for trial in latest.values() if trial.state == TrialState.FAIL]
+        # Runs that were interrupted or failed, or whose folder was removed, are the first that `next` returns.
+        self._again = [
+            trial
+            for arm, trial in latest.items()
+            if trial.state == TrialState.FAIL or (trial.state.is_finished() and not (plan.folder / arm).is_dir())
+        ]
         # By arm: name of a TrialState, or AGAIN before another attempt.
         self.outcomes = {arm: "AGAIN" if trial in self._again else trial.state.name for arm, trial in latest.items()}
 

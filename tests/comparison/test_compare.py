@@ -148,12 +148,20 @@ def test_numbers_are_rounded_by_their_interval(values, shown):
 def test_a_configuration_is_flattened_to_the_keys_of_the_command_line():
     nested = {
         "optimizer": {"class_path": "torch.optim.SGD", "init_args": {"lr": 1, "betas": [1, 2]}},
-        "trainer": {"callbacks": [{"class_path": "a.b.C"}, {"class_path": "a.b.D", "init_args": {"x": None}}]},
+        "trainer": {
+            "callbacks": [
+                {"class_path": "a.b.C"},
+                {"class_path": "a.b.D", "init_args": {"x": None}},
+                {"class_path": "a.b.E"},
+                {"class_path": "e.D", "init_args": {"x": 1}},
+            ]
+        },
         "data": {"class_path": "d.e.F", "init_args": {}},
     }
     assert flatten(nested) == {
         "optimizer": "torch.optim.SGD", "optimizer.lr": 1, "optimizer.betas": [1, 2],
         "trainer.callbacks.C": "a.b.C", "trainer.callbacks.D": "a.b.D", "trainer.callbacks.D.x": None,
+        "trainer.callbacks.E": "a.b.E", "trainer.callbacks.D.2": "e.D", "trainer.callbacks.D.2.x": 1,
         "data": "d.e.F",
     }  # fmt: skip
 

@@ -5,6 +5,7 @@ import fcntl
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -457,6 +458,17 @@ def test_a_study_under_nohup_ignores_the_signal(forked, sweep, capfd):
     command = ("study", sweep(parameters={"lr": {"values": [0.1, 0.3]}, "act": {"value": "SIGHUP"}}))
     assert forked(*command, prepare=partial(signal.signal, signal.SIGHUP, signal.SIG_IGN)) == 0
     assert "(2 of 2 runs done, 0 failed)" in capfd.readouterr().err
+
+
+def test_a_run_whose_folder_was_removed_is_started_again(llm_train, sweep):
+    path = sweep()
+    llm_train("study", path)
+    shutil.rmtree(STUDY / "lr=0.1,seed=2")
+    again = llm_train("study", path)
+    assert again.code == 0
+    assert "4 runs, 3 of them done" in again.err
+    assert [line.split()[1] for line in again.err.splitlines() if line.startswith("[")] == ["lr=0.1,seed=2"]
+    assert (STUDY / "lr=0.1,seed=2/summary.json").is_file()
 
 
 def test_a_run_that_finished_unseen_is_not_repeated(llm_train, sweep):
