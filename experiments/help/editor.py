@@ -2,9 +2,11 @@
 
 import importlib
 import json
+import os
 import pkgutil
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -73,7 +75,7 @@ def _of_yaml(schema: dict[str, Any]) -> dict[str, Any]:
                 if (path := kind.get("properties", {}).get("class_path", {}).get("const")) is not None:
                     kind["properties"]["class_path"] = {"enum": _paths(path)}
             kinds += _OTHERS
-    return _without_schema_keys(schema)
+    return _cleaned(schema)
 
 
 def _paths(class_path: str) -> list[str]:
@@ -85,15 +87,28 @@ def _paths(class_path: str) -> list[str]:
     return list(dict.fromkeys(f"{m}.{name}" for m in modules if getattr(sys.modules.get(m), name, None) is kind))
 
 
-def _without_schema_keys(value: Any) -> Any:
-    """Return a schema without the key `$schema` that jsonargparse lets every section have, which doubles its size."""
+def _cleaned(value: Any) -> Any:
+    """Return a schema without what doubles its size, and without defaults of this machine and this process.
+
+    jsonargparse lets every section have the key `$schema`.
+    """
     if isinstance(value, list):
-        return [_without_schema_keys(item) for item in value]
+        return [_cleaned(item) for item in value]
     if not isinstance(value, dict):
         return value
     return {
-        key: _without_schema_keys(item) for key, item in value.items() if key != "$schema" or not isinstance(item, dict)
+        key: _cleaned(item)
+        for key, item in value.items()
+        if not (key == "$schema" and isinstance(item, dict)) and not (key == "default" and _is_of_this_process(item))
     }
+
+
+def _is_of_this_process(default: Any) -> bool:
+    """Return whether a default is a folder of this machine, an object by its address, or the number of this process."""
+    folders = tuple(str(folder) for folder in (Path.home(), Path.cwd()) if folder.name)
+    if isinstance(default, str):
+        return default.startswith(folders) or " object at 0x" in default
+    return default == os.getpid() and not isinstance(default, bool)
 
 
 def main(args: Sequence[str]) -> None:

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -45,6 +46,7 @@ def test_the_schema_has_the_sections_and_is_small(written):
     assert {"model", "data", "optimizer", "trainer"} <= set(schema["properties"])
     assert schema["$defs"]["Module"] == {}  # any network
     assert len(written) < 1e6  # editors read it whole
+    assert not re.search(rf'"default": "({re.escape(str(Path.home()))}|{re.escape(str(ROOT))}|.* at 0x)', written)
 
 
 def experiments() -> list[Path]:
