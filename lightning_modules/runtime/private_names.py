@@ -5,6 +5,8 @@ whether gradients are being accumulated, or to switch off its own handling of SI
 processes.
 """
 
+import signal
+import threading
 import weakref
 from argparse import ArgumentParser
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -146,8 +148,18 @@ def training_is_done(trainer: L.Trainer) -> bool:
     return trainer.fit_loop.done
 
 
-def skip_sigterm_broadcast(trainer: L.Trainer) -> None:
-    """Skip Lightning's broadcast of SIGTERM at every batch: it costs time, and hangs if ranks make different steps."""
+def leave_sigterm_alone(trainer: L.Trainer) -> None:
+    """Keep Lightning from handling SIGTERM: it exits with code 0, and its broadcasts hang if ranks are not in step."""
+    connector = trainer._signal_connector
+    register = type(connector).register_signal_handlers
+
+    def register_others() -> None:
+        handler = signal.getsignal(signal.SIGTERM)
+        register(connector)
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, handler)
+
+    connector.register_signal_handlers = register_others
     trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
 
 

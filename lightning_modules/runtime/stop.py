@@ -4,6 +4,7 @@ import contextlib
 import math
 import os
 import signal
+import threading
 from typing import Any, NoReturn
 
 import lightning as L
@@ -17,6 +18,7 @@ from lightning_modules.common.ranges import PositiveInt
 from lightning_modules.runtime import private_names
 from lightning_modules.runtime.checkpoint import RunCheckpoint, save_last
 
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _MOST_UNREAD = 1000  # losses of steps on a GPU, if metrics are logged seldom or never
 
 
@@ -27,8 +29,9 @@ class GracefulStop(L.Callback):
     step is done ends as usual.
 
     A signal to one rank is enough. The exit code is 128 + the number of the signal: 143 for SIGTERM, 130 for Ctrl-C. A
-    second signal ends the process at once, or after a checkpoint that is being written in the background. Nothing is
-    saved between two micro-batches of one optimiser step, because accumulated gradients are not part of a checkpoint.
+    second signal ends the process at once, or after a checkpoint that is being written in the background, as does
+    SIGTERM before the first step, after the last one, and in a run that does not train. Nothing is saved between two
+    micro-batches of one optimiser step, because accumulated gradients are not part of a checkpoint.
 
     Args:
         every_n_steps: Number of optimiser steps between two exchanges of signals between the ranks. A run on one
@@ -41,16 +44,28 @@ class GracefulStop(L.Callback):
         self._group: torch.distributed.ProcessGroup | None = None
         self._previous_handlers: dict[int, Any] = {}
 
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Exit with code 143 on SIGTERM, in place of Lightning's own handling."""
+
+        def stop(signal_number: int, frame: object) -> None:
+            if trainer.strategy.launcher is not None:
+                trainer.strategy.launcher.kill(signal_number)  # the ranks that this process has started
+            _stop_at_once(signal_number, frame)
+
+        private_names.leave_sigterm_alone(trainer)
+        if threading.current_thread() is threading.main_thread():
+            self._previous_handlers = {number: signal.getsignal(number) for number in _SIGNALS}
+            signal.signal(signal.SIGTERM, stop)
+
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Stop between two steps, and switch off Lightning's own handling of SIGTERM."""
+        """Stop between two steps."""
         private_names.call_after_steps(trainer, self._stop_if_asked)
-        private_names.skip_sigterm_broadcast(trainer)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Install the signal handlers, and open a process group on the CPU, which serves GPU processes too."""
         self.received = 0
-        for signal_number in (signal.SIGTERM, signal.SIGINT):
-            self._previous_handlers[signal_number] = signal.signal(signal_number, self._on_signal)
+        for number in self._previous_handlers:
+            signal.signal(number, self._on_signal)
         if trainer.world_size > 1:
             self._group = torch.distributed.new_group(backend="gloo")
 
@@ -77,6 +92,11 @@ class GracefulStop(L.Callback):
         if received and not private_names.training_is_done(trainer):
             save_last(trainer)
             raise SystemExit(128 + received)
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Let rank 0 close the record of the run: Lightning would kill it some seconds after the ranks it started."""
+        if processes := getattr(trainer.strategy.launcher, "procs", None):
+            processes.clear()  # which Lightning's thread watches
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Restore the earlier signal handlers."""

@@ -4,6 +4,7 @@ import ast
 import functools
 import inspect
 import re
+import signal
 from argparse import ArgumentError, ArgumentParser, _ActionsContainer
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -15,12 +16,14 @@ import pytest
 import torch
 import wandb
 from jsonargparse import ArgumentParser as JSONArgumentParser
+from lightning.fabric.strategies.launchers.subprocess_script import _ChildProcessObserver
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.demos.boring_classes import BoringModel, RandomDataset
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.loops.fit_loop import _FitLoop
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
+from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from lightning.pytorch.trainer import trainer as trainer_module
 from lightning.pytorch.trainer.connectors.logger_connector import logger_connector
 from torch import nn
@@ -35,6 +38,7 @@ from lightning_modules.runtime.stop import GracefulStop
 ROOT = Path(__file__).parents[2]
 # owner: the private names that it must have, as attributes or in its source
 HELD = {
+    L.Trainer: ["_signal_connector"],
     _FitLoop: ["_combined_loader", "_data_fetcher", "_should_accumulate"],
     _TrainingEpochLoop: ["_broadcast_sigterm_tensor", "_batches_that_stepped"],
     DDPStrategy: ["_ddp_kwargs"],
@@ -237,6 +241,31 @@ def test_the_broadcast_of_sigterm_is_a_method_that_each_batch_calls_whatever_ran
     defined = vars(_TrainingEpochLoop)["_broadcast_sigterm_tensor"]
     assert "torch.distributed.broadcast(" in inspect.getsource(defined)
     assert "self._broadcast_sigterm_tensor()" in inspect.getsource(_TrainingEpochLoop.advance)
+
+
+def test_lightning_handles_sigterm_unless_it_is_left_alone():
+    before = signal.getsignal(signal.SIGTERM)
+    trainer = L.Trainer(accelerator="cpu", logger=False)
+    connector = trainer._signal_connector
+    try:
+        connector.register_signal_handlers()
+        assert signal.getsignal(signal.SIGTERM) is not before
+        connector.teardown()
+        private_names.leave_sigterm_alone(trainer)
+        connector.register_signal_handlers()
+        assert signal.getsignal(signal.SIGTERM) is before
+    finally:
+        connector.teardown()
+    assert "_signal_connector.register_signal_handlers()" in inspect.getsource(L.Trainer._run)
+
+
+def test_lightnings_thread_watches_the_list_of_processes_of_the_launcher():
+    assert "_launch_process_observer(self.procs)" in inspect.getsource(_SubprocessScriptLauncher.launch)
+    processes = [SimpleNamespace(poll=lambda: 143, returncode=143, pid=1)]
+    watcher = _ChildProcessObserver(main_pid=-1, child_processes=processes)
+    stop = SimpleNamespace(strategy=SimpleNamespace(launcher=SimpleNamespace(procs=processes)))
+    GracefulStop().on_exception(stop, None, SystemExit(143))
+    assert watcher._run()  # it has nothing more to watch, and kills nothing
 
 
 def test_strategies():

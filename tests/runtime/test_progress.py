@@ -7,6 +7,7 @@ import signal
 import sys
 from types import SimpleNamespace
 
+import lightning as L
 import pytest
 from helpers import RUNS
 
@@ -114,8 +115,8 @@ def test_lines_of_a_file_get_rarer(monkeypatch):
 
 @pytest.mark.parametrize(("number", "name"), [(signal.SIGINT, "Ctrl-C"), (signal.SIGTERM, "SIGTERM")])
 def test_a_signal_is_answered_in_one_line_and_a_second_one_stops_at_once(number, name, capfd):
-    stop = GracefulStop()
-    trainer = SimpleNamespace(world_size=1)
+    stop, trainer = GracefulStop(), L.Trainer(accelerator="cpu", logger=False)
+    stop.setup(trainer, None, "fit")
     stop.on_train_start(trainer, None)
     try:
         signal.raise_signal(number)
@@ -132,7 +133,8 @@ def test_a_signal_is_kept_if_the_terminal_is_gone(monkeypatch):
     def gone(*_: object) -> int:
         raise BrokenPipeError
 
-    stop, trainer = GracefulStop(), SimpleNamespace(world_size=1)
+    stop, trainer = GracefulStop(), L.Trainer(accelerator="cpu", logger=False)
+    stop.setup(trainer, None, "fit")
     stop.on_train_start(trainer, None)
     try:
         with monkeypatch.context() as patch:

@@ -221,3 +221,30 @@ def test_a_trainer_that_fits_again_asks_once_a_step(tmp_path, monkeypatch):
     trainer.fit_loop.max_epochs = 2
     trainer.fit(Line(), loader)
     assert asked == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("method", ["fit", "validate"])
+def test_sigterm_before_the_first_step_and_in_an_evaluation_exits_with_its_code(tmp_path, method):
+    class InValidation(L.Callback):
+        def on_validation_batch_end(self, *_: object) -> None:
+            signal.raise_signal(signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGTERM)
+    quiet = {f"enable_{part}": False for part in ("progress_bar", "model_summary", "checkpointing")}
+    stop = GracefulStop()
+    trainer = L.Trainer(accelerator="cpu", callbacks=[stop, InValidation()], logger=False, max_steps=3, **quiet)
+    loader = DataLoader(Numbers(), sampler=GlobalBatches(12, shuffled(12, 0), 4), batch_size=None)
+    loaders = [loader, loader] if method == "fit" else [loader]
+    with pytest.raises(SystemExit) as stopped:
+        getattr(trainer, method)(Line(), *loaders)
+    assert (stopped.value.code, trainer.global_step) == (143, 0)
+    stop.teardown(trainer, None, method)
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_after_a_run_signals_are_handled_as_before_it(tmp_path):
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    fit(tmp_path, 2, Rows(), max_steps=2, limit_val_batches=0)
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
