@@ -3,6 +3,7 @@
 import functools
 import os
 import shlex
+import signal
 import subprocess
 import sys
 from argparse import Namespace
@@ -63,7 +64,7 @@ class Study:
             words: What each run of the study gets on its command line, such as the place of its text.
         """
         for experiment in self.spec.first:
-            if read_json(Path("runs", experiment, "summary.json"), {}).get("status") != FINISHED:
+            if not _has_finished(Path("runs", experiment, "summary.json")):
                 _run(["fit", "-c", experiment, "--auto_resume"])
         name = ["--name", self._run_name] if self._run_name else []
         flags = [*self.spec.flags, *([f"--run.root={root}"] if root != "runs" else [])]
@@ -76,17 +77,30 @@ class Study:
         if not self.spec.test:
             return
         for folder in sorted(file.parent for file in self.folder(root).glob("*/summary.json")):
-            finished = read_json(folder / "summary.json", {}).get("status") == FINISHED
-            if finished and not (folder / "summary_test.json").is_file():
+            if _has_finished(folder / "summary.json") and not _has_finished(folder / "summary_test.json"):
                 _run(["test", "-c", str(folder / "config.yaml"), "--ckpt_path", "best"])
 
 
+def _has_finished(summary: Path) -> bool:
+    """Return whether a run, or its test, has reached its end, and not failed or been stopped."""
+    return read_json(summary, {}).get("status") == FINISHED
+
+
 def _run(words: Sequence[str]) -> None:
-    """Run a command of the project in a process of its own; raise a `UserError` if it fails."""
+    """Run a command of the project in a process of its own; raise a `UserError` if it fails, and exit on Ctrl-C."""
     shown = shlex.join(["llm-train", *words])
     say(f"run     {shown}")
     program, environment = [sys.executable, "-m", "experiments", *words], os.environ | own_package(os.environ)
-    if code := subprocess.run(program, env=environment, stdout=subprocess.DEVNULL).returncode:
+    process, interrupted = subprocess.Popen(program, env=environment, stdout=subprocess.DEVNULL), False
+    while True:
+        try:
+            code = process.wait()
+            break
+        except KeyboardInterrupt:  # the terminal interrupts the process too, which saves a checkpoint and ends
+            interrupted = True
+    if interrupted:
+        raise SystemExit(128 - code if code < 0 else code or 128 + signal.SIGINT)
+    if code:
         raise UserError(f"{shown}: ended with code {code}")
 
 

@@ -3,6 +3,8 @@
 import json
 import re
 import shutil
+import subprocess
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -335,12 +337,36 @@ def test_what_a_study_starts_from_runs_first_and_its_runs_are_tested(topic, llm_
     claims = {**DEPTH, "studies": {"depth": {**DEPTH["studies"]["depth"], "first": ["topic/offline"], "test": True}}}
     (topic / "claims.yaml").write_text(yaml.safe_dump(claims))
     folder = write_runs(Path("runs"), {1: LOSSES[1], 2: LOSSES[2][:2]})
-    (folder / "n_layer=1,seed=0/summary_test.json").write_text('{"metrics": {"test/loss": 1.0}}')
+    for seed, status in ((0, "finished"), (1, "failed"), (2, "stopped")):
+        (folder / f"n_layer=1,seed={seed}/summary_test.json").write_text(json.dumps({"status": status, "metrics": {}}))
     llm_train("claims")
     runs = [f"runs/topic/depth/n_layer={n},seed={seed}/config.yaml" for n, seed in ((1, 1), (1, 2), (2, 0), (2, 1))]
     tests = [["test", "-c", config, "--ckpt_path", "best"] for config in runs]
     assert asked == [["fit", "-c", "topic/offline", "--auto_resume"], "study", *tests]
     assert llm_train("fit", "-c", tiny(), *asked[0][3:], "--print_config").code == 0
+
+
+@pytest.mark.parametrize(("ends_with", "code"), [("exit 130", 130), ("exit 0", 130), ("kill -KILL $$", 137)])
+def test_ctrl_c_leaves_a_run_the_time_to_save(tmp_path, monkeypatch, ends_with, code):
+    class Interrupted(subprocess.Popen):
+        n_waits = 0
+
+        def wait(self, timeout: float | None = None) -> int:
+            self.n_waits += 1
+            if self.n_waits == 1:
+                raise KeyboardInterrupt
+            return super().wait(timeout)
+
+    program = tmp_path / "python"
+    program.write_text(f"#!/bin/sh\ntouch {tmp_path}/saved\n{ends_with}\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(program))
+    monkeypatch.setattr(subprocess, "Popen", Interrupted)
+    with pytest.raises(BaseException) as ended:  # noqa: PT011 (KeyboardInterrupt would end the tests)
+        command._run(["fit"])
+    assert ended.type is SystemExit
+    assert ended.value.code == code
+    assert (tmp_path / "saved").is_file()
 
 
 def test_a_study_with_needs_runs_only_by_name_and_is_judged_by_its_records(topic, llm_train, monkeypatch):

@@ -441,10 +441,13 @@ def test_the_result_of_a_test_is_a_metric_without_a_curve(write_run):
     runs = []
     for seed in (0, 1):
         run = write_run(f"seed={seed}", seed=seed)
-        (run / "summary_test.json").write_text(json.dumps({"metrics": {"test/accuracy": 0.5 + seed}}))
+        summary = {"status": "finished", "metrics": {"test/accuracy": 0.5 + seed}}
+        (run / "summary_test.json").write_text(json.dumps(summary))
         runs.append(read_folder(run))
     assert [run.metrics["test/accuracy"].values.tolist() for run in runs] == [[0.5], [1.5]]
     assert {curve.metric for curve in figures.curves_of(list(runs[0].metrics), arms_of(runs))} == {"val/loss"}
+    (run / "summary_test.json").write_text(json.dumps({**summary, "status": "stopped"}))
+    assert list(read_folder(run).metrics) == ["val/loss"]  # not the metrics of a part of the test data
 
 
 @pytest.mark.usefixtures("empty_images")
