@@ -46,6 +46,11 @@ if act in ("meet", "save_and_meet", "kill"):  # two runs wait for each other at 
     open("pipe", "wb" if act == "save_and_meet" or given.get("seed_everything") == "1" else "rb").close()
 if act == "kill":
     os.kill(os.getppid(), signal.SIGKILL)
+if act == "stubborn":
+    held = open("pipe", "wb")  # until this process and the one that it starts have ended
+    if not os.fork():
+        signal.alarm(60)
+        signal.pause()
 if act in ("SIGINT", "SIGTERM", "SIGHUP", "stubborn"):
     os.kill(os.getppid(), signal.SIGINT if act == "stubborn" else signal.Signals[act])
 while act not in (None, "meet", "SIGHUP"):

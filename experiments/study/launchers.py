@@ -1,6 +1,8 @@
 """Launchers, which start the runs of a study; this one starts them as processes of this machine."""
 
+import contextlib
 import os
+import signal
 from collections import Counter
 from collections.abc import Sequence
 from subprocess import DEVNULL, STDOUT, Popen
@@ -33,6 +35,29 @@ class Launcher(Protocol):
         """Set the `job` of a run that an earlier command has submitted, and return whether it waits or is alive."""
 
 
+class LocalJob:
+    """A run as a process of this machine, which leads a process group of its own.
+
+    Args:
+        process: The process.
+    """
+
+    def __init__(self, process: Popen[bytes]) -> None:
+        self._process = process
+
+    def poll(self) -> int | None:
+        """Return the exit code, negative for a signal; `None` while the process is alive."""
+        return self._process.poll()
+
+    def send_signal(self, number: int) -> None:
+        """Send the process a signal; SIGKILL also to those that it has started, which it can no longer end."""
+        if number != signal.SIGKILL:
+            self._process.send_signal(number)
+        elif self._process.returncode is None:  # otherwise another group can have its number
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, number)
+
+
 class LocalLauncher:
     """Starts runs as processes of this machine, each on GPUs of its own if there are several jobs."""
 
@@ -59,7 +84,7 @@ class LocalLauncher:
                 changes["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // self._plan.jobs))
             run.prepare()
             with run.log.open("ab") as output:
-                run.job = Popen(
+                process = Popen(
                     words,
                     env={name: value for name, value in (os.environ | changes).items() if value is not None},
                     stdin=DEVNULL,
@@ -68,6 +93,7 @@ class LocalLauncher:
                     process_group=0,  # Ctrl-C reaches the study alone, which signals each run once
                     pass_fds=[lock.fileno()],
                 )
+            run.job = LocalJob(process)
 
     def left_alone(self) -> None:
         """Return `None`: the runs stop with the study."""

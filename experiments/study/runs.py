@@ -120,7 +120,7 @@ def own_package(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 class Job(Protocol):
-    """A run that a launcher has started: a process of this machine (`subprocess.Popen`), or a job of a cluster."""
+    """A run that a launcher has started: a process of this machine, or a job of a cluster."""
 
     def poll(self) -> int | None:
         """Return the exit code, negative for a signal; `None` while the run is alive, or waits to be."""

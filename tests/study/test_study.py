@@ -4,6 +4,7 @@ import csv
 import fcntl
 import json
 import os
+import select
 import shlex
 import shutil
 import signal
@@ -448,10 +449,13 @@ def test_after_a_signal_the_runs_save_and_the_same_command_resumes_them(llm_trai
 
 def test_a_second_signal_kills_runs_that_do_not_exit(forked, sweep, capfd):
     command = ("study", sweep(), "--runs=1", "--act=stubborn")
-    assert forked(*command, prepare=listen_to_sigint) == 130
-    assert "once more kills them" in capfd.readouterr().err
-    with pytest.raises(ProcessLookupError):
-        os.kill(given("lr=0.3,seed=1")["pid"], 0)
+    os.mkfifo("pipe")
+    with open(os.open("pipe", os.O_RDONLY | os.O_NONBLOCK), "rb") as pipe:
+        assert forked(*command, prepare=listen_to_sigint) == 130
+        assert "once more kills them" in capfd.readouterr().err
+        with pytest.raises(ProcessLookupError):
+            os.kill(given("lr=0.3,seed=1")["pid"], 0)
+        assert select.select([pipe], [], [], 10)[0]  # the process that the run has started has ended too
 
 
 def test_a_study_under_nohup_ignores_the_signal(forked, sweep, capfd):
