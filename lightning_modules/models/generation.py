@@ -232,7 +232,7 @@ def _read_behind(steps: Iterator[Tensor], stop_token: int | None) -> Iterator[Te
         copied = tokens.to("cpu", non_blocking=True)
         if tokens.is_cuda:
             event = torch.cuda.Event()
-            event.record()
+            event.record(torch.cuda.current_stream(tokens.device))  # not that of the current device
         waiting.append((copied, event))
         if event is None or len(waiting) > 1:
             yield (ready := arrived())

@@ -1,6 +1,7 @@
 """Sampling keeps exactly the right tokens; generation with a cache gives the tokens of generation without one."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -293,6 +294,16 @@ class TestGenerate:
 
     def test_nothing_to_do(self):
         assert list(generate(tiny_decoder(), random_ids(1, 3), 0)) == []
+
+
+def test_tokens_are_awaited_on_the_device_that_has_them(monkeypatch):
+    """The current device may be another, as for a model that was loaded with `device="cuda:1"`."""
+    awaited = []
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: f"of {device}")
+    monkeypatch.setattr(torch.cuda, "Event", lambda: SimpleNamespace(record=awaited.append, synchronize=lambda: None))
+    tokens = SimpleNamespace(is_cuda=True, device="cuda:1", to=lambda *_, **__: torch.tensor([3]))
+    assert [step.tolist() for step in generation._read_behind(iter([tokens, tokens]), stop_token=None)] == [[3], [3]]
+    assert awaited == ["of cuda:1"] * 2
 
 
 @pytest.mark.gpu
