@@ -52,7 +52,8 @@ class ExperimentModule(L.LightningModule):
     Args:
         compile: Whether to compile the function `loss`, and so the forward and backward pass of a training step, with
             `torch.compile`: `true` for its default mode, `reduce-overhead` for CUDA graphs, which small models need,
-            or `max-autotune`. The first step then takes a minute or more. Validation and generation are not compiled.
+            or `max-autotune`, with CUDA graphs and a search for fast kernels. The first step then takes a minute or
+            more. Validation and generation are not compiled. CUDA graphs need batches whose sizes do not vary.
     """
 
     optimizer_factory: OptimizerFactory | None = None
@@ -185,6 +186,7 @@ class ExperimentModule(L.LightningModule):
             return self.loss(batch)
         if self._compiled_loss is None:
             self._require_compiler()
+            self._refuse_many_cuda_graphs(batch)
             self.before_compilation()
             self._compiled_loss = torch.compile(self.loss, **self._compile_options)
         for name, dimension in self.varying_sizes.items():
@@ -198,6 +200,19 @@ class ExperimentModule(L.LightningModule):
             raise MisconfigurationException(
                 "model.compile: torch.compile needs a C++ compiler for a CPU and finds none; install g++ or clang, or "
                 "add --model.compile false"
+            )
+
+    @property
+    def _makes_cuda_graphs(self) -> bool:
+        return self.compile_mode in ("reduce-overhead", "max-autotune")
+
+    def _refuse_many_cuda_graphs(self, batch: Any) -> None:
+        """Refuse CUDA graphs if the sizes of batches vary; on a CPU too, so that what runs there also runs on a GPU."""
+        varying = [name for name in self.varying_sizes if name in batch]
+        if varying and self._makes_cuda_graphs:
+            raise MisconfigurationException(
+                f"model.compile: {self.compile_mode} records a CUDA graph for each size of a batch, and the sizes of "
+                f"{', '.join(varying)} vary; set it to true"
             )
 
     @property
@@ -245,16 +260,13 @@ class ExperimentModule(L.LightningModule):
         """Remove the gradients of the last optimiser step.
 
         The backward pass of a CUDA graph writes its gradients to the same memory each time. So where gradients are
-        accumulated, they need memory of their own, to which each backward pass adds.
+        accumulated, they need memory of their own, to which each backward pass adds. It is new in each step: gradients
+        of a step without accumulation are in the memory of the graph, which the last forward pass has reused.
         """
-        if self.compile_mode in ("reduce-overhead", "max-autotune") and self.trainer.accumulate_grad_batches > 1:
+        optimizer.zero_grad()
+        if self._makes_cuda_graphs and self.trainer.accumulate_grad_batches > 1:
             for parameter in (p for group in optimizer.param_groups for p in group["params"]):
-                if parameter.grad is None:
-                    parameter.grad = torch.zeros_like(parameter)
-                else:
-                    parameter.grad.zero_()
-        else:
-            optimizer.zero_grad()
+                parameter.grad = torch.zeros_like(parameter)
 
     def on_after_backward(self) -> None:
         """Make the gradient that of the mean loss of the optimiser step, before it is read, clipped or used.

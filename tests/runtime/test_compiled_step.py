@@ -11,6 +11,7 @@ import lightning as L
 import pytest
 import torch
 from helpers import LAST, RUNS, assert_close_weights, assert_same_weights
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.data import DataLoader
@@ -71,6 +72,12 @@ class Sum(ExperimentModule):
         return Loss(total, total / batch["x"].numel(), torch.tensor(1.0))
 
 
+class SumOfOneLength(Sum):
+    """The loss of a row of one length."""
+
+    varying_sizes = {}  # noqa: RUF012
+
+
 def rows(*lengths: int) -> DataLoader:
     return DataLoader([{"x": torch.ones(n)} for n in lengths], batch_size=1)
 
@@ -99,25 +106,37 @@ def test_the_modes_are_those_of_torch(monkeypatch):
     calls = []
     monkeypatch.setattr(torch, "compile", lambda function, **options: calls.append(options) or function)
     for mode in (True, "reduce-overhead", "max-autotune"):
-        fit(Sum(mode), rows(2))
+        fit(SumOfOneLength(mode), rows(2))
     assert [options.get("mode") for options in calls] == [None, "reduce-overhead", "max-autotune"]
     assert {options["backend"] for options in calls} == {"inductor"}
 
 
-@pytest.mark.parametrize(
-    ("mode", "batches", "kept"), [("reduce-overhead", 2, True), (True, 2, False), (True, 1, False)]
-)
-def test_accumulated_gradients_of_cuda_graphs_have_memory_of_their_own(mode, batches, kept):
-    module = Sum(mode)
-    module.trainer = SimpleNamespace(accumulate_grad_batches=batches)
-    optimizer = module.configure_optimizers()
-    for _ in range(2):  # before the first step, and after one
-        gradient = module.linear.weight.grad
+@pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune"])
+def test_cuda_graphs_are_refused_for_entries_whose_sizes_vary(counter, mode):
+    with pytest.raises(MisconfigurationException, match=f"model.compile: {mode} .* sizes of x vary; set it to true"):
+        fit(Sum(mode), rows(2))
+    assert counter.frame_count == 0
+
+
+@pytest.mark.parametrize(("mode", "kept"), [("reduce-overhead", True), ("max-autotune", True), (True, False)])
+def test_accumulated_gradients_of_cuda_graphs_have_memory_of_their_own(mode, kept):
+    module = SumOfOneLength(mode)
+    weight, optimizer = module.linear.weight, module.configure_optimizers()
+    for batches in (1, 2, 2, 1, 2):
+        module.trainer = SimpleNamespace(accumulate_grad_batches=batches)
         module.optimizer_zero_grad(0, 0, optimizer)
-        found = module.linear.weight.grad
-        assert (found is not None) == kept
-        assert not kept or (found.item() == 0 and (gradient is None or found is gradient))
-        module.linear.weight.grad = torch.ones(1, 1) if found is None else found.add_(1)
+        assert (weight.grad is not None) == (kept and batches > 1)
+        assert weight.grad is None or weight.grad.item() == 0
+        # The next forward pass frees the gradient of a graph, which cannot be read any more.
+        weight.grad = FreedMemory(torch.ones(1, 1)) if weight.grad is None else weight.grad.add_(1)
+
+
+class FreedMemory(Tensor):
+    """A tensor with which every operation fails."""
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        raise AssertionError(f"{func} reads memory that a CUDA graph has freed")
 
 
 def test_a_cpu_without_a_compiler_is_one_line(llm_train, tiny):
