@@ -112,8 +112,10 @@ class OutputLayer:
         ids = torch.arange(2, device=self.model.device)[None] % self.model.config.vocab_size
         with evaluating(self.model):
             scores = self.model(input_ids=ids).logits.float()
-            found = F.linear(self._inputs_of_layer(None, {"input_ids": ids}), layer.weight, layer.bias).float()
-        self.reads_inputs = torch.allclose(scores, soft_capped(found, self._soft_cap), rtol=1e-3, atol=1e-4)
+            found = F.linear(self._inputs_of_layer(None, {"input_ids": ids}), layer.weight, layer.bias)
+        # The model caps its scores in the number format of `found`, with three roundings by at most eps / 2.
+        rtol = max(1e-3, 2 * torch.finfo(found.dtype).eps)
+        self.reads_inputs = torch.allclose(scores, soft_capped(found.float(), self._soft_cap), rtol=rtol, atol=1e-4)
 
     @property
     def _soft_cap(self) -> float | None:

@@ -69,6 +69,16 @@ def test_the_loss_and_its_gradient_are_those_of_the_scores(family, chosen):
     assert model(ids).logits.shape == (3, 11, 99)  # as before
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("mixed", [True, False], ids=["bf16-mixed", "bf16-true"])
+def test_a_linear_function_is_recognised_in_bfloat16(family, mixed):
+    model = model_of(family)
+    layer = OutputLayer(model if mixed else model.bfloat16())
+    with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+        layer.prepare()
+    assert layer.reads_inputs == FAMILIES[family][1]
+
+
 def test_an_adapted_layer_gives_its_own_scores():
     model, (ids, targets) = model_of("llama"), batch()
     layer = OutputLayer(model)
