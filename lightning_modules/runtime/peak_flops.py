@@ -22,7 +22,7 @@ _TABLE: dict[str, _Peaks] = {
     r"(Tesla )?V100-SXM[23]-\d+GB(-\w+)?": {"float16": 125.0, "float32": 15.7},  # NVIDIA V100 datasheet (2020)
     r"(Tesla )?V100-PCIE-\d+GB": {"float16": 112.0, "float32": 14.0},  # NVIDIA V100 datasheet (2020)
     r"(Tesla )?T4": {"float16": 65.0, "float32": 8.1},  # NVIDIA T4 datasheet
-    r"A100.*": _half(312.0, 156.0, 19.5),  # NVIDIA A100 datasheet (2022), SXM and PCIe
+    r"A100(-(SXM4|PCIE)-\d+GB| 80GB PCIe)": _half(312.0, 156.0, 19.5),  # NVIDIA A100 datasheet (2022), SXM and PCIe
     r"A10": _half(125.0, 62.5, 31.2),  # NVIDIA A10 datasheet; the A10G is another GPU
     r"A40": _half(149.7, 74.8, 37.4),  # NVIDIA A40 datasheet
     r"L4": _half(121.0, 60.0, 30.3),  # NVIDIA L4 datasheet: 242 and 120 sparse
@@ -39,7 +39,7 @@ _TABLE: dict[str, _Peaks] = {
     r"GeForce RTX 4090": _half(165.2, 82.6, 82.6),  # NVIDIA Ada GPU Architecture (whitepaper), appendix
     r"GeForce RTX 5090": _half(209.5, 104.8, 104.8),  # NVIDIA RTX Blackwell GPU Architecture (whitepaper), appendix
     r"RTX 6000 Ada Generation": _half(364.2, 182.1, 91.1),  # NVIDIA RTX 6000 Ada datasheet and Ada whitepaper
-    r"Instinct MI300X.*": _half(1307.4, 653.7, 163.4),  # AMD Instinct MI300X datasheet
+    r"Instinct MI300X( OAM)?": _half(1307.4, 653.7, 163.4),  # AMD Instinct MI300X datasheet
 }
 
 

@@ -54,10 +54,7 @@ class Throughput(L.Callback):
         every = trainer.log_every_n_steps
         if not every or trainer.global_step % every:
             return
-        on_gpu = pl_module.device.type == "cuda"
-        if on_gpu:
-            torch.cuda.synchronize(pl_module.device)
-        seconds, before = time.perf_counter() - self._clock, self._seen_at_clock
+        seconds, before = _time_after_work(pl_module.device) - self._clock, self._seen_at_clock
         self._count()
         metrics: dict[str, float] = {}
         if self.tokens_seen > before:  # batches of cached features have no tokens
@@ -66,7 +63,7 @@ class Throughput(L.Callback):
             flops_per_token = getattr(pl_module, "flops_per_token", None)
             if self._peak_flops and flops_per_token:
                 metrics["perf/mfu"] = self.tokens_per_second * flops_per_token / (self._peak_flops * trainer.world_size)
-        if on_gpu:
+        if pl_module.device.type == "cuda":
             metrics["perf/gpu_memory_mib"] = torch.cuda.max_memory_allocated(pl_module.device) / 2**20
         pl_module.log_dict(metrics)
         self._seen_at_clock, self._clock = self.tokens_seen, time.perf_counter()
@@ -84,12 +81,12 @@ class Throughput(L.Callback):
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Stop the clock."""
-        self._stopped_at = time.perf_counter()
+        self._stopped_at = _time_after_work(pl_module.device)
 
-    def on_train_batch_start(self, trainer: L.Trainer, *_: object) -> None:
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: object) -> None:
         """Restart the clock after a validation, its samples and its checkpoint."""
         if self._stopped_at is not None:
-            self._clock += time.perf_counter() - self._stopped_at
+            self._clock += _time_after_work(pl_module.device) - self._stopped_at
             self._stopped_at = None
 
     def state_dict(self) -> dict[str, int]:
@@ -100,6 +97,13 @@ class Throughput(L.Callback):
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
         """Restore the tokens seen so far."""
         self.tokens_seen = state_dict["tokens_seen"]
+
+
+def _time_after_work(device: torch.device) -> float:
+    """Return the time, in seconds, when the device has done all that is queued on it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 def _tokens_in(batch: Any) -> Tensor | int:

@@ -37,6 +37,9 @@ from lightning_modules.runtime.throughput import Throughput, _tokens_in
         ("Tesla T4", "float16", 65.0),
         ("AMD Instinct MI300X", "bfloat16", 1307.4),
         ("Tesla T4", "bfloat16", None),  # it computes bfloat16 without its matrix units
+        ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", "bfloat16", None),  # a share of a GPU
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", "bfloat16", None),
+        ("AMD Instinct MI300X VF", "bfloat16", None),
         ("NVIDIA A10G", "bfloat16", None),  # other GPUs than those whose names begin alike
         ("NVIDIA GeForce RTX 4090 Laptop GPU", "bfloat16", None),
         ("a GPU of the future", "bfloat16", None),
@@ -66,6 +69,29 @@ def test_batches_without_tokens_have_no_speed(monkeypatch, batch, logged):
     callback.on_train_start(trainer, module)
     callback.on_train_batch_end(trainer, module, None, batch, 0)
     assert metrics.keys() == ({"perf/tokens_per_second", "train/tokens_seen"} if logged else set())
+
+
+def test_a_validation_does_not_take_the_time_of_training_steps_that_the_device_has_not_done(monkeypatch):
+    clock = SimpleNamespace(now=0.0, queued=0.0)  # seconds, of the host and of the work of the device
+
+    def synchronize(device):
+        clock.now, clock.queued = clock.now + clock.queued, 0.0
+
+    monkeypatch.setattr(throughput.time, "perf_counter", lambda: clock.now)
+    monkeypatch.setattr(throughput.private_names, "is_accumulating", lambda trainer: False)
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 0)
+    trainer = SimpleNamespace(log_every_n_steps=2, global_step=0, strategy=_OneProcess(), precision="64-true")
+    module = SimpleNamespace(device=torch.device("cuda"), log_dict=lambda metrics: None)
+    callback = Throughput()
+    callback.on_train_start(trainer, module)
+    for trainer.global_step in (1, 2):
+        callback.on_train_batch_start(trainer, module, None, 0)
+        clock.queued += 3.0
+        callback.on_train_batch_end(trainer, module, None, {"input_ids": torch.zeros(2, 6)}, 0)
+        callback.on_validation_start(trainer, module)
+        clock.queued += 50.0
+    assert callback.tokens_per_second == 24 / 6
 
 
 def test_the_tokens_of_a_batch_are_those_that_it_names_or_all():
