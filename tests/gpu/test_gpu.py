@@ -131,10 +131,6 @@ def test_mixed_precision_logs_and_clips_the_true_gradient(llm_train, small, devi
     for name in ("32-true", precision):
         config = small("mixed", **settings, trainer__log_every_n_steps=1, trainer__val_check_interval=4)
         done = llm_train("fit", "-c", config, *on, "--run.name", name, "--trainer.precision", name)
-        if done.code == 1:  # a combination that would clip scaled gradients may be refused, in one line
-            assert (precision, fused) == ("16-mixed", True), done.err
-            assert "Traceback" not in done.err
-            return
         assert done.code == 0, done.err
         norms[name] = [float(value) for value in read_metric(RUNS / name / "metrics.csv", "train/grad_norm")[1]]
     assert norms[precision][0] == pytest.approx(norms["32-true"][0], rel=0.05)
