@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -35,7 +36,7 @@ from datamodules.tokenizers import (
     tokenizer_fingerprint,
     vocab_size,
 )
-from lightning_modules.common.files import try_lock, write_json
+from lightning_modules.common.files import process_name, try_lock, write_json
 from lightning_modules.common.messages import say
 from lightning_modules.common.targets import IGNORED
 
@@ -49,6 +50,7 @@ _BATCH_CHARACTERS = 2**20  # encoded at once on all cores; memory use grows with
 _BATCH_PIECES = 2**10
 _MOST_OPEN = 256  # files of a text that are mapped at once; a process may often open 1,024
 _WAIT = 0.2  # seconds between two looks at what other processes have written
+_SILENT_WAIT = 30.0  # seconds before the processes that are waited for are named
 
 
 @dataclass(frozen=True)
@@ -282,35 +284,79 @@ class _Parts:
     def __post_init__(self) -> None:
         self._missing = list(range(len(self.texts)))
         self.folder = self.text_folder / digest([text.source.fingerprint() for text in self.texts])
+        self._waits_since: float | None = None  # for other processes alone
+        self._has_said_so = False
 
     def missing(self) -> list[int]:
         """Return the numbers of the parts that no process has completed."""
         self._missing = [number for number in self._missing if prepared(self.folder / _name(number)) is None]
         return self._missing
 
-    def write_missing(self) -> Iterator[int]:
-        """Write the missing parts that no other process writes, and wait for the others; yield the number of each."""
+    def write_missing(self) -> Iterator[Collection[int]]:
+        """Write the missing parts that no other process writes, and wait for the others.
+
+        Yields:
+            The number of this process, after each part and while it waits.
+        """
+        own = [os.getpid()]
         while numbers := self.missing():
             written = False
             for number in numbers:
                 if self._write(number):
                     written = True
-                    yield number
+                    yield own
             if not written:
                 time.sleep(_WAIT)
+                yield own
+
+    def name_others(self, own: Collection[int]) -> None:
+        """Say once which other processes write the missing parts, if they have had all of them for some time.
+
+        Args:
+            own: Numbers of the processes of this command.
+        """
+        holders = set() if self._has_said_so else self._others(own)
+        now = time.monotonic()
+        self._waits_since = (self._waits_since or now) if holders else None
+        if self._waits_since is not None and now - self._waits_since >= _SILENT_WAIT:
+            self._has_said_so = True
+            say(
+                f"the missing parts are being prepared by {' and '.join(sorted(holders))}: wait, or end it, and this "
+                "command prepares them"
+            )
+
+    def _others(self, own: Collection[int]) -> set[str]:
+        """Return the names of the processes that write the missing parts; none if there is a part for this command.
+
+        This process must hold no lock of a part: reading the file would end it.
+        """
+        holders = set()
+        for number in self.missing():
+            try:
+                holder = self._lock_file(number).read_text(encoding="utf-8").strip()
+            except FileNotFoundError:
+                return set()
+            if not holder or holder in map(process_name, own):
+                return set()
+            holders.add(holder)
+        return holders
+
+    def _lock_file(self, number: int) -> Path:
+        return self.folder / f"{_name(number)}.lock"
 
     def _write(self, number: int) -> bool:
         """Write a part, and return whether it is complete; if not, another process writes it."""
         folder, prefix = self.folder / _name(number), f"{_name(number)}-"
         if prepared(folder) is not None:
             return True
-        lock_file = folder.with_suffix(".lock")
+        lock_file = self._lock_file(number)
         lock = try_lock(lock_file)
         if lock is None:
             return False
         with lock:
-            for unfinished in self.folder.glob(f"{prefix}*"):  # of a process that was killed
-                shutil.rmtree(unfinished, ignore_errors=True)
+            if lock.is_exclusive:
+                for unfinished in self.folder.glob(f"{prefix}*"):  # of a process that was killed
+                    shutil.rmtree(unfinished, ignore_errors=True)
             if prepared(folder) is None:
                 _write_folder(folder, partial(_write_part, self.texts[number], self.tokenizer, number > 0), prefix)
             lock_file.unlink(missing_ok=True)
@@ -356,16 +402,20 @@ def _write_parts(parts: _Parts, n_processes: int) -> None:
     say(f"preparing text in {n} parts in {parts.text_folder}" + f" ({n - n_missing} are there)" * (n_missing < n))
     with tqdm(total=n, initial=n - n_missing, desc="preparing", unit="part", disable=None) as bar:
         if n_processes == 1:
-            for _ in parts.write_missing():
-                bar.update()
-            return
-        fast_encoder(parts.tokenizer)  # once, for the copies of this process
-        for _ in _in_processes(min(n_processes, n_missing), parts.write_missing):
+            working = parts.write_missing()
+        else:
+            fast_encoder(parts.tokenizer)  # once, for the copies of this process
+            working = _in_processes(min(n_processes, n_missing), parts.write_missing)
+        for own in working:
             bar.update(n - len(parts.missing()) - bar.n)
+            parts.name_others(own)
 
 
-def _in_processes(n: int, work: Callable[[], Iterable[object]]) -> Iterator[None]:
-    """Do some work in copies of this process, which share it; yield from time to time until all have ended.
+def _in_processes(n: int, work: Callable[[], Iterable[object]]) -> Iterator[Collection[int]]:
+    """Do some work in copies of this process, which share it.
+
+    Yields:
+        The numbers of the copies, from time to time until all have ended.
 
     Raises:
         MisconfigurationException: If one of them failed, or was killed.
@@ -375,6 +425,8 @@ def _in_processes(n: int, work: Callable[[], Iterable[object]]) -> Iterator[None
     parent = os.getpid()
 
     def child() -> None:
+        # tqdm's lock is one semaphore for a process and its copies: a copy killed while it draws would keep it.
+        tqdm.set_lock(threading.RLock())
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # this process ends its copies
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         try:
@@ -390,7 +442,7 @@ def _in_processes(n: int, work: Callable[[], Iterable[object]]) -> Iterator[None
         for copy in copies:
             copy.start()
         while any(copy.is_alive() for copy in copies) and not any(copy.exitcode for copy in copies):
-            yield
+            yield [copy.pid for copy in copies if copy.pid is not None]
             wait([copy.sentinel for copy in copies if copy.is_alive()], timeout=_WAIT)
         if failed := next((copy for copy in copies if copy.exitcode), None):
             if receiver.poll():

@@ -203,14 +203,19 @@ def settings_of(folder: Path) -> dict[str, dict[str, Any]]:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[BinaryIO]:
-    """Lock a study's folder and yield the lock; repair the journal if the last line is incomplete after a kill."""
+    """Lock a study's folder and yield the lock; repair the journal if the last line is incomplete after a kill.
+
+    A file system without locks gives one to every process.
+    """
     journal = folder / _FILE
     with journal.open("a+b") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        except (BlockingIOError, PermissionError):
             message = f"{folder}: the study is running, or a run that has outlived it; wait for it or end it"
             raise UserError(message) from None
+        except OSError:  # a file system without locks
+            pass
         file.truncate(journal.read_bytes().rfind(b"\n") + 1)
         journal.with_name(f"{_FILE}.lock").unlink(missing_ok=True)  # Optuna's
         yield file

@@ -36,14 +36,37 @@ def atomic_file(target: Path) -> Iterator[BinaryIO]:
         temporary.unlink(missing_ok=True)
 
 
-def try_lock(file: Path) -> TextIO | None:
-    """Lock a file for this process, whose number and host it then holds, and return it open.
+class FileLock:
+    """A lock of a file, which ends when it is closed or the process ends.
 
-    The lock ends when the file is closed or the process ends. A file system without locks gives one to every process.
-
-    Returns:
-        The open file; `None` if another process has locked it.
+    Args:
+        opened: The file.
+        is_exclusive: Whether no other process can have it; a file system without locks gives one to every process.
     """
+
+    def __init__(self, opened: TextIO, is_exclusive: bool) -> None:
+        self._opened = opened
+        self.is_exclusive = is_exclusive
+
+    def __enter__(self) -> "FileLock":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the lock."""
+        self._opened.close()
+
+
+def process_name(number: int) -> str:
+    """Return the name of a process of this machine in a file that it has locked."""
+    return f"process {number} on {socket.gethostname()}"
+
+
+def try_lock(file: Path) -> FileLock | None:
+    """Lock a file for this process, whose name it then holds, or return `None` if another process has locked it."""
+    is_exclusive = True
     while True:
         opened = file.open("a+")
         try:
@@ -53,15 +76,16 @@ def try_lock(file: Path) -> TextIO | None:
             opened.close()
             return None
         except OSError:  # a file system without locks
+            is_exclusive = False
             break
         with contextlib.suppress(FileNotFoundError):
             if file.stat().st_ino == os.fstat(opened.fileno()).st_ino:
                 break
         opened.close()  # the holder has just removed the file
     opened.truncate(0)
-    opened.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    opened.write(f"{process_name(os.getpid())}\n")
     opened.flush()
-    return opened
+    return FileLock(opened, is_exclusive)
 
 
 def link_or_copy(source: Path, target: Path) -> None:

@@ -18,6 +18,7 @@ import pytest
 import torch
 from helpers import contents, text
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from tqdm import tqdm
 
 from datamodules import fast_encoding, sources, tokens
 from datamodules.decoder_pretrain import PretrainDataModule
@@ -206,6 +207,10 @@ def prepare(source, cache, n_processes=1, **options):
     return prepare_tokens(source, byte_tokenizer(), cache, "documents", n_processes=n_processes, **options)
 
 
+def parts_of(source, folder):
+    return tokens._Parts(folder, tokens.SplitDocuments(source, "documents").parts(), byte_tokenizer())
+
+
 def in_a_copy(function, *args):
     """Start a function in a copy of this process."""
     process = multiprocessing.get_context("fork").Process(target=function, args=args)
@@ -329,6 +334,72 @@ def test_the_parts_of_an_older_version_are_read_where_they_are(large, tmp_path):
     after = prepare(large, tmp_path)
     assert after["train"].files[0].path.parents[1] == folder
     assert all_tokens(after) == expected
+
+
+@pytest.mark.parametrize("n_processes", [1, 2])
+def test_a_command_that_waits_for_another_says_so_once(large, tmp_path, monkeypatch, n_processes):
+    holds = multiprocessing.get_context("fork").Event()
+
+    def hold(*_):
+        signal.alarm(20)
+        holds.set()
+        signal.pause()
+
+    monkeypatch.setattr(tokens, "_SILENT_WAIT", 0.0)
+    monkeypatch.setattr(tokens, "_WAIT", 0.01)
+    with monkeypatch.context() as other:
+        other.setattr(tokens, "_write_part", hold)
+        holder = in_a_copy(prepare, large, tmp_path)
+    assert holds.wait(30)
+    said = []
+
+    def say(line):
+        said.append(line)
+        if "wait, or end it" in line:
+            holder.kill()
+
+    monkeypatch.setattr(tokens, "say", say)
+    prepare(large, tmp_path, n_processes)
+    (line,) = (line for line in said if "wait, or end it" in line)
+    assert line.startswith(f"the missing parts are being prepared by process {holder.pid} on ")
+
+
+def test_a_copy_that_waits_ends_with_the_process_that_started_it(large, tmp_path, monkeypatch):
+    parts = parts_of(large, tmp_path)
+    asked = []
+
+    def held(file):
+        asked.append(file)
+        assert len(asked) <= len(parts.texts), "it waits on without looking at that process"
+
+    monkeypatch.setattr(tokens, "try_lock", held)
+    assert next(parts.write_missing()) == [os.getpid()]
+
+
+def test_copies_do_not_share_the_lock_of_the_bar():
+    shared = tqdm.get_lock()
+
+    def work():
+        if tqdm.get_lock() is shared:
+            raise OSError("a copy that is killed while it holds the lock would keep it")
+        yield
+
+    assert list(tokens._in_processes(1, work))
+
+
+def test_without_locks_the_folders_of_other_processes_stay(large, tmp_path, monkeypatch):
+    def refuse(file, how):
+        raise OSError(errno.ENOTSUP, "Operation not supported")
+
+    parts = parts_of(large, tmp_path)
+    unfinished = [parts.folder / f"{number:05d}-unfinished" for number in (0, 1)]
+    for folder in unfinished:
+        folder.mkdir(parents=True)
+    working = parts.write_missing()
+    next(working)
+    monkeypatch.setattr("lightning_modules.common.files.fcntl.lockf", refuse)
+    next(working)
+    assert [folder.exists() for folder in unfinished] == [False, True]
 
 
 def test_a_process_that_is_killed_is_named(large, tmp_path):

@@ -1,5 +1,6 @@
 """Pretrained models in packages, GGUF files and old folders: found, loaded, checked, and refused in one line."""
 
+import errno
 import hashlib
 import importlib.util
 import json
@@ -113,6 +114,15 @@ def test_a_gguf_file_is_read_for_its_hash_only_if_it_has_changed(gguf, tmp_path,
 
 
 @needs_gguf
+def test_a_cache_on_a_file_system_without_locks_is_no_error(tmp_path, monkeypatch):
+    def refuse(file: object, how: int) -> None:
+        raise OSError(errno.ENOTSUP, "Operation not supported")
+
+    monkeypatch.setattr(pretrained.fcntl, "flock", refuse)
+    with pretrained._locked(tmp_path / "gguf/model.lock"):
+        assert (tmp_path / "gguf/model.lock").is_file()
+
+
 def test_the_tokenizer_of_a_gguf_file_has_its_special_tokens_and_chat_template(gguf):
     tokenizer = load_tokenizer(str(gguf))
     assert tokenizer.get_vocab() == tiny_bases.byte_pairs()[0]

@@ -1,6 +1,7 @@
 """`llm-train study`: the sweep files that it accepts, the runs that it starts, and how it resumes after a kill."""
 
 import csv
+import errno
 import fcntl
 import json
 import os
@@ -428,6 +429,15 @@ def test_a_killed_study_is_resumed(llm_train, forked, sweep):
     assert given(saved)["ckpt_path"] == "last"
     assert "ckpt_path" not in given(killed)
     assert [trial.state.name for trial in trials()] == ["FAIL", "FAIL", "COMPLETE", "COMPLETE"]
+
+
+def test_a_study_runs_on_a_file_system_without_locks(llm_train, sweep, monkeypatch):
+    def refuse(file: object, how: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    done = llm_train("study", sweep(), "--runs=1")
+    assert (done.code, "[1/1] lr=0.3" in done.err) == (0, True), done.err
 
 
 # A process that is started in the background ignores SIGINT, and so do its children.
