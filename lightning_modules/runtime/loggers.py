@@ -26,6 +26,7 @@ if TYPE_CHECKING:  # wandb is imported where it is used: it is slow to import
 
 _ARTIFACTS = {"config": "config.yaml", "tokenizer": "tokenizer", "model": "checkpoints/best.ckpt"}  # in the run folder
 _RECORD = Path("wandb", "id.json")  # the id of the W&B run, and the kinds of its artifacts
+_LONGEST_UPLOAD = "120"  # at the end of a run, in seconds
 _LONGEST_TAG = 64  # W&B refuses longer ones
 _MODES = ("online", "offline", "shared", "disabled", "dryrun", "run")
 
@@ -150,6 +151,10 @@ class WandbRecorder(OpenWandbLogger):
     A fit logs artifacts: `config-ID`, `tokenizer-ID` and, if `log_model` is set, `model-ID`. A run that reads files
     from the folder of another run, such as its tokenizer, uses the artifact of that run.
 
+    At the end a run waits two minutes at most for what is not uploaded yet, so that a machine that has lost its network
+    can exit; with `log_model` it waits as long as the upload takes. `WANDB_FINISH_TIMEOUT` sets another number of
+    seconds, 0 for no limit. Versions of wandb without this setting wait for the upload.
+
     Args:
         project: Project of the run; `null` takes `WANDB_PROJECT`, or `llm-train`.
         group: Group of the run; `null` takes `WANDB_RUN_GROUP`, or the study, or the topic.
@@ -198,6 +203,9 @@ class WandbRecorder(OpenWandbLogger):
         if self.run is not None:
             return self.run
         os.environ.setdefault("WANDB_SILENT", "true")  # the closing lines of the run say what is needed
+        os.environ.setdefault("WANDB_FINISH_TIMEOUT_RAISES", "true")
+        if not self.log_model:
+            os.environ.setdefault("WANDB_FINISH_TIMEOUT", _LONGEST_UPLOAD)
         with self.tolerated():
             self._prepare()
             run = super().experiment
@@ -281,7 +289,11 @@ class WandbRecorder(OpenWandbLogger):
         """End the W&B run, so that another can begin in this process; the exit code of a success is 0."""
         if self.run is not None:
             with self.tolerated():
-                self.run.finish(exit_code=exit_code)
+                try:
+                    self.run.finish(exit_code=exit_code)
+                except TimeoutError:
+                    folder = shlex.quote(os.path.relpath(Path(self.run.dir).parent))
+                    say(f"W&B: the upload has not ended in time; `wandb sync {folder}` uploads the rest")
             self.run = None
 
     @property

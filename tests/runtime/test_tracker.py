@@ -23,6 +23,9 @@ def tracker(monkeypatch, tmp_path):
     monkeypatch.delenv("WANDB_MODE")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.delenv("NETRC", raising=False)
+    for name in ("WANDB_FINISH_TIMEOUT", "WANDB_FINISH_TIMEOUT_RAISES"):  # which a run sets
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
     yield
     wandb.teardown()
 
@@ -78,6 +81,31 @@ def test_a_run_whose_tracker_cannot_start_is_trained_and_recorded(llm_train, tra
     assert line.endswith("the run goes on without it")
     assert (RUNS / "tiny/config.yaml").is_file()
     assert (RUNS / "tiny/summary.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("given", "log_model", "seconds"), [({}, False, 120), ({}, True, 0), ({"WANDB_FINISH_TIMEOUT": "7"}, False, 7)]
+)
+def test_the_upload_at_the_end_of_a_run_has_a_limit(tracker, tmp_path, monkeypatch, capfd, given, log_model, seconds):
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    logger = WandbRecorder(log_model=log_model)
+    logger.attach(tmp_path, "topic", "name", "fit")
+    run = logger.experiment
+    if "finish_timeout" in type(run.settings).model_fields:  # newer versions of wandb
+        assert run.settings.finish_timeout == seconds
+        assert run.settings.finish_timeout_raises
+    end = run.finish
+
+    def end_late(exit_code: int) -> None:
+        end(exit_code)
+        raise TimeoutError("Timed out finishing run.")
+
+    monkeypatch.setattr(run, "finish", end_late)
+    logger.finish(1)
+    (line,) = capfd.readouterr().err.splitlines()
+    (folder,) = tmp_path.glob("wandb/offline-run-*")
+    assert line == f"W&B: the upload has not ended in time; `wandb sync {os.path.relpath(folder)}` uploads the rest"
 
 
 def test_a_server_that_does_not_answer_costs_seconds():
