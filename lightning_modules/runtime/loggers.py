@@ -151,9 +151,9 @@ class WandbRecorder(OpenWandbLogger):
     A fit logs artifacts: `config-ID`, `tokenizer-ID` and, if `log_model` is set, `model-ID`. A run that reads files
     from the folder of another run, such as its tokenizer, uses the artifact of that run.
 
-    At the end a run waits two minutes at most for what is not uploaded yet, so that a machine that has lost its network
-    can exit; with `log_model` it waits as long as the upload takes. `WANDB_FINISH_TIMEOUT` sets another number of
-    seconds, 0 for no limit. Versions of wandb without this setting wait for the upload.
+    At the end wandb 0.31 waits two minutes at most for the rest of the history to be uploaded, longer if it repeats a
+    request that is before it, such as that for an artifact; with `log_model` it waits as long as the upload takes.
+    `WANDB_FINISH_TIMEOUT` sets another number of seconds, 0 for no limit. Older versions have no limit.
 
     Args:
         project: Project of the run; `null` takes `WANDB_PROJECT`, or `llm-train`.
