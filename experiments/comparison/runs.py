@@ -84,7 +84,7 @@ def read_folder(folder: Path) -> Run:
         # The result of `llm-train test` is in a file of its own.
         last_step = max((int(series.steps[-1]) for series in metrics.values()), default=0)
         tested = _read_json(folder / "summary_test.json", {})
-        for name, value in tested["metrics"].items() if tested.get("status") == FINISHED else ():
+        for name, value in tested.get("metrics", {}).items() if tested.get("status") == FINISHED else ():
             metrics[name] = Series(np.array([last_step]), np.array([math.nan if value is None else float(value)]))
         return _run(str(folder), str(summary["status"]), summary.get("error"), config, metrics)
     except FileNotFoundError as error:
