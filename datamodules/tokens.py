@@ -309,13 +309,14 @@ class _Parts:
                 time.sleep(_WAIT)
                 yield own
 
-    def name_others(self, own: Collection[int]) -> None:
+    def name_others(self, own: Collection[int], missing: Iterable[int]) -> None:
         """Say once which other processes write the missing parts, if they have had all of them for some time.
 
         Args:
             own: Numbers of the processes of this command.
+            missing: Numbers of the missing parts.
         """
-        holders = set() if self._has_said_so else self._others(own)
+        holders = set() if self._has_said_so else self._others(own, missing)
         now = time.monotonic()
         self._waits_since = (self._waits_since or now) if holders else None
         if self._waits_since is not None and now - self._waits_since >= _SILENT_WAIT:
@@ -325,13 +326,13 @@ class _Parts:
                 "command prepares them"
             )
 
-    def _others(self, own: Collection[int]) -> set[str]:
+    def _others(self, own: Collection[int], missing: Iterable[int]) -> set[str]:
         """Return the names of the processes that write the missing parts; none if there is a part for this command.
 
         This process must hold no lock of a part: reading the file would end it.
         """
         holders = set()
-        for number in self.missing():
+        for number in missing:
             try:
                 holder = self._lock_file(number).read_text(encoding="utf-8").strip()
             except FileNotFoundError:
@@ -407,8 +408,9 @@ def _write_parts(parts: _Parts, n_processes: int) -> None:
             fast_encoder(parts.tokenizer)  # once, for the copies of this process
             working = _in_processes(min(n_processes, n_missing), parts.write_missing)
         for own in working:
-            bar.update(n - len(parts.missing()) - bar.n)
-            parts.name_others(own)
+            missing = parts.missing()
+            bar.update(n - len(missing) - bar.n)
+            parts.name_others(own, missing)
 
 
 def _in_processes(n: int, work: Callable[[], Iterable[object]]) -> Iterator[Collection[int]]:

@@ -2,7 +2,6 @@
 
 import importlib
 import json
-import os
 import pkgutil
 import sys
 from collections.abc import Sequence
@@ -87,28 +86,33 @@ def _paths(class_path: str) -> list[str]:
     return list(dict.fromkeys(f"{m}.{name}" for m in modules if getattr(sys.modules.get(m), name, None) is kind))
 
 
-def _cleaned(value: Any) -> Any:
+def _cleaned(value: Any, setting: str = "") -> Any:
     """Return a schema without what doubles its size, and without defaults of this machine and this process.
 
     jsonargparse lets every section have the key `$schema`.
+
+    Args:
+        value: The schema, or a part of it.
+        setting: Key of the part.
     """
     if isinstance(value, list):
         return [_cleaned(item) for item in value]
     if not isinstance(value, dict):
         return value
     return {
-        key: _cleaned(item)
+        key: _cleaned(item, key)
         for key, item in value.items()
-        if not (key == "$schema" and isinstance(item, dict)) and not (key == "default" and _is_of_this_process(item))
+        if not (key == "$schema" and isinstance(item, dict))
+        and not (key == "default" and _is_of_this_process(setting, item))
     }
 
 
-def _is_of_this_process(default: Any) -> bool:
+def _is_of_this_process(setting: str, default: Any) -> bool:
     """Return whether a default is a folder of this machine, an object by its address, or the number of this process."""
     folders = tuple(str(folder) for folder in (Path.home(), Path.cwd()) if folder.name)
     if isinstance(default, str):
         return default.startswith(folders) or " object at 0x" in default
-    return default == os.getpid() and not isinstance(default, bool)
+    return setting == "x_stats_pid"  # of W&B
 
 
 def main(args: Sequence[str]) -> None:

@@ -9,7 +9,7 @@ import forks
 import torch
 import yaml
 from gpu import workload
-from gpu.clock import Times, n_graphs, timed
+from gpu.clock import Clock, Times, n_graphs, timed
 from gpu.runs import (
     EXPERIMENTS,
     Line,
@@ -92,6 +92,19 @@ def _decoder_data(settings: Settings, n_words: int) -> tuple[dict[str, Any], int
 _TINY = {"n_layer": 2, "n_head": 2, "n_embd": 32}
 
 
+def _bare_loops(
+    settings: Settings, clock: Clock, steps: int, every: int, tokens: int, ours: dict[str, Any]
+) -> Iterator[Line]:
+    """Loops over the step of a finished run, and its kernels, beside the figures of the run."""
+    flops = clock.module.flops_per_token
+    bare = speed(bare_loop(clock, steps, every), tokens, flops)
+    yield Line("bare loop, same step", bare | {"fit / this": ours["tokens/s"] / bare["tokens/s"]})
+    if settings.kernels:
+        yield from kernels(clock, every)
+        times = with_cudnn_attention(settings, clock, steps, every)
+        yield Line("bare loop, attention of cuDNN", speed(times, tokens, flops))
+
+
 def pretraining(settings: Settings) -> Iterator[Line]:
     """GPT-2 124M: the command, a bare loop over the same compiled step, and nanoGPT."""
     steps, every = settings.choose((50, 10), (6, 2))
@@ -102,12 +115,7 @@ def pretraining(settings: Settings) -> Iterator[Line]:
     ours = speed(clock.times, tokens, flops)
     yield Line("`llm-train fit`", ours)
     yield Line("its own log", logged(clock, tokens_per_second="tokens/s", mfu="MFU"))
-    bare = speed(bare_loop(clock, steps, every), tokens, flops)
-    yield Line("bare loop, same step", bare | {"fit / this": ours["tokens/s"] / bare["tokens/s"]})
-    if settings.kernels:
-        yield from kernels(clock, every)
-        times = with_cudnn_attention(settings, clock, steps, every)
-        yield Line("bare loop, attention of cuDNN", speed(times, tokens, flops))
+    yield from _bare_loops(settings, clock, steps, every, tokens, ours)
     free(clock)
     if settings.nanogpt:
         sizes = settings.choose({"n_layer": 12, "n_head": 12, "n_embd": 768}, _TINY)
@@ -128,12 +136,7 @@ def characters(settings: Settings) -> Iterator[Line]:
     tokens, flops = block_size * batch_size, clock.module.flops_per_token
     ours = speed(clock.times, tokens, flops)
     yield Line("`llm-train fit`, reduce-overhead", ours)
-    bare = speed(bare_loop(clock, steps, every), tokens, flops)
-    yield Line("bare loop, same step", bare | {"fit / this": ours["tokens/s"] / bare["tokens/s"]})
-    if settings.kernels:
-        yield from kernels(clock, every)
-        times = with_cudnn_attention(settings, clock, steps, every)
-        yield Line("bare loop, attention of cuDNN", speed(times, tokens, flops))
+    yield from _bare_loops(settings, clock, steps, every, tokens, ours)
     free(clock)
     if settings.nanogpt:
         sizes = settings.choose({"n_layer": 6, "n_head": 6, "n_embd": 384}, _TINY)

@@ -24,6 +24,7 @@ from lightning_modules.runtime.stop import GracefulStop, StopOnNonFiniteLoss
 from lightning_modules.runtime.throughput import Throughput
 
 AT_EPOCH_ENDS = {"check_val_every_n_epoch": 1, "val_check_interval": 1.0}
+QUIET = {f"enable_{part}": False for part in ("progress_bar", "model_summary", "checkpointing")}
 
 
 class Numbers(Dataset):
@@ -212,9 +213,8 @@ def test_a_step_that_breaks_the_weights_leaves_the_checkpoint_before_it(tmp_path
 def test_a_trainer_that_fits_again_asks_once_a_step(tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(GracefulStop, "_stop_if_asked", lambda _, trainer: asked.append(trainer.global_step))
-    quiet = {f"enable_{part}": False for part in ("progress_bar", "model_summary", "checkpointing")}
     trainer = L.Trainer(
-        accelerator="cpu", max_epochs=1, callbacks=[GracefulStop()], logger=False, default_root_dir=tmp_path, **quiet
+        accelerator="cpu", max_epochs=1, callbacks=[GracefulStop()], logger=False, default_root_dir=tmp_path, **QUIET
     )
     loader = DataLoader(Numbers(), sampler=GlobalBatches(12, shuffled(12, 0), 4), batch_size=None)
     trainer.fit(Line(), loader)
@@ -231,9 +231,8 @@ def test_sigterm_before_the_first_step_and_in_an_evaluation_exits_with_its_code(
             signal.raise_signal(signal.SIGTERM)
 
     before = signal.getsignal(signal.SIGTERM)
-    quiet = {f"enable_{part}": False for part in ("progress_bar", "model_summary", "checkpointing")}
     stop = GracefulStop()
-    trainer = L.Trainer(accelerator="cpu", callbacks=[stop, InValidation()], logger=False, max_steps=3, **quiet)
+    trainer = L.Trainer(accelerator="cpu", callbacks=[stop, InValidation()], logger=False, max_steps=3, **QUIET)
     loader = DataLoader(Numbers(), sampler=GlobalBatches(12, shuffled(12, 0), 4), batch_size=None)
     loaders = [loader, loader] if method == "fit" else [loader]
     with pytest.raises(SystemExit) as stopped:
