@@ -89,6 +89,18 @@ class BengioNLMModule(KeepsBufferDtypes, ExperimentModule):
             with torch.no_grad():
                 self.network.b.copy_(torch.from_numpy(np.log(self._unigram)))
 
+    def on_test_start(self) -> None:
+        """Refuse to test a learned mixture that no validation has learned.
+
+        Raises:
+            MisconfigurationException: If `mix` is `learned` and the weights are those of a new module.
+        """
+        if self.mix == "learned" and (self.mixture == 0.5).all():
+            raise MisconfigurationException(
+                "model.mix is learned, but the checkpoint has no learned weights of network and trigram: test it with "
+                "--model.mix equal, or train with a validation"
+            )
+
     def forward(self, context: Tensor) -> Tensor:
         """Return the scores of the next word, (B, V), for a context (B, n - 1), the nearest word first."""
         return self.network(context)
@@ -115,7 +127,8 @@ class BengioNLMModule(KeepsBufferDtypes, ExperimentModule):
             self.mixture.copy_(torch.from_numpy(weights))
         logs = {"": measured["network"], "_trigram": measured["trigram"], "_unigram": measured["unigram"]}
         if self.mix != "none":
-            logs["_mixed"] = (models + self.mixture[measured["group"]].log()).logsumexp(dim=1)
+            mixture = self.mixture if self.mix == "learned" else torch.full_like(self.mixture, 0.5)
+            logs["_mixed"] = (models + mixture[measured["group"]].log()).logsumexp(dim=1)
         results = {f"perplexity{name}": (-log.mean()).exp().float() for name, log in logs.items()}
         return results | {"loss": -measured["network"].mean().float()}
 

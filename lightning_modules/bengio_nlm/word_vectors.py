@@ -1,6 +1,7 @@
 """Reports on word vectors: nearest neighbours during the training; a file for other programs and figures after it."""
 
 import difflib
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -66,8 +67,9 @@ class WordVectors(L.Callback):
         for word, neighbours in zip(self.words, found, strict=True):
             lines.append(f"- **{word}**: " + ", ".join(f"{known[i]} {cosine:.2f}" for i, cosine in neighbours) + "\n")
             rows += [[trainer.global_step, word, known[i], cosine] for i, cosine in neighbours]
-        with (Path(trainer.default_root_dir) / "neighbours.md").open("a", encoding="utf-8") as file:
-            file.write(f"## Step {trainer.global_step}\n\n{''.join(lines)}\n")
+        file = Path(trainer.default_root_dir) / "neighbours.md"
+        earlier = sections_before(trainer.global_step, file.read_text(encoding="utf-8") if file.is_file() else "")
+        write_text(file, f"{earlier}## Step {trainer.global_step}\n\n{''.join(lines)}\n")
         show_table(trainer, "neighbours", ["step", "word", "neighbour", "cosine"], rows)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -95,6 +97,14 @@ class WordVectors(L.Callback):
             show_figures(trainer, [draw_word_vectors(file, figure, method, self.skip, last)])
         rows = ([w, *v] for w, v in zip(words[:_TABLE_ROWS], vectors[:_TABLE_ROWS].tolist(), strict=True))
         show_table(trainer, "word_vectors", ["word", *(f"feature {k}" for k in range(vectors.shape[1]))], rows)
+
+
+def sections_before(step: int, neighbours_md: str) -> str:
+    """Return the sections of earlier steps; a run that was killed before its checkpoint repeats the later ones."""
+    for head in re.finditer(r"^## Step (\d+)$", neighbours_md, re.MULTILINE):
+        if int(head[1]) >= step:
+            return neighbours_md[: head.start()]
+    return neighbours_md
 
 
 @torch.no_grad()

@@ -7,6 +7,7 @@ import random
 import zipfile
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import forks
 import numpy as np
@@ -73,7 +74,7 @@ def gradients(network: BengioNLM, loss: torch.Tensor) -> dict[str, torch.Tensor]
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_the_fast_loss_is_the_cross_entropy_of_the_scores(shape):
     network = filled(vocab_size=40, n=4, m=5, **shape)
-    for size in (16, 16, 9):  # its memory is reused where the size fits
+    for size in (16, 9):
         context, targets = torch.randint(40, (size, 3)), torch.randint(40, (size,))
         plain, fast = F.cross_entropy(network(context), targets), network.loss(context, targets)
         assert fast.item() == pytest.approx(plain.item(), rel=1e-5)
@@ -299,6 +300,7 @@ def test_the_bias_starts_at_the_frequencies_and_a_trained_one_is_kept():
 @pytest.mark.parametrize("mix", ["none", "equal", "learned"])
 def test_results_by_hand(mix):
     module = BengioNLMModule(vocab_size=5, block_size=3, mix=mix)
+    module.mixture.copy_(torch.tensor([0.9, 0.1]))  # as of a checkpoint whose `mix` is `learned`
     module.val_metrics.bfloat16()  # as `trainer.precision: bf16-true` does; the sums stay in float64
     network, trigram, unigram, group = TARGETS.T
     for part in (slice(0, 2), slice(2, 3)):
@@ -323,6 +325,15 @@ def test_results_by_hand(mix):
     learned = module.mixture.clone()
     module.evaluation_results(module.val_metrics, "test")  # a test learns no mixture
     assert torch.equal(module.mixture, learned)
+
+
+def test_a_mixture_that_no_validation_has_learned_is_not_tested_as_a_learned_one():
+    module = BengioNLMModule(vocab_size=5, block_size=3, mix="learned")
+    with pytest.raises(MisconfigurationException, match=r"^model\.mix is learned, but .* --model\.mix equal"):
+        module.on_test_start()
+    module.mixture.copy_(torch.tensor([0.9, 0.1]))
+    module.on_test_start()
+    BengioNLMModule(vocab_size=5, block_size=3, mix="equal").on_test_start()
 
 
 # The command
@@ -418,25 +429,32 @@ def test_a_run_leaves_word_vectors_neighbours_and_figures(run):
 
 
 def test_killed_and_resumed_is_the_same_to_the_bit(llm_train, forked, tmp_path):
-    callbacks = ("reproducible.ReproducibleSteps", "checkpoint.RunCheckpoint")
-    settings = {
+    callbacks = ("runtime.reproducible.ReproducibleSteps", "bengio_nlm.WordVectors", "runtime.checkpoint.RunCheckpoint")
+    settings: dict[str, Any] = {
         "model__init_args__mix": "equal",
         "model__init_args__dropout": 0.1,
         "model__init_args__word_dropout": 0.1,
         "trainer__precision": "bf16-mixed",
         "trainer__val_check_interval": 3,
         "trainer__max_steps": 6,
-        "trainer__callbacks": [{"class_path": f"lightning_modules.runtime.{name}"} for name in callbacks],
+        "trainer__callbacks": [{"class_path": f"lightning_modules.{name}"} for name in callbacks],
     }
+    settings["trainer__callbacks"][1]["init_args"] = {"words": ["w3"], "skip": 99}  # draws nothing
     assert llm_train("fit", "-c", write(tmp_path, "whole", **settings)).code == 0
     cut = write(tmp_path, "cut", **settings)
     last = Path("runs/bengio_nlm/cut/checkpoints/last.ckpt")
+    neighbours = [Path(f"runs/bengio_nlm/{name}/neighbours.md") for name in ("cut", "whole")]
     assert forked("fit", "-c", cut, prepare=lambda: forks.die_after_step(3)) != 0
     assert torch.load(last, weights_only=True)["global_step"] == 3
+    with neighbours[0].open("a") as file:
+        file.write("## Step 6\n\n- of a validation that has no checkpoint\n\n")
     resumed = llm_train("fit", "-c", cut, "--ckpt_path", "last")
     assert resumed.code == 0, resumed.err
     assert_same_weights(Path("runs/bengio_nlm/whole/checkpoints/last.ckpt"), last)
     assert (weights(last)["mixture"] == 0.5).all()  # equal weights stay so
+    ours, expected = (file.read_text() for file in neighbours)
+    assert ours == expected
+    assert expected.count("## Step") == 2
 
 
 def test_weights_sharded_over_processes_are_trained_as_on_one(run, tmp_path):
