@@ -23,12 +23,19 @@ def cached_array(target: Path, compute: Callable[[], np.ndarray], mmap_mode: Lit
 
     A file that is damaged, or that holds pickled objects, is replaced; nothing is unpickled.
     """
-    try:
-        return read_array(target, mmap_mode)
-    except (OSError, ValueError):
-        with atomic_file(target) as file:
-            np.save(file, compute())
+    if (found := find_array(target, mmap_mode)) is not None:
+        return found
+    with atomic_file(target) as file:
+        np.save(file, compute())
     return read_array(target, mmap_mode)
+
+
+def find_array(file: Path, mmap_mode: Literal["r"] | None = None) -> np.ndarray | None:
+    """Return the array of a `.npy` file as `read_array` does, or `None` if the file is missing or damaged."""
+    try:
+        return read_array(file, mmap_mode)
+    except (OSError, ValueError):
+        return None
 
 
 def read_array(file: Path, mmap_mode: Literal["r"] | None = None) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -14,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from datamodules.base import ExperimentDataModule, Order, shuffled
 from datamodules.bert_imdb.reviews import AnyReviews, Review, parse_review, read_reviews, reviews_of
 from datamodules.bert_imdb.wordpiece import continues_word, learn_wordpieces
-from datamodules.cache import cache_root, cached_array, digest
+from datamodules.cache import cache_root, cached_array, digest, find_array, read_array
 from datamodules.splits import SIDES, Side, say_if_few
 from datamodules.tokenizers import WithTokenizer, encode, load_tokenizer, vocab_size
 from lightning_modules.common.messages import say
@@ -392,22 +393,40 @@ class BertImdbDataModule(ReviewsDataModule):
         """Return a line about the reviews of a fit, and their classes."""
         return f"{super().describe()}; classes: {', '.join(self.classes)}"
 
-    def keep_features(self, split: Side, model: Any, features_of: Callable[[Batch], Tensor]) -> None:
+    def keep_features(
+        self,
+        split: Side,
+        model: Any,
+        features_of: Callable[[Batch], Tensor],
+        gathered: Callable[[Any], list[Any]] = lambda value: [value],
+    ) -> None:
         """Replace the tokens in the batches of a split by features, computed once and kept in the cache.
+
+        The processes of a run compute a batch each at a time, so that none waits for the work of another: a wait has a
+        timeout. The first process of each machine keeps them all and writes the file.
 
         Args:
             split: `train`, `val` or `test`.
             model: Identity of the encoder, any value that JSON can represent.
             features_of: Function from a batch to its features, (B, F).
+            gathered: Function from a value of this process to those of all processes, ordered by rank.
         """
         dataset = self.datasets[split]
         file = cache_root() / "features" / f"{digest([model, dataset.fingerprint()])}.npy"
-
-        def features() -> np.ndarray:
-            parts = [features_of(dataset.inputs(positions)) for positions in dataset.by_length.split(self.batch_size)]
-            return torch.cat(parts)[dataset.by_length.argsort()].numpy()
-
-        dataset.features = cached_array(file, features, mmap_mode="r")
+        if any(gathered(find_array(file, "r") is None)):
+            rank, n = self._rank_and_world_size
+            writes = self.trainer is None or self.trainer.local_rank == 0
+            batches = dataset.by_length.split(self.batch_size)
+            parts: list[Tensor] = []
+            for first in range(0, len(batches), n):
+                own = batches[first + rank : first + rank + 1]  # none, if the last round has fewer than n batches
+                of_all = gathered([features_of(dataset.inputs(positions)) for positions in own])
+                if writes:
+                    parts += chain.from_iterable(of_all)
+            if writes:
+                cached_array(file, lambda: torch.cat(parts)[dataset.by_length.argsort()].numpy(), "r")
+            gathered(None)  # wait until the file is there
+        dataset.features = read_array(file, "r")
 
     def predict_dataloader(self) -> DataLoader:
         """Return the loader of the reviews to classify, in the order given."""

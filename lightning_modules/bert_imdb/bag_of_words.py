@@ -10,6 +10,7 @@ import torch
 from lightning_modules.base import ExperimentModule
 from lightning_modules.classification import ClassificationMeasures
 from lightning_modules.common.ranges import PositiveInt
+from lightning_modules.runtime.processes import from_first
 
 
 class BagOfWords(L.Callback):
@@ -39,13 +40,12 @@ class BagOfWords(L.Callback):
 
     def _log(self, trainer: L.Trainer, pl_module: ExperimentModule, split: str) -> None:
         if split not in self._results:
-            data, results = pl_module.data, None
-            if trainer.is_global_zero:
-                train, held_out = data.labelled("train"), data.labelled(split)
-                results = evaluate_bag_of_words(train, held_out, len(data.classes), self.ngrams)
-            self._results[split] = trainer.strategy.broadcast(results)
+            self._results[split] = from_first(trainer, lambda: self._evaluate(pl_module.data, split))
         results = {f"{split}/bag_of_words/{name}": value for name, value in self._results[split].items()}
         pl_module.log_dict(results, sync_dist=True)
+
+    def _evaluate(self, data: Any, split: str) -> dict[str, float]:
+        return evaluate_bag_of_words(data.labelled("train"), data.labelled(split), len(data.classes), self.ngrams)
 
 
 def evaluate_bag_of_words(

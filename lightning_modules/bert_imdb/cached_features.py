@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from functools import partial
 from typing import Any
 
 import lightning as L
@@ -10,6 +11,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
 from lightning_modules.finetuning.bases import architecture_of, evaluating
+from lightning_modules.runtime.processes import gathered
 from lightning_modules.runtime.sharded import require_whole_weights
 
 
@@ -25,7 +27,7 @@ class CachedFeatures(L.Callback):
     """
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Compute the features that are not in the cache, on one process of each machine.
+        """Compute the features that are not in the cache; the processes divide the batches.
 
         Raises:
             MisconfigurationException: If the encoder is trained, or its weights are sharded.
@@ -46,11 +48,8 @@ class CachedFeatures(L.Callback):
                 moved = {name: part.to(pl_module.device) for name, part in batch.items()}
                 return pl_module.features(moved).float().cpu()
 
-        for first in (True, False):  # the first process of a machine writes the file, the others read it
-            if first == (trainer.local_rank == 0):
-                for split in ("train", "val"):
-                    pl_module.data.keep_features(split, key, features_of)
-            trainer.strategy.barrier()
+        for split in ("train", "val"):
+            pl_module.data.keep_features(split, key, features_of, partial(gathered, trainer))
 
 
 def weights_digest(model: nn.Module) -> str:

@@ -23,6 +23,7 @@ from lightning_modules.bpe.word_counter import WordCounter
 from lightning_modules.common.messages import say
 from lightning_modules.common.ranges import NonNegativeInt, PositiveInt
 from lightning_modules.common.tokenizer_threads import use_threads
+from lightning_modules.runtime.processes import from_first
 from lightning_modules.runtime.stages import validates_a_fit
 
 if TYPE_CHECKING:  # imported where it is used: it is slow to import
@@ -113,9 +114,13 @@ class BPEModule(GradientFreeModule):
         self.counter.close()
 
     def learn(self) -> None:
-        """Learn the merges from the counts of all processes on the first process, and broadcast them."""
+        """Learn the merges from the counts of all processes on the first process, and give them to all."""
         self._gather_counts()
-        if self.global_rank == 0 and self.counter.words.total() != self._words_learned_from:
+        self.merges = from_first(self.trainer, self._learned)
+
+    def _learned(self) -> list[Merge]:
+        """Return the merges of the words of this process; they are learned again if words have been added."""
+        if self.counter.words.total() != self._words_learned_from:
             self._words_learned_from = self.counter.words.total()
             size = self.hparams.vocabulary_size
             wanted = size - self.least_size
@@ -128,7 +133,7 @@ class BPEModule(GradientFreeModule):
                     f"the corpus ran out of pairs: learned {len(self.merges)} of {wanted} merges, so the vocabulary "
                     f"has {self.vocabulary_size} tokens, not {size}; give more text"
                 )
-        self.merges = self.trainer.strategy.broadcast(self.merges)
+        return self.merges
 
     def _gather_counts(self) -> None:
         """Move the counts of all processes to the first one, which keeps their sum."""

@@ -486,6 +486,31 @@ def test_a_frozen_base_and_cached_features_train_the_same_head(base, monkeypatch
     assert len(computed) == 3 + 2
 
 
+@pytest.mark.usefixtures("no_pictures")
+def test_two_processes_compute_a_batch_of_features_each_at_a_time(pretrained, tmp_path):
+    callbacks = yaml.safe_load((STUDIES / "unfreeze/head_only.yaml").read_text())["trainer"]["callbacks+"]
+    config = write_config(pretrained.run, [*callbacks, {"class_path": "lightning_modules.bert_imdb.BagOfWords"}])
+
+    def prepare(rank: int) -> None:
+        def lengths(self: BertImdbModule, batch: dict) -> torch.Tensor:
+            with (tmp_path / f"computed_{rank}.txt").open("a") as file:
+                file.write(f"{len(batch['input_ids'])} ")
+            return batch["attention_mask"].sum(1, keepdim=True).expand(-1, 16)
+
+        BertImdbModule.features = lengths  # of this process, which ends
+
+    flags = ("-c", config, *forks.TWO_PROCESSES, "--trainer.max_epochs", "1", "--trainer.val_check_interval", "6")
+    output = tmp_path / "output.txt"
+    assert forks.wait(forks.start_ranks(2, "fit", *flags, prepare=prepare, output=output)) == [0, 0], output.read_text()
+    # 6 batches of training reviews, 3 of validation reviews
+    assert [(tmp_path / f"computed_{rank}.txt").read_text() for rank in (0, 1)] == ["8 8 8 8 4 ", "8 8 8 8 "]
+    data = reviews_of(pretrained.run / "tokenizer", reviews=FilmReviews(n_train=48, n_val=20, n_test=20))
+    data.setup("fit")
+    kept = {len(features): features[:, 0].tolist() for features in map(np.load, (tmp_path / "cache").rglob("*.npy"))}
+    assert kept == {len(rows): rows.lengths.tolist() for rows in data.datasets.values()}
+    assert len(read_metric(Path("runs/bert_imdb/classified/metrics.csv"), "val/bag_of_words/accuracy")[1]) == 1
+
+
 def test_features_of_an_encoder_that_is_trained_are_not_cached(base):
     with pytest.raises(
         MisconfigurationException, match="CachedFeatures: the encoder is trained, so its features change"
