@@ -116,7 +116,8 @@ def write_vocabulary(file: Path, merges: Sequence[Merge], special_tokens: Sequen
     lines = [f"{'id':>7} {'count':>12} {'bytes':>5}  {'token':<28} made of\n"]
     for token, i in vocabulary(merges, special_tokens).items():
         if token in special_tokens:
-            length, shown, origin = 0, token, "special token"
+            length, origin = 0, "special token"
+            shown = token if token.isprintable() else repr(token)  # one with a line end too is on one line
         elif token in made_of:
             length, shown = len(token), readable(unspell(token))
             origin = " + ".join(map(readable, made_of[token]))

@@ -77,6 +77,7 @@ def count_words(
             size += len(part)
     if sum(len(word) * count for word, count in words.items()) != size:
         raise ValueError(f"the pattern loses text: its matches joined do not give back the text: {pattern!r}")
+    del words[""]  # a pattern such as `\s*\S*` also matches at the end of a text
     counts: Counter[bytes] = Counter()
     for word, count in words.items():  # two strings with escaped bytes may be the same bytes
         counts[word.encode("utf-8", "surrogateescape")] += count

@@ -267,7 +267,7 @@ def test_loggers_that_take_images_and_tables_get_them(tmp_path):
         log_image=lambda key, images: shown.append((key, Path(images[0]).is_file())),
         log_table=lambda key, columns, data: tables.update({key: (columns, data)}),
     )
-    module = BPEModule(vocabulary_size=260)
+    module = BPEModule(vocabulary_size=261, special_tokens=(END, "<end>\n\r"))
     module.counter.add(["lalalala la la"])
     module.merges = [(b"l", b"a"), (b"la", b"la"), (b" ", b"la")]
     module.learn = lambda: None
@@ -277,7 +277,10 @@ def test_loggers_that_take_images_and_tables_get_them(tmp_path):
     columns, rows = tables["tokenization"]
     assert columns == ["tokenizer", "id", "token"]
     assert [row[2] for row in rows] == ["'la'", "' '", "'lala'", "' '", r"b'\xc3'", r"b'\xa9'"]
-    assert [row[1] for row in rows][:3] == [257, 221, 258]
+    assert [row[1] for row in rows][:3] == [258, 222, 259]
+    lines = (tmp_path / "vocabulary.txt").read_text().splitlines()
+    assert [line.split()[3] for line in lines[1:3]] == [END, r"'<end>\n\r'"]
+    assert len(lines) == 1 + 261
 
 
 @pytest.mark.usefixtures("no_figures")

@@ -195,6 +195,10 @@ def test_counts_of_parts_add_up() -> None:
     assert whole == Counter(word.encode() for text in texts for word in regex.findall(GPT2_PATTERN, text))
 
 
+def test_the_empty_text_is_no_word_where_a_pattern_matches_it() -> None:
+    assert count_words(["a bc", "<s>", ""], r"\s*\S*", ["<s>"]) == {b"a": 1, b" bc": 1}
+
+
 def test_special_tokens_are_not_counted() -> None:
     # The longer token wins where two begin at the same place.
     assert count_words(["a<s>b<s>>c"], special_tokens=["<s>", "<s>>"]) == {b"a": 1, b"b": 1, b"c": 1}
@@ -273,6 +277,7 @@ def test_spelling_is_gpt2s() -> None:
         ({"texts": ["ab"], "vocab_size": 300, "special_tokens": [""]}, "'' is empty or one character"),
         ({"texts": [], "vocab_size": 300}, "the corpus is empty"),
         ({"texts": ["", ""], "vocab_size": 300}, "the corpus is empty"),
+        ({"texts": ["", ""], "vocab_size": 300, "pattern": r"\s*\S*"}, "the corpus is empty"),
     ],
 )
 def test_mistakes_cost_one_line(arguments: dict, message: str) -> None:
