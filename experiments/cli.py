@@ -181,14 +181,16 @@ class ExperimentCLI(SettingsGoOverCheckpoint):
                     "model has no base; --ckpt_path best evaluates the trained model"
                 )
             return
+        run: RunFolder | None
         if given in ("last", "best"):
-            self.run = self._recorded or run_folder.find(*self._claim_as, checkpoint=given)
-            file, advice = self.run.checkpoint(given), "this run has saved no checkpoint"
+            run = self._recorded or run_folder.find(*self._claim_as, checkpoint=given)
+            file, advice = run.checkpoint(given), "this run has saved no checkpoint"
         else:
             file, advice = Path(given), "give a file, `last` or `best`"
-            # A fit from another file than the last checkpoint is a branch, and gets a folder of its own.
-            if self.subcommand != "fit" or file.name == "last.ckpt":
-                self.run = run_folder.of_checkpoint(file)
+            run = run_folder.of_checkpoint(file)
+        # A fit from another checkpoint than the last is a branch, and gets a folder of its own.
+        if self.subcommand != "fit" or file.name == "last.ckpt":
+            self.run = run
         if not file.is_file():
             raise MisconfigurationException(f"ckpt_path: {file} does not exist; {advice}")
         arguments["ckpt_path"] = str(file)
@@ -308,16 +310,19 @@ class ExperimentCLI(SettingsGoOverCheckpoint):
             say(f"trial run: {self.subcommand} works on {what} of each split; it kept no files")
 
     def close(self) -> None:
-        """Unlock the run, and remove the folder of a trial run, or of a run that failed before it wrote a file."""
+        """Unlock the run, and end its W&B run if that goes on.
+
+        Remove the folder of a trial run, or of a run that failed before it wrote a file.
+        """
         if self._lock is not None:
             self._lock.release()
+        trainer = getattr(self, "trainer", None)
+        for logger in trainer.loggers if trainer else ():
+            if isinstance(logger, WandbRecorder):
+                logger.finish(exit_code=1)  # W&B's process writes into the folder until then
         if self.run is None or not self.run.is_new or rank_zero_only.rank != 0:
             return
         if self._trainer_arguments.get("fast_dev_run") or not any(self.run.path.glob("config*.yaml")):
-            trainer = getattr(self, "trainer", None)
-            for logger in trainer.loggers if trainer else ():
-                if isinstance(logger, WandbRecorder):
-                    logger.finish(exit_code=1)  # W&B's process writes into the folder until then
             shutil.rmtree(self.run.path, ignore_errors=True)
 
 

@@ -23,7 +23,8 @@ DEFAULTS = names.SHIPPED / "trainer" / "defaults.yaml"
 _TRAINER = "lightning.pytorch.Trainer"
 # In place of Lightning's texts, for what differs here.
 _TEXTS = {
-    "ckpt_path": "Checkpoint to continue or to evaluate: `last`, `best`, or a file.",
+    "ckpt_path": "Checkpoint to continue or to evaluate: `last`, `best`, or a file. `fit` goes on from the last one in "
+    "the folder of its run, and from another in a folder of its own.",
     "weights_only": "Has no effect: a checkpoint never runs code.",
     "verbose": "Has no effect: the last lines of a run have the results.",
     "return_predictions": "Has no effect.",

@@ -56,6 +56,12 @@ class RunCheckpoint(Checkpoint):
         if self.every_n_train_steps:
             private_names.call_after_steps(trainer, self._save_if_due)
 
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Forget the best score if its weights are not in the folder: another run has them, from which this one began."""
+        if not trainer.strategy.broadcast((self._folder / "best.ckpt").is_file()):
+            self.best_score, self.best_step, self.best_metrics = None, None, {}
+            self._complete = self.state_dict()
+
     def _save_if_due(self, trainer: L.Trainer) -> None:
         due = self.every_n_train_steps and trainer.global_step % self.every_n_train_steps == 0
         if due and not private_names.training_is_done(trainer):  # `on_train_end` writes it, when all have ended

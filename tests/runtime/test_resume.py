@@ -1,5 +1,6 @@
 """A run that was killed and resumed ends with the weights and metrics of an uninterrupted one, bit for bit."""
 
+import json
 import os
 import shutil
 import signal
@@ -310,15 +311,19 @@ def test_a_name_that_is_no_folder_is_refused(llm_train, tiny, name):
     assert not Path("runs").exists()
 
 
-def test_a_fit_from_another_checkpoint_than_the_last_gets_a_folder_of_its_own(llm_train, tiny, whole):
+@pytest.mark.parametrize("given", ["best", RUNS / "tiny" / BEST])
+def test_a_fit_from_another_checkpoint_than_the_last_gets_a_folder_of_its_own(llm_train, tiny, whole, given):
     shutil.copytree(whole(), RUNS / "tiny")
-    before = (RUNS / "tiny" / LAST).read_bytes()
-    branch = ("fit", "-c", tiny(), "--ckpt_path", RUNS / "tiny" / BEST, "--trainer.max_steps", "28")
-    done = llm_train(*branch)
+    before = contents(RUNS / "tiny")
+    worse = ("--trainer.max_steps", "28", "--optimizer.lr", "100")
+    done = llm_train("fit", "-c", tiny(), "--ckpt_path", given, *worse)
     assert done.code == 0
     assert f"{RUNS}/tiny exists; this run is tiny.2\n" in done.err
-    assert (RUNS / "tiny.2" / LAST).is_file()
-    assert (RUNS / "tiny" / LAST).read_bytes() == before
+    assert contents(RUNS / "tiny") == before
+    assert saved_step("tiny.2") == 28
+    # The best of a run is one whose weights it has, not that of the run before it.
+    assert (RUNS / "tiny.2" / BEST).is_file()
+    assert json.loads((RUNS / "tiny.2/summary.json").read_text())["best"]["step"] == 28
 
 
 def test_the_saved_configuration_repeats_the_run(llm_train, whole):
