@@ -57,7 +57,7 @@ class RunCheckpoint(Checkpoint):
             private_names.call_after_steps(trainer, self._save_if_due)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Forget the best score if its weights are not in the folder: another run has them, from which this one began."""
+        """Forget the best score if its weights are not in the folder: it is that of the run that it began from."""
         if not trainer.strategy.broadcast((self._folder / "best.ckpt").is_file()):
             self.best_score, self.best_step, self.best_metrics = None, None, {}
             self._complete = self.state_dict()
