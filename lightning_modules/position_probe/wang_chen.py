@@ -23,7 +23,8 @@ class WangChenModule(KeepsBufferDtypes, GradientFreeModule):
       over folds of random pairs. A batch holds the pairs of one repetition, 512 in the paper.
 
     Each training step is one repetition with other pairs and other folds. The regressions are fitted completely within
-    the step, so only the errors are kept. Rows are not standardised. There is no validation and no test.
+    the step, so only the errors are kept. Rows are not standardised. There is no validation and no test. A run has one
+    process.
 
     The module reads `cases`, `rows` and `labels` of the data; see `PositionProbeDataModule`.
 
@@ -42,8 +43,22 @@ class WangChenModule(KeepsBufferDtypes, GradientFreeModule):
         self.save_hyperparameters()
 
     def next_command(self, run: str) -> str:
-        """Return the command that probes GPT-2 with whole blocks of positions held out."""
-        return "llm-train fit -c position_probe/full"
+        """Return the command that probes the matrix with whole blocks of positions held out."""
+        matrix = self.data.matrix
+        size = "" if matrix.model else f" --data.n_positions {len(matrix.rows)}"  # a computed matrix needs it
+        return f"llm-train fit -c position_probe/full{size}"
+
+    def on_fit_start(self) -> None:
+        """Refuse several processes, each of which would fit its regressions to a share of the pairs.
+
+        Raises:
+            MisconfigurationException: If there are several processes.
+        """
+        if self.trainer.world_size > 1:
+            raise MisconfigurationException(
+                f"trainer.devices: this run has {self.trainer.world_size} processes, but a regression is fitted to all "
+                "pairs of a batch by one: give --trainer.devices 1"
+            )
 
     def setup(self, stage: str) -> None:
         """Register the sums of the errors over the repetitions, which are the state of this module."""
@@ -76,7 +91,7 @@ class WangChenModule(KeepsBufferDtypes, GradientFreeModule):
         self.repetitions += 1
         for case, means in zip(self.cases, (self.sums / self.repetitions).float(), strict=True):
             for name, mean in zip(("position_error", "order_error"), means, strict=True):
-                self.log(f"train/{case}/{name}", mean, sync_dist=True)
+                self.log(f"train/{case}/{name}", mean)
         self.count_step()
 
     def _mean_error(self, model: Any, x: np.ndarray, y: np.ndarray, error: Callable[..., float]) -> float:

@@ -283,12 +283,28 @@ def test_the_experiments_of_wang_and_chen(llm_train):
     state = torch.load(run / "checkpoints/last.ckpt", weights_only=True)["state_dict"]
     assert state["repetitions"] == 2
     assert (state["sums"] / 2)[0, 1].item() == pytest.approx(last(run, "train/real/order_error"), abs=1e-5)
+    following = done.err.splitlines()[-1].removeprefix("next    llm-train ")
+    assert following == "fit -c position_probe/full --data.n_positions 60 --data.source sinusoids --data.n_embd 32"
+    tried = llm_train(*following.split(), "--trainer.fast_dev_run=true", "--trainer.accelerator=cpu")
+    assert tried.code == 0, tried.err
 
 
 def test_wang_chen_module_has_no_validation_and_no_test():
     module = WangChenModule()
     assert not is_overridden("validation_step", module)
     assert not is_overridden("test_step", module)
+
+
+def test_wang_chen_module_refuses_several_processes():
+    module = WangChenModule()
+    module._trainer = SimpleNamespace(world_size=2)
+    with pytest.raises(MisconfigurationException, match=r"this run has 2 processes, .* give --trainer\.devices 1$"):
+        module.on_fit_start()
+
+
+def test_wang_chen_module_proposes_to_probe_all_rows_of_a_model():
+    module = WangChenModule()
+    module.data = SimpleNamespace(matrix=SimpleNamespace(model="openai-community/gpt2", rows=[0] * 512))
     assert module.next_command("runs/position_probe/wang_chen") == "llm-train fit -c position_probe/full"
 
 
