@@ -248,15 +248,15 @@ def check_places(arguments: Namespace, args: Sequence[str]) -> None:
     recorded = _recorded(args)
     if not recorded:
         return
-    by_flag = {flag.rsplit(".", 1)[-1] for flag, _ in _flags(args)}
     by_user = {place for given in _by_user(args) for place in _places(given)}
+    by_user |= {(flag.rsplit(".", 1)[-1], Path(value)) for flag, value in _flags(args)}
     run = arguments["run"]
     run_path = Path(run.root, *filter(None, (run.topic, run.study, run.name))).resolve()
     if any(run_path == file.parent.resolve() for file in recorded):  # not of a folder that was moved
-        by_user.add(("root", run.root))
+        by_user.add(("root", Path(run.root)))
     for key, place in _places(arguments):
-        outside = not Path(place).expanduser().resolve().is_relative_to(Path.cwd().resolve())
-        if outside and key not in by_flag and (key, place) not in by_user:
+        outside = not place.expanduser().resolve().is_relative_to(Path.cwd().resolve())
+        if outside and (key, place) not in by_user:
             raise MisconfigurationException(
                 f"{recorded[-1]}: {key} {place} is outside of the working folder, and a run folder, or a file called "
                 f"{run_folder.CONFIG} as in one, does not choose where to write; give {key} as a flag, or rename a "
@@ -264,12 +264,12 @@ def check_places(arguments: Namespace, args: Sequence[str]) -> None:
             )
 
 
-def _places(config: Any) -> Iterator[tuple[str, str]]:
+def _places(config: Any) -> Iterator[tuple[str, Path]]:
     """Yield the arguments in a configuration that say where to write, with their values."""
     if isinstance(config, Namespace):
         config = vars(config)
     if isinstance(config, dict):
-        yield from ((key, str(value)) for key, value in config.items() if key in _PLACES and _is_path(value))
+        yield from ((key, Path(value)) for key, value in config.items() if key in _PLACES and _is_path(value))
     if isinstance(config, dict | list):
         for value in config.values() if isinstance(config, dict) else config:
             yield from _places(value)

@@ -206,7 +206,14 @@ def test_what_the_user_sets_by_a_flag_or_in_another_file_may_be_anywhere(tmp_pat
     arguments = Namespace(run=run, trainer=Namespace(logger=[Namespace(logger("/own")), logger(Path("/flag"))]))
     trust.check_places(arguments, args)
     trust.check_places(arguments, ["fit", "-c", "own.yaml"])
-    for place, rest in (("/flag", args[:-2]), ("/runs", [*args[:3], *args[5:]])):
+    trust.check_places(arguments, [*args[:3], *args[5:], "--run.root", "/runs", "--trainer.logger.save_dir=/own/"])
+    # A flag of another setting with the same last word is not for these places.
+    other = ["--run.save_dir", "/other", "--trainer.root=/other"]
+    for place, rest in (
+        ("/flag", args[:-2]),
+        ("/runs", [*args[:3], *args[5:]]),
+        ("/runs", [*args[:3], *args[5:], *other]),
+    ):
         with pytest.raises(MisconfigurationException, match=f"^config.yaml: .* {place} is {OUTSIDE}, .*rename a file"):
             trust.check_places(arguments, rest)
 
