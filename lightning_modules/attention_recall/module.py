@@ -1,4 +1,4 @@
-"""Associative recall (notebooks 3.1 to 3.3): does a network find the value that followed a key?"""
+"""Associative recall: does a network find the value that followed a key?"""
 
 from collections.abc import Mapping, Sequence
 

@@ -1,13 +1,13 @@
-"""A decoder from which any part can be left out (notebooks 3.1 to 3.3), to show the effect of each part.
+"""A decoder from which any part can be left out, to show the effect of each part.
 
     x = E[token] + P[position]
     x = x + Attention(Norm(x))        n_layer
     x = x + FeedForward(Norm(x))      times
-    logits = W Norm(x)
+    logits = W Norm(x) + b
 
-With all parts it is the decoder of `models/decoder.py`, except that its output matrix is not the embedding matrix. With
-n_layer = n_head = 1 and without residual, norm and feed-forward network, it is one attention head between an embedding
-and an output.
+With all parts it is the decoder of `models/decoder.py`, except that its output layer has a bias, and a matrix W that is
+not the embedding matrix. With n_layer = n_head = 1 and without residual, norm and feed-forward network, it is one
+attention head between an embedding and an output.
 
 The initial weights meet the assumption of the factor 1/√d (see `models/attention.py`): every linear layer is
 N(0, 1 / fan_in) and every embedding N(0, 1), so normalised inputs give queries and keys of variance 1, and dot products
@@ -54,7 +54,7 @@ class PartialBlock(nn.Module):
 
 
 class AttentionNetwork(nn.Module):
-    """Embeddings, a stack of blocks, and an output matrix that gives a score to every token at every position.
+    """Embeddings, a stack of blocks, and an output layer that gives a score to every token at every position.
 
     Args:
         vocab_size: Number of tokens V.

@@ -52,7 +52,7 @@ class BPEModule(GradientFreeModule):
         model_max_length: Context of the models that will use the tokenizer, in tokens; written to its folder.
         reference: A tokenizer to compare with: a folder with `tokenizer.json` or with GPT-2's `vocab.json` and
             `merges.txt`, a `tokenizer.json`, or a name on the Hugging Face hub. `null` for none.
-        count_workers: Processes that count words in addition to this one; 0 counts in this one.
+        count_workers: Processes that count words in place of this one; 0 counts in this one.
     """
 
     settings_of_next = ("data.source",)

@@ -1,4 +1,4 @@
-r"""Attention: each position computes a weighted mean of the values of all positions (notebooks 3.1 and 3.2).
+r"""Attention: each position computes a weighted mean of the values of all positions.
 
 Each position has a query q, a key k and a value v. The dot product of the query of one position and the key of another
 scores how relevant the second is to the first. Softmax turns the scores of a query into weights that sum to 1, and the

@@ -1,4 +1,4 @@
-"""The pre-norm block: attention mixes positions, a feed-forward network transforms each position (notebook 3.3).
+"""The pre-norm block: attention mixes positions, a feed-forward network transforms each position.
 
     x = x + Dropout(Attention(Norm(x)))
     x = x + Dropout(FeedForward(Norm(x)))

@@ -1,4 +1,4 @@
-"""The decoder: token and position embeddings, a stack of blocks, and scores of the next token (notebook 3.4).
+"""The decoder: token and position embeddings, a stack of blocks, and scores of the next token.
 
     x_0 = Dropout(E[token] + P[position])          E: V x C,  P: block_size x C
     x_l = Block_l(x_{l-1})                         l = 1 ... n_layer
