@@ -155,8 +155,8 @@ def prepare_tokens(
     A folder of files appears only when all of them are complete. A large text is written in parts, each to a folder of
     its own. Several processes, also of several machines, share the parts: each part is locked by the process that
     writes it. If the preparation stops, the parts that are complete are used by the next one, unless it divides the
-    text otherwise. If two processes prepare the same small text, the files of the first are kept. If the tokenizer has
-    an end-of-text token, that token separates documents.
+    text otherwise. If two processes prepare the same small text, or divide a large one differently, the files of the
+    first are kept. If the tokenizer has an end-of-text token, that token separates documents.
 
     Args:
         source: Text to tokenise.
@@ -189,6 +189,9 @@ def prepare_tokens(
             _write_parts(text_parts, n_processes)
             text_parts.join(split, fractions)
     except OSError as error:
+        # Another process that has completed the text in another division has removed the parts of this one.
+        if (files := prepared(folder)) is not None:
+            return files
         raise MisconfigurationException(
             f"the prepared text cannot be written to {folder.parent} ({error}): make room there, or choose another "
             "folder with data.cache_dir or $LLM_TRAIN_CACHE"
@@ -284,11 +287,14 @@ class _Parts:
     def __post_init__(self) -> None:
         self._missing = list(range(len(self.texts)))
         self.folder = self.text_folder / digest([text.source.fingerprint() for text in self.texts])
-        self._waits_since: float | None = None  # for other processes alone
+        self._awaited: list[int] = []  # the parts that were missing at the last look
+        self._waits_since = 0.0  # for other processes alone, which have completed none since
         self._has_said_so = False
 
     def missing(self) -> list[int]:
-        """Return the numbers of the parts that no process has completed."""
+        """Return the numbers of the parts that no process has completed; none once the text is there."""
+        if prepared(self.text_folder) is not None:  # perhaps in another division
+            return []
         self._missing = [number for number in self._missing if prepared(self.folder / _name(number)) is None]
         return self._missing
 
@@ -309,8 +315,11 @@ class _Parts:
                 time.sleep(_WAIT)
                 yield own
 
-    def name_others(self, own: Collection[int], missing: Iterable[int]) -> None:
+    def name_others(self, own: Collection[int], missing: list[int]) -> None:
         """Say once which other processes write the missing parts, if they have had all of them for some time.
+
+        The names are those in the lock files, which processes that were killed leave behind. The part of such a process
+        is free, so that this command completes it: the time begins again with each part that is completed.
 
         Args:
             own: Numbers of the processes of this command.
@@ -318,8 +327,9 @@ class _Parts:
         """
         holders = set() if self._has_said_so else self._others(own, missing)
         now = time.monotonic()
-        self._waits_since = (self._waits_since or now) if holders else None
-        if self._waits_since is not None and now - self._waits_since >= _SILENT_WAIT:
+        if not holders or missing != self._awaited:
+            self._awaited, self._waits_since = missing, now
+        elif now - self._waits_since >= _SILENT_WAIT:
             self._has_said_so = True
             say(
                 f"the missing parts are being prepared by {' and '.join(sorted(holders))}: wait, or end it, and this "
@@ -364,7 +374,12 @@ class _Parts:
         return True
 
     def join(self, split: Split, fractions: tuple[float, float]) -> None:
-        """Write `meta.json`, which says where the tokens of each split are in the parts; remove other divisions."""
+        """Write `meta.json`, which says where the tokens of each split are in the parts; remove other divisions.
+
+        If the text is there, it stays as it is: its files may be in use, also those of another division.
+        """
+        if prepared(self.text_folder) is not None:
+            return
         parts = [json.loads((self.folder / _name(i) / "meta.json").read_text()) for i in range(len(self.texts))]
         tokens, documents, sizes = (
             {side: sum(part[name][side] for part in parts) for side in SIDES}

@@ -322,6 +322,43 @@ def test_a_damaged_part_is_written_again(large, tmp_path):
     assert files_in(tmp_path) == content
 
 
+@pytest.mark.parametrize("n_processes", [1, 2])
+@pytest.mark.parametrize("moment", ["_write_parts", "_write_part"])
+def test_a_text_that_another_process_completes_in_other_parts_is_taken(
+    large, tmp_path, monkeypatch, moment, n_processes
+):
+    original, began = getattr(tokens, moment), []
+
+    def after_another(*args):
+        if not began:
+            began.append(True)
+            with monkeypatch.context() as other:
+                other.setattr(sources, "PART_SIZE", 25_000)
+                prepare(large, tmp_path / "cache")
+        return original(*args)
+
+    monkeypatch.setattr(tokens, moment, after_another)
+    files = prepare(large, tmp_path / "cache", n_processes)
+    assert len(files["train"].files) == 3
+    assert len(files_in(tmp_path / "cache")) == 4 * 3 + 1
+    assert all_tokens(files)["train"][0] == all_tokens(prepare(large, tmp_path / "whole"))["train"][0]
+
+
+def test_the_files_of_a_complete_text_stay(large, tmp_path, monkeypatch):
+    folder, how = tmp_path / "text", ("documents", (0.0, 0.0))
+    late = parts_of(large, folder)
+    tokens._write_parts(late, 1)
+    late.folder.rename(tmp_path / "late")
+    monkeypatch.setattr(sources, "PART_SIZE", 25_000)
+    parts = parts_of(large, folder)
+    tokens._write_parts(parts, 1)
+    parts.join(*how)
+    (tmp_path / "late").rename(late.folder)
+    files = tokens.prepared(folder)
+    late.join(*how)
+    assert tokens.prepared(folder) == files is not None
+
+
 def test_the_parts_of_an_older_version_are_read_where_they_are(large, tmp_path):
     before = prepare(large, tmp_path)
     expected = all_tokens(before)
@@ -362,6 +399,18 @@ def test_a_command_that_waits_for_another_says_so_once(large, tmp_path, monkeypa
     prepare(large, tmp_path, n_processes)
     (line,) = (line for line in said if "wait, or end it" in line)
     assert line.startswith(f"the missing parts are being prepared by process {holder.pid} on ")
+
+
+def test_dead_processes_are_not_waited_for(large, tmp_path, monkeypatch):
+    parts = parts_of(large, tmp_path)
+    parts.folder.mkdir(parents=True)
+    for number in parts.missing():
+        (parts.folder / f"{number:05d}.lock").write_text("process 1 on another machine\n")
+    said = []
+    monkeypatch.setattr(tokens, "_SILENT_WAIT", 0.0)
+    monkeypatch.setattr(tokens, "say", said.append)
+    tokens._write_parts(parts, 1)
+    assert said == [f"preparing text in 6 parts in {tmp_path}"]
 
 
 def test_a_copy_that_waits_ends_with_the_process_that_started_it(large, tmp_path, monkeypatch):
