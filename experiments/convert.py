@@ -30,15 +30,16 @@ def convert(run: Path) -> list[str]:
 
     Raises:
         UserError: If it has no checkpoint.
-        MisconfigurationException: If it is training, or a checkpoint is damaged.
+        MisconfigurationException: If it is training, a link leads out of it, or a checkpoint is damaged.
     """
-    from experiments.run.run_folder import CHECKPOINTS, Lock
+    from experiments.run.run_folder import CHECKPOINTS, Lock, check_links
     from lightning_modules.common.files import link_or_copy
     from lightning_modules.runtime.checkpoint_io import AtomicCheckpointIO
 
     files = [file for name in ("best", "last") if (file := run / CHECKPOINTS / f"{name}.ckpt").is_file()]
     if not files:
         raise UserError(f"convert: {run} has no checkpoint; give the folder of a run, such as runs/TOPIC/NAME")
+    check_links(run)
     lock = Lock(run)
     checkpoints, lines = AtomicCheckpointIO(), []
     try:

@@ -11,7 +11,7 @@ from typing import Any, BinaryIO
 
 from experiments.errors import UserError
 from experiments.study.names import arm_name
-from experiments.study.runs import Plan, Run
+from experiments.study.runs import LOGS, Plan, Run
 
 JOB = "job"  # attribute of the trial of a run that was submitted to a cluster
 
@@ -206,8 +206,14 @@ def locked(folder: Path) -> Iterator[BinaryIO]:
     """Lock a study's folder and yield the lock; repair the journal if the last line is incomplete after a kill.
 
     A file system without locks gives one to every process.
+
+    Raises:
+        UserError: If another process has it, or a link leads out of the folder, to what the study would write.
     """
     journal = folder / _FILE
+    for path in (journal, folder / LOGS, *(folder / LOGS).rglob("*")):
+        if path.is_symlink() and not (target := path.resolve()).is_relative_to(folder.resolve()):
+            raise UserError(f"{path} is a link to {target}, outside of the study; replace it by what it links to")
     with journal.open("a+b") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

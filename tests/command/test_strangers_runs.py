@@ -251,6 +251,15 @@ def test_a_link_out_of_the_folder_is_refused_before_its_target_is_written(llm_tr
     assert not list(Path("precious").iterdir())
 
 
+@pytest.mark.parametrize("link", [".lock", "checkpoints/extra"])
+def test_a_conversion_refuses_a_link_out_of_the_folder(llm_train, stranger, link):
+    Path("precious").write_text("all")
+    (stranger / link).symlink_to(Path("precious").absolute())
+    done = llm_train("convert", stranger)
+    assert (done.code, "outside of the run folder" in done.err) == (1, True)
+    assert Path("precious").read_text() == "all"
+
+
 def test_a_comparison_is_not_written_through_a_link(llm_train, stranger):
     Path("precious").mkdir()
     (stranger / "comparison").symlink_to(Path("precious").absolute())

@@ -440,6 +440,16 @@ def test_a_study_runs_on_a_file_system_without_locks(llm_train, sweep, monkeypat
     assert (done.code, "[1/1] lr=0.3" in done.err) == (0, True), done.err
 
 
+@pytest.mark.parametrize("link", ["journal.log", "logs", "logs/lr=0.1.log"])
+def test_a_study_writes_through_no_link_out_of_its_folder(llm_train, sweep, link):
+    Path("precious").mkdir()
+    (STUDY / link).parent.mkdir(parents=True)
+    (STUDY / link).symlink_to(Path("precious").absolute())
+    done = llm_train("study", sweep())
+    assert (done.code, done.err.count("\n"), f"{STUDY / link} is a link to" in done.err) == (1, 1, True), done.err
+    assert not list(Path("precious").iterdir())
+
+
 # A process that is started in the background ignores SIGINT, and so do its children.
 listen_to_sigint = partial(signal.signal, signal.SIGINT, signal.default_int_handler)
 
