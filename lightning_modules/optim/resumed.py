@@ -19,6 +19,8 @@ from lightning_modules.runtime.stages import validates_a_fit
 
 _SETTINGS = "optimizer_settings"  # in a checkpoint
 _OUR_SCHEDULES = "lightning_modules.optim.schedules"
+# Settings of torch's optimisers that keep something for each parameter, which they look up in each step.
+_WITH_STATE = {"torch.Adam": {"amsgrad"}, "torch.AdamW": {"amsgrad"}, "torch.RMSprop": {"centered", "momentum"}}
 
 
 class OptimizerSettings(L.Callback):
@@ -30,7 +32,8 @@ class OptimizerSettings(L.Callback):
     A checkpoint restores the settings that it was written with: learning rate, betas, and so on. This callback compares
     them with those of the run that is resumed. The settings of an optimiser, the length of the run, and a schedule of
     this project are changed from the step of the checkpoint on, and a line says so. Another optimiser, other trained
-    parameters, and a change of one of torch's schedules, which hold their settings in their state, are refused.
+    parameters, a setting for which the checkpoint has no state (`amsgrad` of Adam, for example), and a change of one of
+    torch's schedules, which hold their settings in their state, are refused.
     """
 
     def __init__(self) -> None:
@@ -127,6 +130,11 @@ class OptimizerSettings(L.Callback):
             )
         for group, before, now in zip(groups, saved["groups"], own["groups"], strict=True):
             changed = {key: value for key, value in now.items() if before.get(key, value) != value}
+            for key in _WITH_STATE.get(own["optimizer"], set()) & changed.keys():
+                if not before[key]:
+                    raise MisconfigurationException(
+                        f"optimizer: the checkpoint has no state for {key}; keep it off, or start a new run"
+                    )
             self._changes += [_change(key, value, before[key]) for key, value in changed.items()]
             if "schedule" in own:  # it sets the rate when it is restored
                 changed.pop("lr", None)
@@ -137,13 +145,13 @@ class OptimizerSettings(L.Callback):
     def _compare_schedules(
         self, schedule: LRScheduler | None, checkpoint: dict[str, Any], saved: dict[str, Any]
     ) -> None:
-        before, now, states = saved.get("schedule"), self._own.get("schedule"), checkpoint["lr_schedulers"]
+        before, now, step = saved.get("schedule"), self._own.get("schedule"), checkpoint["global_step"]
         own_settings, saved_settings = self._own.get("schedule_settings", {}), saved.get("schedule_settings")
         if isinstance(schedule, StepSchedule):
             if before != now:
                 self._changes.append(f"{now} in place of {before or 'no schedule'}")
-                state = states[0] if states else {"last_epoch": checkpoint["global_step"]}
-                checkpoint["lr_schedulers"] = [{"schedule": before, "_step_count": state["last_epoch"] + 1} | state]
+                # Not the state of the schedule before, which may count validations, or nothing.
+                checkpoint["lr_schedulers"] = [{"schedule": before, "last_epoch": step, "_step_count": step + 1}]
             elif saved_settings is not None:
                 self._changes += [
                     _change(name, value, saved_settings[name])
@@ -153,7 +161,7 @@ class OptimizerSettings(L.Callback):
             self._compare_lengths(schedule, checkpoint["lr_schedulers"][0])
         elif schedule is not None and (before != now or saved_settings != own_settings):
             raise MisconfigurationException(
-                f"lr_scheduler: {now} cannot take over at step {checkpoint['global_step']} with other settings, "
+                f"lr_scheduler: {now} cannot take over at step {step} with other settings, "
                 f"another learning rate or another length of the run; keep them, or take one of {_OUR_SCHEDULES}"
             )
         elif schedule is None and before is not None:

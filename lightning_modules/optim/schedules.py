@@ -81,7 +81,8 @@ class StepSchedule(LRScheduler):
         """Return the step of the schedule of `total_steps` whose rate a step has: another one if it was stretched."""
         for start, place, length in reversed(self.stretches):
             if step >= start:
-                return place + (step - start) * (self.total_steps - place) / max(1, length - start)
+                share = (step - start) / max(1, length - start)  # exactly 1 at the end
+                return place + share * (self.total_steps - place)
         return step
 
     def warm(self, progress: float, step: float) -> float:
@@ -91,7 +92,7 @@ class StepSchedule(LRScheduler):
             progress: Completed part of the warm-up, from 0 to 1.
             step: Part of the warm-up that one step is.
         """
-        return progress + step
+        return min(1.0, progress + step)  # a stretched warm-up has places less than a step before its end
 
     def after_warmup(self, progress: float) -> float:
         """Return the multiplier after the warm-up, along which `progress` increases from 0 to 1."""
@@ -218,7 +219,7 @@ class InverseTime(StepSchedule):
 
     def multiplier(self, step: float) -> float:
         """Return the learning rate of a step as a share of the peak."""
-        since = step - self.warmup_steps
+        since = self._place(step) - self.warmup_steps
         return super().multiplier(step) if since < 0 else 1.0 / (1.0 + self.decay * since)
 
 
@@ -238,7 +239,7 @@ class WarmupStableDecay(Decay):
         """Return 1 until `1 - decay`, then decay to `final`."""
         if progress <= 1.0 - self.decay:
             return 1.0
-        decayed = (progress - (1.0 - self.decay)) / self.decay
+        decayed = 1.0 - (1.0 - progress) / self.decay  # exactly 1 at the end
         return self.final + (1.0 - self.final) * (1.0 - math.sqrt(decayed))
 
 
@@ -265,6 +266,8 @@ class OneCycle(Cosine):
 class ReduceOnPlateau(Decay):
     """Schedule that multiplies the rate by a factor when a validation metric stops decreasing.
 
+    A run that is resumed with other arguments keeps its reductions, and the best value of the metric if it is the same.
+
     Args:
         monitor: Name of the validation metric; lower is better.
         factor: Factor of the rate on a plateau (0 to 1).
@@ -288,6 +291,16 @@ class ReduceOnPlateau(Decay):
     def after_warmup(self, progress: float) -> float:
         """Return the product of the reductions so far, at least `final`."""
         return max(self.final, self.reduction)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue from a checkpoint; of another schedule, from its step on."""
+        arguments = state_dict.get("arguments", {})
+        if state_dict.get("schedule") == type(self).__name__:
+            self.reduction = state_dict["reduction"]
+            if arguments.get("monitor") == self.monitor:
+                self.best = state_dict["best"]
+                self.validations_without_improvement = state_dict["validations_without_improvement"]
+        super().load_state_dict(state_dict)
 
     def observe(self, metrics: Mapping[str, Any]) -> None:
         """Count validations without improvement of `monitor`, and reduce the rate if there are more than `patience`.

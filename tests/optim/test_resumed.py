@@ -1,10 +1,12 @@
 """What a resumed run changes of its optimiser and schedule: it is applied and said, or refused."""
 
+import contextlib
 import csv
 import json
 import math
 import shutil
 import signal
+from inspect import signature
 
 import forks
 import pytest
@@ -15,6 +17,7 @@ from jsonargparse import ArgumentParser
 from torch import nn
 
 from lightning_modules.optim import ScheduleFactory, build_schedule
+from lightning_modules.optim.resumed import _WITH_STATE
 from lightning_modules.optim.schedules import Constant, Cosine, InverseTime, Linear, ReduceOnPlateau, WarmupStableDecay
 
 PEAK = 0.5
@@ -58,6 +61,23 @@ def test_a_schedule_is_compressed_into_a_shorter_run_and_stretched_twice():
     assert fourth.planned_steps == 10
 
 
+@pytest.mark.parametrize("schedule", [Linear, Cosine, WarmupStableDecay])
+def test_a_schedule_made_longer_ends_at_zero_exactly(schedule):
+    for step in range(1, 11):
+        second = resumed(new(schedule, 11), step, new(schedule, 14))
+        rates_of(second, 14 - step)
+        assert second.get_last_lr() == [0.0]
+    twice = resumed(resumed(new(schedule, 100), 1, new(schedule, 103)), 3, new(schedule, 110))
+    rates_of(twice, 106)
+    assert twice.get_last_lr() == [0.0]
+
+
+@pytest.mark.parametrize("schedule", [Constant, Cosine, InverseTime])
+def test_a_stretched_warmup_rises_to_the_peak_in_small_steps(schedule):
+    second = resumed(new(schedule, 8, warmup=0.5), 2, new(schedule, 16, warmup=0.5))
+    assert rates_of(second, 4) == pytest.approx([0.75, 0.75 + 3 / 28, 0.75 + 6 / 28, 1.0])
+
+
 def test_a_schedule_that_is_still_flat_takes_the_new_length():
     second = resumed(new(WarmupStableDecay, 10, decay=0.4), 5, new(WarmupStableDecay, 20, decay=0.4))
     assert rates_of(second, 16) == pytest.approx(rates_of(new(WarmupStableDecay, 20, decay=0.4), 21)[5:])
@@ -84,6 +104,26 @@ def test_a_plateau_reduces_the_rate_of_the_next_step_as_a_run_that_is_resumed_th
     first.observe({"val/loss": 1.0})
     second = resumed(first, 0, new(ReduceOnPlateau, 10, patience=0))
     assert rates_of(first, 3) == rates_of(second, 3) == [0.5, 0.5, 0.5]
+
+
+@pytest.mark.parametrize(
+    ("changed", "expected"),
+    [
+        ({"patience": 1}, [0.5, 0.5, 0.25]),
+        ({"factor": 0.1}, [0.5, 0.05, 0.005]),
+        ({"monitor": "val/bits"}, [0.5, 0.5, 0.25]),  # the first value of another metric is the best so far
+    ],
+)
+def test_a_plateau_with_another_argument_keeps_its_reductions(changed, expected):
+    first = new(ReduceOnPlateau, 10, patience=0)
+    for loss in (1.0, 1.0):
+        first.observe({"val/loss": loss})
+    second = resumed(first, 4, new(ReduceOnPlateau, 10, **{"patience": 0} | changed))
+    seen = []
+    for _ in expected:
+        seen += rates_of(second, 1)
+        second.observe({"val/loss": 1.0, "val/bits": 2.0})
+    assert seen == pytest.approx(expected)
 
 
 def test_a_new_schedule_or_argument_or_peak_is_followed_from_the_step_on():
@@ -188,6 +228,7 @@ def test_a_schedule_that_ended_at_zero_cannot_be_made_longer(continued):
     ("flags", "reason"),
     [
         (["--optimizer=torch.optim.SGD"], "optimizer: the checkpoint has the state of torch.AdamW, from which torch.S"),
+        (["--optimizer.amsgrad=true"], "optimizer: the checkpoint has no state for amsgrad; keep it off"),
         ([f"--lr_scheduler={TORCH}.ConstantLR"], "lr_scheduler: torch.ConstantLR cannot take over at step 24"),
     ],
 )
@@ -196,6 +237,30 @@ def test_what_cannot_be_changed_is_refused(llm_train, tiny, whole, tmp_path, fla
     refused = llm_train("fit", "-c", tiny(), "--ckpt_path", copied, "--trainer.max_steps=28", *flags)
     assert (refused.code, refused.err.splitlines()[-1].startswith(f"error: {reason}")) == (1, True), refused.err
     assert not list(RUNS.glob("*"))
+
+
+def test_the_settings_that_are_refused_are_those_for_which_a_step_needs_state():
+    def with_gradient(kind: type, **settings: object) -> torch.optim.Optimizer:
+        weight = nn.Parameter(torch.ones(2, 2))
+        weight.grad = torch.ones(2, 2)
+        return kind([weight], lr=PEAK, **settings)
+
+    needing: dict[str, set[str]] = {}
+    for kind in [kind for kind in vars(torch.optim).values() if isinstance(kind, type)]:
+        for name, argument in signature(kind).parameters.items():
+            if argument.default != 0 or name in ("capturable", "differentiable"):
+                continue
+            with contextlib.suppress(ValueError, RuntimeError):  # `nesterov` without momentum, dense gradients
+                first = with_gradient(kind)
+                second = with_gradient(kind, **{name: True if argument.default is False else 0.5})
+                groups = second.state_dict()["param_groups"]
+                first.step(lambda: 1.0)
+                second.load_state_dict(first.state_dict() | {"param_groups": groups})
+                try:
+                    second.step(lambda: 1.0)
+                except KeyError:
+                    needing.setdefault(f"torch.{kind.__name__}", set()).add(name)
+    assert needing == _WITH_STATE
 
 
 # --- torch's schedules ------------------------------------------------------------------------------------------------
@@ -212,7 +277,23 @@ def test_a_plateau_of_torch_is_told_of_validations_and_resumes(llm_train, tiny):
     assert done.code == 0, done.err
     longer = llm_train(*command, "--ckpt_path", "last", "--trainer.max_steps=28")
     assert longer.code == 0, longer.err
-    assert logged("run") == pytest.approx({4: 0.01, 8: 0.01, 12: 0.01, 16: 0.01, 20: 0.001, 24: 0.001, 28: 1e-4})
+    rates = {4: 0.01, 8: 0.01, 12: 0.01, 16: 0.01, 20: 0.001, 24: 0.001, 28: 1e-4}
+    assert logged("run") == pytest.approx(rates)
+    linear = (f"--lr_scheduler={SCHEDULES}.Linear", "--trainer.max_steps=32")
+    replaced = llm_train(*command, "--ckpt_path", "last", *linear)
+    assert replaced.code == 0, replaced.err
+    assert logged("run") == pytest.approx(rates | {32: 0.01 / 32})  # at step 28, and not after 5 validations
+
+
+def test_schedules_of_torch_that_are_combined_are_replaced_by_one_of_this_project(llm_train, tiny):
+    both = {"schedules": [by_class("ExponentialLR", gamma=0.9)]}
+    schedule = {"class_path": f"{SCHEDULES}.Together", "init_args": both}
+    command = ("fit", "-c", tiny(lr_scheduler=schedule, trainer__max_steps=4), "--run.name", "run")
+    assert llm_train(*command).code == 0
+    linear = (f"--lr_scheduler={SCHEDULES}.Linear", "--trainer.max_steps=8")
+    replaced = llm_train(*command, "--ckpt_path", "last", *linear)
+    assert replaced.code == 0, replaced.err
+    assert logged("run") == pytest.approx({4: 0.01 * 0.9**3, 8: 0.01 / 8})
 
 
 def test_every_schedule_of_torch_that_needs_no_other_schedule_can_be_named():
