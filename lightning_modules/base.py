@@ -253,7 +253,12 @@ class ExperimentModule(L.LightningModule):
             self.trainer.strategy.shard(self)
 
     def configure_callbacks(self) -> list[L.Callback]:
-        """Return the callback of the optimiser and the schedule; it runs before the checkpoint of a validation."""
+        """Return the callback of the optimiser and the schedule; it runs before the checkpoint of a validation.
+
+        Whatever their order in the YAML, the callbacks that add parameters are set up before those that freeze some for
+        the whole run, and these before all others, which read or set what is trained (their `setup_order`).
+        """
+        self.trainer.callbacks.sort(key=lambda callback: getattr(callback, "setup_order", 0))
         return [OptimizerSettings()]
 
     def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: torch.optim.Optimizer) -> None:

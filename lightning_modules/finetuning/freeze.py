@@ -106,12 +106,14 @@ def frozen_modules(model: nn.Module) -> list[nn.Module]:
 
 
 class Freeze(FreezingCallback):
-    """Callback that freezes parameters for the whole run.
+    """Callback that freezes parameters for the whole run, those of adapters included (see `LoRA`).
 
     Args:
         keep_dropout: Whether dropout stays active in frozen modules.
         **selection: Which parameters to freeze: the arguments of `Selection`.
     """
+
+    setup_order = -1  # before the callbacks that read what is frozen; see `ExperimentModule.configure_callbacks`
 
     def __init__(self, keep_dropout: bool = False, **selection: Any) -> None:
         super().__init__(keep_dropout)

@@ -3,6 +3,7 @@
 from typing import Any
 
 import lightning as L
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_modules.common.ranges import PositiveFloat, PositiveInt, Probability
 from lightning_modules.finetuning.adapters import adapted_layers, add_adapters, plain_parameters
@@ -17,6 +18,9 @@ class LoRA(FreezingCallback):
     A checkpoint holds the frozen weights and the adapters; `model/` is exported as a plain model, with the adapters
     merged into its weights. A model that has adapters, because it was loaded or trained before, keeps them.
 
+    `Freeze`, `GradualUnfreezing` and `LayerwiseRates` apply to the adapters of the layers that they select, before or
+    after this callback in the list.
+
     Args:
         rank: Rank of the adapters, at least 1.
         alpha: The output of an adapter is multiplied by `alpha / rank`; more than 0.
@@ -26,6 +30,8 @@ class LoRA(FreezingCallback):
         also_trained: Other parameters to train, as glob patterns, such as `"classifier.*"` for a new head.
         keep_dropout: Whether dropout stays active in frozen modules.
     """
+
+    setup_order = -2  # before the callbacks that select parameters; see `ExperimentModule.configure_callbacks`
 
     def __init__(
         self,
@@ -58,3 +64,15 @@ class LoRA(FreezingCallback):
                 add_adapters(pl_module, [name for name in layers if name in chosen], **self.sizes)
         for name, parameter in parameters.items():
             parameter.requires_grad = name in also_trained
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Refuse a run that trains no adapter.
+
+        Raises:
+            MisconfigurationException: If another callback has frozen all adapters.
+        """
+        if not any(parameter.requires_grad for name, parameter in pl_module.named_parameters() if ".lora_" in name):
+            raise MisconfigurationException(
+                "LoRA: another callback freezes all adapters; remove Freeze from trainer.callbacks, because LoRA "
+                "freezes the model itself, or remove LoRA"
+            )

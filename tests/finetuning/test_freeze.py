@@ -510,13 +510,59 @@ def test_adapters_can_be_chosen_and_a_new_head_trained_with_them(bert):
         LoRA(targets=["*.qkv"]).setup(None, copy.deepcopy(bert), "fit")
 
 
+def fitted(folder: Path, model: L.LightningModule, *callbacks: L.Callback, epochs: int = 1) -> L.Trainer:
+    """Train a module for one step an epoch."""
+    off = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    settings = {"accelerator": "cpu", "max_epochs": epochs, "log_every_n_steps": 1, "default_root_dir": folder}
+    trainer = L.Trainer(callbacks=[*callbacks], **settings, **off)
+    model.optimizer_factory = lambda groups: torch.optim.SGD(groups, lr=0.1)
+    ids = torch.arange(8)[None]
+    trainer.fit(model, DataLoader([{"input_ids": ids, "targets": ids}], batch_size=None))
+    return trainer
+
+
+class TrainingModes(L.Callback):
+    """Callback that notes in each step which blocks are in training mode, and how many parameters are trained."""
+
+    def __init__(self) -> None:
+        self.modes: list[list[bool]] = []
+        self.counts: list[float] = []
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: TinyModule, *_: object) -> None:
+        self.modes.append([block.training for block in pl_module.decoder.blocks])
+        self.counts.append(float(trainer.callback_metrics["model/trained_parameters"]))
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (2, 3, 1, 0)])
+def test_freezing_and_rates_apply_to_adapters_in_any_order_of_the_callbacks(tmp_path, order):
+    callbacks = (
+        LoRA(rank=2, targets=["*.qkv"], also_trained=["*.qkv.bias"]),
+        Freeze(layers=0),
+        LayerwiseRates(decay=0.5),
+        GradualUnfreezing([Stage(epoch=1, layers=1, rate=0.125)]),
+    )
+    model, seen = decoder(), TrainingModes()
+    (optimizer,) = fitted(tmp_path, model, *(callbacks[i] for i in order), seen, epochs=2).optimizers
+    shares = {name: group.get("lr_share", 1.0) for group in optimizer.param_groups for name in group["param_names"]}
+    layer = "decoder.blocks.{}.attention.qkv."
+    ends = ("lora_A.default.weight", "lora_B.default.weight", "base_layer.bias")
+    assert shares == {layer.format(i) + end: share for i, share in ((1, 0.125), (2, 0.25), (3, 0.5)) for end in ends}
+    assert seen.modes == [[False, False, True, True], [False, True, True, True]]
+    n_trained = sum(model.get_parameter(layer.format(1) + end).numel() for end in ends)  # the same in each layer
+    assert seen.counts == [2 * n_trained, 3 * n_trained]
+
+
+def test_adapters_that_are_all_frozen_are_refused(tmp_path, bert):
+    callbacks = Freeze(patterns=["model.bert.*"]), LoRA(also_trained=["*classifier*"])
+    with pytest.raises(
+        MisconfigurationException, match=r"^LoRA: another callback freezes all adapters; remove Freeze "
+    ):
+        fitted(tmp_path, copy.deepcopy(bert), *callbacks)
+
+
 def test_a_model_with_adapters_is_loaded_and_trained_again_with_and_without_the_callback(tmp_path):
     def checkpoint_of(model: L.LightningModule, *callbacks: L.Callback) -> dict:
-        quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
-        trainer = L.Trainer(accelerator="cpu", max_steps=1, default_root_dir=tmp_path, callbacks=[*callbacks], **quiet)
-        model.optimizer_factory = lambda groups: torch.optim.SGD(groups, lr=0.1)
-        ids = torch.arange(8)[None]
-        trainer.fit(model, DataLoader([{"input_ids": ids, "targets": ids}], batch_size=None))
+        trainer = fitted(tmp_path, model, *callbacks)
         trainer.save_checkpoint(tmp_path / "model.ckpt")
         return torch.load(tmp_path / "model.ckpt", weights_only=True)
 
