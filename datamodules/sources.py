@@ -394,7 +394,9 @@ class HubText(Source):
         with hub_errors(self.dataset, self.split, self.config):
             if n_parts > 1:
                 rows = rows.shard(n_parts, part, contiguous=True)
-            columns = rows.column_names or list(next(iter(rows)))  # some streams have no column names
+            columns = rows.column_names or list(next(iter(rows), {}))  # some streams have no column names
+            if not columns:  # nor rows: an empty file
+                return
             if self.column not in columns:
                 raise MisconfigurationException(
                     f"dataset {self.dataset} has no column {self.column}: choose one of {', '.join(columns)}, as in "

@@ -434,6 +434,14 @@ def test_rows_are_documents(dataset, streaming):
     assert list(HubText(str(dataset), streaming=streaming, max_documents=1).documents()) == ["one"]
 
 
+def test_empty_files_of_a_stream_are_skipped(dataset):
+    (dataset / "train.jsonl").unlink()
+    for number, content in enumerate(['[{"text": "one"}]', "", '[{"text": "two"}]']):  # lists have no column names
+        (dataset / f"train-{number}.json").write_text(content)
+    source = HubText(str(dataset))
+    assert [list(part.documents()) for part in source.parts()] == [["one"], [], ["two"]]
+
+
 @pytest.fixture
 def many_files(dataset):
     """Return a dataset of seven Parquet files of three rows, each a row group."""
