@@ -105,6 +105,13 @@ class Comparison(Bounds):
     against: Settings
     ratio: bool = False
 
+    @model_validator(mode="after")
+    def _check_ratio(self) -> Self:
+        for key, bound in (("above", self.above), ("below", self.below)):
+            if self.ratio and bound is not None and bound <= 0:
+                raise SectionError("must be positive, as a ratio is", key)
+        return self
+
 
 class Order(Section):
     """Each of these arms is clearly below the next."""

@@ -144,8 +144,14 @@ class _Judge:
         """Return the effect of each pair: the difference of the first from the second, or its ratio to the second."""
 
         def transformed(arm: Settings, by: float = 0.0) -> BySeed:
+            values = self._values(arm)
+            for seed, value in values if is_ratio else ():
+                if value <= 0:
+                    raise self._error(
+                        f"{self._label(arm)} is {value:g} with seed {seed}; a ratio needs positive values"
+                    )
             of = math.log if is_ratio else float
-            return [(seed, of(value) + by) for seed, value in self._values(arm)]
+            return [(seed, of(value) + by) for seed, value in values]
 
         self._check_validations([arm for pair in pairs for arm in pair])
         compared = [(transformed(arm), transformed(against, shift)) for arm, against in pairs]

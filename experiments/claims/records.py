@@ -8,8 +8,11 @@ import csv
 import hashlib
 import io
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +23,7 @@ from experiments.comparison.measures import Measure, mode_of
 from experiments.comparison.runs import FINISHED, SEEDS, Run, Series, read_folder
 from experiments.errors import UserError
 from experiments.study.journal import settings_of
-from experiments.study.names import flatten_settings, last_part
+from experiments.study.names import last_part
 from experiments.study.sweep_file import Sweep
 from lightning_modules.common.files import csv_text, read_json
 from lightning_modules.common.messages import say
@@ -64,9 +67,9 @@ def make_records(folder: Path, study: Records, sweep: Sweep) -> str:
         sweep: The sweep file of the study.
 
     Raises:
-        UserError: If no run has finished, or one cannot be read or lacks a metric.
+        UserError: If no run has finished, one cannot be read or lacks a metric, or the study is of another sweep file.
     """
-    runs, settings = [], settings_of(folder)
+    runs, settings = [], settings_of(folder, sweep)
     for name in sorted(settings):
         if not (folder / name / "summary.json").is_file():
             say(f"left out {folder / name}: it has not ended, or its folder was removed")
@@ -77,18 +80,18 @@ def make_records(folder: Path, study: Records, sweep: Sweep) -> str:
             raise UserError(f"{folder / name}: {error}") from error
     if not any(run.status == FINISHED for run, _ in runs):
         raise UserError(f"{folder}: no run of this study has finished")
-    flat = {name: dict(flatten_settings(values)) for name, values in settings.items()}
-    varied = [".".join(key) for key, spec in sweep.distributions.items() if spec.is_swept]
+    varied = {".".join(key): key for key, spec in sweep.distributions.items() if spec.is_swept}
     keys = [key for key in varied if key not in SEEDS]
+    shown = {key: _shown_settings(reduce(getitem, varied[key], settings[name]) for _, name in runs) for key in keys}
     columns = {metric: Measure(metric, "last", None) for metric in study.metrics}
     columns |= {f"{metric}{_BEST}": Measure(metric, "best", mode_of(metric)) for metric in study.best}
     rows = []
-    for run, name in runs:
+    for i, (run, name) in enumerate(runs):
         for metric in study.metrics:
             if run.status == FINISHED and metric not in run.metrics:
                 raise UserError(f"{run.name}: has logged no {metric}")
-        values = [_short(flat[name][key]) for key in keys]
-        numbers = [_shown(measure.of(run)) for measure in columns.values()]
+        values = [shown[key][i] for key in keys]
+        numbers = [_rounded(measure.of(run)) for measure in columns.values()]
         rows.append([*values, run.seed, *numbers, *_provenance(folder / name, run, study.metrics[0])])
     rows.sort(key=lambda row: [_order(cell) for cell in row[: len(keys) + 1]])
     return csv_text([*keys, SEED, *columns, *PROVENANCE], rows)
@@ -154,9 +157,20 @@ def _provenance(folder: Path, run: Run, metric: str) -> list[str]:
     ]  # fmt: skip
 
 
-def _short(value: Any) -> str:
-    """Return a setting as the records have it: a text as in the names of arms, else as in YAML."""
-    return last_part(value) if isinstance(value, str) else json.dumps(value)
+def _shown_settings(values: Iterable[Any]) -> list[str]:
+    """Return the values of a setting as the records have them: texts as in the names of arms, others as in YAML.
+
+    Texts that would be the same in the names of arms are whole.
+    """
+    values = list(values)
+    texts = Counter(last_part(text) for text in {value for value in values if isinstance(value, str)})
+
+    def show(value: Any) -> str:
+        if not isinstance(value, str):
+            return json.dumps(value)
+        return last_part(value) if texts[last_part(value)] == 1 else value
+
+    return [show(value) for value in values]
 
 
 def _value(cell: str) -> Any:
@@ -168,7 +182,7 @@ def _value(cell: str) -> Any:
     return value if value is None or isinstance(value, bool | int | float) else cell
 
 
-def _shown(value: float | None) -> str:
+def _rounded(value: float | None) -> str:
     return "" if value is None else f"{value:.{_DIGITS}g}"
 
 

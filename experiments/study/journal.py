@@ -12,6 +12,7 @@ from typing import Any, BinaryIO
 from experiments.errors import UserError
 from experiments.study.names import arm_name
 from experiments.study.runs import LOGS, Plan, Run
+from experiments.study.sweep_file import Sweep
 
 JOB = "job"  # attribute of the trial of a run that was submitted to a cluster
 
@@ -54,9 +55,7 @@ class Journal:
             pruner=pruners.SuccessiveHalvingPruner(rule.first, int(rule.eta)) if rule else pruners.NopPruner(),
             load_if_exists=True,
         )
-        content = sweep.model_dump(exclude_unset=True, warnings=False)  # they cannot tell Nested from Distribution
-        asked: dict[str, Any] = {key: content.get(key) for key in ("method", "parameters", "metric", "command")}
-        asked |= {"flags": plan.flags, "seed": None if sweep.method == "grid" else plan.seed}
+        asked = _asked_by(sweep) | {"flags": plan.flags, "seed": None if sweep.method == "grid" else plan.seed}
         if "asked" not in self._optuna.user_attrs:
             self._optuna.set_user_attr("asked", asked)
         begun = self._optuna.user_attrs["asked"]
@@ -173,25 +172,40 @@ class Journal:
         return sum(outcome in outcomes for outcome in self.outcomes.values())
 
 
+def _asked_by(sweep: Sweep) -> dict[str, Any]:
+    """Return the parts of a sweep file that say what its runs are."""
+    content = sweep.model_dump(exclude_unset=True, warnings=False)  # they cannot tell Nested from Distribution
+    return {key: content.get(key) for key in ("method", "parameters", "metric", "command")}
+
+
+def _asked_in(folder: Path) -> dict[str, Any]:
+    """Return what the study in a folder was begun with; empty if its journal does not say it."""
+    for line in (folder / _FILE).read_text(encoding="utf-8").splitlines():
+        record = json.loads(line)
+        if "asked" in record.get("user_attr", {}):
+            return record["user_attr"]["asked"]
+    return {}
+
+
 def goal_of(folder: Path) -> tuple[str, str] | None:
     """Return the metric of the study in a folder and its goal, or `None` if there is no study, or it has no goal."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
-        for line in (folder / _FILE).read_text(encoding="utf-8").splitlines():
-            record = json.loads(line)
-            if "asked" in record.get("user_attr", {}):
-                metric = record["user_attr"]["asked"]["metric"]
-                return metric["name"], metric["goal"]
+        metric = _asked_in(folder)["metric"]
+        return metric["name"], metric["goal"]
     return None
 
 
-def settings_of(folder: Path) -> dict[str, dict[str, Any]]:
-    """Return the settings of each arm of the study in a folder, by the name of its run folder.
+def settings_of(folder: Path, sweep: Sweep) -> dict[str, dict[str, Any]]:
+    """Return the settings of each arm of the study in a folder, nested as in its sweep file, by the name of its folder.
 
     Raises:
-        UserError: If there is no journal, or it is damaged.
+        UserError: If there is no journal, it is damaged, or the sweep file has been changed since the study began.
     """
     trials: dict[int, dict[str, Any]] = {}
     try:
+        begun, now = _asked_in(folder), _asked_by(sweep)
+        if other := " and ".join(key for key in ("parameters", "command") if begun.get(key, now[key]) != now[key]):
+            raise UserError(f"{folder} was begun with other {other} than {sweep.path} has now: undo that, or remove it")
         for line in (folder / _FILE).read_text(encoding="utf-8").splitlines():
             record = json.loads(line)
             if "trial_id" in record:

@@ -175,6 +175,12 @@ def test_a_claim_that_the_records_cannot_decide(claim, message):
         verdict_on({"mean": {"above": 1}}, records(), **claim)
 
 
+def test_a_ratio_of_a_value_that_is_not_positive_is_refused():
+    ratio = {"arms": [{"n_layer": 2}], "against": {"n_layer": 1}, "ratio": True, "below": 1}
+    with pytest.raises(UserError, match=r"val/loss of n_layer=1 is 0 with seed 1; a ratio needs positive values"):
+        verdict_on({"difference": ratio}, records({1: [3.0, 0.0], 2: [2.0, 2.1]}))
+
+
 # --- files ---
 
 
@@ -189,6 +195,10 @@ def test_a_claim_that_the_records_cannot_decide(claim, message):
             "holds_if.mean.aboev: there is no such key (did you mean 'above'?)",
         ),
         ({"holds_if": {"mean": {"within": 1, "below": 2}}}, "has within: and another bound; choose one"),
+        (
+            {"holds_if": {"difference": {"arms": [{}], "against": {}, "ratio": True, "above": 0}}},
+            "holds_if.difference.above: must be positive, as a ratio is",
+        ),
         ({"name": "Has Spaces"}, "claims.0.name: "),
         (
             {"value": "best", "metric": "val/accuracy"},
@@ -237,6 +247,10 @@ def test_damaged_records(text, message):
         read_records(text, "depth.csv")
 
 
+def study_of(topic: Path) -> command.Study:
+    return command.Study("topic", "depth", read_claims(topic / "claims.yaml").studies["depth"])
+
+
 def write_runs(root: Path, losses: Mapping[int, Sequence[float]] = LOSSES) -> Path:
     """Write the folder of a study: a journal, and a folder for each run."""
     folder = root / "topic/depth"
@@ -274,8 +288,39 @@ def test_records_are_made_of_run_folders(topic, llm_train):
     assert first == '1,0,3,0.5,2.5,finished,100,2,7,2030-01-01,abc,3.11,2.13,2.6,"2 cores of x86_64, 1 in use"'
 
 
+def test_records_show_values_that_look_alike_in_names_of_arms(topic):
+    values = ["torch.optim.SGD", "mine.SGD", "torch.optim.Adam", {"class_path": "mine.Own", "lr": 0.1}, None]
+    parameters = {"optimizer": {"parameters": {"of": {"values": values}}}, "seed_everything": {"values": [0]}}
+    file = topic / "studies/depth.yaml"
+    file.write_text(yaml.safe_dump(yaml.safe_load(file.read_text()) | {"parameters": parameters}))
+    folder = write_runs(Path("runs"), {i: [3.0 + i] for i in range(5)})
+    settings = [{"optimizer": {"of": value}, "seed_everything": 0} for value in values]
+    lines = [{"trial_id": i, "user_attr": {"settings": each}} for i, each in enumerate(settings)]
+    lines += [{"trial_id": i, "user_attr": {"arm": f"n_layer={i},seed=0"}} for i in range(5)]
+    (folder / "journal.log").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    found = read_records(make_records(folder, study_of(topic).spec, study_of(topic).sweep), "depth")
+    shown = {row["optimizer.of"]: row["val/loss"] for row in found.rows}
+    whole = json.dumps(values[3])
+    assert shown == {"torch.optim.SGD": "3", "mine.SGD": "4", "Adam": "5", whole: "6", "null": "7"}
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("command", ["${args}", "--run.topic=topic"]), ("parameters", {"lr": {"values": [1]}})]
+)
+def test_a_sweep_file_that_has_changed_since_its_study_began_gets_no_records(topic, llm_train, key, value):
+    folder, file = write_runs(Path("runs")), topic / "studies/depth.yaml"
+    sweep = yaml.safe_load(file.read_text())
+    with (folder / "journal.log").open("a") as journal:
+        journal.write(json.dumps({"op_code": 2, "user_attr": {"asked": sweep}}) + "\n")
+    assert llm_train("claims", "topic", "--record").code == 0
+    file.write_text(yaml.safe_dump(sweep | {key: value}))
+    done = llm_train("claims", "topic", "--record")
+    assert (done.code, done.err.count("\n")) == (1, 1)
+    assert f"runs/topic/depth was begun with other {key} than experiments/topic/studies/depth.yaml has now" in done.err
+
+
 def test_records_need_finished_runs_with_the_metrics(topic):
-    study = command.Study("topic", "depth", read_claims(topic / "claims.yaml").studies["depth"])
+    study = study_of(topic)
     folder = write_runs(Path("runs"))
     file = folder / "n_layer=1,seed=0/metrics.csv"
     file.write_text(file.read_text().replace("val/accuracy", "val/f1"))
