@@ -266,11 +266,12 @@ class ExperimentModule(L.LightningModule):
 
         The backward pass of a CUDA graph writes its gradients to the same memory each time. So where gradients are
         accumulated, they need memory of their own, to which each backward pass adds. It is new in each step: gradients
-        of a step without accumulation are in the memory of the graph, which the last forward pass has reused.
+        of a step without accumulation are in the memory of the graph, which the last forward pass has reused. A frozen
+        parameter that the optimiser holds stays without a gradient, because one of zero would be decayed.
         """
         optimizer.zero_grad()
         if self._makes_cuda_graphs and self.trainer.accumulate_grad_batches > 1:
-            for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+            for parameter in (p for group in optimizer.param_groups for p in group["params"] if p.requires_grad):
                 parameter.grad = torch.zeros_like(parameter)
 
     def on_after_backward(self) -> None:

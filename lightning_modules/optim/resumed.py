@@ -128,6 +128,13 @@ class OptimizerSettings(L.Callback):
                 f"optimizer: the checkpoint has groups of {sizes} trained parameters, this run of {own_sizes}; a "
                 "resumed run must train the same parameters, at the same shares of the learning rate"
             )
+        for group, own_group in zip(groups, optimizer.param_groups, strict=True):
+            for name, own_name in zip(*(of.get("param_names", ()) for of in (group, own_group)), strict=False):
+                if name != own_name:  # parameters may have no names
+                    raise MisconfigurationException(
+                        f"optimizer: the checkpoint has the state of {name} in the place of {own_name}; a resumed run "
+                        "must train the same parameters, at the same shares of the learning rate"
+                    )
         for group, before, now in zip(groups, saved["groups"], own["groups"], strict=True):
             changed = {key: value for key, value in now.items() if before.get(key, value) != value}
             for key in _WITH_STATE.get(own["optimizer"], set()) & changed.keys():

@@ -288,6 +288,15 @@ def test_frozen_weights_stay_bit_for_bit_and_leave_nothing_in_the_optimiser(worl
     n = len(list(decoder().decoder.blocks[0].modules()))
     assert modes == [[False] * (1 + n) + [True] * n] * 4
 
+    command = fit_arguments(world, "frozen", "freeze.Freeze", {"embeddings": True, "layers": 1})  # of the same sizes
+    refused = run_command(*command, "--trainer.max_steps", "5", "--ckpt_path", "last")
+    first = "attention.qkv.weight"
+    assert (refused.code, refused.err.splitlines()[-1].partition(";")[0]) == (
+        1,
+        f"error: optimizer: the checkpoint has the state of decoder.blocks.1.{first} in the place of "
+        f"decoder.blocks.0.{first}",
+    )
+
 
 @pytest.mark.parametrize("keep_dropout", [False, True])
 def test_frozen_modules_run_in_evaluation_mode_unless_they_keep_their_dropout(keep_dropout):
@@ -554,9 +563,7 @@ def test_freezing_and_rates_apply_to_adapters_in_any_order_of_the_callbacks(tmp_
 
 def test_adapters_that_are_all_frozen_are_refused(tmp_path, bert):
     callbacks = Freeze(patterns=["model.bert.*"]), LoRA(also_trained=["*classifier*"])
-    with pytest.raises(
-        MisconfigurationException, match=r"^LoRA: another callback freezes all adapters; remove Freeze "
-    ):
+    with pytest.raises(MisconfigurationException, match=r"^LoRA: another callback freezes all adapters; remove Freeze"):
         fitted(tmp_path, copy.deepcopy(bert), *callbacks)
 
 

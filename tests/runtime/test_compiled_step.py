@@ -122,11 +122,13 @@ def test_cuda_graphs_are_refused_for_entries_whose_sizes_vary(counter, mode):
 def test_accumulated_gradients_of_cuda_graphs_have_memory_of_their_own(mode, kept):
     module = SumOfOneLength(mode)
     weight, optimizer = module.linear.weight, module.configure_optimizers()
+    module.linear.bias.requires_grad = False  # until a later epoch
     for batches in (1, 2, 2, 1, 2):
         module.trainer = SimpleNamespace(accumulate_grad_batches=batches)
         module.optimizer_zero_grad(0, 0, optimizer)
         assert (weight.grad is not None) == (kept and batches > 1)
         assert weight.grad is None or weight.grad.item() == 0
+        assert module.linear.bias.grad is None
         # The next forward pass frees the gradient of a graph, which cannot be read any more.
         weight.grad = FreedMemory(torch.ones(1, 1)) if weight.grad is None else weight.grad.add_(1)
 
