@@ -713,7 +713,8 @@ class TokenWindows(Dataset):
         starts = torch.arange(0, self.file.n_tokens - 1, self.block_size)
         if most is None or most >= len(starts):
             return starts
-        return starts[torch.linspace(0, len(starts) - 1, most).long()]
+        # float32, as ever, so that a run keeps its windows; beyond 2^24 the last place may be rounded up.
+        return starts[torch.linspace(0, len(starts) - 1, most).long().clamp(max=len(starts) - 1)]
 
     def __getitem__(self, starts: Tensor) -> dict[str, Any]:
         """Return the windows that start at these positions, (B,) int64.

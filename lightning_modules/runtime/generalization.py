@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import lightning as L
-import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.utils.data import DataLoader
 
@@ -22,8 +21,8 @@ class GeneralizationGap(DrawsAtTheEnd):
     batch. When the training ends, the callback draws `figures/generalization_gap.png`.
 
     It works with every `ExperimentModule` whose `evaluation_results` have a `loss`. Of `pl_module.data` it reads
-    `train_dataloader()`, whose dataset must have a method `covering_starts()` as `datamodules.tokens.TokenWindows` has,
-    and `evaluation_loader(dataset, starts)`.
+    `train_dataloader()`, whose dataset must have a method `covering_starts(most)` as `datamodules.tokens.TokenWindows`
+    has, and `evaluation_loader(dataset, starts)`.
 
     Args:
         n_windows: Number of windows of the training text, spread evenly over it (1 or more); all windows if there are
@@ -65,9 +64,7 @@ class GeneralizationGap(DrawsAtTheEnd):
             raise MisconfigurationException(
                 f"GeneralizationGap: {type(pl_module.data).__name__} has no running text; remove the callback"
             )
-        starts = text.covering_starts()
-        spread = torch.linspace(0, len(starts) - 1, min(self.n_windows, len(starts))).long()
-        return pl_module.data.evaluation_loader(text, starts[spread])
+        return pl_module.data.evaluation_loader(text, text.covering_starts(self.n_windows))
 
     def draw(self, run: Path) -> list[Path]:
         """Draw both losses against the optimiser step, with the gap between them shaded."""

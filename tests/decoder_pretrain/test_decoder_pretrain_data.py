@@ -314,6 +314,20 @@ def test_evaluation_predicts_every_token_but_the_first_once(tmp_path, n_tokens):
     assert targets[targets != -100].tolist() == list(range(1, n_tokens))
 
 
+@pytest.mark.parametrize(("n_windows", "most"), [(100, 8), (2**24 + 4, 8)])
+def test_some_windows_of_many_are_spread_over_the_file(tmp_path, n_windows, most):
+    file = TokenFile(tmp_path / "none.bin", "uint16", 4 * n_windows + 1)
+    windows = TokenWindows(file, 4, np.ones(1)).covering_starts(most) // 4
+    evenly = torch.linspace(0, n_windows - 1, most, dtype=torch.float64)
+    assert (windows - evenly).abs().max() < 2
+    assert (windows[0], windows[-1]) == (0, n_windows - 1)
+
+
+def test_the_windows_are_those_of_older_runs(tmp_path):
+    windows = token_windows(tmp_path, n_tokens=4 * 148 + 1).covering_starts(64) // 4
+    assert windows[27] == 62  # 63 in float64
+
+
 def test_a_pickled_dataset_holds_the_path_and_not_the_tokens(tmp_path):
     windows = token_windows(tmp_path, n_tokens=60_000)
     before = windows[torch.tensor([50])]["input_ids"]
