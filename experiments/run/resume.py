@@ -46,6 +46,8 @@ _RULES: tuple[tuple[str, str | None], ...] = (
     ("optimizer", _STATE),
     ("*", None),
 )
+# Of these, 1 is one batch and 1.0 is all.
+_NUMBERS_OR_SHARES = ("trainer.limit_*_batches", "trainer.overfit_batches", "trainer.val_check_interval")
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> Changes:
@@ -60,7 +62,9 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> Changes:
         MisconfigurationException: If one of them cannot change.
     """
     saved, own = (dict(_settings(config)) for config in (before, now))
-    changed = {name: [saved[name], own[name]] for name in own if name in saved and saved[name] != own[name]}
+    changed = {
+        name: [saved[name], own[name]] for name in own if name in saved and _differ(name, saved[name], own[name])
+    }
     for name, (was, wanted) in changed.items():
         reason = next(reason for pattern, reason in _RULES if fnmatchcase(name, pattern))
         if reason and not _have_moved(was, wanted):
@@ -68,6 +72,11 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> Changes:
                 f"{name}: it is {wanted}, and the run to resume has {was}: {reason}; keep it, or start a new run"
             )
     return changed
+
+
+def _differ(name: str, was: Any, wanted: Any) -> bool:
+    is_either = any(fnmatchcase(name, pattern) for pattern in _NUMBERS_OR_SHARES)
+    return was != wanted or (is_either and type(was) is not type(wanted))
 
 
 def _settings(config: Any, name: str = "") -> Iterator[tuple[str, Any]]:

@@ -103,6 +103,16 @@ def test_a_setting_that_cannot_change_is_refused_in_one_line(setting, value, nam
     assert "\n" not in message
 
 
+def test_one_batch_is_not_all_batches():
+    before, now = copy.deepcopy(SAVED), copy.deepcopy(SAVED)
+    before["trainer"] |= {"val_check_interval": 1, "max_time": 1}
+    now["trainer"] |= {"val_check_interval": 1.0, "max_time": 1.0}
+    assert changes(before, now) == {"trainer.val_check_interval": [1, 1.0]}
+    before["trainer"]["limit_train_batches"], now["trainer"]["limit_train_batches"] = 1.0, 1
+    with pytest.raises(MisconfigurationException, match=r"trainer\.limit_train_batches: it is 1, .* has 1\.0"):
+        changes(before, now)
+
+
 def test_a_file_or_folder_that_was_moved_or_copied_may_have_another_path(tmp_path):
     old, new = tmp_path / "old/text", tmp_path / "new/text"
     name = "data__init_args__source__init_args__paths"
