@@ -317,7 +317,7 @@ class ExperimentCLI(SettingsGoOverCheckpoint):
         if self._lock is not None:
             self._lock.release()
         trainer = getattr(self, "trainer", None)
-        for logger in trainer.loggers if trainer else ():
+        for logger in getattr(trainer, "loggers", ()):  # `prepare` and `estimate` have another trainer
             if isinstance(logger, WandbRecorder):
                 logger.finish(exit_code=1)  # W&B's process writes into the folder until then
         if self.run is None or not self.run.is_new or rank_zero_only.rank != 0:
