@@ -148,7 +148,7 @@ class MultiHeadAttention(nn.Module):
 
         Args:
             x: (B, T, C).
-            mask: Bool, broadcastable to (B, H, T, S), true where a query attends to a key, or float, added to the
+            mask: Bool, broadcastable to (B, 1, T, S), true where a query attends to a key, or float, added to the
                 scores. It replaces the causal mask, so a mask for a decoder must be causal too. `None` means causal.
             cache: Keys and values of the S - T positions before x; those of x are appended.
             rotation: Angles of the positions of x, for rotary positions. `None` means no rotation.

@@ -259,10 +259,9 @@ class Decoder(nn.Module):
         """
         return [KeyValueCache(max_length or self.config.block_size) for _ in self.blocks]
 
-    def num_parameters(self, embedding: bool = True) -> int:
-        """Return the number of weights, with or without the embedding tables; tied weights count once."""
-        tables = 0 if embedding else sum(table.weight.numel() for table in self._tables())
-        return sum(parameter.numel() for parameter in self.parameters()) - tables
+    def num_parameters(self) -> int:
+        """Return the number of weights; tied weights count once."""
+        return sum(parameter.numel() for parameter in self.parameters())
 
     def flops_per_token(self) -> int:
         """Return the floating-point operations of a forward and backward pass for one token of a full context.
@@ -274,11 +273,9 @@ class Decoder(nn.Module):
         do not.
         """
         config = self.config
-        looked_up = sum(table.weight.numel() for table in self._tables() if table.weight is not self.output_weight)
+        tables = (module.weight for module in self.modules() if isinstance(module, nn.Embedding))
+        looked_up = sum(table.numel() for table in tables if table is not self.output_weight)
         return 6 * (self.num_parameters() - looked_up) + 12 * config.n_layer * config.n_embd * config.block_size
-
-    def _tables(self) -> list[nn.Embedding]:
-        return [module for module in self.modules() if isinstance(module, nn.Embedding)]
 
 
 def soft_capped(logits: Tensor, cap: float | None) -> Tensor:

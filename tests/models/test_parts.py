@@ -281,7 +281,6 @@ def test_the_counts_of_a_decoder_of_other_parts():
     matrices = L * (C * (C + 2 * H_kv * 8) + C * C + 8 * C * C) + V * C  # qkv, projection, feed-forward; output
     tables = V * C + V * H_kv * 8  # token and value embeddings are looked up
     assert decoder.num_parameters() == matrices + tables + L
-    assert decoder.num_parameters(embedding=False) == matrices + L
     assert decoder.flops_per_token() == 6 * (matrices + L) + 12 * L * C * T
     # With tied embeddings, the table of the tokens is the output matrix, and multiplies.
     tied = decoder_of(**MODERN | {"tied_embeddings": True})
