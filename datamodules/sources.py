@@ -46,8 +46,8 @@ from lightning_modules.common.ranges import NonNegativeInt, PositiveInt
 # Characters. A tokenizer needs up to a hundred bytes of memory for each, and encodes several pieces at once.
 PIECE_SIZE = 2**16
 
-# A text of more bytes than a part is prepared in parts, at most that many. A process that is killed loses the one that
-# it prepares.
+# Files, or a downloaded dataset, of more bytes than a part are prepared in parts, at most that many; a stream, of any
+# size, in its files or their row groups. A process that is killed loses the part that it prepares.
 PART_SIZE = 2**25
 MOST_PARTS = 512
 
@@ -591,9 +591,9 @@ class Shuffled(Source):
     """The documents of a text in random order, in place of one in which neighbours may belong together.
 
     Windows are shuffled anyway; what they hold is what follows one another in the text, such as the pages of one site.
-    The documents of a part of a large text (32 MiB, or more if there would be over 512 parts) are shuffled among
-    themselves, in memory, at most 134 million characters at a time. A document that is longer, or begins in an earlier
-    part, keeps its place.
+    The documents of a part of a large text (32 MiB, or more if there would be over 512 parts; a file or row group of a
+    dataset that is streamed) are shuffled among themselves, in memory, at most 134 million characters at a time. A
+    document that is longer, or begins in an earlier part, keeps its place.
 
     Args:
         source: The text: a source, files, a folder, a glob pattern, URLs or `hub:OWNER/NAME`.
