@@ -7,6 +7,7 @@ import re
 import shlex
 import shutil
 from collections.abc import Sequence
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from printed import FOUND, after, experiments_of
 from shortened import offline_experiments, run_of, shortened
 
 from experiments.api import load_run
+from experiments.class_paths import import_class
 from experiments.study.sweep_file import read_sweep_file
 from lightning_modules.runtime.steps_to_loss import StepsToLoss
 from lightning_modules.runtime.stop import StopOnNonFiniteLoss
@@ -48,6 +50,16 @@ def test_every_experiment_parses_and_opens_with_hardware_and_command(parse, path
     assert "Hardware:" in opening(path)
     assert f"llm-train fit -c {path.relative_to(ROOT)}" in opening(path)
     assert path.name in (path.parent / "README.md").read_text()
+
+
+def test_a_source_that_a_comment_names_keeps_no_argument_of_the_one_that_it_replaces():
+    flags = re.compile(r"--data\.(\w+)(?:\.class_path)? ((?:datamodules\.|hub:)\S+)((?: --data\.\1\.\S+ \S+)*)")
+    replaced = [(path, found) for path in EXPERIMENTS for found in flags.findall(opening(path))]
+    assert len({path for path, _ in replaced}) >= 5
+    for path, (source, value, others) in replaced:
+        written = yaml.safe_load(path.read_text())["data"]["init_args"][source].get("init_args", {})
+        taken = {} if value.startswith("hub:") else signature(import_class(value)).parameters
+        assert written.keys() & taken.keys() <= set(re.findall(r"\.(\w+) ", others)), path
 
 
 @pytest.mark.parametrize("path", [path for path in EXPERIMENTS if "# Hardware: one GPU" in opening(path)], ids=name)
