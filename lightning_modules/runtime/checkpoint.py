@@ -45,6 +45,7 @@ class RunCheckpoint(Checkpoint):
         self.best_metrics: dict[str, float] = {}  # all metrics of the best validation
         self._folder = Path()
         self._step_of_last = -1
+        self._epochs_between_validations: int | None = None
         self._complete = self.state_dict()  # at the last checkpoint whose file is complete
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -53,6 +54,7 @@ class RunCheckpoint(Checkpoint):
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write `last.ckpt` every so many steps, when all callbacks and loggers have seen the step."""
+        self._epochs_between_validations = trainer.check_val_every_n_epoch
         if self.every_n_train_steps:
             private_names.call_after_steps(trainer, self._save_if_due)
 
@@ -68,9 +70,12 @@ class RunCheckpoint(Checkpoint):
             self.save_last(trainer)
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: object) -> None:
-        """Let Lightning validate after the last step."""
-        if 0 < trainer.max_steps <= trainer.global_step:
+        """Let Lightning validate after the last step, in an epoch without validations too."""
+        ends_by_epochs = trainer.is_last_batch and 0 < (trainer.max_epochs or 0) <= trainer.current_epoch + 1
+        if ends_by_epochs or 0 < trainer.max_steps <= trainer.global_step:
             trainer.should_stop = True
+        if trainer.should_stop:
+            trainer.check_val_every_n_epoch = None
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write `best.ckpt` if the metric improved, and `last.ckpt` in any case."""
@@ -87,6 +92,7 @@ class RunCheckpoint(Checkpoint):
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write `last.ckpt` with the weights after the last step."""
+        trainer.check_val_every_n_epoch = self._epochs_between_validations
         self.save_last(trainer)
         self.wait()
 

@@ -111,6 +111,25 @@ def begin_next_epoch(trainer: L.Trainer) -> None:
         trainer.fit_loop.epoch_loop.batch_progress.reset_on_run()
 
 
+def end_epoch_of_checkpoint(trainer: L.Trainer) -> None:
+    """End the epoch of a checkpoint that was written after its last batch, when a run is resumed.
+
+    Lightning does so if a validation is due after this batch. Otherwise it trains on a batch more: the batch was the
+    last of a shorter run, and validated as such (see `RunCheckpoint`).
+    """
+    loop = trainer.fit_loop.epoch_loop
+    batches = loop.batch_progress
+    if not (loop.restarting and batches.is_last_batch and batches.current.completed == batches.current.ready):
+        return
+    is_due = loop._should_check_val_fx
+
+    def is_due_once(data_fetcher: Any) -> bool:
+        loop._should_check_val_fx = is_due
+        return True
+
+    loop._should_check_val_fx = is_due_once
+
+
 def call_after_steps(trainer: L.Trainer, function: Callable[[L.Trainer], None]) -> None:
     """Call a function after each optimiser step, when callbacks, loggers and a validation after it have seen it.
 

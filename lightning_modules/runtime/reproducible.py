@@ -34,6 +34,7 @@ class ReproducibleSteps(L.Callback):
         before, trainer.accumulate_grad_batches = trainer.accumulate_grad_batches, _batches_a_step(trainer)
         private_names.go_back_to_last_step(trainer)
         private_names.begin_next_epoch(trainer)
+        private_names.end_epoch_of_checkpoint(trainer)
         trainer.accumulate_grad_batches = before  # the scheduler of Lightning takes no other before an epoch begins
         done = private_names.batches_done_in_epoch(trainer)
         if trainer.global_step and done < trainer.num_training_batches:  # resumed, and not at the end of an epoch

@@ -40,7 +40,7 @@ ROOT = Path(__file__).parents[2]
 HELD = {
     L.Trainer: ["_signal_connector"],
     _FitLoop: ["_combined_loader", "_data_fetcher", "_should_accumulate"],
-    _TrainingEpochLoop: ["_broadcast_sigterm_tensor", "_batches_that_stepped"],
+    _TrainingEpochLoop: ["_broadcast_sigterm_tensor", "_batches_that_stepped", "_should_check_val_fx"],
     DDPStrategy: ["_ddp_kwargs"],
     ModelParallelStrategy: ["_data_parallel_size", "_process_group_backend"],
     nn.Module: ["_apply"],

@@ -159,6 +159,32 @@ def test_a_run_stops_after_any_step_and_resumes_exactly(tmp_path, batches, setti
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("settings", "validated"),  # steps counted from 0
+    [
+        ({"val_check_interval": 4}, [3, 7, 9]),
+        ({"val_check_interval": 4, "max_steps": 10}, [3, 7, 9]),
+        ({"val_check_interval": 4, "limit_train_batches": 3}, [3, 5]),
+        ({"val_check_interval": 4, "accumulate_grad_batches": 2}, [1, 3, 5]),
+        (AT_EPOCH_ENDS | {"check_val_every_n_epoch": 3}, [9]),
+        (AT_EPOCH_ENDS | {"check_val_every_n_epoch": 3, "max_steps": 8}, [7]),
+    ],
+)
+def test_the_last_step_is_validated_and_the_run_can_be_made_longer(tmp_path, settings, validated):
+    rows, whole = Rows(), Rows()
+    fit(tmp_path, 5, rows, **{"max_epochs": 2} | settings)
+    assert [step for step, metrics in rows.rows.items() if "val/loss" in metrics] == validated
+    # Its checkpoint is that of the validation, as in a run that is killed there; nothing is left to do.
+    assert fit(tmp_path, 5, rows, **{"max_epochs": 2} | settings)[1] == validated[-1] + 1
+    longer = settings | {"max_steps": -1, "max_epochs": 4}
+    assert fit(tmp_path, 5, rows, **longer) == fit(tmp_path / "whole", 5, whole, **longer)
+    for step in whole.rows:
+        rows.rows[step].pop("val/loss", None)
+        whole.rows[step].pop("val/loss", None)
+    assert rows.rows == whole.rows
+
+
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(("every", "saved"), [(2, 4), (3, 3)])  # at the end of an epoch, and within one
 def test_a_killed_run_resumes_from_a_checkpoint_of_every_so_many_steps(tmp_path, every, saved):
     class Fail(L.Callback):
