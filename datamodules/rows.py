@@ -145,13 +145,16 @@ def _json_list(path: Path) -> list[Any] | None:
 def table_rows(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
     """Yield the place and the fields by column of each row of a table: with commas (`.csv`) or tabulators (`.tsv`).
 
-    The file is in UTF-8, its first line names the columns. A byte order mark and empty lines are skipped.
+    The file is in UTF-8, its first line names the columns. A byte order mark and empty lines are skipped. A field with
+    separators or line ends is in quotation marks, and quotation marks within it are doubled.
 
     Raises:
         MisconfigurationException: If the file cannot be read, or a row does not fit the columns.
     """
     separator = _SEPARATORS.get(ending_of(path.name), ",")
-    reader = csv.reader((line for _, line in _lines(path)), delimiter=separator)
+    # Without `strict`, a quotation mark that nothing closes would make all following rows a part of its field.
+    reader = csv.reader((line for _, line in _lines(path)), delimiter=separator, strict=True)
+    begins = 1  # first line of the row that is read; a text may span several
     try:
         columns = next(reader, [])
         if len(set(columns)) < len(columns):
@@ -161,7 +164,7 @@ def table_rows(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
             raise MisconfigurationException(
                 f"{path}, line 1: one column, {columns[0]!r}; separate the columns with {wanted}, not with {other!r}"
             )
-        begins = reader.line_num + 1  # a text may span several lines
+        begins = reader.line_num + 1
         for row in reader:
             if row and len(row) != len(columns):
                 raise MisconfigurationException(
@@ -172,7 +175,10 @@ def table_rows(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
                 yield f"{path}, line {begins}", dict(zip(columns, row, strict=True))
             begins = reader.line_num + 1
     except csv.Error as error:
-        raise MisconfigurationException(f"{path}, line {reader.line_num}: is no row of a table ({error})") from error
+        raise MisconfigurationException(
+            f"{path}, line {begins}: is no row of a table ({error}); put a text that begins with a quotation mark in "
+            "quotation marks, and double those within it"
+        ) from error
 
 
 def _lines(path: Path, begin: int = 0, end: int | None = None) -> Iterator[tuple[str, str]]:

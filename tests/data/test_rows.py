@@ -94,6 +94,8 @@ def test_a_file_in_another_encoding_is_named(encoding):
         ("text,label\ra,1", {"text": "a", "label": "1"}),
         ("text,label\n" + "a" * 200_000 + ",1", {"text": "a" * 200_000, "label": "1"}),
         ("text,label\na\u2028b\x0bc,", {"text": "a\u2028b\x0bc", "label": ""}),
+        ('label,text\r\n1,"a ""b""\r\nc"\r\n', {"label": "1", "text": 'a "b"\r\nc'}),
+        ('label,text\n1,a "b" c"\n', {"label": "1", "text": 'a "b" c"'}),
     ],
 )
 def test_odd_tables_are_read(content, row):
@@ -107,7 +109,10 @@ def test_odd_tables_are_read(content, row):
         (b"text;label\na;1\n", "line 1: one column, 'text;label'; separate the columns with commas, not with ';'"),
         (b"text,text\na,1\n", "line 1: two columns have the same name"),
         (b"text,label\na,1\nb\n", "line 3: 1 columns, where the first line names 2"),
-        (b'text,label\n"a,1\nb,1\n', "line 2: 1 columns"),  # a quotation mark that nothing closes
+        (b'text,label\n"a,1\nb,1\n', r"line 2: is no row of a table \(unexpected end"),
+        (b'label,text\n0,"a\nb"\n1,"a\n0,b\n0,c\n', "line 4: is no row of a table .*; put a text that begins with a"),
+        (b'label,text\n1,"Good" film\n0,b\n', "line 2: is no row of a table .',' expected"),
+        (b'"text\na\n', "line 1: is no row of a table"),
         (b"text,label\na,1\nb,\xe9\n", "line 3: is not UTF-8"),
     ],
 )
