@@ -223,7 +223,7 @@ def _label(given: Any, place: str, classes: Sequence[str]) -> int:
     """
     indices = [str(index) for index in range(len(classes))]
     only_names = any(name in indices and name != index for index, name in zip(indices, classes, strict=True))
-    label = str(given) if isinstance(given, str | int) and not isinstance(given, bool) else None
+    label = _written(given)
     if label in classes:
         return classes.index(label)
     if label in indices and not only_names:
@@ -234,14 +234,19 @@ def _label(given: Any, place: str, classes: Sequence[str]) -> int:
     )
 
 
+def _written(label: Any) -> str | None:
+    """Return a label as the name of a class; `None` if it is no text, number or truth value, or not a number (NaN)."""
+    return str(label) if isinstance(label, str | int | float) and label == label else None
+
+
 def _classes_of(rows: Iterable[Any], field: str, where: str) -> list[str]:
     """Return the labels in some rows as names of classes, in the order of their numbers or else of the alphabet."""
     given: set[str] = set()
     columns: dict[str, None] = {}  # in their order
     for row in filter(lambda row: isinstance(row, dict), rows):
         columns |= dict.fromkeys(row)
-        if row.get(field) is not None:
-            given.add(str(row[field]))
+        if (label := _written(row.get(field))) is not None:
+            given.add(label)
     if columns and field not in columns:
         raise MisconfigurationException(
             f"data.reviews: {where} has no column {field!r}, only {', '.join(map(repr, columns))}; name the column "

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import math
 import re
 import sys
 from pathlib import Path
@@ -353,6 +354,21 @@ def test_a_label_means_the_same_in_json_and_in_a_table(tmp_path, classes, labels
         else:
             with pytest.raises(MisconfigurationException, match=f"{name}, line [23]: {found}"):
                 list(source.reviews("train"))
+
+
+@pytest.mark.parametrize(("label", "other"), [(True, False), (0.5, 1.0)])
+def test_classes_that_are_found_may_be_truth_values_and_numbers(tmp_path, label, other):
+    (tmp_path / "a.jsonl").write_text(as_json([{"text": f"{n} so", "label": (label, other)[n % 2]} for n in range(4)]))
+    source = ReviewFiles(str(tmp_path / "a.jsonl"), val_fraction=0, test_fraction=0, classes=None)
+    assert source.classes == sorted(map(str, (label, other)))
+    assert [source.classes[review.label] for review in source.reviews("train")] == [str(label), str(other)] * 2
+
+
+@pytest.mark.parametrize("label", [[1], math.nan])
+def test_lists_and_missing_numbers_are_no_classes(tmp_path, label):
+    (tmp_path / "a.jsonl").write_text(as_json([{"text": "so", "label": label}]))
+    with pytest.raises(MisconfigurationException, match="holds no label; a classifier needs 2"):
+        list(ReviewFiles(str(tmp_path / "a.jsonl"), classes=None).reviews("train"))
 
 
 def test_a_bad_line_of_a_table_is_named_by_its_first_line(tmp_path):
