@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from datamodules.base import ExperimentDataModule, Order, shuffled
-from datamodules.bert_imdb.reviews import AnyReviews, Review, parse_review, read_reviews, reviews_of
+from datamodules.bert_imdb.reviews import AnyReviews, Review, parse_review, read_reviews, reviews_of, without_breaks
 from datamodules.bert_imdb.wordpiece import continues_word, learn_wordpieces
 from datamodules.cache import cache_root, cached_array, digest, find_array, read_array
 from datamodules.splits import SIDES, Side, say_if_few
@@ -360,6 +360,7 @@ class BertImdbDataModule(ReviewsDataModule):
     ) -> Batch:
         """Return the batch of texts to classify with a finished run, from its tokenizer and constructor arguments."""
         how = arguments.get("truncation", "head")
+        texts = [without_breaks(text) for text in texts]
         rows = framed(tokenizer, texts, arguments["max_tokens"], lambda ids, n: [truncate(ids, n, how)])
         return TokenizedReviews(rows, [-1] * len(rows), tokenizer.pad_token_id)[torch.arange(len(rows))]
 

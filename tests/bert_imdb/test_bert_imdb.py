@@ -300,7 +300,9 @@ def test_predict_and_the_exported_model_agree(llm_train, classified, tmp_path, m
 
     monkeypatch.chdir(classified.folder)
     texts = [review.text for review in FilmReviews(n_test=6).reviews("test")]
-    (tmp_path / "new.csv").write_text("text\n" + "".join('"{}"\n'.format(t.replace('"', '""')) for t in texts))
+    written = [f"{text.replace('. ', '.<br /><br />')}\n" for text in texts]  # as on a page of reviews
+    assert any("<br />" in text for text in written)
+    (tmp_path / "new.csv").write_text("text\n" + "".join('"{}"\n'.format(t.replace('"', '""')) for t in written))
     flags = ("--ckpt_path", "best", "--data.file", tmp_path / "new.csv")
     done = llm_train("predict", "-c", classified.run / "config.yaml", *flags)
     assert done.code == 0, done.err
@@ -308,7 +310,7 @@ def test_predict_and_the_exported_model_agree(llm_train, classified, tmp_path, m
     with (classified.run / "predictions.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["text"] for row in rows] == texts
-    from_python = load_run(classified.run).classify(texts)
+    from_python = load_run(classified.run).classify(written)
     classifier = pipeline("text-classification", str(classified.run / "model"), truncation=True)
     for row, line, answer in zip(rows, done.out.splitlines(), classifier(texts), strict=True):
         assert row["label"] == answer["label"]
