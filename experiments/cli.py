@@ -113,8 +113,8 @@ class ExperimentCLI(SettingsGoOverCheckpoint):
                 "--auto_resume",
                 action=ActionYesNo,
                 default=False,
-                help="Resume the newest run of this name, or start it if there is none; do nothing if it is finished. "
-                "For schedulers that start a job again.",
+                help="Resume the newest run of this name (in a study, the run of exactly this name), or start it if "
+                "there is none; do nothing if it is finished. For schedulers that start a job again.",
             )
         parser.link_arguments("seed_everything", "data.init_args.seed")
         for name in LINKED:

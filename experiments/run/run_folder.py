@@ -144,9 +144,10 @@ def newest(root: Path, topic: str, name: str, study: str | None = None) -> RunFo
     """Return the newest run of a name that has a checkpoint, or else the newest that began to train, or `None`.
 
     So neither a start that failed nor an evaluation of untrained weights hides a run that can be continued. A name with
-    a number names that run alone.
+    a number names that run alone, and the name of an arm of a study the arm: a repeated run, `lr=0.1+2`, can have other
+    settings.
     """
-    runs = _runs(root, topic, name, study)
+    runs = [run for run in _runs(root, topic, name, study) if study is None or run.name == name]
     begun = [run for run in runs if (run.path / CONFIG).is_file()]
     return _newest_with(("last", "best"), runs) or (begun[-1] if begun else None)
 

@@ -76,7 +76,7 @@ class LocalLauncher:
         A process holds the study's lock too, so that the folder stays locked as long as a run lives.
         """
         for run in runs:
-            words = [*run.command, *(["--ckpt_path=last"] if run.has_checkpoint else [])]
+            words = [*run.command, *([f"--ckpt_path={run.last_checkpoint}"] if run.has_checkpoint else [])]
             changes = run.environment()
             if gpus := self._choose_gpus(run, words):
                 changes["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)

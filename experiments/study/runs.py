@@ -28,7 +28,6 @@ if TYPE_CHECKING:  # optuna is slow to import
 
 LOGS = "logs"  # in the folder of a study
 
-_LAST_CHECKPOINT = Path("checkpoints/last.ckpt")
 _CONFIG = ("-c", "--config")
 _OF_ANOTHER_RUN = ("WANDB_RUN_ID", "WANDB_SWEEP_ID", "WANDB_SWEEP_PARAM_PATH")  # no two runs may share an id
 
@@ -145,6 +144,7 @@ class Run:
     def __post_init__(self) -> None:
         self.folder = self.plan.folder / self.arm
         self.log = self.plan.folder / LOGS / f"{self.arm}.log"
+        self.last_checkpoint = self.folder / "checkpoints/last.ckpt"
         self._metrics = self.folder / "metrics.csv"
 
     @property
@@ -155,7 +155,7 @@ class Run:
     @property
     def has_checkpoint(self) -> bool:
         """Whether there is something to resume from."""
-        return (self.folder / _LAST_CHECKPOINT).is_file()
+        return self.last_checkpoint.is_file()
 
     @property
     def command(self) -> list[str]:

@@ -44,8 +44,8 @@ def test_the_run_to_continue_has_the_checkpoint_or_began_to_train(tmp_path):
             path.parent.mkdir(parents=True, exist_ok=True)
             path.touch()
 
-    def found() -> str | None:
-        run = newest(tmp_path, "topic", "name")
+    def found(study: str | None = None) -> str | None:
+        run = newest(tmp_path, "topic", "name", study)
         return run and run.name
 
     write("name/config_validate.yaml")
@@ -57,6 +57,10 @@ def test_the_run_to_continue_has_the_checkpoint_or_began_to_train(tmp_path):
     assert find(tmp_path, "topic", "name", checkpoint="last").path == Path(tmp_path, "topic/name.4")
     assert find(tmp_path, "topic", "name", checkpoint="best").name == "name.5"
     assert find(tmp_path, "topic", "name.6").name == "name.6"  # named with its number
+    write("study/name+2/config.yaml", f"study/name+2/{LAST}")
+    assert found("study") is None  # an arm repeated by hand, which can have other settings, is not the arm
+    write(f"study/name/{LAST}")
+    assert found("study") == "name"
 
 
 @pytest.mark.parametrize("length", [100, 200])

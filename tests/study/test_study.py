@@ -18,7 +18,7 @@ from subprocess import Popen
 import forks
 import pytest
 import yaml
-from helpers import RUNS, TINY
+from helpers import LAST, RUNS, TINY
 from stub_runs import GRID, STUDY, given, trials
 
 from experiments.errors import UserError
@@ -426,7 +426,7 @@ def test_a_killed_study_is_resumed(llm_train, forked, sweep):
     Path("go").touch()  # the second run starts anew and must not wait again
     done = llm_train(*command)
     assert done.code == 0, done.err
-    assert given(saved)["ckpt_path"] == "last"
+    assert given(saved)["ckpt_path"] == f"{STUDY}/{saved}/{LAST}"  # of this run, whatever runs have its name
     assert "ckpt_path" not in given(killed)
     assert [trial.state.name for trial in trials()] == ["FAIL", "FAIL", "COMPLETE", "COMPLETE"]
 
@@ -463,7 +463,7 @@ def test_after_a_signal_the_runs_save_and_the_same_command_resumes_them(llm_trai
     assert f"resume  llm-train study {command[1]}\n" in printed
     done = llm_train(*command)
     assert done.code == 0, done.err
-    assert given("lr=0.3")["ckpt_path"] == "last"
+    assert given("lr=0.3")["ckpt_path"] == f"{STUDY}/lr=0.3/{LAST}"
     assert "[2/2] lr=0.3  val/loss 0.1500" in done.err
 
 
