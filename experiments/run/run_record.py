@@ -1,5 +1,6 @@
 """The record of a run: its configuration, environment and summary, and the closing lines for the user."""
 
+import contextlib
 import importlib.metadata
 import os
 import platform
@@ -34,7 +35,17 @@ if TYPE_CHECKING:
     from experiments.cli import ExperimentCLI
 
 _UNWRITTEN = "unwritten_metrics"  # in a checkpoint
-_PACKAGES = ("torch", "lightning", "transformers", "tokenizers", "datasets", "jsonargparse", "wandb", "numpy")
+_PACKAGES = (
+    "llm-train",
+    "torch",
+    "lightning",
+    "transformers",
+    "tokenizers",
+    "datasets",
+    "jsonargparse",
+    "wandb",
+    "numpy",
+)
 
 
 class RunRecord(SaveConfigCallback):
@@ -255,7 +266,7 @@ def environment(trainer: L.Trainer) -> dict[str, Any]:
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": shlex.join(["llm-train", *sys.argv[1:]]),
         "python": platform.python_version(),
-        "packages": {name: importlib.metadata.version(name) for name in _PACKAGES},
+        "packages": dict(_versions()),
         "commit": _commit(),
         "platform": platform.platform(),
         "processor": platform.processor() or platform.machine(),
@@ -281,8 +292,18 @@ def _gpus(trainer: L.Trainer) -> list[str]:
     return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
 
 
+def _versions() -> Iterator[tuple[str, str]]:
+    for name in _PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # this project, in a checkout alone
+            yield name, importlib.metadata.version(name)
+
+
 def _commit() -> str | None:
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
+    """Return the commit of the checkout that runs, or `None` for an installed package: one around it is of others."""
+    root = names.SHIPPED.parent
+    if not (root / ".git").exists():
+        return None
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"]
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=5, check=True).stdout.strip()
     except (OSError, subprocess.SubprocessError):

@@ -1,11 +1,13 @@
 """The record of a run, in its folder and in the offline files of Weights & Biases."""
 
+import importlib.metadata
 import itertools
 import json
 import shutil
 import subprocess
 from pathlib import Path
 
+import lightning as L
 import pytest
 import torch
 import wandb
@@ -14,6 +16,7 @@ from helpers import BEST, RUNS
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from wandb.util import get_core_path
 
+from experiments.run import run_record
 from experiments.run.run_folder import RunFolder, claim, find, numbered, of_checkpoint
 from lightning_modules.metrics import CorpusLoss
 from lightning_modules.runtime.learning_curve import read_metric
@@ -67,6 +70,19 @@ def test_arms_of_a_study_whose_names_end_in_numbers_are_told_apart(tmp_path):
     assert {path.name for path in (tmp_path / "topic/study").iterdir()} == arms
     assert find(tmp_path, "topic", "dropout=0", "study").name == "dropout=0+3"
     assert find(tmp_path, "topic", "dropout=0.2", "study").name == "dropout=0.2+2"
+
+
+def test_the_commit_is_that_of_this_project_and_not_of_a_folder_around_an_installed_package(tmp_path, monkeypatch):
+    git = ("git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b")
+    subprocess.run((*git, "init", "-q"), check=True)
+    subprocess.run((*git, "commit", "-q", "--allow-empty", "-m", "first"), check=True)
+    made = subprocess.check_output((*git, "rev-parse", "--short=12", "HEAD"), text=True).strip()
+    for package, commit in ((tmp_path / "experiments", made), (tmp_path / ".venv/site-packages/experiments", None)):
+        package.mkdir(parents=True)
+        monkeypatch.setattr(run_record.names, "SHIPPED", package)
+        record = run_record.environment(L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False))
+        assert record["commit"] == commit
+    assert record["packages"]["llm-train"] == importlib.metadata.version("llm-train")
 
 
 def test_metrics_of_one_step_share_a_row_and_new_metrics_get_a_column(tmp_path):
