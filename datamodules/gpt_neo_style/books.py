@@ -86,7 +86,7 @@ def cut_into_passages(text: str, n: int, val_fraction: float, test_fraction: flo
         name: Name of the book, for error messages.
 
     Raises:
-        MisconfigurationException: If the book has too few lines.
+        MisconfigurationException: If the book has too few lines, or there are fewer passages than are held out.
     """
     paragraphs, lines = ([match.end() for match in re.finditer(at, text)] for at in (r"\n\s*\n", r"\n"))
     ends = paragraphs if len(paragraphs) >= 4 * n else lines
@@ -105,8 +105,13 @@ def cut_into_passages(text: str, n: int, val_fraction: float, test_fraction: flo
 def _sides(n: int, fractions: dict[str, float]) -> list[str]:
     """Return the split of each of `n` passages: `fractions` of them at equal distances, the rest for training."""
     sides = ["train"] * n
-    for side, fraction in fractions.items():
-        count = max(1, round(n * fraction)) if fraction else 0
+    counts = {side: max(1, round(n * fraction)) if fraction else 0 for side, fraction in fractions.items()}
+    if (held_out := sum(counts.values())) > n:
+        given = " and ".join(f"data.{side}_fraction {fraction}" for side, fraction in fractions.items())
+        raise MisconfigurationException(
+            f"{given} hold out {held_out} of {n} passages; set data.passages to more, or smaller fractions"
+        )
+    for side, count in counts.items():
         for k in range(count):
             free = [i for i in range(n) if sides[i] == "train"]
             sides[min(free, key=lambda i: abs(i + 0.5 - (k + 0.5) * n / count))] = side

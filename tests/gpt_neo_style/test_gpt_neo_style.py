@@ -237,6 +237,12 @@ def test_held_out_passages_are_spread_over_the_book():
     assert sides == ["train", "val", "test", "train", "val", "train", "test", "train", "val", "train"]
 
 
+def test_more_held_out_passages_than_there_are_are_refused_in_one_line():
+    message = r"^data.val_fraction 0.8 and data.test_fraction 0.1 hold out 3 of 2 passages; set data.passages"
+    with pytest.raises(MisconfigurationException, match=message):
+        cut_into_passages(verse(40), 2, 0.8, 0.1)
+
+
 def datamodule(tmp_path: Path, **arguments: object) -> GPTNeoStyleDataModule:
     (tmp_path / "play.txt").write_text("*** START OF THIS BOOK ***\n" + verse(100))
     (tmp_path / "other.txt").write_text("*** START OF THIS BOOK ***\n" + verse(100, seed=3))
