@@ -14,6 +14,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning_modules.base import GradientFreeModule
 from lightning_modules.common.messages import ERASE_LINE, on_terminal
 from lightning_modules.common.ranges import NonNegativeFloat
+from lightning_modules.runtime import private_names
 from lightning_modules.runtime.stages import validates_a_fit
 
 _SHOWN = {
@@ -187,7 +188,8 @@ class RunProgress(ProgressBar):
     def on_train_batch_end(self, trainer: L.Trainer, *_: object) -> None:
         """Advance; the metrics change at the steps that are logged."""
         every = trainer.log_every_n_steps
-        if self._enabled and every > 0 and trainer.global_step % every == 0:
+        is_logged = every > 0 and trainer.global_step % every == 0
+        if self._enabled and is_logged and not private_names.is_accumulating(trainer):
             self._read(trainer)
         self._show(trainer, trainer.global_step)
 

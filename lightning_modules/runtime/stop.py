@@ -5,6 +5,7 @@ import math
 import os
 import signal
 import threading
+from functools import partial
 from typing import Any, NoReturn
 
 import lightning as L
@@ -19,7 +20,7 @@ from lightning_modules.runtime import private_names
 from lightning_modules.runtime.checkpoint import RunCheckpoint, save_last
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
-_MOST_UNREAD = 1000  # losses of steps on a GPU, if metrics are logged seldom or never
+_MOST_UNREAD = 1000  # losses of batches on a GPU, if metrics are logged seldom or never
 
 
 class GracefulStop(L.Callback):
@@ -30,8 +31,8 @@ class GracefulStop(L.Callback):
 
     A signal to one rank is enough. The exit code is 128 + the number of the signal: 143 for SIGTERM, 130 for Ctrl-C. A
     second signal ends the process at once, or after a checkpoint that is being written in the background, as does
-    SIGTERM before the first step, after the last one, and in a run that does not train. Nothing is saved between two
-    micro-batches of one optimiser step, because accumulated gradients are not part of a checkpoint.
+    SIGTERM before the first step, and in a run that does not train. Nothing is saved between two micro-batches of one
+    optimiser step, because accumulated gradients are not part of a checkpoint.
 
     Args:
         every_n_steps: Number of optimiser steps between two exchanges of signals between the ranks. A run on one
@@ -65,17 +66,20 @@ class GracefulStop(L.Callback):
         """Install the signal handlers, and open a process group on the CPU, which serves GPU processes too."""
         self.received = 0
         for number in self._previous_handlers:
-            signal.signal(number, self._on_signal)
+            signal.signal(number, partial(self._on_signal, trainer))
         if trainer.world_size > 1:
             self._group = torch.distributed.new_group(backend="gloo")
 
-    def _on_signal(self, signal_number: int, frame: object) -> None:
+    def _on_signal(self, trainer: L.Trainer, signal_number: int, frame: object) -> None:
         self.received = signal_number
         for number in self._previous_handlers:
             signal.signal(number, _stop_at_once)
         if rank_zero_only.rank == 0:
             what = "Ctrl-C" if signal_number == signal.SIGINT else signal.Signals(signal_number).name
-            line = f"{what}: stopping after this step, with a checkpoint; a second one stops at once\n"
+            then = "stopping after this step, with a checkpoint"
+            if trainer.should_stop:  # `RunCheckpoint` sets it at the last step
+                then = "the run has done its last step and ends"
+            line = f"{what}: {then}; a second one stops at once\n"
             # Not `print`, which cannot be called while the signal interrupts it.
             with contextlib.suppress(OSError):  # the terminal or the pipe is gone, and the checkpoint is still due
                 os.write(2, f"{ERASE_LINE if on_terminal() else ''}{line}".encode())
@@ -133,11 +137,13 @@ class StopOnNonFiniteLoss(L.Callback):
         if loss is None:
             return
         on_cpu, every = loss.device.type == "cpu", trainer.log_every_n_steps
-        self._steps.append(trainer.global_step)
+        accumulates = private_names.is_accumulating(trainer)
+        self._steps.append(trainer.global_step + accumulates)  # the step in progress is not counted yet
         # A copy, because CUDA graphs use the memory of the loss again.
         self._losses.append(loss.detach() if on_cpu else loss.detach().clone())
-        logged = every and trainer.global_step % every == 0
-        if on_cpu or (logged and len(self._steps) >= self.every_n_steps) or len(self._steps) >= _MOST_UNREAD:
+        logged = every and not accumulates and trainer.global_step % every == 0
+        enough = self._steps[-1] - self._steps[0] + 1 >= self.every_n_steps
+        if on_cpu or (logged and enough) or len(self._steps) >= _MOST_UNREAD:
             self._check(trainer)
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:

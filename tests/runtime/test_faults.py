@@ -152,10 +152,17 @@ def test_a_loss_that_is_not_finite_stops_the_run(value):
         Path("last.ckpt").touch()
 
 
-def after_step(step: int, *checkpoints: RunCheckpoint, others_fail: bool = False) -> SimpleNamespace:
+def after_step(
+    step: int, *checkpoints: RunCheckpoint, others_fail: bool = False, accumulates: bool = False
+) -> SimpleNamespace:
     """Return what the callback reads of a trainer, which logs every second step."""
-    strategy = SimpleNamespace(reduce_boolean_decision=lambda failed, all: failed or others_fail)
-    return SimpleNamespace(global_step=step, log_every_n_steps=2, checkpoint_callbacks=checkpoints, strategy=strategy)
+    return SimpleNamespace(
+        global_step=step,
+        log_every_n_steps=2,
+        checkpoint_callbacks=checkpoints,
+        strategy=SimpleNamespace(reduce_boolean_decision=lambda failed, all: failed or others_fail),
+        fit_loop=SimpleNamespace(_should_accumulate=lambda: accumulates),
+    )
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("-inf")])
@@ -174,23 +181,38 @@ def test_no_process_writes_a_checkpoint_if_the_loss_of_one_is_not_finite():
         StopOnNonFiniteLoss().on_save_checkpoint(after_step(4, others_fail=True), torch.nn.Linear(1, 1), {})
 
 
+class Elsewhere(torch.Tensor):
+    """A tensor that claims to be on a GPU; one on the device `meta` would have no value to read."""
+
+    device = SimpleNamespace(type="cuda")
+
+
+def loss_elsewhere(value: float) -> dict[str, torch.Tensor]:
+    """Return what a training step returns on a GPU."""
+    return {"loss": torch.tensor(value).as_subclass(Elsewhere)}
+
+
 def test_a_loss_on_another_device_is_read_when_metrics_are_logged_and_before_a_checkpoint():
-    # The device `meta` has no values to read, so a tensor that only claims to be elsewhere stands for one of a GPU.
-    class Elsewhere(torch.Tensor):
-        device = SimpleNamespace(type="cuda")
-
-    def loss(value: float) -> torch.Tensor:
-        return torch.tensor(value).as_subclass(Elsewhere)
-
     stop = StopOnNonFiniteLoss(every_n_steps=4)
     for step, value in enumerate([1.0, float("nan"), 1.0], start=1):
-        stop.on_train_batch_end(after_step(step), None, {"loss": loss(value)}, None, 0)
+        stop.on_train_batch_end(after_step(step), None, loss_elsewhere(value), None, 0)
     with pytest.raises(MisconfigurationException, match="not finite at step 2"):
         stop.on_save_checkpoint(after_step(3), torch.nn.Linear(1, 1), {})
     with pytest.raises(MisconfigurationException, match="not finite at step 2"):
-        stop.on_train_batch_end(after_step(4), None, {"loss": loss(1.0)}, None, 0)
+        stop.on_train_batch_end(after_step(4), None, loss_elsewhere(1.0), None, 0)
     with pytest.raises(MisconfigurationException, match="not finite at step 2"):
         stop.on_train_end(after_step(4), None)
+
+
+def test_the_losses_of_micro_batches_are_read_at_the_end_of_their_step():
+    stop = StopOnNonFiniteLoss(every_n_steps=2)
+    values = {9: float("nan")}  # four batches a step: the first of step 3
+    for batch in range(1, 16):
+        trainer = after_step(batch // 4, accumulates=batch % 4 != 0)
+        stop.on_train_batch_end(trainer, None, loss_elsewhere(values.get(batch, 1.0)), None, 0)
+    assert len(stop._losses) == 7  # those since step 2
+    with pytest.raises(MisconfigurationException, match="not finite at step 3"):
+        stop.on_train_batch_end(after_step(4), None, loss_elsewhere(1.0), None, 0)
 
 
 def test_the_states_of_optimisers_take_no_memory_where_only_the_model_is_needed(monkeypatch, tmp_path):

@@ -32,21 +32,23 @@ def test_one_epoch_is_singular(n, shown):
     assert opening.epochs(n) == shown
 
 
-def test_metrics_are_read_when_they_are_logged_and_not_when_the_line_is_drawn():
+def test_metrics_are_read_when_they_are_logged_and_not_when_the_line_is_drawn(monkeypatch):
     read = []
 
     class Metrics(dict):
         def __contains__(self, name):
-            read.append(trainer.global_step)
+            read.append(batch)
             return False
 
     trainer = SimpleNamespace(callback_metrics=Metrics(), global_step=0, log_every_n_steps=4)
     trainer.estimated_stepping_batches = 8
+    monkeypatch.setattr(lines.private_names, "is_accumulating", lambda _: batch % 3 != 0)
     progress = RunProgress(refresh_seconds=0)
     progress.on_train_start(trainer, None)
-    for trainer.global_step in range(1, 9):
+    for batch in range(1, 25):
+        trainer.global_step = batch // 3
         progress.on_train_batch_end(trainer)
-    assert set(read) == {4, 8}  # a reading makes the host wait for the GPU
+    assert set(read) == {12, 24}  # a reading makes the host wait for the GPU
 
 
 def test_a_file_has_one_line_for_the_last_step_and_neither_bars_nor_carriage_returns(llm_train, tiny):
@@ -127,6 +129,18 @@ def test_a_signal_is_answered_in_one_line_and_a_second_one_stops_at_once(number,
         assert stopped.value.code == 128 + number
     finally:
         stop.teardown(trainer, None, "fit")
+
+
+def test_a_signal_after_the_last_step_lets_the_run_end(capfd):
+    stop, trainer = GracefulStop(), L.Trainer(accelerator="cpu", logger=False)
+    stop.setup(trainer, None, "fit")
+    stop.on_train_start(trainer, None)
+    trainer.should_stop = True
+    try:
+        signal.raise_signal(signal.SIGTERM)
+    finally:
+        stop.teardown(trainer, None, "fit")
+    assert capfd.readouterr().err == "SIGTERM: the run has done its last step and ends; a second one stops at once\n"
 
 
 def test_a_signal_is_kept_if_the_terminal_is_gone(monkeypatch):
