@@ -80,7 +80,8 @@ def vocabulary_of(folder: Path) -> dict[str, int]:
         if (file := folder / "vocab.json").is_file():
             return dict(json.loads(file.read_text(encoding="utf-8")))
         if (file := folder / "vocab.txt").is_file():
-            return {line: i for i, line in enumerate(file.read_text(encoding="utf-8").splitlines())}
+            with file.open(encoding="utf-8") as lines:  # a token may be U+2028, where str.splitlines() ends a line too
+                return {line.removesuffix("\n"): i for i, line in enumerate(lines)}
     return {}
 
 

@@ -149,10 +149,10 @@ def some_batch(base: Path, n: int = 6) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("truncation", ["tail", "head_tail"])
-def test_texts_are_shortened_as_in_training(base, truncation):
+def test_texts_are_prepared_as_in_training(base, truncation):
     data = reviews_of(base, truncation=truncation, max_tokens=12)
     data.setup("fit")
-    texts = [review.text for review in data.texts["val"][:5]]
+    texts = [f"{review.text.replace(' ', '<br /><br />')}\n" for review in data.texts["val"][:5]]
     batch = data.batch_of_texts(data.tokenizer, {"truncation": truncation, "max_tokens": 12}, texts)
     expected = data.datasets["val"][torch.arange(5)]
     assert batch["input_ids"].shape == (5, 12)

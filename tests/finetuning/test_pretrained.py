@@ -219,6 +219,9 @@ def test_the_vocabulary_of_each_form_is_read(gpt2, tmp_path):
     assert vocabulary_of(tmp_path / "json") == vocabulary
     bert = tiny_bases.save_old_bert(tmp_path / "bert")
     assert vocabulary_of(bert) == load_tokenizer(str(bert)).get_vocab()
+    words = (bert / "vocab.txt").read_text()
+    (bert / "vocab.txt").write_text(f"\u2028\n{words}", encoding="utf-8")  # a token of bert-base-chinese
+    check_vocabulary(str(bert), load_tokenizer(str(bert)))
     (tmp_path / "json/tokenizer.json").write_text("{")
     assert vocabulary_of(tmp_path / "json") == vocabulary_of(tmp_path) == {}
 
