@@ -34,8 +34,10 @@ class Journal:
         from optuna.storages.journal import JournalFileBackend, JournalStorage
         from optuna.trial import TrialState
 
+        from experiments.study.pruning import Halving
+
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        sweep, pruners = plan.sweep, optuna.pruners
+        sweep = plan.sweep
         self._plan, self._sweep = plan, sweep
         self._distributions = {
             ".".join(key): spec.for_optuna(sweep.method == "grid")
@@ -52,7 +54,7 @@ class Journal:
             storage=self._storage,
             study_name=_STUDY,
             direction="maximize" if sweep.maximize else "minimize",
-            pruner=pruners.SuccessiveHalvingPruner(rule.first, int(rule.eta)) if rule else pruners.NopPruner(),
+            pruner=Halving(rule.first, int(rule.eta)) if rule else optuna.pruners.NopPruner(),
             load_if_exists=True,
         )
         asked = _asked_by(sweep) | {"flags": plan.flags, "seed": None if sweep.method == "grid" else plan.seed}

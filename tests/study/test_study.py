@@ -26,7 +26,7 @@ from experiments.study import launchers
 from experiments.study.distributions import Distribution
 from experiments.study.journal import Journal
 from experiments.study.names import arm_name, folder_name
-from experiments.study.runs import Plan, study_folder
+from experiments.study.runs import Plan, Run, study_folder
 from experiments.study.sweep_file import read_sweep_file
 
 # The file
@@ -429,6 +429,22 @@ def test_a_killed_study_is_resumed(llm_train, forked, sweep):
     assert given(saved)["ckpt_path"] == f"{STUDY}/{saved}/{LAST}"  # of this run, whatever runs have its name
     assert "ckpt_path" not in given(killed)
     assert [trial.state.name for trial in trials()] == ["FAIL", "FAIL", "COMPLETE", "COMPLETE"]
+
+
+def test_a_run_that_starts_again_competes_once(sweep, tmp_path):
+    rule = {"type": "hyperband", "min_iter": 1, "eta": 2}
+    plan = Plan(read_sweep_file(sweep(method="random", run_cap=4, early_terminate=rule)), tmp_path, [], 4, 1, 0)
+
+    def is_stopped(run: Run, value: float) -> bool:
+        run.trial.report(value, 1)
+        return run.trial.should_prune()
+
+    journal = Journal(plan)
+    is_stopped(failed := journal.next(), 1.0)
+    journal.record(failed, None, "it failed")
+    journal = Journal(plan)
+    # The last value is in the better half of the four; with that of the run that failed, it would not be of five.
+    assert [is_stopped(journal.next(), value) for value in (1.0, 3.0, 4.0, 2.0)] == [False, True, True, False]
 
 
 def test_a_study_runs_on_a_file_system_without_locks(llm_train, sweep, monkeypatch):
