@@ -66,6 +66,8 @@ def load_tokenizer(name: str, source: Source | None = None, cache_dir: Path | No
         tokenizer = _from_disk(Path(name).expanduser())
     else:
         tokenizer = _from_hub(name)
+    if not tokenizer.is_fast:
+        raise MisconfigurationException(f"tokenizer {name} has no fast (tokenizer.json) form: choose one that has")
     if len(tokenizer) <= 1:
         raise MisconfigurationException(
             f"tokenizer {name} has a vocabulary of {len(tokenizer)}, it is incomplete: make or download it again"
@@ -337,12 +339,9 @@ def _from_hub(name: str) -> "PreTrainedTokenizerFast":
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=not hub_answers(), trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(name, local_files_only=not hub_answers(), trust_remote_code=False)
     except Exception as error:  # OSError, ValueError or ImportError, depending on the cause
         raise MisconfigurationException(
             f"tokenizer {name} is no local folder or file, and could not be loaded from the Hugging Face hub "
             f"({first_line(error)}): check the name and the network; byte and character need neither"
         ) from error
-    if not tokenizer.is_fast:
-        raise MisconfigurationException(f"tokenizer {name} has no fast (tokenizer.json) form: choose one that has")
-    return tokenizer

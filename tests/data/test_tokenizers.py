@@ -203,6 +203,12 @@ def test_a_vocabulary_of_one_token_is_refused(tmp_path):
     assert "vocabulary of 1" in one_line_error(str(tmp_path))
 
 
+def test_a_folder_without_a_fast_form_is_refused(tmp_path):
+    (tmp_path / "vocab.txt").write_text("<cls>\n<pad>\n<eos>\n<unk>\nA\nC\n<mask>\n")
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "EsmTokenizer"}')
+    assert one_line_error(str(tmp_path)).endswith("has no fast (tokenizer.json) form: choose one that has")
+
+
 def test_an_unreachable_hub_is_one_line(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # what HF_HUB_OFFLINE=1 sets
     message = one_line_error("nobody/nothing")
