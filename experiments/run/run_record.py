@@ -180,9 +180,7 @@ class RunRecord(SaveConfigCallback):
             if shown:
                 with logger.tolerated():
                     logger.experiment.summary.update(shown)
-            if is_fit:
-                logger.log_artifacts()
-            logger.finish(exit_code=0 if status == "finished" else 1)
+            logger.finish(exit_code=0 if status == "finished" else 1, with_artifacts=is_fit)
             sync_command = logger.sync_command
         if not trainer.fast_dev_run:
             of_best = checkpoints[0].best_metrics if is_fit and checkpoints else {}

@@ -6,7 +6,9 @@ import io
 import netrc
 import os
 import shlex
+import subprocess
 import tempfile
+import threading
 from argparse import Namespace
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -19,7 +21,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from lightning_modules.common.files import read_json, write_json, write_text
 from lightning_modules.common.messages import say
-from lightning_modules.runtime.private_names import OpenWandbLogger, use_artifact
+from lightning_modules.runtime.private_names import OpenWandbLogger, use_artifact, wandb_service
 
 if TYPE_CHECKING:  # wandb is imported where it is used: it is slow to import
     import wandb
@@ -27,6 +29,7 @@ if TYPE_CHECKING:  # wandb is imported where it is used: it is slow to import
 _ARTIFACTS = {"config": "config.yaml", "tokenizer": "tokenizer", "model": "checkpoints/best.ckpt"}  # in the run folder
 _RECORD = Path("wandb", "id.json")  # the id of the W&B run, and the kinds of its artifacts
 _LONGEST_UPLOAD = "120"  # at the end of a run, in seconds
+_GRACE = 20.0  # more seconds, after which W&B is ended: it writes what is logged to its file every 15 seconds
 _LONGEST_TAG = 64  # W&B refuses longer ones
 _MODES = ("online", "offline", "shared", "disabled", "dryrun", "run")
 
@@ -151,9 +154,10 @@ class WandbRecorder(OpenWandbLogger):
     A fit logs artifacts: `config-ID`, `tokenizer-ID` and, if `log_model` is set, `model-ID`. A run that reads files
     from the folder of another run, such as its tokenizer, uses the artifact of that run.
 
-    At the end wandb 0.31 waits two minutes at most for the rest of the history to be uploaded, longer if it repeats a
-    request that is before it, such as that for an artifact; with `log_model` it waits as long as the upload takes.
-    `WANDB_FINISH_TIMEOUT` sets another number of seconds, 0 for no limit. Older versions have no limit.
+    At the end a run waits two minutes at most for W&B to log the artifacts and to upload what is left, so that a
+    machine that has lost its network can exit; with `log_model` it waits as long as the server answers.
+    `WANDB_FINISH_TIMEOUT` sets another number of seconds, 0 for no limit. If W&B does not keep the limit itself, its
+    process is ended 20 seconds later; its telemetry can take 15 more. Versions of wandb before 0.31 can wait longer.
 
     Args:
         project: Project of the run; `null` takes `WANDB_PROJECT`, or `llm-train`.
@@ -180,6 +184,9 @@ class WandbRecorder(OpenWandbLogger):
         self.log_model = log_model
         self.settings.pop("anonymous")  # an argument that wandb no longer has
         self._folder: Path | None = None
+        self._limit = float(_LONGEST_UPLOAD)
+        self._waits_for_model = False
+        self._is_late = False
 
     def attach(self, folder: Path, topic: str, name: str, job_type: str, study: str | None = None) -> None:
         """Keep the files of the run in `folder/wandb`, and its id in `folder/wandb/id.json`."""
@@ -207,6 +214,8 @@ class WandbRecorder(OpenWandbLogger):
         if not self.log_model:
             os.environ.setdefault("WANDB_FINISH_TIMEOUT", _LONGEST_UPLOAD)
         with self.tolerated():
+            given = os.environ.get("WANDB_FINISH_TIMEOUT")
+            self._limit, self._waits_for_model = float(given or _LONGEST_UPLOAD), self.log_model and not given
             self._prepare()
             run = super().experiment
             if self.run is not None and self._folder is not None:
@@ -236,8 +245,9 @@ class WandbRecorder(OpenWandbLogger):
         try:
             yield
         except Exception as error:
-            say(f"W&B failed ({' '.join(f'{type(error).__name__}: {error}'.split())}): the run goes on without it")
-            self.run = _NoRun()
+            if not self._is_late:
+                say(f"W&B failed ({' '.join(f'{type(error).__name__}: {error}'.split())}): the run goes on without it")
+            self.run = _NoRun(self.run)
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Add metrics to the history, at the number of optimiser steps done (`trainer/global_step`)."""
@@ -258,8 +268,7 @@ class WandbRecorder(OpenWandbLogger):
     def log_hyperparams(self, params: dict[str, Any] | Namespace) -> None:
         """Do nothing: the resolved YAML is logged, see `experiments.run.run_record`."""
 
-    def log_artifacts(self) -> None:
-        """Log the files of the run that other runs can start from."""
+    def _log_artifacts(self) -> None:
         with self.tolerated():
             if self.experiment.disabled or self._folder is None:
                 return
@@ -285,16 +294,49 @@ class WandbRecorder(OpenWandbLogger):
                 if kind in other["artifacts"]:
                     use_artifact(self.experiment, _artifact(kind, folder, other["id"]))
 
-    def finish(self, exit_code: int) -> None:
-        """End the W&B run, so that another can begin in this process; the exit code of a success is 0."""
-        if self.run is not None:
+    def finish(self, exit_code: int, with_artifacts: bool = False) -> None:
+        """End the W&B run, so that another can begin in this process.
+
+        Args:
+            exit_code: 0 for a success.
+            with_artifacts: Whether to log the files of the run that other runs can start from.
+        """
+        if self.run is None:
+            return
+        import wandb
+
+        folder, ended, self._is_late = Path(self.run.dir).parent, threading.Event(), False
+        if self._limit > 0 and (service := wandb_service()) is not None:
+            threading.Thread(target=self._watch, args=(service, folder, ended), daemon=True).start()
+        try:
+            if with_artifacts:
+                self._log_artifacts()
             with self.tolerated():
                 try:
                     self.run.finish(exit_code=exit_code)
                 except TimeoutError:
-                    folder = shlex.quote(os.path.relpath(Path(self.run.dir).parent))
-                    say(f"W&B: the upload has not ended in time; `wandb sync {folder}` uploads the rest")
+                    self._give_up(folder)
+            if self._is_late or isinstance(self.run, _NoRun):
+                with contextlib.suppress(Exception, SystemExit):  # it exits if W&B's process has failed
+                    wandb.teardown()
+                wandb.run = None  # W&B leaves a run there that it could not end
+            ended.set()  # not after a signal: then W&B ends when this process exits, which the watch limits too
+        finally:
             self.run = None
+
+    def _watch(self, service: subprocess.Popen[bytes], folder: Path, ended: threading.Event) -> None:
+        """End W&B's process if it is late: while it repeats a request for an artifact, it does not keep its limit."""
+        while not ended.wait(self._limit + _GRACE):
+            if not (self._waits_for_model and _answers(_address())):
+                self._give_up(folder)
+                service.kill()
+                return
+
+    def _give_up(self, folder: Path) -> None:
+        if not self._is_late:
+            self._is_late = True
+            command = f"wandb sync {shlex.quote(os.path.relpath(folder))}"
+            say(f"W&B: the upload has not ended in time; `{command}` uploads the rest of the history")
 
     @property
     def sync_command(self) -> str | None:
@@ -306,9 +348,14 @@ class WandbRecorder(OpenWandbLogger):
 
 
 class _NoRun:
-    """A W&B run that does nothing, for when W&B cannot make one."""
+    """A W&B run that does nothing, in place of one that W&B cannot make, or of one that has failed and can only end."""
 
     disabled = True
+    dir = ""
+
+    def __init__(self, failed: Any) -> None:
+        if failed is not None:
+            self.dir, self.finish = failed.dir, failed.finish
 
     def __getattr__(self, name: str) -> Any:
         return self

@@ -6,6 +6,7 @@ processes.
 """
 
 import signal
+import subprocess
 import threading
 import weakref
 from argparse import ArgumentParser
@@ -328,6 +329,21 @@ class OpenWandbLogger(WandbLogger):
 def use_artifact(run: "wandb.Run", artifact: "wandb.Artifact") -> None:
     """Log an artifact as an input of a run, as `Run.use_artifact` does, which refuses offline runs."""
     run._log_artifact(artifact, aliases=[], is_user_created=True, use_after_commit=True)
+
+
+def wandb_service() -> subprocess.Popen[bytes] | None:
+    """Return the process of this one to which W&B's runs send what they log, or `None` if it must not be killed.
+
+    It can be killed from wandb 0.31 on, which writes what is logged every few seconds. `wandb.teardown`, the public way
+    to end it, waits until it has uploaded everything.
+    """
+    import wandb
+    from wandb.sdk.wandb_setup import singleton
+
+    if "x_transaction_log_flush_interval" not in wandb.Settings.model_fields:
+        return None
+    connection = singleton()._connection
+    return connection._proc._process if connection is not None and connection.owns_service else None
 
 
 # --- torch ------------------------------------------------------------------------------------------------------------

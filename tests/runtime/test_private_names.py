@@ -30,6 +30,9 @@ from torch import nn
 from torch.utils.data import DataLoader
 from torchmetrics import Metric
 from transformers import PreTrainedConfig, PreTrainedModel
+from wandb.sdk.lib.service.service_connection import ServiceConnection
+from wandb.sdk.lib.service.service_process import ServiceProcess
+from wandb.sdk.wandb_setup import _WandbSetup
 
 from lightning_modules.metrics import CorpusLoss
 from lightning_modules.runtime import private_names
@@ -49,6 +52,9 @@ HELD = {
     Metric: ["_apply"],
     WandbLogger: ["_wandb_init", "_save_dir", "_id", "_experiment"],
     wandb.Run: ["_log_artifact"],
+    _WandbSetup: ["_connection"],
+    ServiceConnection: ["_proc"],
+    ServiceProcess: ["_process"],
     PreTrainedConfig: ["_attn_implementation"],
     PreTrainedModel: ["_can_compile_fullgraph"],
 }
@@ -138,7 +144,7 @@ def test_every_private_name_of_the_file_is_held_here():
 
 
 def test_no_other_file_uses_them():
-    held = {name for names in HELD.values() for name in names} - {"_id"} | {*FOREACH, *OPERATORS}
+    held = {name for names in HELD.values() for name in names} - {"_id", "_process"} | {*FOREACH, *OPERATORS}
     found = []
     for room in ("lightning_modules", "experiments", "datamodules"):
         for file in (ROOT / room).rglob("*.py"):
@@ -352,6 +358,17 @@ def test_a_wandb_logger_is_set_up_after_it_is_built(tmp_path):
     assert logger.experiment is other
     expected = {"artifact_or_path", "aliases", "is_user_created", "use_after_commit"}
     assert expected <= set(inspect.signature(wandb.Run._log_artifact).parameters)
+
+
+def test_the_process_of_wandb_can_be_ended():
+    assert "x_transaction_log_flush_interval" in wandb.Settings.model_fields
+    wandb.teardown()  # that of other tests
+    assert private_names.wandb_service() is None
+    wandb.setup(wandb.Settings(mode="offline"))
+    private_names.wandb_service().kill()
+    with pytest.raises((SystemExit, ConnectionError)):  # of the killed process
+        wandb.teardown()
+    assert private_names.wandb_service() is None
 
 
 def test_the_random_states_of_unused_gpus_are_left_alone(monkeypatch):

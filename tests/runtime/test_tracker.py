@@ -1,6 +1,8 @@
 """Weights & Biases that cannot start: one line, and the run goes on."""
 
 import os
+import signal
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,6 +14,7 @@ from experiments.cli import ExperimentCLI
 from experiments.run.run_folder import claim
 from lightning_modules.runtime import loggers
 from lightning_modules.runtime.loggers import WandbRecorder
+from lightning_modules.runtime.private_names import wandb_service
 
 KEY = "0123456789" * 4
 
@@ -105,7 +108,54 @@ def test_the_upload_at_the_end_of_a_run_has_a_limit(tracker, tmp_path, monkeypat
     logger.finish(1)
     (line,) = capfd.readouterr().err.splitlines()
     (folder,) = tmp_path.glob("wandb/offline-run-*")
-    assert line == f"W&B: the upload has not ended in time; `wandb sync {os.path.relpath(folder)}` uploads the rest"
+    assert line == (
+        f"W&B: the upload has not ended in time; `wandb sync {os.path.relpath(folder)}` uploads the rest of the history"
+    )
+
+
+@pytest.mark.parametrize("how", ["limit", "log_model", "signal"])
+def test_the_process_of_wandb_is_ended_if_it_ignores_the_limit(tracker, tmp_path, monkeypatch, capfd, how):
+    monkeypatch.setattr(loggers, "_LONGEST_UPLOAD", "0.001")
+    monkeypatch.setattr(loggers, "_GRACE", 0.001)
+    answers = [True, False]
+    monkeypatch.setattr(loggers, "_answers", lambda address: answers.pop(0))
+    logger = WandbRecorder(log_model=how == "log_model")
+    logger.attach(tmp_path, "topic", "name", "fit")
+    run, service = logger.experiment, wandb_service()
+    service.send_signal(signal.SIGSTOP)  # it answers no request, as if it repeated one of its own
+    if how == "signal":
+        end = run.finish
+        monkeypatch.setattr(run, "finish", lambda exit_code: sys.exit(143))
+        with pytest.raises(SystemExit):
+            logger.finish(1)
+        monkeypatch.setattr(run, "finish", end)
+    else:
+        logger.finish(1)
+    assert service.wait(10) == -signal.SIGKILL
+    assert answers == ([] if how == "log_model" else [True, False])
+    (line,) = capfd.readouterr().err.splitlines()
+    assert "the upload has not ended in time" in line
+    if how == "signal":
+        logger.run = run
+        logger.finish(1)
+    assert wandb.run is wandb_service() is None  # another run can begin
+
+
+def test_a_run_whose_record_has_failed_is_ended(tracker, tmp_path, monkeypatch, capfd):
+    logger = attached(tmp_path)
+    run, service, codes = logger.experiment, wandb_service(), []
+    end = run.finish
+    monkeypatch.setattr(run, "finish", lambda exit_code: codes.append(exit_code) or end(exit_code))
+    with logger.tolerated():
+        raise ValueError("no such metric")
+    cli = ExperimentCLI.__new__(ExperimentCLI)
+    cli.run, cli.trainer = None, SimpleNamespace(loggers=[logger])
+    cli.close()
+    assert codes == [1]
+    assert service.poll() == 0
+    assert wandb.run is None
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line == "W&B failed (ValueError: no such metric): the run goes on without it"
 
 
 def test_a_server_that_does_not_answer_costs_seconds():
