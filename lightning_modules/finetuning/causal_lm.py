@@ -93,7 +93,7 @@ class CachedHubModel:
         self.model = model
         self.training = model.training
         context = context_of(model) or torch.iinfo(torch.int32).max
-        self.config = SimpleNamespace(vocab_size=model.config.vocab_size, block_size=context)
+        self.config = SimpleNamespace(vocab_size=model.config.get_text_config().vocab_size, block_size=context)
         accepted = inspect.signature(model.forward).parameters
         self._last_only = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
         self._takes_positions = "position_ids" in accepted

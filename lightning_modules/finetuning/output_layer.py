@@ -109,7 +109,7 @@ class OutputLayer:
         self.reads_inputs = type(layer) is nn.Linear
         if not self.reads_inputs:
             return
-        ids = torch.arange(2, device=self.model.device)[None] % self.model.config.vocab_size
+        ids = torch.arange(2, device=self.model.device)[None] % self.model.config.get_text_config().vocab_size
         with evaluating(self.model):
             scores = self.model(input_ids=ids).logits.float()
             found = F.linear(self._inputs_of_layer(None, {"input_ids": ids}), layer.weight, layer.bias)
@@ -119,7 +119,7 @@ class OutputLayer:
 
     @property
     def _soft_cap(self) -> float | None:
-        return getattr(self.model.config, "final_logit_softcapping", None)
+        return getattr(self.model.config.get_text_config(), "final_logit_softcapping", None)
 
     def _inputs_of_layer(self, places: Tensor | None, arguments: dict[str, Any]) -> Tensor:
         """Return the inputs of the output layer, (B, T, C), or (N, C) at `places`."""

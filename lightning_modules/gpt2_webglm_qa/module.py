@@ -105,7 +105,8 @@ def keeps_records_apart(model: nn.Module, within_records: bool = False) -> bool:
         within_records: Whether the model takes the ends of the records; otherwise position ids that start again at 0
             separate them.
     """
-    ids = torch.arange(4, device=model.device)[None] % model.config.vocab_size  # two records of two tokens
+    # Two records of two tokens.
+    ids = torch.arange(4, device=model.device)[None] % model.config.get_text_config().vocab_size
     positions = torch.tensor([[0, 1, 0, 1]], device=model.device)
     ends = torch.tensor([0, 2, 4], dtype=torch.int32, device=model.device)
     mask = as_mask(ends) if within_records else None

@@ -31,6 +31,13 @@ FAMILIES = {
         | POSITIONS,
         False,
     ),
+    "gemma3": (
+        SMALL
+        | POSITIONS
+        | {"num_key_value_heads": 2, "head_dim": 4, "sliding_window": 5}
+        | {"layer_types": ["sliding_attention", "full_attention"]},
+        False,
+    ),
     "bloom": ({"hidden_size": 16, "n_head": 4, "n_layer": 2}, False),
     "mamba": ({"hidden_size": 16, "num_hidden_layers": 2, "state_size": 4}, False),
 }
@@ -40,9 +47,12 @@ def model_of(family):
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(3)
-    config = AutoConfig.for_model(
-        family, vocab_size=VOCAB, bos_token_id=None, eos_token_id=None, pad_token_id=None, **FAMILIES[family][0]
-    )
+    no_tokens = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+    sizes = {"vocab_size": VOCAB} | no_tokens | FAMILIES[family][0]
+    if family == "gemma3":  # its configuration has one for text and one for images
+        vision = SMALL | {"image_size": 28, "patch_size": 14}
+        sizes = {"text_config": sizes, "vision_config": vision, "tie_word_embeddings": False} | no_tokens
+    config = AutoConfig.for_model(family, **sizes)
     model = AutoModelForCausalLM.from_config(config).float().eval()
     for name, parameter in model.named_parameters():
         if parameter.dim() > 1:

@@ -28,6 +28,11 @@ DROPOUTS = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 FAMILIES = {
     "llama": ({}, True),
     "gemma2": ({"final_logit_softcapping": 0.1}, True),
+    "gemma4": (
+        {"final_logit_softcapping": 0.1, "global_head_dim": 8, "hidden_size_per_layer_input": 0}
+        | {"layer_types": ["full_attention"] * 2},
+        True,
+    ),
     "cohere": ({"logit_scale": 0.3}, False),
     "bert": (DROPOUTS, True),
 }
@@ -36,7 +41,10 @@ FAMILIES = {
 def model_of(family: str):
     torch.manual_seed(0)
     auto = AutoModelForMaskedLM if family == "bert" else AutoModelForCausalLM
-    return auto.from_config(AutoConfig.for_model(family, **SIZES | FAMILIES[family][0])).train()
+    sizes = SIZES | FAMILIES[family][0]
+    if family == "gemma4":  # its configuration has one for text, one for images and one for sound
+        sizes = {"text_config": sizes, "vision_config": None, "audio_config": None}
+    return auto.from_config(AutoConfig.for_model(family, **sizes)).train()
 
 
 def batch():

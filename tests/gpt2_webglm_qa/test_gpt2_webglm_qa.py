@@ -51,6 +51,11 @@ def architecture(model_type: str = "gpt2") -> dict:
         | {"num_hidden_layers": 2, "num_attention_heads": 2},
         "bloom": {"hidden_size": 16, "n_layer": 2, "n_head": 2},
     }
+    if model_type == "gemma3":  # its configuration has one for text and one for images
+        text = own["llama"] | {"num_key_value_heads": 2, "head_dim": 8, "sliding_window": 8}
+        vision = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+        vision |= {"image_size": 28, "patch_size": 14}
+        return {"model_type": model_type, "text_config": sizes | text, "vision_config": vision}
     return {"model_type": model_type} | sizes | own[model_type]
 
 
@@ -186,7 +191,7 @@ def run_on(device: str) -> SimpleNamespace:
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])  # the set-up for a GPU; the model stays on the CPU
-@pytest.mark.parametrize("model_type", ["gpt2", "gpt_neo", "llama"])
+@pytest.mark.parametrize("model_type", ["gpt2", "gpt_neo", "llama", "gemma3"])
 def test_a_packed_record_has_the_loss_that_it_has_alone(records, model_type, device):
     tuned = module(model_type).eval()
     assert keeps_records_apart(tuned.model)
