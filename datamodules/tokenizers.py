@@ -202,13 +202,14 @@ def token_byte_lengths(tokenizer: "PreTrainedTokenizerFast") -> np.ndarray:
     The numbers are exact for byte-level and character tokenizers. WordPiece and SentencePiece do not keep all spaces of
     a text; for these, the number is the length of the token.
     """
-    from tokenizers import decoders
-
-    byte_level = isinstance(tokenizer.backend_tokenizer.decoder, decoders.ByteLevel)
+    byte_level = "ByteLevel(" in repr(tokenizer.backend_tokenizer.decoder)  # alone, or in a sequence
+    is_character = tokenizer.init_kwargs.get("unit") == "character"
     lengths = np.zeros(vocab_size(tokenizer), dtype=np.int64)
     for token, i in tokenizer.get_vocab().items():
         if byte_level:
             lengths[i] = len(token)  # each character of a byte-level token is one byte
+        elif is_character:
+            lengths[i] = len(token.encode())
         elif _BYTE_FALLBACK.fullmatch(token):
             lengths[i] = 1
         else:

@@ -257,6 +257,17 @@ def test_byte_lengths_of_the_tokens_add_up_to_the_text(byte_pairs, text):
     assert token_byte_lengths(byte_pairs)[encode(byte_pairs, [text])[0]].sum() == len(text.encode())
 
 
+def test_the_mark_of_sentencepiece_is_a_character_of_a_text(tmp_path):
+    character_tokenizer("a▁終", end_of_text=False).save_pretrained(tmp_path)
+    assert token_byte_lengths(load_tokenizer(str(tmp_path))).tolist() == [1, 3, 3]
+
+
+def test_bytes_that_a_sequence_of_decoders_decodes_are_counted():
+    tokenizer = byte_tokenizer()
+    tokenizer.backend_tokenizer.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Fuse()])
+    assert token_byte_lengths(tokenizer).tolist() == [1] * 256 + [0]
+
+
 def test_byte_lengths_of_written_tokens():
     backend = Tokenizer(models.WordPiece({"[UNK]": 0, "play": 1, "##ing": 2, "▁été": 3, "<0x0A>": 4}))
     from transformers import PreTrainedTokenizerFast
