@@ -283,7 +283,7 @@ class ReviewsDataModule(WithTokenizer, ExperimentDataModule):
         """Return a line about the reviews of a fit."""
         train, val = (len(self.datasets[split]) for split in ("train", "val"))
         test = self.source.n_held_out_for_test()
-        return f"{train:,} rows train, {val:,} validate{f', {test:,} test' if test else ''}"
+        return f"{train:,} rows train, {val:,} validate{f'; reviews for the test: {test:,}' if test else ''}"
 
     def read(self, split: Any) -> TokenizedReviews:
         """Return the dataset of a split: `train`, `val`, `test` or `predict`."""

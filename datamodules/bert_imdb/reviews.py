@@ -134,6 +134,10 @@ class TextReviews(ReviewSource):
             if side == split:
                 yield Review("".join(piece.text for _, piece in parts), None)
 
+    def n_held_out_for_test(self) -> int:
+        """Return the number of test reviews; the text is read for it."""
+        return sum(1 for _ in self.reviews("test")) if self.fractions[1] else 0
+
 
 class PartedSource(ReviewSource):
     """Base of sources in parts, such as files. A split without a part is held out of the part `train`.

@@ -140,6 +140,7 @@ def test_one_text_is_reviews_to_pretrain_on():
     text = "".join(f"line {number}\n" for number in range(1000))
     source = TextReviews(ListText([text]), val_fraction=0.1, test_fraction=0.0)
     (train,), (val,), () = (list(source.reviews(split)) for split in SIDES)
+    assert (source.n_held_out_for_test(), TextReviews(ListText([text])).n_held_out_for_test()) == (0, 1)
     assert f"{train.text}\n{val.text}\n" == text
     assert (train.label, val.text[:8]) == (None, "line 901")
 
@@ -420,12 +421,16 @@ def tokenizer_folder(tokenizer, tmp_path_factory) -> str:
     return str(folder)
 
 
-def test_the_line_about_the_data_has_the_test_rows_that_are_held_out(tokenizer_folder, tmp_path, capsys):
+def test_the_line_about_the_data_has_the_test_reviews_that_are_held_out(tokenizer_folder, tmp_path, capsys):
     (tmp_path / "r.jsonl").write_text(as_json(ROWS))
     files = ReviewFiles(str(tmp_path / "r.jsonl"), val_fraction=0.2, test_fraction=0.2, film_field="movie")
     BertImdbDataModule(files, tokenizer_folder, 4, 16).setup("fit")
     train, val, test = (len(reviews) for reviews in splits_of(files).values())
-    assert f"data    {train} rows train, {val} validate, {test} test; classes: " in capsys.readouterr().err
+    said = f"data    {train} rows train, {val} validate; reviews for the test: {test}"
+    assert f"{said}; classes: " in capsys.readouterr().err
+    unlabelled = TextReviews(ListText([row["text"] for row in ROWS]), val_fraction=0.2, test_fraction=0.2)
+    MaskedReviewsDataModule(unlabelled, tokenizer_folder, 4, 16).setup("fit")
+    assert f"reviews for the test: {len(list(unlabelled.reviews('test')))}\n" in capsys.readouterr().err
 
 
 def test_learned_wordpieces_are_a_function_of_the_texts(tokenizer, tmp_path):
