@@ -1,8 +1,8 @@
 """Sources of text: files and URLs, the Hugging Face hub, the Python installation of this machine, or a list of texts.
 
 A source yields its documents in pieces of bounded size, so that a corpus of any size fits into little memory. Where it
-can, it cuts at the end of a line, see `cut`. The tokens of such pieces are those of the document if the tokenizer splits
-a text there, as byte-level ones do, and does not mark the beginning of a text, as those of SentencePiece may.
+can, it cuts at the end of a line, see `cut`. The tokens of such pieces are the tokens of the document if the tokenizer
+splits a text there, as that of GPT-2 does, and does not mark the beginning of a text, as many of SentencePiece do.
 """
 
 import ast
