@@ -31,8 +31,8 @@ class GracefulStop(L.Callback):
 
     A signal to one rank is enough. The exit code is 128 + the number of the signal: 143 for SIGTERM, 130 for Ctrl-C. A
     second signal ends the process at once, or after a checkpoint that is being written in the background, as does
-    SIGTERM before the first step, and in a run that does not train; W&B's upload keeps its limit. Nothing is saved between two micro-batches of one
-    optimiser step, because accumulated gradients are not part of a checkpoint.
+    SIGTERM before the first step, and in a run that does not train; W&B's upload keeps its limit. Nothing is saved
+    between two micro-batches of one optimiser step, because accumulated gradients are not part of a checkpoint.
 
     Args:
         every_n_steps: Number of optimiser steps between two exchanges of signals between the ranks. A run on one
