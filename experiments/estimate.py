@@ -1,5 +1,6 @@
 """`llm-train estimate`: the memory, time and disk that a run will take, before it runs."""
 
+import math
 import shlex
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -139,12 +140,16 @@ def estimate(cli: "ExperimentCLI", n_devices: int, device: str) -> list[str]:
     precision = str(trainer["precision"] or "32-true")
     if not isinstance(batch_size, int) or not isinstance(length, int) or type(model).loss is ExperimentModule.loss:
         return [*lines, "memory  not known: the batches have no fixed number of tokens"]
+    share = math.ceil(batch_size / n_devices)
+    # Sharded gradients leave activations no room that whole ones take later; for DDP this counts a little too much.
+    accumulates = trainer["accumulate_grad_batches"] > 1 or n_devices > 1
     try:
-        memory = _memory(model, batch_size, length, precision, trainer["accumulate_grad_batches"] > 1)
+        memory = _memory(model, share, length, precision, accumulates)
     except KeyError as error:
         return [*lines, f"memory  not known: the batches have {error} too, beside input_ids and targets"]
     compiled = "compiled" if model.compile_mode else "not compiled"
-    lines.append(f"memory  of a step with {batch_size} x {length:,} tokens, {precision}, {compiled}, in GiB:")
+    on_each = " on each device" if n_devices > 1 else ""
+    lines.append(f"memory  of a step with {share} x {length:,} tokens{on_each}, {precision}, {compiled}, in GiB:")
     parts = memory._asdict().items()
     lines.append("        " + ", ".join(f"{name} {_gib(value)}" for name, value in parts))
     largest, rest = _units(model)
@@ -186,15 +191,25 @@ def _units(model: Any) -> tuple[int, int]:
 
 
 def presets(memory: "StepMemory", n_devices: int, largest: int, rest: int) -> dict[str, float]:
-    """Return the bytes on each device with each preset, from the simplest one on."""
-    held = memory.weights + memory.gradients + memory.optimizer
-    share = memory.activations / n_devices  # each device has its share of the batch
+    """Return the bytes on each device with each preset, from the simplest one on.
+
+    Args:
+        memory: Memory of a step with the share of the batch that one device has.
+        n_devices: Number of GPUs.
+        largest: Number of weights of the largest block.
+        rest: Number of weights outside of the blocks.
+    """
     if n_devices == 1:
-        return {"trainer/gpu": held + share}
+        return {"trainer/gpu": memory.total}
     # DistributedDataParallel adds gradients up in buckets, a copy of them. With FSDP2 the weights outside of the blocks
-    # are whole during a step, and two blocks are: one is used while the next is gathered.
+    # are whole during a step, and two blocks are: one is used while the next is gathered. Those of linear layers are
+    # gathered in the type that autocast would round them to, and freed, so it makes no copies of them.
     gathered = 4 * rest + _IN_LOW_PRECISION * 2 * largest
-    return {"trainer/ddp": held + memory.gradients + share, "trainer/fsdp": held / n_devices + gathered + share}
+    held = memory.weights + memory.gradients + memory.optimizer
+    return {
+        "trainer/ddp": memory.total + memory.gradients,
+        "trainer/fsdp": held / n_devices + gathered + memory.activations,
+    }
 
 
 def time_lines(

@@ -131,7 +131,7 @@ class FullyShardedStrategy(ModelParallelStrategy):
     def shard(self, module: L.LightningModule) -> None:
         """Shard the weights of a module in place; they must be the same on every process."""
         is_mixed = self.precision_plugin.precision == "bf16-mixed"
-        rounded = _weights_of_products(module) if is_mixed else set(module.parameters())
+        rounded = weights_of_products(module) if is_mixed else set(module.parameters())
         self._blocks = [block for block in _blocks(module) if not rounded.isdisjoint(block.parameters())]
         for block in self._blocks:
             rounded.update(block.parameters(recurse=False))  # only the unit of a block can gather its own parameters
@@ -411,7 +411,7 @@ class _Entry(nn.Module):
         return getattr(self.module, step)(*args, **kwargs)
 
 
-def _weights_of_products(module: nn.Module) -> set[nn.Parameter]:
+def weights_of_products(module: nn.Module) -> set[nn.Parameter]:
     """Return the parameters that autocast rounds: those of linear layers, without matrices that embed tokens too."""
     embeddings = {p for part in module.modules() if isinstance(part, nn.Embedding) for p in part.parameters()}
     return {p for layer in linear_layers(module).values() for p in layer.parameters(recurse=False)} - embeddings

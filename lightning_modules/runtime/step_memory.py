@@ -9,6 +9,7 @@ from torch import Tensor
 from lightning_modules.base import ExperimentModule
 from lightning_modules.optim import weight_decay_groups
 from lightning_modules.runtime import private_names
+from lightning_modules.runtime.sharded import weights_of_products
 
 _AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 WHOLE = {"bf16-true": torch.bfloat16, "16-true": torch.float16, "64-true": torch.float64}  # the type of the weights
@@ -20,7 +21,8 @@ class StepMemory(NamedTuple):
     weights: int
     gradients: int
     optimizer: int
-    activations: int  # what the forward pass keeps for the backward pass and working memory, beyond the rest
+    copies: int  # of weights of linear layers, in the type that autocast rounds them to; the backward pass needs them
+    activations: int  # what else the forward pass keeps for the backward pass, and working memory beyond the rest
 
     @property
     def total(self) -> int:
@@ -34,8 +36,8 @@ def step_memory(
     """Return the memory of a training step of a module that was built without data, and is changed.
 
     Without compilation, the tensors that forward and backward pass make are counted at each operation. Compiled, the
-    activations are what the forward pass keeps when it is divided as `torch.compile` does, and twice its largest
-    tensor: the input and the output of an operation.
+    copies and activations are what the forward pass keeps when it is divided as `torch.compile` does, and twice its
+    largest tensor: the input and the output of an operation.
 
     Args:
         module: Module, its weights included, made under `private_names.without_data`.
@@ -68,7 +70,10 @@ def step_memory(
     optimizer.step()
     state = [value for of_weight in optimizer.state.values() for value in of_weight.values()]
     states = size_of(*(value for value in state if isinstance(value, Tensor)))
-    return StepMemory(size_of(*module.parameters(), *module.buffers()), gradients, states, activations)
+    rounded = low.itemsize * sum(weight.numel() for weight in weights_of_products(module)) if low else 0
+    copies = min(rounded, activations)  # a step with few tokens frees some before the gradients are all there
+    weights = size_of(*module.parameters(), *module.buffers())
+    return StepMemory(weights, gradients, states, copies, activations - copies)
 
 
 def size_of(*tensors: Tensor) -> int:

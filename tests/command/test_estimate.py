@@ -37,11 +37,25 @@ class Chain(ExperimentModule):
         return self.table(batch["input_ids"]).sin().cos().sin().cos().sum()
 
 
-def memory_of(compile: bool, **arguments: bool) -> StepMemory:
+class Products(Chain):
+    """A chain with a linear layer."""
+
+    def __init__(self, compile: bool = False) -> None:
+        super().__init__(compile)
+        self.linear = nn.Linear(C, C, bias=False)
+
+    def loss(self, batch: dict[str, Tensor]) -> Tensor:
+        """Return a sum of products."""
+        return self.linear(self.table(batch["input_ids"])).sin().cos().sin().cos().sum()
+
+
+def memory_of(
+    compile: bool, kind: type[Chain] = Chain, precision: str = "32-true", n: int = 4, **arguments: bool
+) -> StepMemory:
     """Return the memory of a step of the chain."""
     with private_names.without_data():
-        batch = {"input_ids": torch.zeros(4, 32, dtype=torch.int64)}
-        return step_memory(Chain(compile), batch, "32-true", **arguments)
+        batch = {"input_ids": torch.zeros(n, 32, dtype=torch.int64)}
+        return step_memory(kind(compile), batch, precision, **arguments)
 
 
 def test_the_memory_of_a_step_is_that_of_its_tensors():
@@ -58,6 +72,14 @@ def test_the_memory_of_a_step_is_that_of_its_tensors():
 def test_a_compiled_step_keeps_one_of_the_results_in_a_row():
     # The others are computed again; the largest tensor counts twice.
     assert memory_of(compile=True).activations == pytest.approx((1 + 2) * 4 * N * C, abs=8)
+
+
+@pytest.mark.parametrize("compile", [False, True])
+def test_weights_in_low_precision_are_counted_once_and_not_for_each_example(compile):
+    one, two = (memory_of(compile, Products, "bf16-mixed", n, accumulates=True) for n in (4, 8))
+    assert one.copies == two.copies == 2 * C * C
+    assert two.activations == pytest.approx(2 * one.activations, abs=16)
+    assert memory_of(compile, Products).copies == 0
 
 
 def test_the_speed_of_the_measured_run_is_the_measured_one():
@@ -81,7 +103,7 @@ def test_an_estimate_is_printed_and_no_run_begins(llm_train, tiny):
     assert done.code == 0, done.err
     lines = done.out.splitlines()
     n_weights = int(re.match(r"model   PretrainModule: ([\d,]+) weights", lines[0])[1].replace(",", ""))
-    assert "memory  of a step with 4 x 16 tokens, 32-true, not compiled, in GiB:" in lines
+    assert "memory  of a step with 2 x 16 tokens on each device, 32-true, not compiled, in GiB:" in lines
     assert "fits    on 2 x l4, 22 GiB each:" in lines
     assert [line.split()[0] for line in lines if line.endswith(": fits")] == ["trainer/ddp", "trainer/fsdp"]
     assert any(line.startswith("speed   ") for line in lines)
@@ -91,10 +113,10 @@ def test_an_estimate_is_printed_and_no_run_begins(llm_train, tiny):
 
 
 def test_memory_on_several_devices():
-    memory = StepMemory(weights=4_000, gradients=4_000, optimizer=8_000, activations=16_000)
+    memory = StepMemory(weights=4_000, gradients=4_000, optimizer=8_000, copies=1_000, activations=3_000)
     of = partial(estimate.presets, memory, largest=100, rest=50)
-    assert of(1) == {"trainer/gpu": 32_000}
-    assert of(8) == {"trainer/ddp": 16_000 + 4_000 + 2_000, "trainer/fsdp": 2_000 + 4 * 50 + 2 * 2 * 100 + 2_000}
+    assert of(1) == {"trainer/gpu": 20_000}
+    assert of(8) == {"trainer/ddp": 20_000 + 4_000, "trainer/fsdp": 2_000 + 4 * 50 + 2 * 2 * 100 + 3_000}
 
 
 MINE = """
