@@ -15,6 +15,7 @@ import numpy as np
 
 from experiments.errors import UserError
 from experiments.yaml_files import numbered, read_yaml
+from lightning_modules.common.files import whole_lines
 
 FINISHED = "finished"
 CONFIG = "config"  # a setting of the runs of a study: the file that is merged over the configuration, by its stem
@@ -163,8 +164,7 @@ def _printable(value: Any) -> Any:
 
 
 def _read_csv(file: Path) -> dict[str, Series]:
-    text = file.read_text(encoding="utf-8") if file.is_file() else ""
-    lines = text[: text.rfind("\n") + 1].split("\n")[:-1]  # the last line may be half written
+    lines = whole_lines(file) if file.is_file() else []
     header = next(csv.reader(lines), ["step"])
     for line, row in enumerate(lines[1:], start=2):
         if row.count(",") != len(header) - 1:

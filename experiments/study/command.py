@@ -26,7 +26,7 @@ def main(args: Sequence[str]) -> None:
     options, flags, slurm_options = _parse(args)
     sweep = read_sweep_file(names.find_or_explain(options.file, "study"))
     n_runs = number_of_runs(sweep, options.runs)
-    jobs = options.jobs or (n_runs if options.launcher == "slurm" and sweep.method != "bayes" else 1)
+    jobs = options.jobs or (n_runs if options.launcher == "slurm" and not sweep.uses_results else 1)
     plan = Plan(sweep, study_folder(sweep, flags, options.name), flags, n_runs, jobs, options.seed)
     if options.dry_run:
         is_bayes = sweep.method == "bayes"
@@ -62,7 +62,8 @@ def _parse(args: Sequence[str]) -> tuple[argparse.Namespace, list[str], dict[str
     parser.add_argument(
         "--jobs",
         type=_count,
-        help="runs at a time, which share the cores and have GPUs of their own (default: 1; with slurm, all runs)",
+        help="runs at a time, which share the cores and have GPUs of their own (default: 1; with slurm, all runs that "
+        "need no results of others)",
     )
     parser.add_argument("--runs", type=_count, help="maximum number of runs; random and bayes need it, or run_cap")
     parser.add_argument("--name", help="name of the study (default: `name:` in FILE, or the name of FILE)")

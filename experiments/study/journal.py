@@ -13,10 +13,14 @@ from experiments.errors import UserError
 from experiments.study.names import arm_name
 from experiments.study.runs import LOGS, Plan, Run
 from experiments.study.sweep_file import Sweep
+from lightning_modules.common.files import whole_lines
 
 JOB = "job"  # attribute of the trial of a run that was submitted to a cluster
 
 _FILE = "journal.log"
+# Links of submitit to batch scripts, by their absolute paths: a study that has been moved has links to its earlier
+# place. Their names are random, and nothing is written to them again.
+_OF_SUBMITIT = ".submission_file_"
 _STUDY = "study"  # the name in the journal
 
 
@@ -57,6 +61,8 @@ class Journal:
             pruner=Halving(rule.first, int(rule.eta)) if rule else optuna.pruners.NopPruner(),
             load_if_exists=True,
         )
+        # In memory there are no arms yet, but the study in the folder has some: their folders are not those of others.
+        self._named = settings_of(plan.folder, sweep) if in_memory and (plan.folder / _FILE).is_file() else {}
         asked = _asked_by(sweep) | {"flags": plan.flags, "seed": None if sweep.method == "grid" else plan.seed}
         if "asked" not in self._optuna.user_attrs:
             self._optuna.set_user_attr("asked", asked)
@@ -131,7 +137,7 @@ class Journal:
         trial = self._optuna.ask(self._distributions)
         values = self._values(trial)
         arm = arm_name({name: values[name] for name in self._distributions})
-        if not arm or arm in self.outcomes or (self._plan.folder / arm).exists():
+        if not arm or arm in self.outcomes or ((self._plan.folder / arm).exists() and arm not in self._named):
             arm = f"{arm}{',' if arm else ''}run={i + 1}"
         settings = self._settings(trial)
         trial.set_user_attr("settings", settings)
@@ -182,7 +188,7 @@ def _asked_by(sweep: Sweep) -> dict[str, Any]:
 
 def _asked_in(folder: Path) -> dict[str, Any]:
     """Return what the study in a folder was begun with; empty if its journal does not say it."""
-    for line in (folder / _FILE).read_text(encoding="utf-8").splitlines():
+    for line in whole_lines(folder / _FILE):
         record = json.loads(line)
         if "asked" in record.get("user_attr", {}):
             return record["user_attr"]["asked"]
@@ -208,7 +214,7 @@ def settings_of(folder: Path, sweep: Sweep) -> dict[str, dict[str, Any]]:
         begun, now = _asked_in(folder), _asked_by(sweep)
         if other := " and ".join(key for key in ("parameters", "command") if begun.get(key, now[key]) != now[key]):
             raise UserError(f"{folder} was begun with other {other} than {sweep.path} has now: undo that, or remove it")
-        for line in (folder / _FILE).read_text(encoding="utf-8").splitlines():
+        for line in whole_lines(folder / _FILE):
             record = json.loads(line)
             if "trial_id" in record:
                 trials.setdefault(record["trial_id"], {}).update(record.get("user_attr", {}))
@@ -228,6 +234,8 @@ def locked(folder: Path) -> Iterator[BinaryIO]:
     """
     journal = folder / _FILE
     for path in (journal, folder / LOGS, *(folder / LOGS).rglob("*")):
+        if path.name.startswith(_OF_SUBMITIT):
+            continue
         if path.is_symlink() and not (target := path.resolve()).is_relative_to(folder.resolve()):
             raise UserError(f"{path} is a link to {target}, outside of the study; replace it by what it links to")
     with journal.open("a+b") as file:

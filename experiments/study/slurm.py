@@ -48,6 +48,7 @@ class SlurmJob:
         self._launcher = launcher
         self._run = run
         self._code: int | None = None
+        self._submitted = time.monotonic()  # or found in the queue
         self._missing_since: float | None = None
 
     def poll(self) -> int | None:
@@ -63,7 +64,7 @@ class SlurmJob:
                 self._append(f"it has not started; {self._launcher.folder} has the output of job {self.id}")
             return code
         asked, queued = self._launcher.queue()
-        if self.id in queued:
+        if self.id in queued or asked < self._submitted:
             self._missing_since = None
         elif self._missing_since is None:
             self._missing_since = asked
@@ -111,9 +112,7 @@ class SlurmLauncher:
         self._study = plan.folder.name
         self._jobs: list[SlurmJob] = []
         self._asked, self._queued = 0.0, dict[str, str]()
-        target = plan.sweep.metric.target if plan.sweep.metric else None
-        is_independent = plan.sweep.method != "bayes" and target is None
-        self.at_once = plan.n_runs if is_independent else plan.jobs
+        self.at_once = plan.jobs if plan.sweep.uses_results else plan.n_runs
         self._executor = SlurmExecutor(self.folder, python=f"{shlex.quote(sys.executable)} -P")
         self._executor.update_parameters(
             time=None,  # that of the partition, unless the options have one

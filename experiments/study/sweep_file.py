@@ -128,6 +128,11 @@ class Sweep(Section):
         return self.metric is not None and self.metric.goal == "maximize"
 
     @property
+    def uses_results(self) -> bool:
+        """Whether it depends on the results of earlier runs which run is next, or whether there is one."""
+        return self.method == "bayes" or (self.metric is not None and self.metric.target is not None)
+
+    @property
     def distributions(self) -> dict[tuple[str, ...], Distribution]:
         """The distribution of each parameter; a key has more than one part if `parameters:` are nested."""
         return dict(_flatten(self.parameters))
@@ -187,8 +192,7 @@ def read_sweep_file(path: str | Path) -> Sweep:
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8")
-        content = load_yaml(text)
-        json.dumps(content)
+        content = json.loads(json.dumps(load_yaml(text)))  # as W&B and a journal have it: all keys are text
         if not isinstance(content, dict):
             raise UserError(f"{path}: is not a sweep file: it has no `method:` and no `parameters:`")
         sweep = Sweep.model_validate(content)

@@ -124,6 +124,11 @@ def read_json(file: Path, empty: _Value) -> _Value:
     return value
 
 
+def whole_lines(file: Path) -> list[str]:
+    """Return the complete lines of a text file; a process may have written half of another one."""
+    return file.read_text(encoding="utf-8").split("\n")[:-1]
+
+
 def write_json(target: Path, value: Any, indent: int | None = 2) -> None:
     """Create or replace a JSON file; numbers that JSON does not have, which are not finite, become null."""
     write_text(target, json.dumps(_with_nulls(value), indent=indent, allow_nan=False) + "\n")

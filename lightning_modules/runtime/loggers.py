@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from lightning_modules.common.files import read_json, write_json, write_text
+from lightning_modules.common.files import read_json, whole_lines, write_json, write_text
 from lightning_modules.common.messages import say
 from lightning_modules.runtime.private_names import OpenWandbLogger, use_artifact, wandb_service
 
@@ -129,8 +129,7 @@ class MetricsCSV(Logger):
         """Return the complete rows of the file; a killed process may leave half of one."""
         if self._path is None or not self._path.is_file():
             return []
-        with self._path.open(newline="") as file:
-            return list(csv.DictReader(line for line in file if line.endswith("\n")))
+        return list(csv.DictReader(whole_lines(self._path)))
 
     def _rewrite(self, rows: list[dict[str, Any]], columns_of: list[dict[str, Any]]) -> None:
         """Replace the file by one with these rows, and with new columns for the metrics in `columns_of`."""

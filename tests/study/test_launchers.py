@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import ClassVar
 
 import fake_slurm
@@ -22,7 +23,7 @@ from experiments.study.gpus import visible_gpus
 from experiments.study.journal import Journal
 from experiments.study.launchers import LocalLauncher
 from experiments.study.runs import Plan, Run
-from experiments.study.slurm import SlurmLauncher, task_of
+from experiments.study.slurm import SlurmJob, SlurmLauncher, task_of
 from experiments.study.sweep_file import read_sweep_file
 
 FOUR = {"seed_everything": {"values": [1, 2, 3, 4]}}
@@ -179,7 +180,7 @@ def test_jobs_outlive_the_study_and_go_on_after_an_interruption(slurm, llm_train
     assert [trial.state.name for trial in trials()] == ["COMPLETE", "FAIL"]
 
 
-def test_a_run_that_slurm_ends_has_failed_and_is_submitted_again(slurm, llm_train, sweep):
+def test_a_run_that_slurm_ends_has_failed_and_is_submitted_again(slurm, llm_train, sweep, tmp_path):
     words = ("study", sweep(), "--runs=1", "--launcher=slurm", "--act=wait")
 
     def time_is_up() -> None:
@@ -191,8 +192,27 @@ def test_a_run_that_slurm_ends_has_failed_and_is_submitted_again(slurm, llm_trai
     ended.join()
     assert (done.code, "[1/1] lr=0.3,seed=1  failed: SLURM has ended job 7: TIMEOUT" in done.err) == (1, True), done.err
     Path("go").touch()
+    (link,) = (STUDY / "logs/slurm").glob(".submission_file_*")
+    link.unlink()
+    link.symlink_to(tmp_path / "earlier" / link.name)  # the working folder has been moved
     done = llm_train(*words)
     assert (done.code, "slurm   job 8: 1 run" in done.err) == (0, True), done.err
+
+
+def test_a_job_is_missing_after_two_looks_at_the_queue_since_its_submission(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    before = time.monotonic()
+    answers = iter([before, before, before + 1_000, before + 2_000])
+    launcher = SimpleNamespace(folder=tmp_path, queue=lambda: (next(answers), {}))
+    job = SlurmJob(launcher, SimpleNamespace(log=tmp_path / "log", is_finished=False), "7")
+    assert [job.poll() for _ in range(4)] == [None, None, None, 1]
+    assert (tmp_path / "log").read_text() == "error: SLURM has ended job 7: its accounting gives no reason\n"
+
+
+def test_a_study_with_a_target_submits_one_run_at_a_time(slurm, llm_train, sweep):
+    done = llm_train("study", sweep(metric={"name": "val/loss", "target": 1}), "--launcher=slurm")
+    assert (done.code, "the target is reached" in done.err) == (0, True), done.err
+    assert [job.state for job in fake_slurm.jobs()] == ["COMPLETED"]
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from stub_runs import GRID, STUDY, given, trials
 from experiments.errors import UserError
 from experiments.study import launchers
 from experiments.study.distributions import Distribution
-from experiments.study.journal import Journal
+from experiments.study.journal import Journal, settings_of
 from experiments.study.names import arm_name, folder_name
 from experiments.study.runs import Plan, Run, study_folder
 from experiments.study.sweep_file import read_sweep_file
@@ -397,6 +397,14 @@ def test_a_run_that_is_not_among_the_best_at_a_rung_is_stopped_and_not_repeated(
     assert len(trials()) == 2
 
 
+def test_half_a_row_of_metrics_is_no_value(sweep):
+    plan = Plan(read_sweep_file(sweep()), STUDY, [], n_runs=1, jobs=1, seed=0)
+    run = Journal(plan, in_memory=True).next()
+    run.folder.mkdir(parents=True)
+    (run.folder / "metrics.csv").write_text("step,val/loss\r\n1,3.25\r\n2,1")  # of 10.5
+    assert run.result() == ("val/loss", 3.25)
+
+
 def test_a_run_that_logs_no_such_metric_has_failed(llm_train, sweep):
     done = llm_train("study", sweep(metric={"name": "val/los"}), "--runs=1")
     assert (done.code, "lr=0.3,seed=1  failed: it has logged no val/los" in done.err) == (1, True)
@@ -502,13 +510,31 @@ def test_a_study_under_nohup_ignores_the_signal(forked, sweep, capfd):
 
 def test_a_run_whose_folder_was_removed_is_started_again(llm_train, sweep):
     path = sweep()
+    before = llm_train("study", path, "--dry_run").out
     llm_train("study", path)
+    with (STUDY / "journal.log").open("a") as journal:
+        journal.write('{"op_code":6,"wor')  # half a line, as while the study runs
+    assert llm_train("study", path, "--dry_run").out == before  # the names are those of the runs that are there
+    changed = llm_train("study", sweep("changed.yaml", parameters={"lr": {"value": 1}}), "--name=sweep", "--dry_run")
+    assert (changed.code, "was begun with other parameters" in changed.err) == (1, True), changed.err
     shutil.rmtree(STUDY / "lr=0.1,seed=2")
     again = llm_train("study", path)
     assert again.code == 0
     assert "4 runs, 3 of them done" in again.err
     assert [line.split()[1] for line in again.err.splitlines() if line.startswith("[")] == ["lr=0.1,seed=2"]
     assert (STUDY / "lr=0.1,seed=2/summary.json").is_file()
+
+
+def test_values_can_be_mappings_of_numbers(sweep):
+    read = read_sweep_file(
+        sweep(parameters={"schedule": {"values": [{0: 1, 10: 4}, {0: 4}]}, "fixed": {"value": {1: 2}}})
+    )
+    plan = Plan(read, STUDY, [], n_runs=2, jobs=1, seed=0)
+    STUDY.mkdir(parents=True)
+    first = Journal(plan).next()
+    again = Journal(plan).next()
+    assert again.settings == first.settings == {"schedule": {"0": 1, "10": 4}, "fixed": {"1": 2}}
+    assert settings_of(STUDY, read).keys() == {first.arm}
 
 
 def test_a_run_that_finished_unseen_is_not_repeated(llm_train, sweep):
