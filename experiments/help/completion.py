@@ -33,6 +33,7 @@ compdef _llm_train llm-train
 complete llm-train 'p@*@`llm-train completion --shell tcsh --line "$COMMAND_LINE"`@'
 """,
 }
+_AS_FIT = ("prepare", "estimate")  # take the files and flags of `fit` too
 _BREAKS = "=:"  # characters after which bash begins a new word
 
 
@@ -120,9 +121,11 @@ def _words(command: str, current: str) -> Iterator[str]:
 def _flags(command: str, before: Sequence[str], current: str) -> Iterator[str]:
     if command not in options.COMMANDS:
         module = COMMANDS[command][0] if command in COMMANDS else ""
-        yield from re.findall(r'add_argument\(\s*"(--\w+)"', index.source(module))
+        yield from re.findall(r'\(\s*"(--\w+)",', index.source(module))  # of calls, and of a table
         yield "--help"
-        return
+        if command not in _AS_FIT:
+            return
+        command = "fit"
     yield from ("-c", "--help")
     key = current.lstrip("-")
     yield from (f"--{name}" for name in options.own(command))
@@ -138,6 +141,7 @@ def _flags(command: str, before: Sequence[str], current: str) -> Iterator[str]:
 
 
 def _values(command: str, flag: str, before: Sequence[str], current: str) -> Iterator[str]:
+    command = "fit" if command in _AS_FIT else command
     key = flag.lstrip("-").rstrip("+")
     if flag in ("-c", "--config"):
         yield from names.files("*.yaml", "*/*.yaml")

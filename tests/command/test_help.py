@@ -1,6 +1,7 @@
 """The help and the completion of every command: complete, and without an import of PyTorch."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -26,6 +27,11 @@ def test_every_command_has_a_help(llm_train, command):
     shown = llm_train(command, "--help")
     assert shown.code == 0, shown.err
     assert shown.out.startswith(f"usage: llm-train {command}")
+    flags = {*re.findall(r"^  (?:-h, )?(--\w+)(?![\w.])", shown.out, re.MULTILINE)}
+    completed = {*completion.complete(f"llm-train {command} --")}
+    assert flags <= completed
+    if command not in (*options.COMMANDS, "prepare", "estimate"):  # the others have those of classes too
+        assert flags == completed
 
 
 def test_the_help_of_fit_has_the_options_of_its_parser(fit_cli):
@@ -98,6 +104,8 @@ LINES = [
     ("llm-train fit -c trainer/g", {"trainer/gpu"}, {"trainer/ddp"}),
     (f"llm-train fit -c {NAME[:6]}", {NAME}, set()),
     ("llm-train fit -c te", {"text.yaml"}, {"text.txt"}),
+    ("llm-train prepare --", {"--processes", "--trainer.max_steps", "--help"}, {"--devices"}),
+    ("llm-train estimate --trainer.detect_anomaly ", {"true", "false"}, set()),
     ("llm-train fit --trainer.max_st", {"--trainer.max_steps"}, {"--trainer.max_epochs"}),
     ("llm-train fit --run", {"--run.name", "--run.root"}, {"--trainer.max_steps"}),
     (f"llm-train fit -c {NAME} --model.n_l", {"--model.n_layer"}, {"--model.n_head"}),
