@@ -39,6 +39,7 @@ _RULES: tuple[tuple[str, str | None], ...] = (
     ("model.compile", None),
     ("model.attention", None),
     ("model.*dropout", None),
+    ("model.count_workers", None),
     ("model*", _MODEL),
     ("trainer.accumulate_grad_batches", _DATA),
     ("trainer.limit_train_batches", _DATA),
