@@ -147,6 +147,8 @@ class RunRecord(SaveConfigCallback):
         self.cli.closed = True
         if not self._is_recorded:  # a resumed run that did not begin to train keeps its record
             if status == "finished":
+                for logger in _of(MetricsCSV, trainer.loggers):
+                    logger.restore(self._unwritten)
                 say(f"{self._run.path} is finished: nothing is left to do")
             return
         is_fit = self.cli.subcommand == "fit"

@@ -80,6 +80,13 @@ class MetricsCSV(Logger):
         for row in of_this_session:  # metrics of the untrained model, for example
             self._row(row["step"]).update(row)
 
+    def restore(self, unwritten: list[dict[str, Any]]) -> None:
+        """Write the row that was `unwritten` in a checkpoint after which no step is left, if the file lacks it."""
+        rows = self._read()
+        written = {int(row["step"]) for row in rows}
+        if missing := [row for row in unwritten if int(row["step"]) not in written]:
+            self._rewrite([*rows, *missing], columns_of=missing)
+
     def _row(self, step: int) -> dict[str, Any]:
         if not self._rows or self._rows[-1]["step"] != step:
             self._rows.append({"step": step})

@@ -74,21 +74,26 @@ def test_the_batch_file_requeues_a_job_whose_time_is_up(tmp_path, code, requeued
 
 def test_a_disk_that_is_full_when_metrics_are_written_ends_the_run_with_one_line(llm_train, tiny, whole, monkeypatch):
     config = tiny()
-    add, calls = MetricsCSV._add, []
+    add, still_to_fail = MetricsCSV._add, [12, 24]  # steps: in the run, and after its last validation
 
     def full(self: MetricsCSV, rows: list) -> None:
-        calls.append(1)
-        if len(calls) == 4:
+        if rows and rows[-1]["step"] in still_to_fail:
+            still_to_fail.remove(rows[-1]["step"])
             raise OSError(28, "No space left on device")
         add(self, rows)
 
     monkeypatch.setattr(MetricsCSV, "_add", full)
-    failed = llm_train("fit", "-c", config, "--run.name", "named")
-    assert failed.code == 1
-    assert failed.err.splitlines()[-1].startswith("error: [Errno 28] No space left on device: the metrics could not be")
-    assert "metrics.csv" in failed.err.splitlines()[-1]
-    assert '"failed"' in (RUNS / "named/summary.json").read_text()
-    assert llm_train("fit", "-c", config, "--run.name", "named", "--auto_resume").code == 0
+    command = ("fit", "-c", config, "--run.name", "named", "--auto_resume")
+    for _ in range(2):
+        failed = llm_train(*command)
+        assert failed.code == 1
+        line = failed.err.splitlines()[-1]
+        assert line.startswith("error: [Errno 28] No space left on device: the metrics could not be")
+        assert "metrics.csv" in line
+        assert '"failed"' in (RUNS / "named/summary.json").read_text()
+    with (RUNS / "named/metrics.csv").open("a") as file:
+        file.write("24,2")  # what had room of the last row
+    assert llm_train(*command).code == 0  # no step is left
     assert_same_weights(whole() / LAST, RUNS / "named" / LAST)
     assert metrics_that_repeat(RUNS / "named") == metrics_that_repeat(whole())
 

@@ -84,7 +84,9 @@ def test_an_error_of_another_file_keeps_its_name():
         Path("lost").read_text()
 
 
-def test_metrics_whose_file_could_not_be_written_are_written_later(disk_with_room_for, monkeypatch, tmp_path):
+def test_metrics_that_could_not_be_written_are_not_tried_again_when_the_failed_run_is_closed(
+    disk_with_room_for, monkeypatch, tmp_path
+):
     logger = MetricsCSV()
     logger.attach(tmp_path, "topic", "name", "fit")
     logger.log_metrics({"loss": 1.0}, 0)
