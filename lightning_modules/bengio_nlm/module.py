@@ -69,7 +69,8 @@ class BengioNLMModule(KeepsBufferDtypes, ExperimentModule):
             raise MisconfigurationException(
                 "model: h is 0 and direct is false: nothing connects the words to the output; set one of them"
             )
-        self.network = BengioNLM(vocab_size, block_size + 1, h, m, direct, dropout, hidden_dropout, word_dropout)
+        dropouts = {"dropout": dropout, "hidden_dropout": hidden_dropout, "word_dropout": word_dropout}
+        self.network = BengioNLM(vocab_size, block_size + 1, h, m, direct, **dropouts)
         self.mix = mix
         self.register_buffer("mixture", torch.full((N_GROUPS, 2), 0.5, dtype=torch.float64))  # network, trigram
         self.track(Likelihoods())

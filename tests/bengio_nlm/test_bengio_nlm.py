@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import random
+import re
 import zipfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -49,6 +50,11 @@ def filled(**sizes: object) -> BengioNLM:
 SHAPES = [{"h": 4, "direct": True}, {"h": 4, "direct": False}, {"h": 0, "direct": True}]
 
 
+def test_each_dropout_of_the_module_is_that_of_the_network():
+    network = BengioNLMModule(vocab_size=9, block_size=3, dropout=0.1, hidden_dropout=0.2, word_dropout=0.3).network
+    assert (network.dropout, network.hidden_dropout, network.word_dropout) == (0.1, 0.2, 0.3)
+
+
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_the_network_is_the_equation(shape):
     network = filled(vocab_size=7, n=4, m=3, **shape).requires_grad_(False)
@@ -90,13 +96,16 @@ def test_the_fast_loss_is_the_cross_entropy_of_the_scores(shape):
 
 
 def test_dropout_is_for_training_and_a_dropped_word_loses_all_its_features():
-    network = filled(vocab_size=9, n=4, h=4, m=6, dropout=0.0, word_dropout=0.5)
+    network = filled(vocab_size=9, n=4, h=4, m=6, dropout=0.0, hidden_dropout=0.5, word_dropout=0.5)
     context = torch.randint(9, (200, 3))
     zeros = (network.features(context).view(200, 3, 6) == 0).float().mean(dim=2)
     assert set(zeros.unique().tolist()) == {0.0, 1.0}
     assert 0.4 < zeros.mean() < 0.6
+    x = torch.ones(200, 18)
+    assert 0.4 < (network.hidden(x) == 0).float().mean() < 0.6
     network.eval()
     assert (network.features(context) != 0).all()
+    assert (network.hidden(x) != 0).all()
     assert torch.equal(network(context), network(context))
 
 
@@ -460,13 +469,17 @@ def test_killed_and_resumed_is_the_same_to_the_bit(llm_train, forked, tmp_path):
 def test_weights_sharded_over_processes_are_trained_as_on_one(run, tmp_path):
     names = ("runtime.reproducible.ReproducibleSteps", "runtime.checkpoint.RunCheckpoint", "bengio_nlm.WordVectors")
     callbacks: list[dict] = [{"class_path": f"lightning_modules.{name}"} for name in names]
-    callbacks[-1]["init_args"] = {"words": [], "skip": 99}  # draws nothing
+    callbacks[-1]["init_args"] = {"words": ["w3", PARAGRAPH], "n_neighbours": 3, "skip": 99}  # draws nothing
     config = write(tmp_path, "shared", trainer__callbacks=callbacks)
     assert forks.wait(forks.start_ranks(2, "fit", "-c", config, *forks.SHARDED)) == [0, 0]
     shared = Path("runs/bengio_nlm/shared")
     assert_close_weights(shared / "checkpoints/last.ckpt", run / "checkpoints/last.ckpt")
     ours, expected = (read_word2vec(folder / "word_vectors.txt")[1] for folder in (shared, run))
     assert ours == pytest.approx(expected, rel=1e-3, abs=1e-4)
+    ours, expected = ((folder / "neighbours.md").read_text() for folder in (shared, run))
+    assert ours.count("## Step") == expected.count("## Step") == 2
+    ours, expected = ([float(cosine) for cosine in re.findall(r"-?\d\.\d\d", text)] for text in (ours, expected))
+    assert ours == pytest.approx(expected, abs=0.02)
 
 
 def test_an_argument_out_of_range_is_refused_in_one_line(llm_train, tmp_path):

@@ -17,6 +17,7 @@ from datamodules import base
 from datamodules.bpe.data import BatchStream, BPEDataModule, SplitText
 from datamodules.sources import ListText, Piece, Source
 from datamodules.splits import SplitDocuments
+from lightning_modules.bpe import word_counter
 from lightning_modules.bpe.metrics import TokenizerMetrics
 from lightning_modules.bpe.rust_tokenizers import rust_tokenizer
 from lightning_modules.bpe.textbook import GPT2_PATTERN, count_words
@@ -193,6 +194,15 @@ def test_a_killed_process_is_reported_and_does_not_hang():
     counter._processes[0].join()
     with pytest.raises(MisconfigurationException, match=r"was killed.*set model\.count_workers lower"):
         counter.add(["b"])
+    counter.close()
+
+
+def test_a_process_that_is_killed_while_it_counts_is_reported(monkeypatch):
+    monkeypatch.setattr(word_counter, "count_words", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    counter = WordCounter(GPT2_PATTERN, workers=1)
+    counter.add(["a"])
+    with pytest.raises(MisconfigurationException, match="was killed"):
+        counter.wait()
     counter.close()
 
 

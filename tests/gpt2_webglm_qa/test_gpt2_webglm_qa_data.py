@@ -329,6 +329,23 @@ def test_questions_leave_room_for_the_answer_that_is_to_come():
     assert long.n_places <= 64
 
 
+def test_questions_are_spread_over_the_split():
+    data = module(*(Record(f"Q{i}", "Ann.", ()) for i in range(10)), stage="none")
+    for n, expected in ((3, [0, 3, 6]), (6, [0, 1, 3, 5, 6, 8]), (20, range(10))):
+        assert [example.record.question for example in data.questions("train", n)] == [f"Q{i}" for i in expected]
+
+
+def test_held_out_records_are_the_same_for_all_seeds():
+    records = tuple(Record(f"Why {i}?", LONG.answer, LONG.references) for i in range(10))
+
+    def prompts(side, seed):
+        options = {"block_size": 128, "batch_size": 1, "tokenizer": "byte", "max_answer_tokens": 16, "seed": seed}
+        data = GPT2WebGLMQADataModule(Given(*records, val=records), references="shuffled", **options)
+        return [shown(example) for example in data.questions(side, 10)]
+
+    assert prompts("val", 1) == prompts("val", 2) != prompts("train", 1) != prompts("train", 2)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
