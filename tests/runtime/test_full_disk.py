@@ -84,9 +84,7 @@ def test_an_error_of_another_file_keeps_its_name():
         Path("lost").read_text()
 
 
-def test_metrics_that_could_not_be_written_are_not_tried_again_when_the_failed_run_is_closed(
-    disk_with_room_for, monkeypatch, tmp_path
-):
+def test_a_failed_run_does_not_try_again_to_write_metrics_that_had_no_room(disk_with_room_for, monkeypatch, tmp_path):
     logger = MetricsCSV()
     logger.attach(tmp_path, "topic", "name", "fit")
     logger.log_metrics({"loss": 1.0}, 0)
