@@ -102,11 +102,6 @@ def numbered(parent: Path, name: str, mark: str = ".") -> list[Path]:
     return [path for _, path in sorted(found)]
 
 
-def _mark(study: str | None) -> str:
-    """Return the character before the number of a run; in a study, names end in numbers: `dropout=0.2`."""
-    return "." if study is None else "+"
-
-
 def claim(root: Path, topic: str, name: str, study: str | None = None) -> RunFolder:
     """Create the folder of a new run, of this name, or with the next number if the name is taken.
 
@@ -117,7 +112,7 @@ def claim(root: Path, topic: str, name: str, study: str | None = None) -> RunFol
     Raises:
         MisconfigurationException: If the root is a link to a folder that does not exist.
     """
-    mark = _mark(study)
+    mark = "." if study is None else "+"  # in a study, names end in numbers: `dropout=0.2`
     parent, base = root / topic / (study or ""), name
     if (repeated := re.fullmatch(rf"(.+){re.escape(mark)}{_NUMBER}", name)) and (parent / repeated[1]).exists():
         base = repeated[1]
@@ -144,16 +139,18 @@ def newest(root: Path, topic: str, name: str, study: str | None = None) -> RunFo
     """Return the newest run of a name that has a checkpoint, or else the newest that began to train, or `None`.
 
     So neither a start that failed nor an evaluation of untrained weights hides a run that can be continued. A name with
-    a number names that run alone, and the name of an arm of a study the arm: a repeated run, `lr=0.1+2`, can have other
-    settings.
+    a number names that run alone. The name of an arm of a study names the folder of the arm, whatever it holds: a fit
+    that was killed before it wrote anything is started again there.
     """
-    runs = [run for run in _runs(root, topic, name, study) if study is None or run.name == name]
-    begun = [run for run in runs if (run.path / CONFIG).is_file()]
+    runs = _runs(root, topic, name, study)
+    begun = [run for run in runs if study is not None or (run.path / CONFIG).is_file()]
     return _newest_with(("last", "best"), runs) or (begun[-1] if begun else None)
 
 
 def find(root: Path, topic: str, name: str, study: str | None = None, checkpoint: str = "last") -> RunFolder:
     """Return the newest run of a name that has the checkpoint `last` or `best`, or else the newest run.
+
+    In a study, return the run of exactly the name.
 
     Raises:
         MisconfigurationException: If there is no run of this name.
@@ -167,8 +164,13 @@ def find(root: Path, topic: str, name: str, study: str | None = None, checkpoint
 
 
 def _runs(root: Path, topic: str, name: str, study: str | None) -> list[RunFolder]:
-    """Return the runs of a name, the newest last."""
-    found = numbered(root / topic / (study or ""), name, _mark(study))
+    """Return the runs of a name, the newest last.
+
+    In a study, return only the run of exactly the name: a repeated run, `lr=0.1+2`, can have other settings.
+    """
+    parent = root / topic / (study or "")
+    exact = [parent / name] if (parent / name).is_dir() else []
+    found = numbered(parent, name) if study is None else exact
     return [RunFolder(path, topic, is_new=False, study=study) for path in found]
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import BEST, LAST, RUNS
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from experiments.run.run_folder import find, newest
 from lightning_modules.optim.schedules import Cosine
@@ -59,8 +60,12 @@ def test_the_run_to_continue_has_the_checkpoint_or_began_to_train(tmp_path):
     assert find(tmp_path, "topic", "name.6").name == "name.6"  # named with its number
     write("study/name+2/config.yaml", f"study/name+2/{LAST}")
     assert found("study") is None  # an arm repeated by hand, which can have other settings, is not the arm
-    write(f"study/name/{LAST}")
-    assert found("study") == "name"
+    with pytest.raises(MisconfigurationException, match=r"there is no run .*/study/name to continue; there is name\+2"):
+        find(tmp_path, "topic", "name", "study")
+    for file in ("name/.lock", "name/config_validate.yaml", f"name/{LAST}"):
+        write(f"study/{file}")
+        # One that was killed before it wrote anything too: a second folder would hide its checkpoints from the next.
+        assert found("study") == find(tmp_path, "topic", "name", "study").name == "name"
 
 
 @pytest.mark.parametrize("length", [100, 200])
