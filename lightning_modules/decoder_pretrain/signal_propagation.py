@@ -18,6 +18,7 @@ from lightning_modules.decoder_pretrain.signal_figures import draw_by_depth, dra
 from lightning_modules.models.decoder import Decoder
 from lightning_modules.runtime.drawing import DrawsAtTheEnd
 from lightning_modules.runtime.loggers import WandbRecorder
+from lightning_modules.runtime.processes import gathered
 from lightning_modules.runtime.sharded import require_whole_weights
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ class SignalPropagation(DrawsAtTheEnd):
     Depth 0 is the embedding, depth l is block l. The callback logs
 
     - `signal/residual_std/<depth>`: standard deviation of the residual stream after that depth, over all positions and
-      features;
+      features of the batch on all processes;
     - `signal/gradient_rms/<depth>`: root mean square of the gradient of the matrices at that depth, before clipping;
     - at step 0 also `init/residual_growth`, the standard deviation after the last block divided by that after the
       embedding, and `init/gradient_growth`, the gradient of the first block divided by that of the last.
@@ -55,7 +56,7 @@ class SignalPropagation(DrawsAtTheEnd):
         if not steps:
             raise MisconfigurationException("SignalPropagation: steps is empty; give numbers of optimiser steps")
         self.steps = frozenset(steps)
-        self._stream: dict[int, Tensor] = {}  # by depth, (B, T, C)
+        self._stream: dict[int, np.ndarray] = {}  # by depth, the `_totals` of the micro-batches of this process
         self._hooks: list[RemovableHandle] = []
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -71,7 +72,8 @@ class SignalPropagation(DrawsAtTheEnd):
                 self._hooks.append(module.register_forward_hook(partial(self._keep, depth)))
 
     def _keep(self, depth: int, module: nn.Module, inputs: tuple, output: Tensor) -> None:
-        self._stream[depth] = output.detach()
+        if torch.is_grad_enabled():  # a validation may come between the micro-batches
+            self._stream[depth] = self._stream.get(depth, 0) + _totals(output)
 
     def on_before_optimizer_step(
         self, trainer: L.Trainer, pl_module: "PretrainModule", optimizer: torch.optim.Optimizer
@@ -80,11 +82,12 @@ class SignalPropagation(DrawsAtTheEnd):
         if self._hooks:
             for hook in self._hooks:
                 hook.remove()
-            self._measure(trainer, pl_module.decoder)
+            stream = np.stack(list(self._stream.values()))  # (1 + n_layer, 3 + bins)
+            self._measure(trainer, pl_module.decoder, sum(gathered(trainer, stream)))
             self._hooks, self._stream = [], {}
 
     @rank_zero_only
-    def _measure(self, trainer: L.Trainer, decoder: Decoder) -> None:
+    def _measure(self, trainer: L.Trainer, decoder: Decoder, stream: np.ndarray) -> None:
         step, n_layer = trainer.global_step, decoder.config.n_layer
         gradients = {
             name.removesuffix(".weight"): parameter.grad
@@ -94,10 +97,11 @@ class SignalPropagation(DrawsAtTheEnd):
         depths = np.array([_depth(name) for name in gradients])
         squares = np.array([gradient.float().square().sum().item() for gradient in gradients.values()])
         sizes = np.array([gradient.numel() for gradient in gradients.values()])
+        n, total, total_of_squares = stream[:, :3].T
         arrays = {
             "edges": EDGES,
-            "residual_std": np.array([x.float().std().item() for x in self._stream.values()]),  # (1 + n_layer,)
-            "residual_histograms": np.stack([_histogram(x) for x in self._stream.values()]),  # (1 + n_layer, bins)
+            "residual_std": np.sqrt((total_of_squares - total**2 / n) / (n - 1)),  # (1 + n_layer,)
+            "residual_histograms": stream[:, 3:].astype(np.int64),  # (1 + n_layer, bins)
             "gradient_rms": np.array(
                 [np.sqrt(squares[depths == depth].sum() / sizes[depths == depth].sum()) for depth in range(1 + n_layer)]
             ),
@@ -161,6 +165,12 @@ def require_decoder(pl_module: L.LightningModule, callback: str) -> None:
 def _depth(name: str) -> int:
     """Return 4 for `blocks.3.attention.qkv`, and 0 for the embeddings."""
     return int(name.split(".")[1]) + 1 if name.startswith("blocks.") else 0
+
+
+def _totals(values: Tensor) -> np.ndarray:
+    """Return the number of values, their sum, that of their squares, and their histogram, as one array of float64."""
+    x = values.detach().float().cpu().numpy().astype(np.float64)
+    return np.array([x.size, x.sum(), (x**2).sum(), *_histogram(values)])
 
 
 def _histogram(values: Tensor) -> np.ndarray:

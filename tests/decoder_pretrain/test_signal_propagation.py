@@ -6,9 +6,11 @@ from types import SimpleNamespace
 import lightning as L
 import numpy as np
 import pytest
+import torch
 from helpers import assert_same_weights
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from lightning_modules.decoder_pretrain import signal_propagation
 from lightning_modules.decoder_pretrain.module import PretrainModule
 from lightning_modules.decoder_pretrain.signal_propagation import SignalPropagation, require_decoder
 from lightning_modules.runtime.drawing import DrawsAtTheEnd
@@ -51,6 +53,41 @@ def test_the_numbers_that_are_measured(watched):
         squares = [size * at(run, f"signal/gradient_rms/{depth:02d}")[step] ** 2 for depth, size in enumerate(sizes)]
         norm = at(run, "train/grad_norm")[step + 1]
         assert 0.9 * norm < sum(squares) ** 0.5 < norm
+
+
+def test_the_residual_stream_is_that_of_all_micro_batches_of_all_processes(monkeypatch, tmp_path):
+    module = PretrainModule(vocab_size=20, block_size=8, n_layer=1, n_head=2, n_embd=8, positions="rotary")
+    module.decoder.token_embedding.weight.data += torch.arange(20)[:, None]  # so that the micro-batches differ
+    batches = torch.arange(16).view(2, 1, 8)
+    trainer = SimpleNamespace(global_step=0, default_root_dir=tmp_path, loggers=[], world_size=1)
+    sent: list[np.ndarray] = []  # to the other processes
+    received: list[np.ndarray] = []
+
+    def gathered(_: object, own: np.ndarray) -> list[np.ndarray]:
+        sent.append(own)
+        return [own, *received]
+
+    monkeypatch.setattr(signal_propagation, "gathered", gathered)
+
+    def measured(*micro_batches: torch.Tensor) -> dict[str, np.ndarray]:
+        callback = SignalPropagation([0])
+        for batch in micro_batches:
+            callback.on_train_batch_start(trainer, module, None, 0)
+            module.decoder(batch).sum().backward()
+            with torch.no_grad():
+                module.decoder(batch)  # a validation
+        callback.on_before_optimizer_step(trainer, module, None)
+        return dict(np.load(tmp_path / "signal/step_000000.npz"))
+
+    whole, in_turn = measured(batches.flatten(0, 1)), measured(*batches)
+    measured(batches[0])
+    received.append(sent[-1])
+    by_two = measured(batches[1])
+    embedding = module.decoder.token_embedding(batches.flatten())
+    assert whole["residual_std"][0] == pytest.approx(embedding.std().item(), rel=1e-6)
+    for found in (in_turn, by_two):
+        assert found["residual_std"] == pytest.approx(whole["residual_std"], rel=1e-6)
+        assert (found["residual_histograms"] == whole["residual_histograms"]).all()
 
 
 def test_a_failed_run_leaves_its_figures():
