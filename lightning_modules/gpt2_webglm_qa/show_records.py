@@ -38,8 +38,9 @@ class ShowRecords(L.Callback):
             return
         data = pl_module.data
         rows = data.rows["train"]
-        step = max(1, len(rows.examples) // self.n_records)
-        records = [spans(data.tokenizer, rows, example) for example in rows.examples[::step][: self.n_records]]
+        n = min(self.n_records, len(rows.examples))
+        shown = [rows.examples[number * len(rows.examples) // n] for number in range(n)]
+        records = [spans(data.tokenizer, rows, example) for example in shown]
         if trainer.fast_dev_run:
             print(*map(as_ansi, records), sep="\n\n")
             return

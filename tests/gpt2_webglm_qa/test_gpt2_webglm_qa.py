@@ -28,6 +28,7 @@ from experiments.generate import chat, read_references
 from lightning_modules.decoder_pretrain.module import PretrainModule
 from lightning_modules.finetuning.freeze import Freeze
 from lightning_modules.finetuning.lora import LoRA
+from lightning_modules.gpt2_webglm_qa import show_records
 from lightning_modules.gpt2_webglm_qa.answers import AnswerQuestions, as_markdown
 from lightning_modules.gpt2_webglm_qa.module import GPT2WebGLMQAModule, keeps_records_apart
 from lightning_modules.gpt2_webglm_qa.show_records import as_ansi, as_html, spans
@@ -479,6 +480,15 @@ def test_the_tokens_of_a_record_are_coloured_by_their_weight(records):
     assert '<span style="background: rgba(46, 160, 67, 0.00)" title="weight 0">&lt;</span>' in page
     assert '<span style="background: rgba(46, 160, 67, 0.75)" title="weight 1">A</span>' in page
     assert "<td>data/train/rows</td><td>1,234</td>" in page
+
+
+@pytest.mark.parametrize(("n", "expected"), [(3, [0, 3, 6]), (6, [0, 1, 3, 5, 6, 8]), (20, range(10))])
+def test_the_records_shown_are_spread_over_the_training_split(monkeypatch, capsys, n, expected):
+    monkeypatch.setattr(show_records, "spans", lambda tokenizer, rows, example: [(f"Q{example}", 0.0)])
+    data = SimpleNamespace(tokenizer=None, rows={"train": SimpleNamespace(examples=range(10))})
+    trainer = SimpleNamespace(global_step=0, fast_dev_run=True)
+    show_records.ShowRecords(n).on_train_start(trainer, SimpleNamespace(data=data))
+    assert capsys.readouterr().out.split() == [f"Q{number}" for number in expected]
 
 
 def test_a_trial_run_prints_the_records_to_the_terminal(llm_train, qa):
