@@ -28,10 +28,11 @@ Shapes: B batch size, T number of queries, S number of keys (T plus the position
 H_kv = n_kv_head, D = C / H.
 """
 
+import inspect
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -222,12 +223,12 @@ def recorded_weights(model: nn.Module) -> Iterator[list[Tensor]]:
     recorded: list[Tensor] = []
 
     @torch.no_grad()
-    def record(attention: MultiHeadAttention, arguments: tuple, output: Tensor) -> None:
-        x, mask, _, rotation, *_ = *arguments, None, None, None
-        recorded.append(attention.weights(x, mask, rotation))
+    def record(attention: MultiHeadAttention, arguments: tuple, keywords: dict[str, Any], output: Tensor) -> None:
+        given = inspect.signature(attention.forward).bind(*arguments, **keywords).arguments
+        recorded.append(attention.weights(given["x"], given.get("mask"), given.get("rotation")))
 
     layers = (layer for layer in model.modules() if isinstance(layer, MultiHeadAttention))
-    hooks = [layer.register_forward_hook(record) for layer in layers]
+    hooks = [layer.register_forward_hook(record, with_kwargs=True) for layer in layers]
     try:
         yield recorded
     finally:

@@ -14,6 +14,7 @@ from lightning_modules.models.attention import (
 )
 from lightning_modules.models.block import Block
 from lightning_modules.models.cache import KeyValueCache
+from lightning_modules.models.positions import RotaryPositions
 
 
 def both_implementations(n_embd=12, n_head=3, **kwargs):
@@ -198,6 +199,20 @@ def test_recorded_weights_are_those_of_every_layer_that_ran():
     assert not weights[0].requires_grad
     torch.testing.assert_close(model(x), output)
     assert len(weights) == 2  # the hooks are removed
+
+
+def test_recorded_weights_are_those_of_the_mask_and_the_rotation_however_they_are_given():
+    torch.manual_seed(0)
+    attention, x = MultiHeadAttention(8, 2), torch.randn(2, 5, 8)
+    mask, rotation = causal_mask(5, 5).triu(-1), RotaryPositions(5, 5, 4).rotation(torch.arange(5))
+    query, key, _ = attention._heads(x, rotation)
+    expected = (query @ key.mT / 2).masked_fill(~mask, -math.inf).softmax(-1)
+    with recorded_weights(attention) as weights:
+        attention(x, mask, None, rotation)
+        attention(x, mask, rotation=rotation)
+        attention(x, mask=mask, rotation=rotation)
+        attention(rotation=rotation, mask=mask, x=x)
+    torch.testing.assert_close(weights, [expected] * 4)
 
 
 def test_cache_reuses_its_memory():
