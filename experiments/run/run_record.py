@@ -149,6 +149,8 @@ class RunRecord(SaveConfigCallback):
             if status == "finished":
                 for logger in _of(MetricsCSV, trainer.loggers):
                     logger.restore(self._unwritten)
+                for logger in _of(WandbRecorder, trainer.loggers):
+                    logger.finish(exit_code=0)
                 say(f"{self._run.path} is finished: nothing is left to do")
             return
         is_fit = self.cli.subcommand == "fit"

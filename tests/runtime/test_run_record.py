@@ -235,8 +235,13 @@ def test_a_resumed_run_continues_the_same_wandb_run(llm_train, first):
     assert "finished at step 24" in resumed.err
     run_id = json.loads((RUN / "wandb/id.json").read_text())["id"]
     sessions = sorted(RUN.glob("wandb/offline-run-*"))
-    assert [read_back(folder)["run"][0]["run_id"] for folder in sessions] == [run_id] * 2
     assert all(str(folder) in resumed.err for folder in sessions)
+    again = llm_train("fit", "-c", first, "--ckpt_path", "last")
+    assert again.err.splitlines()[-1] == f"{RUN} is finished: nothing is left to do"
+    records = [read_back(folder) for folder in sorted(RUN.glob("wandb/offline-run-*"))]
+    assert [session["run"][0]["run_id"] for session in records] == [run_id] * 3
+    # A run that was finished before is no failed one in W&B.
+    assert [session["exit"][0].get("exit_code", 0) for session in records] == [0] * 3
 
 
 def test_runs_that_read_files_of_other_runs_are_joined_by_artifacts(llm_train, tiny, first):
