@@ -24,7 +24,6 @@ OWN_ATTENTION = {
 }
 # Two rows: records of 5 and 4 positions and padding; one of 12. The last end is repeated.
 ENDS = torch.tensor([0, 5, 9, 12, 24, 24, 24], dtype=torch.int32)
-POSITIONS = torch.tensor([[*range(5), *range(7)], [*range(12)]])
 POSITIONS_WITH_PADDING_APART = torch.tensor([[*range(5), *range(4), *range(3)], [*range(12)]])
 
 
