@@ -215,6 +215,17 @@ def test_recorded_weights_are_those_of_the_mask_and_the_rotation_however_they_ar
     torch.testing.assert_close(weights, [expected] * 4)
 
 
+def test_cache_is_zero_where_nothing_is_written():
+    cache = KeyValueCache(4)
+    cache.fix(torch.tensor([1]), n_read=4)
+    torch.use_deterministic_algorithms(True)  # fills empty memory with NaN
+    try:
+        keys, values = cache.update(torch.ones(1, 1, 1, 1), torch.ones(1, 1, 1, 1))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert (keys.flatten().tolist(), values.flatten().tolist()) == ([0.0, 1.0, 0.0, 0.0], [0.0, 1.0, 0.0, 0.0])
+
+
 def test_cache_reuses_its_memory():
     cache = KeyValueCache(4)
     key, value = torch.randn(1, 2, 3, 5), torch.randn(1, 2, 3, 5)

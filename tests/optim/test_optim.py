@@ -101,6 +101,15 @@ def test_plateau_halves_the_rate_after_more_than_patience_bad_validations():
     assert multipliers == [1.0, 1.0, 1.0, 0.5, 0.5, 0.5, 0.25]
 
 
+def test_plateau_counts_small_improvements_as_none_and_stops_at_its_lowest_rate():
+    schedule = ReduceOnPlateau(optimizer(), 100, factor=0.5, patience=0, threshold=0.1, final=0.3)
+    multipliers = []
+    for loss in (1.0, 0.91, 0.89, 0.89, 0.79):
+        schedule.observe({"val/loss": torch.tensor(loss)})
+        multipliers.append(schedule.multiplier(50))
+    assert multipliers == [1.0, 0.5, 0.5, 0.3, 0.3]
+
+
 def test_plateau_without_its_metric_names_the_metrics_that_were_logged():
     with pytest.raises(ValueError, match=r"'val/loss'.*it logged val/accuracy"):
         ReduceOnPlateau(optimizer(), 10).observe({"val/accuracy": torch.tensor(1.0)})

@@ -215,6 +215,19 @@ def test_another_schedule_is_followed_from_the_step_on(continued):
     assert logged("run")[28] == 0.01
 
 
+def test_a_resumed_run_can_drop_its_schedule_or_take_one(continued, llm_train, tiny):
+    done = continued("--trainer.max_steps=28", "--lr_scheduler=null")
+    assert done.code == 0, done.err
+    assert "from step 24 on: no schedule in place of lightning_modules.Cosine" in done.err
+    assert logged("run")[28] == 0.01
+    linear = [f"--lr_scheduler={SCHEDULES}.Linear", *(f"--lr_scheduler.{name}=0" for name in ("warmup", "final"))]
+    linear.append("--trainer.max_steps=32")
+    added = llm_train("fit", "-c", tiny(), "--run.name", "run", "--ckpt_path", "last", *linear)
+    assert added.code == 0, added.err
+    assert "from step 28 on: lightning_modules.Linear in place of no schedule" in added.err
+    assert logged("run")[32] == pytest.approx(0.01 / 32)
+
+
 def test_a_schedule_that_ended_at_zero_cannot_be_made_longer(continued):
     schedule = {"class_path": f"{SCHEDULES}.Linear", "init_args": {}}
     refused = continued("--trainer.max_steps=28", lr_scheduler=schedule)

@@ -11,7 +11,7 @@ from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_modules.base import ExperimentModule
+from lightning_modules.base import ExperimentModule, Loss
 from lightning_modules.runtime.reproducible import ReproducibleSteps
 
 VALUES = torch.arange(1.0, 6.0)  # five batches of one number each
@@ -33,7 +33,25 @@ class Product(ExperimentModule):
         return (self.w * batch).sum()
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        self.seen.append(self.w.grad.item())
+        self.seen.append(self.w.grad.tolist())
+
+
+class Weighted(Product):
+    """A loss whose mean in the log is weighted by x."""
+
+    def loss(self, batch: Tensor) -> Loss:
+        return Loss(super().loss(batch), mean=batch.sum(), weight=batch.sum())
+
+
+class Pair(Product):
+    """The loss 3 w_1 x + w_2 x."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.zeros(2))
+
+    def loss(self, batch: Tensor) -> Tensor:
+        return self.w @ torch.tensor([3.0, 1.0]) * batch.sum()
 
 
 class Stream(IterableDataset):
@@ -60,6 +78,20 @@ def test_the_last_step_of_an_epoch_uses_the_mean_of_its_batches():
     unsized = Product()
     fit(unsized, Stream(), accumulate_grad_batches=2, max_epochs=1)
     assert unsized.seen == [1.5, 3.5, 5.0]
+
+
+def test_the_logged_loss_is_the_weighted_mean_of_the_batches():
+    trainer = fit(Weighted(), accumulate_grad_batches=2, max_steps=1)
+    assert trainer.callback_metrics["train/loss"].item() == pytest.approx((1 * 1 + 2 * 2) / (1 + 2))
+
+
+def test_each_entry_of_the_gradient_is_clipped_by_value():
+    module = Pair()
+    trainer = fit(module, max_steps=1, gradient_clip_val=2.0, gradient_clip_algorithm="value")
+    assert module.seen == [[3.0, 1.0]]
+    assert module.w.tolist() == [-2.0, -1.0]
+    norms = [trainer.callback_metrics[f"train/{name}"].item() ** 2 for name in ("grad_norm", "grad_norm_clipped")]
+    assert norms == pytest.approx([3**2 + 1, 2**2 + 1])
 
 
 @pytest.mark.parametrize("fused", [False, True])

@@ -209,6 +209,14 @@ def test_a_loss_on_another_device_is_read_when_metrics_are_logged_and_before_a_c
         stop.on_train_end(after_step(4), None)
 
 
+def test_a_loss_on_another_device_is_copied_because_its_memory_is_used_again():
+    stop = StopOnNonFiniteLoss(every_n_steps=4)
+    outputs = loss_elsewhere(1.0)
+    stop.on_train_batch_end(after_step(1), None, outputs, None, 0)
+    outputs["loss"].fill_(float("nan"))
+    stop.on_train_end(after_step(1), None)
+
+
 def test_the_losses_of_micro_batches_are_read_at_the_end_of_their_step():
     stop = StopOnNonFiniteLoss(every_n_steps=2)
     values = {9: float("nan")}  # four batches a step: the first of step 3

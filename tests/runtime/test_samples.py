@@ -54,6 +54,13 @@ def test_a_resumed_run_keeps_the_samples_of_the_same_prompts_only(capsys):
     assert validate(resumed(["a"], state), 16) == ["step 16"]
 
 
+def test_of_many_validations_the_first_the_newest_and_two_between_are_shown():
+    callback = Written(["a"])
+    for step in range(1, 7):
+        (heads,) = validate(callback, step)
+    assert re.findall(r"step \d", heads) == ["step 1", "step 3", "step 4", "step 6"]
+
+
 @pytest.mark.parametrize(
     ("flag", "condition"),
     [

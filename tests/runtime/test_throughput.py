@@ -94,6 +94,28 @@ def test_a_validation_does_not_take_the_time_of_training_steps_that_the_device_h
     assert callback.tokens_per_second == 24 / 6
 
 
+def test_the_flops_of_all_devices_are_a_share_of_what_they_can_do(monkeypatch):
+    monkeypatch.setattr(throughput.private_names, "is_accumulating", lambda trainer: False)
+    monkeypatch.setattr(throughput.time, "perf_counter", iter([10.0, 14.0, 14.0]).__next__)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 PCIe")
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 3 * 2**20)
+    strategy = SimpleNamespace(root_device=torch.device("cpu"), reduce=lambda tensor, reduce_op: 2 * tensor)
+    trainer = SimpleNamespace(log_every_n_steps=1, global_step=1, strategy=strategy, precision="bf16-mixed")
+    trainer.world_size = 2
+    metrics = {}
+    module = SimpleNamespace(device=torch.device("cuda"), log_dict=metrics.update, flops_per_token=1e12)
+    callback = Throughput()
+    callback.on_train_start(trainer, module)
+    callback.on_train_batch_end(trainer, module, None, {"input_ids": torch.zeros(2, 3)}, 0)
+    assert metrics == {
+        "perf/tokens_per_second": 12 / 4,
+        "train/tokens_seen": 12.0,
+        "perf/mfu": pytest.approx(3 * 1e12 / (2 * 756e12)),
+        "perf/gpu_memory_mib": 3.0,
+    }
+
+
 def test_the_tokens_of_a_batch_are_those_that_it_names_or_all():
     counter = Throughput()
     counter._trainer = type("T", (), {"strategy": _OneProcess()})

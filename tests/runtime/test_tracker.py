@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import requests
 import wandb
 from helpers import RUNS
 
@@ -158,7 +159,14 @@ def test_a_run_whose_record_has_failed_is_ended(tracker, tmp_path, monkeypatch, 
     assert line == "W&B failed (ValueError: no such metric): the run goes on without it"
 
 
-def test_a_server_that_does_not_answer_costs_seconds():
+def test_a_server_that_does_not_answer_costs_seconds(monkeypatch):
+    assert not loggers._answers("http://127.0.0.1:9")
+
+    def head(address: str, timeout: float) -> None:
+        assert 0 < timeout <= 5
+        raise requests.Timeout
+
+    monkeypatch.setattr(requests, "head", head)
     assert not loggers._answers("http://127.0.0.1:9")
 
 
