@@ -43,9 +43,9 @@ class RunCheckpoint(Checkpoint):
         self.best_score: float | None = None
         self.best_step: int | None = None
         self.best_metrics: dict[str, float] = {}  # all metrics of the best validation
+        self.is_last_step = False  # whether the training ends after the step that is done
         self._folder = Path()
         self._step_of_last = -1
-        self._epochs_between_validations: int | None = None
         self._complete = self.state_dict()  # at the last checkpoint whose file is complete
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -54,7 +54,7 @@ class RunCheckpoint(Checkpoint):
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write `last.ckpt` every so many steps, when all callbacks and loggers have seen the step."""
-        self._epochs_between_validations = trainer.check_val_every_n_epoch
+        self.is_last_step = False
         if self.every_n_train_steps:
             private_names.call_after_steps(trainer, self._save_if_due)
 
@@ -71,16 +71,15 @@ class RunCheckpoint(Checkpoint):
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: object) -> None:
         """Let Lightning validate after the last step, in an epoch without validations too."""
-        ends_by_epochs = trainer.is_last_batch and 0 < (trainer.max_epochs or 0) <= trainer.current_epoch + 1
-        if ends_by_epochs or 0 < trainer.max_steps <= trainer.global_step:
-            trainer.should_stop = True
-        if trainer.should_stop:
-            trainer.check_val_every_n_epoch = None
+        self.is_last_step = _is_last_step(trainer)
+        if self.is_last_step and trainer.enable_validation:
+            private_names.make_validation_due(trainer)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write `best.ckpt` if the metric improved, and `last.ckpt` in any case."""
         if not validates_a_fit(trainer):
             return
+        self.is_last_step = _is_last_step(trainer)  # the validation may stop the training
         if self.monitor is not None:
             score, best = self._score(trainer), self.best_score
             better = operator.lt if self.mode == "min" else operator.gt
@@ -92,7 +91,6 @@ class RunCheckpoint(Checkpoint):
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write `last.ckpt` with the weights after the last step."""
-        trainer.check_val_every_n_epoch = self._epochs_between_validations
         self.save_last(trainer)
         self.wait()
 
@@ -162,6 +160,15 @@ class RunCheckpoint(Checkpoint):
         if state_dict.get("monitor", self.monitor) != self.monitor:
             self.best_score = self.best_metrics.get(self.monitor or "")
         self._complete = self.state_dict()
+
+
+def _is_last_step(trainer: L.Trainer) -> bool:
+    """Return whether the training ends after the batch that is done."""
+    step, epochs = trainer.global_step, trainer.current_epoch + trainer.is_last_batch
+    is_over = 0 < trainer.max_steps <= step or 0 < (trainer.max_epochs or 0) <= epochs
+    # A trainer that is asked to stop earlier goes on, and remembers it.
+    may_stop = (trainer.min_steps or 0) <= step and (trainer.min_epochs or 0) <= epochs
+    return is_over or (trainer.should_stop and may_stop)
 
 
 def save_last(trainer: L.Trainer) -> None:

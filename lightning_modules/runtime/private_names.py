@@ -122,6 +122,12 @@ def end_epoch_of_checkpoint(trainer: L.Trainer) -> None:
     batches = loop.batch_progress
     if not (loop.restarting and batches.is_last_batch and batches.current.completed == batches.current.ready):
         return
+    make_validation_due(trainer)
+
+
+def make_validation_due(trainer: L.Trainer) -> None:
+    """Let Lightning validate after the batch in progress, whatever the interval of the validations."""
+    loop = trainer.fit_loop.epoch_loop
     is_due = loop._should_check_val_fx
 
     def is_due_once(data_fetcher: Any) -> bool:

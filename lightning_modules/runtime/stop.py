@@ -77,7 +77,7 @@ class GracefulStop(L.Callback):
         if rank_zero_only.rank == 0:
             what = "Ctrl-C" if signal_number == signal.SIGINT else signal.Signals(signal_number).name
             then = "stopping after this step, with a checkpoint"
-            if trainer.should_stop:  # `RunCheckpoint` sets it at the last step
+            if any(checkpoint.is_last_step for checkpoint in _run_checkpoints(trainer)):
                 then = "the run has done its last step and ends"
             line = f"{what}: {then}; a second one stops at once\n"
             # Not `print`, which cannot be called while the signal interrupts it.
@@ -181,9 +181,13 @@ def _trained_weights_are_finite(module: torch.nn.Module) -> bool:
     return bool(torch.nn.utils.get_total_norm([p for p in own if p.numel()], math.inf).isfinite())
 
 
+def _run_checkpoints(trainer: L.Trainer) -> list[RunCheckpoint]:
+    return [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, RunCheckpoint)]
+
+
 def _raise(trainer: L.Trainer, reason: str) -> NoReturn:
-    callbacks = [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, RunCheckpoint)]
-    kept = "the last good checkpoint was kept" if any(c.has_last for c in callbacks) else "there is no checkpoint yet"
+    has_last = any(callback.has_last for callback in _run_checkpoints(trainer))
+    kept = "the last good checkpoint was kept" if has_last else "there is no checkpoint yet"
     raise MisconfigurationException(
         f"{reason}: lower optimizer.lr, clip the gradients (trainer.gradient_clip_val) or warm the rate up; {kept}"
     )

@@ -13,6 +13,7 @@ from helpers import RUNS
 
 from experiments.run import opening
 from lightning_modules.runtime import progress as lines
+from lightning_modules.runtime.checkpoint import RunCheckpoint
 from lightning_modules.runtime.progress import ProgressLine, RunProgress, terminal_width
 from lightning_modules.runtime.stop import GracefulStop
 
@@ -132,10 +133,11 @@ def test_a_signal_is_answered_in_one_line_and_a_second_one_stops_at_once(number,
 
 
 def test_a_signal_after_the_last_step_lets_the_run_end(capfd):
-    stop, trainer = GracefulStop(), L.Trainer(accelerator="cpu", logger=False)
+    stop, checkpoint = GracefulStop(), RunCheckpoint()
+    trainer = L.Trainer(accelerator="cpu", logger=False, callbacks=[checkpoint])
     stop.setup(trainer, None, "fit")
     stop.on_train_start(trainer, None)
-    trainer.should_stop = True
+    checkpoint.is_last_step = True
     try:
         signal.raise_signal(signal.SIGTERM)
     finally:

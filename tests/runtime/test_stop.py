@@ -168,6 +168,7 @@ def test_a_run_stops_after_any_step_and_resumes_exactly(tmp_path, batches, setti
         ({"val_check_interval": 4, "accumulate_grad_batches": 2}, [1, 3, 5]),
         (AT_EPOCH_ENDS | {"check_val_every_n_epoch": 3}, [9]),
         (AT_EPOCH_ENDS | {"check_val_every_n_epoch": 3, "max_steps": 8}, [7]),
+        ({"val_check_interval": 4, "min_epochs": 2}, [3, 7, 9]),
     ],
 )
 def test_the_last_step_is_validated_and_the_run_can_be_made_longer(tmp_path, settings, validated):
@@ -181,6 +182,25 @@ def test_the_last_step_is_validated_and_the_run_can_be_made_longer(tmp_path, set
     for step in whole.rows:
         rows.rows[step].pop("val/loss", None)
         whole.rows[step].pop("val/loss", None)
+    assert rows.rows == whole.rows
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("shortest", "validated"), [({"min_epochs": 4}, [14, 19]), ({"min_steps": 12}, [11]), ({"min_steps": 3}, [4])]
+)
+def test_a_run_that_may_not_stop_yet_goes_on_as_before(tmp_path, capfd, shortest, validated):
+    class Stop(L.Callback):
+        def on_train_batch_end(self, trainer: L.Trainer, *_: object) -> None:
+            trainer.should_stop = trainer.should_stop or trainer.global_step >= 2
+
+    settings = AT_EPOCH_ENDS | {"check_val_every_n_epoch": 3, "max_epochs": 9} | shortest
+    rows, whole = Rows(), Rows()
+    finished = fit(tmp_path / "whole", 5, whole, added=[Stop()], **settings)
+    assert [step for step, metrics in whole.rows.items() if "val/loss" in metrics] == validated
+    assert fit(tmp_path, 5, rows, 3, added=[Stop()], **settings)[:2] == (143, 3)
+    assert "SIGTERM: stopping after this step, with a checkpoint" in capfd.readouterr().err
+    assert fit(tmp_path, 5, rows, added=[Stop()], **settings) == finished
     assert rows.rows == whole.rows
 
 
