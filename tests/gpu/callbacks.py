@@ -1,10 +1,13 @@
 """Callbacks that tests add to a run."""
 
+import contextlib
 import traceback
+from collections.abc import Callable
 from typing import Any
 
 import lightning as L
 import torch
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 # Operations whose result the host must read before it goes on: values, and shapes that depend on values.
@@ -18,6 +21,8 @@ _READS = {
     "unique_dim",
     "bincount",
 }
+# Methods that copy to the host: of a tensor on the CPU, they call no operation.
+_COPIES = {torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.__array__, torch.Tensor.cpu}
 
 
 class NoSync(L.Callback):
@@ -32,7 +37,7 @@ class NoSync(L.Callback):
     checked = 0  # steps of the last run
 
     def __init__(self, first: int = 1) -> None:
-        self.first, self._mode = first, None
+        self.first, self._modes, self._has_refused = first, contextlib.ExitStack(), False
         NoSync.checked = 0
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
@@ -43,15 +48,19 @@ class NoSync(L.Callback):
         if pl_module.device.type == "cuda":
             torch.cuda.set_sync_debug_mode("error")
         else:
-            self._mode = _RefuseReads().__enter__()
+            self._modes.enter_context(_RefuseReads(self._refuse))
+            self._modes.enter_context(_RefuseCopies(self._refuse))
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
         """Allow what follows."""
         if pl_module.device.type == "cuda":
             torch.cuda.set_sync_debug_mode("default")
-        elif self._mode is not None:
-            self._mode.__exit__(None, None, None)
-            self._mode = None
+        self._modes.close()
+
+    def _refuse(self, what: str) -> None:
+        if not self._has_refused:  # what follows an error reads values too
+            self._has_refused = True
+            raise RuntimeError(f"{what}: the host would wait for the device")
 
     def on_exception(self, trainer: L.Trainer, pl_module: Any, exception: BaseException) -> None:
         """Allow what follows, for the next run of this process."""
@@ -64,14 +73,30 @@ def _makes_mask_of_transformers() -> bool:
 
 
 class _RefuseReads(TorchDispatchMode):
-    refused = False  # what follows an error reads values too
+    def __init__(self, refuse: Callable[[str], None]) -> None:
+        super().__init__()
+        self._refuse = refuse
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
         by_mask = name in ("index", "index_put", "index_put_") and any(
             index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1]
         )
-        if (name in _READS or by_mask) and not self.refused and not _makes_mask_of_transformers():
-            self.refused = True
-            raise RuntimeError(f"{name}{' by a mask' * by_mask}: the host would wait for the device")
+        if (name in _READS or by_mask) and not _makes_mask_of_transformers():
+            self._refuse(f"{name}{' by a mask' * by_mask}")
         return func(*args, **(kwargs or {}))
+
+
+class _RefuseCopies(TorchFunctionMode):
+    """Refuses copies to the host; `to` only with the name of the CPU, for the device of a module can be another."""
+
+    def __init__(self, refuse: Callable[[str], None]) -> None:
+        super().__init__()
+        self._refuse = refuse
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        targets = [value for value in (*args[1:], *kwargs.values()) if isinstance(value, str)]
+        if func in _COPIES or (func is torch.Tensor.to and "cpu" in targets):
+            self._refuse(func.__name__)
+        return func(*args, **kwargs)

@@ -8,7 +8,9 @@ import math
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -65,6 +67,35 @@ def test_the_host_does_not_wait_for_the_device_in_a_step(llm_train, make_what_it
     done = llm_train("fit", "-c", path, *shortened(path), *length, *checked)
     assert done.code == 0, done.err
     assert NoSync.checked >= 2
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        torch.Tensor.item,
+        bool,
+        torch.Tensor.tolist,
+        torch.Tensor.numpy,
+        np.asarray,
+        torch.Tensor.cpu,
+        lambda x: x.to("cpu"),
+        lambda x: x.to(device="cpu", dtype=torch.float64),
+        torch.Tensor.nonzero,
+        lambda x: x[x > 0],
+    ],
+    ids=["item", "bool", "tolist", "numpy", "asarray", "cpu", "to", "to_device", "nonzero", "mask"],
+)
+def test_what_the_host_would_wait_for_is_refused_on_the_cpu(read):
+    callback, module = NoSync(), SimpleNamespace(device=torch.device("cpu"))
+    trainer = SimpleNamespace(global_step=1, log_every_n_steps=100)
+    value = torch.ones(1)
+    callback.on_train_batch_start(trainer, module, None, 1)
+    try:
+        with pytest.raises(RuntimeError, match="the host would wait for the device"):
+            read(value)
+    finally:
+        callback.on_train_batch_end(trainer, module)
+    read(value)
 
 
 # --- one topic, small -------------------------------------------------------------------------------------------------
