@@ -219,8 +219,21 @@ class InverseTime(StepSchedule):
 
     def multiplier(self, step: float) -> float:
         """Return the learning rate of a step as a share of the peak."""
-        since = self._place(step) - self.warmup_steps
-        return super().multiplier(step) if since < 0 else 1.0 / (1.0 + self.decay * since)
+        if self._place(step) < self.warmup_steps:
+            return super().multiplier(step)
+        return 1.0 / (1.0 + self.decay * (step - self._end_of_warmup()))
+
+    def _end_of_warmup(self) -> float:
+        """Return the step at which the warm-up ends: another one if a change of length within it has stretched it."""
+        for start, place, length in reversed(self.stretches):
+            if place < self.warmup_steps:
+                return start + (self.warmup_steps - place) / (self.total_steps - place) * (length - start)
+        return self.warmup_steps
+
+    def _change_length(self, saved: int, planned: int) -> None:
+        super()._change_length(saved, planned)
+        if self._place(self.last_epoch) >= self.warmup_steps:
+            self.change_of_length = ""  # the rest does not depend on the length
 
 
 @dataclass(eq=False, repr=False)

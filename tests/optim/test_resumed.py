@@ -78,6 +78,19 @@ def test_a_stretched_warmup_rises_to_the_peak_in_small_steps(schedule):
     assert rates_of(second, 4) == pytest.approx([0.75, 0.75 + 3 / 28, 0.75 + 6 / 28, 1.0])
 
 
+def test_a_decay_in_inverse_time_keeps_its_speed_after_a_warmup_that_was_a_share_of_another_length():
+    settings = {"warmup": 0.5, "decay": 0.5}
+    second = resumed(new(InverseTime, 8, **settings), 5, new(InverseTime, 14, **settings))
+    third = resumed(second, 1, new(InverseTime, 30, **settings))
+    assert rates_of(third, 3) == pytest.approx([1 / 2, 1 / 2.5, 1 / 3])  # at steps 2 to 4 after the warm-up of 4
+    assert second.change_of_length == third.change_of_length == ""
+    stretched = resumed(new(InverseTime, 8, **settings), 2, new(InverseTime, 14, **settings))
+    assert "is stretched to end at step 14" in stretched.change_of_length  # in the warm-up, which ends at step 6
+    resumed_again = resumed(stretched, 5, new(InverseTime, 30, **settings))
+    assert rates_of(resumed_again, 2) == pytest.approx([1 / 1.5, 1 / 2])
+    assert resumed_again.change_of_length == ""
+
+
 def test_a_schedule_that_is_still_flat_takes_the_new_length():
     second = resumed(new(WarmupStableDecay, 10, decay=0.4), 5, new(WarmupStableDecay, 20, decay=0.4))
     assert rates_of(second, 16) == pytest.approx(rates_of(new(WarmupStableDecay, 20, decay=0.4), 21)[5:])
