@@ -52,7 +52,7 @@ def test_every_offline_experiment_trains_on_the_gpu(llm_train, make_what_it_need
     assert done.code == 0, done.err
     summary = json.loads((run_of(path) / "summary.json").read_text())
     assert summary["status"] == "finished"
-    assert summary["peak_gpu_memory_mib"] >= 0
+    assert summary["peak_gpu_memory_mib"] > 0 or path not in TRAINED
     assert "MiB on the GPU at most" in done.err
     (session,) = json.loads((run_of(path) / "environment.json").read_text())
     assert session["devices"]
@@ -158,12 +158,15 @@ def test_mixed_precision_logs_and_clips_the_true_gradient(llm_train, small, devi
     if device == "cpu" and (precision, fused) != ("bf16-mixed", True):
         pytest.skip("float16 is for GPUs, and one run on the CPU is enough")
     settings = {"model__init_args__dropout": 0.0, "optimizer__init_args__fused": fused, "trainer__max_steps": 4}
-    norms = {}
+    norms, clipped = {}, {}
     for name in ("32-true", precision):
         config = small("mixed", **settings, trainer__log_every_n_steps=1, trainer__val_check_interval=4)
         done = llm_train("fit", "-c", config, *on, "--run.name", name, "--trainer.precision", name)
         assert done.code == 0, done.err
-        norms[name] = [float(value) for value in read_metric(RUNS / name / "metrics.csv", "train/grad_norm")[1]]
+        for metric, values in (("train/grad_norm", norms), ("train/grad_norm_clipped", clipped)):
+            values[name] = read_metric(RUNS / name / "metrics.csv", metric)[1]
+        assert clipped[name] == pytest.approx([min(norm, 1.0) for norm in norms[name]], rel=1e-3)
+    assert max(norms[precision]) > 1.0
     assert norms[precision][0] == pytest.approx(norms["32-true"][0], rel=0.05)
     assert all(map(math.isfinite, norms[precision]))
 
@@ -188,7 +191,11 @@ def test_one_gpu_trains_with_the_shipped_preset_of_sharding_and_resumes(small, a
     command = ("fit", "-c", small("sharded", trainer__max_steps=16), *preset("fsdp"), "--trainer.devices", "1", *flags)
     in_own_process(command, (*command, "--ckpt_path", "last", "--trainer.max_steps", "24"))
     assert math.isfinite(last(RUNS / "sharded", "val/loss"))
-    assert json.loads((RUNS / "sharded/environment.json").read_text())[-1]["precision"] == "bf16-mixed"
+    first, second = json.loads((RUNS / "sharded/environment.json").read_text())
+    assert (first["precision"], second["precision"]) == ("bf16-mixed", "bf16-mixed")
+    assert second["resumed"]["step"] == 16
+    summary = json.loads((RUNS / "sharded/summary.json").read_text())
+    assert (summary["status"], summary["step"]) == ("finished", 24)
 
 
 @pytest.mark.gpu
@@ -247,11 +254,20 @@ def test_greedy_tokens_are_those_of_transformers(device, batch, tmp_path):
     assert torch.stack(list(steps), dim=1).tolist() == expected.tolist()
 
 
-def test_text_is_generated_on_the_device_of_the_machine(llm_train, small, on, tmp_path):
+def test_text_is_generated_on_the_device_of_the_machine(llm_train, small, on, monkeypatch):
     export = [{"class_path": "lightning_modules.runtime.export.ExportModel"}]
     config = small("spoken", **{"trainer__callbacks+": export}, trainer__max_steps=8)
     assert llm_train("fit", "-c", config, *on).code == 0
+    kind, devices = import_class(DECODER), []
+    generate = kind.generate
+
+    def recorded(self, *args, **options):
+        devices.append(self.device.type)
+        return generate(self, *args, **options)
+
+    monkeypatch.setattr(kind, "generate", recorded)
     done = llm_train("generate", "--run", RUNS / "spoken", "--prompt", "ae", "--max_new_tokens", "12")
     assert done.code == 0, done.err
+    assert devices == ["cuda" if torch.cuda.is_available() else "cpu"]
     assert done.out.startswith("ae")
     assert len(done.out) > 4
