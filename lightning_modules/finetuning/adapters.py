@@ -59,13 +59,18 @@ def adapter_settings(model: nn.Module) -> dict[str, Any] | None:
     }
 
 
+def name_for_patterns(name: str) -> str:
+    """Return the name by which a pattern selects a parameter: that in the model without adapters.
+
+    The matrices of an adapter are `query.lora_A.default` and `query.lora_B.default`: `*.query.*` selects them, and
+    `*.weight` does not.
+    """
+    return name.removesuffix(".weight") if ".lora_" in name else name.replace(".base_layer.", ".")
+
+
 def plain_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return the parameters of a model that are not of adapters, by their names in the model without adapters."""
-    return {
-        name.replace(".base_layer.", "."): parameter
-        for name, parameter in model.named_parameters()
-        if ".lora_" not in name
-    }
+    return {name_for_patterns(name): parameter for name, parameter in model.named_parameters() if ".lora_" not in name}
 
 
 def adapted_layers(model: nn.Module) -> dict[str, nn.Module]:

@@ -12,6 +12,8 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
+from lightning_modules.finetuning.adapters import name_for_patterns
+
 Parameters = dict[str, nn.Parameter]
 
 
@@ -93,7 +95,9 @@ class Selection:
         embeddings: Whether to select the parameters before the first layer, and with them an output matrix that is
             shared with the embeddings.
         layers: Layers to select, counted as in Python: `3`, `-1`, `":6"`, `"2:-1"`, `":50%"` for the first half.
-        patterns: Parameters to select by name, as glob patterns: `"*.mlp.*"`, `"*bias"`.
+        patterns: Parameters to select by name, as glob patterns: `"*.mlp.*"`, `"*bias"`. The names are those of the
+            model without adapters; those of an adapter (see `LoRA`) are `query.lora_A.default` and
+            `query.lora_B.default`, so `"*.weight"` selects none.
         all_but_head: Whether to select all parameters except those after the last layer.
     """
 
@@ -112,8 +116,9 @@ class Selection:
         chosen: set[str] = set(parts.embeddings) if self.embeddings else set()
         if self.layers is not None:
             chosen |= parts.layer_range(self.layers).keys()
+        names = {name_for_patterns(name): name for name in parts.parameters}
         for pattern in self.patterns or []:
-            chosen |= set(matching(parts.parameters, pattern, "parameter"))
+            chosen |= {names[name] for name in matching(names, pattern, "parameter")}
         if self.all_but_head:
             chosen |= parts.parameters.keys() - parts.head.keys()
         if not chosen:

@@ -561,6 +561,24 @@ def test_freezing_and_rates_apply_to_adapters_in_any_order_of_the_callbacks(tmp_
     assert seen.counts == [2 * n_trained, 3 * n_trained]
 
 
+@pytest.mark.parametrize(
+    ("pattern", "ends"),
+    [
+        ("*.0.attention.qkv.weight", ["base_layer.weight"]),
+        (
+            "*.0.attention.qkv.*",
+            ["base_layer.weight", "base_layer.bias", "lora_A.default.weight", "lora_B.default.weight"],
+        ),
+        ("*.0.*qkv*weight", ["base_layer.weight"]),
+        ("*.0.*lora_A*", ["lora_A.default.weight"]),
+    ],
+)
+def test_a_pattern_selects_the_weights_of_adapted_layers_by_their_plain_names(pattern, ends):
+    model = decoder()
+    LoRA(rank=2, targets=["*.qkv"]).setup(None, model, "fit")
+    assert list(Selection(patterns=[pattern]).of(model)) == [f"decoder.blocks.0.attention.qkv.{end}" for end in ends]
+
+
 def test_adapters_that_are_all_frozen_are_refused(tmp_path, bert):
     callbacks = Freeze(patterns=["model.bert.*"]), LoRA(also_trained=["*classifier*"])
     with pytest.raises(MisconfigurationException, match=r"^LoRA: another callback freezes all adapters; remove Freeze"):
