@@ -19,8 +19,13 @@ from lightning_modules.runtime.stages import validates_a_fit
 
 _SETTINGS = "optimizer_settings"  # in a checkpoint
 _OUR_SCHEDULES = "lightning_modules.optim.schedules"
-# Settings of torch's optimisers that keep something for each parameter, which they look up in each step.
-_WITH_STATE = {"torch.Adam": {"amsgrad"}, "torch.AdamW": {"amsgrad"}, "torch.RMSprop": {"centered", "momentum"}}
+# Settings of optimisers that keep something for each parameter, which they look up in each step.
+_WITH_STATE = {
+    "torch.Adam": {"amsgrad"},
+    "torch.AdamW": {"amsgrad"},
+    "torch.RMSprop": {"centered", "momentum"},
+    "transformers.Adafactor": {"beta1"},
+}
 
 
 class OptimizerSettings(L.Callback):

@@ -6,6 +6,8 @@ import json
 import math
 import shutil
 import signal
+from collections.abc import Callable
+from functools import partial
 from inspect import signature
 
 import forks
@@ -15,6 +17,7 @@ import yaml
 from helpers import LAST, RUNS, assert_same_weights
 from jsonargparse import ArgumentParser
 from torch import nn
+from transformers import Adafactor
 
 from lightning_modules.optim import ScheduleFactory, build_schedule
 from lightning_modules.optim.resumed import _WITH_STATE
@@ -266,15 +269,17 @@ def test_what_cannot_be_changed_is_refused(llm_train, tiny, whole, tmp_path, fla
 
 
 def test_the_settings_that_are_refused_are_those_for_which_a_step_needs_state():
-    def with_gradient(kind: type, **settings: object) -> torch.optim.Optimizer:
+    def with_gradient(kind: Callable[..., torch.optim.Optimizer], **settings: object) -> torch.optim.Optimizer:
         weight = nn.Parameter(torch.ones(2, 2))
         weight.grad = torch.ones(2, 2)
         return kind([weight], lr=PEAK, **settings)
 
+    kinds = {f"torch.{name}": kind for name, kind in vars(torch.optim).items() if isinstance(kind, type)}
+    kinds["transformers.Adafactor"] = partial(Adafactor, relative_step=False)
     needing: dict[str, set[str]] = {}
-    for kind in [kind for kind in vars(torch.optim).values() if isinstance(kind, type)]:
+    for path, kind in kinds.items():
         for name, argument in signature(kind).parameters.items():
-            if argument.default != 0 or name in ("capturable", "differentiable"):
+            if argument.default not in (0, None) or name in ("lr", "capturable", "differentiable", "foreach", "fused"):
                 continue
             with contextlib.suppress(ValueError, RuntimeError):  # `nesterov` without momentum, dense gradients
                 first = with_gradient(kind)
@@ -285,7 +290,7 @@ def test_the_settings_that_are_refused_are_those_for_which_a_step_needs_state():
                 try:
                     second.step(lambda: 1.0)
                 except KeyError:
-                    needing.setdefault(f"torch.{kind.__name__}", set()).add(name)
+                    needing.setdefault(path, set()).add(name)
     assert needing == _WITH_STATE
 
 
