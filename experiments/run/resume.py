@@ -76,7 +76,7 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> Changes:
 
 
 def _differ(name: str, was: Any, wanted: Any) -> bool:
-    is_either = any(fnmatchcase(name, pattern) for pattern in _NUMBERS_OR_SHARES)
+    is_either = wanted == 1 and any(fnmatchcase(name, pattern) for pattern in _NUMBERS_OR_SHARES)
     return was != wanted or (is_either and type(was) is not type(wanted))
 
 

@@ -105,8 +105,8 @@ def test_a_setting_that_cannot_change_is_refused_in_one_line(setting, value, nam
 
 def test_one_batch_is_not_all_batches():
     before, now = copy.deepcopy(SAVED), copy.deepcopy(SAVED)
-    before["trainer"] |= {"val_check_interval": 1, "max_time": 1}
-    now["trainer"] |= {"val_check_interval": 1.0, "max_time": 1.0}
+    before["trainer"] |= {"val_check_interval": 1, "max_time": 1, "limit_val_batches": 0, "overfit_batches": 0.0}
+    now["trainer"] |= {"val_check_interval": 1.0, "max_time": 1.0, "limit_val_batches": 0.0, "overfit_batches": 0}
     assert changes(before, now) == {"trainer.val_check_interval": [1, 1.0]}
     before["trainer"]["limit_train_batches"], now["trainer"]["limit_train_batches"] = 1.0, 1
     with pytest.raises(MisconfigurationException, match=r"trainer\.limit_train_batches: it is 1, .* has 1\.0"):
