@@ -5,7 +5,7 @@ import fcntl
 import itertools
 import json
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -77,15 +77,15 @@ class Journal:
                 self.found.append(run)
             else:
                 self._optuna.tell(trial.number, state=TrialState.FAIL)
-        latest = {trial.user_attrs["arm"]: trial for trial in self._optuna.trials if "arm" in trial.user_attrs}
+        by_arm = latest(self._optuna.trials)
         # Runs that were interrupted or failed, or whose folder was removed, are the first that `next` returns.
         self._again = [
             trial
-            for arm, trial in latest.items()
+            for arm, trial in by_arm.items()
             if trial.state == TrialState.FAIL or (trial.state.is_finished() and not (plan.folder / arm).is_dir())
         ]
         # By arm: name of a TrialState, or AGAIN before another attempt.
-        self.outcomes = {arm: "AGAIN" if trial in self._again else trial.state.name for arm, trial in latest.items()}
+        self.outcomes = {arm: "AGAIN" if trial in self._again else trial.state.name for arm, trial in by_arm.items()}
 
     def next(self) -> Run | None:
         """Return the next run to start or to resume, or `None` if there is none."""
@@ -167,17 +167,21 @@ class Journal:
     @property
     def reached_target(self) -> bool:
         """Whether a run, also one of an earlier command, has reached the target of the metric."""
-        from optuna.trial import TrialState
-
         target = self._sweep.metric.target if self._sweep.metric else None
         if target is None:
             return False
-        values = (trial.value for trial in self._optuna.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)))
+        trials = latest(self._optuna.get_trials(deepcopy=False)).items()
+        values = (trial.value for arm, trial in trials if self.outcomes[arm] == "COMPLETE")  # not one that starts again
         return any(value >= target if self._sweep.maximize else value <= target for value in values)
 
     def count(self, *outcomes: str) -> int:
         """Return how many arms have one of these outcomes."""
         return sum(outcome in outcomes for outcome in self.outcomes.values())
+
+
+def latest(trials: Iterable[Any]) -> dict[str, Any]:
+    """Return the latest trial of each arm; it says how the arm has ended."""
+    return {trial.user_attrs["arm"]: trial for trial in trials if "arm" in trial.user_attrs}
 
 
 def _asked_by(sweep: Sweep) -> dict[str, Any]:

@@ -455,6 +455,30 @@ def test_a_run_that_starts_again_competes_once(sweep, tmp_path):
     assert [is_stopped(journal.next(), value) for value in (1.0, 3.0, 4.0, 2.0)] == [False, True, True, False]
 
 
+def test_a_run_whose_folder_was_removed_competes_once_and_counts_for_the_target_when_it_has_it_again(sweep, tmp_path):
+    rule = {"type": "hyperband", "min_iter": 1, "eta": 2}
+    metric = {"name": "val/loss", "target": 1}
+    path = sweep(method="random", run_cap=4, metric=metric, early_terminate=rule)
+    plan = Plan(read_sweep_file(path), tmp_path, [], 4, 1, 0)
+
+    def ended(journal: Journal, value: float) -> bool:
+        run = journal.next()
+        run.trial.report(value, 1)
+        is_stopped = run.trial.should_prune()
+        run.folder.mkdir()
+        journal.record(run, value, None)
+        return is_stopped
+
+    ended(journal := Journal(plan), 1.0)
+    assert journal.reached_target
+    (removed,) = journal.outcomes
+    (tmp_path / removed).rmdir()
+    journal = Journal(plan)
+    assert not journal.reached_target
+    assert [ended(journal, value) for value in (1.5, 3.0, 4.0, 2.0)] == [False, True, True, False]
+    assert not journal.reached_target
+
+
 def test_a_study_runs_on_a_file_system_without_locks(llm_train, sweep, monkeypatch):
     def refuse(file: object, how: int) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
