@@ -145,14 +145,19 @@ class RunRecord(SaveConfigCallback):
         if self.cli.closed:
             return
         self.cli.closed = True
-        if not self._is_recorded:  # a resumed run that did not begin to train keeps its record
-            if status == "finished":
-                for logger in _of(MetricsCSV, trainer.loggers):
-                    logger.restore(self._unwritten)
+        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        if not self._is_recorded:  # a resumed run that did not begin to train
+            if status != "finished":
+                return
+            for logger in _of(MetricsCSV, trainer.loggers):
+                logger.restore(self._unwritten)
+            if read_json(self._summary_file, {}).get("status") == "finished":
                 for logger in _of(WandbRecorder, trainer.loggers):
                     logger.finish(exit_code=0)
                 say(f"{self._run.path} is finished: nothing is left to do")
-            return
+                return
+            self._record(trainer)  # the session before this one failed or was killed after the last step
+            metrics = {name: value for row in self._unwritten[-1:] for name, value in row.items() if "/" in name}
         is_fit = self.cli.subcommand == "fit"
         checkpoints = list(_of(RunCheckpoint, trainer.checkpoint_callbacks))
         for checkpoint in checkpoints:
@@ -172,7 +177,7 @@ class RunRecord(SaveConfigCallback):
             "error": error and f"{type(error).__name__}: {error}",
             "step": trainer.global_step,
             "best": best,
-            "metrics": {name: float(value) for name, value in trainer.callback_metrics.items()},
+            "metrics": metrics,
             "seconds": round(time.monotonic() - self._began, 1),
             "peak_memory_mib": round(peak_memory() / 2**20),
         }
