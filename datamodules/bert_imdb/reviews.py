@@ -117,6 +117,7 @@ class TextReviews(ReviewSource):
         self.source = source_of(source, "data.reviews")
         self.fractions = require_fractions(val_fraction, test_fraction, "data.reviews")
         self.text = SplitDocuments(self.source, "auto", *self.fractions)
+        self._n_test: int | None = None  # once all reviews were read
 
     @cached_property
     def _sides(self) -> dict[str, Side]:
@@ -124,19 +125,25 @@ class TextReviews(ReviewSource):
 
     def reviews(self, split: Side) -> Iterator[Review]:
         """Yield the documents of a split, or its part of each."""
-        few = self.text.few
+        few, n_test = self.text.few, 0
         if few is None or len(few) > FEW:  # also if no document is drawn for a split: `_sides` has some for each
             for text in self.source.documents():
-                if (key := without_breaks(text)) and self._sides[key] == split:
-                    yield Review(text, None)
-            return
-        for side, parts in groupby(self.text, key=lambda part: part[0]):
-            if side == split:
-                yield Review("".join(piece.text for _, piece in parts), None)
+                if key := without_breaks(text):
+                    n_test += self._sides[key] == "test"
+                    if self._sides[key] == split:
+                        yield Review(text, None)
+        else:
+            for side, parts in groupby(self.text, key=lambda part: part[0]):
+                n_test += side == "test"
+                if side == split:
+                    yield Review("".join(piece.text for _, piece in parts), None)
+        self._n_test = n_test
 
     def n_held_out_for_test(self) -> int:
-        """Return the number of test reviews; the text is read for it."""
-        return sum(1 for _ in self.reviews("test")) if self.fractions[1] else 0
+        """Return the number of test reviews; the text is read for it unless another split was read."""
+        if self._n_test is None and self.fractions[1]:
+            return sum(1 for _ in self.reviews("test"))
+        return self._n_test or 0
 
 
 class PartedSource(ReviewSource):

@@ -145,6 +145,16 @@ def test_one_text_is_reviews_to_pretrain_on():
     assert (train.label, val.text[:8]) == (None, "line 901")
 
 
+@pytest.mark.parametrize("n_documents", [2, 30])
+def test_test_reviews_are_counted_while_the_others_are_read(n_documents, monkeypatch):
+    texts = [f"text {number}\nof {n_documents} documents\n" * 9 for number in range(n_documents)]
+    source = TextReviews(ListText([*texts, texts[0]]))
+    n_test = TextReviews(source.source).n_held_out_for_test()
+    assert len(list(source.reviews("train"))) > 0 < n_test
+    monkeypatch.setattr(ListText, "pieces", None)  # the text is not read again
+    assert source.n_held_out_for_test() == n_test
+
+
 # --- the grammar -----------------------------------------------------------------------------------------------------
 
 
