@@ -26,7 +26,7 @@ class WangChenModule(KeepsBufferDtypes, GradientFreeModule):
     the step, so only the errors are kept. Rows are not standardised. There is no validation and no test. A run has one
     process.
 
-    The module reads `cases`, `rows` and `labels` of the data; see `PositionProbeDataModule`.
+    The module reads `cases`, `rows`, `labels` and `matrix` of the data; see `PositionProbeDataModule`.
 
     Args:
         n_folds: Folds of the cross-validation.
