@@ -1,7 +1,7 @@
 """The three splits of a data set, and the assignment of documents, or of their parts, to them."""
 
 import hashlib
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,7 +22,8 @@ CUT_FEW = ", or set data.split auto, which cuts few documents"  # the end of an 
 FEW = 20  # documents, of which whole ones would be too coarse a split; or examples, of which a score would vary much
 
 _LONG = 40  # characters of a line that counts in a comparison of documents
-_MANY = 10  # a line of more documents than this, and of more than the tenth of all, does not count
+_MANY = 10  # a line of more documents than this, and of more than the tenth of all, counts only between copies
+_COPY = 0.9  # share of the long lines of copies that is equal
 
 _MOVE = 0.5  # share of a held-out part by which a cut may move to the beginning of a line or word
 
@@ -60,37 +61,59 @@ def _draw(text: str) -> float:
 def groups_of(documents: Iterable[str]) -> list[int]:
     """Return for each document the number of the first document of its group.
 
-    Two documents are in a group if they share at least half of the long lines of the one that has fewer, or if they are
-    equal, and so are the documents that share as much with either. Lines of very many documents, such as those of a
-    licence, do not count.
+    Two documents are in a group if they are equal, or share at least half of the long lines of the one that has fewer,
+    and so are the documents that share as much with either. Lines of more than 10 documents and of more than a tenth of
+    all, such as those of a licence, count only between copies: documents whose long lines are at least half of their
+    text, and which share at least nine tenths of those of the one that has more. So more than 10 drafts of a text, of
+    which each differs more from the others, are not a group.
     """
-    lines = [_long_lines(text) for text in documents]
-    group = list(range(len(lines)))  # an earlier document of the group, or the document itself
+    lines: list[frozenset[bytes]] = []
+    mostly_long: list[bool] = []
+    group: list[int] = []  # an earlier document of the group, or the document itself
+    distinct: dict[bytes, int] = {}  # the first document of each text
+    places: defaultdict[bytes, list[int]] = defaultdict(list)  # the distinct documents of each line
 
     def first(number: int) -> int:
         while group[number] != number:
             number = group[number]
         return number
 
-    places: defaultdict[bytes, list[int]] = defaultdict(list)  # the documents of each line
-    for number, hashes in enumerate(lines):
-        for line in hashes:
+    def join(number: int, other: int) -> None:
+        one, two = sorted((first(number), first(other)))
+        group[two] = one
+
+    for number, text in enumerate(map(str.strip, documents)):
+        group.append(distinct.setdefault(_hash(text), number))
+        long_lines = _long_lines(text) if group[number] == number else set()
+        lines.append(frozenset(map(_hash, long_lines)))
+        mostly_long.append(2 * sum(map(len, long_lines)) >= len(text))
+        for line in lines[number]:
             places[line].append(number)
-    most = max(_MANY, len(lines) // _MANY)
-    own = [[line for line in hashes if len(places[line]) <= most] for hashes in lines]
-    for number, counted in enumerate(own):
+    most = max(_MANY, len(distinct) // _MANY)
+    own = {number: [line for line in lines[number] if len(places[line]) <= most] for number in distinct.values()}
+    latest: defaultdict[bytes, deque[int]] = defaultdict(lambda: deque(maxlen=_MANY))  # possible copies with a line
+    for number, counted in own.items():
         shared = Counter(other for line in counted for other in places[line] if other < number)
         for other, n in shared.items():
             if 2 * n >= min(len(counted), len(own[other])):
-                one, two = sorted((first(number), first(other)))
-                group[two] = one
+                join(number, other)
+        if mostly_long[number] and len(lines[number]) - len(counted) >= _COPY * len(lines[number]):
+            common = lines[number].difference(counted)
+            for other in {other for line in common for other in latest[line]}:
+                if len(common & lines[other]) >= _COPY * max(len(lines[number]), len(lines[other])):
+                    join(number, other)
+            for line in common:
+                latest[line].append(number)
     return [first(number) for number in range(len(group))]
 
 
-def _long_lines(text: str) -> set[bytes]:
-    """Return hashes of the long lines of a text, or of the whole text if it has none."""
-    lines = {line for line in map(str.strip, text.splitlines()) if len(line) >= _LONG} or {text.strip()}
-    return {hashlib.blake2b(line.encode(), digest_size=8).digest() for line in lines}
+def _long_lines(text: str) -> set[str]:
+    """Return the long lines of a text, or the whole text if it has none."""
+    return {line for line in map(str.strip, text.splitlines()) if len(line) >= _LONG} or {text}
+
+
+def _hash(text: str) -> bytes:
+    return hashlib.blake2b(text.encode(), digest_size=8).digest()
 
 
 class Length(NamedTuple):

@@ -165,6 +165,18 @@ def test_lines_of_many_documents_make_no_group():
     assert groups == list(range(40))
 
 
+def test_any_number_of_copies_are_a_group_but_not_documents_that_are_little_more_than_a_long_line_of_many():
+    assert groups_of(["x" * 50] * 11) == groups_of(["short\n"] * 11) == [0] * 11
+    licence = "".join(f"line {line} of a licence that many documents have\n" for line in range(30))
+    text = licence + document(0, 20)
+    drafts = [f"{text}draft {number} has a long line of its own at the end\n" for number in range(12)]
+    others = [licence + document(number, 20) for number in range(1, 101)]
+    assert groups_of(others[:60] + drafts + others[60:]) == [*range(60), *[60] * 12, *range(72, 112)]
+    footer = "A poem of a collection that all of these are from.\n"
+    poems = ["".join(f"poem {number}, verse {verse}\n" for verse in range(9)) + footer for number in range(40)]
+    assert groups_of(poems) == list(range(40))
+
+
 def test_near_copies_share_a_split_and_the_others_stay_where_they_were():
     documents = [document(number) for number in range(60)]
     copies = [document(number) + "And some more.\n" for number in range(60)]
