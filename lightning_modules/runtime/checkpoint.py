@@ -165,10 +165,10 @@ class RunCheckpoint(Checkpoint):
 def _is_last_step(trainer: L.Trainer) -> bool:
     """Return whether the training ends after the batch that is done."""
     step, epochs = trainer.global_step, trainer.current_epoch + trainer.is_last_batch
-    is_over = 0 < trainer.max_steps <= step or 0 < (trainer.max_epochs or 0) <= epochs
-    # A trainer that is asked to stop earlier goes on, and remembers it.
-    may_stop = (trainer.min_steps or 0) <= step and (trainer.min_epochs or 0) <= epochs
-    return is_over or (trainer.should_stop and may_stop)
+    if 0 < trainer.max_steps <= step or 0 < (trainer.max_epochs or 0) <= epochs:
+        return True
+    # A trainer that is asked to stop too early goes on, and still has `should_stop`.
+    return trainer.should_stop and (trainer.min_steps or 0) <= step and (trainer.min_epochs or 0) <= epochs
 
 
 def save_last(trainer: L.Trainer) -> None:
