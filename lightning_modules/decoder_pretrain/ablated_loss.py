@@ -130,7 +130,6 @@ def units_switched_off(decoder: Decoder, share: float, seed: int, number: int) -
         n_units = block.feed_forward.projection.in_features
         factors = torch.full((n_units,), 1 / (1 - share))
         factors[torch.randperm(n_units, generator=generator)[: round(share * n_units)]] = 0
-        factors = factors.to(block.feed_forward.expansion.weight)  # dtype and device
         hooks.append(block.feed_forward.activation.register_forward_hook(partial(_scale, factors)))
     try:
         yield
@@ -140,7 +139,8 @@ def units_switched_off(decoder: Decoder, share: float, seed: int, number: int) -
 
 
 def _scale(factors: Tensor, module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
-    return output * factors  # (B, T, hidden) * (hidden,)
+    # Not on the device of the weights: a sharded block can keep them in the memory of the host.
+    return (output * factors.to(output.device)).to(output.dtype)  # (B, T, hidden) * (hidden,)
 
 
 def _name(split: str, share: float) -> str:

@@ -104,6 +104,14 @@ def test_the_share_is_exact_the_rest_is_scaled_and_larger_shares_include_smaller
     assert not torch.equal(factors(0.25, number=1), quarter)
 
 
+def test_the_units_are_switched_off_where_the_activations_are_and_in_their_number_type():
+    decoder = Decoder(DecoderConfig(vocab_size=20, block_size=8, n_layer=1, n_head=2, n_embd=8))
+    activations = torch.ones(2, 8, 32, device="meta", dtype=torch.bfloat16)  # the weights are on the CPU, in float32
+    with units_switched_off(decoder, 0.5, seed=3, number=0):
+        output = decoder.blocks[0].feed_forward.activation(activations)
+    assert (output.device.type, output.dtype) == ("meta", torch.bfloat16)
+
+
 def test_at_least_one_share_is_needed():
     with pytest.raises(MisconfigurationException, match="AblatedLoss: shares is empty"):
         AblatedLoss([])

@@ -188,9 +188,11 @@ def in_own_process(*commands: tuple[str | Path, ...], then: str = "pass") -> str
 @pytest.mark.parametrize("arguments", [(), ("cpu_offload", "save_distributed_checkpoint")], ids=["", "host"])
 def test_one_gpu_trains_with_the_shipped_preset_of_sharding_and_resumes(small, arguments):
     flags = [f"--trainer.strategy.{name}=true" for name in arguments]
-    command = ("fit", "-c", small("sharded", trainer__max_steps=16), *preset("fsdp"), "--trainer.devices", "1", *flags)
+    ablated = {"class_path": "lightning_modules.decoder_pretrain.AblatedLoss", "init_args": {"shares": [0.5]}}
+    config = small("sharded", **{"trainer__callbacks+": [ablated]}, trainer__max_steps=16)
+    command = ("fit", "-c", config, *preset("fsdp"), "--trainer.devices", "1", *flags)
     in_own_process(command, (*command, "--ckpt_path", "last", "--trainer.max_steps", "24"))
-    assert math.isfinite(last(RUNS / "sharded", "val/loss"))
+    assert all(math.isfinite(last(RUNS / "sharded", f"val/{name}")) for name in ("loss", "loss_ablated_50"))
     first, second = json.loads((RUNS / "sharded/environment.json").read_text())
     assert (first["precision"], second["precision"]) == ("bf16-mixed", "bf16-mixed")
     assert second["resumed"]["step"] == 16
