@@ -188,7 +188,7 @@ def in_own_process(*commands: tuple[str | Path, ...], then: str = "pass") -> str
 @pytest.mark.parametrize("arguments", [(), ("cpu_offload", "save_distributed_checkpoint")], ids=["", "host"])
 def test_one_gpu_trains_with_the_shipped_preset_of_sharding_and_resumes(small, arguments):
     flags = [f"--trainer.strategy.{name}=true" for name in arguments]
-    ablated = {"class_path": "lightning_modules.decoder_pretrain.AblatedLoss", "init_args": {"shares": [0.5]}}
+    ablated = {"class_path": DECODER.replace("PretrainModule", "AblatedLoss"), "init_args": {"shares": [0.5]}}
     config = small("sharded", **{"trainer__callbacks+": [ablated]}, trainer__max_steps=16)
     command = ("fit", "-c", config, *preset("fsdp"), "--trainer.devices", "1", *flags)
     in_own_process(command, (*command, "--ckpt_path", "last", "--trainer.max_steps", "24"))
