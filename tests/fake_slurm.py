@@ -29,6 +29,7 @@ KNOWN = {
     "array",
     "error",
     "gpus",
+    "gpus-per-node",
     "job-name",
     "nodes",
     "ntasks-per-node",
@@ -133,7 +134,7 @@ def sbatch(*args: str) -> None:
         job.folder.mkdir()
         job.write("raw_id", number if place is None else 100 * number + place)
         job.write("script", script.read_text())
-        for name in ("job-name", "signal", "ntasks-per-node"):
+        for name in ("job-name", "nodes", "ntasks-per-node", "signal"):
             job.write(name, options.get(name, ""))
         job.write("at_a_time", places[2] if places else 1)
         job.write("restarts", 0)
@@ -159,8 +160,9 @@ def slurmd(job_id: str) -> None:
         if not starts:
             time.sleep(0.05)
             continue
-        n_tasks = job.read("ntasks-per-node") or "1"
-        given = {"SLURM_JOB_ID": job.read("raw_id"), "SLURM_NTASKS": n_tasks, "SLURM_JOB_NUM_NODES": "1"}
+        n_nodes, n_tasks = job.read("nodes") or "1", job.read("ntasks-per-node") or "1"
+        given = {"SLURM_JOB_ID": job.read("raw_id"), "SLURM_JOB_NUM_NODES": n_nodes}
+        given |= {"SLURM_NTASKS": str(int(n_nodes) * int(n_tasks))}
         given |= {"SLURM_JOB_NAME": job.read("job-name"), "SLURM_RESTART_COUNT": job.read("restarts")}
         given |= {"SLURM_NTASKS_PER_NODE": n_tasks} if job.read("ntasks-per-node") else {}
         given |= {"SLURM_ARRAY_JOB_ID": array, "SLURM_ARRAY_TASK_ID": place} if place else {}
@@ -188,8 +190,10 @@ def srun(*args: str) -> None:
     job = next(job for job in jobs(os.environ["SLURM_JOB_ID"]))
     array, _, place = job.id.partition("_")
     tasks = []
+    of_node = int(os.environ["SLURM_NTASKS"]) // int(os.environ["SLURM_JOB_NUM_NODES"])
     for rank in range(int(os.environ["SLURM_NTASKS"])):
-        given = {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank), "SLURM_NODEID": "0"}
+        node, local_rank = divmod(rank, of_node)
+        given = {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(local_rank), "SLURM_NODEID": str(node)}
         opened = []
         for name in files.values():
             for letter, value in (("A", array), ("a", place), ("j", job.read("raw_id")), ("t", rank)):

@@ -14,11 +14,17 @@ from pathlib import Path
 
 signal.alarm(60)  # a stub that waits in vain ends
 given = dict(word.removeprefix("--").split("=", 1) for word in sys.argv[1:] if "=" in word)
+for word in sys.argv[1:]:
+    if word.endswith(".json"):
+        given |= json.loads(Path(word).read_text())
+if os.environ.get("SLURM_PROCID", "0") != "0":  # the first process of a run writes its files
+    sys.exit(print("hello"))
 folder = Path(given["run.root"], given["run.topic"], given["run.study"], given["run.name"])
 if "--auto_resume" in sys.argv and (folder / "checkpoints/last.ckpt").exists():
     given["ckpt_path"] = "last"
 (folder / "checkpoints").mkdir(parents=True, exist_ok="ckpt_path" in given)
-seen = ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "SLURM_PROCID", "WANDB_RUN_ID", "WANDB_PROJECT")
+seen = ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "WANDB_PROJECT")
+seen += ("WANDB_RUN_ID", "WANDB_SWEEP_ID", "WANDB_SWEEP_PARAM_PATH")
 about = {"environment": {name: os.environ.get(name) for name in seen}, "pid": os.getpid()}
 with (folder / "starts").open("a") as starts:
     print(os.getpid(), file=starts)
@@ -60,6 +66,7 @@ if given.get("end") == "fails":
 (folder / "summary.json").write_text(json.dumps({"status": "finished"}))
 '''
 GRID = {"lr": {"values": [0.3, 0.1]}, "seed_everything": {"values": [1, 2]}, "end": {"value": "well"}}
+OF_ANOTHER_RUN = ("WANDB_RUN_ID", "WANDB_SWEEP_ID", "WANDB_SWEEP_PARAM_PATH")
 
 
 def trials() -> list[optuna.trial.FrozenTrial]:
@@ -70,3 +77,9 @@ def trials() -> list[optuna.trial.FrozenTrial]:
 
 def given(arm: str) -> dict[str, str]:
     return json.loads((STUDY / arm / "given.json").read_text())
+
+
+def assert_wandb_is_its_own(arm: str) -> None:
+    """Check what a run got in a shell of another run, with a project of the user, as `in_a_run_of_wandb` sets them."""
+    environment = given(arm)["environment"]
+    assert [environment[name] for name in (*OF_ANOTHER_RUN, "WANDB_PROJECT")] == [None, None, None, "mine"]

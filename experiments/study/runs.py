@@ -47,8 +47,12 @@ class Plan:
         """Return the command of a run."""
         root, topic = self.folder.parent.parent, self.folder.parent.name
         place = {"root": root, "topic": topic, "study": self.folder.name, "name": arm}
-        words = self.sweep.words(settings, self.folder / LOGS / f"{arm}.json")
+        words = self.sweep.words(settings, self.settings_file(arm))
         return [*words, *self.flags, *(f"--run.{key}={value}" for key, value in place.items())]
+
+    def settings_file(self, arm: str) -> Path:
+        """Return the file of the settings of a run, which is there if the command has `${args_json_file}`."""
+        return self.folder / LOGS / f"{arm}.json"
 
 
 def number_of_runs(sweep: Sweep, at_most: int | None) -> int:
@@ -173,7 +177,7 @@ class Run:
         if self.folder.exists() and not self.has_checkpoint:
             shutil.rmtree(self.folder)
         if "${args_json_file}" in self.plan.sweep.command:
-            self.log.with_suffix(".json").write_text(json.dumps(self.settings), encoding="utf-8")
+            self.plan.settings_file(self.arm).write_text(json.dumps(self.settings), encoding="utf-8")
 
     def environment(self) -> dict[str, str | None]:
         """Return the variables that differ from those of this process; `None` for those to be removed."""

@@ -5,7 +5,14 @@ from pathlib import Path
 
 import pytest
 import yaml
-from stub_runs import GRID, STUB
+from stub_runs import GRID, OF_ANOTHER_RUN, STUB
+
+
+@pytest.fixture
+def in_a_run_of_wandb(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Set the variables of a run of W&B's agent, and the user's project."""
+    for name in (*OF_ANOTHER_RUN, "WANDB_PROJECT"):
+        monkeypatch.setenv(name, "mine")
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ import forks
 import pytest
 import submitit
 from helpers import LAST, RUNS, assert_same_weights
-from stub_runs import GRID, STUDY, given, trials
+from stub_runs import GRID, STUDY, assert_wandb_is_its_own, given, trials
 
 from experiments.study import command, launchers
 from experiments.study.gpus import visible_gpus
@@ -178,6 +178,20 @@ def test_jobs_outlive_the_study_and_go_on_after_an_interruption(slurm, llm_train
         assert (lines(arm, "starts"), given(arm)["ckpt_path"]) == (2, "last")
         assert given(arm)["environment"]["WANDB_PROJECT"] == "theirs"
     assert [trial.state.name for trial in trials()] == ["COMPLETE", "FAIL"]
+
+
+def test_the_log_of_a_run_of_two_nodes_has_the_output_of_the_first_and_its_wandb_is_its_own(
+    slurm, llm_train, sweep, in_a_run_of_wandb
+):
+    path = sweep(parameters={"lr": {"values": [0.3, 0.1]}}, project="theirs")
+    nodes = ("--slurm.nodes=2", "--slurm.ntasks_per_node=1", "--slurm.gpus_per_node=1")
+    done = llm_train("study", path, "--launcher=slurm", *nodes)
+    assert done.code == 0, done.err
+    for job, arm in zip(fake_slurm.jobs(), ("lr=0.3", "lr=0.1"), strict=True):
+        assert "#SBATCH --array=0-1%2\n" in job.read("script")
+        assert len(job.read("step").split()) == 2
+        assert (STUDY / f"logs/{arm}.log").read_text() == "hello\n"
+        assert_wandb_is_its_own(arm)
 
 
 def test_a_run_that_slurm_ends_has_failed_and_is_submitted_again(slurm, llm_train, sweep, tmp_path):

@@ -19,7 +19,7 @@ import forks
 import pytest
 import yaml
 from helpers import LAST, RUNS, TINY
-from stub_runs import GRID, STUDY, given, trials
+from stub_runs import GRID, STUDY, assert_wandb_is_its_own, given, trials
 
 from experiments.errors import UserError
 from experiments.study import launchers
@@ -336,13 +336,15 @@ def test_a_grid_runs_in_the_order_of_the_file_and_a_failure_stops_no_other_run(l
     assert Path("precious").is_dir()
 
 
-def test_jobs_run_at_the_same_time_and_share_the_cores(llm_train, sweep, monkeypatch):
+def test_jobs_run_at_the_same_time_and_share_the_cores(llm_train, sweep, monkeypatch, in_a_run_of_wandb):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(6))
     os.mkfifo("pipe")
-    done = llm_train("study", sweep(), "--jobs", "2", "--runs", "2", "--act=meet")
+    done = llm_train("study", sweep(project="theirs"), "--jobs", "2", "--runs", "2", "--act=meet")
     assert done.code == 0, done.err
-    assert {given(arm)["environment"]["OMP_NUM_THREADS"] for arm in ("lr=0.3,seed=1", "lr=0.3,seed=2")} == {"3"}
+    for arm in ("lr=0.3,seed=1", "lr=0.3,seed=2"):
+        assert given(arm)["environment"]["OMP_NUM_THREADS"] == "3"
+        assert_wandb_is_its_own(arm)
 
 
 RANDOM = {
@@ -358,6 +360,7 @@ def test_random_draws_depend_on_the_seed_and_not_on_interruptions(llm_train, swe
     assert not Path("runs").exists()
     for n_runs in ("1", "4"):
         assert llm_train("study", path, "--runs", n_runs).code == 0
+    assert f"{STUDY} was begun with other seed: remove it" in llm_train("study", path, "--runs=4", "--seed=1").err
     settings = [trial.user_attrs["settings"] for trial in trials()]
     assert [f"--lr={setting['lr']}" for setting in settings] == [shlex.split(line)[4] for line in plan]
     assert all(1e-4 <= setting["lr"] <= 1 and setting["n"] in range(1, 10) for setting in settings)
@@ -410,10 +413,13 @@ def test_a_run_that_logs_no_such_metric_has_failed(llm_train, sweep):
     assert (done.code, "lr=0.3,seed=1  failed: it has logged no val/los" in done.err) == (1, True)
 
 
-def test_a_sweep_needs_no_metric(llm_train, sweep):
-    done = llm_train("study", sweep(metric=None), "--runs=1", "--name", "other")
+def test_a_sweep_needs_no_metric_and_its_runs_can_read_their_settings_in_a_file(llm_train, sweep):
+    command = ["${interpreter}", "stub.py", "--run.topic=toy", "${args_json_file}"]
+    done = llm_train("study", sweep(metric=None, command=command), "--runs=1", "--name", "other")
     assert (done.code, "[1/1] lr=0.3,seed=1" in done.err) == (0, True)
-    assert Path("runs/toy/other/lr=0.3,seed=1/metrics.csv").is_file()
+    run = Path("runs/toy/other/lr=0.3,seed=1")
+    seen = json.loads((run / "given.json").read_text())
+    assert (seen["lr"], seen["seed_everything"], (run / "metrics.csv").is_file()) == (0.3, 1, True)
 
 
 # Interrupted
@@ -542,7 +548,7 @@ def test_a_run_whose_folder_was_removed_is_started_again(llm_train, sweep):
     changed = llm_train("study", sweep("changed.yaml", parameters={"lr": {"value": 1}}), "--name=sweep", "--dry_run")
     assert (changed.code, "was begun with other parameters" in changed.err) == (1, True), changed.err
     shutil.rmtree(STUDY / "lr=0.1,seed=2")
-    again = llm_train("study", path)
+    again = llm_train("study", path, "--seed=1")  # which a grid does not use
     assert again.code == 0
     assert "4 runs, 3 of them done" in again.err
     assert [line.split()[1] for line in again.err.splitlines() if line.startswith("[")] == ["lr=0.1,seed=2"]
