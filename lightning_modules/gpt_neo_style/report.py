@@ -69,13 +69,13 @@ class StyleSamples(SampleText):
         return self._book
 
     def draw(self, trainer: L.Trainer, pl_module: L.LightningModule) -> list[str]:
-        """Draw several continuations of each prompt, log their metrics, and return the first of each prompt."""
+        """Draw several continuations of each prompt, measure them, and return the first of each prompt."""
         drawn = [self.continue_prompt(trainer, pl_module, prompt, self.samples_per_prompt) for prompt in self.prompts]
         texts = [whole_lines(text, prompt) for prompt, some in zip(self.prompts, drawn, strict=True) for text in some]
         book = self._book_style(pl_module)
         self.copied = book.longest_copy(texts)
-        results = {f"samples/{name}": value for name, value in book.evaluate(texts).items() if math.isfinite(value)}
-        pl_module.log_dict(results, rank_zero_only=True)
+        measures = book.evaluate(texts).items()
+        self.metrics = {f"samples/{name}": value for name, value in measures if math.isfinite(value)}
         return [some[0] for some in drawn]
 
     def remark(self) -> str:

@@ -66,11 +66,12 @@ class SampleText(L.Callback):
         self.seed = seed
         self.heads: list[str] = []  # of the columns: the step and the validation loss
         self.continuations: list[list[str]] = []  # by column, then by prompt
+        self.metrics: dict[str, float] = {}  # of the newest samples; a subclass sets them in `draw`
         self._continued: list[str] | None = None  # prompts of the continuations, where they are known
         self._has_new = False  # of the validation in progress, on this process
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Generate the samples on rank 0, at a point where a subclass can still log metrics of them."""
+        """Generate the samples on rank 0, and log their metrics on all ranks, each of which may need the best score."""
         if trainer.state.fn != TrainerFn.FITTING:
             return
         with whole_model(trainer, type(self).__name__) as usable:
@@ -80,6 +81,8 @@ class SampleText(L.Callback):
                 self._drop_samples_of_other_prompts()
                 self.heads.append(f"step {trainer.global_step}")
                 self.continuations.append(self.draw(trainer, pl_module))
+        if metrics := trainer.strategy.broadcast(self.metrics):
+            pl_module.log_dict(metrics, sync_dist=True)
 
     def _drop_samples_of_other_prompts(self) -> None:
         """Drop the samples of the checkpoint if this run has other prompts; older checkpoints have no prompts."""

@@ -17,18 +17,31 @@ class Written(SampleText):
     """Samples that need no model: a continuation is the step."""
 
     def draw(self, trainer, pl_module):
+        self.metrics = {"samples/step": float(trainer.global_step)}
         return [f" goes on at {trainer.global_step}" for _ in self.prompts]
+
+
+def logged(callback: SampleText, step: int, of_first: list[dict[str, float]], rank: int = 0) -> dict[str, float]:
+    """Make a validation on one process, and return the metrics that it logs; rank 0 appends them to `of_first`."""
+
+    def broadcast(metrics: dict[str, float]) -> dict[str, float]:
+        if rank == 0:
+            of_first.append(metrics)
+        return of_first[-1]
+
+    trainer = SimpleNamespace(
+        state=SimpleNamespace(fn=TrainerFn.FITTING), strategy=SimpleNamespace(broadcast=broadcast), global_step=step,
+        is_global_zero=rank == 0, callback_metrics={}, default_root_dir=".", loggers=[],
+    )  # fmt: skip
+    metrics: dict[str, float] = {}
+    callback.on_validation_epoch_end(trainer, SimpleNamespace(log_dict=lambda new, **_: metrics.update(new)))
+    callback.on_validation_end(trainer, SimpleNamespace())
+    return metrics
 
 
 def validate(callback: SampleText, step: int) -> list[str]:
     """Make a validation, and return the heads of the columns of each prompt in `samples.md`."""
-    state = SimpleNamespace(fn=TrainerFn.FITTING)
-    trainer = SimpleNamespace(
-        state=state, strategy=None, is_global_zero=True, global_step=step, callback_metrics={}, default_root_dir=".",
-        loggers=[],
-    )  # fmt: skip
-    callback.on_validation_epoch_end(trainer, SimpleNamespace(data=None))
-    callback.on_validation_end(trainer, SimpleNamespace())
+    logged(callback, step, [])
     return re.findall(r"^step .*", Path("samples.md").read_text(), flags=re.MULTILINE)
 
 
@@ -59,6 +72,11 @@ def test_of_many_validations_the_first_the_newest_and_two_between_are_shown():
     for step in range(1, 7):
         (heads,) = validate(callback, step)
     assert re.findall(r"step \d", heads) == ["step 1", "step 3", "step 4", "step 6"]
+
+
+def test_every_process_logs_what_the_first_measures_so_that_all_agree_which_checkpoint_is_the_best():
+    of_first: list[dict[str, float]] = []
+    assert [logged(Written(["a"]), 8, of_first, rank) for rank in (0, 1)] == [{"samples/step": 8.0}] * 2
 
 
 @pytest.mark.parametrize(
