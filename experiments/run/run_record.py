@@ -27,6 +27,7 @@ from experiments.run.run_folder import CONFIG, RunFolder
 from experiments.trust import SESSION_KEYS, unknown_packages
 from lightning_modules.common.files import read_json, write_json, write_text
 from lightning_modules.common.messages import say
+from lightning_modules.runtime import private_names
 from lightning_modules.runtime.checkpoint import RunCheckpoint
 from lightning_modules.runtime.loggers import MetricsCSV, WandbRecorder
 from lightning_modules.runtime.stages import lacks_validation
@@ -145,7 +146,8 @@ class RunRecord(SaveConfigCallback):
         if self.cli.closed:
             return
         self.cli.closed = True
-        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        # Rank 0 alone is here, and may have failed alone: a metric that is not computed yet takes all ranks.
+        metrics = {name: float(value) for name, value in private_names.computed_metrics(trainer).items()}
         if not self._is_recorded:  # a resumed run that did not begin to train
             if status != "finished":
                 return

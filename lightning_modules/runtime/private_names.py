@@ -174,6 +174,11 @@ def training_is_done(trainer: L.Trainer) -> bool:
     return trainer.fit_loop.done
 
 
+def computed_metrics(trainer: L.Trainer) -> dict[str, Tensor]:
+    """Return the metrics that are computed; `Trainer.callback_metrics` computes the others, on all ranks together."""
+    return trainer._logger_connector._callback_metrics
+
+
 def leave_sigterm_alone(trainer: L.Trainer) -> None:
     """Keep Lightning from handling SIGTERM: it exits with code 0, and its broadcasts hang if ranks are not in step."""
     connector = trainer._signal_connector

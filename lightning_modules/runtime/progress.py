@@ -173,9 +173,11 @@ class RunProgress(ProgressBar):
         values = {short: float(metrics[name]) for name, short in _SHOWN.items() if name in metrics}
         self._shown = {name: f"{value:,.0f}" if value >= 1000 else f"{value:.3f}" for name, value in values.items()}
 
-    def _close(self, trainer: L.Trainer, position: float) -> None:
+    def _close(self, position: float) -> None:
+        """Draw the metrics as they were last read, and end the line."""
         if self._line is not None:
-            self._show(trainer, position, now=True)
+            self._line.position, self._line.shown = position, self._shown
+            self._line.draw()
             self._line.close()
             self._line = None
 
@@ -195,14 +197,18 @@ class RunProgress(ProgressBar):
 
     def on_train_end(self, trainer: L.Trainer, *_: object) -> None:
         """Draw for the last time."""
-        self._close(trainer, trainer.global_step)
+        self._read(trainer)
+        self._close(trainer.global_step)
 
     def on_exception(self, trainer: L.Trainer, *_: object) -> None:
-        """Draw for the last time, at the step of a failure."""
+        """Draw for the last time, at the step of a failure.
+
+        The metrics are not read: Lightning would compute some of them on all ranks together, and the others may go on.
+        """
         self._validation = None
         if self._line is not None:
             is_fit = trainer.state.fn == TrainerFn.FITTING
-            self._close(trainer, trainer.global_step if is_fit else self._line.position)
+            self._close(trainer.global_step if is_fit else self._line.position)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Start at the first batch of the validation."""
@@ -230,7 +236,8 @@ class RunProgress(ProgressBar):
         if validates_a_fit(trainer):
             self._show(trainer, trainer.global_step, now=True)
         elif trainer.state.fn != TrainerFn.FITTING:
-            self._close(trainer, _evaluation_batches(trainer))
+            self._read(trainer)
+            self._close(_evaluation_batches(trainer))
 
     on_test_start, on_test_batch_end, on_test_end = on_validation_start, on_validation_batch_end, on_validation_end
 

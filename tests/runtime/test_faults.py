@@ -11,12 +11,14 @@ from pathlib import Path
 from types import SimpleNamespace
 from zipfile import ZIP_DEFLATED, ZipFile
 
+import lightning as L
 import pytest
 import torch
 from helpers import LAST, RUNS, assert_same_weights, metrics_that_repeat
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from lightning_modules.base import ExperimentModule
 from lightning_modules.runtime.checkpoint import RunCheckpoint
 from lightning_modules.runtime.checkpoint_io import AtomicCheckpointIO
 from lightning_modules.runtime.loggers import MetricsCSV
@@ -152,6 +154,29 @@ def test_a_run_continues_without_wandb_if_that_fails(llm_train, tiny, monkeypatc
     assert done.code == 0
     assert "W&B failed (ConnectionResetError: Connection lost): the run goes on without it" in done.err.splitlines()
     assert [row[0] for row in metrics_that_repeat(RUNS / "tiny")] == ["step", "4", "8", "12"]
+
+
+def test_a_failure_computes_no_metric_because_the_other_processes_may_not_have_failed(llm_train, tiny, monkeypatch):
+    failures, read = [], []  # whether the run had failed when Lightning was asked for its metrics
+    compute = L.Trainer.callback_metrics.fget
+
+    def fail(self: ExperimentModule) -> None:
+        failures.append(RuntimeError("on this process"))
+        raise failures[0]
+
+    def metrics(self: L.Trainer) -> dict[str, torch.Tensor]:
+        read.append(bool(failures))
+        return compute(self)
+
+    monkeypatch.setattr(ExperimentModule, "on_validation_epoch_end", fail)
+    monkeypatch.setattr(L.Trainer, "callback_metrics", property(metrics))
+    with pytest.raises(RuntimeError, match="on this process"):
+        llm_train("fit", "-c", tiny(trainer__num_sanity_val_steps=0))
+    assert read
+    assert not any(read)
+    summary = json.loads((RUNS / "tiny/summary.json").read_text())
+    assert summary["status"] == "failed"
+    assert summary["metrics"]["train/loss"] > 0
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

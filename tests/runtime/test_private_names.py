@@ -41,7 +41,8 @@ from lightning_modules.runtime.stop import GracefulStop
 ROOT = Path(__file__).parents[2]
 # owner: the private names that it must have, as attributes or in its source
 HELD = {
-    L.Trainer: ["_signal_connector"],
+    L.Trainer: ["_signal_connector", "_logger_connector"],
+    logger_connector._LoggerConnector: ["_callback_metrics"],
     _FitLoop: ["_combined_loader", "_data_fetcher", "_should_accumulate"],
     _TrainingEpochLoop: ["_broadcast_sigterm_tensor", "_batches_that_stepped", "_should_check_val_fx"],
     DDPStrategy: ["_ddp_kwargs"],
