@@ -39,7 +39,10 @@ def write_page(
             [title, run.name, *(row[column] for column in _ORIGIN)]
             for run, row in zip(recorded.runs, recorded.rows, strict=True)
         ]
-    notes = ["Mean ± half of its 95 % interval. Comparisons of one claim are a family, corrected by Holm's procedure."]
+    notes = [
+        "Mean ± half of its 95 % interval. Comparisons of one claim are a family, corrected by Holm's procedure, but "
+        "not those of a claim that all differences are within a bound."
+    ]
     runs = Table(["study", "run", *_ORIGIN], rows)
     write_text(file, page(shlex.join(command), notes, sections, runs, title="Claims"))
 

@@ -8,7 +8,7 @@ Two arms are compared by the test of Welch (1947), which assumes neither equal v
 with the same seed share what the seed decides (the first weights, the order of the data), so the differences within
 seeds often vary less than the runs do. Which of the two tests is the narrower is seen only after the runs, so the
 paired test has a quarter of the level: p = min(Welch's p, 4 · paired p). Welch's test is conservative for few runs,
-which makes room for it, and `tests/claims/test_statistics.py` checks that both together are wrong in at most 5 %.
+which makes room for it, and `tests/claims/test_statistics.py` checks that both together are wrong in about 5 %.
 
 If several arms are compared, some difference is likely to look clear by chance. Holm (1979) bounds the probability of
 even one wrong "better" or "worse" in the family by 5 %: the smallest of m values of p is compared with 0.05 / m, the

@@ -63,7 +63,7 @@ def caption(differences: Table) -> list[str]:
     if n == 1:
         return ["One comparison, at a level of 5 %."]
     return [
-        f"{n} comparisons: with Holm's correction, even one wrong verdict has a probability of at most 5 %, "
+        f"{n} comparisons: with Holm's correction, even one wrong verdict has a probability of about 5 %, "
         "so intervals are wider than that of a single comparison; --metrics and --baseline choose fewer."
     ]
 

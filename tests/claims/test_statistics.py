@@ -148,6 +148,13 @@ def test_identical_arms_are_rarely_told_apart(n_arms):
     assert wrong <= stats.binom.ppf(0.99, n_studies, 0.05)
 
 
+def test_identical_means_of_unlike_spread_are_told_apart_in_little_more_than_one_study_in_twenty():
+    rng, n_studies = np.random.default_rng(0), 800
+    pairs = ([by_seed(spread * rng.standard_normal(3)) for spread in (1.0, 10.0)] for _ in range(n_studies))
+    wrong = sum(is_clear(difference(*pair)) for pair in pairs)
+    assert wrong <= stats.binom.ppf(0.99, n_studies, 0.06)
+
+
 def test_effects_are_found_as_often_as_by_scipys_test():
     """With paired seeds more often: 0.8 of the variance is shared, which `ttest_ind` cannot use."""
     n_studies = 400

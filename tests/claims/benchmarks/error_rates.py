@@ -2,7 +2,7 @@
 
 Run `python tests/claims/benchmarks/error_rates.py`: a few minutes on one core; it prints three Markdown tables. It
 simulates 1,000 studies of each size, with normally distributed results. A study is wrong if at least one of its
-identical arms is "better" or "worse", which should happen in at most 5 %. An effect is the difference of each arm from
+identical arms is "better" or "worse", which should happen in about 5 %. An effect is the difference of each arm from
 the first, in standard deviations between seeds. `ttest_ind` is SciPy's test with Holm's correction, which assumes that
 all arms vary alike; in the last table, one of two arms with equal means varies ten times as much as the other.
 """
