@@ -431,6 +431,12 @@ def test_the_measures_of_a_metric_are_its_best_and_its_last_value():
     assert [measure.kind for measure in measures_of("val/loss", None, [run])] == ["last"]
 
 
+@pytest.mark.parametrize(("mode", "ranking"), [("min", [2, 0, 3, 1]), ("max", [3, 0, 2, 1])])
+def test_arms_are_ranked_by_their_means_and_those_without_one_are_last(mode, ranking):
+    arms = arms_of([run_with(loss=loss, width=width) for width, loss in enumerate([2.0, math.nan, 1.0, 3.0])])
+    assert command._rank(arms, Measure("val/loss", "last", mode)) == ranking
+
+
 def test_the_terminal_shows_the_best_thirty_of_many_arms():
     table = tables.Table(["width", "loss"], [[str(number), ""] for number in range(40)])
     shown = command._best_rows(table, range(39, -1, -1))

@@ -228,7 +228,8 @@ def files(tmp_path):
     )
     (tmp_path / "g.txt.gz").write_bytes(gzip.compress("\ufeffone\r\ntwo".encode()))
     (tmp_path / "books/deep").mkdir(parents=True)
-    for name in ("b.txt", "a.md", "deep/c.TXT", ".hidden.txt", "d.py", "e.png", "empty.txt"):
+    (tmp_path / "books/.venv").mkdir()
+    for name in ("b.txt", "a.md", "deep/c.TXT", ".hidden.txt", ".venv/f.txt", "d.py", "e.png", "empty.txt"):
         (tmp_path / "books" / name).write_text("" if name == "empty.txt" else name)
     return tmp_path
 

@@ -1,8 +1,10 @@
 """A disk that is full: one line says where, and files that were saved stay; numbers that JSON does not have."""
 
 import contextlib
+import errno
 import io
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,7 @@ from helpers import RUNS
 
 from experiments import __main__ as command
 from lightning_modules.common import files
-from lightning_modules.common.files import atomic_file, write_json, write_text
+from lightning_modules.common.files import atomic_file, link_or_copy, write_json, write_text
 from lightning_modules.runtime.checkpoint_io import AtomicCheckpointIO
 from lightning_modules.runtime.loggers import MetricsCSV
 
@@ -39,6 +41,20 @@ def disk_with_room_for(monkeypatch):
         monkeypatch.setattr(files, "open", FullAfter, raising=False)
 
     return limit
+
+
+def test_a_second_name_is_a_copy_on_a_file_system_without_links(tmp_path, monkeypatch):
+    source, target = tmp_path / "best.ckpt", tmp_path / "last.ckpt"
+    source.write_bytes(b"new")
+    target.write_bytes(b"old")
+
+    def refuse(*_: object) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refuse)
+    link_or_copy(source, target)
+    assert (target.read_bytes(), target.samefile(source)) == (b"new", False)
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 @pytest.mark.parametrize("room", [0, 1_000, 60_000])

@@ -367,14 +367,19 @@ def test_random_draws_depend_on_the_seed_and_not_on_interruptions(llm_train, swe
 
 
 def test_bayes_learns_from_the_results_and_stops_at_the_target(sweep):
-    keys = RANDOM | {"method": "bayes", "run_cap": 60, "metric": {"name": "val/loss", "target": 6e-5}}
-    journal = Journal(Plan(read_sweep_file(sweep(**keys)), STUDY, [], n_runs=60, jobs=1, seed=0), in_memory=True)
-    values = []
-    while run := journal.next():
-        values.append(run.settings["lr"] / 2)
-        journal.record(run, values[-1], error=None)
-    assert min(values) == values[-1] <= 6e-5 < min(values[:-1])  # one draw in fifty would be
+    def search(method: str) -> list[float]:
+        keys = RANDOM | {"method": method, "run_cap": 60, "metric": {"name": "val/loss", "target": 6e-5}}
+        journal = Journal(Plan(read_sweep_file(sweep(**keys)), STUDY, [], n_runs=60, jobs=1, seed=0), in_memory=True)
+        values = []
+        while run := journal.next():
+            values.append(run.settings["lr"] / 2)
+            journal.record(run, values[-1], error=None)
+        return values
+
+    values = search("bayes")
+    assert min(values) == values[-1] <= 6e-5 < min(values[:-1])
     assert 10 < len(values) < 40
+    assert min(search("random")) > 6e-5  # in all 60 runs
 
 
 def test_a_study_ends_at_the_target_and_only_its_first_command_is_known_before(llm_train, sweep):
