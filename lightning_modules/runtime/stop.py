@@ -5,6 +5,7 @@ import math
 import os
 import signal
 import threading
+import time
 from functools import partial
 from typing import Any, NoReturn
 
@@ -20,6 +21,7 @@ from lightning_modules.runtime import private_names
 from lightning_modules.runtime.checkpoint import RunCheckpoint, save_last
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_LONGEST_WAIT = 5.0  # seconds from a signal to the exchange of signals; torchrun kills 30 seconds after its SIGTERM
 _MOST_UNREAD = 1000  # losses of batches on a GPU, if metrics are logged seldom or never
 
 
@@ -35,14 +37,16 @@ class GracefulStop(L.Callback):
     between two micro-batches of one optimiser step, because accumulated gradients are not part of a checkpoint.
 
     Args:
-        every_n_steps: Number of optimiser steps between two exchanges of signals between the ranks. A run on one
-            process ignores it, and stops after the step in progress.
+        every_n_steps: Most optimiser steps between two exchanges of signals between the ranks; fewer if so many steps
+            take more than 5 seconds. A run on one process ignores it, and stops after the step in progress.
     """
 
     def __init__(self, every_n_steps: PositiveInt = 10) -> None:
         self.every_n_steps = every_n_steps
         self.received = 0
         self._group: torch.distributed.ProcessGroup | None = None
+        self._exchanged = 0, -math.inf  # step and time of the last exchange
+        self._next_exchange = 0  # its step, unless a multiple of `every_n_steps` comes before it
         self._previous_handlers: dict[int, Any] = {}
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -69,6 +73,7 @@ class GracefulStop(L.Callback):
             signal.signal(number, partial(self._on_signal, trainer))
         if trainer.world_size > 1:
             self._group = torch.distributed.new_group(backend="gloo")
+        self._exchanged, self._next_exchange = (0, -math.inf), 0  # at once; the second measures the speed
 
     def _on_signal(self, trainer: L.Trainer, signal_number: int, frame: object) -> None:
         self.received = signal_number
@@ -86,16 +91,21 @@ class GracefulStop(L.Callback):
 
     def _stop_if_asked(self, trainer: L.Trainer) -> None:
         """Save and raise `SystemExit` if any rank got a signal."""
-        received = self.received
-        if self._group is not None:
-            if trainer.global_step % self.every_n_steps:
-                return
-            of_all = torch.tensor([received])
-            torch.distributed.all_reduce(of_all, op=torch.distributed.ReduceOp.MAX, group=self._group)
-            received = int(of_all.item())
+        received = self.received if self._group is None else self._exchange(trainer.global_step)
         if received and not private_names.training_is_done(trainer):
             save_last(trainer)
             raise SystemExit(128 + received)
+
+    def _exchange(self, step: int) -> int:
+        """Return the signal that any rank got, if the ranks exchange signals after this step; otherwise 0."""
+        if step % self.every_n_steps and step < self._next_exchange:
+            return 0
+        (before, since), now = self._exchanged, time.monotonic()
+        of_all = torch.tensor([self.received, (now - since) / max(1, step - before)], dtype=torch.float64)
+        torch.distributed.all_reduce(of_all, op=torch.distributed.ReduceOp.MAX, group=self._group)
+        received, seconds = of_all.tolist()  # the same on all ranks, which so agree on the next exchange
+        self._exchanged, self._next_exchange = (step, now), step + max(1, int(_LONGEST_WAIT / seconds))
+        return int(received)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Let rank 0 close the record of the run: Lightning would kill it some seconds after the ranks it started."""

@@ -222,23 +222,35 @@ def test_a_killed_run_resumes_from_a_checkpoint_of_every_so_many_steps(tmp_path,
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("batches", [1, 2, 3])
-def test_processes_exchange_signals_whatever_the_number_of_steps_of_an_epoch(tmp_path, monkeypatch, batches):
+@pytest.mark.parametrize(
+    ("batches", "every", "seconds", "exchanges"),
+    [
+        *((batches, 2, 0.0, [1, 2, 4]) for batches in (1, 2, 3)),
+        (3, 5, 2.0, [1, 2, 4, 5, 7]),
+        (3, 5, 40.0, [1, 2, 3, 4]),
+    ],
+)
+def test_processes_exchange_signals_every_so_many_steps_and_at_least_every_five_seconds(
+    tmp_path, monkeypatch, batches, every, seconds, exchanges
+):
+    trainers, steps = [], []
+
     class OfTwo(L.Callback):
         def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
             (stop,) = (callback for callback in trainer.callbacks if isinstance(callback, GracefulStop))
-            stop._group = object()
+            stop._group, stop.every_n_steps = object(), every
+            trainers.append(trainer)
 
-    exchanges = []
-
-    def reduce(received: Tensor, **_: object) -> None:
-        exchanges.append(int(received))
-        if len(exchanges) == 2:  # the other process has a signal
-            received.fill_(signal.SIGTERM)
+    def reduce(of_all: Tensor, **_: object) -> None:
+        assert of_all[0] == 0
+        of_all[1].clamp_(min=seconds)  # a step of the other process
+        steps.append(trainers[0].global_step)
+        if len(steps) == len(exchanges):  # the other process has a signal
+            of_all[0] = signal.SIGTERM
 
     monkeypatch.setattr(torch.distributed, "all_reduce", reduce)
     code, step, *_ = fit(tmp_path, batches, Rows(), added=[OfTwo()], max_steps=9, limit_val_batches=0)
-    assert (code, step, exchanges) == (143, 4, [0, 0])
+    assert (code, step, steps) == (143, exchanges[-1], exchanges)
 
 
 @pytest.mark.filterwarnings("ignore")
