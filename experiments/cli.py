@@ -320,9 +320,10 @@ class ExperimentCLI(SettingsGoOverCheckpoint):
         for logger in getattr(trainer, "loggers", ()):  # `prepare` and `estimate` have another trainer
             if isinstance(logger, WandbRecorder):
                 logger.finish(exit_code=1)  # W&B's process writes into the folder until then
-        if self.run is None or not self.run.is_new or rank_zero_only.rank != 0:
+        if self.run is None or not self.run.is_new:
             return
-        if self._trainer_arguments.get("fast_dev_run") or not any(self.run.path.glob("config*.yaml")):
+        is_trial = bool(self._trainer_arguments.get("fast_dev_run"))  # each process has a folder of its own
+        if is_trial or (rank_zero_only.rank == 0 and not any(self.run.path.glob("config*.yaml"))):
             shutil.rmtree(self.run.path, ignore_errors=True)
 
 

@@ -237,5 +237,5 @@ def recorded(config: Path, name: str = "run") -> dict[str, Any]:
 
 
 def temporary(topic: str) -> RunFolder:
-    """Return a temporary folder for a trial run (`trainer.fast_dev_run`), which leaves no files."""
+    """Return a temporary folder of this process for a trial run (`trainer.fast_dev_run`), which leaves no files."""
     return RunFolder(Path(tempfile.mkdtemp(prefix=f"{topic}-")), topic, is_new=True)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,12 +10,14 @@ import pytest
 import torch
 import yaml
 from helpers import RUNS, weights
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from experiments import api, generate
 from experiments.__main__ import COMMANDS
 from experiments.api import Run
 from experiments.cli import ExperimentCLI
 from experiments.parser import one_line
+from experiments.run import run_folder
 from lightning_modules.base import ExperimentModule
 from lightning_modules.runtime.private_names import option_names
 
@@ -97,9 +100,39 @@ def test_flags_go_over_yaml_the_vocabulary_is_linked_and_the_schedule_ends_with_
     assert [group["weight_decay"] for group in checkpoint["optimizer_states"][0]["param_groups"]] == [0.1, 0.0]
 
 
-def test_a_trial_run_leaves_no_folder(llm_train, tiny):
+@pytest.fixture
+def temporary(tmp_path, monkeypatch) -> Path:
+    """Return the folder, empty, in which temporary folders are made."""
+    folder = tmp_path / "temporary"
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    return folder
+
+
+def test_a_trial_run_leaves_no_folder(llm_train, tiny, temporary):
     assert llm_train("fit", "-c", tiny(), "--trainer.fast_dev_run", "true").code == 0
     assert not RUN.exists() or not any(RUN.iterdir())
+    assert not any(temporary.iterdir())
+
+
+def test_each_process_of_a_trial_run_removes_its_folder(temporary, monkeypatch):
+    monkeypatch.setattr(rank_zero_only, "rank", 1)
+    cli = ExperimentCLI.__new__(ExperimentCLI)
+    cli.config, cli.subcommand = {"fit": {"trainer": {"fast_dev_run": 1}}}, "fit"
+    cli.run = run_folder.temporary("topic")
+    assert any(temporary.iterdir())
+    cli.close()
+    assert not any(temporary.iterdir())
+
+
+def test_rank_0_alone_removes_a_run_without_files(tmp_path, monkeypatch):
+    cli = ExperimentCLI.__new__(ExperimentCLI)
+    cli.config, cli.subcommand = {"fit": {"trainer": {}}}, "fit"
+    cli.run = run_folder.claim(tmp_path, "topic", "name")
+    for rank, is_left in ((1, True), (0, False)):
+        monkeypatch.setattr(rank_zero_only, "rank", rank)
+        cli.close()
+        assert cli.run.path.exists() == is_left
 
 
 def test_a_test_writes_into_the_run_folder_and_keeps_its_configuration(llm_train, tiny, whole):
