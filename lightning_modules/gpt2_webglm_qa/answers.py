@@ -16,7 +16,7 @@ from lightning_modules.common.files import write_text
 from lightning_modules.common.ranges import NonNegativeInt, PositiveInt
 from lightning_modules.gpt2_webglm_qa import citations
 from lightning_modules.runtime.drawing import log_before_training, show_table
-from lightning_modules.runtime.processes import gathered
+from lightning_modules.runtime.processes import from_first, gathered
 from lightning_modules.runtime.sharded import whole_model
 
 # The systems that answer the questions, and their names in the tables.
@@ -112,7 +112,7 @@ class AnswerQuestions(L.Callback):
             self._examples = pl_module.data.questions(side, n)
             if not self._examples:
                 return
-            self._answers = trainer.strategy.broadcast(self._remembered(trainer)) | self._by_rule()
+            self._answers = from_first(trainer, lambda: self._remembered(trainer)) | self._by_rule()
         self._answers["untuned" if trainer.sanity_checking else "tuned"] = self._answer(trainer, pl_module)
         if trainer.sanity_checking:
             return
