@@ -172,11 +172,15 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             rest = shards.put_together(rest, shards.whole(files))
         return {name: part for name, part in rest.items() if name != "optimizer_states"}
 
-    def load_parts(self, path: str | Path, **options: Any) -> tuple[dict[str, Any], list[shards.Tensors]]:
+    def load_parts(
+        self, path: str | Path, rank: int = 0, n_ranks: int = 1, **options: Any
+    ) -> tuple[dict[str, Any], list[shards.Tensors]]:
         """Return a checkpoint, and the files of its shards: none if it is whole.
 
         Args:
             path: Path of the file.
+            rank: Rank of the process, if several load the checkpoint and share the work of checking the shards.
+            n_ranks: Number of these processes; each compares the checksums of one of so many shards.
             **options: Arguments of `torch.load`.
 
         Raises:
@@ -186,16 +190,21 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         if shards.SHARDS not in checkpoint:
             return checkpoint, []
         folder = shards.folder_of(Path(path), checkpoint)
-        files = [folder / f"{number}.ckpt" for number in range(checkpoint[shards.SHARDS]["n"])]
-        return checkpoint, [self._load(file, **options)["state_dict"] for file in files]
+        numbers = range(checkpoint[shards.SHARDS]["n"])
+        loaded = [self._load(folder / f"{i}.ckpt", check=i % n_ranks == rank, **options) for i in numbers]
+        return checkpoint, [share["state_dict"] for share in loaded]
 
-    def shards_of(self, path: Path) -> Path | None:
+    def shards_of(self, path: Path, check: bool = True) -> Path | None:
         """Return the folder of the shards of a checkpoint; `None` if it is whole.
+
+        Args:
+            path: Path of the file.
+            check: Whether to read the file to its end, and compare its checksums.
 
         Raises:
             MisconfigurationException: As in `load_checkpoint`.
         """
-        checkpoint = self._load(path, map_location="meta")
+        checkpoint = self._load(path, check, map_location="meta", mmap=True)
         return shards.folder_of(path, checkpoint) if shards.SHARDS in checkpoint else None
 
     def remove_unused_shards(self, folder: Path) -> None:
@@ -203,11 +212,11 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         used = set()
         for path in folder.glob("*.ckpt"):
             with suppress(MisconfigurationException):  # a damaged one cannot be resumed from
-                used.add(self.shards_of(path))
+                used.add(self.shards_of(path, check=False))
         for unused in shards.folders_in(folder) - used:
             shutil.rmtree(unused)
 
-    def _load(self, path: Path, **options: Any) -> dict[str, Any]:
+    def _load(self, path: Path, check: bool = True, **options: Any) -> dict[str, Any]:
         self.wait()
         if not path.is_file():
             raise MisconfigurationException(f"{path}: no such checkpoint")
@@ -216,7 +225,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 # torch.load does not compare the checksums. It reads a member that is marked as a folder as empty
                 # memory, and maps a compressed member as it is.
                 odd = (e.filename for e in archive.infolist() if e.external_attr & _FOLDER or e.compress_type)
-                damaged = archive.testzip() or next(odd, None)
+                damaged = next(odd, None) or (archive.testzip() if check else None)
             if damaged:
                 raise MisconfigurationException(f"{path}: the checkpoint is damaged (checksum of {damaged} is wrong)")
             checkpoint = torch.load(path, weights_only=True, **options)

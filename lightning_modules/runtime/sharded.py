@@ -33,6 +33,7 @@ from lightning_modules.common.messages import say
 from lightning_modules.models.linear_layers import linear_layers
 from lightning_modules.runtime import private_names, shards
 from lightning_modules.runtime.checkpoint_io import AtomicCheckpointIO
+from lightning_modules.runtime.processes import gathered
 
 
 def _evaluated(step: str) -> Callable[..., Any]:
@@ -286,13 +287,16 @@ class FullyShardedStrategy(ModelParallelStrategy):
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
         """Load a checkpoint as other strategies do: check its checksums, and run no code from it.
 
-        Of a checkpoint in shards, a process reads its share only.
+        Of a checkpoint in shards, a process reads its rows only. The processes share the work of checking the files,
+        and all refuse a checkpoint that one of them finds damaged.
+
+        Raises:
+            MisconfigurationException: If the checkpoint is damaged, not a checkpoint, or holds pickled code.
         """
         self._has_loaded_shares = False
         if not isinstance(self.checkpoint_io, AtomicCheckpointIO):
             return self.checkpoint_io.load_checkpoint(checkpoint_path)
-        # The processes of a machine map the same memory.
-        rest, files = self.checkpoint_io.load_parts(checkpoint_path, map_location="cpu", mmap=True)
+        rest, files = self._load_parts(self.checkpoint_io, checkpoint_path)
         self._has_loaded_shares = bool(files)
         if not files:
             return rest
@@ -309,6 +313,16 @@ class FullyShardedStrategy(ModelParallelStrategy):
                 own = dict(enumerate(of_optimizers[int(number)]))  # may be fewer; then the weights are refused
                 tensors[place] = shards.rows_like(files, place, own.get(int(parameter), torch.empty(0)))
         return shards.put_together(rest, tensors)
+
+    def _load_parts(self, io: AtomicCheckpointIO, path: str | Path) -> tuple[dict[str, Any], list[shards.Tensors]]:
+        parts, error = ({}, []), ""
+        try:  # the processes of a machine map the same memory
+            parts = io.load_parts(path, self.global_rank, self.world_size, map_location="cpu", mmap=True)
+        except MisconfigurationException as found:
+            error = str(found)
+        if errors := list(filter(None, gathered(self.lightning_module.trainer, error))):
+            raise MisconfigurationException(errors[0])
+        return parts
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """Return the weights in the memory of the host: whole on rank 0 and none on the others, or sharded."""

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from zipfile import ZipFile
 
 import forks
 import pytest
@@ -17,7 +18,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from shared_runs import own_world
 from torch.distributed.tensor import DTensor
 
-from lightning_modules.runtime import shards
+from lightning_modules.runtime import sharded, shards
 from lightning_modules.runtime.checkpoint_io import AtomicCheckpointIO
 from lightning_modules.runtime.samples import SampleText
 from lightning_modules.runtime.sharded import FullyShardedStrategy
@@ -286,3 +287,59 @@ def test_shards_that_no_checkpoint_names_are_removed(tmp_path):
     (tmp_path / "best.ckpt").write_bytes(b"damaged")
     files.remove_unused_shards(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"best.ckpt", "last.ckpt", "shards_2_b", "shards_of_mine"}
+
+
+def damage(file: Path) -> None:
+    """Change a byte of the tensor in a file, which `torch.load` does not notice."""
+    content = bytearray(file.read_bytes())
+    content[content.index(torch.ones(4).numpy().tobytes())] ^= 1
+    file.write_bytes(content)
+
+
+@pytest.fixture
+def three_shards(tmp_path) -> Path:
+    """A checkpoint of three shards, of which the last is damaged."""
+    files = AtomicCheckpointIO()
+    for number in range(3):
+        files.save_checkpoint({"state_dict": {"state_dict/w": torch.ones(4)}}, tmp_path / f"shards_1_a/{number}.ckpt")
+    files.save_checkpoint({"state_dict": {}, "shards": {"folder": "shards_1_a", "n": 3}}, tmp_path / "last.ckpt")
+    damage(tmp_path / "shards_1_a/2.ckpt")
+    return tmp_path / "last.ckpt"
+
+
+def test_the_shards_are_checked_once_by_all_processes_together(three_shards):
+    files = AtomicCheckpointIO()
+    assert len(files.load_parts(three_shards, rank=1, n_ranks=2)[1]) == 3
+    for rank, n_ranks in ((0, 1), (0, 2), (2, 4)):
+        with pytest.raises(MisconfigurationException, match=r"2\.ckpt: the checkpoint is damaged"):
+            files.load_parts(three_shards, rank=rank, n_ranks=n_ranks)
+
+
+def test_all_processes_refuse_a_shard_that_one_of_them_finds_damaged(three_shards, monkeypatch):
+    errors: list[str] = []
+
+    def of_both(trainer: Any, error: str) -> list[str]:
+        errors.append(error)
+        return errors
+
+    monkeypatch.setattr(sharded, "gathered", of_both)
+    monkeypatch.setattr(FullyShardedStrategy, "world_size", 2)
+    for rank in (0, 1):
+        monkeypatch.setattr(FullyShardedStrategy, "global_rank", rank)
+        strategy = FullyShardedStrategy()
+        strategy.checkpoint_io, strategy._lightning_module = AtomicCheckpointIO(), SimpleNamespace(trainer=None)
+        with pytest.raises(MisconfigurationException, match=r"2\.ckpt: the checkpoint is damaged"):
+            strategy.load_checkpoint(three_shards)
+    assert [bool(error) for error in errors] == [True, False]
+
+
+def test_a_save_does_not_read_the_other_checkpoints_to_their_end(three_shards, monkeypatch):
+    files = AtomicCheckpointIO()
+    files.save_checkpoint({"state_dict": {"w": torch.ones(4)}}, three_shards.with_name("best.ckpt"))
+    damage(three_shards.with_name("best.ckpt"))
+    assert files.shards_of(three_shards.with_name("best.ckpt"), check=False) is None
+    with pytest.raises(MisconfigurationException, match="damaged"):
+        files.shards_of(three_shards.with_name("best.ckpt"))
+    monkeypatch.delattr(ZipFile, "testzip")
+    files.remove_unused_shards(three_shards.parent)
+    assert len(list(three_shards.parent.iterdir())) == 3
