@@ -7,7 +7,7 @@ import signal
 import threading
 import time
 from functools import partial
-from typing import Any, NoReturn
+from typing import Any
 
 import lightning as L
 import torch
@@ -126,12 +126,13 @@ def _stop_at_once(signal_number: int, frame: object) -> None:
 class StopOnNonFiniteLoss(L.Callback):
     """Callback that stops the run if the training loss, or a trained weight, is infinite or NaN.
 
-    Losses and weights are checked before a checkpoint is written, on all ranks: if one of them finds such a number,
-    none writes. On a GPU the losses stay there, and are read then and when metrics are logged, so that the GPU does not
-    have to wait.
+    Losses and weights are checked before a checkpoint is written: if one rank finds such a number, none writes. One
+    process on the CPU reads the loss of each batch. On a GPU the losses stay there, and are read when metrics are
+    logged and before a checkpoint, so that the GPU does not have to wait. Several processes read theirs then too, and
+    stop together.
 
     Args:
-        every_n_steps: Fewest optimiser steps between two readings on a GPU.
+        every_n_steps: Fewest optimiser steps between two readings on a GPU, or on several processes.
     """
 
     def __init__(self, every_n_steps: PositiveInt = 10) -> None:
@@ -142,18 +143,19 @@ class StopOnNonFiniteLoss(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: object, batch_idx: int
     ) -> None:
-        """Keep the loss, and stop if a reading is due and a loss is not finite."""
+        """Keep the loss, and stop if a reading is due and a loss of any process is not finite."""
         loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
         if loss is None:
             return
-        on_cpu, every = loss.device.type == "cpu", trainer.log_every_n_steps
+        at_once = loss.device.type == "cpu" and trainer.world_size == 1
+        every = trainer.log_every_n_steps
         accumulates = private_names.is_accumulating(trainer)
         self._steps.append(trainer.global_step + accumulates)  # the step in progress is not counted yet
         # A copy, because CUDA graphs use the memory of the loss again.
-        self._losses.append(loss.detach() if on_cpu else loss.detach().clone())
+        self._losses.append(loss.detach() if at_once else loss.detach().clone())
         logged = every and not accumulates and trainer.global_step % every == 0
         enough = self._steps[-1] - self._steps[0] + 1 >= self.every_n_steps
-        if on_cpu or (logged and enough) or len(self._steps) >= _MOST_UNREAD:
+        if at_once or (logged and enough) or len(self._steps) >= _MOST_UNREAD:
             self._check(trainer)
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -161,16 +163,14 @@ class StopOnNonFiniteLoss(L.Callback):
         found = self._bad_loss()
         if not found and not _trained_weights_are_finite(pl_module):
             found = f"a weight was not finite after step {trainer.global_step}"
-        if trainer.strategy.reduce_boolean_decision(bool(found), all=False):
-            _raise(trainer, found or "the training loss of another process was not finite")
+        _raise_on_all_ranks(trainer, found)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Check the last steps."""
         self._check(trainer)
 
     def _check(self, trainer: L.Trainer) -> None:
-        if found := self._bad_loss():
-            _raise(trainer, found)
+        _raise_on_all_ranks(trainer, self._bad_loss())
 
     def _bad_loss(self) -> str:
         """Read the losses; return the first step whose loss was not finite, in words, or nothing."""
@@ -195,7 +195,11 @@ def _run_checkpoints(trainer: L.Trainer) -> list[RunCheckpoint]:
     return [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, RunCheckpoint)]
 
 
-def _raise(trainer: L.Trainer, reason: str) -> NoReturn:
+def _raise_on_all_ranks(trainer: L.Trainer, found: str) -> None:
+    """Raise what this process has found, or that another one has found something; call it on all ranks."""
+    if not trainer.strategy.reduce_boolean_decision(bool(found), all=False):
+        return
+    reason = found or "the training loss of another process was not finite"
     has_last = any(callback.has_last for callback in _run_checkpoints(trainer))
     kept = "the last good checkpoint was kept" if has_last else "there is no checkpoint yet"
     raise MisconfigurationException(
