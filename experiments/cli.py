@@ -280,7 +280,7 @@ class ExperimentCLI(SettingsGoOverCheckpoint):
             raise MisconfigurationException("BatchSizeFinder: data.batch_size is a setting of the experiment; set it")
         if built["trainer"]["enable_progress_bar"] is False:
             callbacks = [callback for callback in callbacks if not isinstance(callback, ProgressBar)]
-        built["trainer"]["callbacks"] = callbacks
+        built["trainer"]["callbacks"] = last_of_defaults(callbacks)
         try:
             trainer = super().instantiate_trainer(default_root_dir=str(self.run.path), **kwargs)
         except ValueError as error:
@@ -343,6 +343,19 @@ def dropped_defaults(trainer: Mapping[str, Any] | Namespace) -> Iterator[str]:
                 f"trainer.{key}: {', '.join(kept)} in place of the defaults, {', '.join(dropped)}; "
                 f"`--trainer.{key}+`, or `{key}+:` in YAML, adds to them"
             )
+
+
+def last_of_defaults(callbacks: Sequence[L.Callback]) -> list[L.Callback]:
+    """Return the callbacks, each of a default class once: the last one, with its settings, in the place of the first.
+
+    So `--trainer.callbacks+ RunCheckpoint` sets other arguments of a default callback, and does not add a second one.
+    """
+    defaults = {default["class_path"] for default in read_yaml(DEFAULTS)["trainer"]["callbacks"]}
+    chosen: dict[object, L.Callback] = {}
+    for callback in callbacks:
+        path = f"{type(callback).__module__}.{type(callback).__qualname__}"
+        chosen[path if path in defaults else id(callback)] = callback
+    return [*chosen.values()]
 
 
 def _class_names(value: Any) -> Iterator[str]:

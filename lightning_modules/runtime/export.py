@@ -28,7 +28,7 @@ class ExportModel(L.Callback):
     `model/` holds the weights of `best.ckpt`, or of `last.ckpt` if no checkpoint is the best, the tokenizer, and a
     model card. The tokenizer is that of the data; without one, nothing is written. A module without `save_pretrained`
     has no `model/`. A module with `generate` makes a model that generates: other programs stop it at the end-of-text
-    token and at the context. If `trainer.callbacks` names this class several times, the last one counts.
+    token and at the context.
 
     Args:
         licence: Licence of the model for the model card, by its name on the Hugging Face hub, such as `mit`; `null`
@@ -43,7 +43,7 @@ class ExportModel(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: ExperimentModule) -> None:
         """Save the tokenizer, so that text can be generated from an interrupted run too."""
         self._has_trained = True
-        if self._is_in_charge(trainer, pl_module):
+        if _can_export(trainer, pl_module):
             pl_module.data.tokenizer.save_pretrained(Path(trainer.default_root_dir) / "tokenizer")
 
     @rank_zero_only
@@ -53,7 +53,7 @@ class ExportModel(L.Callback):
         It is built again from the checkpoint, on the CPU: the trained one may be sharded over many processes.
         """
         run = Path(trainer.default_root_dir)
-        if not self._is_in_charge(trainer, pl_module) or not hasattr(pl_module, "save_pretrained"):
+        if not _can_export(trainer, pl_module) or not hasattr(pl_module, "save_pretrained"):
             return
         if (run / "model").is_dir() and not self._has_trained:
             return
@@ -83,11 +83,9 @@ class ExportModel(L.Callback):
 
         replace_folder(run / "model", write)
 
-    def _is_in_charge(self, trainer: L.Trainer, pl_module: ExperimentModule) -> bool:
-        """Return whether there is a tokenizer to save, and this is the callback of its class that does it."""
-        last = [callback for callback in trainer.callbacks if isinstance(callback, ExportModel)][-1]
-        can_be_saved = hasattr(getattr(pl_module.data, "tokenizer", None), "save_pretrained")
-        return self is last and can_be_saved and not trainer.fast_dev_run
+
+def _can_export(trainer: L.Trainer, pl_module: ExperimentModule) -> bool:
+    return hasattr(getattr(pl_module.data, "tokenizer", None), "save_pretrained") and not trainer.fast_dev_run
 
 
 def _n_rows(loaders: Any) -> int:

@@ -5,18 +5,26 @@ from helpers import LAST, RUNS, weights
 
 from datamodules.tokenizers import byte_tokenizer
 from lightning_modules.base import ExperimentModule
+from lightning_modules.common.files import read_json
 from lightning_modules.runtime import export
+from lightning_modules.runtime.learning_curve import read_metric
 
 EXPORT = {"class_path": "lightning_modules.runtime.export.ExportModel"}
 
 
-def test_a_configuration_that_names_the_default_callback_again_exports_once(llm_train, tiny, monkeypatch):
+def test_a_configuration_that_names_default_callbacks_again_sets_their_arguments(llm_train, tiny, monkeypatch):
     exported, export_model = [], export.export_model
     monkeypatch.setattr(export, "export_model", lambda *given: exported.append(given) or export_model(*given))
     licensed = EXPORT | {"init_args": {"licence": "mit"}}
-    done = llm_train("fit", "-c", tiny(**{"trainer__callbacks+": [EXPORT, licensed]}))
+    worst = {
+        "class_path": "lightning_modules.runtime.checkpoint.RunCheckpoint",
+        "init_args": {"monitor": "val/loss", "mode": "max"},
+    }
+    done = llm_train("fit", "-c", tiny(**{"trainer__callbacks+": [EXPORT, worst, licensed]}))
     assert done.code == 0, done.err
     assert len(exported) == 1
+    _, losses = read_metric(RUNS / "tiny/metrics.csv", "val/loss")
+    assert read_json(RUNS / "tiny/summary.json", {})["best"]["value"] == pytest.approx(max(losses))
     card = (RUNS / "tiny/model/README.md").read_text()
     assert "license: mit\n" in card
     assert "| context | 16 tokens |" in card
