@@ -64,8 +64,8 @@ def groups_of(documents: Iterable[str]) -> list[int]:
     Two documents are in a group if they are equal, or share at least half of the long lines of the one that has fewer,
     and so are the documents that share as much with either. Lines of more than 10 documents and of more than a tenth of
     all, such as those of a licence, count only between copies: documents whose long lines are at least half of their
-    text, and which share at least nine tenths of those of the one that has more. So more than 10 drafts of a text, of
-    which each differs more from the others, are not a group.
+    text, and which share such lines, at least nine tenths of the long lines of the one that has more. Each is compared
+    with the 10 before it. So more than 10 drafts of a text, of which each differs more from the others, are no group.
     """
     lines: list[frozenset[bytes]] = []
     mostly_long: list[bool] = []

@@ -15,7 +15,7 @@ import numpy as np
 
 from experiments.errors import UserError
 from experiments.yaml_files import numbered, read_yaml
-from lightning_modules.common.files import whole_lines
+from lightning_modules.common.files import complete_lines
 
 FINISHED = "finished"
 CONFIG = "config"  # a setting of the runs of a study: the file that is merged over the configuration, by its stem
@@ -164,7 +164,7 @@ def _printable(value: Any) -> Any:
 
 
 def _read_csv(file: Path) -> dict[str, Series]:
-    lines = whole_lines(file) if file.is_file() else []
+    lines = complete_lines(file) if file.is_file() else []
     header = next(csv.reader(lines), ["step"])
     for line, row in enumerate(lines[1:], start=2):
         if row.count(",") != len(header) - 1:

@@ -151,12 +151,14 @@ class RunRecord(SaveConfigCallback):
         if not self._is_recorded:  # a resumed run that did not begin to train
             if status != "finished":
                 return
-            for logger in _of(MetricsCSV, trainer.loggers):
-                logger.restore(self._unwritten)
-            if read_json(self._summary_file, {}).get("status") == "finished":
+            if not self._run.is_new:  # a branch from the last step has no record
+                for logger in _of(MetricsCSV, trainer.loggers):
+                    logger.restore(trainer.global_step, self._unwritten)
+            if self._run.is_new or read_json(self._summary_file, {}).get("status") == "finished":
                 for logger in _of(WandbRecorder, trainer.loggers):
                     logger.finish(exit_code=0)
-                say(f"{self._run.path} is finished: nothing is left to do")
+                of = self.cli.arguments["ckpt_path"] if self._run.is_new else self._run.path
+                say(f"{of} is finished: nothing is left to do")
                 return
             self._record(trainer)  # the session before this one failed or was killed after the last step
             metrics = {name: value for row in self._unwritten[-1:] for name, value in row.items() if "/" in name}

@@ -13,7 +13,7 @@ from experiments.errors import UserError
 from experiments.study.names import arm_name
 from experiments.study.runs import LOGS, Plan, Run
 from experiments.study.sweep_file import Sweep
-from lightning_modules.common.files import whole_lines
+from lightning_modules.common.files import complete_lines
 
 JOB = "job"  # attribute of the trial of a run that was submitted to a cluster
 
@@ -192,7 +192,7 @@ def _asked_by(sweep: Sweep) -> dict[str, Any]:
 
 def _asked_in(folder: Path) -> dict[str, Any]:
     """Return what the study in a folder was begun with; empty if its journal does not say it."""
-    for line in whole_lines(folder / _FILE):
+    for line in complete_lines(folder / _FILE):
         record = json.loads(line)
         if "asked" in record.get("user_attr", {}):
             return record["user_attr"]["asked"]
@@ -218,7 +218,7 @@ def settings_of(folder: Path, sweep: Sweep) -> dict[str, dict[str, Any]]:
         begun, now = _asked_in(folder), _asked_by(sweep)
         if other := " and ".join(key for key in ("parameters", "command") if begun.get(key, now[key]) != now[key]):
             raise UserError(f"{folder} was begun with other {other} than {sweep.path} has now: undo that, or remove it")
-        for line in whole_lines(folder / _FILE):
+        for line in complete_lines(folder / _FILE):
             record = json.loads(line)
             if "trial_id" in record:
                 trials.setdefault(record["trial_id"], {}).update(record.get("user_attr", {}))

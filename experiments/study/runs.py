@@ -21,7 +21,7 @@ from experiments.errors import UserError
 from experiments.study.names import folder_name
 from experiments.study.sweep_file import Sweep
 from experiments.yaml_files import load_yaml, read_yaml
-from lightning_modules.common.files import read_json, whole_lines
+from lightning_modules.common.files import complete_lines, read_json
 
 if TYPE_CHECKING:  # optuna is slow to import
     import optuna
@@ -238,7 +238,7 @@ class Run:
         """Return the finite values of the sweep's metric that the run has written so far."""
         values = []
         if self._metrics.is_file():
-            for row in csv.DictReader(whole_lines(self._metrics)):
+            for row in csv.DictReader(complete_lines(self._metrics)):
                 with contextlib.suppress(KeyError, TypeError, ValueError):  # not in this row
                     values.append(float(row[self.plan.sweep.metric.name]))
         return list(filter(math.isfinite, values))

@@ -124,7 +124,7 @@ def read_json(file: Path, empty: _Value) -> _Value:
     return value
 
 
-def whole_lines(file: Path) -> list[str]:
+def complete_lines(file: Path) -> list[str]:
     """Return the complete lines of a text file; a process may have written half of another one."""
     return file.read_text(encoding="utf-8").split("\n")[:-1]
 

@@ -66,7 +66,8 @@ class Muon(Optimizer):
         adamw_weight_decay: Weight decay of AdamW on embeddings and output matrices; `null` means `weight_decay`.
         betas: Shares of the two running means that a step of AdamW keeps (0 to less than 1).
         eps: Number that AdamW adds to its denominator.
-        matrices: Glob patterns of the names of the parameters that Muon updates; `null` means the rule above.
+        matrices: Glob patterns of the names of the parameters that Muon updates, in adapted layers with `base_layer` or
+            `lora_A.default`; `null` means the rule above.
         fused: Whether AdamW updates all its parameters in one kernel.
         dtype: Number type of the orthogonalisation, which needs little precision; `null` means `bfloat16` on a GPU and
             `float32` on a CPU, where `bfloat16` is faster only if the processor has instructions for it (AMX).

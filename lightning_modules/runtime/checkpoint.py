@@ -138,7 +138,7 @@ class RunCheckpoint(Checkpoint):
     def _set_best(self, trainer: L.Trainer) -> None:
         self.best_score, self.best_step = self._score(trainer), trainer.global_step
         metrics = trainer.callback_metrics.items()
-        self.best_metrics = {name: float(value) for name, value in metrics if name.startswith("val/")}
+        self.best_metrics = {name: float(value) for name, value in metrics if not name.startswith(("train/", "perf/"))}
 
     def _score(self, trainer: L.Trainer) -> float:
         if self.monitor not in trainer.callback_metrics:

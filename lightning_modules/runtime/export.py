@@ -61,15 +61,16 @@ class ExportModel(L.Callback):
             say(f"export: no model/, for the checkpoints are in shards; llm-train convert {run} makes whole files")
             return
         files = [file for name in ("best", "last") if (file := run / f"checkpoints/{name}.ckpt").is_file()]
+        if not files and not self._has_trained:  # a branch from the last step
+            return
         if not files:
             say(f"{run} has no checkpoint, and so no model/: add lightning_modules.runtime.checkpoint.RunCheckpoint")
             return
         checkpoint = AtomicCheckpointIO().load_model(files[0])
         module = type(pl_module).of_checkpoint(checkpoint)
-        results = next((c.best_metrics for c in trainer.checkpoint_callbacks if isinstance(c, RunCheckpoint)), {})
-        if not results:
-            latest = trainer.callback_metrics.items()
-            results = {name: float(value) for name, value in latest if name.startswith("val/")}
+        of_best = next((c.best_metrics for c in trainer.checkpoint_callbacks if isinstance(c, RunCheckpoint)), {})
+        found = of_best or trainer.callback_metrics
+        results = {name: float(value) for name, value in found.items() if name.startswith("val/")}
         base = next((base for name in ("base", "pretrained") if (base := module.hparams.get(name))), None)
         n_rows = {"train": _n_rows(trainer.train_dataloader), "val": _n_rows(trainer.val_dataloaders)}
 

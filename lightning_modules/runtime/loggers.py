@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from lightning_modules.common.files import read_json, whole_lines, write_json, write_text
+from lightning_modules.common.files import complete_lines, read_json, write_json, write_text
 from lightning_modules.common.messages import say
 from lightning_modules.runtime.private_names import OpenWandbLogger, use_artifact, wandb_service
 
@@ -80,12 +80,17 @@ class MetricsCSV(Logger):
         for row in of_this_session:  # metrics of the untrained model, for example
             self._row(row["step"]).update(row)
 
-    def restore(self, unwritten: list[dict[str, Any]]) -> None:
-        """Write the row that was `unwritten` in a checkpoint after which no step is left, if the file lacks it."""
-        rows = self._read()
+    def restore(self, step: int, unwritten: list[dict[str, Any]]) -> None:
+        """Drop the rows of steps after the checkpoint with which a run ends, and write what it has and the file lacks.
+
+        A row in the file stays as it is: it may have metrics that were logged after the checkpoint.
+        """
+        read = self._read()
+        rows = [row for row in read if int(row["step"]) <= step]
         written = {int(row["step"]) for row in rows}
-        if missing := [row for row in unwritten if int(row["step"]) not in written]:
-            self._rewrite([*rows, *missing], columns_of=missing)
+        missing = [row for row in unwritten if int(row["step"]) not in written]
+        if missing or len(rows) < len(read):
+            self._rewrite(sorted([*rows, *missing], key=lambda row: int(row["step"])), columns_of=missing)
 
     def _row(self, step: int) -> dict[str, Any]:
         if not self._rows or self._rows[-1]["step"] != step:
@@ -136,7 +141,7 @@ class MetricsCSV(Logger):
         """Return the complete rows of the file; a killed process may leave half of one."""
         if self._path is None or not self._path.is_file():
             return []
-        return list(csv.DictReader(whole_lines(self._path)))
+        return list(csv.DictReader(complete_lines(self._path)))
 
     def _rewrite(self, rows: list[dict[str, Any]], columns_of: list[dict[str, Any]]) -> None:
         """Replace the file by one with these rows, and with new columns for the metrics in `columns_of`."""

@@ -19,6 +19,7 @@ from lightning_modules.common.messages import ERASE_LINE, on_terminal
 from lightning_modules.common.ranges import PositiveInt
 from lightning_modules.runtime import private_names
 from lightning_modules.runtime.checkpoint import RunCheckpoint, save_last
+from lightning_modules.runtime.processes import gathered
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _LONGEST_WAIT = 5.0  # seconds from a signal to the exchange of signals; torchrun kills 30 seconds after its SIGTERM
@@ -196,10 +197,9 @@ def _run_checkpoints(trainer: L.Trainer) -> list[RunCheckpoint]:
 
 
 def _raise_on_all_ranks(trainer: L.Trainer, found: str) -> None:
-    """Raise what this process has found, or that another one has found something; call it on all ranks."""
-    if not trainer.strategy.reduce_boolean_decision(bool(found), all=False):
+    """Raise the first of what the processes have found, if there is something; call it on all ranks."""
+    if not (reason := next(filter(None, gathered(trainer, found)), "")):
         return
-    reason = found or "the training loss of another process was not finite"
     has_last = any(callback.has_last for callback in _run_checkpoints(trainer))
     kept = "the last good checkpoint was kept" if has_last else "there is no checkpoint yet"
     raise MisconfigurationException(

@@ -191,7 +191,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(value):
 
 
 def after_step(
-    step: int, *checkpoints: RunCheckpoint, others_fail: bool = False, accumulates: bool = False, world_size: int = 1
+    step: int, *checkpoints: RunCheckpoint, accumulates: bool = False, world_size: int = 1
 ) -> SimpleNamespace:
     """Return what the callback reads of a trainer, which logs every second step."""
     return SimpleNamespace(
@@ -199,7 +199,6 @@ def after_step(
         world_size=world_size,
         log_every_n_steps=2,
         checkpoint_callbacks=checkpoints,
-        strategy=SimpleNamespace(reduce_boolean_decision=lambda failed, all: failed or others_fail),
         fit_loop=SimpleNamespace(_should_accumulate=lambda: accumulates),
     )
 
@@ -215,22 +214,23 @@ def test_no_checkpoint_has_a_trained_weight_that_is_not_finite(value):
         stop.on_save_checkpoint(after_step(5), module, {})
 
 
-def test_no_process_writes_a_checkpoint_if_the_loss_of_one_is_not_finite():
-    with pytest.raises(MisconfigurationException, match="the training loss of another process was not finite"):
-        StopOnNonFiniteLoss().on_save_checkpoint(after_step(4, others_fail=True), torch.nn.Linear(1, 1), {})
+def test_no_process_writes_a_checkpoint_if_another_finds_a_bad_number_and_all_have_its_reason(monkeypatch):
+    found = "a weight was not finite after step 4"
+    monkeypatch.setattr("lightning_modules.runtime.stop.gathered", lambda trainer, own: [own, found])
+    with pytest.raises(MisconfigurationException, match=found):
+        StopOnNonFiniteLoss().on_save_checkpoint(after_step(4, world_size=2), torch.nn.Linear(1, 1), {})
 
 
 @pytest.mark.parametrize(
-    ("value", "others_fail", "found"), [(float("nan"), False, "at step 2"), (1.0, True, "of another process")]
+    ("value", "of_the_other", "found"), [(float("nan"), "", "at step 2"), (1.0, "a loss at step 3", "a loss at step 3")]
 )
-def test_processes_read_their_losses_and_stop_together(value, others_fail, found):
+def test_processes_read_their_losses_and_stop_together(monkeypatch, value, of_the_other, found):
+    monkeypatch.setattr("lightning_modules.runtime.stop.gathered", lambda trainer, own: [own, of_the_other])
     stop = StopOnNonFiniteLoss(every_n_steps=3)
     for step, loss in enumerate([1.0, value, 1.0], start=1):  # a process that stopped now would leave the others behind
-        trainer = after_step(step, others_fail=others_fail, world_size=2)
-        stop.on_train_batch_end(trainer, None, {"loss": torch.tensor(loss)}, None, 0)
-    trainer = after_step(4, others_fail=others_fail, world_size=2)
-    with pytest.raises(MisconfigurationException, match=f"the training loss .*{found}"):
-        stop.on_train_batch_end(trainer, None, {"loss": torch.tensor(1.0)}, None, 0)
+        stop.on_train_batch_end(after_step(step, world_size=2), None, {"loss": torch.tensor(loss)}, None, 0)
+    with pytest.raises(MisconfigurationException, match=found):
+        stop.on_train_batch_end(after_step(4, world_size=2), None, {"loss": torch.tensor(1.0)}, None, 0)
 
 
 class Elsewhere(torch.Tensor):

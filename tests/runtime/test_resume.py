@@ -315,6 +315,12 @@ def test_a_name_that_is_no_folder_is_refused(llm_train, tiny, name):
 def test_a_fit_from_another_checkpoint_than_the_last_gets_a_folder_of_its_own(llm_train, tiny, whole, given):
     shutil.copytree(whole(), RUNS / "tiny")
     before = contents(RUNS / "tiny")
+    none_left = llm_train("fit", "-c", tiny(), "--ckpt_path", given, "--trainer.max_steps", "8")
+    assert (none_left.code, none_left.err.splitlines()[-1]) == (
+        0,
+        f"{RUNS}/tiny/{BEST} is finished: nothing is left to do",
+    )
+    assert [path.name for path in RUNS.iterdir()] == ["tiny"]
     worse = ("--trainer.max_steps", "28", "--optimizer.lr", "100")
     done = llm_train("fit", "-c", tiny(), "--ckpt_path", given, *worse)
     assert done.code == 0

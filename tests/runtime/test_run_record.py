@@ -117,6 +117,9 @@ def test_a_later_metric_rewrites_the_header_and_a_resumed_run_drops_what_it_repe
         "20,0,19.0,",
         "30,0,5.0,6.0",
     ]
+    # A run that ends with the checkpoint of step 10 has no later rows, and keeps what was logged after the checkpoint.
+    second.restore(10, [{"step": 10, "epoch": 0, "train/loss": 1.0}, {"step": 5, "epoch": 0, "train/loss": 2.0}])
+    assert (tmp_path / "metrics.csv").read_text().splitlines()[1:] == ["5,0,2.0,", "10,0,9.0,"]
 
 
 EXPORT = {"class_path": "lightning_modules.runtime.export.ExportModel"}
