@@ -2,6 +2,7 @@
 
 import ast
 import contextlib
+import functools
 import logging
 import os
 import re
@@ -327,13 +328,18 @@ class ExperimentCLI(SettingsGoOverCheckpoint):
             shutil.rmtree(self.run.path, ignore_errors=True)
 
 
+@functools.cache
+def _default_trainer() -> dict[str, Any]:
+    return read_yaml(DEFAULTS)["trainer"]
+
+
 def dropped_defaults(trainer: Mapping[str, Any] | Namespace) -> Iterator[str]:
     """Yield a line for each list of callbacks, loggers or plugins that replaces the defaults and keeps none of them.
 
     Args:
         trainer: Parsed arguments of the trainer.
     """
-    for key, defaults in read_yaml(DEFAULTS)["trainer"].items():
+    for key, defaults in _default_trainer().items():
         given = trainer.get(key)
         if not isinstance(defaults, list) or not given or given is True:
             continue
@@ -350,7 +356,7 @@ def last_of_defaults(callbacks: Sequence[L.Callback]) -> list[L.Callback]:
 
     So `--trainer.callbacks+ RunCheckpoint` sets other arguments of a default callback, and does not add a second one.
     """
-    defaults = {default["class_path"] for default in read_yaml(DEFAULTS)["trainer"]["callbacks"]}
+    defaults = {default["class_path"] for default in _default_trainer()["callbacks"]}
     chosen: dict[object, L.Callback] = {}
     for callback in callbacks:
         path = f"{type(callback).__module__}.{type(callback).__qualname__}"

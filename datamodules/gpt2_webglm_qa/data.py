@@ -176,7 +176,7 @@ class GPT2WebGLMQADataModule(WithTokenizer, ExperimentDataModule):
     def questions(self, side: Side, n: int) -> list[Example]:
         """Return at most `n` examples, spread evenly over a split, whose prompts leave room for `max_answer_tokens`."""
         found = self.encoder(self.block_size).examples(self._arranged(side), self.max_answer_tokens)
-        return [found[number * len(found) // n] for number in range(n)] if len(found) > n else found
+        return _spread(found, n)
 
     def _arranged(self, side: Side) -> Iterator[Record]:
         seed = self.seed if side == "train" else 0  # the held-out records are the same for all seeds
@@ -232,6 +232,10 @@ class Rows(Dataset):
     byte_lengths: np.ndarray  # of each token, (vocab,)
     pad_token_id: int  # input after the last record of a row
 
+    def spread(self, n: int) -> list[Example]:
+        """Return at most `n` examples, spread evenly over all."""
+        return _spread(self.examples, n)
+
     def __post_init__(self) -> None:
         total = sum(self.weights_of(example).sum() for example in self.examples)
         self.weight_of_a_row = total / max(1, len(self.rows))
@@ -279,3 +283,8 @@ class Rows(Dataset):
             "target_bytes": torch.tensor(int(self.byte_lengths[targets[targets >= 0]].sum())),
             "n_tokens": torch.tensor(n_tokens),
         }
+
+
+def _spread(examples: Sequence[Example], n: int) -> list[Example]:
+    n = min(n, len(examples))
+    return [examples[number * len(examples) // n] for number in range(n)]

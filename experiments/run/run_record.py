@@ -28,7 +28,7 @@ from experiments.trust import SESSION_KEYS, unknown_packages
 from lightning_modules.common.files import read_json, write_json, write_text
 from lightning_modules.common.messages import say
 from lightning_modules.runtime import private_names
-from lightning_modules.runtime.checkpoint import RunCheckpoint
+from lightning_modules.runtime.checkpoint import run_checkpoints
 from lightning_modules.runtime.loggers import MetricsCSV, WandbRecorder
 from lightning_modules.runtime.stages import lacks_validation
 
@@ -163,16 +163,17 @@ class RunRecord(SaveConfigCallback):
             self._record(trainer)  # the session before this one failed or was killed after the last step
             metrics = {name: value for row in self._unwritten[-1:] for name, value in row.items() if "/" in name}
         is_fit = self.cli.subcommand == "fit"
-        checkpoints = list(_of(RunCheckpoint, trainer.checkpoint_callbacks))
+        checkpoints = run_checkpoints(trainer)
         for checkpoint in checkpoints:
             try:
                 checkpoint.wait()
             except Exception as failed:  # on top of the error that ends the run
                 say(str(failed))
         checkpoints = [checkpoint for checkpoint in checkpoints if checkpoint.best_score is not None]
-        best, shown = None, {}
+        best: dict[str, Any] | None = None
+        shown: dict[str, Any] = {}
         if is_fit and checkpoints:
-            metric, value, step = checkpoints[0].monitor, checkpoints[0].best_score, checkpoints[0].best_step
+            metric, value, step = str(checkpoints[0].monitor), checkpoints[0].best_score, checkpoints[0].best_step
             best = {"metric": metric, "value": value, "step": step}
             # W&B's tables show its summary, which has the last values by default.
             shown = checkpoints[0].best_metrics | {metric: value, f"best/{metric}": value, "best/step": step}

@@ -169,7 +169,8 @@ def _depth(name: str) -> int:
 
 def _totals(values: Tensor) -> np.ndarray:
     """Return the number of values, their sum, that of their squares, and their histogram, as one array of float64."""
-    x = values.detach().float().cpu().numpy().astype(np.float64)
+    values = values.detach().float().cpu()
+    x = values.numpy().astype(np.float64)
     return np.array([x.size, x.sum(), (x**2).sum(), *_histogram(values)])
 
 

@@ -38,9 +38,7 @@ class ShowRecords(L.Callback):
             return
         data = pl_module.data
         rows = data.rows["train"]
-        n = min(self.n_records, len(rows.examples))
-        shown = [rows.examples[number * len(rows.examples) // n] for number in range(n)]
-        records = [spans(data.tokenizer, rows, example) for example in shown]
+        records = [spans(data.tokenizer, rows, example) for example in rows.spread(self.n_records)]
         if trainer.fast_dev_run:
             print(*map(as_ansi, records), sep="\n\n")
             return

@@ -171,10 +171,14 @@ def _is_last_step(trainer: L.Trainer) -> bool:
     return trainer.should_stop and (trainer.min_steps or 0) <= step and (trainer.min_epochs or 0) <= epochs
 
 
+def run_checkpoints(trainer: L.Trainer) -> list[RunCheckpoint]:
+    """Return the callbacks of this class that a trainer has."""
+    return [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, RunCheckpoint)]
+
+
 def save_last(trainer: L.Trainer) -> None:
     """Write `last.ckpt` now, unless it was written at this step, and wait for it; call it on all ranks."""
-    for callback in trainer.checkpoint_callbacks:
-        if isinstance(callback, RunCheckpoint):
-            callback.save_last(trainer)
-            callback.wait()
-            trainer.strategy.barrier()  # a rank that exits earlier would take along the one that writes
+    for callback in run_checkpoints(trainer):
+        callback.save_last(trainer)
+        callback.wait()
+        trainer.strategy.barrier()  # a rank that exits earlier would take along the one that writes

@@ -13,7 +13,7 @@ from lightning_modules.common.files import read_json, replace_folder, write_json
 from lightning_modules.common.messages import say
 from lightning_modules.finetuning.adapters import merged
 from lightning_modules.finetuning.bases import context_of
-from lightning_modules.runtime.checkpoint import RunCheckpoint
+from lightning_modules.runtime.checkpoint import run_checkpoints
 from lightning_modules.runtime.checkpoint_io import AtomicCheckpointIO
 from lightning_modules.runtime.model_card import model_card
 from lightning_modules.runtime.sharded import saves_shards
@@ -61,14 +61,14 @@ class ExportModel(L.Callback):
             say(f"export: no model/, for the checkpoints are in shards; llm-train convert {run} makes whole files")
             return
         files = [file for name in ("best", "last") if (file := run / f"checkpoints/{name}.ckpt").is_file()]
-        if not files and not self._has_trained:  # a branch from the last step
-            return
         if not files:
-            say(f"{run} has no checkpoint, and so no model/: add lightning_modules.runtime.checkpoint.RunCheckpoint")
+            if self._has_trained:  # not a branch from the last step
+                add = "add lightning_modules.runtime.checkpoint.RunCheckpoint"
+                say(f"{run} has no checkpoint, and so no model/: {add}")
             return
         checkpoint = AtomicCheckpointIO().load_model(files[0])
         module = type(pl_module).of_checkpoint(checkpoint)
-        of_best = next((c.best_metrics for c in trainer.checkpoint_callbacks if isinstance(c, RunCheckpoint)), {})
+        of_best = next((checkpoint.best_metrics for checkpoint in run_checkpoints(trainer)), {})
         found = of_best or trainer.callback_metrics
         results = {name: float(value) for name, value in found.items() if name.startswith("val/")}
         base = next((base for name in ("base", "pretrained") if (base := module.hparams.get(name))), None)

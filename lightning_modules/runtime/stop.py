@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from lightning_modules.common.messages import ERASE_LINE, on_terminal
 from lightning_modules.common.ranges import PositiveInt
 from lightning_modules.runtime import private_names
-from lightning_modules.runtime.checkpoint import RunCheckpoint, save_last
+from lightning_modules.runtime.checkpoint import run_checkpoints, save_last
 from lightning_modules.runtime.processes import gathered
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -83,7 +83,7 @@ class GracefulStop(L.Callback):
         if rank_zero_only.rank == 0:
             what = "Ctrl-C" if signal_number == signal.SIGINT else signal.Signals(signal_number).name
             then = "stopping after this step, with a checkpoint"
-            if any(checkpoint.is_last_step for checkpoint in _run_checkpoints(trainer)):
+            if any(checkpoint.is_last_step for checkpoint in run_checkpoints(trainer)):
                 then = "the run has done its last step and ends"
             line = f"{what}: {then}; a second one stops at once\n"
             # Not `print`, which cannot be called while the signal interrupts it.
@@ -192,15 +192,11 @@ def _trained_weights_are_finite(module: torch.nn.Module) -> bool:
     return bool(torch.nn.utils.get_total_norm([p for p in own if p.numel()], math.inf).isfinite())
 
 
-def _run_checkpoints(trainer: L.Trainer) -> list[RunCheckpoint]:
-    return [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, RunCheckpoint)]
-
-
 def _raise_on_all_ranks(trainer: L.Trainer, found: str) -> None:
     """Raise the first of what the processes have found, if there is something; call it on all ranks."""
     if not (reason := next(filter(None, gathered(trainer, found)), "")):
         return
-    has_last = any(callback.has_last for callback in _run_checkpoints(trainer))
+    has_last = any(callback.has_last for callback in run_checkpoints(trainer))
     kept = "the last good checkpoint was kept" if has_last else "there is no checkpoint yet"
     raise MisconfigurationException(
         f"{reason}: lower optimizer.lr, clip the gradients (trainer.gradient_clip_val) or warm the rate up; {kept}"

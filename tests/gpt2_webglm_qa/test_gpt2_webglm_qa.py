@@ -21,7 +21,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from shared_runs import own_world, run_command
 
 from datamodules.gpt2_webglm_qa.cited_answers import JSONLines
-from datamodules.gpt2_webglm_qa.data import GPT2WebGLMQADataModule
+from datamodules.gpt2_webglm_qa.data import GPT2WebGLMQADataModule, Rows
 from datamodules.tokenizers import byte_tokenizer
 from experiments.errors import UserError
 from experiments.generate import chat, read_references
@@ -485,7 +485,9 @@ def test_the_tokens_of_a_record_are_coloured_by_their_weight(records):
 @pytest.mark.parametrize(("n", "expected"), [(3, [0, 3, 6]), (6, [0, 1, 3, 5, 6, 8]), (20, range(10))])
 def test_the_records_shown_are_spread_over_the_training_split(monkeypatch, capsys, n, expected):
     monkeypatch.setattr(show_records, "spans", lambda tokenizer, rows, example: [(f"Q{example}", 0.0)])
-    data = SimpleNamespace(tokenizer=None, rows={"train": SimpleNamespace(examples=range(10))})
+    rows = object.__new__(Rows)
+    rows.examples = range(10)
+    data = SimpleNamespace(tokenizer=None, rows={"train": rows})
     trainer = SimpleNamespace(global_step=0, fast_dev_run=True)
     show_records.ShowRecords(n).on_train_start(trainer, SimpleNamespace(data=data))
     assert capsys.readouterr().out.split() == [f"Q{number}" for number in expected]
