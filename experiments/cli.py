@@ -34,6 +34,7 @@ from lightning_modules.base import ExperimentModule
 from lightning_modules.common.files import read_json
 from lightning_modules.common.messages import say
 from lightning_modules.finetuning.bases import weights_follow
+from lightning_modules.runtime import bfloat16
 from lightning_modules.runtime.checkpoint_io import AtomicCheckpointIO
 from lightning_modules.runtime.loggers import RunLogger, WandbRecorder
 from lightning_modules.runtime.private_names import SettingsGoOverCheckpoint, leave_unused_gpus_alone
@@ -286,6 +287,8 @@ class ExperimentCLI(SettingsGoOverCheckpoint):
             trainer = super().instantiate_trainer(default_root_dir=str(self.run.path), **kwargs)
         except ValueError as error:
             raise MisconfigurationException(f"trainer: {error}") from error
+        if line := bfloat16.advice(trainer):
+            say(line)
         for logger in trainer.loggers:
             if isinstance(logger, RunLogger):
                 logger.attach(self.run.path, self.run.topic, self.run.name, self.subcommand, self.run.study)

@@ -36,6 +36,7 @@ from torch.optim import AdamW, Optimizer
 from lightning_modules.common.ranges import NonNegativeFloat, PositiveInt, Probability
 from lightning_modules.finetuning.selection import matching
 from lightning_modules.optim.groups import ParameterGroups
+from lightning_modules.runtime.bfloat16 import has_matrix_units
 from lightning_modules.runtime.private_names import foreach_add_, foreach_lerp, foreach_lerp_, foreach_mul_
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # a, b, c of Jordan et al. (2024)
@@ -70,7 +71,7 @@ class Muon(Optimizer):
             `lora_A.default`; `null` means the rule above.
         fused: Whether AdamW updates all its parameters in one kernel.
         dtype: Number type of the orthogonalisation, which needs little precision; `null` means `bfloat16` on a GPU and
-            `float32` on a CPU, where `bfloat16` is faster only if the processor has instructions for it (AMX).
+            on a CPU with matrix units for it (AMX), and `float32` on other CPUs, where `bfloat16` is far slower.
 
     Raises:
         ValueError: If a pattern matches no matrix.
@@ -147,7 +148,7 @@ def _step_of_muon(group: dict[str, Any], state: dict[Tensor, Any]) -> None:
     momenta = [state[p]["momentum_buffer"] for p in params]
     foreach_lerp_(momenta, gradients, 1 - group["momentum"])
     updates = list(foreach_lerp(gradients, momenta, group["momentum"])) if group["nesterov"] else momenta
-    default = "float32" if updates[0].device.type == "cpu" else "bfloat16"
+    default = "bfloat16" if has_matrix_units(updates[0].device) else "float32"
     steps = _orthogonal_factors(updates, group["ns_steps"], getattr(torch, group["dtype"] or default))
     foreach_mul_(steps, [SCALES[group["scale"]](*p.shape) for p in params])
     foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])

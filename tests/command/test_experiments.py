@@ -163,7 +163,8 @@ def test_every_study_opens_with_its_question_and_its_last_arm_runs_shortened_and
         # A loss of a few steps reaches the target of every study.
         monkeypatch.setattr(StepsToLoss, "target", property(lambda _: math.inf, lambda *_: None), raising=False)
         often = ("--trainer.val_check_interval=2", "--trainer.log_every_n_steps=1")
-        done = llm_train("fit", *arguments_of(arms[-1]), *shortened(ROOT / base), *often)
+        small = shortened(ROOT / base, "all", base.stem, path.stem)
+        done = llm_train("fit", *arguments_of(arms[-1]), *small, *often)
         assert done.code == 0, done.err
         follow_study(llm_train, Path(f"runs/{path.parents[1].name}/{path.stem}"))
 

@@ -21,8 +21,8 @@ from gpu.runs import (
     kernels,
     logged,
     speed,
-    with_cudnn_attention,
 )
+from gpu.variants import LARGE, SMALL, Variant, variants
 from helpers import LAST, weights
 from torch import Tensor, nn
 
@@ -93,16 +93,22 @@ _TINY = {"n_layer": 2, "n_head": 2, "n_embd": 32}
 
 
 def _bare_loops(
-    settings: Settings, clock: Clock, steps: int, every: int, tokens: int, ours: dict[str, Any]
+    settings: Settings,
+    clock: Clock,
+    steps: int,
+    every: int,
+    tokens: int,
+    ours: dict[str, Any],
+    changes: tuple[Variant, ...],
 ) -> Iterator[Line]:
-    """Loops over the step of a finished run, and its kernels, beside the figures of the run."""
+    """Loops over the step of a finished run, its kernels and its variants, beside the figures of the run."""
     flops = clock.module.flops_per_token
     bare = speed(bare_loop(clock, steps, every), tokens, flops)
     yield Line("bare loop, same step", bare | {"fit / this": ours["tokens/s"] / bare["tokens/s"]})
     if settings.kernels:
         yield from kernels(clock, every)
-        times = with_cudnn_attention(settings, clock, steps, every)
-        yield Line("bare loop, attention of cuDNN", speed(times, tokens, flops))
+    if settings.variants:
+        yield from variants(settings, clock, changes, steps, every)
 
 
 def pretraining(settings: Settings) -> Iterator[Line]:
@@ -115,7 +121,7 @@ def pretraining(settings: Settings) -> Iterator[Line]:
     ours = speed(clock.times, tokens, flops)
     yield Line("`llm-train fit`", ours)
     yield Line("its own log", logged(clock, tokens_per_second="tokens/s", mfu="MFU"))
-    yield from _bare_loops(settings, clock, steps, every, tokens, ours)
+    yield from _bare_loops(settings, clock, steps, every, tokens, ours, LARGE)
     free(clock)
     if settings.nanogpt:
         sizes = settings.choose({"n_layer": 12, "n_head": 12, "n_embd": 768}, _TINY)
@@ -136,7 +142,7 @@ def characters(settings: Settings) -> Iterator[Line]:
     tokens, flops = block_size * batch_size, clock.module.flops_per_token
     ours = speed(clock.times, tokens, flops)
     yield Line("`llm-train fit`, reduce-overhead", ours)
-    yield from _bare_loops(settings, clock, steps, every, tokens, ours)
+    yield from _bare_loops(settings, clock, steps, every, tokens, ours, SMALL)
     free(clock)
     if settings.nanogpt:
         sizes = settings.choose({"n_layer": 6, "n_head": 6, "n_embd": 384}, _TINY)

@@ -3,6 +3,7 @@
     make bench-gpu                                     all rows: minutes on one GPU, under a minute on a CPU
     make bench-gpu ARGS="--rows a,b --nanogpt FOLDER"  rows a and b, also with the model of a clone of nanoGPT
     make bench-gpu ARGS="--rows a,b --kernels"         also the kernels in which their steps spend the time
+    make bench-gpu ARGS="--rows a --variants --seconds 410"   also changes that could make its step faster
 
 All data are random and no network is needed. The variants of a row run in turn in one process, and the rows one after
 the other in a process each. Times are medians over windows of steps after a warm-up; compilation is reported apart.
@@ -31,7 +32,7 @@ from gpu.runs import Line, Row, Settings
 
 TESTS = Path(__file__).parents[1]
 SECONDS_OF_A_ROW = 110  # a row that takes longer is stopped
-SECONDS_WITH_KERNELS = 200  # as its step is compiled twice
+SECONDS_OF_VARIANTS = 300  # more, as the step is compiled anew for each
 
 
 def rows() -> dict[str, Row]:
@@ -129,7 +130,8 @@ def main(args: Sequence[str] | None = None) -> int:
     parser.add_argument("--rows", help=f"rows to measure, by default all: {','.join(ROWS)}")
     parser.add_argument("--short", action="store_true", help="tiny sizes; always on a CPU")
     parser.add_argument("--nanogpt", type=Path, metavar="FOLDER", help="a clone of nanoGPT to compare with")
-    parser.add_argument("--kernels", action="store_true", help="rows a and b: the time of each kernel, and variants")
+    parser.add_argument("--kernels", action="store_true", help="rows a and b: the time of each kernel")
+    parser.add_argument("--variants", action="store_true", help="rows a and b: the step with changes, one at a time")
     parser.add_argument("--out", type=Path, default=Path("bench_gpu.json"), help="file for the figures (JSON)")
     parser.add_argument("--seconds", type=float, default=300, help="time for all rows together (default: 300)")
     options = parser.parse_args(args)
@@ -138,8 +140,8 @@ def main(args: Sequence[str] | None = None) -> int:
         parser.error(f"--rows: no row {', '.join(unknown)}; there are {', '.join(ROWS)}")
     on_gpu = torch.cuda.is_available()
     nanogpt = options.nanogpt and options.nanogpt.resolve()
-    settings = Settings(options.short or not on_gpu, nanogpt, options.kernels)
-    most = SECONDS_WITH_KERNELS if options.kernels else SECONDS_OF_A_ROW
+    settings = Settings(options.short or not on_gpu, nanogpt, options.kernels, options.variants)
+    most = SECONDS_OF_A_ROW + options.variants * SECONDS_OF_VARIANTS
     out = options.out.resolve()
     log = out.with_suffix(".log")
     log.unlink(missing_ok=True)

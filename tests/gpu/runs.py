@@ -32,13 +32,14 @@ class Settings:
     Args:
         short: Whether to take tiny sizes, whose figures mean nothing.
         nanogpt: Folder of a clone of nanoGPT, or `None`.
-        kernels: Whether rows a and b also say in which kernels their steps spend the time, and how long a step takes
-            with the attention of cuDNN.
+        kernels: Whether rows a and b also say in which kernels their steps spend the time.
+        variants: Whether rows a and b also time changes to their compiled steps.
     """
 
     short: bool = False
     nanogpt: Path | None = None
     kernels: bool = False
+    variants: bool = False
 
     def choose(self, real: Any, short: Any) -> Any:
         """Return the real value, or the one for the short form."""
@@ -155,16 +156,6 @@ def bare_loop(clock: Clock, n_steps: int, every: int) -> Times:
         return timed(step, n_steps, every)
 
 
-def with_cudnn_attention(settings: Settings, clock: Clock, n_steps: int, every: int) -> Times:
-    """Time the same loop, compiled anew where cuDNN's attention goes before the flash kernels of torch."""
-    backends = torch.nn.attention.SDPBackend
-    order = [backends.CUDNN_ATTENTION, backends.FLASH_ATTENTION, backends.EFFICIENT_ATTENTION, backends.MATH]
-    anew = mock.patch.object(clock.module, "_compiled_loss", None)
-    with torch.nn.attention.sdpa_kernel(order, set_priority=True), settings.compiler(), anew, bare_step(clock) as step:
-        torch._dynamo.reset()
-        return timed(step, n_steps, every)
-
-
 def kernels(clock: Clock, n_steps: int, most: int = 15) -> Iterator[Line]:
     """Yield a line for each of the kernels in which the step of a finished run spends most of its time."""
     activity = ProfilerActivity.CUDA if torch.cuda.is_available() else ProfilerActivity.CPU
@@ -190,7 +181,7 @@ def moved(batch: dict[str, Any], device: str) -> dict[str, Any]:
 
 
 def free(*clocks: Clock) -> None:
-    """Free the memory of finished runs."""
+    """Free the memory of finished runs, and of compiled code."""
     for clock in clocks:
         clock.__dict__.clear()
     gc.collect()

@@ -69,6 +69,26 @@ def test_steps_are_those_of_torch(scale, nesterov):
             torch.testing.assert_close(state, reference.state[p]["momentum_buffer"])
 
 
+@pytest.mark.parametrize(
+    ("chosen", "capabilities", "expected"),
+    [
+        (None, {"amx_bf16": True}, torch.bfloat16),
+        (None, {"amx_bf16": False}, torch.float32),
+        (None, {}, torch.float32),  # a processor of another architecture
+        ("float32", {"amx_bf16": True}, torch.float32),
+        ("bfloat16", {"amx_bf16": False}, torch.bfloat16),
+    ],
+)
+def test_the_number_type_is_by_default_bfloat16_where_it_is_fast(monkeypatch, chosen, capabilities, expected):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    used = []
+    monkeypatch.setattr(muon, "orthogonalized", lambda matrices, steps: used.append(matrices.dtype) or matrices)
+    model = decoder()
+    set_gradients(model, 0)
+    Muon(weight_decay_groups(model), dtype=chosen).step()
+    assert set(used) == {expected}
+
+
 def test_the_other_parameters_get_the_steps_of_adamw():
     ours, theirs = decoder(), decoder()
     groups = weight_decay_groups(ours)
