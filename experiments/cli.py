@@ -162,6 +162,16 @@ class ExperimentCLI(SettingsGoOverCheckpoint):
         if "verbose" in self.arguments:
             self.arguments["verbose"] = False  # Lightning's table of results; the closing lines have them
 
+    def resolved(self, with_linked: bool = False) -> dict[str, Any]:
+        """Return the arguments of the subcommand as plain values; they were validated when they were parsed.
+
+        Args:
+            with_linked: Whether arguments are in it that take their value from others.
+        """
+        parser = self.parser_of(self.subcommand)
+        options = {"skip_unset": False, "skip_validation": True, "skip_link_targets": not with_linked}
+        return load_yaml(parser.dump(self.arguments, **options))
+
     @property
     def _trainer_arguments(self) -> Namespace:
         return self.arguments["trainer"]
@@ -203,8 +213,7 @@ class ExperimentCLI(SettingsGoOverCheckpoint):
         """Find what a resumed run changes, and refuse what it cannot change, before anything is written."""
         checkpoint = self.arguments.get("ckpt_path")
         if self.subcommand == "fit" and checkpoint and (resumed := run_folder.of_checkpoint(Path(checkpoint))):
-            now = load_yaml(self.parser_of("fit").dump(self.arguments, skip_none=False))
-            self.changes = resume.changes(read_yaml(resumed.path / run_folder.CONFIG), now)
+            self.changes = resume.changes(read_yaml(resumed.path / run_folder.CONFIG), self.resolved())
 
     def _use_files_of_the_run(self) -> None:
         """Use the tokenizer and the architecture that a run has saved where the configuration leads to none."""

@@ -77,7 +77,7 @@ class RunRecord(SaveConfigCallback):
         if trainer.strategy.root_device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(trainer.strategy.root_device)
         run = self._run
-        whole = yaml.safe_load(self.parser.dump(self.config, skip_none=False))
+        whole = self.cli.resolved()
         config = {key: value for key, value in whole.items() if key not in SESSION_KEYS}
         for section, arguments in self.cli.replaced.items():
             config[section].setdefault("init_args", {}).update(arguments)
@@ -281,7 +281,7 @@ def environment(trainer: L.Trainer) -> dict[str, Any]:
         "packages": dict(_versions()),
         "commit": _commit(),
         "platform": platform.platform(),
-        "processor": platform.processor() or platform.machine(),
+        "processor": _processor(),
         "cpu_count": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "devices": _gpus(trainer),
@@ -295,6 +295,13 @@ def peak_memory() -> int:
     """Return the largest resident memory of this process so far, in bytes."""
     unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux counts KiB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _processor() -> str:
+    """Return the name of the processor and its instructions for vectors and matrices, on which speed depends."""
+    found = torch.cpu.get_capabilities()
+    name = found.get("cpu_name") or platform.processor() or platform.machine()
+    return f"{name} ({torch.backends.cpu.get_cpu_capability()}{', AMX' * bool(found.get('amx_bf16'))})"
 
 
 def _gpus(trainer: L.Trainer) -> list[str]:

@@ -19,6 +19,7 @@ from experiments.cli import ExperimentCLI
 from experiments.parser import one_line
 from experiments.run import run_folder
 from lightning_modules.base import ExperimentModule
+from lightning_modules.runtime.bfloat16 import has_matrix_units
 from lightning_modules.runtime.private_names import option_names
 
 ROOT = Path(__file__).parents[2]
@@ -78,9 +79,11 @@ def test_a_run_writes_its_files_and_closing_lines(llm_train, tiny):
     assert str(RUN) in done.err
     assert f"best    val/loss {summary['best']['value']:.4f}" in done.err
     assert f"llm-train generate --run {RUN}" in done.err
-    environment = json.loads((RUN / "environment.json").read_text())
-    assert environment[0]["seed"] == 5
-    assert environment[0]["packages"]["torch"] == torch.__version__
+    (session,) = json.loads((RUN / "environment.json").read_text())
+    assert session["seed"] == 5
+    assert session["packages"]["torch"] == torch.__version__
+    assert torch.backends.cpu.get_cpu_capability() in session["processor"]  # such as AVX2
+    assert ("AMX" in session["processor"]) == has_matrix_units(torch.device("cpu"))
 
 
 def test_flags_go_over_yaml_the_vocabulary_is_linked_and_the_schedule_ends_with_the_run(llm_train, tiny):

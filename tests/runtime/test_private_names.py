@@ -48,7 +48,7 @@ HELD = {
     DDPStrategy: ["_ddp_kwargs"],
     ModelParallelStrategy: ["_data_parallel_size", "_process_group_backend"],
     nn.Module: ["_apply"],
-    LightningCLI: ["_parse_ckpt_path", "_subcommand_parsers"],
+    LightningCLI: ["_dump_config", "_parse_ckpt_path", "_subcommand_parsers"],
     _ActionsContainer: ["_actions"],
     Metric: ["_apply"],
     WandbLogger: ["_wandb_init", "_save_dir", "_id", "_experiment"],
