@@ -56,6 +56,11 @@ def coordinate_descent(clock: Clock) -> AbstractContextManager[Any]:
     return torch._inductor.config.patch(coordinate_descent_tuning=True)
 
 
+def fused_products(clock: Clock) -> AbstractContextManager[Any]:
+    """Matrix products chosen by a search, also kernels of the compiler that fuse what follows them."""
+    return torch._inductor.config.patch(max_autotune_gemm=True)
+
+
 @contextlib.contextmanager
 def no_dropout(clock: Clock) -> Iterator[None]:
     """No dropout: not a choice, but what it costs."""
@@ -76,10 +81,10 @@ def no_dropout(clock: Clock) -> Iterator[None]:
 
 
 LARGE: tuple[Variant, ...] = (
-    cudnn_attention, added_in_the_product, larger_chunks, kept_activations, coordinate_descent
+    cudnn_attention, added_in_the_product, larger_chunks, kept_activations, coordinate_descent, fused_products
 )  # fmt: skip
 SMALL: tuple[Variant, ...] = (
-    cudnn_attention, loss_in_the_graph, kept_activations, coordinate_descent, no_dropout
+    cudnn_attention, loss_in_the_graph, kept_activations, coordinate_descent, no_dropout, fused_products
 )  # fmt: skip
 
 
