@@ -28,7 +28,7 @@ from experiments.trust import SESSION_KEYS, unknown_packages
 from lightning_modules.common.files import read_json, write_json, write_text
 from lightning_modules.common.messages import say
 from lightning_modules.runtime import private_names
-from lightning_modules.runtime.checkpoint import run_checkpoints
+from lightning_modules.runtime.checkpoint import RunCheckpoint, run_checkpoints
 from lightning_modules.runtime.loggers import MetricsCSV, WandbRecorder
 from lightning_modules.runtime.stages import lacks_validation
 
@@ -149,39 +149,17 @@ class RunRecord(SaveConfigCallback):
         # Rank 0 alone is here, and may have failed alone: a metric that is not computed yet takes all ranks.
         metrics = {name: float(value) for name, value in private_names.computed_metrics(trainer).items()}
         if not self._is_recorded:  # a resumed run that did not begin to train
-            if status != "finished":
-                return
-            if not self._run.is_new:  # a branch from the last step has no record
-                for logger in _of(MetricsCSV, trainer.loggers):
-                    logger.restore(trainer.global_step, self._unwritten)
-            if self._run.is_new or read_json(self._summary_file, {}).get("status") == "finished":
-                for logger in _of(WandbRecorder, trainer.loggers):
-                    logger.finish(exit_code=0)
-                of = self.cli.arguments["ckpt_path"] if self._run.is_new else self._run.path
-                say(f"{of} is finished: nothing is left to do")
+            if status != "finished" or self._was_closed_before(trainer):
                 return
             self._record(trainer)  # the session before this one failed or was killed after the last step
             metrics = {name: value for row in self._unwritten[-1:] for name, value in row.items() if "/" in name}
         is_fit = self.cli.subcommand == "fit"
-        checkpoints = run_checkpoints(trainer)
-        for checkpoint in checkpoints:
-            try:
-                checkpoint.wait()
-            except Exception as failed:  # on top of the error that ends the run
-                say(str(failed))
-        checkpoints = [checkpoint for checkpoint in checkpoints if checkpoint.best_score is not None]
-        best: dict[str, Any] | None = None
-        shown: dict[str, Any] = {}
-        if is_fit and checkpoints:
-            metric, value, step = str(checkpoints[0].monitor), checkpoints[0].best_score, checkpoints[0].best_step
-            best = {"metric": metric, "value": value, "step": step}
-            # W&B's tables show its summary, which has the last values by default.
-            shown = checkpoints[0].best_metrics | {metric: value, f"best/{metric}": value, "best/step": step}
+        best = _best_checkpoint(trainer) if is_fit else None
         summary = {
             "status": status,
             "error": error and f"{type(error).__name__}: {error}",
             "step": trainer.global_step,
-            "best": best,
+            "best": best and {"metric": best.monitor, "value": best.best_score, "step": best.best_step},
             "metrics": metrics,
             "seconds": round(time.monotonic() - self._began, 1),
             "peak_memory_mib": round(peak_memory() / 2**20),
@@ -191,14 +169,28 @@ class RunRecord(SaveConfigCallback):
         write_json(self._summary_file, summary)
         sync_command = None
         for logger in _of(WandbRecorder, trainer.loggers):
-            if shown:
+            if best:  # W&B's tables show its summary, which has the last values by default
+                metric = str(best.monitor)
+                shown = {metric: best.best_score, f"best/{metric}": best.best_score, "best/step": best.best_step}
                 with logger.tolerated():
-                    logger.experiment.summary.update(shown)
+                    logger.experiment.summary.update(best.best_metrics | shown)
             logger.finish(exit_code=0 if status == "finished" else 1, with_artifacts=is_fit)
             sync_command = logger.sync_command
         if not trainer.fast_dev_run:
-            of_best = checkpoints[0].best_metrics if is_fit and checkpoints else {}
-            self._say(pl_module, summary, of_best, sync_command)
+            self._say(pl_module, summary, best.best_metrics if best else {}, sync_command)
+
+    def _was_closed_before(self, trainer: L.Trainer) -> bool:
+        """Return whether nothing was left to do in a resumed run whose record is complete, or in a branch; say so."""
+        if not self._run.is_new:  # a branch from the last step has no record
+            for logger in _of(MetricsCSV, trainer.loggers):
+                logger.restore(trainer.global_step, self._unwritten)
+            if read_json(self._summary_file, {}).get("status") != "finished":
+                return False
+        for logger in _of(WandbRecorder, trainer.loggers):
+            logger.finish(exit_code=0)
+        of = self.cli.arguments["ckpt_path"] if self._run.is_new else self._run.path
+        say(f"{of} is finished: nothing is left to do")
+        return True
 
     def _say(
         self,
@@ -250,6 +242,17 @@ class RunRecord(SaveConfigCallback):
             return None
         settings = ("run.root", "run.name", *pl_module.settings_of_next)
         return " ".join([proposed, *(_given(settings) if proposed.startswith("llm-train fit") else ())])
+
+
+def _best_checkpoint(trainer: L.Trainer) -> RunCheckpoint | None:
+    """Return the first callback that has written a best checkpoint, once all have written what they have begun."""
+    checkpoints = run_checkpoints(trainer)
+    for checkpoint in checkpoints:
+        try:
+            checkpoint.wait()
+        except Exception as failed:  # on top of the error that ends the run
+            say(str(failed))
+    return next((checkpoint for checkpoint in checkpoints if checkpoint.best_score is not None), None)
 
 
 def _given(settings: Iterable[str]) -> Iterator[str]:
