@@ -47,9 +47,14 @@ def side_of(text: str, val_fraction: float, test_fraction: float) -> Side:
 
 
 def sides_of(texts: Iterable[str], val_fraction: float, test_fraction: float) -> dict[str, Side]:
-    """Return the split of each text, by the order of the hashes of all, so that few texts have these fractions too."""
+    """Return the split of each text, by the order of the hashes of all, so that few texts have these fractions too.
+
+    Each fraction above 0 has a text at least, if one is left to train on: of two texts, one is for the validation.
+    """
     ordered = sorted(set(texts), key=_draw)
     n_test, n_val = (max(1, round(len(ordered) * share)) if share else 0 for share in (test_fraction, val_fraction))
+    n_val = min(n_val, max(len(ordered) - 1, 0))
+    n_test = min(n_test, max(len(ordered) - 1 - n_val, 0))
     sides = dict.fromkeys(ordered[:n_test], SIDES[2]) | dict.fromkeys(ordered[n_test : n_test + n_val], SIDES[1])
     return dict.fromkeys(ordered, SIDES[0]) | sides
 

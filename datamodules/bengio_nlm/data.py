@@ -21,7 +21,7 @@ from datamodules.sources import AnySource, Piece, Source, cut, source_of
 from lightning_modules.common.messages import say
 from lightning_modules.common.ranges import NonNegativeInt, PositiveFloat, PositiveInt, ThreeOrMore
 
-RARE = "<rare>"  # replaces all rare words; its id is 0
+RARE = "<rare>"  # replaces all rare words, and is the first word then
 PARAGRAPH = "<p>"  # the word at the end of a paragraph
 
 _NLTK_BROWN = "https://raw.githubusercontent.com/nltk/nltk_data/gh-pages/packages/corpora/brown.zip"
@@ -31,7 +31,7 @@ _CLITIC = re.compile(r"(.+?)(n't|'(?:s|d|m|re|ve|ll))", re.IGNORECASE)
 
 
 class BrownCorpus(Source):
-    """The Brown corpus (Francis and Kucera, 1961): 500 texts of American English, about 1.16 million words.
+    """The Brown corpus (Francis and Kucera, 1964): 500 texts of American English, about 1.16 million words.
 
     Tokens are separated by spaces, a sentence is a line, an empty line ends a paragraph. Part-of-speech tags, which the
     copy of NLTK has (`The/at jury/nn`), are dropped.
@@ -130,12 +130,16 @@ def words_of(
 
 
 def number(words: Iterable[str], rare: int) -> NumberedText:
-    """Return a text with ids for its words; words that occur at most `rare` times are replaced by `RARE`."""
+    """Return a text with ids for its words; words that occur at most `rare` times are replaced by `RARE`.
+
+    If the text has the word `RARE` itself, as a text in which rare words were replaced before, it counts as one.
+    """
     first_seen: dict[str, int] = {}
     ids = np.fromiter((first_seen.setdefault(word, len(first_seen)) for word in words), np.int32)
     names = list(first_seen)
     counts = np.bincount(ids, minlength=len(names))
-    kept = sorted(np.flatnonzero(counts > rare), key=lambda i: (-counts[i], names[i]))
+    kept = [i for i in np.flatnonzero(counts > rare) if names[i] != RARE]
+    kept.sort(key=lambda i: (-counts[i], names[i]))
     merged = [RARE] if len(kept) < len(names) else []
     renumbered = np.zeros(len(names), np.int32)
     renumbered[kept] = np.arange(len(merged), len(merged) + len(kept))
@@ -208,7 +212,7 @@ class BengioNLMDataModule(ExperimentDataModule):
 
     @property
     def vocab_size(self) -> int:
-        """The number of different words."""
+        """The number of words in the vocabulary."""
         return len(self.text.words)
 
     @property
@@ -238,7 +242,7 @@ class BengioNLMDataModule(ExperimentDataModule):
                 )
         if stage == "fit":
             counts = f"{len(sides['train']):,} train, {len(sides['val']):,} validate"
-            say(f"data    {len(self.text.ids):,} words, {self.vocab_size:,} different: {counts}")
+            say(f"data    {len(self.text.ids):,} words, vocabulary of {self.vocab_size:,}: {counts}")
 
     def train_dataloader(self) -> DataLoader:
         """Return the loader of the training words, shuffled."""

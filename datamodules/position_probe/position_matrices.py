@@ -15,7 +15,9 @@ from lightning_modules.common.hub import hub_answers, is_path
 from lightning_modules.common.makers import maker_of
 from lightning_modules.common.pretrained import found_folder
 
-INITIAL_STD = 0.02  # of the normal distribution of new embeddings in GPT-2, GPT-Neo, BERT and RoBERTa
+# Standard deviation of new embeddings of GPT-2, GPT-Neo, BERT and RoBERTa in Transformers. OpenAI's code of GPT-2 draws
+# the tokens with 0.02 and the positions with 0.01.
+INITIAL_STD = 0.02
 
 # For each type of model, the endings of the names of its position embeddings and of its token embeddings.
 _GPT = ("wpe.weight", "wte.weight")
@@ -68,7 +70,10 @@ def _unusable(reason: str) -> MisconfigurationException:
 
 
 def sinusoids(n_positions: int, n_embd: int) -> np.ndarray:
-    """Return the sinusoids of Vaswani et al. (2017), (T, d): wavelengths from 2π to 10,000 times 2π, sines first."""
+    """Return the sinusoids of Vaswani et al. (2017), (T, d): sine and cosine in turn.
+
+    The wavelengths are from 2π to 10,000 times 2π.
+    """
     angles = np.arange(n_positions)[:, None] * 10_000.0 ** (-np.arange(0, n_embd, 2) / n_embd)  # (T, d / 2)
     return np.stack([np.sin(angles), np.cos(angles)], axis=-1).reshape(n_positions, -1)[:, :n_embd]
 

@@ -37,10 +37,11 @@ class BengioNLMModule(KeepsBufferDtypes, ExperimentModule):
         m: Features of a word.
         direct: Whether the features are also connected directly to the output.
         mix: Weights of network and trigram: `equal`, as in the table of the paper; `learned`, by EM on the validation
-            text, for each order of magnitude of the frequency of the history; `none` for no mixture.
+            text, for each factor of e in the frequency of the history; `none` for no mixture.
         dropout: Probability of dropping a feature in training.
         hidden_dropout: Probability of dropping a hidden unit in training.
-        word_dropout: Probability of dropping all features of a word of the context in training.
+        word_dropout: Probability of dropping all features of a word of the context in training. The kept words are not
+            scaled.
         compile: Whether to compile the loss, and so the forward and backward pass of a training step: `true` for the
             default mode of `torch.compile`, `reduce-overhead` for CUDA graphs, or `max-autotune`. The first step then
             takes a minute or more.

@@ -25,7 +25,8 @@ class BengioNLM(nn.Module):
 
     Windows have n words, including the predicted one; a word has m features. There are h hidden units, and direct
     connections W if `direct` is true. In training, `dropout` is the probability of dropping a component of x,
-    `hidden_dropout` a hidden unit, and `word_dropout` all features of a word of the context.
+    `hidden_dropout` a hidden unit, and `word_dropout` all features of a word of the context. The first two scale what
+    they keep by 1 / (1 - probability); `word_dropout` does not.
     """
 
     def __init__(

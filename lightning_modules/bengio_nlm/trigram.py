@@ -4,9 +4,13 @@ Most trigrams are too rare for a reliable relative frequency, so it is mixed wit
 
     P(w | u, v) = a_0(q) / V  +  a_1(q) P(w)  +  a_2(q) P(w | v)  +  a_3(q) P(w | u, v)
 
-The more often a history (u, v) occurs, the more reliable are its longer n-grams. So each order of magnitude `q` of its
-frequency has separate weights. The relative frequencies are those of the training text; EM finds the
-weights on held-out text.
+The more often a history (u, v) occurs, the more reliable are its longer n-grams. So there are separate weights for each
+factor of e in its frequency,
+
+    q = ceil(-ln((1 + c) / T)),
+
+where c is the number of occurrences of the history in the T words of the training text. The relative frequencies are
+those of the training text; EM finds the weights on held-out text.
 
 A weight is at least `LEAST_WEIGHT`. EM alone drives the weight of a model that never helps on the held-out text to
 zero, at any speed: a word that only this model expects would then cost hundreds of nats.

@@ -67,11 +67,12 @@ def draw_token_lengths(vocabulary_txt: Path, file: Path) -> Path:
     return save_figure(figure, file)
 
 
-def draw_tokenization(samples: Mapping[str, Sequence[tuple[int, bytes]]], file: Path) -> Path:
+def draw_tokenization(text: str, samples: Mapping[str, Sequence[tuple[int, bytes]]], file: Path) -> Path:
     """Draw a text with a coloured box around each token, and return the file.
 
     Args:
-        samples: Tokens of the text (id, bytes), by the name of the tokenizer. Bytes that are not a whole character are
+        text: The text.
+        samples: Its tokens (id, bytes), by the name of the tokenizer. Bytes that are not a whole character are
             drawn in grey and in hexadecimal.
         file: PNG file to create or replace.
     """
@@ -87,9 +88,8 @@ def draw_tokenization(samples: Mapping[str, Sequence[tuple[int, bytes]]], file: 
     top = 0
     for (name, boxes), height in zip(layouts.items(), heights, strict=True):
         tokens = samples[name]
-        n_bytes = sum(len(token) for _, token in tokens)
         axes.text(
-            0, top + 0.5, f"{name}: {len(tokens)} tokens, {n_bytes / len(tokens):.2f} bytes per token",
+            0, top + 0.5, f"{name}: {len(tokens)} tokens, {len(text.encode()) / len(tokens):.2f} bytes per token",
             fontsize=font_size, fontweight="bold", va="center",
         )  # fmt: skip
         _draw_boxes(axes, boxes, top + 1, font_size)

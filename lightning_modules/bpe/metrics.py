@@ -13,13 +13,21 @@ if TYPE_CHECKING:  # imported where it is used: it is slow to import
     from tokenizers import Tokenizer
 
 
+def is_byte_level(tokenizer: "Tokenizer") -> bool:
+    """Return whether the tokens are sequences of bytes, as those of GPT-2, and not of characters."""
+    from tokenizers.decoders import ByteLevel
+
+    return isinstance(tokenizer.decoder, ByteLevel)
+
+
 class TokenizerMetrics(SplitMetric):
     """Metrics of several tokenizers on the same text, over all processes.
 
     - `bytes_per_token`: the compression; that of bytes alone is 1.
     - `tokens_per_word`: mean number of tokens that a word is split into (the fertility).
     - `vocabulary_use`: share of the vocabulary that occurs in the text.
-    - `single_byte_tokens`: share of the tokens that are single bytes, which no merge covers.
+    - `single_byte_tokens`: share of the tokens that are single bytes, which no merge covers; only of a tokenizer whose
+      tokens are bytes.
 
     Args:
         tokenizers: Tokenizers by name.
@@ -51,11 +59,12 @@ class TokenizerMetrics(SplitMetric):
         for number, (name, tokenizer) in enumerate(self.tokenizers.items()):
             occurrences = getattr(self, f"occurrences_{number}")
             tokens = occurrences.sum()
-            single = [i for token, i in tokenizer.get_vocab().items() if len(token) == 1]  # one character a byte
             results[name] = {
                 "bytes_per_token": self.bytes / tokens,
                 "tokens_per_word": tokens / self.words,
                 "vocabulary_use": (occurrences > 0).float().mean(),
-                "single_byte_tokens": occurrences[single].sum() / tokens,
             }
+            if is_byte_level(tokenizer):  # one character a byte
+                single = [i for token, i in tokenizer.get_vocab().items() if len(token) == 1]
+                results[name]["single_byte_tokens"] = occurrences[single].sum() / tokens
         return results

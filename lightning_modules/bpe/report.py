@@ -8,6 +8,7 @@ import lightning as L
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from lightning_modules.bpe.figures import draw_compression, draw_token_lengths, draw_tokenization
+from lightning_modules.bpe.metrics import is_byte_level
 from lightning_modules.bpe.module import BPEModule
 from lightning_modules.bpe.textbook import Merge, spell, unspell, vocabulary
 from lightning_modules.common.files import replace_folder, write_csv, write_text
@@ -77,7 +78,7 @@ class TokenizerReport(L.Callback):
             write_csv(table, ("tokenizer", "vocabulary_size", "bytes_per_token"), cells)
             files.append(draw_compression(table, figures / "compression.png"))
         samples = {name: tokens_of(tokenizer, self.sample) for name, tokenizer in tokenizers.items()}
-        files.append(draw_tokenization(samples, figures / "tokenization.png"))
+        files.append(draw_tokenization(self.sample, samples, figures / "tokenization.png"))
         show_figures(trainer, files)
         drawn = [(name, i, readable(token)) for name, tokens in samples.items() for i, token in tokens]
         show_table(trainer, "tokenization", ("tokenizer", "id", "token"), drawn)
@@ -86,14 +87,11 @@ class TokenizerReport(L.Callback):
 def tokens_of(tokenizer: "Tokenizer", text: str) -> list[tuple[int, bytes]]:
     """Return the tokens of a text, each with its id and its bytes."""
     encoding = tokenizer.encode(text, add_special_tokens=False)
-    return list(zip(encoding.ids, map(_bytes_of, encoding.tokens), strict=True))
-
-
-def _bytes_of(token: str) -> bytes:
-    try:
-        return unspell(token)
-    except KeyError:  # a vocabulary that is not byte-level
-        return token.encode()
+    if is_byte_level(tokenizer):
+        tokens = [unspell(token) for token in encoding.tokens]
+    else:
+        tokens = [text[start:end].encode() for start, end in encoding.offsets]
+    return list(zip(encoding.ids, tokens, strict=True))
 
 
 def readable(token: bytes) -> str:

@@ -40,7 +40,7 @@ class WordCounter:
 
     def add(self, texts: list[str]) -> None:
         """Count the words of texts, or send them to a process that does; a text must end where a word ends."""
-        self.n_bytes += sum(len(text.encode()) for text in texts)
+        self.n_bytes += sum(len(text.encode("utf-8", "surrogateescape")) for text in texts)
         if self._workers == 0:
             self.words.update(count_words(texts, *self._arguments))
             return

@@ -160,7 +160,7 @@ class MultiHeadAttention(nn.Module):
         """
         query, key, value = self._heads(x, rotation, token_values)
         if cache is not None:
-            key, value = cache.update(key, value)  # (B, H, S, D)
+            key, value = cache.update(key, value)  # (B, H_kv, S, D)
         if self.implementation == "fused":
             output = self._attend_fused(query, key, value, mask)  # (B, H, T, D)
         else:

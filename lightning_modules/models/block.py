@@ -10,7 +10,7 @@ after each sum; a network that normalises before each half trains without a long
 A block is assembled from parts that have names: the norms of `norms.py` and the networks of `feed_forward.py`. Those of
 GPT-2 are LayerNorm and GELU.
 
-Papers: Vaswani et al., "Attention Is All You Need" (2017), section 3.3; Radford et al., "Language Models are
+Papers: Vaswani et al., "Attention Is All You Need" (2017), sections 3.1 and 3.3; Radford et al., "Language Models are
 Unsupervised Multitask Learners" (GPT-2, 2019), section 2.3; Xiong et al., "On Layer Normalization in the Transformer
 Architecture" (2020), https://arxiv.org/abs/2002.04745.
 """

@@ -11,8 +11,8 @@ class KeyValueCache:
     """Keys and values of the positions that one attention layer has processed.
 
     The first update allocates memory for `max_length` positions, with the batch size, the number of heads, the dtype
-    and the device of its arguments. Later updates write only their own positions. The cache is for inference: gradients
-    do not flow across updates.
+    and the device of its arguments. Later updates write only their own positions. The cache is for inference: call it
+    without gradients, because an update changes tensors that a backward pass may need.
 
     A CUDA graph repeats the same operations on the same memory, so a step of it cannot write to another slice or return
     a longer view each time. `fix` makes the shapes of a step constant: its position is a tensor, and attention reads

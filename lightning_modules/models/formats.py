@@ -126,7 +126,9 @@ def imported(config: Mapping[str, Any], state: Mapping[str, Tensor], block_size:
         **changes: Further fields of `DecoderConfig` to set, such as `attention`.
 
     Raises:
-        ValueError: If the configuration cannot be converted, or the weights do not fit.
+        ValueError: If the configuration cannot be converted.
+        KeyError: If weights are missing.
+        RuntimeError: If the weights do not fit.
     """
     model_type = config.get("model_type")
     changes["block_size"] = block_size

@@ -35,7 +35,8 @@ def next_token_distribution(
 
     Args:
         logits: Scores of the next token, (B, V).
-        temperature: Divisor of the logits, finite and at least 0; 0 gives probability 1 to the most probable token.
+        temperature: Divisor of the logits, finite and at least 0; 0, or a number that float32 cannot hold, gives
+            probability 1 to the most probable token.
         top_k: Number of the most probable tokens to keep, at least 1; `None` keeps all.
         top_p: Total probability of the most probable tokens to keep, in (0, 1], after `top_k`; `None` keeps all.
 
@@ -46,7 +47,7 @@ def next_token_distribution(
         ValueError: If an argument is out of range.
     """
     _check_sampling(temperature, top_k, top_p)
-    if temperature == 0:
+    if _is_greedy(temperature):
         return F.one_hot(logits.argmax(dim=-1), logits.size(-1)).float()
     logits = logits.float()
     logits = logits - logits.amax(dim=-1, keepdim=True)  # so that division by a small temperature cannot overflow
@@ -86,7 +87,7 @@ def sample_next(
     generator: torch.Generator | None = None,
 ) -> Tensor:
     """Draw a token for each row from `next_token_distribution`: logits (B, V) -> tokens (B,)."""
-    if temperature == 0:
+    if _is_greedy(temperature):
         return logits.argmax(dim=-1)
     probabilities = next_token_distribution(logits, temperature, top_k, top_p)
     # The smallest of exponential variables with rates p is the i-th with probability p_i. `torch.multinomial` draws the
@@ -263,6 +264,10 @@ def _left_padding(attention_mask: Tensor, input_ids: Tensor) -> Tensor:
     if not bool((mask.diff(dim=1) >= 0).all() & (mask[:, -1] == 1).all()):
         raise ValueError("attention_mask: the padding of a row must precede its tokens, of which there is at least one")
     return mask.size(1) - mask.sum(dim=1)
+
+
+def _is_greedy(temperature: float) -> bool:
+    return temperature < torch.finfo(torch.float32).tiny
 
 
 def _check_sampling(temperature: float, top_k: int | None, top_p: float | None) -> None:

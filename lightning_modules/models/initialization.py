@@ -44,7 +44,8 @@ def gpt2(decoder: Decoder) -> None:
     """Initialise as GPT-2: N(0, 0.02²), residual projections N(0, 0.02² / (2 n_layer)), biases 0, norms 1.
 
     Two layers of each block add to the residual stream, 2 n_layer in total. With the smaller projections, the variance
-    of the sum does not grow with depth (Radford et al., 2019, section 2.3).
+    of the sum does not grow with depth (Radford et al., 2019, section 2.3). A table of learned positions is drawn with
+    0.02 too, as in Transformers; the code of OpenAI draws it with 0.01.
     """
     _normal(decoder, GPT2_STD, residual_std=GPT2_STD / math.sqrt(2 * decoder.config.n_layer))
 
@@ -57,8 +58,9 @@ def gpt2_unscaled(decoder: Decoder) -> None:
 def zero_residual(decoder: Decoder) -> None:
     """Initialise as `gpt2` with residual projections of 0, so that every block starts as the identity.
 
-    At the first step only the projections have a gradient; the layers before them follow once the projections are not
-    0. Zhang et al. (2019) initialise the last layer of each residual branch in this way to train without normalisation.
+    Of a block, only the projections have a gradient at the first step; the layers before them follow once the
+    projections are not 0. Zhang et al. (2019) initialise the last layer of each residual branch in this way to train
+    without normalisation.
     """
     _normal(decoder, GPT2_STD, residual_std=0.0)
 

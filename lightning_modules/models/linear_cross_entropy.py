@@ -6,7 +6,8 @@ For rows x_i, (C,), with target classes t_i and weights w_i, an output matrix W,
 
 the loss is Σ_i w_i nats_i. Its gradients are
 
-    ∂/∂s_ij = w_i (softmax(s_i)_j - [j = t_i]),    ∂/∂x_i = ∂/∂z_i W,    ∂/∂W = Σ_i ∂/∂z_i x_iᵀ.
+    ∂/∂s_ij = w_i (softmax(s_i)_j - [j = t_i]),    ∂/∂z_ij = ∂/∂s_ij (1 - tanh²(z_ij / cap)) with a cap, else ∂/∂s_ij,
+    ∂/∂x_i = ∂/∂z_i W,    ∂/∂W = Σ_i ∂/∂z_i x_iᵀ.
 
 The scores (N, V) are the largest tensor of a training step: with 65,536 tokens and the vocabulary of GPT-2, 13 GB in
 float32, and `F.cross_entropy` keeps two or three such tensors. But neither gradient needs the scores of other rows. So
@@ -15,9 +16,9 @@ backward pass multiplies the sums by the gradient of the loss. Hsu et al., "Lige
 https://arxiv.org/abs/2410.10989), section 3.2, do the same in Triton. Here `torch.compile` makes one kernel of the
 operations on the scores of a chunk.
 
-The matrix products are in the precision of autocast, or else of the inputs; everything else is at least in float32.
-The softmax is computed from differences of scores, s_ij - max_k s_ik, and the logarithm is not taken of a probability
-in float16, where those below 6e-8 are 0.
+The matrix products are in the precision of autocast, or else of the inputs; everything else is at least in float32, but
+for the softmax of bfloat16 scores on a CPU. The softmax is computed from differences of scores, s_ij - max_k s_ik, and
+the logarithm is not taken of a small probability: in float16, those below 6e-8 are 0.
 """
 
 from collections.abc import Callable, Sequence
@@ -58,7 +59,8 @@ def linear_cross_entropy(
     Args:
         inputs: Inputs of the linear layer, (..., C).
         weight: Output matrix W, (V, C).
-        targets: True classes, (...) int64; `IGNORED` where a row has no loss.
+        targets: True classes, (...) int64; `IGNORED` where a row has no loss. Another number that is no class is an
+            error, but not in a compiled function, where such a row has no loss.
         bias: Bias of the linear layer, (V,).
         row_weights: Weight of the loss of each row, (...), not negative; 1 by default. It gets no gradient.
         soft_cap: If given, the scores z become `soft_cap * tanh(z / soft_cap)` (Gemma 2, 2024, arXiv:2408.00118).
@@ -193,7 +195,7 @@ def _of_scores(scores: Tensor, targets: Tensor, differentiate: bool, soft_cap: f
     if soft_cap is not None:
         slope = torch.tanh(scores.to(dtype) / soft_cap)
     log_p = torch.log_softmax(scores if soft_cap is None else soft_cap * slope, dim=1, dtype=dtype)
-    target = targets.clamp_min(0)  # any class where there is none
+    target = targets.masked_fill(targets == IGNORED, 0)  # any class where there is none
     log_p_target = log_p.gather(1, target)  # (n, 1)
     nats = torch.where(targets == IGNORED, 0.0, -log_p_target)[:, 0]
     if not differentiate:
@@ -210,9 +212,11 @@ def _of_scores_in_bfloat16(scores: Tensor, targets: Tensor) -> tuple[Tensor, Ten
     The matrix units of a CPU are so fast that passes over the scores in float32 would take most of the time. The
     rounding of the scores themselves changes the loss more.
     """
-    target = targets.clamp_min(0)
+    target = targets.masked_fill(targets == IGNORED, 0)
     p = torch.softmax(scores, dim=1)
-    log_p_target = p.gather(1, target).float().clamp_min(torch.finfo(torch.float32).tiny).log()  # at least -87
+    # log p = s - max s + log max p: the smallest p that is not 0 has a logarithm of -92.
+    below = scores.gather(1, target).float() - scores.amax(1, keepdim=True).float()  # (n, 1)
+    log_p_target = below + p.amax(1, keepdim=True).float().log()
     nats = torch.where(targets == IGNORED, 0.0, -log_p_target)[:, 0]
     return nats, _with_targets(p, target, log_p_target.expm1())
 

@@ -3,9 +3,10 @@
     v_l = W_V,l x_l + λ_l U[token]          U: V x (H_kv D), one table for all layers; λ_l a weight, 0.5 at the start
 
 Deep layers average over tokens that earlier layers have mixed. Zhou et al. (2024) add the values of the first layer to
-those of each layer, which keeps the tokens apart and makes their sum over many layers cheap. With rotary positions, the
-input of the first layer is a function of the token alone, so its values are rows of a table. Here the table is a weight
-of its own, as in the speedruns of nanoGPT: no layer waits for another, and a cache has nothing more to hold.
+those of each layer, which keeps the tokens apart: this one residual connection approximates attention across all layers
+at little cost. With rotary positions, the input of the first layer is a function of the token alone, so its values are
+rows of a table. Here the table is a weight of its own, as in the speedruns of nanoGPT: no layer waits for another, and
+a cache has nothing more to hold.
 
 Paper: Zhou et al., "Value Residual Learning" (2024), https://arxiv.org/abs/2410.17897.
 """

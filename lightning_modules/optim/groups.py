@@ -24,7 +24,8 @@ def weight_decay_groups(module: nn.Module, lr_shares: Mapping[str, float] | None
     """Split the trainable parameters of a module into groups with and without weight decay.
 
     Weight decay is a prior on the matrices that multiply activations. Biases and the gains of norms, which are vectors,
-    do not decay, as in GPT-3 and most later work. A parameter that is used twice (tied embeddings) is listed once.
+    do not decay, as in GPT (Radford et al., 2018) and most later work. A parameter that is used twice (tied embeddings)
+    is listed once.
 
     Args:
         module: Any module; frozen parameters (`requires_grad=False`) are skipped.

@@ -1,4 +1,4 @@
-r"""Muon: steps of equal size in all directions of a matrix, and AdamW for the parameters that are no hidden matrices.
+r"""Muon: steps of equal size in all directions of a matrix, and AdamW for the parameters that are not hidden matrices.
 
 The gradient of a matrix is dominated by a few directions. Muon keeps the directions of the momentum and gives all of
 them the same length: it replaces the momentum matrix by the orthogonal matrix that is closest to it.
@@ -52,8 +52,10 @@ class Muon(Optimizer):
     """Muon for the matrices of the hidden layers, and AdamW for embeddings, output matrices, biases and norms.
 
     Muon updates the two-dimensional parameters within the layers of a model (its stack of blocks), other than
-    embeddings; see `lightning_modules.optim.groups`. Matrices of one shape are orthogonalised together. A schedule
-    scales both learning rates. Matrices that are sharded over processes are gathered for their step, a few at a time.
+    embeddings; see `lightning_modules.optim.groups`. A parameter that stacks several matrices, as `qkv` does, counts as
+    one, so that the steps of its parts can have unequal sizes. Matrices of one shape are orthogonalised together. A
+    schedule scales both learning rates. Matrices that are sharded over processes are gathered for their step, a few at
+    a time.
 
     Args:
         params: Filled in by the framework: groups of named parameters.

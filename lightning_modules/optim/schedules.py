@@ -413,7 +413,7 @@ def takes_built_schedules(name: str) -> str | None:
     if name not in (ChainedScheduler.__name__, SequentialLR.__name__):
         return None
     return (
-        f"{name} takes schedules that are built already, which a YAML has not; take InSequence or Together of "
+        f"{name} takes schedules that are built already, which a YAML cannot contain; take InSequence or Together of "
         "lightning_modules.optim.schedules"
     )
 

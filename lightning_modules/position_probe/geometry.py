@@ -7,8 +7,8 @@ Translation invariance, monotonicity and symmetry are the properties of Wang et 
 (2021), https://openreview.net/forum?id=onxoVA9FxMw. The paper states them as equations, and measures them on the
 attention of a model. This file measures how nearly they hold for a matrix alone.
 
-Arguments: `rows` (T, d); `proximity` (T, T), the similarity of each two positions; `columns` (T, n), functions of the
-position. SciPy is imported where it is used, because it is slow to import.
+Arguments: `rows` (T, d); `proximity` (T, T), the similarity of every two positions; `columns` (T, n), functions of
+the position. SciPy is imported where it is used, because it is slow to import.
 """
 
 import numpy as np
@@ -17,7 +17,7 @@ NEAR = 16  # largest offset of local monotonicity
 
 
 def cosine_similarity(rows: np.ndarray) -> np.ndarray:
-    """Return the cosine of the angle between each two rows, (T, T); 0 for a row of zeros."""
+    """Return the cosine of the angle between every two rows, (T, T); 0 for a row of zeros."""
     norms = np.linalg.norm(rows, axis=1, keepdims=True)
     directions = rows / np.where(norms > 0, norms, 1)
     return directions @ directions.T
@@ -88,7 +88,8 @@ def symmetry(proximity: np.ndarray) -> float:
 
     φ(x, y) = φ(y, x) holds for every inner product. Together with translation invariance it gives φ(x, x + m) =
     φ(x, x - m). The value is 1 - (mean square of their difference) / (twice the variance of all pairs): 1 where the
-    equation holds, about 0 for rows without order.
+    equation holds. For rows without order it is between about 0 and 1/2, by the size of their common mean; compare it
+    with that of the same rows shuffled.
     """
     differences = []
     for x in range(1, len(proximity) - 1):

@@ -140,6 +140,8 @@ def test_ids_follow_frequency_and_rare_words_share_one():
     assert numbered.ids.tolist() == [1, 2, 1, 0, 0, 1, 2]
     assert numbered.counts.tolist() == [2, 3, 2]
     assert number("bab", rare=0).words == ["b", "a"]
+    replaced_before = number([RARE, "a", "b", RARE, "a"], rare=1)
+    assert (replaced_before.words, replaced_before.ids.tolist()) == ([RARE, "a"], [0, 1, 0, 0, 1])
 
 
 def test_windows_have_the_nearest_word_first():

@@ -78,7 +78,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Skip the drawing, which takes longer than a run; the run `whole` draws."""
     for name in ("draw_compression", "draw_token_lengths", "draw_tokenization"):
-        monkeypatch.setattr(report, name, lambda data, file: file)
+        monkeypatch.setattr(report, name, lambda *given: given[-1])
     monkeypatch.setattr(report, "show_figures", lambda trainer, files: None)
 
 
@@ -197,7 +197,7 @@ def test_a_smaller_vocabulary_is_measured_beside_a_reference_and_at_each_power_o
     llm_train, tmp_path, whole, monkeypatch
 ):
     drawn = []
-    monkeypatch.setattr(report, "draw_tokenization", lambda samples, file: drawn.append(samples) or file)
+    monkeypatch.setattr(report, "draw_tokenization", lambda text, samples, file: drawn.append(samples) or file)
     monkeypatch.setattr(report, "show_figures", lambda trainer, files: None)
     config = write_config(tmp_path, model__init_args__vocabulary_size=300, model__init_args__special_tokens=[])
     done = llm_train("fit", "-c", config, "--model.reference", whole / "tokenizer")

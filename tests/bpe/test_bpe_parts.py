@@ -11,6 +11,9 @@ import pytest
 import torch
 from helpers import text
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from tokenizers import Tokenizer
+from tokenizers.models import WordPiece
+from tokenizers.pre_tokenizers import Whitespace
 from torch.utils.data import DataLoader
 
 from datamodules import base
@@ -19,6 +22,7 @@ from datamodules.sources import ListText, Piece, Source
 from datamodules.splits import SplitDocuments
 from lightning_modules.bpe import word_counter
 from lightning_modules.bpe.metrics import TokenizerMetrics
+from lightning_modules.bpe.report import tokens_of
 from lightning_modules.bpe.rust_tokenizers import rust_tokenizer
 from lightning_modules.bpe.textbook import GPT2_PATTERN, count_words
 from lightning_modules.bpe.tokenizer import to_tokenizer_json
@@ -254,3 +258,19 @@ def test_metrics_of_a_text_by_hand():
             {"bytes_per_token": 1, "tokens_per_word": 3, "vocabulary_use": 5 / 256, "single_byte_tokens": 1}
         ),
     }
+
+
+def test_a_tokenizer_of_characters_has_no_single_bytes_and_its_tokens_are_parts_of_the_text():
+    pieces = Tokenizer(WordPiece({"[UNK]": 0, "é": 1, "play": 2, "##ing": 3}, unk_token="[UNK]"))
+    pieces.pre_tokenizer = Whitespace()
+    metrics = TokenizerMetrics({"pieces": pieces}, GPT2_PATTERN)
+    metrics.update(["é é playing"])  # 13 bytes, three words
+    found = {name: value.item() for name, value in metrics.compute()["pieces"].items()}
+    assert found == pytest.approx({"bytes_per_token": 13 / 4, "tokens_per_word": 4 / 3, "vocabulary_use": 3 / 4})
+    assert tokens_of(pieces, "é é playing") == [(1, "é".encode()), (1, "é".encode()), (2, b"play"), (3, b"ing")]
+
+
+def test_texts_with_bytes_that_are_not_utf_8_are_counted():
+    counter = WordCounter(GPT2_PATTERN)
+    counter.add([b"caf\xe9 x".decode("utf-8", "surrogateescape")])
+    assert (counter.n_bytes, counter.words) == (6, {b"caf": 1, b"\xe9": 1, b" x": 1})

@@ -45,6 +45,10 @@ def test_few_texts_have_the_fractions_exactly_and_copies_share_a_split():
     assert sides == sides_of(reversed(texts), 0.1, 0.2)
     assert set(sides_of(["a", "b", "c"], 0.1, 0.1).values()) == set(SIDES)
     assert set(sides_of(texts, 0.0, 0.0).values()) == {"train"}
+    assert Counter(sides_of(["a", "b"], 0.1, 0.1).values()) == {"train": 1, "val": 1}  # one is left to train on
+    assert Counter(sides_of(["a", "b", "c"], 0.6, 0.3).values()) == {"train": 1, "val": 2}
+    assert sides_of(["a"], 0.1, 0.1) == {"a": "train"}
+    assert sides_of([], 0.1, 0.1) == {}
 
 
 # --- few documents ---------------------------------------------------------------------------------------------------

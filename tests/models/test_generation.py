@@ -61,6 +61,7 @@ class TestDistribution:
         torch.testing.assert_close(next_token_distribution(LOGITS, temperature=0.5), expected / expected.sum())
         assert next_token_distribution(LOGITS, temperature=0).tolist() == [[0, 1, 0, 0, 0]]
         assert next_token_distribution(LOGITS * 1e10, temperature=1e-30).tolist() == [[0, 1, 0, 0, 0]]
+        assert next_token_distribution(LOGITS, temperature=1e-46).tolist() == [[0, 1, 0, 0, 0]]  # 0 in float32
 
     @pytest.mark.parametrize(
         ("top_k", "expected"), [(1, {1}), (2, {1, 3}), (3, {0, 1, 3}), (4, {0, 1, 2, 3}), (9, {0, 1, 2, 3, 4})]
@@ -149,6 +150,7 @@ class TestSampleNext:
 
     def test_greedy_takes_the_first_of_the_best(self):
         assert sample_next(torch.tensor([[0.0, 2.0, 1.0], [5.0, 2.0, 5.0]]), temperature=0).tolist() == [1, 0]
+        assert sample_next(torch.tensor([[0.0, 2.0, 1.0]]), temperature=1e-46).tolist() == [1]
 
 
 @torch.no_grad()

@@ -131,7 +131,7 @@ def test_under_autocast_the_loss_and_the_gradients_are_close(dtype, near):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("nats", [0.0, 18.0, 60.0])
+@pytest.mark.parametrize("nats", [0.0, 18.0, 60.0, 500.0])
 def test_a_small_probability_keeps_its_logarithm(dtype, nats):
     """In float16, exp(-18) rounds to 0."""
     inputs, weight = torch.ones(1, 1), torch.tensor([[nats], [0.0]]).requires_grad_()
@@ -141,6 +141,14 @@ def test_a_small_probability_keeps_its_logarithm(dtype, nats):
     expected = torch.nn.functional.softplus(torch.tensor(nats)).item()
     assert exact.item() == pytest.approx(expected, rel=1e-6)
     assert loss.item() == pytest.approx(expected, abs=4e-3 if dtype == torch.bfloat16 else 1e-5)
+
+
+@pytest.mark.parametrize("target", [-1, 7])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_target_that_is_no_class_is_an_error(dtype, target):
+    inputs, weight = torch.ones(3, 2, dtype=dtype), torch.ones(7, 2, dtype=dtype).requires_grad_()
+    with pytest.raises((IndexError, RuntimeError)):
+        linear_cross_entropy(inputs, weight, torch.tensor([0, target, -100]))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
