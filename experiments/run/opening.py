@@ -71,7 +71,15 @@ def _steps(trainer: L.Trainer) -> str:
         limits = [f"max_steps {trainer.max_steps}", f"max_epochs {trainer.max_epochs}"]
         first, second = limits if total >= trainer.max_steps else reversed(limits)
         line += f"; {first} ends the run before {second}"
-    return line
+    return line + _warm_up(trainer, total)
+
+
+def _warm_up(trainer: L.Trainer, total: int) -> str:
+    """Return a remark if the warm-up of a schedule is longer than the run, as in a run that a flag makes shorter."""
+    steps = max((getattr(config.scheduler, "warmup_steps", 0) for config in trainer.lr_scheduler_configs), default=0)
+    if steps <= total:
+        return ""
+    return f"; the warm-up takes {steps:,}: the learning rate reaches {total / steps:.0%} (lr_scheduler.warmup)"
 
 
 def epochs(n: float) -> str:

@@ -55,7 +55,7 @@ class BPEModule(GradientFreeModule):
         count_workers: Processes that count words in place of this one; 0 counts in this one.
     """
 
-    settings_of_next = ("data.source",)
+    settings_of_next = ("data.source", "data.split", "data.val_fraction", "data.test_fraction")
 
     def __init__(
         self,

@@ -172,7 +172,7 @@ def test_the_tokenizer_is_what_the_decoder_takes(whole):
     assert command == f"llm-train fit -c decoder_pretrain/offline --data.tokenizer {whole}/tokenizer"
 
 
-def test_a_text_given_by_a_flag_is_that_of_the_next_command_too(llm_train, config, no_figures):
+def test_a_text_and_a_split_given_by_flags_are_those_of_the_next_command_too(llm_train, config, no_figures):
     Path("a text.txt").write_text("One short line, and not more.\n")
     flags = ("--data.source", "a text.txt", "--run.name=mine", "--data.val_fraction", "0", "--data.test_fraction=0")
     done = llm_train("fit", "-c", config, *flags)
@@ -183,7 +183,7 @@ def test_a_text_given_by_a_flag_is_that_of_the_next_command_too(llm_train, confi
     assert "train    1 batch read [" in done.err
     assert done.err.splitlines()[-1] == (
         "next    llm-train fit -c decoder_pretrain/offline --data.tokenizer runs/bpe/mine/tokenizer "
-        "--data.source 'a text.txt' --run.name mine"
+        "--data.source 'a text.txt' --run.name mine --data.val_fraction 0 --data.test_fraction 0"
     )
     assert "ranks is zero" not in done.err  # a warning of Lightning
 

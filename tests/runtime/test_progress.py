@@ -33,6 +33,21 @@ def test_one_epoch_is_singular(n, shown):
     assert opening.epochs(n) == shown
 
 
+@pytest.mark.parametrize(
+    ("warmups", "shown"),
+    [
+        ([48], "; the warm-up takes 48: the learning rate reaches 50% (lr_scheduler.warmup)"),
+        ([24], ""),
+        ([None], ""),  # of a schedule of torch
+        ([], ""),
+    ],
+)
+def test_a_warm_up_that_is_longer_than_the_run_is_said(warmups, shown):
+    schedules = [SimpleNamespace(**{} if steps is None else {"warmup_steps": steps}) for steps in warmups]
+    trainer = SimpleNamespace(lr_scheduler_configs=[SimpleNamespace(scheduler=schedule) for schedule in schedules])
+    assert opening._warm_up(trainer, 24) == shown
+
+
 def test_metrics_are_read_when_they_are_logged_and_not_when_the_line_is_drawn(monkeypatch):
     read = []
 
