@@ -40,6 +40,10 @@ def find_or_explain(name: str, what: str) -> Path:
     """
     if (file := find(name)) is not None:
         return file
+    if (folder := Path(name)).is_dir():
+        of_run = folder / "config.yaml"
+        advice = f"did you mean {str(of_run)!r}?" if of_run.is_file() else "give a YAML file or a name"
+        raise UsageError(f"{what} {name}: is a folder; {advice}")
     in_roots = {name for root in ROOTS for name in names(root)}
     known = sorted(in_roots | {file.stem for file in Path().glob("*.yaml")})
     asked = name.removeprefix(f"{_HERE}/").removesuffix(".yaml")

@@ -99,6 +99,23 @@ def test_a_name_that_is_none_is_one_line_with_a_similar_one(llm_train, command, 
     assert hint in done.err
 
 
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        (
+            ["validate", "-c", "runs/topic/name"],
+            "-c runs/topic/name: is a folder; did you mean 'runs/topic/name/config.yaml'?",
+        ),
+        (["fit", "--config=runs/topic/"], "--config runs/topic/: is a folder; give a YAML file or a name"),
+        (["study", "runs/topic"], "study runs/topic: is a folder; give a YAML file or a name"),
+    ],
+)
+def test_a_folder_is_no_file_of_settings(llm_train, command, said):
+    write("runs/topic/name/config.yaml")
+    done = llm_train(*command)
+    assert (done.code, done.err) == (2, f"error: {said}\n")
+
+
 def test_a_study_and_its_runs_are_found_in_a_folder_without_them(llm_train):
     done = llm_train("study", f"{TOPIC}/{STUDY}", "--dry_run", "--runs=1")
     assert done.code == 0, done.err
