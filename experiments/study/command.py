@@ -42,7 +42,7 @@ def main(args: Sequence[str]) -> None:
     code = study.run()
     if code:
         say(f"{'resume' if study.signals else 'again '}  {shlex.join(['llm-train', *args])}")
-    if not study.signals:
+    if not study.signals and study.n_done:
         say(f"next    llm-train compare {shlex.quote(str(plan.folder))}")
     if code:
         sys.exit(code)

@@ -12,6 +12,7 @@ from experiments.study.launchers import Launcher
 from experiments.study.runs import LOGS, Plan, Run
 from lightning_modules.common.messages import say
 
+_USAGE = 2  # exit code of a command that refuses its settings before a run begins
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -23,6 +24,7 @@ class Study:
         self.launcher = launcher
         self.running: list[Run] = []
         self.signals: list[int] = []  # received so far
+        self._is_refused = False  # whether the first run was, as the others would be
         self._n_passed_on = 0
 
     def run(self) -> int:
@@ -34,7 +36,7 @@ class Study:
         with locked(folder) as lock, self._listening(), self._stopping_on_error():
             self.journal = Journal(self.plan, find=self.launcher.find)
             self.running = self.journal.found
-            done = f", {self._n_done} of them done" if self.journal.outcomes else ""
+            done = f", {self.n_done} of them done" if self.journal.outcomes else ""
             goes_on = f", {len(self.running)} submitted before" if self.running else ""
             say(f"study   {folder}: {self._total} runs{done}{goes_on}; their output goes to {folder / LOGS}")
             while True:
@@ -47,13 +49,14 @@ class Study:
                 time.sleep(self.launcher.pause)
         n_failed = self.journal.count("FAIL")
         target = ", the target is reached" if self.journal.reached_target else ""
-        say(f"\nstudy   {folder} ({self._n_done} of {self._total} runs done, {n_failed} failed{target})")
+        say(f"\nstudy   {folder} ({self.n_done} of {self._total} runs done, {n_failed} failed{target})")
         return 128 + self.signals[0] if self.signals else int(n_failed > 0)
 
     def _start(self, lock: BinaryIO) -> None:
         """Start as many runs as the launcher takes; those that have finished before get no job."""
         new: list[Run] = []
-        while len(self.running) < self.launcher.at_once and not self.signals and (run := self.journal.next()):
+        ends = self.signals or self._is_refused
+        while len(self.running) < self.launcher.at_once and not ends and (run := self.journal.next()):
             self.running.append(run)
             if not run.is_finished:
                 new.append(run)
@@ -61,7 +64,8 @@ class Study:
             self.launcher.start(new, lock)
 
     @property
-    def _n_done(self) -> int:
+    def n_done(self) -> int:
+        """Number of runs that have reached their end, or were stopped early."""
         return self.journal.count("COMPLETE", "PRUNED")
 
     @property
@@ -93,6 +97,9 @@ class Study:
         how = f"failed: {error}" if error else f"{best}, stopped early" if run.stopped_early else best
         took = _duration(run.seconds) if run.job else "finished before"
         say(f"[{number:>{len(str(self._total))}}/{self._total}] {run.arm}  {how}  ({took})")
+        if number == 1 and code == _USAGE:
+            self._is_refused = True
+            say("stopping: the settings of the first run are refused, so no other run starts")
 
     @contextlib.contextmanager
     def _listening(self) -> Iterator[None]:

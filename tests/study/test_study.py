@@ -336,6 +336,18 @@ def test_a_grid_runs_in_the_order_of_the_file_and_a_failure_stops_no_other_run(l
     assert Path("precious").is_dir()
 
 
+@pytest.mark.parametrize(("refused", "n_started", "n_done"), [(0.3, 1, 0), (0.1, 4, 2)])
+def test_a_study_whose_first_run_is_refused_starts_no_other(llm_train, sweep, refused, n_started, n_done):
+    program = f"import runpy, sys; '--lr={refused}' in sys.argv and sys.exit(2); runpy.run_path('stub.py')"
+    command = ["${interpreter}", "-c", program, "fit", "--run.topic=toy", "${args}"]
+    done = llm_train("study", sweep(command=command))
+    assert done.code == 1
+    assert len([line for line in done.err.splitlines() if line.startswith("[")]) == n_started
+    assert f"({n_done} of 4 runs done, {n_started - n_done} failed)" in done.err
+    assert ("no other run starts" in done.err) == (n_done == 0)
+    assert ("next  " in done.err) == (n_done > 0)
+
+
 def test_jobs_run_at_the_same_time_and_share_the_cores(llm_train, sweep, monkeypatch, in_a_run_of_wandb):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(6))
