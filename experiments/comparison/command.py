@@ -128,8 +128,8 @@ def _notes(arms: Sequence[Arm], n_skipped: int, more_metrics: Sequence[str]) -> 
     repeating = [arm.label for arm in arms if len({run.seed for run in arm.runs}) < len(arm.runs)]
     if repeating:
         notes.append(
-            f"Several runs have the same seed in {', '.join(repeating[:3])}{' …' if repeating[3:] else ''}: "
-            "they are not independent, and the interval is too narrow."
+            f"Several runs have the same seed in {'; '.join(repeating[:3])}{'; …' if repeating[3:] else ''}. "
+            "They are not independent: equal ones have no interval, and the interval of others is too narrow."
         )
     if more_metrics:
         notes.append(f"Shown only by --metrics: {', '.join(more_metrics)}.")

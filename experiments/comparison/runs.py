@@ -21,6 +21,7 @@ FINISHED = "finished"
 CONFIG = "config"  # a setting of the runs of a study: the file that is merged over the configuration, by its stem
 UNFINISHED = "unfinished"  # without a summary: the run is alive, or was killed
 _MARKS = {"config.yaml", "environment.json", "metrics.csv"}  # a folder with one of them is a run's
+_OF_EVALUATION = re.compile(r"config_(validate|test|predict)\.yaml")
 _NO_SETTING = re.compile(r"(run|environment|trainer\.logger|trainer\.default_root_dir)(\.|$)")  # names and places
 SEEDS = ("seed", "seed_everything")
 _FILE_OF_ARM = re.compile(r"(?:^|[/(,])config=([^,/()+]+)")  # in the name of an arm
@@ -58,18 +59,27 @@ def find_runs(paths: Iterable[Path]) -> list[Path]:
     """Return the run folders among these folders and below them, each once."""
     paths, found, seen = list(paths), [], set()
     for path in paths:
+        if path.is_file():
+            raise UserError(f"{path}: is a file; give the folder of its run, {path.parent}")
         if not path.is_dir():
             raise UserError(f"{path}: there is no such folder; give run folders, or folders that hold runs")
         for folder, below, files in os.walk(path, followlinks=True):
             is_run, is_new = bool(_MARKS.intersection(files)), os.path.realpath(folder) not in seen
             seen.add(os.path.realpath(folder))
-            if is_run and is_new:
+            if is_run and is_new and not _is_evaluation(files):
                 found.append(Path(folder))
             # Do not search runs: W&B keeps a config.yaml of its own in each.
             below[:] = [] if is_run or not is_new else sorted(name for name in below if not name.startswith("."))
     if not found:
         raise UserError(f"there are no runs in {', '.join(map(str, paths))}; a run folder holds a config.yaml")
     return found
+
+
+def _is_evaluation(files: Iterable[str]) -> bool:
+    """Return whether these are the files of `validate`, `test` or `predict` alone, with which nothing was trained."""
+    return any(_OF_EVALUATION.fullmatch(name) for name in files) and not {"config.yaml", "metrics.csv"}.intersection(
+        files
+    )
 
 
 def read_folder(folder: Path) -> Run:

@@ -412,7 +412,30 @@ def test_metrics_are_what_the_runs_monitor_and_what_they_have_in_common(llm_trai
     first, _, row, *_ = Path("runs/comparison/table.md").read_text().splitlines()
     assert first == "| n | val/other, best = last | train/loss, best | train/loss, last |"
     assert row == "| 2 | 2.000 (n = 1) | 1.000 | 2.000 |"
-    assert "Several runs have the same seed in all runs" in done.out
+    assert "Several runs have the same seed in all runs. They are not independent" in done.out
+
+
+@pytest.mark.usefixtures("empty_images")
+def test_arms_of_equal_seeds_are_told_apart(llm_train, write_run):
+    for depth in (1, 2):
+        for number in (1, 2):
+            write_run(f"{depth}.{number}", model__init_args__n_layer=depth, optimizer__init_args__lr=depth / 10)
+    done = llm_train("compare", "runs")
+    assert "Several runs have the same seed in n_layer=1, lr=0.1; n_layer=2, lr=0.2. " in done.out
+
+
+@pytest.mark.usefixtures("empty_images")
+def test_an_evaluation_of_untrained_weights_is_no_run_to_compare(llm_train, write_run):
+    write_run("one")
+    evaluated, damaged = write_run("one.2"), write_run("two")
+    for run in (evaluated, damaged):
+        (run / "config.yaml").rename(run / "config_validate.yaml")
+        (run / "environment.json").touch()
+    (evaluated / "metrics.csv").unlink()
+    done = llm_train("compare", "runs")
+    assert (done.code, done.err) == (0, f"skipped runs/{damaged.name}: config.yaml is missing\n")
+    assert "Skipped, since they cannot be read: 1." in done.out
+    assert "there are no runs in runs/one.2" in llm_train("compare", "runs/one.2").err
 
 
 def test_a_table_has_four_metrics_unless_more_are_asked_for(write_run):
@@ -509,6 +532,7 @@ def test_a_metric_that_no_run_has(asked, message):
     [
         (["missing"], "missing: there is no such folder"),
         (["empty"], "there are no runs in empty"),
+        (["runs/one/config.yaml"], "runs/one/config.yaml: is a file; give the folder of its run, runs/one"),
         (["runs", "--maximize", "val/lose"], "val/lose is not compared; there is val/loss"),
         (["--wandb", "project"], "--wandb project: give ENTITY/PROJECT or ENTITY/PROJECT/GROUP"),
         (["runs", "--out", "file"], "file"),
