@@ -30,6 +30,7 @@ _ARTIFACTS = {"config": "config.yaml", "tokenizer": "tokenizer", "model": "check
 _RECORD = Path("wandb", "id.json")  # the id of the W&B run, and the kinds of its artifacts
 _LONGEST_UPLOAD = "120"  # at the end of a run, in seconds
 _GRACE = 20.0  # more seconds, after which W&B is ended: it writes what is logged to its file every 15 seconds
+_MOST_NAMED = 2  # folders of offline runs; more are a pattern
 _LONGEST_TAG = 64  # W&B refuses longer ones
 _MODES = ("online", "offline", "shared", "disabled", "dryrun", "run")
 
@@ -354,8 +355,10 @@ class WandbRecorder(OpenWandbLogger):
         """The command that uploads the files of an offline run, or `None` if there are none."""
         if self._folder is None or self.settings.get("mode") != "offline":
             return None
-        folders = sorted(self._folder.glob("wandb/offline-run-*"))
-        return f"wandb sync {shlex.join(map(str, folders))}" if folders else None
+        folders = sorted(map(str, self._folder.glob("wandb/offline-run-*")))
+        if len(folders) > _MOST_NAMED:
+            return f"wandb sync {shlex.quote(str(self._folder))}/wandb/offline-run-*"
+        return f"wandb sync {shlex.join(folders)}" if folders else None
 
 
 class _NoRun:

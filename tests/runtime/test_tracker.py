@@ -76,6 +76,19 @@ def test_a_run_that_fails_before_it_is_recorded_leaves_no_files_of_the_tracker(t
     assert list(cli.run.path.parent.iterdir()) == []
 
 
+def test_many_offline_runs_are_uploaded_by_a_pattern(tracker, tmp_path):
+    run = tmp_path / "a name"
+    logger = attached(run)
+    logger.settings["mode"] = "offline"
+    assert logger.sync_command is None
+    commands = []
+    for number in range(3):
+        (run / f"wandb/offline-run-{number}").mkdir(parents=True)
+        commands.append(logger.sync_command)
+    one, two = (f"'{run}/wandb/offline-run-{number}'" for number in range(2))
+    assert commands == [f"wandb sync {one}", f"wandb sync {one} {two}", f"wandb sync '{run}'/wandb/offline-run-*"]
+
+
 @pytest.mark.parametrize("variable", ["WANDB_BASE_URL=nonsense", f"WANDB_RUN_ID={'x' * 300}/"])
 def test_a_run_whose_tracker_cannot_start_is_trained_and_recorded(llm_train, tracker, tiny, monkeypatch, variable):
     monkeypatch.setenv(*variable.split("=", 1))
