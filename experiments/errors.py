@@ -34,11 +34,13 @@ class CommandParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Print one line, with a similar word if one is probably misspelt, and exit with code 2."""
-        found = re.search(r"unrecognized arguments: (--\w+)|invalid choice: '([^']+)' \(choose from (.*)\)", message)
+        found = re.search(r"unrecognized arguments: --([\w-]+)|invalid choice: '([^']+)' \(choose from (.*)\)", message)
         hint = "see --help"
         if found:
+            typed = f"--{found[1].replace('-', '_')}" if found[1] else found[2]
             known = re.findall(r"--\w+", self.format_help()) if found[1] else re.findall(r"[\w-]+", found[3])
-            close = difflib.get_close_matches(found[1] or found[2], known, n=1)
+            longer = [word for word in known if word.startswith(typed)]  # an abbreviation has few letters in common
+            close = longer or difflib.get_close_matches(typed, known, n=1)
             hint = f"did you mean {close[0]!r}?" if close else hint
         print(f"error: {self.prog}: {message} ({hint})", file=sys.stderr)
         raise SystemExit(2)

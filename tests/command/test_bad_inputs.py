@@ -142,6 +142,8 @@ COMMANDS = [
     ("study", ["lost.yaml"], 2, ["lost.yaml"]),
     ("compare", ["runs/lost"], 1, ["runs/lost"]),
     ("generate", ["--run=runs/lost", "--prompt=a", "--temprature=1"], 2, ["(did you mean '--temperature'?)"]),
+    ("generate", ["--run=runs/lost", "--prompt=a", "--temp", "0"], 2, ["(did you mean '--temperature'?)"]),
+    ("generate", ["--run=runs/lost", "--prompt=a", "--max-new-tokens", "3"], 2, ["(did you mean '--max_new_tokens'?)"]),
     ("list", ["topcs"], 2, ["(did you mean 'topics'?)"]),
     ("copy", ["trainer/gpuu"], 2, ["(did you mean 'trainer/gpu'?)"]),
     ("schema", ["--fast"], 2, ["--fast"]),
