@@ -216,6 +216,8 @@ class ExperimentDataModule(LightningDataModule):
         seed: Seed of the order of the training data, 0 or greater.
     """
 
+    against_few_examples = "give more data or a smaller batch"  # what a user can do if an epoch has less than a batch
+
     def __init__(self, batch_size: PositiveInt, num_workers: NonNegativeInt = 0, seed: NonNegativeInt = 0) -> None:
         super().__init__()
         self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
@@ -231,7 +233,7 @@ class ExperimentDataModule(LightningDataModule):
         if n < self.batch_size:
             raise MisconfigurationException(
                 f"an epoch has {n} training examples, too few for one batch of data.batch_size {self.batch_size}: "
-                "give more data or a smaller batch"
+                f"{self.against_few_examples}"
             )
         order = order or shuffled(n, self.seed)
         if self.trainer is not None and self.trainer.overfit_batches:

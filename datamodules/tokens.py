@@ -741,6 +741,7 @@ class TokenDataModule(WithTokenizer, ExperimentDataModule):
     source: Source | None = None  # the text whose characters the tokenizer `character` has
     split: Split = "tail"  # how the text is split
     n_processes = 1  # that tokenise a large text
+    against_few_examples = "give more text, a smaller data.block_size or a smaller batch"
 
     def __init__(
         self,

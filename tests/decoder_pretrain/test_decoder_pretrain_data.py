@@ -430,7 +430,9 @@ def test_a_text_shorter_than_a_block_is_refused():
 
 def test_fewer_windows_than_a_batch_are_refused():
     short = module(ListText(["x" * 50]), val_fraction=0)
-    assert "an epoch has 3 training examples" in one_line_error(make=short.train_dataloader)
+    message = one_line_error(make=short.train_dataloader)
+    assert message.startswith("an epoch has 3 training examples, too few for one batch of data.batch_size 4: ")
+    assert "a smaller data.block_size" in message
 
 
 @pytest.mark.parametrize(("stage", "side"), [("test", "test"), ("validate", "val")])
