@@ -57,19 +57,31 @@ class Run:
             )
         return load_tokenizer(str(folder.resolve()))
 
-    def generate(self, prompt: str, max_new_tokens: int = 200, **sampling: Any) -> str:
+    def generate(
+        self,
+        prompt: str | np.ndarray,
+        max_new_tokens: int = 200,
+        temperature: float = 0.8,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int | torch.Generator = 0,
+    ) -> str:
         """Return the text that the model writes after a prompt, until its end-of-text token.
 
         Args:
-            prompt: Text to continue, at least one token.
+            prompt: Text to continue, or its token ids, (T,); at least one token.
             max_new_tokens: Largest number of tokens to generate.
-            **sampling: `temperature`, `top_k`, `top_p` and `seed`, see `stream`.
+            temperature: 0 takes the most probable token; smaller values than 1 sharpen the distribution.
+            top_k: Number of the most probable tokens to draw from; `None` means all.
+            top_p: Total probability of the most probable tokens to draw from (above 0, at most 1); `None` means all.
+            seed: Seed of the random numbers, or a generator on the device of the module.
 
         Raises:
             MisconfigurationException: If the run has not learned to generate text, or has no tokenizer.
-            ValueError: If an argument is out of range.
+            TypeError: If the prompt is not one text, nor an array of token ids.
+            ValueError: If the prompt is empty, or an argument is out of range.
         """
-        return "".join(self.stream(prompt, max_new_tokens, **sampling))
+        return "".join(self.stream(prompt, max_new_tokens, temperature, top_k, top_p, seed))
 
     def stream(
         self,
@@ -80,24 +92,15 @@ class Run:
         top_p: float | None = None,
         seed: int | torch.Generator = 0,
     ) -> Iterator[str]:
-        """Yield the parts of the text of `generate` as they are generated.
-
-        Args:
-            prompt: Text to continue, or its token ids, (T,).
-            max_new_tokens: Largest number of tokens to generate.
-            temperature: 0 takes the most probable token; smaller values than 1 sharpen the distribution.
-            top_k: Number of the most probable tokens to draw from; `None` means all.
-            top_p: Total probability of the most probable tokens to draw from (above 0, at most 1); `None` means all.
-            seed: Seed of the random numbers, or a generator on the device of the module.
-
-        Raises:
-            MisconfigurationException: As in `generate`.
-            ValueError: If an argument is out of range.
-        """
+        """Yield the parts of the text of `generate` as they are generated; see there for the arguments and errors."""
+        if not isinstance(prompt, str | np.ndarray):
+            raise TypeError("prompt: give one text, or the token ids of one in an array of NumPy")
         if not hasattr(self.module, "generate"):
             raise self._cannot("generate text")
         device, tokenizer = self.module.device, self.tokenizer
         ids = encode(tokenizer, [prompt])[0] if isinstance(prompt, str) else prompt
+        if not len(ids):
+            raise ValueError("prompt: there is no token in it; give at least one to continue")
         generator = torch.Generator(device).manual_seed(seed) if isinstance(seed, int) else seed
         tokens = self.module.generate(
             torch.from_numpy(ids.astype(np.int64))[None].to(device),  # (1, T)

@@ -37,6 +37,12 @@ def test_python_generates_what_the_command_generates(llm_train, whole):
         run.classify("a")
     with pytest.raises(ValueError, match="top_p"):
         run.generate("ae", top_p=2.0)
+    with pytest.raises(ValueError, match="prompt: there is no token in it"):
+        run.generate("")
+    with pytest.raises(TypeError, match="prompt: give one text"):
+        run.generate(["a", "b"])
+    with pytest.raises(TypeError, match=r"Run\.generate\(\) got an unexpected keyword argument 'max_tokens'"):
+        run.generate("a", max_tokens=3)
 
 
 def test_a_module_is_loaded_from_its_checkpoint_and_trains_on_ones_own_batches(whole):
