@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from jsonargparse import ActionYesNo, Namespace
 from lightning.pytorch.callbacks import BatchSizeFinder, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser
@@ -41,6 +42,7 @@ from lightning_modules.runtime.private_names import SettingsGoOverCheckpoint, le
 
 LINKED = ("vocab_size", "pad_token_id", "block_size", "classes")  # attributes of the data, arguments of a module
 _LENGTH = ("max_steps", "max_epochs", "max_time")  # the arguments of the trainer that end a run
+_GPUS = ("gpu", "cuda", "mps")  # names of accelerators
 _LOST_PEER = re.compile(r"[Cc]onnection (closed|reset|refused)|[Bb]roken pipe|remote process exited|NCCL communicator")
 _NOISE = (  # warnings of Lightning that do not hold here, or that a user cannot act on
     ".*your dataloader is not resumable.*",
@@ -277,6 +279,10 @@ class ExperimentCLI(SettingsGoOverCheckpoint):
         """Build the trainer with the run folder, once model and data are built and agree."""
         leave_unused_gpus_alone()
         self._check_links()
+        if (kind := self._trainer_arguments["accelerator"]) in _GPUS and not torch.accelerator.is_available():
+            raise MisconfigurationException(
+                f"trainer.accelerator is {kind}, and PyTorch finds no GPU here: give -c trainer/cpu in its place"
+            )
         if self._trainer_arguments.get("fast_dev_run"):
             self.run = run_folder.temporary(self._claim_as[1])
         elif self.run is None:

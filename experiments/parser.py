@@ -31,6 +31,26 @@ accept_moved_classes()
 # A default of Lightning can be text of an enumeration, as `Timer(interval=...)`.
 yaml.SafeDumper.add_multi_representer(str, lambda dumper, text: dumper.represent_str(str.__str__(text)))
 
+# What Transformers, nanoGPT and others call an option.
+_OF_OTHER_PROGRAMS = {
+    "bf16": "trainer.precision",
+    "device": "trainer.accelerator",
+    "dtype": "trainer.precision",
+    "epochs": "trainer.max_epochs",
+    "eval_steps": "trainer.val_check_interval",
+    "fp16": "trainer.precision",
+    "gradient_accumulation_steps": "trainer.accumulate_grad_batches",
+    "learning_rate": "optimizer.lr",
+    "log_interval": "trainer.log_every_n_steps",
+    "logging_steps": "trainer.log_every_n_steps",
+    "max_grad_norm": "trainer.gradient_clip_val",
+    "num_train_epochs": "trainer.max_epochs",
+    "out_dir": "run.root",
+    "output_dir": "run.root",
+    "per_device_train_batch_size": "data.batch_size",
+    "resume_from_checkpoint": "ckpt_path",
+    "seed": "seed_everything",
+}
 _UNKNOWN_OPTION = re.compile(r"(?:does not accept option|Option) '([\w.]+)'|unrecognized arguments: ([^\s=]+)")
 _GIVEN_PATH = re.compile(r"class_path '([\w.]+)'|dot import path string: ([\w.]+)")
 _HIDDEN = re.compile(r"(?:No module named|module) '(experiments|lightning_modules|datamodules)\b")
@@ -218,6 +238,8 @@ def _similar_option(typed: str, known: Sequence[str], chosen: Mapping[str, optio
     same = [option for option in candidates if option == name or option.rsplit(".", 1)[-1] == ending]
     by_ending = {option.rsplit(".", 1)[-1]: option for option in candidates}
     close = _closest(name, candidates) or by_ending.get(_closest(ending, by_ending) or "")
+    if (meant := _OF_OTHER_PROGRAMS.get(name)) in candidates:
+        close = meant
     found = min(same, key=lambda option: not option.startswith(section), default=close)
     # The words are right, and the hyphens are not.
     return f"--{found}" if found == name else found

@@ -62,6 +62,8 @@ COMMANDS = [
     ("fit tiny", ["--max_steps=3"], 2, ["error: unrecognized arguments", "(did you mean 'trainer.max_steps'?)"]),
     ("fit tiny", ["--print-config"], 2, ["(did you mean '--print_config'?)"]),
     ("fit tiny", ["--lr=3"], 2, ["(did you mean 'optimizer.lr'?)"]),
+    ("fit tiny", ["--learning_rate", "1e-3"], 2, ["(did you mean 'optimizer.lr'?)"]),
+    ("fit tiny", ["--seed=3"], 2, ["(did you mean 'seed_everything'?)"]),
     ("fit tiny", ["--n_layer=3"], 2, ["(did you mean 'model.n_layer'?)"]),
     ("fit tiny", ["--optimiser.lr=3"], 2, ["(did you mean 'optimizer'?)"]),
     ("fit tiny", ["--optimizer.lrr=3"], 2, ["error: --optimizer: Option 'lrr'", "(did you mean 'lr'?)"]),
@@ -105,7 +107,14 @@ COMMANDS = [
     ),
     ("fit tiny", ["--trainer.max_steps=many"], 2, ["trainer.max_steps", "many"]),
     ("fit tiny", ["--trainer.devices=0"], 1, ["devices", "0"]),
-    ("fit tiny", ["--trainer.accelerator=cuda"], 1, ["CUDA"]),
+    *(
+        ("fit tiny", given, 1, [f"trainer.accelerator is {kind}, and PyTorch finds no GPU here: give -c trainer/cpu"])
+        for kind, given in [
+            ("cuda", ["--trainer.accelerator=cuda"]),
+            ("gpu", ["--trainer.accelerator", "gpu"]),
+            ("gpu", ["-c", "trainer/gpu"]),
+        ]
+    ),
     ("fit tiny", ["--trainer.strategy=dpd"], 1, ["strategy", "dpd"]),
     ("fit tiny", ["--trainer.precision=bf17"], 2, ["expected one of", "(did you mean 'bf16'?)"]),
     ("fit tiny", ["--trainer.default_root_dir=x"], 1, ["set run.root and run.name"]),
