@@ -55,13 +55,16 @@ class Study:
     def _start(self, lock: BinaryIO) -> None:
         """Start as many runs as the launcher takes; those that have finished before get no job."""
         new: list[Run] = []
-        ends = self.signals or self._is_refused
-        while len(self.running) < self.launcher.at_once and not ends and (run := self.journal.next()):
+        while len(self.running) < self.launcher.at_once and not self._ends and (run := self.journal.next()):
             self.running.append(run)
             if not run.is_finished:
                 new.append(run)
         if new:
             self.launcher.start(new, lock)
+
+    @property
+    def _ends(self) -> bool:
+        return self._is_refused or bool(self.signals)
 
     @property
     def n_done(self) -> int:
@@ -99,7 +102,7 @@ class Study:
         say(f"[{number:>{len(str(self._total))}}/{self._total}] {run.arm}  {how}  ({took})")
         if number == 1 and code == _USAGE:
             self._is_refused = True
-            say("stopping: the settings of the first run are refused, so no other run starts")
+            say("stopping: the settings of the first run are refused, so no further run starts")
 
     @contextlib.contextmanager
     def _listening(self) -> Iterator[None]:

@@ -344,7 +344,7 @@ def test_a_study_whose_first_run_is_refused_starts_no_other(llm_train, sweep, re
     assert done.code == 1
     assert len([line for line in done.err.splitlines() if line.startswith("[")]) == n_started
     assert f"({n_done} of 4 runs done, {n_started - n_done} failed)" in done.err
-    assert ("no other run starts" in done.err) == (n_done == 0)
+    assert ("no further run starts" in done.err) == (n_done == 0)
     assert ("next  " in done.err) == (n_done > 0)
 
 
