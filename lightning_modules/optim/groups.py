@@ -1,6 +1,6 @@
 """Parameter groups of the optimiser: weight decay for matrices but not for vectors, and separate learning rates."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -13,11 +13,18 @@ class ParameterGroups(list[dict[str, Any]]):
 
     Attributes:
         hidden_matrices: Names of these parameters, for an optimiser that treats them differently.
+        stacked: Names of the parameters that stack several matrices, with the number of rows of each.
     """
 
-    def __init__(self, groups: Iterable[dict[str, Any]], hidden_matrices: Iterable[str]) -> None:
+    def __init__(
+        self,
+        groups: Iterable[dict[str, Any]],
+        hidden_matrices: Iterable[str],
+        stacked: Mapping[str, Sequence[int]] | None = None,
+    ) -> None:
         super().__init__(groups)
         self.hidden_matrices = frozenset(hidden_matrices)
+        self.stacked = dict(stacked or {})
 
 
 def weight_decay_groups(module: nn.Module, lr_shares: Mapping[str, float] | None = None) -> ParameterGroups:
@@ -49,6 +56,7 @@ def weight_decay_groups(module: nn.Module, lr_shares: Mapping[str, float] | None
             for (share, decays), parameters in sorted(groups.items(), reverse=True)
         ),
         hidden_matrices(module),
+        stacked_matrices(module),
     )
 
 
@@ -61,3 +69,12 @@ def hidden_matrices(module: nn.Module) -> list[str]:
     embeddings = {p for part in module.modules() if isinstance(part, nn.Embedding) for p in part.parameters()}
     layers = ModelParts(module).layers
     return [name for layer in layers for name, p in layer.items() if p.ndim == 2 and p not in embeddings]
+
+
+def stacked_matrices(module: nn.Module) -> dict[str, Sequence[int]]:
+    """Return the names of the weights that stack several matrices, with the number of rows of each.
+
+    A layer says so in its attribute `stacked`, by the names of its linear layers.
+    """
+    parts = ((name, getattr(part, "stacked", {})) for name, part in module.named_modules())
+    return {f"{name}.{linear}.weight".lstrip("."): rows for name, stacked in parts for linear, rows in stacked.items()}

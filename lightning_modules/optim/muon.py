@@ -24,8 +24,9 @@ https://arxiv.org/abs/2502.16982 (`match_rms_adamw`); Loshchilov and Hutter, "De
 (2019), https://arxiv.org/abs/1711.05101 (AdamW).
 """
 
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -52,10 +53,8 @@ class Muon(Optimizer):
     """Muon for the matrices of the hidden layers, and AdamW for embeddings, output matrices, biases and norms.
 
     Muon updates the two-dimensional parameters within the layers of a model (its stack of blocks), other than
-    embeddings; see `lightning_modules.optim.groups`. A parameter that stacks several matrices, as `qkv` does, counts as
-    one, so that the steps of its parts can have unequal sizes. Matrices of one shape are orthogonalised together. A
-    schedule scales both learning rates. Matrices that are sharded over processes are gathered for their step, a few at
-    a time.
+    embeddings; see `lightning_modules.optim.groups`. Matrices of one shape are orthogonalised together. A schedule
+    scales both learning rates. Matrices that are sharded over processes are gathered for their step, a few at a time.
 
     Args:
         params: Filled in by the framework: groups of named parameters.
@@ -71,6 +70,9 @@ class Muon(Optimizer):
         eps: Number that AdamW adds to its denominator.
         matrices: Glob patterns of the names of the parameters that Muon updates, in adapted layers with `base_layer` or
             `lora_A.default`; `null` means the rule above.
+        split_stacked: Whether the matrices that a parameter stacks, such as those of queries, keys and values in `qkv`,
+            are orthogonalised and scaled each by itself. Otherwise they count as one matrix, in whose step the part
+            with the largest gradient, the values, has most of the size.
         fused: Whether AdamW updates all its parameters in one kernel.
         dtype: Number type of the orthogonalisation, which needs little precision; `null` means `bfloat16` on a GPU and
             on a CPU with matrix units for it (AMX), and `float32` on other CPUs, where `bfloat16` is far slower.
@@ -93,6 +95,7 @@ class Muon(Optimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: NonNegativeFloat = 1e-8,
         matrices: list[str] | None = None,
+        split_stacked: bool = False,
         fused: bool = True,
         dtype: Literal["float32", "bfloat16"] | None = None,
     ) -> None:
@@ -120,6 +123,8 @@ class Muon(Optimizer):
                 if own:
                     split.append(defaults | group | {"params": own, "algorithm": algorithm})
         super().__init__(split, {})
+        rows = params.stacked if split_stacked else {}
+        self._rows = {p: rows[name] for group in params for name, p in group["params"] if name in rows}
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:  # type: ignore[override]
@@ -130,7 +135,7 @@ class Muon(Optimizer):
                 loss = closure()
         for group in self.param_groups:
             if group["algorithm"] == "muon":
-                _step_of_muon(group, self.state)
+                _step_of_muon(group, self.state, self._rows)
         # AdamW works on the state and the groups of this optimiser, which schedules and checkpoints replace.
         self._adamw.state = self.state
         self._adamw.param_groups = [group for group in self.param_groups if group["algorithm"] == "adamw"]
@@ -138,8 +143,14 @@ class Muon(Optimizer):
         return loss
 
 
-def _step_of_muon(group: dict[str, Any], state: dict[Tensor, Any]) -> None:
-    """Update the matrices of a group by the formula at the top; each call of a `foreach` function is one kernel."""
+def _step_of_muon(group: dict[str, Any], state: dict[Tensor, Any], rows: Mapping[Tensor, Sequence[int]]) -> None:
+    """Update the matrices of a group by the formula at the top; each call of a `foreach` function is one kernel.
+
+    Args:
+        group: Group of the optimiser.
+        state: State of the optimiser.
+        rows: Numbers of rows of the matrices that a parameter stacks; a parameter that is not here is one matrix.
+    """
     params = [p for p in group["params"] if p.grad is not None]
     if not params:
         return
@@ -151,29 +162,66 @@ def _step_of_muon(group: dict[str, Any], state: dict[Tensor, Any]) -> None:
     foreach_lerp_(momenta, gradients, 1 - group["momentum"])
     updates = list(foreach_lerp(gradients, momenta, group["momentum"])) if group["nesterov"] else momenta
     default = "bfloat16" if has_matrix_units(updates[0].device) else "float32"
-    steps = _orthogonal_factors(updates, group["ns_steps"], getattr(torch, group["dtype"] or default))
-    foreach_mul_(steps, [SCALES[group["scale"]](*p.shape) for p in params])
+    stacked = [rows.get(p, [p.size(0)]) for p in params]
+    scale, dtype = SCALES[group["scale"]], getattr(torch, group["dtype"] or default)
+    steps = _steps(updates, stacked, group["ns_steps"], dtype, scale)
     foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
     foreach_add_(params, steps, alpha=-group["lr"])
 
 
-def _orthogonal_factors(updates: list[Tensor], ns_steps: int, dtype: torch.dtype) -> list[Tensor]:
+def _steps(
+    updates: list[Tensor],
+    rows: list[Sequence[int]],
+    ns_steps: int,
+    dtype: torch.dtype,
+    scale: Callable[[int, int], float],
+) -> list[Tensor]:
+    """Return s U Vᵀ of each update, or of each matrix that it stacks, below each other.
+
+    Args:
+        updates: Matrices, or shards of them.
+        rows: Numbers of rows of the matrices in each update.
+        ns_steps: Iterations.
+        dtype: Number type of the iterations.
+        scale: s as a function of rows and columns.
+    """
+    steps = list(updates)
+    for some in _gathered_together(updates):
+        matrices = [matrix for i in some for matrix in _whole(updates[i]).split(rows[i])]
+        factors = _orthogonal_factors(matrices, ns_steps, dtype)
+        foreach_mul_(factors, [scale(*factor.shape) for factor in factors])
+        following = iter(factors)
+        for i in some:
+            own = [*itertools.islice(following, len(rows[i]))]
+            steps[i] = _sharded_as(updates[i], torch.cat(own) if len(own) > 1 else own[0])
+    return steps
+
+
+def _gathered_together(updates: list[Tensor]) -> Iterator[list[int]]:
+    """Yield the numbers of updates that are orthogonalised together: all, or so many shards as fit into memory."""
+    if not any(isinstance(update, DTensor) for update in updates):
+        yield [*range(len(updates))]
+        return
+    some: list[int] = []
+    for i in range(len(updates)):
+        if some and sum(updates[j].numel() for j in [*some, i]) > _MOST_GATHERED:
+            yield some
+            some = []
+        some.append(i)
+    yield some
+
+
+def _orthogonal_factors(matrices: list[Tensor], ns_steps: int, dtype: torch.dtype) -> list[Tensor]:
     """Return U Vᵀ of each matrix; those of one shape, and those of the transposed shape, are computed together."""
     by_shape: dict[tuple[int, ...], list[int]] = {}
-    for i, update in enumerate(updates):
-        by_shape.setdefault(tuple(sorted(update.shape)), []).append(i)
-    factors = list(updates)
-    for (rows, columns), members in by_shape.items():
-        # All at once, sharded matrices would be gathered to as much memory as the model.
-        is_sharded = any(isinstance(updates[i], DTensor) for i in members)
-        most = max(1, _MOST_GATHERED // (rows * columns)) if is_sharded else len(members)
-        for start in range(0, len(members), most):
-            some = members[start : start + most]
-            whole = [_whole(updates[i]) for i in some]
-            wide = torch.stack([matrix if matrix.size(0) <= matrix.size(1) else matrix.mT for matrix in whole])
-            found = orthogonalized(wide.to(dtype), ns_steps).to(wide.dtype).unbind()
-            for i, matrix, factor in zip(some, whole, found, strict=True):
-                factors[i] = _sharded_as(updates[i], factor if factor.shape == matrix.shape else factor.mT.contiguous())
+    for i, matrix in enumerate(matrices):
+        by_shape.setdefault(tuple(sorted(matrix.shape)), []).append(i)
+    factors = list(matrices)
+    for some in by_shape.values():
+        wide = torch.stack([m if m.size(0) <= m.size(1) else m.mT for m in (matrices[i] for i in some)])
+        found = orthogonalized(wide.to(dtype), ns_steps).to(wide.dtype).unbind()
+        for i, factor in zip(some, found, strict=True):
+            factors[i] = factor if factor.shape == matrices[i].shape else factor.mT.contiguous()
     return factors
 
 

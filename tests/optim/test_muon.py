@@ -89,6 +89,29 @@ def test_the_number_type_is_by_default_bfloat16_where_it_is_fast(monkeypatch, ch
     assert set(used) == {expected}
 
 
+@pytest.mark.parametrize("scale", ["original", "match_rms_adamw"])
+def test_stacked_matrices_are_orthogonalised_and_scaled_each_by_itself(scale):
+    def mixed() -> Decoder:
+        torch.manual_seed(0)
+        parts = {"n_kv_head": 1, "feed_forward": "swiglu", "bias": False}
+        return Decoder(DecoderConfig(vocab_size=7, block_size=8, n_layer=2, n_head=2, n_embd=8, **parts))
+
+    ours, apart = mixed(), mixed()
+    options = {"lr": 0.02, "scale": scale, "dtype": "float32"}
+    set_gradients(ours, 0)
+    Muon(weight_decay_groups(ours), split_stacked=True, **options).step()
+    set_gradients(apart, 0)
+    sizes = {"attention.qkv": [8, 4, 4], "feed_forward.expansion": [24, 24]}  # by hand
+    for i, block in enumerate(apart.blocks):
+        for layer, rows in sizes.items():
+            whole, stepped = block.get_submodule(layer).weight, ours.blocks[i].get_submodule(layer).weight
+            pieces = {str(k): nn.Parameter(piece.detach().clone()) for k, piece in enumerate(whole.split(rows))}
+            for piece, gradient in zip(pieces.values(), whole.grad.split(rows), strict=True):
+                piece.grad = gradient.clone()
+            Muon(ParameterGroups([{"params": list(pieces.items())}], pieces), **options).step()
+            torch.testing.assert_close(stepped, torch.cat(list(pieces.values())))
+
+
 def test_the_other_parameters_get_the_steps_of_adamw():
     ours, theirs = decoder(), decoder()
     groups = weight_decay_groups(ours)
@@ -198,6 +221,7 @@ def test_a_killed_run_resumes_to_the_same_weights(llm_train, forked, tiny, whole
 def test_two_processes_and_two_shards_train_the_model_of_one_process(tiny, whole, monkeypatch):
     monkeypatch.setattr(muon, "_MOST_GATHERED", 2_000)  # one or two matrices at a time
     settings = SETTINGS | {"model__init_args__dropout": 0.0, "trainer__max_steps": 4}
+    settings["optimizer"] = {**OPTIMIZER, "init_args": {**OPTIMIZER["init_args"], "split_stacked": True}}
     command = ("fit", "-c", tiny(**settings), "--run.name")
     then = [(*command, "sharded", *forks.SHARDED, "--trainer.strategy.cpu_offload=true")]
     assert forks.wait(forks.start_ranks(2, *command, "two", *forks.TWO_PROCESSES, then=then)) == [0, 0]
