@@ -71,8 +71,8 @@ class Muon(Optimizer):
         matrices: Glob patterns of the names of the parameters that Muon updates, in adapted layers with `base_layer` or
             `lora_A.default`; `null` means the rule above.
         split_stacked: Whether the matrices that a parameter stacks, such as those of queries, keys and values in `qkv`,
-            are orthogonalised and scaled each by itself. Otherwise they count as one matrix, in whose step the part
-            with the largest gradient, the values, has most of the size.
+            are orthogonalised and scaled each by itself, as in a decoder that stores them apart. Otherwise they count
+            as one matrix, and the part with the largest gradient, often the values, takes most of its step.
         fused: Whether AdamW updates all its parameters in one kernel.
         dtype: Number type of the orthogonalisation, which needs little precision; `null` means `bfloat16` on a GPU and
             on a CPU with matrix units for it (AMX), and `float32` on other CPUs, where `bfloat16` is far slower.
