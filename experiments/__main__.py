@@ -14,7 +14,7 @@ import os
 import traceback
 from collections.abc import Sequence
 
-from experiments.errors import UsageError, UserError
+from experiments.errors import UsageError, UserError, module_that_raised
 
 # name: (module with main(args), description). A module is imported when its command is called.
 COMMANDS = {
@@ -139,11 +139,7 @@ def _mistake_behind(error: BaseException) -> BaseException | None:
 
 
 def _is_refused_by_lightning(error: BaseException) -> bool:
-    places = error.__traceback__
-    while places is not None and places.tb_next is not None:
-        places = places.tb_next
-    module = places.tb_frame.f_globals.get("__name__", "") if places else ""
-    return isinstance(error, _REFUSALS) and module.startswith("lightning.")
+    return isinstance(error, _REFUSALS) and module_that_raised(error).startswith("lightning.")
 
 
 def _callback_behind(error: BaseException) -> str | None:

@@ -4,6 +4,7 @@ import argparse
 import difflib
 import re
 import sys
+import traceback
 from collections.abc import Iterable
 from typing import Any, NoReturn
 
@@ -18,6 +19,12 @@ class UserError(Exception):
 
 class UsageError(UserError):
     """A mistake in the command line itself; the command exits with code 2."""
+
+
+def module_that_raised(error: BaseException) -> str:
+    """Return the name of the module whose code has raised an exception."""
+    places = [place for place, _ in traceback.walk_tb(error.__traceback__)]
+    return str(places[-1].f_globals.get("__name__", "")) if places else ""
 
 
 def did_you_mean(word: Any, candidates: Iterable[str]) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from experiments.errors import CommandParser, UserError, did_you_mean
+from experiments.errors import CommandParser, UserError, did_you_mean, module_that_raised
 
 if TYPE_CHECKING:  # imported where they are used: the help answers without them
     from torch import Tensor
@@ -106,7 +106,10 @@ def main(args: Sequence[str]) -> None:
                 if any(isinstance(found, (MisconfigurationException, OSError)) for found in _causes(error)):
                     raise
                 name = self.arguments["model"].class_path.rpartition(".")[2]
-                raise UserError(f"estimate: {name} cannot be built without memory: {first_line(error)}") from error
+                # jsonargparse repeats what the constructor has raised in errors of many lines
+                raised = (found for found in _causes(error) if "jsonargparse" not in module_that_raised(found))
+                reason = next(raised, error)
+                raise UserError(f"estimate: {name} cannot be built without memory: {first_line(reason)}") from error
             finally:
                 torch.set_default_dtype(before)
 

@@ -16,7 +16,7 @@ from lightning_modules.common.files import read_json
 from lightning_modules.common.hub import hub_answers
 from lightning_modules.common.messages import first_line, say
 from lightning_modules.common.pretrained import model_folder, quietly, vocabulary_of
-from lightning_modules.runtime.private_names import configured_attention
+from lightning_modules.runtime.private_names import configured_attention, has_data
 
 if TYPE_CHECKING:  # imported where used: transformers is slow to import
     from transformers import PreTrainedModel
@@ -35,6 +35,8 @@ def load_pretrained(
     **changes: Any,
 ) -> "PreTrainedModel":
     """Return a model in float32 and in training mode.
+
+    Where tensors have no data, as for an estimate, no weights are read, and the model has the default dtype of torch.
 
     Args:
         base: A folder with `config.json` and weights, a run folder with such a folder `model/` in it, a `.gguf` file,
@@ -55,7 +57,7 @@ def load_pretrained(
     if architecture is not None:
         config = transformers.AutoConfig.for_model(**architecture | changes)
         _check_kernels(config, argument)
-        return auto.from_config(config, trust_remote_code=False).float().train()
+        return _without_weights(auto, config)
     folder = local_folder(base, argument)
     on_disk = folder is not None or not hub_answers()
     try:
@@ -66,6 +68,8 @@ def load_pretrained(
             _check_kernels(config, argument)
             if folder is not None:
                 _check_adapters(folder, argument)
+            if not has_data(torch.empty(0)):
+                return _without_weights(auto, config)
             model, found = auto.from_pretrained(
                 folder or base,
                 config=config,
@@ -89,6 +93,11 @@ def load_pretrained(
     if (missing := sorted(found["missing_keys"])) and not _weights_follow.get():
         say(f"{base} has no {', '.join(missing)}: initialised at random")
     return model.train()  # from_pretrained returns it in evaluation mode, and Lightning keeps the mode
+
+
+def _without_weights(auto: Any, config: Any) -> "PreTrainedModel":
+    """Return a model with random weights; `.float()` would not do, as tensors without data cannot be converted."""
+    return auto.from_config(config, dtype=torch.get_default_dtype(), trust_remote_code=False).train()
 
 
 def set_dropout(model: nn.Module, p: float) -> None:

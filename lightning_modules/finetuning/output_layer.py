@@ -16,6 +16,7 @@ from lightning_modules.common.targets import IGNORED
 from lightning_modules.finetuning.bases import evaluating
 from lightning_modules.models.decoder import soft_capped
 from lightning_modules.models.linear_cross_entropy import linear_cross_entropy
+from lightning_modules.runtime.private_names import has_data
 
 if TYPE_CHECKING:  # imported where used: transformers is slow to import
     from transformers import PreTrainedModel
@@ -107,7 +108,7 @@ class OutputLayer:
             self._hook.remove()
         self._layer, self._hook = layer, layer.register_forward_pre_hook(self._before_layer)
         self.reads_inputs = type(layer) is nn.Linear
-        if not self.reads_inputs:
+        if not self.reads_inputs or not has_data(layer.weight):  # without scores to test, they are taken for linear
             return
         ids = torch.arange(2, device=self.model.device)[None] % self.model.config.get_text_config().vocab_size
         with evaluating(self.model):

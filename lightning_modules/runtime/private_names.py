@@ -459,6 +459,13 @@ def without_data() -> AbstractContextManager:
     return FakeTensorMode(allow_non_fake_inputs=True)
 
 
+def has_data(tensor: Tensor) -> bool:
+    """Return whether a tensor has values; those that are made under `without_data` have none."""
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    return not isinstance(tensor, FakeTensor)
+
+
 @contextmanager
 def memory_watched() -> Iterator[Callable[[], int]]:
     """Yield a function that returns the largest memory, in bytes, that tensors made in the context have had at once."""

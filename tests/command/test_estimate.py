@@ -49,6 +49,18 @@ class Products(Chain):
         return self.linear(self.table(batch["input_ids"])).sin().cos().sin().cos().sum()
 
 
+class Prepared(Chain):
+    """A chain that prepares what its loss needs."""
+
+    def before_compilation(self) -> None:
+        """Set a function."""
+        self.last = torch.sin
+
+    def loss(self, batch: dict[str, Tensor]) -> Tensor:
+        """Return a sum."""
+        return self.last(self.table(batch["input_ids"])).sum()
+
+
 def memory_of(
     compile: bool, kind: type[Chain] = Chain, precision: str = "32-true", n: int = 4, **arguments: bool
 ) -> StepMemory:
@@ -72,6 +84,10 @@ def test_the_memory_of_a_step_is_that_of_its_tensors():
 def test_a_compiled_step_keeps_one_of_the_results_in_a_row():
     # The others are computed again; the largest tensor counts twice.
     assert memory_of(compile=True).activations == pytest.approx((1 + 2) * 4 * N * C, abs=8)
+
+
+def test_a_step_is_prepared_as_in_a_run():
+    assert memory_of(compile=True, kind=Prepared).activations > 0
 
 
 @pytest.mark.parametrize("compile", [False, True])
@@ -135,7 +151,13 @@ class Converted(OtherBatches):
     def __init__(self) -> None:
         super().__init__()
         self.table.to(float64)
+
+class Misspelt(OtherBatches):
+    def __init__(self) -> None:
+        super().__init__()
+        self.tabel.to(float64)
 """
+SWAP = "RuntimeError: _apply(): Couldn't swap Embedding.weight"  # of PyTorch
 
 
 def test_what_an_estimate_does_not_know_is_one_line(llm_train, tiny):
@@ -146,7 +168,10 @@ def test_what_an_estimate_does_not_know_is_one_line(llm_train, tiny):
     missing = llm_train("estimate", "-c", config, "--data.tokenizer", "nowhere/tokenizer")
     assert (missing.code, len(missing.err.splitlines())) == (1, 1)
     Path("mine.py").write_text(MINE)
+    refused = "error: estimate:"
     converted = llm_train("estimate", "-c", config, "--model=mine.Converted")
-    assert re.fullmatch(r"error: estimate: Converted cannot be built without memory: .*\n", converted.err)
+    assert converted.err == f"{refused} Converted cannot be built without memory: {SWAP}\n"
+    misspelt = llm_train("estimate", "-c", config, "--model=mine.Misspelt")
+    assert misspelt.err.startswith(f"{refused} Misspelt cannot be built without memory: AttributeError: 'Misspelt' ")
     other = llm_train("estimate", "-c", config, "--model=mine.OtherBatches")
     assert "memory  not known: the batches have 'context' too, beside input_ids and targets\n" in other.out, other.err

@@ -1,6 +1,7 @@
 """Bases from anywhere: they are loaded ready for training, checked against the data, and generate with a cache."""
 
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from datamodules.tokenizers import byte_tokenizer
 from lightning_modules.finetuning.bases import (
+    architecture_of,
     check_fit,
     check_padding,
     context_of,
@@ -19,6 +21,7 @@ from lightning_modules.finetuning.bases import (
 )
 from lightning_modules.finetuning.causal_lm import CachedHubModel, FineTunedCausalLM
 from lightning_modules.models.generation import generate
+from lightning_modules.runtime import private_names
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +84,21 @@ def test_an_encoder_is_no_causal_language_model(tmp_path):
     with pytest.raises(MisconfigurationException, match=r"for a token depend on later tokens, so it is .* an encoder"):
         FineTunedCausalLM(str(folder), vocab_size=64, block_size=8)
     load_pretrained(str(folder), "AutoModelForMaskedLM")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_without_data_a_base_is_built_from_its_configuration_alone(base, dtype, request):
+    loaded = load_pretrained(str(base))
+    request.addfinalizer(partial(torch.set_default_dtype, torch.get_default_dtype()))
+    torch.set_default_dtype(dtype)
+    with private_names.without_data():
+        model = load_pretrained(str(base))
+        again = load_pretrained(str(base), architecture=architecture_of(loaded))
+    sizes = {name: (weight.shape, dtype) for name, weight in loaded.named_parameters()}
+    for built in (model, again):
+        assert not any(private_names.has_data(weight) for weight in built.parameters())
+        assert built.training
+        assert {name: (weight.shape, weight.dtype) for name, weight in built.named_parameters()} == sizes
 
 
 def test_a_loaded_model_is_in_training_mode(base):

@@ -104,6 +104,14 @@ def whole(world: Path) -> SimpleNamespace:
     return SimpleNamespace(run=world / "runs/gpt_neo_style/whole", err=done.err)
 
 
+def test_the_memory_of_a_fine_tuning_is_estimated(world, llm_train):
+    done = llm_train("estimate", "-c", config(world, "estimated"))
+    assert done.code == 0, done.err
+    n_weights = sum(weight.numel() for weight in load_pretrained(str(world / "base")).parameters())
+    assert f"model   GPTNeoStyleModule: {n_weights:,} weights, of which {n_weights:,} are trained\n" in done.out
+    assert "memory  of a step with 8 x 16 tokens, 32-true, not compiled, in GiB:" in done.out
+
+
 def test_one_line_says_what_is_held_out(whole):
     lines = [line for line in whole.err.splitlines() if line.startswith(("data ", "prepared"))]
     assert re.fullmatch(r"data    tokens: book train [\d,]+, val [\d,]+, test [\d,]+(; other .*)?", lines[-1]), lines

@@ -398,6 +398,8 @@ def test_tensors_without_data_have_shapes_only():
     with private_names.without_data():
         matrix = torch.ones(10**6, 10**6)
         assert (matrix @ matrix).shape == (10**6, 10**6)
+        assert not private_names.has_data(matrix)
+    assert private_names.has_data(torch.ones(2))
 
 
 def test_the_largest_memory_of_tensors_is_seen():
