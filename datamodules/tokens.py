@@ -149,6 +149,7 @@ def prepare_tokens(
     test_fraction: float = 0.0,
     announce: bool = True,
     n_processes: int = 1,
+    whole: Side = "train",
 ) -> dict[str, Tokens]:
     """Return the token files of the splits train, val and test; write them the first time.
 
@@ -168,6 +169,7 @@ def prepare_tokens(
         test_fraction: Part that is held out for the test.
         announce: Whether to say where new files are.
         n_processes: Processes that write the parts of a large text; 1 is this one.
+        whole: What a text is for of which nothing is held out, to say so; its tokens are those of `train` all the same.
 
     Raises:
         MisconfigurationException: If the text cannot be read or tokenised, or the files cannot be written.
@@ -199,7 +201,8 @@ def prepare_tokens(
     files = prepared(folder)
     assert files is not None
     if announce:
-        say(f"prepared text in {folder} (tokens: {describe_sizes(files)})")
+        sizes = {whole if side == "train" else side: file for side, file in files.items() if file.n_tokens}
+        say(f"prepared text in {folder} (tokens: {describe_sizes(sizes)})")
     return files
 
 
@@ -772,11 +775,12 @@ class TokenDataModule(WithTokenizer, ExperimentDataModule):
         val_fraction: float = 0.0,
         test_fraction: float = 0.0,
         announce: bool = True,
+        whole: Side = "train",
     ) -> dict[str, Tokens]:
         """Return the token files of a text; see `prepare_tokens`."""
         fractions = val_fraction, test_fraction
         return prepare_tokens(
-            source, self.tokenizer, self.cache_dir, split, *fractions, announce, n_processes=self.n_processes
+            source, self.tokenizer, self.cache_dir, split, *fractions, announce, self.n_processes, whole
         )
 
     def windows_of(self, file: Tokens, **labels: str) -> TokenWindows:

@@ -7,6 +7,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.utils.data import DataLoader
 
 from datamodules.sources import AnySource, Mixture, Source, source_of
+from datamodules.splits import Side
 from datamodules.tokens import (
     Split,
     TokenDataModule,
@@ -80,7 +81,7 @@ class PretrainDataModule(TokenDataModule):
         self.windows = windows
         self.split = split
         self.val_windows = val_windows
-        own = {"val": val_source, "test": test_source}
+        own: dict[Side, AnySource | None] = {"val": val_source, "test": test_source}
         self.held_out = {side: source_of(text, f"data.{side}_source") for side, text in own.items() if text}
 
     def prepare_data(self) -> None:
@@ -120,7 +121,7 @@ class PretrainDataModule(TokenDataModule):
         files = self._texts[0]
         if isinstance(self.source, Mixture):
             files = {side: joined([text[side] for text in self._texts]) for side in files}
-        return files | {side: self.tokenize(source)["train"] for side, source in self.held_out.items()}
+        return files | {side: self.tokenize(source, whole=side)["train"] for side, source in self.held_out.items()}
 
     @cached_property
     def _texts(self) -> list[dict[str, Tokens]]:

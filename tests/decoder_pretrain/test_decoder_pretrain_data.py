@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import pickle
+import re
 import signal
 import tracemalloc
 from itertools import chain
@@ -244,10 +245,12 @@ def test_a_document_of_many_pieces_is_not_divided(cache):
     assert texts(files["train"]) == [long, "short", long + "!"]
 
 
-def test_validation_and_test_from_sources_of_their_own():
+def test_validation_and_test_from_sources_of_their_own(capsys):
     datamodule = module(val_source=ListText(["val"]), test_source=ListText(["test!"]))
     sides = [bytes(read(datamodule.files[side])) for side in ("train", "val", "test")]
     assert sides == [TEXT.encode(), b"val", b"test!"]
+    said = re.findall(r"prepared text in .* \(tokens: (.*)\)", capsys.readouterr().err)
+    assert said == [f"train {len(TEXT.encode()):,}", "val 3", "test 5"]
 
 
 # --- windows ---------------------------------------------------------------------------------------------------------
