@@ -4,6 +4,7 @@ import math
 import shlex
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:  # imported where they are used: the help answers without them
     from lightning_modules.runtime.step_memory import StepMemory
 
 GIB = 2**30
+_MEASURE = "        a run of a few steps (--trainer.max_steps 20) on the device has what it took in its summary.json"
 _USABLE = 0.92  # share of a GPU's memory: CUDA itself and gaps between tensors take the rest
 _IN_LOW_PRECISION = 2  # bytes of a weight that is gathered in bfloat16
 
@@ -46,13 +48,14 @@ class Measured(NamedTuple):
     """A measured speed; experiments/trainer/README.md has how, and the date."""
 
     weights: float
+    tokens: int  # of a step
     mfu: float  # model FLOP utilisation
     what: str
 
 
 MEASURED = [
-    Measured(124e6, 0.444, "GPT-2 small in bfloat16, compiled, on one H200"),
-    Measured(10.7e6, 0.212, "10.7 million weights in bfloat16, compiled with CUDA graphs, on one H200"),
+    Measured(124e6, 64 * 1024, 0.444, "GPT-2 small in bfloat16, compiled, on one H200"),
+    Measured(10.7e6, 64 * 256, 0.212, "10.7 million weights in bfloat16, compiled with CUDA graphs, on one H200"),
 ]
 
 
@@ -73,6 +76,11 @@ def main(args: Sequence[str]) -> None:
     options, rest = parser.parse_known_args(args[1:])
     if options.devices < 1:
         raise UserError(f"--devices {options.devices}: give 1 or more")
+    if options.device.lower() == "cpu":
+        raise UserError(
+            "--device cpu: only GPUs are estimated, from a table of their memory and peak rates; for a CPU, run a few "
+            "steps on it, fit with --trainer.max_steps 20: the summary.json of the run has its speed and memory"
+        )
     if options.device.lower() not in DEVICES:
         raise UserError(
             f"--device {options.device}: is not in the table{did_you_mean(options.device, DEVICES)}; "
@@ -116,16 +124,25 @@ def main(args: Sequence[str]) -> None:
         def instantiate_trainer(self, **_: Any) -> Any:
             """Print the estimate in place of training."""
             self.model.optimizer_factory = self.config_init["fit"]["optimizer"]
-            for line in estimate(self, options.devices, options.device.lower()):
-                print(line)
+            lines, preset = estimate(self, options.devices, options.device.lower())
+            words = with_file(rest, preset) if preset else rest
+            print(*lines, f"next    llm-train fit {shlex.join(words)}", sep="\n")
             return SimpleNamespace(fit=lambda *_, **__: None)
 
     cli.main(["fit", *rest], Estimation)
-    print(f"next    llm-train fit {shlex.join(rest)}")
 
 
-def estimate(cli: "ExperimentCLI", n_devices: int, device: str) -> list[str]:
-    """Return the lines of an estimate.
+def with_file(words: Sequence[str], name: str) -> list[str]:
+    """Return a command line with a further configuration file, after the others and before the flags behind them."""
+    end = 0
+    for i, word in enumerate(words):
+        if word.startswith("-c") or word.partition("=")[0] == "--config":
+            end = i + (2 if word in ("-c", "--config") else 1)
+    return [*words[:end], "-c", name, *words[end:]]
+
+
+def estimate(cli: "ExperimentCLI", n_devices: int, device: str) -> tuple[list[str], str | None]:
+    """Return the lines of an estimate, and the preset that the run needs to train on the devices, if it fits.
 
     Args:
         cli: The command, with model and data.
@@ -142,14 +159,19 @@ def estimate(cli: "ExperimentCLI", n_devices: int, device: str) -> list[str]:
     batch_size, length = getattr(data, "batch_size", None), getattr(data, "block_size", None)
     precision = str(trainer["precision"] or "32-true")
     if not isinstance(batch_size, int) or not isinstance(length, int) or type(model).loss is ExperimentModule.loss:
-        return [*lines, "memory  not known: the batches have no fixed number of tokens"]
+        return [*lines, "memory  not known: the batches have no fixed number of tokens;", _MEASURE], None
     share = math.ceil(batch_size / n_devices)
     # Sharded gradients leave activations no room that whole ones take later; for DDP this counts a little too much.
     accumulates = trainer["accumulate_grad_batches"] > 1 or n_devices > 1
     try:
         memory = _memory(model, share, length, precision, accumulates)
     except KeyError as error:
-        return [*lines, f"memory  not known: the batches have {error} too, beside input_ids and targets"]
+        counted = "only those of decoders, input_ids and targets, are counted"
+        return [*lines, f"memory  not known: the batches have {error} too, and {counted};", _MEASURE], None
+    if trainer["accelerator"] == "cpu":
+        lines.append(
+            f"device  trainer.accelerator is cpu; this estimate is of a GPU, {device} (--device names another)"
+        )
     compiled = "compiled" if model.compile_mode else "not compiled"
     on_each = " on each device" if n_devices > 1 else ""
     lines.append(f"memory  of a step with {share} x {length:,} tokens{on_each}, {precision}, {compiled}, in GiB:")
@@ -168,7 +190,22 @@ def estimate(cli: "ExperimentCLI", n_devices: int, device: str) -> list[str]:
     lines += time_lines(model, trainer, batch_size * length, n_trained, n_devices, device)
     checkpoint = size_of(*model.parameters(), *model.buffers()) + memory.optimizer
     model_folder = f"and {_gib(memory.weights)} GiB of model/"
-    return [*lines, f"disk    {_gib(checkpoint)} GiB a checkpoint, last.ckpt and best.ckpt, {model_folder}"]
+    lines.append(f"disk    {_gib(checkpoint)} GiB a checkpoint, last.ckpt and best.ckpt, {model_folder}")
+    if has_preset(map(str, cli.arguments["config"] or ()), trainer["accelerator"], n_devices):
+        return lines, None
+    return lines, next((name for name, needed in needs.items() if needed <= limit), None)
+
+
+def has_preset(files: Iterable[str], accelerator: str, n_devices: int) -> bool:
+    """Return whether a run has a preset for hardware, or settings for one GPU, so that none is to be added.
+
+    Args:
+        files: Configuration files of the command line.
+        accelerator: The `trainer.accelerator` of the run.
+        n_devices: Number of GPUs.
+    """
+    on_one_gpu = n_devices == 1 and accelerator in ("gpu", "cuda")
+    return on_one_gpu or any(Path(file).absolute().parent.name == "trainer" for file in files)
 
 
 def _memory(model: "ExperimentModule", batch_size: int, length: int, precision: str, accumulates: bool) -> "StepMemory":
@@ -225,6 +262,11 @@ def time_lines(
     peak = peak_flops(DEVICES[device].name, "bfloat16") or peak_flops(DEVICES[device].name, "float16")
     if not flops or not peak:
         return ["speed   not known: the model has no flops_per_token, or the table no peak rate of the device"]
+    if n_weights * tokens_of_batch / n_devices < min(row.weights * row.tokens for row in MEASURED):
+        return [
+            "speed   not known: the step is smaller than those that were measured, and to start its kernels may take",
+            "        longer than to run them",
+        ]
     nearest = min(MEASURED, key=lambda row: abs(row.weights - n_weights))
     speed = nearest.mfu * peak * n_devices / flops
     lines = [

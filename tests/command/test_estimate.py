@@ -3,6 +3,7 @@
 import re
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -122,10 +123,44 @@ def test_an_estimate_is_printed_and_no_run_begins(llm_train, tiny):
     assert "memory  of a step with 2 x 16 tokens on each device, 32-true, not compiled, in GiB:" in lines
     assert "fits    on 2 x l4, 22 GiB each:" in lines
     assert [line.split()[0] for line in lines if line.endswith(": fits")] == ["trainer/ddp", "trainer/fsdp"]
-    assert any(line.startswith("speed   ") for line in lines)
-    assert lines[-1] == f"next    llm-train fit -c {config} --model.n_layer=1"
+    assert any(line.startswith("speed   not known: the step is smaller than") for line in lines)
+    assert any(line.startswith("device  trainer.accelerator is cpu; this estimate is of a GPU, l4") for line in lines)
+    assert lines[-1] == f"next    llm-train fit -c {config} -c trainer/ddp --model.n_layer=1"
     assert n_weights < 20_000
     assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize(("batch", "n_devices"), [(4, 1), (64, 8)])
+def test_the_speed_of_a_step_that_is_smaller_than_those_measured_is_not_known(batch, n_devices):
+    model, trainer = SimpleNamespace(flops_per_token=6 * 10_700_000), {"max_steps": 10, "accumulate_grad_batches": 1}
+    times = partial(estimate.time_lines, model, trainer, n_weights=10_700_000, n_devices=n_devices, device="h100")
+    assert times(batch * 256)[0].startswith("speed   not known: the step is smaller than")
+    assert "tokens/s at MFU 0.212, measured with 10.7 million weights" in times(n_devices * 64 * 256)[0]
+
+
+@pytest.mark.parametrize(
+    ("words", "proposed"),
+    [
+        ("-c a.yaml --model.n_layer 1", "-c a.yaml -c trainer/gpu --model.n_layer 1"),
+        ("--model.n_layer 1 --config=a.yaml -cb.yaml", "--model.n_layer 1 --config=a.yaml -cb.yaml -c trainer/gpu"),
+        ("--model mine.Model", "-c trainer/gpu --model mine.Model"),
+    ],
+)
+def test_a_file_comes_after_the_others_and_before_the_flags(words, proposed):
+    assert estimate.with_file(words.split(), "trainer/gpu") == proposed.split()
+
+
+@pytest.mark.parametrize(
+    ("files", "accelerator", "n_devices", "expected"),
+    [
+        (["mine.yaml"], "cpu", 1, False),
+        (["mine.yaml"], "gpu", 1, True),
+        (["mine.yaml"], "gpu", 2, False),
+        (["mine.yaml", "experiments/trainer/fsdp.yaml"], "auto", 2, True),
+    ],
+)
+def test_a_preset_is_added_if_there_is_none(files, accelerator, n_devices, expected):
+    assert estimate.has_preset(files, accelerator, n_devices) == expected
 
 
 def test_memory_on_several_devices():
@@ -162,6 +197,7 @@ SWAP = "RuntimeError: _apply(): Couldn't swap Embedding.weight"  # of PyTorch
 
 def test_what_an_estimate_does_not_know_is_one_line(llm_train, tiny):
     config = tiny()
+    assert "error: --device cpu: only GPUs are estimated" in llm_train("estimate", "--device", "cpu").err
     assert "error: --device h10: is not in the table (did you mean" in llm_train("estimate", "--device=h10").err
     assert llm_train("estimate", "--devices=0").err == "error: --devices 0: give 1 or more\n"
     assert "estimate needs an experiment" in llm_train("estimate").err
@@ -174,4 +210,6 @@ def test_what_an_estimate_does_not_know_is_one_line(llm_train, tiny):
     misspelt = llm_train("estimate", "-c", config, "--model=mine.Misspelt")
     assert misspelt.err.startswith(f"{refused} Misspelt cannot be built without memory: AttributeError: 'Misspelt' ")
     other = llm_train("estimate", "-c", config, "--model=mine.OtherBatches")
-    assert "memory  not known: the batches have 'context' too, beside input_ids and targets\n" in other.out, other.err
+    line = "memory  not known: the batches have 'context' too, and only those of decoders, input_ids and targets, are"
+    assert line in other.out, other.err
+    assert other.out.endswith(f"\nnext    llm-train fit -c {config} --model=mine.OtherBatches\n")
