@@ -83,9 +83,9 @@ FLAGS: dict[str, list[str]] = {
         f"+{CALLBACKS}Checkpoint",
     ],
     "fast_dev_run": ["true", "2"],
-    "max_epochs": ["1", "2", "0"],
+    "max_epochs": ["1", "2", "0 refused: nothing would be trained"],
     "min_epochs": ["1", "2"],
-    "max_steps": ["1", "3", "0"],
+    "max_steps": ["1", "3", "0 refused: nothing would be trained"],
     "min_steps": ["1", "4"],
     "max_time": [
         "00:00:10:00",
@@ -93,7 +93,7 @@ FLAGS: dict[str, list[str]] = {
         '{"minutes":1}',
         "00:00:00:00 max_steps=-1 max_epochs=-1 refused: the length of the run",
     ],
-    "limit_train_batches": ["0", "1", "2", "0.5", "1.0", "2.5 refused: "],
+    "limit_train_batches": ["0 refused: nothing would be trained", "1", "2", "0.5", "1.0", "2.5 refused: "],
     "limit_val_batches": ["0", "1", "0.5", "1.0"],
     "limit_test_batches": ["0", "1"],
     "limit_predict_batches": ["0", "1"],
@@ -135,7 +135,6 @@ CASES = [(name, value) for name, values in FLAGS.items() for value in values]
 # Arguments whose values do not go with those of others, and such values.
 ALONE = {"strategy", "devices", "callbacks", "fast_dev_run", "plugins", "max_time", "enable_checkpointing"}
 ALONE_VALUES = {
-    *((name, "0") for name in ("limit_train_batches", "max_steps", "max_epochs")),
     *(("precision", value) for value in ("null", "16-true", "32", "64", "16", "bf16")),
     ("val_check_interval", "1000000"),
 }

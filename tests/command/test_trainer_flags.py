@@ -29,7 +29,7 @@ IN_THE_SUITE = [
     ("callbacks", f"+{CALLBACKS}BackboneFinetuning refused: BackboneFinetuning"),
     ("fast_dev_run", "2"),
     ("enable_checkpointing", "false refused: "),
-    ("limit_train_batches", "0"),
+    *((name, "0 refused: nothing would be trained") for name in ("max_steps", "max_epochs", "limit_train_batches")),
     ("accumulate_grad_batches", "0 refused: "),
     ("accelerator", "tpu refused: "),
     ("devices", "many refused: "),
