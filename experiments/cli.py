@@ -6,6 +6,7 @@ import functools
 import logging
 import os
 import re
+import shlex
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,6 +19,7 @@ from jsonargparse import ActionYesNo, Namespace
 from lightning.pytorch.callbacks import BatchSizeFinder, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from datamodules.base import ExperimentDataModule
@@ -285,6 +287,7 @@ class ExperimentCLI(SettingsGoOverCheckpoint):
         """Build the trainer with the run folder, once model and data are built and agree."""
         leave_unused_gpus_alone()
         self._check_links()
+        self._check_predicts()
         if (kind := self._trainer_arguments["accelerator"]) in _GPUS and not torch.accelerator.is_available():
             raise MisconfigurationException(
                 f"trainer.accelerator is {kind}, and PyTorch finds no GPU here: give -c trainer/cpu in its place"
@@ -327,6 +330,17 @@ class ExperimentCLI(SettingsGoOverCheckpoint):
                 raise MisconfigurationException(
                     f"model.{name}: the YAML says {given}, but the data has {actual}; leave it out, it is linked"
                 )
+
+    def _check_predicts(self) -> None:
+        """Refuse `predict` if neither the data nor the module has examples for it."""
+        parts = (self.datamodule, self.model)
+        if self.subcommand != "predict" or any(is_overridden("predict_dataloader", part) for part in parts):
+            return
+        folder = shlex.quote(str(self.run.path)) if self.run else "RUN"
+        raise MisconfigurationException(
+            f"predict: {type(self.datamodule).__name__} has no predict_dataloader, and so nothing to predict; use "
+            f"`{self.model.next_command(folder)}`"
+        )
 
     def say_that_it_was_a_trial(self) -> None:
         """Say what a run with `trainer.fast_dev_run` did, since it leaves nothing."""

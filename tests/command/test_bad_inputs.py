@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from helpers import LAST, RUNS, TINY
+from helpers import LAST, RUNS, TINY, contents
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from datamodules.cache import cached_array
@@ -189,6 +189,15 @@ def test_one_line_says_what_is_wrong_with_a_command(llm_train, files, tiny, monk
     assert_one_line(llm_train(command, *(["-c", tiny()] if experiment else []), *flags), code, said)
     if any(flag.startswith("--trainer") for flag in flags):  # the run fails before it writes: its folder is removed
         assert not (RUNS / "tiny").exists()
+
+
+def test_predict_without_anything_to_predict_names_another_command_and_writes_nothing(llm_train, whole):
+    run = Path(shutil.copytree(whole(), RUNS / "whole"))
+    before = contents(run)
+    done = llm_train("predict", "-c", run / "config.yaml", "--ckpt_path", "best")
+    said = f'has no predict_dataloader, and so nothing to predict; use `llm-train generate --run {run} --prompt "The"`'
+    assert (done.code, len(done.err.splitlines()), said in done.err) == (1, 1, True), done.err
+    assert contents(run) == before
 
 
 def test_a_run_whose_configuration_says_only_its_root_has_the_topic_of_its_folder(tmp_path):
