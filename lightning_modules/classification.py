@@ -3,9 +3,10 @@
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchmetrics.functional.classification import multiclass_auroc, multiclass_calibration_error, multiclass_f1_score
+from torchmetrics.functional.classification import binary_auroc, multiclass_calibration_error, multiclass_f1_score
 from torchmetrics.utilities import dim_zero_cat
 
 from lightning_modules.base import CompileMode, ExperimentModule
@@ -46,9 +47,9 @@ class ClassificationMeasures(SplitMetric):
     def compute(self) -> dict[str, Tensor]:
         """Return `loss`, `accuracy`, `f1`, `auroc` and `calibration_error`.
 
-        `loss` is in nats an example. `f1` and `auroc` are means over the classes. `calibration_error` is the mean
-        difference between confidence and accuracy over `BINS` equal bins of confidence, weighted by their examples
-        (Guo et al., 2017, https://arxiv.org/abs/1706.04599).
+        `loss` is in nats an example. `f1` and `auroc` are means over the classes: `auroc` over those of the split,
+        and 0 if it has only one. `calibration_error` is the mean difference between confidence and accuracy over `BINS`
+        equal bins of confidence, weighted by their examples (Guo et al., 2017, https://arxiv.org/abs/1706.04599).
         """
         logits, labels, _ = self._in_order()
         probabilities = logits.softmax(-1)
@@ -57,7 +58,7 @@ class ClassificationMeasures(SplitMetric):
             "loss": F.cross_entropy(logits, labels),
             "accuracy": (probabilities.argmax(1) == labels).float().mean(),
             "f1": multiclass_f1_score(probabilities, labels, **options),
-            "auroc": multiclass_auroc(probabilities, labels, **options),
+            "auroc": _auroc(probabilities, labels),
             "calibration_error": multiclass_calibration_error(probabilities, labels, n_bins=BINS, **options),
         }
 
@@ -70,6 +71,15 @@ class ClassificationMeasures(SplitMetric):
         logits, labels, positions = (dim_zero_cat(part) for part in (self.logits, self.labels, self.positions))
         order = positions.argsort()
         return logits[order], labels[order], positions[order]
+
+
+def _auroc(probabilities: Tensor, labels: Tensor) -> Tensor:
+    """Return the mean AUROC of the classes, each against the others; that of torchmetrics has 0 for an absent class."""
+    present = labels.unique().tolist()
+    if len(present) < 2:
+        return torch.zeros((), device=labels.device)
+    columns = ((probabilities[:, label], (labels == label).long()) for label in present)
+    return torch.stack([binary_auroc(*column, validate_args=False) for column in columns]).mean()
 
 
 class ClassifierModule(ExperimentModule):

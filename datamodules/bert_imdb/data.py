@@ -1,5 +1,6 @@
 """Reviews as token ids: with labels for a classifier, or with masked tokens to pretrain an encoder."""
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from itertools import chain
@@ -29,6 +30,7 @@ Truncation = Literal["head", "tail", "head_tail"]
 Batch = dict[str, Tensor]
 
 POOL = 50  # batches whose reviews are sorted by length together
+_NAMED = 5  # most classes that a line about missing ones names
 _SPLITS = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("predict",)}  # by stage
 
 
@@ -389,6 +391,26 @@ class BertImdbDataModule(ReviewsDataModule):
         rows = self.rows_of(reviews, lambda ids, n: [truncate(ids, n, self.truncation)])
         labels = [-1 if review.label is None else review.label for review in reviews]
         return TokenizedReviews(rows, labels, self.tokenizer.pad_token_id)
+
+    def setup(self, stage: str) -> None:
+        """Read and tokenise the splits of a stage, and say which of them lack a class."""
+        super().setup(stage)
+        for side in (split for split in SIDES if split in _SPLITS[stage]):
+            if missing := self._missing_classes(side):
+                effect = "the model cannot learn it" if side == "train" else "the scores say nothing of it"
+                say(f"{side}: no row of {missing}; {effect}")
+
+    def _missing_classes(self, side: Side) -> str:
+        """Return the classes of which a split has no row, and how many rows the training split has; empty for none."""
+        n_train = Counter(review.label for review in self.texts.get("train", ()))
+        present = {review.label for review in self.texts[side]}
+        missing = [
+            f"{name} (train has {n_train[label]:,})" if n_train[label] else name
+            for label, name in enumerate(self.classes)
+            if label not in present
+        ]
+        more = [f"{len(missing) - _NAMED:,} more classes"] if len(missing) > _NAMED else []
+        return ", ".join([*missing[:_NAMED], *more])
 
     def describe(self) -> str:
         """Return a line about the reviews of a fit, and their classes."""

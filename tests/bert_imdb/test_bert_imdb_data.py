@@ -443,6 +443,25 @@ def test_the_line_about_the_data_has_the_test_reviews_that_are_held_out(tokenize
     assert f"reviews for the test: {len(list(unlabelled.reviews('test')))}\n" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("split", "effect"),
+    [
+        ("val", "no row of odd (train has 2), rare (train has 1); the scores say nothing of it"),
+        ("train", "no row of rare; the model cannot learn it"),
+    ],
+)
+def test_a_split_without_a_class_is_one_line(tokenizer_folder, capsys, split, effect):
+    rows = ["text,label", *(f"text {n},{n % 2}" for n in range(40))]
+    more = ["one,odd", "two,odd", "three,rare"]
+    Path("all.csv").write_text("\n".join(rows + more))
+    Path("some.csv").write_text("\n".join(rows + more[:2] * (split == "train")))
+    files = {"train": "all.csv", "val": "all.csv"} | {split: "some.csv"}
+    source = ReviewFiles(**files, test_fraction=0.0, classes=["0", "1", "odd", "rare"])
+    BertImdbDataModule(source, tokenizer_folder, 4, 16).setup("fit")
+    said = [line for line in capsys.readouterr().err.splitlines() if "no row" in line]
+    assert said == [f"{split}: {effect}"]
+
+
 def test_learned_wordpieces_are_a_function_of_the_texts(tokenizer, tmp_path):
     again = learn_wordpieces(TEXTS, 400, tmp_path)
     assert again.backend_tokenizer.to_str() == tokenizer.backend_tokenizer.to_str()

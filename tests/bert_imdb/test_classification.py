@@ -27,6 +27,22 @@ def test_calibration_by_hand():
     assert accuracy[[8, 14]] == pytest.approx([0.6, 0.8])
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("n_present", [1, 3, 4])
+def test_the_auroc_is_the_mean_over_the_classes_that_a_split_has(n_present):
+    from sklearn.metrics import roc_auc_score
+
+    draw = torch.Generator().manual_seed(0)
+    logits, labels = torch.randn(60, 4, generator=draw), torch.arange(60) % n_present
+    metrics = ClassificationMeasures(4)
+    metrics.update(logits, labels, torch.arange(60))
+    probabilities = logits.softmax(-1)
+    present = range(n_present if n_present > 1 else 0)  # of one class alone, it is not defined
+    of_classes = [roc_auc_score(labels == label, probabilities[:, label]) for label in present]
+    expected = np.mean(of_classes) if of_classes else 0.0
+    assert metrics.compute()["auroc"].item() == pytest.approx(expected, abs=1e-6)
+
+
 def test_predictions_are_ordered_by_position():
     metrics = ClassificationMeasures(2)
     metrics.update(torch.tensor([[0.0, 9.0], [9.0, 0.0]]), torch.tensor([1, 0]), torch.tensor([2, 0]))
