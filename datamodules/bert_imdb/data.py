@@ -4,7 +4,6 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from itertools import chain
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -14,9 +13,18 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from datamodules.base import ExperimentDataModule, Order, shuffled
-from datamodules.bert_imdb.reviews import AnyReviews, Review, parse_review, read_reviews, reviews_of, without_breaks
+from datamodules.bert_imdb.reviews import (
+    AnyReviews,
+    Review,
+    ReviewSource,
+    parse_review,
+    read_reviews,
+    reviews_of,
+    without_breaks,
+)
 from datamodules.bert_imdb.wordpiece import continues_word, learn_wordpieces
 from datamodules.cache import cache_root, cached_array, digest, find_array, read_array
+from datamodules.sources import hub_name
 from datamodules.splits import SIDES, Side, say_if_few
 from datamodules.tokenizers import WithTokenizer, encode, load_tokenizer, vocab_size
 from lightning_modules.common.messages import say
@@ -241,6 +249,7 @@ class ReviewsDataModule(WithTokenizer, ExperimentDataModule):
         seed: NonNegativeInt = 0,
     ) -> None:
         super().__init__(batch_size, num_workers, seed)
+        self.given_reviews = reviews
         self.source = reviews_of(reviews, self.needs_labels)
         self.tokenizer_name = tokenizer
         self.max_tokens = self.block_size = max_tokens
@@ -326,7 +335,7 @@ class BertImdbDataModule(ReviewsDataModule):
             from its beginning and the rest from its end.
         text: A review to classify, for `predict`.
         file: File of reviews to classify, for `predict`: JSON lines, a table (`.csv`, `.tsv`) or Parquet with the field
-            `text`; labels are ignored.
+            `text`, or another one that a colon and its name after the file give; labels are ignored.
         **kwargs: Arguments of `ReviewsDataModule`.
     """
 
@@ -463,7 +472,7 @@ class BertImdbDataModule(ReviewsDataModule):
             )
         if self.file is None:
             return [parse_review({"text": self.text}, "data.text", None)]
-        reviews = list(read_reviews(Path(self.file).expanduser(), None))
+        reviews = list(read_reviews(self.file, None))
         if not reviews:
             raise MisconfigurationException(f"data.file: {self.file} holds no review")
         return reviews
@@ -497,6 +506,17 @@ class MaskedReviewsDataModule(ReviewsDataModule):
         self.mask_fraction = mask_fraction
         self.whole_words = whole_words
         self.wordpieces = wordpieces
+
+    @property
+    def have_labels(self) -> bool:
+        """Whether a classifier can read the same reviews, with labels; `hub:` is not looked up."""
+        if not isinstance(self.given_reviews, ReviewSource) and hub_name(self.given_reviews, "data.reviews"):
+            return True
+        try:
+            first = next(reviews_of(self.given_reviews).reviews("train"), None)
+        except MisconfigurationException:
+            return False
+        return first is not None and first.label is not None
 
     @cached_property
     def pretraining_reviews(self) -> list[Review]:

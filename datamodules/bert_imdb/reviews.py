@@ -12,10 +12,10 @@ from typing import Any
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from datamodules.files import ROWS, ending_of
+from datamodules.files import ROWS, ending_of, split_column
 from datamodules.hub_datasets import load_hub_dataset
 from datamodules.rows import rows_of
-from datamodules.sources import AnySource, hub_name, local_files_of, source_of
+from datamodules.sources import AnySource, hub_name, local_files_of, paths_of, source_of
 from datamodules.splits import FEW, SIDES, Side, SplitDocuments, require_fractions, side_of, sides_of
 from lightning_modules.common.ranges import Probability
 
@@ -80,7 +80,8 @@ def reviews_of(reviews: AnyReviews, labelled: bool = True) -> ReviewSource:
 
     Args:
         reviews: A source; or, with labels, files of rows (see `ReviewFiles`), whose classes are found in them, or
-            `hub:OWNER/NAME`, a Hugging Face dataset; or, without labels, any text, see `TextReviews`.
+            `hub:OWNER/NAME` or `hub:OWNER/NAME:COLUMN`, a Hugging Face dataset; or, without labels, any text, see
+            `TextReviews`.
         labelled: Whether the labels are needed.
 
     Raises:
@@ -90,15 +91,18 @@ def reviews_of(reviews: AnyReviews, labelled: bool = True) -> ReviewSource:
         return reviews if labelled else reviews.without_labels()
     if not labelled:
         return TextReviews(reviews)
-    if (dataset := hub_name(reviews, "data.reviews")) is not None:
-        return HubReviews(dataset, unlabelled_split=None, classes=None)
-    files = local_files_of(reviews, "data.reviews")
-    for file in files:
-        if ending_of(file) not in ROWS:
-            raise MisconfigurationException(
-                f"data.reviews: {file} has no labels; give a file of rows with the columns 'text' and 'label' "
-                f"({', '.join(ROWS)})"
-            )
+    if (name := hub_name(reviews, "data.reviews")) is not None:
+        dataset, _, field = name.partition(":")
+        return HubReviews(dataset, unlabelled_split=None, text_field=field or "text", classes=None)
+    files = []
+    for path, column in map(split_column, paths_of(reviews, "data.reviews")):
+        for file in local_files_of(path, "data.reviews"):
+            if ending_of(file) not in ROWS:
+                raise MisconfigurationException(
+                    f"data.reviews: {file} has no labels; give a file of rows with the columns 'text' and 'label' "
+                    f"({', '.join(ROWS)})"
+                )
+            files.append(f"{file}:{column}" if column else file)
     return ReviewFiles(files, classes=None, exact=True)
 
 
@@ -214,9 +218,10 @@ def parse_review(
         raise MisconfigurationException(f"{place}: a review is an object with the fields {text!r} and {label!r}")
     for field in (text, label) if classes else (text,):
         if row.get(field) is None:
+            named = "with the text as FILE:COLUMN" if field == text else "with the label as label_field"
             raise MisconfigurationException(
-                f"{place}: the review has no {field!r}, only {', '.join(map(repr, row)) or 'nothing'}; give the names "
-                "of the fields, or complete it"
+                f"{place}: the review has no {field!r}, only {', '.join(map(repr, row)) or 'nothing'}; give the column "
+                f"{named}, or complete it"
             )
     if not isinstance(row[text], str):
         raise MisconfigurationException(f"{place}: {text!r} is {type(row[text]).__name__}, and must be text")
@@ -240,8 +245,9 @@ def _label(given: Any, place: str, classes: Sequence[str]) -> int:
     if label in indices and not only_names:
         return indices.index(label)
     numbers = "" if only_names else f"0 to {len(classes) - 1} or "
+    advice = "; --data.reviews.classes null finds the classes" if tuple(classes) == CLASSES else ""
     raise MisconfigurationException(
-        f"{place}: the label is {given!r}, and must be {numbers}one of {', '.join(classes)}"
+        f"{place}: the label is {given!r}, and must be {numbers}one of {', '.join(classes)}{advice}"
     )
 
 
@@ -261,30 +267,36 @@ def _classes_of(rows: Iterable[Any], field: str, where: str) -> list[str]:
     if columns and field not in columns:
         raise MisconfigurationException(
             f"data.reviews: {where} has no column {field!r}, only {', '.join(map(repr, columns))}; name the column "
-            "with the labels with datamodules.bert_imdb.ReviewFiles and its label_field"
+            "with the labels by datamodules.bert_imdb.ReviewFiles, its label_field, and classes null"
         )
     if not 2 <= len(given) <= MOST_CLASSES:
         found = f"has the label{'s' * (len(given) != 1)} {', '.join(sorted(given))}" if given else "holds no label"
         found = f"has {len(given):,} different labels" if len(given) > MOST_CLASSES else found
         raise MisconfigurationException(
             f"data.reviews: the column {field!r} of {where} {found}; a classifier needs 2 to {MOST_CLASSES} classes: "
-            "choose another column with datamodules.bert_imdb.ReviewFiles and its label_field"
+            "choose another column by datamodules.bert_imdb.ReviewFiles, its label_field, and classes null"
         )
     return sorted(given, key=(lambda label: (int(label), label)) if all(map(str.isdecimal, given)) else None)
 
 
-def read_reviews(path: Path, classes: Sequence[str] | None = CLASSES, **fields: str) -> Iterator[Review]:
+def read_reviews(file: str, classes: Sequence[str] | None = CLASSES, **fields: str) -> Iterator[Review]:
     """Yield the reviews of a file: a table, JSON lines or Parquet, see `rows_of`. For the rest see `parse_review`.
+
+    A column after a colon, as in `mine.csv:message`, is that of the text.
 
     Raises:
         MisconfigurationException: If the file is missing, or a line is not a review; the message has its number.
     """
-    for place, row in rows_of(path):
+    path, column = split_column(file)
+    fields |= {"text": column} if column else {}
+    for place, row in rows_of(Path(path).expanduser()):
         yield parse_review(row, place, classes, **fields)
 
 
 class ReviewFiles(PartedSource):
     """Files of JSON lines (`.jsonl`), tables (`.csv`, `.tsv`) or Parquet; the first two may be compressed (`.gz`).
+
+    A column after a colon, as in `mine.csv:message`, is that of the text in place of `text_field`.
 
     Args:
         train: File, or files, to train on.
@@ -332,14 +344,14 @@ class ReviewFiles(PartedSource):
         """The names of the classes; if none are given, the labels of the part to train on."""
         if self._classes is not None:
             return list(self._classes)
-        files = [Path(file).expanduser() for file in self.parts["train"]]
+        files = [Path(split_column(file)[0]).expanduser() for file in self.parts["train"]]
         rows = (row for file in files for _, row in rows_of(file))
         return _classes_of(rows, self.fields["label"], ", ".join(map(str, files)))
 
     def read(self, part: list[str], classes: Sequence[str] | None) -> Iterator[Review]:
         """Yield the reviews of some files."""
         for file in part:
-            yield from read_reviews(Path(file).expanduser(), classes, **self.fields)
+            yield from read_reviews(file, classes, **self.fields)
 
 
 class AclImdb(PartedSource):
@@ -377,7 +389,7 @@ class AclImdb(PartedSource):
 
 
 class HubReviews(PartedSource):
-    """A Hugging Face dataset with the fields `text` and `label`.
+    """A Hugging Face dataset with a text and the field `label`.
 
     Args:
         dataset: Name on the hub (`owner/name`), or a local folder with data files.
@@ -389,6 +401,7 @@ class HubReviews(PartedSource):
             does not name the films, so the splits may share films, but no text.
         classes: Names of the classes; `null` means the labels of the split to train on, sorted.
         revision: Branch, tag or commit of the dataset.
+        text_field: Name of the field with the text.
     """
 
     def __init__(
@@ -401,12 +414,13 @@ class HubReviews(PartedSource):
         val_fraction: Probability = 0.1,
         classes: list[str] | tuple[str, ...] | None = CLASSES,
         revision: str | None = None,
+        text_field: str = "text",
     ) -> None:
         self.dataset = dataset
         names = {"train": train, "val": val, "test": test, "unlabelled": unlabelled_split}
         self.parts = {split: name for split, name in names.items() if name}
         self.fractions = 0.0 if val else val_fraction, 0.0
-        self._classes = classes
+        self.text_field, self._classes = text_field, classes
         self.revision = revision
 
     @cached_property
@@ -423,7 +437,7 @@ class HubReviews(PartedSource):
     def read(self, part: str, classes: Sequence[str] | None) -> Iterator[Review]:
         """Yield the reviews of a split of the dataset."""
         for number, row in enumerate(self._load(part)):
-            yield parse_review(row, f"dataset {self.dataset}, {part}, row {number}", classes)
+            yield parse_review(row, f"dataset {self.dataset}, {part}, row {number}", classes, self.text_field)
 
     def _load(self, split: str) -> Any:
         advice = "datamodules.bert_imdb.ReviewFiles and experiments/bert_imdb/offline.yaml need no network"

@@ -57,7 +57,7 @@ class BertMaskedLMModule(ExperimentModule):
     """
 
     varying_sizes: ClassVar = {"input_ids": 1, "attention_mask": 1, "targets": 1, "places": 0}
-    settings_of_next = ("data.reviews",)
+    settings_of_next = ("data.reviews", "data.max_tokens")
     within_records = False  # whether the attention takes the ends of the reviews, `cu_seqlens`, in place of a mask
 
     def __init__(
@@ -124,7 +124,9 @@ class BertMaskedLMModule(ExperimentModule):
         return {name: batch[name] for name in ("targets", "places", "input_ids")} | {"attention_mask": mask}
 
     def next_command(self, run: str) -> str:
-        """Return the command that trains a classifier on this encoder."""
+        """Return the command that trains a classifier on this encoder, or one that validates it without labels."""
+        if not getattr(self._data, "have_labels", True):
+            return super().next_command(run)
         return f"llm-train fit -c bert_imdb/offline --model.base {run} --data.tokenizer {run}/tokenizer"
 
     def save_pretrained(self, folder: Path) -> None:

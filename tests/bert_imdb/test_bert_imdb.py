@@ -195,6 +195,22 @@ def test_pretraining_lowers_the_loss_and_is_exported(pretrained):
     loaded = BertMaskedLMModule.of_checkpoint(checkpoint)
     assert type(loaded.model).__name__ == "BertForMaskedLM"
     assert loaded.next_command("RUN").endswith("--model.base RUN --data.tokenizer RUN/tokenizer")
+    loaded.data = SimpleNamespace(have_labels=False)
+    assert loaded.next_command("RUN") == "llm-train validate -c RUN/config.yaml --ckpt_path best"
+
+
+def test_the_next_command_reads_the_reviews_that_were_given(llm_train, no_pictures):
+    rows = "".join(f"{n},{('dull', 'fine')[n % 2]} film {n},{n % 2}\n" for n in range(60))
+    Path("mine.csv").write_text("id,message,label\n" + rows)
+    length = ("--trainer.max_steps=2", "--trainer.val_check_interval=2", "--trainer.check_val_every_n_epoch=null")
+    small = ("--model.n_layer=1", "--model.n_head=1", "--model.n_embd=8", "--data.wordpieces=300")
+    given = ("--data.reviews", "mine.csv:message", "--data.max_tokens", "160", "--run.name", "mine")
+    done = llm_train("fit", "-c", "bert_imdb/offline_pretrain", *given, *small, *length, "--data.batch_size=8")
+    assert done.code == 0, done.err
+    following = done.err.splitlines()[-1]
+    assert following.endswith(" ".join(given))
+    done = llm_train(*following.split()[2:], *length)
+    assert done.code == 0, done.err
 
 
 def test_the_loss_is_that_of_the_masked_tokens_and_halves_of_a_batch_make_up_the_whole(tmp_path):

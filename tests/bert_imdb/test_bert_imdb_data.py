@@ -75,6 +75,48 @@ def assert_same_texts(unlabelled: ReviewSource, labelled: ReviewSource) -> None:
         assert texts == [review.text for review in labelled.reviews(split)]
 
 
+@pytest.mark.parametrize("reviews", ["mine.csv:message", "m*.csv:message", ["mine.csv:message"]])
+def test_a_column_after_a_colon_has_the_texts_with_labels_and_without(reviews):
+    rows = "".join(f"{n},{text},{label}\n" for n, (text, label) in enumerate(RECIPES))
+    Path("mine.csv").write_text("id,message,label\n" + rows)
+    labelled = reviews_of(reviews)
+    assert labelled.classes == ["bread", "cake", "soup"]
+    assert sum(len(list(labelled.reviews(split))) for split in SIDES) == len(RECIPES)
+    assert_same_texts(reviews_of(reviews, labelled=False), labelled)
+
+
+def test_a_dataset_of_the_hub_has_the_texts_in_a_column_after_a_colon(monkeypatch):
+    rows = [{"body": text, "label": label} for text, label in RECIPES]
+    monkeypatch.setattr("datamodules.bert_imdb.reviews.load_hub_dataset", lambda *_, **__: rows)
+    source = reviews_of("hub:me/recipes:body")
+    assert (source.dataset, source.classes) == ("me/recipes", ["bread", "cake", "soup"])
+    assert [review.text for review in source.reviews("test")] == [text for text, _ in RECIPES]
+
+
+@pytest.mark.parametrize(
+    ("reviews", "have_labels"),
+    [
+        ("mine.csv:message", True),
+        ("mine.csv:label", True),
+        ("mine.csv", False),  # no column `text`
+        ("plain.txt", False),
+        (["mine.csv:message", "plain.txt"], False),
+        ("hub:nobody/nothing", True),
+        (FilmReviews(n_train=4), True),
+        (TextReviews(ListText(["a text"])), False),
+        (ReviewFiles("mine.csv", text_field="message", classes=None), True),
+        (ReviewFiles("mine.csv", text_field="message", label_field="id"), False),
+    ],
+)
+def test_reviews_to_pretrain_on_have_labels_if_a_classifier_can_read_them(tokenizer_folder, reviews, have_labels):
+    Path("mine.csv").write_text(
+        "id,message,label\n" + "".join(f"n{n},{t},{label}\n" for n, (t, label) in enumerate(RECIPES))
+    )
+    Path("plain.txt").write_text("text")
+    data = MaskedReviewsDataModule(reviews, tokenizer_folder, 2)
+    assert data.have_labels == have_labels
+
+
 def test_an_encoder_does_not_see_what_is_held_out_of_few_reviews():
     for group in range(20):  # in some, a draw would give a split no text
         rows = "".join(f"review {number} of {group},{number % 2}\n" for number in range(25))
@@ -106,8 +148,11 @@ def test_classes_that_are_numbers_are_in_their_order(labels, classes):
     ("content", "message"),
     [
         ("text,label\na,1\nb,1\n", "the column 'label' of a.csv has the label 1; a classifier needs 2 to 100 classes"),
-        ("text,class\na,1\n", "a.csv has no column 'label', only 'text', 'class'; name the column"),
-        ("text,label\n" + "".join(f"a,{n}\n" for n in range(101)), "has 101 different labels; .*label_field"),
+        (
+            "text,class\na,1\n",
+            "a.csv has no column 'label', only 'text', 'class'; name the column with the labels .* and classes null",
+        ),
+        ("text,label\n" + "".join(f"a,{n}\n" for n in range(101)), "101 different labels; .*label_field.*classes null"),
     ],
 )
 def test_a_column_that_holds_no_classes_is_refused(content, message):
@@ -328,8 +373,11 @@ def test_no_line_break_of_html_is_left(parts):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ('{"label": 1}', "the review has no 'text', only 'label'"),
-        ('{"text": "fine", "label": 2}', "the label is 2, and must be 0 to 1 or one of negative, positive"),
+        ('{"label": 1}', "the review has no 'text', only 'label'; give the column with the text as FILE:COLUMN"),
+        (
+            '{"text": "fine", "label": 2}',
+            "the label is 2, and must be 0 to 1 or one of negative, positive; --data.reviews.classes null finds",
+        ),
         ('{"text": "fine", "label": true}', "the label is True"),
         ('{"text": " <br /> ", "label": 1}', "the review is empty"),
         ('{"text": 7, "label": 1}', "'text' is int, and must be text"),
@@ -516,6 +564,13 @@ def test_special_tokens_in_a_text_are_text(tokenizer, tokenizer_folder):
     assert row.count(tokenizer.sep_token_id) == 1
     assert tokenizer.mask_token_id not in row
     assert [batch["labels"].tolist() for batch in data.predict_dataloader()] == [[-1]]
+
+
+def test_a_file_to_predict_may_name_the_column_of_the_text(tokenizer_folder):
+    Path("new.csv").write_text("id,message\n1,fine\n2,dull\n")
+    data = BertImdbDataModule(FilmReviews(), tokenizer_folder, 4, file="new.csv:message")
+    data.setup("predict")
+    assert [review.text for review in data.texts["predict"]] == ["fine", "dull"]
 
 
 @pytest.mark.parametrize(
