@@ -4,6 +4,7 @@ import copy
 import inspect
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 import lightning as L
@@ -70,6 +71,7 @@ class ExperimentModule(L.LightningModule):
         super().__init__()
         self.compile_mode = compile
         self._compiled_loss: Callable[[Any], Tensor | Loss] | None = None
+        self.result_files: list[Path] = []  # that callbacks wrote in an evaluation; the closing lines name them
         self.learning_rate_shares: dict[str, float] = {}  # by parameter, 1 for others; callbacks set it in `setup`
         self._losses_of_step: list[Tensor] = []
         self.val_metrics: Metric | None = None

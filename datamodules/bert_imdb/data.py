@@ -352,6 +352,7 @@ class BertImdbDataModule(ReviewsDataModule):
         self.text = text
         self.file = file
         self.texts: dict[str, list[Review]] = {}  # reviews of each split, by position in the dataset
+        self.rows_to_predict: list[dict[str, Any]] = []  # what the file has of each review to classify, by position
 
     def load_tokenizer(self) -> "PreTrainedTokenizerFast":
         """Return the tokenizer of the argument; in other programs, it keeps the end of a text if this class does."""
@@ -471,11 +472,13 @@ class BertImdbDataModule(ReviewsDataModule):
                 'predict: give either --data.text "a review" or --data.file FILE, of JSON lines or a table (.csv, .tsv)'
             )
         if self.file is None:
-            return [parse_review({"text": self.text}, "data.text", None)]
-        reviews = list(read_reviews(self.file, None))
-        if not reviews:
+            self.rows_to_predict = [{"text": self.text}]
+            return [parse_review(self.rows_to_predict[0], "data.text", None)]
+        read = list(read_reviews(self.file, None))
+        if not read:
             raise MisconfigurationException(f"data.file: {self.file} holds no review")
-        return reviews
+        self.rows_to_predict = [row for _, row in read]
+        return [review for review, _ in read]
 
 
 class MaskedReviewsDataModule(ReviewsDataModule):

@@ -279,8 +279,10 @@ def _classes_of(rows: Iterable[Any], field: str, where: str) -> list[str]:
     return sorted(given, key=(lambda label: (int(label), label)) if all(map(str.isdecimal, given)) else None)
 
 
-def read_reviews(file: str, classes: Sequence[str] | None = CLASSES, **fields: str) -> Iterator[Review]:
-    """Yield the reviews of a file: a table, JSON lines or Parquet, see `rows_of`. For the rest see `parse_review`.
+def read_reviews(
+    file: str, classes: Sequence[str] | None = CLASSES, **fields: str
+) -> Iterator[tuple[Review, dict[str, Any]]]:
+    """Yield the reviews of a file, each with its row: a table, JSON lines or Parquet, see `rows_of` and `parse_review`.
 
     A column after a colon, as in `mine.csv:message`, is that of the text.
 
@@ -290,7 +292,7 @@ def read_reviews(file: str, classes: Sequence[str] | None = CLASSES, **fields: s
     path, column = split_column(file)
     fields |= {"text": column} if column else {}
     for place, row in rows_of(Path(path).expanduser()):
-        yield parse_review(row, place, classes, **fields)
+        yield parse_review(row, place, classes, **fields), row
 
 
 class ReviewFiles(PartedSource):
@@ -351,7 +353,7 @@ class ReviewFiles(PartedSource):
     def read(self, part: list[str], classes: Sequence[str] | None) -> Iterator[Review]:
         """Yield the reviews of some files."""
         for file in part:
-            yield from read_reviews(file, classes, **self.fields)
+            yield from (review for review, _ in read_reviews(file, classes, **self.fields))
 
 
 class AclImdb(PartedSource):

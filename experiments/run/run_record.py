@@ -211,6 +211,7 @@ class RunRecord(SaveConfigCallback):
             lines.append(("memory", f"{summary['peak_gpu_memory_mib']:,} MiB on the GPU at most"))
         if not is_fit:
             lines += [("result", f"{name} {value:.4f}") for name, value in sorted(summary["metrics"].items())]
+            lines += [("result", str(file)) for file in pl_module.result_files]
         if sync_command:
             lines.append(("wandb", sync_command))
         quoted = shlex.quote(str(folder))

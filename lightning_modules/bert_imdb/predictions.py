@@ -1,22 +1,27 @@
-"""The output of `llm-train predict` for classifiers: a line for each text, on the screen and in a table."""
+"""The output of `llm-train predict` for classifiers: lines on the screen, and a table of all texts."""
 
 import textwrap
-from itertools import chain
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 
 from lightning_modules.base import ExperimentModule
-from lightning_modules.common.files import write_csv
+from lightning_modules.common.files import unused, write_csv
 from lightning_modules.runtime.processes import gathered
+
+_SHOWN = 10  # texts whose labels are printed
 
 
 class PredictedLabels(L.Callback):
-    """Callback that prints the label of each text and its probability, and writes them to `predictions.csv`.
+    """Callback that writes the probabilities of each text to `predictions.csv`, and prints the label of the first ones.
+
+    The table has the columns of the rows that were read, then `predicted`, its `probability`, and the probability of
+    each class. The second of two columns with the same name has a number, as has a second table: `predictions.2.csv`.
 
     The module's `predict_step` returns `probabilities`, (B, K), and `positions`, (B,). The datamodule has `classes`,
-    and its `texts["predict"]` is the list of the reviews, by position.
+    and by position its `texts["predict"]`, the reviews, and `rows_to_predict`, dictionaries of what was read.
     """
 
     def __init__(self) -> None:
@@ -33,11 +38,29 @@ class PredictedLabels(L.Callback):
             return
         data = pl_module.data
         width = max(map(len, data.classes))
-        rows = []
+        given, found = [], []
         for position, probabilities in sorted(chain.from_iterable(shares)):
-            probability = max(probabilities)
-            label, text = data.classes[probabilities.index(probability)], data.texts["predict"][position].text
-            rows.append((label, f"{probability:.6f}", text))
-            print(f"{label:<{width}}  {probability:.4f}  {textwrap.shorten(text, 80, placeholder=' ...')}")
-        if not trainer.fast_dev_run:
-            write_csv(Path(trainer.default_root_dir) / "predictions.csv", ("label", "probability", "text"), rows)
+            label = data.classes[probabilities.index(max(probabilities))]
+            given.append(data.rows_to_predict[position])
+            found.append([label, *(f"{probability:.6f}" for probability in (max(probabilities), *probabilities))])
+            if len(given) <= _SHOWN or trainer.fast_dev_run:
+                text = textwrap.shorten(data.texts["predict"][position].text, 80, placeholder=" ...")
+                print(f"{label:<{width}}  {max(probabilities):.4f}  {text}")
+        if trainer.fast_dev_run:
+            return
+        if len(given) > _SHOWN:
+            print(f"... and {len(given) - _SHOWN:,} more")
+        file = unused(Path(trainer.default_root_dir) / "predictions.csv")
+        names = list(dict.fromkeys(chain.from_iterable(given)))  # a row of JSON may have other fields than the first
+        rows = ([*(row.get(name) for name in names), *values] for row, values in zip(given, found, strict=True))
+        write_csv(file, _distinct([*names, "predicted", "probability", *data.classes]), rows)
+        pl_module.result_files.append(file)
+
+
+def _distinct(names: list[str]) -> list[str]:
+    """Return the names of columns, those that are there already with a number: `predicted.2`."""
+    distinct: dict[str, None] = {}
+    for name in names:
+        numbered = (f"{name}.{number}" for number in count(2))
+        distinct[next(free for free in chain([name], numbered) if free not in distinct)] = None
+    return list(distinct)

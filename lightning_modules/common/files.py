@@ -142,6 +142,12 @@ def _with_nulls(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def unused(path: Path) -> Path:
+    """Return a path, or if something is there, the first that is not: `a.csv`, `a.2.csv`, `a.3.csv`."""
+    numbered = (path.with_name(f"{path.stem}.{number}{path.suffix}") for number in itertools.count(2))
+    return next(found for found in itertools.chain([path], numbered) if not os.path.lexists(found))
+
+
 def write_csv(target: Path, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
     """Create or replace a CSV file with the names of the columns in the first line."""
     write_text(target, csv_text(columns, rows))

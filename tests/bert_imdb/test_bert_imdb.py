@@ -25,7 +25,7 @@ from shared_runs import own_world, run_command
 
 from datamodules.bert_imdb.data import BertImdbDataModule, MaskedReviewsDataModule, TokenizedReviews
 from datamodules.bert_imdb.film_reviews import FilmReviews
-from datamodules.bert_imdb.reviews import ReviewFiles
+from datamodules.bert_imdb.reviews import Review, ReviewFiles
 from experiments.api import load_run
 from lightning_modules.bert_imdb.bag_of_words import BagOfWords
 from lightning_modules.bert_imdb.cached_features import CachedFeatures, weights_digest
@@ -318,25 +318,57 @@ def test_predict_and_the_exported_model_agree(llm_train, classified, tmp_path, m
     texts = [review.text for review in FilmReviews(n_test=6).reviews("test")]
     written = [f"{text.replace('. ', '.<br /><br />')}\n" for text in texts]  # as on a page of reviews
     assert any("<br />" in text for text in written)
-    (tmp_path / "new.csv").write_text("text\n" + "".join('"{}"\n'.format(t.replace('"', '""')) for t in written))
+    with (tmp_path / "new.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([("id", "text", "predicted"), *((n, text, "?") for n, text in enumerate(written))])
     flags = ("--ckpt_path", "best", "--data.file", tmp_path / "new.csv")
     done = llm_train("predict", "-c", classified.run / "config.yaml", *flags)
     assert done.code == 0, done.err
     assert "initialised at random" not in done.err  # the checkpoint has all weights
+    assert f"\nresult  {classified.run}/predictions.csv\n" in done.err
     with (classified.run / "predictions.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    assert [row["text"] for row in rows] == texts
+    assert [*rows[0]] == ["id", "text", "predicted", "predicted.2", "probability", *CLASSES]
+    assert [(row["id"], row["text"], row["predicted"]) for row in rows] == [
+        (str(n), text, "?") for n, text in enumerate(written)
+    ]
     from_python = load_run(classified.run).classify(written)
     classifier = pipeline("text-classification", str(classified.run / "model"), truncation=True)
     for row, line, answer in zip(rows, done.out.splitlines(), classifier(texts), strict=True):
-        assert row["label"] == answer["label"]
+        predicted = row["predicted.2"]
+        assert predicted == answer["label"]
         assert float(row["probability"]) == pytest.approx(answer["score"], abs=1e-5)
         probabilities = from_python.pop(0)
         assert probabilities.keys() == set(CLASSES)
-        assert probabilities[row["label"]] == max(probabilities.values()) == pytest.approx(answer["score"], abs=1e-5)
+        assert {name: float(row[name]) for name in CLASSES} == pytest.approx(probabilities, abs=1e-5)
+        assert probabilities[predicted] == max(probabilities.values()) == pytest.approx(answer["score"], abs=1e-5)
         label, shown, _ = line.split("  ", 2)
-        assert label == row["label"]
+        assert label == predicted
         assert float(shown) == pytest.approx(float(row["probability"]), abs=5.1e-5)  # both are rounded
+
+
+def test_few_predictions_are_printed_all_are_written_and_none_is_lost(tmp_path, capsys):
+    """The rows are of JSON, in which each may have other fields."""
+    rows = [{"message": f"text {n}"} | ({"id": n} if n else {}) for n in range(12)]
+    texts = [Review(row["message"], None) for row in rows]
+    data = SimpleNamespace(classes=CLASSES, texts={"predict": texts}, rows_to_predict=rows)
+    module = SimpleNamespace(data=data, result_files=[])
+    trainer = SimpleNamespace(world_size=1, is_global_zero=True, fast_dev_run=False, default_root_dir=tmp_path)
+    outputs = {"positions": torch.arange(12).flip(0), "probabilities": torch.tensor([[0.25, 0.75]] * 12)}
+    for _ in range(2):
+        callback = PredictedLabels()
+        callback.on_predict_batch_end(trainer, module, outputs)
+        callback.on_predict_end(trainer, module)
+        printed = capsys.readouterr().out.splitlines()
+        assert (len(printed), printed[0], printed[-1]) == (11, "positive  0.7500  text 0", "... and 2 more")
+    first, second = module.result_files
+    assert (first.name, second.name) == ("predictions.csv", "predictions.2.csv")
+    lines = first.read_text().splitlines()
+    assert (len(lines), first.read_bytes()) == (13, second.read_bytes())
+    assert lines[:3] == [
+        "message,id,predicted,probability,negative,positive",
+        "text 0,,positive,0.750000,0.250000,0.750000",
+        "text 1,1,positive,0.750000,0.250000,0.750000",
+    ]
 
 
 def test_a_killed_run_resumes_to_the_same_weights_metrics_and_predictions(llm_train, classified, pretrained):
