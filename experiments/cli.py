@@ -287,6 +287,7 @@ class ExperimentCLI(SettingsGoOverCheckpoint):
         """Build the trainer with the run folder, once model and data are built and agree."""
         leave_unused_gpus_alone()
         self._check_links()
+        self.model.data = self.datamodule
         self._check_predicts()
         if (kind := self._trainer_arguments["accelerator"]) in _GPUS and not torch.accelerator.is_available():
             raise MisconfigurationException(
@@ -316,7 +317,6 @@ class ExperimentCLI(SettingsGoOverCheckpoint):
         for logger in trainer.loggers:
             if isinstance(logger, RunLogger):
                 logger.attach(self.run.path, self.run.topic, self.run.name, self.subcommand, self.run.study)
-        self.model.data = self.datamodule
         self.model.optimizer_factory, self.model.schedule_factory = built["optimizer"], built["lr_scheduler"]
         if self.subcommand == "fit":
             optim.check_optimizer(built["optimizer"])

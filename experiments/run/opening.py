@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from lightning_modules.base import GradientFreeModule
+from lightning_modules.optim.schedules import StepSchedule
 from lightning_modules.runtime.stages import lacks_validation
 
 Lines = list[tuple[str, str]]  # a word of at most seven letters, and a text
@@ -76,7 +77,8 @@ def _steps(trainer: L.Trainer) -> str:
 
 def _warm_up(trainer: L.Trainer, total: int) -> str:
     """Return a remark if the warm-up of a schedule is longer than the run, as in a run that a flag makes shorter."""
-    steps = max((getattr(config.scheduler, "warmup_steps", 0) for config in trainer.lr_scheduler_configs), default=0)
+    schedules = [config.scheduler for config in trainer.lr_scheduler_configs]
+    steps = max((schedule.warmup_steps for schedule in schedules if isinstance(schedule, StepSchedule)), default=0)
     if steps <= total:
         return ""
     return f"; the warm-up takes {steps:,}: the learning rate reaches {total / steps:.0%} (lr_scheduler.warmup)"

@@ -24,7 +24,8 @@ class Study:
         self.launcher = launcher
         self.running: list[Run] = []
         self.signals: list[int] = []  # received so far
-        self._is_refused = False  # whether the first run was, as the others would be
+        self._is_new = False  # whether no run was started by an earlier call
+        self._n_ended = self._n_refused = 0  # by this call; those that were refused never began
         self._n_passed_on = 0
 
     def run(self) -> int:
@@ -35,7 +36,7 @@ class Study:
         (folder / LOGS).mkdir(parents=True, exist_ok=True)
         with locked(folder) as lock, self._listening(), self._stopping_on_error():
             self.journal = Journal(self.plan, find=self.launcher.find)
-            self.running = self.journal.found
+            self.running, self._is_new = self.journal.found, not self.journal.outcomes
             done = f", {self.n_done} of them done" if self.journal.outcomes else ""
             goes_on = f", {len(self.running)} submitted before" if self.running else ""
             say(f"study   {folder}: {self._total} runs{done}{goes_on}; their output goes to {folder / LOGS}")
@@ -65,6 +66,11 @@ class Study:
     @property
     def _ends(self) -> bool:
         return self._is_refused or bool(self.signals)
+
+    @property
+    def _is_refused(self) -> bool:
+        """Whether the first runs are all refused, as the others would be; the next call goes on with the others."""
+        return self._is_new and self._n_ended == self._n_refused >= self.launcher.at_once
 
     @property
     def n_done(self) -> int:
@@ -100,8 +106,9 @@ class Study:
         how = f"failed: {error}" if error else f"{best}, stopped early" if run.stopped_early else best
         took = _duration(run.seconds) if run.job else "finished before"
         say(f"[{number:>{len(str(self._total))}}/{self._total}] {run.arm}  {how}  ({took})")
-        if number == 1 and code == _USAGE:
-            self._is_refused = True
+        was_refused = self._is_refused
+        self._n_ended, self._n_refused = self._n_ended + 1, self._n_refused + (code == _USAGE)
+        if self._is_refused and not was_refused:
             say("stopping: the settings of the first run are refused, so no further run starts")
 
     @contextlib.contextmanager

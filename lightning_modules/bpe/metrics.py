@@ -15,9 +15,8 @@ if TYPE_CHECKING:  # imported where it is used: it is slow to import
 
 def is_byte_level(tokenizer: "Tokenizer") -> bool:
     """Return whether the tokens are sequences of bytes, as those of GPT-2, and not of characters."""
-    from tokenizers.decoders import ByteLevel
-
-    return isinstance(tokenizer.decoder, ByteLevel)
+    decoder = tokenizer.decoder
+    return decoder is not None and b'"ByteLevel"' in decoder.__getstate__()  # also as one of a sequence
 
 
 class TokenizerMetrics(SplitMetric):

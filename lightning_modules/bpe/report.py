@@ -1,5 +1,6 @@
 """Files and figures of a run of byte-pair encoding."""
 
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -90,8 +91,15 @@ def tokens_of(tokenizer: "Tokenizer", text: str) -> list[tuple[int, bytes]]:
     if is_byte_level(tokenizer):
         tokens = [unspell(token) for token in encoding.tokens]
     else:
-        tokens = [text[start:end].encode() for start, end in encoding.offsets]
+        spans = zip(encoding.tokens, encoding.offsets, strict=True)
+        tokens = [_fallback_byte(token) or text[start:end].encode() for token, (start, end) in spans]
     return list(zip(encoding.ids, tokens, strict=True))
+
+
+def _fallback_byte(token: str) -> bytes | None:
+    """Return the byte of a token such as `<0xC3>`, to which some vocabularies fall back, or `None` for another one."""
+    found = re.fullmatch(r"<0x([0-9A-F]{2})>", token)
+    return bytes.fromhex(found[1]) if found else None
 
 
 def readable(token: bytes) -> str:

@@ -133,7 +133,7 @@ class MultiHeadAttention(nn.Module):
         self.scale = scale
         # W_Q, W_K and W_V of all heads in one matrix product
         self.qkv = nn.Linear(n_embd, (n_head + 2 * n_kv_head) * self.head_dim, bias=bias)
-        self.stacked = {"qkv": [n * self.head_dim for n in (n_head, n_kv_head, n_kv_head)]}  # rows of each matrix
+        self.stacked_rows = {"qkv": [n * self.head_dim for n in (n_head, n_kv_head, n_kv_head)]}  # rows of each matrix
         self.projection = nn.Linear(n_embd, n_embd, bias=bias)  # W_O
         self.qk_norm = rms_unweighted(self.head_dim, bias) if qk_norm else nn.Identity()
         self.value_mix = ValueMix() if value_embeddings else None

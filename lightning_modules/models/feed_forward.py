@@ -73,7 +73,7 @@ class FeedForward(nn.Module):
         self.activation = ACTIVATIONS[name]()
         width = 4 * n_embd if self.activation.n_parts == 1 else swiglu_width(n_embd)
         self.expansion = nn.Linear(n_embd, self.activation.n_parts * width, bias=bias)
-        self.stacked = {"expansion": [width] * self.activation.n_parts}  # rows of each matrix
+        self.stacked_rows = {"expansion": [width] * self.activation.n_parts}  # rows of each matrix
         self.projection = nn.Linear(width, n_embd, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -60,7 +60,7 @@ def linear_cross_entropy(
         inputs: Inputs of the linear layer, (..., C).
         weight: Output matrix W, (V, C).
         targets: True classes, (...) int64; `IGNORED` where a row has no loss. Another number that is no class is an
-            error, but not in a compiled function, where such a row has no loss.
+            error, but not in a function compiled for a GPU, where such a row has no loss.
         bias: Bias of the linear layer, (V,).
         row_weights: Weight of the loss of each row, (...), not negative; 1 by default. It gets no gradient.
         soft_cap: If given, the scores z become `soft_cap * tanh(z / soft_cap)` (Gemma 2, 2024, arXiv:2408.00118).

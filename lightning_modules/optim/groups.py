@@ -74,7 +74,12 @@ def hidden_matrices(module: nn.Module) -> list[str]:
 def stacked_matrices(module: nn.Module) -> dict[str, Sequence[int]]:
     """Return the names of the weights that stack several matrices, with the number of rows of each.
 
-    A layer says so in its attribute `stacked`, by the names of its linear layers.
+    The layers of our decoder say so in their attribute `stacked_rows`, by the names of their linear layers.
     """
-    parts = ((name, getattr(part, "stacked", {})) for name, part in module.named_modules())
-    return {f"{name}.{linear}.weight".lstrip("."): rows for name, stacked in parts for linear, rows in stacked.items()}
+    parts = ((name, getattr(part, "stacked_rows", None)) for name, part in module.named_modules())
+    return {
+        f"{name}.{linear}.weight".lstrip("."): rows
+        for name, stacked in parts
+        if isinstance(stacked, dict)
+        for linear, rows in stacked.items()
+    }

@@ -72,13 +72,14 @@ class Muon(Optimizer):
             `lora_A.default`; `null` means the rule above.
         split_stacked: Whether the matrices that a parameter stacks, such as those of queries, keys and values in `qkv`,
             are orthogonalised and scaled each by itself, as in a decoder that stores them apart. Otherwise they count
-            as one matrix, and the part with the largest gradient, often the values, takes most of its step.
+            as one matrix, and the part with the largest gradient, often the values, takes most of its step. Our
+            decoder says what it stacks, and models of Transformers do not.
         fused: Whether AdamW updates all its parameters in one kernel.
         dtype: Number type of the orthogonalisation, which needs little precision; `null` means `bfloat16` on a GPU and
             on a CPU with matrix units for it (AMX), and `float32` on other CPUs, where `bfloat16` is far slower.
 
     Raises:
-        ValueError: If a pattern matches no matrix.
+        ValueError: If a pattern matches no matrix, or no parameter is known to stack several.
     """
 
     def __init__(
@@ -107,6 +108,7 @@ class Muon(Optimizer):
             "ns_steps": ns_steps,
             "scale": scale,
             "dtype": dtype,
+            "split_stacked": split_stacked,
         }
         of_adamw = {
             "lr": lr if adamw_lr is None else adamw_lr,
@@ -123,8 +125,10 @@ class Muon(Optimizer):
                 if own:
                     split.append(defaults | group | {"params": own, "algorithm": algorithm})
         super().__init__(split, {})
-        rows = params.stacked if split_stacked else {}
-        self._rows = {p: rows[name] for group in params for name, p in group["params"] if name in rows}
+        named = {name: p for group in params for name, p in group["params"]}
+        self._rows = {named[name]: rows for name, rows in params.stacked.items() if name in named}
+        if split_stacked and not self._rows:
+            raise ValueError("split_stacked: this model does not say which parameters stack matrices; leave it out")
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:  # type: ignore[override]
@@ -162,7 +166,8 @@ def _step_of_muon(group: dict[str, Any], state: dict[Tensor, Any], rows: Mapping
     foreach_lerp_(momenta, gradients, 1 - group["momentum"])
     updates = list(foreach_lerp(gradients, momenta, group["momentum"])) if group["nesterov"] else momenta
     default = "bfloat16" if has_matrix_units(updates[0].device) else "float32"
-    stacked = [rows.get(p, [p.size(0)]) for p in params]
+    # A group of an earlier version has not the setting.
+    stacked = [rows.get(p, [p.size(0)]) if group.get("split_stacked") else [p.size(0)] for p in params]
     scale, dtype = SCALES[group["scale"]], getattr(torch, group["dtype"] or default)
     steps = _steps(updates, stacked, group["ns_steps"], dtype, scale)
     foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])

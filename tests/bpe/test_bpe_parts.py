@@ -11,8 +11,8 @@ import pytest
 import torch
 from helpers import text
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from tokenizers import Tokenizer
-from tokenizers.models import WordPiece
+from tokenizers import Tokenizer, decoders
+from tokenizers.models import BPE, WordPiece
 from tokenizers.pre_tokenizers import Whitespace
 from torch.utils.data import DataLoader
 
@@ -267,6 +267,7 @@ def test_a_tokenizer_of_characters_has_no_single_bytes_and_its_tokens_are_parts_
     metrics.update(["é é playing"])  # 13 bytes, three words
     found = {name: value.item() for name, value in metrics.compute()["pieces"].items()}
     assert found == pytest.approx({"bytes_per_token": 13 / 4, "tokens_per_word": 4 / 3, "vocabulary_use": 3 / 4})
+    pieces.decoder = decoders.WordPiece()
     assert tokens_of(pieces, "é é playing") == [(1, "é".encode()), (1, "é".encode()), (2, b"play"), (3, b"ing")]
 
 
@@ -274,3 +275,11 @@ def test_texts_with_bytes_that_are_not_utf_8_are_counted():
     counter = WordCounter(GPT2_PATTERN)
     counter.add([b"caf\xe9 x".decode("utf-8", "surrogateescape")])
     assert (counter.n_bytes, counter.words) == (6, {b"caf": 1, b"\xe9": 1, b" x": 1})
+
+
+def test_tokens_of_bytes_are_known_in_a_sequence_of_decoders_and_as_a_fallback():
+    pieces = rust_tokenizer(to_tokenizer_json([]))
+    pieces.decoder = decoders.Sequence([decoders.ByteLevel()])
+    assert [token for _, token in tokens_of(pieces, "é")] == [b"\xc3", b"\xa9"]
+    fallback = Tokenizer(BPE({"a": 0, "<0xC3>": 1, "<0xA9>": 2}, [], byte_fallback=True))
+    assert tokens_of(fallback, "aé") == [(0, b"a"), (1, b"\xc3"), (2, b"\xa9")]

@@ -112,6 +112,27 @@ def test_stacked_matrices_are_orthogonalised_and_scaled_each_by_itself(scale):
             torch.testing.assert_close(stepped, torch.cat(list(pieces.values())))
 
 
+def test_a_model_that_does_not_say_what_it_stacks_is_refused_and_its_attributes_do_not_matter():
+    model = nn.Sequential(nn.Linear(2, 2))
+    model.stacked_rows = True  # of a user, with another meaning
+    assert weight_decay_groups(model).stacked == {}
+    with pytest.raises(ValueError, match="split_stacked: this model does not say"):
+        Muon(weight_decay_groups(model), split_stacked=True)
+
+
+def test_a_state_of_an_earlier_version_keeps_its_way():
+    model, other = decoder(), decoder()
+    optimizer, joint = Muon(weight_decay_groups(model), split_stacked=True), Muon(weight_decay_groups(other))
+    saved = joint.state_dict()
+    for group in saved["param_groups"]:
+        group.pop("split_stacked", None)
+    optimizer.load_state_dict(saved)
+    for one, its in ((optimizer, model), (joint, other)):
+        set_gradients(its, 0)
+        one.step()
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), other.parameters(), strict=True))
+
+
 def test_the_other_parameters_get_the_steps_of_adamw():
     ours, theirs = decoder(), decoder()
     groups = weight_decay_groups(ours)

@@ -9,9 +9,12 @@ from types import SimpleNamespace
 
 import lightning as L
 import pytest
+import torch
 from helpers import RUNS
+from torch.optim.lr_scheduler import LinearLR
 
 from experiments.run import opening
+from lightning_modules.optim.schedules import Constant
 from lightning_modules.runtime import progress as lines
 from lightning_modules.runtime.checkpoint import RunCheckpoint
 from lightning_modules.runtime.progress import ProgressLine, RunProgress, terminal_width
@@ -43,7 +46,8 @@ def test_one_epoch_is_singular(n, shown):
     ],
 )
 def test_a_warm_up_that_is_longer_than_the_run_is_said(warmups, shown):
-    schedules = [SimpleNamespace(**{} if steps is None else {"warmup_steps": steps}) for steps in warmups]
+    optimizer = torch.optim.SGD([torch.zeros(1)])
+    schedules = [LinearLR(optimizer) if n is None else Constant(optimizer, 24, warmup=n) for n in warmups]
     trainer = SimpleNamespace(lr_scheduler_configs=[SimpleNamespace(scheduler=schedule) for schedule in schedules])
     assert opening._warm_up(trainer, 24) == shown
 

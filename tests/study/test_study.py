@@ -346,6 +346,8 @@ def test_a_study_whose_first_run_is_refused_starts_no_other(llm_train, sweep, re
     assert f"({n_done} of 4 runs done, {n_started - n_done} failed)" in done.err
     assert ("no further run starts" in done.err) == (n_done == 0)
     assert ("next  " in done.err) == (n_done > 0)
+    again = llm_train("study", sweep(command=command))  # only the runs of one value are refused
+    assert (again.code, "(2 of 4 runs done, 2 failed)" in again.err) == (1, True), again.err
 
 
 def test_jobs_run_at_the_same_time_and_share_the_cores(llm_train, sweep, monkeypatch, in_a_run_of_wandb):
