@@ -16,6 +16,7 @@ from torch import Tensor
 from datamodules.cache import cache_root
 from datamodules.rows import check_characters
 from datamodules.sources import Source
+from lightning_modules.common.byte_level import is_byte_level
 from lightning_modules.common.files import write_text
 from lightning_modules.common.hub import hub_answers, is_path
 from lightning_modules.common.makers import maker_of
@@ -202,7 +203,7 @@ def token_byte_lengths(tokenizer: "PreTrainedTokenizerFast") -> np.ndarray:
     The numbers are exact for byte-level and character tokenizers. WordPiece and SentencePiece do not keep all spaces of
     a text; for these, the number is the length of the token.
     """
-    byte_level = "ByteLevel(" in repr(tokenizer.backend_tokenizer.decoder)  # alone, or in a sequence
+    byte_level = is_byte_level(tokenizer.backend_tokenizer)
     is_character = tokenizer.init_kwargs.get("unit") == "character"
     lengths = np.zeros(vocab_size(tokenizer), dtype=np.int64)
     for token, i in tokenizer.get_vocab().items():

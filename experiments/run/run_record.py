@@ -28,6 +28,7 @@ from experiments.trust import SESSION_KEYS, unknown_packages
 from lightning_modules.common.files import read_json, write_json, write_text
 from lightning_modules.common.messages import say
 from lightning_modules.runtime import private_names
+from lightning_modules.runtime.bfloat16 import has_matrix_units
 from lightning_modules.runtime.checkpoint import RunCheckpoint, run_checkpoints
 from lightning_modules.runtime.loggers import MetricsCSV, WandbRecorder
 from lightning_modules.runtime.stages import lacks_validation
@@ -303,9 +304,8 @@ def peak_memory() -> int:
 
 def _processor() -> str:
     """Return the name of the processor and its instructions for vectors and matrices, on which speed depends."""
-    found = torch.cpu.get_capabilities()
-    name = found.get("cpu_name") or platform.processor() or platform.machine()
-    return f"{name} ({torch.backends.cpu.get_cpu_capability()}{', AMX' * bool(found.get('amx_bf16'))})"
+    name = torch.cpu.get_capabilities().get("cpu_name") or platform.processor() or platform.machine()
+    return f"{name} ({torch.backends.cpu.get_cpu_capability()}{', AMX' * has_matrix_units(torch.device('cpu'))})"
 
 
 def _gpus(trainer: L.Trainer) -> list[str]:

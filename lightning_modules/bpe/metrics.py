@@ -7,16 +7,11 @@ import torch
 from torch import Tensor
 
 from lightning_modules.bpe.textbook import count_words
+from lightning_modules.common.byte_level import is_byte_level
 from lightning_modules.metrics import SplitMetric
 
 if TYPE_CHECKING:  # imported where it is used: it is slow to import
     from tokenizers import Tokenizer
-
-
-def is_byte_level(tokenizer: "Tokenizer") -> bool:
-    """Return whether the tokens are sequences of bytes, as those of GPT-2, and not of characters."""
-    decoder = tokenizer.decoder
-    return decoder is not None and b'"ByteLevel"' in decoder.__getstate__()  # also as one of a sequence
 
 
 class TokenizerMetrics(SplitMetric):

@@ -9,9 +9,9 @@ import lightning as L
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from lightning_modules.bpe.figures import draw_compression, draw_token_lengths, draw_tokenization
-from lightning_modules.bpe.metrics import is_byte_level
 from lightning_modules.bpe.module import BPEModule
 from lightning_modules.bpe.textbook import Merge, spell, unspell, vocabulary
+from lightning_modules.common.byte_level import is_byte_level
 from lightning_modules.common.files import replace_folder, write_csv, write_text
 from lightning_modules.runtime.drawing import show_figures, show_table
 

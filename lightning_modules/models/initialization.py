@@ -23,14 +23,13 @@ Zhang et al., "Fixup Initialization" (2019), https://arxiv.org/abs/1901.09321.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from lightning_modules.models.decoder import Decoder
-from lightning_modules.models.feed_forward import ACTIVATIONS
 from lightning_modules.models.value_embedding import ValueMix
 
 InitializationName = Literal[
@@ -82,15 +81,11 @@ def xavier(decoder: Decoder) -> None:
     each: those of queries, keys and values, and the two parts of SwiGLU. The token embedding counts as the output
     layer, from n_embd to vocab_size.
     """
-    config = decoder.config
 
     def draw(name: str, weight: Tensor) -> None:
-        matrices: Sequence[Tensor] = [weight]
-        if name.endswith(".qkv"):
-            matrices = weight.split([config.n_embd, config.kv_width, config.kv_width])
-        elif name.endswith(".expansion"):
-            matrices = weight.chunk(ACTIVATIONS[config.feed_forward].n_parts)
-        for matrix in matrices:
+        part, _, linear = name.rpartition(".")
+        stacked = getattr(decoder.get_submodule(part), "stacked_rows", {})
+        for matrix in weight.split(stacked.get(linear, [len(weight)])):
             nn.init.xavier_uniform_(matrix)
 
     _initialize(decoder, draw)

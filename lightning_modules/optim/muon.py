@@ -139,7 +139,8 @@ class Muon(Optimizer):
                 loss = closure()
         for group in self.param_groups:
             if group["algorithm"] == "muon":
-                _step_of_muon(group, self.state, self._rows)
+                # A group of an earlier version has not the setting.
+                _step_of_muon(group, self.state, self._rows if group.get("split_stacked") else {})
         # AdamW works on the state and the groups of this optimiser, which schedules and checkpoints replace.
         self._adamw.state = self.state
         self._adamw.param_groups = [group for group in self.param_groups if group["algorithm"] == "adamw"]
@@ -166,8 +167,7 @@ def _step_of_muon(group: dict[str, Any], state: dict[Tensor, Any], rows: Mapping
     foreach_lerp_(momenta, gradients, 1 - group["momentum"])
     updates = list(foreach_lerp(gradients, momenta, group["momentum"])) if group["nesterov"] else momenta
     default = "bfloat16" if has_matrix_units(updates[0].device) else "float32"
-    # A group of an earlier version has not the setting.
-    stacked = [rows.get(p, [p.size(0)]) if group.get("split_stacked") else [p.size(0)] for p in params]
+    stacked = [rows.get(p, [p.size(0)]) for p in params]
     scale, dtype = SCALES[group["scale"]], getattr(torch, group["dtype"] or default)
     steps = _steps(updates, stacked, group["ns_steps"], dtype, scale)
     foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
@@ -195,7 +195,7 @@ def _steps(
         matrices = [matrix for i in some for matrix in _whole(updates[i]).split(rows[i])]
         factors = _orthogonal_factors(matrices, ns_steps, dtype)
         foreach_mul_(factors, [scale(*factor.shape) for factor in factors])
-        following = iter(factors)
+        following = iter(factors)  # of one update after the other
         for i in some:
             own = [*itertools.islice(following, len(rows[i]))]
             steps[i] = _sharded_as(updates[i], torch.cat(own) if len(own) > 1 else own[0])
