@@ -37,7 +37,7 @@ class BengioNLMModule(KeepsBufferDtypes, ExperimentModule):
         m: Features of a word.
         direct: Whether the features are also connected directly to the output.
         mix: Weights of network and trigram: `equal`, as in the table of the paper; `learned`, by EM on the validation
-            text, for each factor of e in the frequency of the history; `none` for no mixture.
+            text, separately for histories of different frequency; `none` for no mixture.
         dropout: Probability of dropping a feature in training.
         hidden_dropout: Probability of dropping a hidden unit in training.
         word_dropout: Probability of dropping all features of a word of the context in training. The kept words are not

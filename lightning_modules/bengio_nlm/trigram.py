@@ -4,8 +4,8 @@ Most trigrams are too rare for a reliable relative frequency, so it is mixed wit
 
     P(w | u, v) = a_0(q) / V  +  a_1(q) P(w)  +  a_2(q) P(w | v)  +  a_3(q) P(w | u, v)
 
-The more often a history (u, v) occurs, the more reliable are its longer n-grams. So there are separate weights for each
-factor of e in its frequency,
+The more often a history (u, v) occurs, the more reliable are its longer n-grams. So each group of histories whose
+frequencies are within a factor of e has weights of its own; the number of the group is
 
     q = ceil(-ln((1 + c) / T)),
 

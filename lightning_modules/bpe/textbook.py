@@ -34,8 +34,8 @@ Merge = tuple[bytes, bytes]
 
 # --- words ------------------------------------------------------------------------------------------------------------
 
-# GPT-2: a space belongs to the word that follows it; letters, digits and other characters do not mix. The last but one
-# alternative leaves the last space of several to the word that follows.
+# GPT-2: a space belongs to the word that follows it; letters, digits and other characters do not mix. The alternative
+# before the last leaves the last space of several to the word that follows.
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?[\p{L}]+| ?[\p{N}]+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
 # Similar to GPT-4: contractions in either case; any one sign may begin a word; a number is split into groups of three

@@ -16,7 +16,7 @@ In a decoder, a position attends only to itself and to earlier positions (causal
 
 Two changes were found later. In grouped-query attention, H / H_kv heads share the keys and values of one, so that a
 cache holds H_kv heads in place of H (H_kv = 1 is multi-query attention). With QK-norm, queries and keys have a fixed
-length, so the scores are cosines and cannot grow during training:
+length, so a score is √d times a cosine and cannot grow during training:
 
     Attention(Q, K, V) = softmax(RMSNorm(Q) RMSNorm(K)ᵀ / √d) V        scores = √d cos(q, k)
 

@@ -43,8 +43,8 @@ def gpt2(decoder: Decoder) -> None:
     """Initialise as GPT-2: N(0, 0.02²), residual projections N(0, 0.02² / (2 n_layer)), biases 0, norms 1.
 
     Two layers of each block add to the residual stream, 2 n_layer in total. With the smaller projections, the variance
-    of the sum does not grow with depth (Radford et al., 2019, section 2.3). A table of learned positions is drawn with
-    0.02 too, as in Transformers; the code of OpenAI draws it with 0.01.
+    that they add does not grow with their number (Radford et al., 2019, section 2.3). A table of learned positions is
+    drawn with 0.02 too, as in Transformers; the code of OpenAI draws it with 0.01.
     """
     _normal(decoder, GPT2_STD, residual_std=GPT2_STD / math.sqrt(2 * decoder.config.n_layer))
 

@@ -139,7 +139,7 @@ class Muon(Optimizer):
                 loss = closure()
         for group in self.param_groups:
             if group["algorithm"] == "muon":
-                # A group of an earlier version has not the setting.
+                # A group of an earlier version does not have the setting.
                 _step_of_muon(group, self.state, self._rows if group.get("split_stacked") else {})
         # AdamW works on the state and the groups of this optimiser, which schedules and checkpoints replace.
         self._adamw.state = self.state
