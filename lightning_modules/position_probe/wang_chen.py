@@ -15,7 +15,7 @@ from lightning_modules.runtime.private_names import KeepsBufferDtypes
 
 
 class WangChenModule(KeepsBufferDtypes, GradientFreeModule):
-    """The two experiments of section 3 of the paper with its settings, on a position matrix and its controls.
+    """The two experiments of Wang and Chen (2020), section 3, on a position matrix and its controls.
 
     - Absolute position: a linear regression predicts the position of a row. Its predictions are rounded to whole
       positions; the mean absolute error is over folds of the rows in random order.
