@@ -17,8 +17,8 @@ https://arxiv.org/abs/2410.10989), section 3.2, do the same in Triton. Here `tor
 operations on the scores of a chunk.
 
 The matrix products are in the precision of autocast, or else of the inputs; everything else is at least in float32,
-except the softmax of bfloat16 scores on a CPU. The softmax is computed from differences of scores, s_ij - max_k s_ik, and
-the logarithm is not taken of a small probability: in float16, those below 6e-8 are 0.
+except the softmax of bfloat16 scores on a CPU. The softmax is computed from differences of scores, s_ij - max_k s_ik,
+and the logarithm is not taken of a small probability: in float16, those below 6e-8 are 0.
 """
 
 from collections.abc import Callable, Sequence
