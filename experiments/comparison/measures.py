@@ -15,7 +15,7 @@ Mode = Literal["min", "max"]
 _MOST_METRICS = 4  # of a table, unless the user asks for more
 _SMALL_IS_GOOD = "loss|perplexity|bits_per_byte|bits_per_token|error|nll|mse|rmse|mae|wer|cer"
 _LARGE_IS_GOOD = (
-    "accuracy|acc|f1|precision|recall|auc|bleu|rouge|exact_match|score|reward|correlation|r2"
+    "accuracy|acc|f1|precision|recall|auc|auroc|bleu|rouge|exact_match|score|reward|correlation|r2|explained|selectivity"
     "|bytes_per_token|tokens_per_second|steps_per_second"
 )
 

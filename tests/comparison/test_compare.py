@@ -211,7 +211,8 @@ def test_arms_are_in_the_order_of_their_values():
     ("metric", "mode"),
     [
         ("val/loss", "min"), ("val/bits_per_byte", "min"), ("test/error_rate", "min"), ("val/accuracy/far", "max"),
-        ("val/f1", "max"), ("val/attention_entropy", None), ("train/lossless", None), ("val/mine", "max"),
+        ("val/f1", "max"), ("val/auroc", "max"), ("val/rougeL", "max"), ("val/seen/position_explained", "max"),
+        ("val/attention_entropy", None), ("train/lossless", None), ("val/mine", "max"),
     ],
 )  # fmt: skip
 def test_the_name_of_a_metric_tells_which_value_is_best(metric, mode):
