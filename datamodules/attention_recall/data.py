@@ -15,7 +15,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from datamodules.base import ExperimentDataModule
+from datamodules.base import ExperimentDataModule, hashed
 from datamodules.splits import SIDES, Side
 from lightning_modules.common.ranges import NonNegativeInt, PositiveInt
 from lightning_modules.common.targets import IGNORED
@@ -147,14 +147,8 @@ def random_bits(seed: int, split: int, index: np.ndarray, n: int) -> np.ndarray:
     """
     state = np.zeros(1, np.uint64)
     for part in (seed, split, index):
-        state = _scramble((state ^ np.asarray(part, np.uint64)) + _GOLDEN)  # (1,), at last (B,)
-    return _scramble(state[:, None] + _GOLDEN * np.arange(1, n + 1, dtype=np.uint64))
+        state = hashed((state ^ np.asarray(part, np.uint64)) + _GOLDEN)  # (1,), at last (B,)
+    return hashed(state[:, None] + _GOLDEN * np.arange(1, n + 1, dtype=np.uint64))
 
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # 2⁶⁴ over the golden ratio, odd: its multiples visit every number
-
-
-def _scramble(z: np.ndarray) -> np.ndarray:
-    z = (z ^ (z >> 30)) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> 27)) * np.uint64(0x94D049BB133111EB)
-    return z ^ (z >> 31)
