@@ -14,7 +14,7 @@ import os
 import traceback
 from collections.abc import Sequence
 
-from experiments.errors import UsageError, UserError, module_that_raised
+from experiments.errors import UsageError, UserError, causes, module_that_raised
 
 # name: (module with main(args), description). A module is imported when its command is called.
 COMMANDS = {
@@ -129,9 +129,7 @@ def _mistake_behind(error: BaseException) -> BaseException | None:
         return error
     lightning = sys.modules.get("lightning.pytorch.utilities.exceptions")  # not imported: not raised
     mistakes = (UserError, lightning.MisconfigurationException) if lightning else UserError
-    behind: BaseException | None = error
-    while behind is not None and not isinstance(behind, mistakes):
-        behind = behind.__cause__ or behind.__context__
+    behind = next((cause for cause in causes(error) if isinstance(cause, mistakes)), None)
     if behind is None and (callback := _callback_behind(error)):
         reason = traceback.format_exception_only(error)[-1]
         return UserError(f"the callback {callback} does not go with this run: {reason}")

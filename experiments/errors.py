@@ -5,7 +5,7 @@ import difflib
 import re
 import sys
 import traceback
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, NoReturn
 
 
@@ -25,6 +25,13 @@ def module_that_raised(error: BaseException) -> str:
     """Return the name of the module whose code has raised an exception."""
     places = [place for place, _ in traceback.walk_tb(error.__traceback__)]
     return str(places[-1].f_globals.get("__name__", "")) if places else ""
+
+
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """Yield an error, and those that it comes from."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
 
 
 def did_you_mean(word: Any, candidates: Iterable[str]) -> str:

@@ -3,12 +3,12 @@
 import math
 import shlex
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from experiments.errors import CommandParser, UserError, did_you_mean, module_that_raised
+from experiments.errors import CommandParser, UserError, causes, did_you_mean, module_that_raised
 
 if TYPE_CHECKING:  # imported where they are used: the help answers without them
     from torch import Tensor
@@ -111,11 +111,11 @@ def main(args: Sequence[str]) -> None:
                 with private_names.without_data():
                     super().instantiate_classes()
             except (RuntimeError, ValueError) as error:
-                if any(isinstance(found, (MisconfigurationException, OSError)) for found in _causes(error)):
+                if any(isinstance(found, (MisconfigurationException, OSError)) for found in causes(error)):
                     raise
                 name = self.arguments["model"].class_path.rpartition(".")[2]
                 # jsonargparse repeats what the constructor has raised in errors of many lines
-                raised = (found for found in _causes(error) if "jsonargparse" not in module_that_raised(found))
+                raised = (found for found in causes(error) if "jsonargparse" not in module_that_raised(found))
                 reason = next(raised, error)
                 raise UserError(f"estimate: {name} cannot be built without memory: {first_line(reason)}") from error
             finally:
@@ -282,13 +282,6 @@ def time_lines(
 
 def _count(parameters: "Iterable[Tensor]") -> int:
     return sum(parameter.numel() for parameter in parameters)
-
-
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    """Yield an error, and those that it comes from."""
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
 
 
 def _gib(n_bytes: float) -> str:
