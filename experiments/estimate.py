@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from experiments import names
 from experiments.errors import CommandParser, UserError, causes, did_you_mean, module_that_raised
 
 if TYPE_CHECKING:  # imported where they are used: the help answers without them
@@ -137,7 +138,7 @@ def with_file(words: Sequence[str], name: str) -> list[str]:
     end = 0
     for i, word in enumerate(words):
         if word.startswith("-c") or word.partition("=")[0] == "--config":
-            end = i + (2 if word in ("-c", "--config") else 1)
+            end = i + (2 if word in names.FILE_FLAGS else 1)
     return [*words[:end], "-c", name, *words[end:]]
 
 

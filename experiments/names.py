@@ -10,6 +10,7 @@ from experiments.errors import UsageError, did_you_mean
 SHIPPED = Path(__file__).parent
 _HERE = "experiments"  # the folder of experiments in a checkout
 ROOTS = (Path(), Path(_HERE), SHIPPED)  # in which a name is looked for; the first file counts
+FILE_FLAGS = ("-c", "--config")  # before a configuration file, or the name of one
 
 
 def find(name: str) -> Path | None:
@@ -109,13 +110,13 @@ def with_files(args: Sequence[str]) -> list[str]:
                 f"of its data, in most experiments --data.source {words[1]}"
             )
         raise UsageError(f"{words[0]} {words[1]}: a file needs -c (did you mean 'llm-train {words[0]} -c {words[1]}'?)")
-    if not any(word.startswith(("-c", "--config", "--model", "--print_config")) for word in words):
+    if not any(word.startswith((*FILE_FLAGS, "--model", "--print_config")) for word in words):
         raise UsageError(f"{words[0]}: give an experiment by -c NAME; `llm-train list experiments` lists them")
     for i, word in enumerate(words):
         flag, equals, value = word.partition("=")
-        if flag in ("-c", "--config") and equals:
+        if flag in FILE_FLAGS and equals:
             words[i] = f"{flag}={_file(value, flag)}"
-        elif flag in ("-c", "--config") and i + 1 < len(words):
+        elif flag in FILE_FLAGS and i + 1 < len(words):
             words[i + 1] = _file(words[i + 1], flag)
         elif word.startswith("-c") and not word.startswith("-c=") and len(word) > 2:  # -cFILE
             words[i] = f"-c{_file(word[2:], '-c')}"

@@ -104,7 +104,7 @@ def _recorded(args: Sequence[str]) -> list[Path]:
 def _by_user(args: Sequence[str]) -> Iterator[Any]:
     """Yield what the user sets by the flags of a command line and by its files but those of runs."""
     for flag, value in _flags(args):
-        if flag not in ("-c", "--config") and not flag.startswith(_NOT_CLASSES):
+        if flag not in names.FILE_FLAGS and not flag.startswith(_NOT_CLASSES):
             with contextlib.suppress(yaml.YAMLError):
                 yield load_yaml(value)
     yield from (_content(file) for file in files(args) if not run_folder_of(file))
@@ -112,7 +112,7 @@ def _by_user(args: Sequence[str]) -> Iterator[Any]:
 
 def files(args: Sequence[str]) -> list[Path]:
     """Return the configuration files of a command line, in its order."""
-    given = (Path(value) for flag, value in _flags(args) if flag in ("-c", "--config"))
+    given = (Path(value) for flag, value in _flags(args) if flag in names.FILE_FLAGS)
     return [file for file in given if file.is_file()]
 
 

@@ -143,7 +143,7 @@ def _flags(command: str, before: Sequence[str], current: str) -> Iterator[str]:
 def _values(command: str, flag: str, before: Sequence[str], current: str) -> Iterator[str]:
     command = "fit" if command in _AS_FIT else command
     key = flag.lstrip("-").rstrip("+")
-    if flag in ("-c", "--config"):
+    if flag in names.FILE_FLAGS:
         yield from names.files("*.yaml", "*/*.yaml")
         yield from _files(current, ".yaml")
     elif key in ("run", "ckpt_path", "allow"):

@@ -148,7 +148,7 @@ def chosen(args: Sequence[str]) -> dict[str, Chosen]:
     """Return the classes that the files and flags of a command line choose for the sections that name one."""
     found = {name: Chosen() for name in SECTIONS}
     for flag, value in names.flags(args):
-        if flag in ("-c", "--config"):
+        if flag in names.FILE_FLAGS:
             file = names.find(value)
             for name, content in _content(file).items() if file else ():
                 if name in found:

@@ -28,7 +28,6 @@ if TYPE_CHECKING:  # optuna is slow to import
 
 LOGS = "logs"  # in the folder of a study
 
-_CONFIG = ("-c", "--config")
 _OF_ANOTHER_RUN = ("WANDB_RUN_ID", "WANDB_SWEEP_ID", "WANDB_SWEEP_PARAM_PATH")  # no two runs may share an id
 
 
@@ -69,7 +68,7 @@ def study_folder(sweep: Sweep, flags: Sequence[str], name: str | None) -> Path:
     """Return the folder of a study, in the folder of the topic that its command trains."""
     place: dict[str, str] = {"root": "runs"}
     for flag, value in _flags([*sweep.words({}, Path()), *flags]):
-        if flag in _CONFIG:
+        if flag in names.FILE_FLAGS:
             config = _config(sweep, value)
             model = config.get("model")
             class_path = str(model.get("class_path") if isinstance(model, dict) else model)
@@ -88,7 +87,7 @@ def trainer_settings(sweep: Sweep, words: Sequence[str]) -> dict[str, Any]:
     """Return the section `trainer:` of the command of a run, from its YAML files and its flags."""
     trainer: dict[str, Any] = {}
     for flag, value in _flags(words):
-        if flag in _CONFIG:
+        if flag in names.FILE_FLAGS:
             section = _config(sweep, value).get("trainer")
         elif flag == "--trainer" or flag.startswith("--trainer."):
             given: Any = value
