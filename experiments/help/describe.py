@@ -16,17 +16,13 @@ Settings come from `experiments/trainer/defaults.yaml`, from each -c and from ea
 over earlier ones: mappings are merged and a list is replaced; `--trainer.callbacks+ CLASS` adds to a list."""
 
 
+@kept_in_cache()
 def main(args: Sequence[str]) -> None:
     """Print the help of a command, or of the class that `--KEY.help CLASS` names.
 
     Args:
         args: Command line, the command first.
     """
-    with kept_in_cache():
-        _describe(args)
-
-
-def _describe(args: Sequence[str]) -> None:
     for flag, value in names.flags(args[1:]):
         if match := re.fullmatch(r"--([\w.]+)\.help", flag):
             if not _print_class(match[1], value):
