@@ -7,11 +7,10 @@ from typing import Literal, NamedTuple
 from experiments.claims.claims_file import Bounds, Claim, Comparison, EveryRun, Mean, Order, Settings, Verdict
 from experiments.comparison.measures import Measure, mode_of
 from experiments.comparison.runs import FINISHED, Run
-from experiments.comparison.statistics import difference, differences, estimate
+from experiments.comparison.statistics import BySeed, difference, differences, estimate
 from experiments.comparison.tables import with_interval
 from experiments.errors import UserError
 
-BySeed = list[tuple[str, float]]
 _FAILED = "failed"  # status of a run
 
 
