@@ -151,7 +151,8 @@ def table_rows(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
     Raises:
         MisconfigurationException: If the file cannot be read, or a row does not fit the columns.
     """
-    separator = _SEPARATORS.get(ending_of(path.name), ",")
+    separator = _SEPARATORS[ending_of(path.name)]
+    called = {",": "commas", "\t": "tabulators"}[separator]
     # Without `strict`, a quotation mark that nothing closes would make all following rows a part of its field.
     reader = csv.reader((line for _, line in _lines(path)), delimiter=separator, strict=True)
     begins = 1  # first line of the row that is read; a text may span several
@@ -160,16 +161,15 @@ def table_rows(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
         if len(set(columns)) < len(columns):
             raise MisconfigurationException(f"{path}, line 1: two columns have the same name ({', '.join(columns)})")
         if len(columns) == 1 and (other := next((sign for sign in ";\t|," if sign in columns[0]), None)):
-            wanted = {",": "commas", "\t": "tabulators"}[separator]
             raise MisconfigurationException(
-                f"{path}, line 1: one column, {columns[0]!r}; separate the columns with {wanted}, not with {other!r}"
+                f"{path}, line 1: one column, {columns[0]!r}; separate the columns with {called}, not with {other!r}"
             )
         begins = reader.line_num + 1
         for row in reader:
             if row and len(row) != len(columns):
                 raise MisconfigurationException(
                     f"{path}, line {begins}: {len(row)} columns, where the first line names {len(columns)}; put text "
-                    f"with {'commas' if separator == ',' else 'tabulators'} in quotation marks"
+                    f"with {called} in quotation marks"
                 )
             if row:
                 yield f"{path}, line {begins}", dict(zip(columns, row, strict=True))
