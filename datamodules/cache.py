@@ -1,4 +1,4 @@
-"""The cache of the datamodules: a folder on this machine, whose files are complete or absent."""
+"""Arrays in the cache, whose files are complete or absent, and digests for the names of files there."""
 
 import hashlib
 import json
@@ -8,7 +8,6 @@ from typing import Any, Literal
 
 import numpy as np
 
-from lightning_modules.common.cache import cache_root as cache_root
 from lightning_modules.common.files import atomic_file
 from lightning_modules.common.messages import first_line
 

@@ -16,7 +16,8 @@ from urllib.parse import urlparse
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from datamodules.cache import cache_root, digest
+from datamodules.cache import digest
+from lightning_modules.common.cache import cache_root
 from lightning_modules.common.files import atomic_file, write_text
 from lightning_modules.common.messages import first_line, say
 

@@ -13,10 +13,10 @@ import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
-from datamodules.cache import cache_root
 from datamodules.rows import check_characters
 from datamodules.sources import Source
 from lightning_modules.common.byte_level import is_byte_level
+from lightning_modules.common.cache import cache_root
 from lightning_modules.common.files import write_text
 from lightning_modules.common.hub import hub_answers, is_path
 from lightning_modules.common.makers import maker_of

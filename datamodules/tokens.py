@@ -25,7 +25,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from datamodules.base import MOST_IN_MEMORY, ExperimentDataModule, LazyOrder, Order, Permutation, hashed
-from datamodules.cache import cache_root, digest
+from datamodules.cache import digest
 from datamodules.fast_encoding import TextEncoder, fast_encoder
 from datamodules.sources import Piece, Source
 from datamodules.splits import CUT_FEW, SIDES, Kind, Side, SplitDocuments, describe, require_fractions
@@ -36,6 +36,7 @@ from datamodules.tokenizers import (
     tokenizer_fingerprint,
     vocab_size,
 )
+from lightning_modules.common.cache import cache_root
 from lightning_modules.common.files import process_name, try_lock, write_json
 from lightning_modules.common.messages import say
 from lightning_modules.common.targets import IGNORED

@@ -23,10 +23,11 @@ from datamodules.bert_imdb.reviews import (
     without_breaks,
 )
 from datamodules.bert_imdb.wordpiece import continues_word, learn_wordpieces
-from datamodules.cache import cache_root, cached_array, digest, find_array, read_array
+from datamodules.cache import cached_array, digest, find_array, read_array
 from datamodules.sources import hub_name
 from datamodules.splits import SIDES, Side, say_if_few
 from datamodules.tokenizers import WithTokenizer, encode, load_tokenizer, vocab_size
+from lightning_modules.common.cache import cache_root
 from lightning_modules.common.messages import say
 from lightning_modules.common.ranges import NonNegativeInt, OpenUnitInterval, PositiveInt, ThreeOrMore
 from lightning_modules.common.targets import IGNORED, places_of_targets

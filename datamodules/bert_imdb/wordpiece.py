@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from datamodules.cache import cache_root, digest
+from datamodules.cache import digest
 from datamodules.tokenizers import vocab_size
+from lightning_modules.common.cache import cache_root
 from lightning_modules.common.files import write_text
 
 if TYPE_CHECKING:  # imported where used: transformers is slow to import

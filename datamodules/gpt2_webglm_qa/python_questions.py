@@ -29,9 +29,10 @@ from typing import cast
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from datamodules.cache import cache_root, digest
+from datamodules.cache import digest
 from datamodules.gpt2_webglm_qa.cited_answers import Record, RecordSource, parse_record
 from datamodules.splits import SIDES, Side, require_fractions, side_of
+from lightning_modules.common.cache import cache_root
 from lightning_modules.common.files import atomic_file
 from lightning_modules.common.messages import say
 from lightning_modules.common.ranges import PositiveInt, Probability

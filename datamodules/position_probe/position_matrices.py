@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from datamodules.cache import cache_root, cached_array, digest, read_array
+from datamodules.cache import cached_array, digest, read_array
+from lightning_modules.common.cache import cache_root
 from lightning_modules.common.hub import hub_answers, is_path
 from lightning_modules.common.makers import maker_of
 from lightning_modules.common.pretrained import found_folder

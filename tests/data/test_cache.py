@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from datamodules.cache import cache_root, cached_array, read_array
+from datamodules.cache import cached_array, read_array
+from lightning_modules.common.cache import cache_root
 
 
 def test_the_folder_of_the_cache_follows_the_environment(monkeypatch, tmp_path):

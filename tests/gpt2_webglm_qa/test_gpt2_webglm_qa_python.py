@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from datamodules.cache import cache_root
 from datamodules.gpt2_webglm_qa import python_questions
 from datamodules.gpt2_webglm_qa.cited_answers import Record
 from datamodules.gpt2_webglm_qa.python_questions import (
@@ -21,6 +20,7 @@ from datamodules.gpt2_webglm_qa.python_questions import (
     entries,
     sentences,
 )
+from lightning_modules.common.cache import cache_root
 from lightning_modules.common.citation_marks import cited
 
 SIDES = ("train", "val", "test")
