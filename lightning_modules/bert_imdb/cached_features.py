@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
-from lightning_modules.finetuning.bases import architecture_of, evaluating
+from lightning_modules.finetuning.bases import architecture_of, in_evaluation_mode
 from lightning_modules.runtime.processes import gathered
 from lightning_modules.runtime.sharded import require_whole_weights
 
@@ -44,7 +44,7 @@ class CachedFeatures(L.Callback):
 
         @torch.no_grad()
         def features_of(batch: dict[str, Tensor]) -> Tensor:
-            with evaluating(encoder), trainer.precision_plugin.forward_context():
+            with in_evaluation_mode(encoder), trainer.precision_plugin.forward_context():
                 moved = {name: part.to(pl_module.device) for name, part in batch.items()}
                 return pl_module.features(moved).float().cpu()
 

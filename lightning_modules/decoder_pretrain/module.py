@@ -12,7 +12,7 @@ from lightning_modules.base import CompileMode, ExperimentModule
 from lightning_modules.common.files import read_json, write_json
 from lightning_modules.common.messages import first_line, say
 from lightning_modules.common.ranges import PositiveFloat, PositiveInt, Probability
-from lightning_modules.finetuning.bases import check_fit, check_sizes, evaluating, load_pretrained, local_folder
+from lightning_modules.finetuning.bases import check_fit, check_sizes, in_evaluation_mode, load_pretrained, local_folder
 from lightning_modules.metrics import CorpusLoss
 from lightning_modules.models.decoder import Decoder, DecoderConfig
 from lightning_modules.models.feed_forward import FeedForwardName
@@ -166,7 +166,7 @@ class PretrainModule(ExperimentModule):
 
     def generate(self, input_ids: Tensor, max_new_tokens: int, **sampling: Any) -> Iterator[Tensor]:
         """Continue token ids of shape (B, T), one step of shape (B,) at a time; see `models.generation.generate`."""
-        with evaluating(self.decoder):
+        with in_evaluation_mode(self.decoder):
             yield from generate(self.decoder, input_ids, max_new_tokens, **sampling)
 
     def next_command(self, run: str) -> str:

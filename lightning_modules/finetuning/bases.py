@@ -329,7 +329,7 @@ def as_mask(cu_seqlens: Tensor) -> Tensor:
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
+def in_evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Put a model into evaluation mode within the context."""
     training = model.training
     model.eval()

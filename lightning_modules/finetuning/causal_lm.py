@@ -15,7 +15,7 @@ from lightning_modules.finetuning.bases import (
     check_fit,
     check_tokenizer,
     context_of,
-    evaluating,
+    in_evaluation_mode,
     load_pretrained,
     save_pretrained,
 )
@@ -74,7 +74,7 @@ class FineTunedCausalLM(ExperimentModule):
 
     def generate(self, input_ids: Tensor, max_new_tokens: int, **sampling: Any) -> Iterator[Tensor]:
         """Continue token ids of shape (B, T), one step of shape (B,) at a time; see `models.generation.generate`."""
-        with evaluating(self.model):
+        with in_evaluation_mode(self.model):
             yield from generate(CachedHubModel(self.model), input_ids, max_new_tokens, **sampling)
 
     def save_pretrained(self, folder: Path) -> None:

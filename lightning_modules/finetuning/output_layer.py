@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_modules.common.targets import IGNORED
-from lightning_modules.finetuning.bases import evaluating
+from lightning_modules.finetuning.bases import in_evaluation_mode
 from lightning_modules.models.decoder import soft_capped
 from lightning_modules.models.linear_cross_entropy import linear_cross_entropy
 from lightning_modules.runtime.private_names import has_data
@@ -111,7 +111,7 @@ class OutputLayer:
         if not self.reads_inputs or not has_data(layer.weight):  # without scores to test, they are taken for linear
             return
         ids = torch.arange(2, device=self.model.device)[None] % self.model.config.get_text_config().vocab_size
-        with evaluating(self.model):
+        with in_evaluation_mode(self.model):
             scores = self.model(input_ids=ids).logits.float()
             found = F.linear(self._inputs_of_layer(None, {"input_ids": ids}), layer.weight, layer.bias)
         # The model caps its scores in the number format of `found`, with three roundings by at most eps / 2.

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lightning_modules.base import Loss
 from lightning_modules.common.targets import IGNORED
-from lightning_modules.finetuning.bases import as_mask, attends_within_records, evaluating
+from lightning_modules.finetuning.bases import as_mask, attends_within_records, in_evaluation_mode
 from lightning_modules.finetuning.causal_lm import FineTunedCausalLM
 from lightning_modules.metrics import CorpusLoss
 
@@ -80,7 +80,7 @@ class GPT2WebGLMQAModule(FineTunedCausalLM):
         stop = torch.tensor([[len(row) - 1] for row in rows], device=self.device)
         counted = (places >= begin) & (places < stop)  # (B, T)
         targets = ids[:, 1:].masked_fill(~counted, IGNORED)
-        with evaluating(self.model):
+        with in_evaluation_mode(self.model):
             nats = self.output_layer.cross_entropy(
                 targets,
                 counted.flatten().nonzero()[:, 0],
@@ -110,7 +110,7 @@ def keeps_records_apart(model: nn.Module, within_records: bool = False) -> bool:
     positions = torch.tensor([[0, 1, 0, 1]], device=model.device)
     ends = torch.tensor([0, 2, 4], dtype=torch.int32, device=model.device)
     mask = as_mask(ends) if within_records else None
-    with evaluating(model):
+    with in_evaluation_mode(model):
         packed = model(ids, attention_mask=mask, position_ids=positions, use_cache=False).logits[:, 2:]
         alone = model(ids[:, 2:], position_ids=positions[:, 2:], use_cache=False).logits
     return torch.allclose(packed, alone, rtol=1e-3, atol=1e-4)
