@@ -10,10 +10,11 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import Tensor
 
+from lightning_modules.common.figures import new_figure, save_figure
 from lightning_modules.common.files import write_csv, write_text
 from lightning_modules.common.targets import IGNORED
 from lightning_modules.models.attention import recorded_weights
-from lightning_modules.runtime.drawing import DrawsAtTheEnd, new_figure, save_figure
+from lightning_modules.runtime.drawing import DrawsAtTheEnd
 from lightning_modules.runtime.sharded import whole_model
 from lightning_modules.runtime.stages import validates_a_fit
 

@@ -11,11 +11,12 @@ import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
+from lightning_modules.common.figures import new_figure, save_figure
 from lightning_modules.common.ranges import Probability
 from lightning_modules.decoder_pretrain.signal_propagation import require_decoder
 from lightning_modules.metrics import CorpusLoss
 from lightning_modules.models.decoder import Decoder
-from lightning_modules.runtime.drawing import DrawsAtTheEnd, new_figure, save_figure
+from lightning_modules.runtime.drawing import DrawsAtTheEnd
 from lightning_modules.runtime.learning_curve import read_metrics
 from lightning_modules.runtime.sharded import evaluating
 

@@ -9,10 +9,11 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
+from lightning_modules.common.figures import new_figure, save_figure
 from lightning_modules.common.files import write_csv, write_text
 from lightning_modules.common.ranges import PositiveInt
 from lightning_modules.gpt_neo_style.style import BookStyle
-from lightning_modules.runtime.drawing import DrawsAtTheEnd, log_before_training, new_figure, save_figure, show_table
+from lightning_modules.runtime.drawing import DrawsAtTheEnd, log_before_training, show_table
 from lightning_modules.runtime.learning_curve import read_metric
 from lightning_modules.runtime.samples import SampleText
 

@@ -10,16 +10,6 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from lightning_modules.common.figures import new_figure, save_figure
 from lightning_modules.runtime.loggers import MetricsCSV
 
-__all__ = [
-    "DrawsAtTheEnd",
-    "draw_by_group",
-    "log_before_training",
-    "new_figure",
-    "save_figure",
-    "show_figures",
-    "show_table",
-]
-
 
 class DrawsAtTheEnd(L.Callback):
     """Base of callbacks that draw figures from files of the run when the training ends, also by a failure."""

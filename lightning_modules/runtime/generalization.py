@@ -7,8 +7,9 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.utils.data import DataLoader
 
 from lightning_modules.base import ExperimentModule
+from lightning_modules.common.figures import new_figure, save_figure
 from lightning_modules.common.ranges import PositiveInt
-from lightning_modules.runtime.drawing import DrawsAtTheEnd, new_figure, save_figure
+from lightning_modules.runtime.drawing import DrawsAtTheEnd
 from lightning_modules.runtime.learning_curve import read_metrics
 from lightning_modules.runtime.sharded import evaluating
 
