@@ -12,7 +12,7 @@ import numpy as np
 from experiments.comparison.arms import Arm, how_they_ended, short_labels
 from experiments.comparison.measures import Measure
 from experiments.comparison.statistics import Estimate, estimate, mean_and_half_width
-from lightning_modules.common.figures import integer_steps, log_scale, new_figure, smoothed
+from lightning_modules.common.figures import integer_steps, log_scale, new_figure, smoothed, tidy
 from lightning_modules.common.files import csv_text
 
 if TYPE_CHECKING:
@@ -334,9 +334,7 @@ def _panels(n: int, height: float = 4) -> "tuple[Figure, list[Axes]]":
     picture = new_figure(3 + 4 * n_columns, height * n_rows)
     panels = [picture.add_subplot(n_rows, n_columns, place) for place in range(1, n + 1)]
     for axes in panels:
-        axes.grid(alpha=0.3)
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
+        tidy(axes)
     return picture, panels
 
 

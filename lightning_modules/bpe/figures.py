@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lightning_modules.common.figures import new_figure, save_figure
+from lightning_modules.common.figures import new_figure, save_figure, tidy
 
 if TYPE_CHECKING:  # matplotlib is imported where it is used: it is slow to import
     from matplotlib.axes import Axes
@@ -147,7 +147,5 @@ def _draw_boxes(axes: "Axes", boxes: Sequence[Box], top: float, font_size: float
 def _axes() -> "tuple[Figure, Axes]":
     figure = new_figure(7, 4)
     axes = figure.add_subplot()
-    axes.grid(alpha=0.3)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
+    tidy(axes)
     return figure, axes

@@ -23,6 +23,13 @@ def new_figure(width: float, height: float) -> "Figure":
     return Figure(figsize=(width, height), layout="constrained")
 
 
+def tidy(axes: "Axes") -> None:
+    """Give axes a faint grid behind what is drawn, and no frame at the top and on the right."""
+    axes.grid(alpha=0.3)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
 def save_figure(figure: "Figure", file: Path) -> Path:
     """Create or replace a PNG file with a figure, and return the file."""
     with atomic_file(file) as target:

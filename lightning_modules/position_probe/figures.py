@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lightning_modules.common.figures import log_scale, new_figure, save_figure
+from lightning_modules.common.figures import log_scale, new_figure, save_figure, tidy
 from lightning_modules.position_probe import geometry
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def _similarity_by_distance(tables: Tables) -> "Figure":
         ax.plot(distances, mean, color=color)
         ax.axhline(0, color="black", linewidth=0.6)
         ax.set_xlabel("distance")
-        _tidy(ax)
+        tidy(ax)
     axes[0].set(ylabel="cosine of two rows", ylim=(-1.05, 1.05))
     return figure
 
@@ -92,8 +92,9 @@ def _spectra(tables: Tables) -> "Figure":
         log_scale(ax, "x")
     log_scale(by_frequency, "y")
     by_frequency.set_ylim(bottom=1e-5)
-    _tidy(by_component, legend=True)
-    _tidy(by_frequency)
+    by_component.legend(fontsize=8)
+    tidy(by_component)
+    tidy(by_frequency)
     return figure
 
 
@@ -121,7 +122,9 @@ def draw_probes(by_distance: Path, file: Path) -> Path:
         ax.set_title(title, fontsize=10)
         ax.set_xlabel("distance of the two positions")
         ax.set_ylim(0, 1.03 if target == "order" else None)
-        _tidy(ax, legend=target == "order")
+        if target == "order":
+            ax.legend(fontsize=8)
+        tidy(ax)
     axes[0].axhline(0.5, color="black", linewidth=0.6)
     return save_figure(figure, file)
 
@@ -138,7 +141,8 @@ def draw_shifted_perplexity(table: Path, file: Path) -> Path:
     ax.set_ylim(ax.get_ylim()[0] / 1.5, ax.get_ylim()[1] * 1.5)  # small changes must look small
     ax.yaxis.set_major_formatter("{x:,.0f}")
     ax.yaxis.set_minor_formatter("{x:,.0f}")
-    _tidy(ax, legend=True)
+    ax.legend(fontsize=8)
+    tidy(ax)
     return save_figure(figure, file)
 
 
@@ -159,11 +163,3 @@ def _panels(tables: Tables, height: float, **options: Any) -> tuple["Figure", li
     for ax, name in zip(axes, tables, strict=True):
         ax.set_title(_STYLES[name]["label"], fontsize=10)
     return figure, axes
-
-
-def _tidy(ax: "Axes", legend: bool = False) -> None:
-    if legend:
-        ax.legend(fontsize=8)
-    ax.grid(alpha=0.3)
-    ax.set_axisbelow(True)
-    ax.spines[["top", "right"]].set_visible(False)
