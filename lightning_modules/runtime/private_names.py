@@ -120,9 +120,8 @@ def end_epoch_of_checkpoint(trainer: L.Trainer) -> None:
     """
     loop = trainer.fit_loop.epoch_loop
     batches = loop.batch_progress
-    if not (loop.restarting and batches.is_last_batch and batches.current.completed == batches.current.ready):
-        return
-    make_validation_due(trainer)
+    if loop.restarting and batches.is_last_batch and batches.current.completed == batches.current.ready:
+        make_validation_due(trainer)
 
 
 def make_validation_due(trainer: L.Trainer) -> None:
@@ -369,15 +368,6 @@ def wandb_service() -> subprocess.Popen[bytes] | None:
     return connection._proc._process if connection is not None and connection.owns_service else None
 
 
-# --- torch ------------------------------------------------------------------------------------------------------------
-
-# One kernel for a whole list of tensors; torch 2.11 has no public name for these.
-foreach_add_ = torch._foreach_add_
-foreach_lerp = torch._foreach_lerp
-foreach_lerp_ = torch._foreach_lerp_
-foreach_mul_ = torch._foreach_mul_
-
-
 # --- Transformers -----------------------------------------------------------------------------------------------------
 
 
@@ -397,6 +387,12 @@ def takes_static_caches(model: "PreTrainedModel") -> bool:
 
 
 # --- PyTorch ----------------------------------------------------------------------------------------------------------
+
+# One kernel for a whole list of tensors; torch 2.11 has no public name for these.
+foreach_add_ = torch._foreach_add_
+foreach_lerp = torch._foreach_lerp
+foreach_lerp_ = torch._foreach_lerp_
+foreach_mul_ = torch._foreach_mul_
 
 
 def make_size_a_variable(tensor: Tensor, dimension: int) -> None:
