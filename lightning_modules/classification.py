@@ -10,7 +10,6 @@ from torchmetrics.functional.classification import binary_auroc, multiclass_cali
 from torchmetrics.utilities import dim_zero_cat
 
 from lightning_modules.base import CompileMode, ExperimentModule
-from lightning_modules.finetuning.bases import scores_of_share
 from lightning_modules.metrics import SplitMetric
 
 Batch = dict[str, Tensor]
@@ -144,4 +143,11 @@ class ClassifierModule(ExperimentModule):
         return lines
 
     def _scores(self, batch: Batch) -> Tensor:
-        return scores_of_share(self, batch, batch["positions"], self.n_classes).float()
+        """Return the scores of a batch, (B, K), or none if this process has no share of it.
+
+        On several processes, some have no share of the last batch of an evaluation, and most models of Transformers
+        fail on a batch without rows.
+        """
+        if not len(batch["positions"]):
+            return torch.zeros(0, self.n_classes, device=batch["positions"].device)
+        return self(batch).float()

@@ -1,11 +1,11 @@
-"""Pretrained models of Transformers: loading, saving, checking them against the data, and computing scores."""
+"""Pretrained models of Transformers: loading, saving, and checking them against the data."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import lightning as L
 import torch
@@ -20,8 +20,6 @@ from lightning_modules.runtime.private_names import configured_attention, has_da
 
 if TYPE_CHECKING:  # imported where used: transformers is slow to import
     from transformers import PreTrainedModel
-
-Batch = TypeVar("Batch")
 
 _weights_follow: ContextVar[bool] = ContextVar("weights_follow", default=False)
 _SAME = 1e-3  # largest difference of scores that are the same but for rounding, in standard deviations of them
@@ -294,21 +292,6 @@ def check_vocabulary(base: str | None, tokenizer: Any) -> None:
             f"{base}, where {given[example]} is {of_base[given[example]]!r} and not {example!r}: give that of the "
             f"base, --data.tokenizer {base}"
         )
-
-
-def scores_of_share(forward: Callable[[Batch], Tensor], batch: Batch, rows: Tensor, *shape: int) -> Tensor:
-    """Return the scores of a batch, or empty scores if this process has no share of the batch.
-
-    On several processes, some have no share of the last batch of an evaluation, and most models of Transformers fail
-    on a batch without rows.
-
-    Args:
-        forward: Function from the batch to its scores, such as the module itself.
-        batch: Argument of `forward`.
-        rows: A tensor of the batch whose first dimension is the batch dimension, (B, ...).
-        *shape: Sizes of the dimensions of empty scores after the first, which is 0.
-    """
-    return forward(batch) if len(rows) else torch.zeros(0, *shape, device=rows.device)
 
 
 def attends_within_records(trainer: L.Trainer, model: "PreTrainedModel") -> bool:

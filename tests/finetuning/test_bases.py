@@ -8,7 +8,7 @@ import pytest
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from tiny_bases import CONTEXT, save_gpt_neo, save_old_bert
-from torch import Tensor, nn
+from torch import nn
 
 from datamodules.tokenizers import byte_tokenizer
 from lightning_modules.finetuning.bases import (
@@ -17,7 +17,6 @@ from lightning_modules.finetuning.bases import (
     check_padding,
     context_of,
     load_pretrained,
-    scores_of_share,
 )
 from lightning_modules.finetuning.causal_lm import CachedHubModel, FineTunedCausalLM
 from lightning_modules.models.generation import generate
@@ -111,17 +110,6 @@ def test_weights_that_the_base_lacks_are_named(base, capsys):
     assert capsys.readouterr().err == f"{base} has no score.weight: initialised at random\n"
     assert model.score.weight.shape == (3, 16)
     assert torch.equal(model.transformer.wte.weight, load_pretrained(str(base)).transformer.wte.weight)
-
-
-def test_a_share_without_rows_has_empty_scores():
-    def forward(ids: Tensor) -> Tensor:
-        assert len(ids), "most models of Transformers fail here"
-        return ids[..., None].float()
-
-    ids = torch.arange(6).view(2, 3)
-    assert torch.equal(scores_of_share(forward, ids, ids, 1, 1), forward(ids))
-    assert scores_of_share(forward, ids[:0], ids[:0], 1, 1).shape == (0, 1, 1)
-    assert scores_of_share(forward, ids[:0], ids[:0], 7).shape == (0, 7)
 
 
 def test_cached_generation_equals_uncached_generation_also_past_the_context(base):
