@@ -51,9 +51,7 @@ def texts_of_rows(path: Path, column: str | None = None, begin: int = 0, end: in
             raise MisconfigurationException(f"{place}: is {type(row).__name__}, and must be an object with a text")
         column = column or _text_column(row, path, place)
         if column not in row:
-            raise MisconfigurationException(
-                f"{place}: there is no column {column!r}, only {', '.join(map(repr, row)) or 'nothing'}"
-            )
+            raise MisconfigurationException(f"{place}: there is no column {column!r}, only {columns_of(row)}")
         if row[column] is not None and not isinstance(row[column], str):
             raise MisconfigurationException(f"{place}: {column!r} is {type(row[column]).__name__}, and must be text")
         if row[column]:
@@ -75,10 +73,13 @@ def _text_column(row: dict[str, Any], path: Path, place: str) -> str:
         which = (
             f"give the one with the text, as in {path}:{columns[0]}" if columns else "none of its columns holds text"
         )
-        raise MisconfigurationException(
-            f"{place}: there is no column 'text', only {', '.join(map(repr, row)) or 'nothing'}; {which}"
-        )
+        raise MisconfigurationException(f"{place}: there is no column 'text', only {columns_of(row)}; {which}")
     return columns[0]
+
+
+def columns_of(row: dict[str, Any]) -> str:
+    """Return the names of the columns of a row as a message has them."""
+    return ", ".join(map(repr, row)) or "nothing"
 
 
 def parquet_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -14,7 +14,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from datamodules.files import ROWS, ending_of, split_column
 from datamodules.hub_datasets import load_hub_dataset
-from datamodules.rows import rows_of
+from datamodules.rows import columns_of, rows_of
 from datamodules.sources import AnySource, hub_name, local_files_of, paths_of, source_of
 from datamodules.splits import FEW, SIDES, Side, SplitDocuments, require_fractions, side_of, sides_of
 from lightning_modules.common.ranges import Probability
@@ -220,8 +220,7 @@ def parse_review(
         if row.get(field) is None:
             named = "with the text as FILE:COLUMN" if field == text else "with the label as label_field"
             raise MisconfigurationException(
-                f"{place}: the review has no {field!r}, only {', '.join(map(repr, row)) or 'nothing'}; give the column "
-                f"{named}, or complete it"
+                f"{place}: the review has no {field!r}, only {columns_of(row)}; give the column {named}, or complete it"
             )
     if not isinstance(row[text], str):
         raise MisconfigurationException(f"{place}: {text!r} is {type(row[text]).__name__}, and must be text")

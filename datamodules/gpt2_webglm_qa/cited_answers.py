@@ -11,7 +11,7 @@ from typing import Any, Literal
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from datamodules.hub_datasets import load_hub_dataset
-from datamodules.rows import rows_of
+from datamodules.rows import columns_of, rows_of
 from datamodules.sources import hub_name, local_files_of
 from datamodules.splits import Side, require_fractions, side_of
 from lightning_modules.common.citation_marks import cited, renumber
@@ -76,8 +76,7 @@ def parse_record(row: Any, place: str) -> Record:
         raise MisconfigurationException(f"{place}: a record must be an object with question, answer and references")
     for field in ("question", "answer"):
         if field not in row:
-            has = ", ".join(map(repr, row)) or "nothing"
-            raise MisconfigurationException(f"{place}: the record has no field {field!r}, only {has}")
+            raise MisconfigurationException(f"{place}: the record has no field {field!r}, only {columns_of(row)}")
         if not isinstance(row[field], str):
             raise MisconfigurationException(f"{place}: {field!r} is {type(row[field]).__name__}, and must be text")
     references = row.get("references") or []
