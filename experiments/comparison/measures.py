@@ -1,6 +1,5 @@
 """The numbers that are compared: the best and the last value of each metric."""
 
-import difflib
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,7 +8,7 @@ from typing import Literal
 import numpy as np
 
 from experiments.comparison.runs import Run
-from experiments.errors import UserError
+from experiments.errors import UserError, did_you_mean
 
 Mode = Literal["min", "max"]
 _MOST_METRICS = 4  # of a table, unless the user asks for more
@@ -64,9 +63,8 @@ def choose_metrics(runs: Sequence[Run], asked: Sequence[str]) -> tuple[list[str]
     there = list(dict.fromkeys(name for run in runs for name in run.metrics))
     for name in asked:
         if name not in there:
-            close = difflib.get_close_matches(name, there, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(there)}"
-            raise UserError(f"--metrics {name}: no run has logged it ({hint})")
+            hint = did_you_mean(name, there) or f" (there are {', '.join(there)})"
+            raise UserError(f"--metrics {name}: no run has logged it{hint}")
     if asked:
         return list(dict.fromkeys(asked)), []
 
