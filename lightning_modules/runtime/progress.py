@@ -15,7 +15,7 @@ from lightning_modules.base import GradientFreeModule
 from lightning_modules.common.messages import ERASE_LINE, on_terminal
 from lightning_modules.common.ranges import NonNegativeFloat
 from lightning_modules.runtime import private_names
-from lightning_modules.runtime.stages import validates_a_fit
+from lightning_modules.runtime.stages import step_is_logged, validates_a_fit
 
 _SHOWN = {
     "train/loss": "loss",
@@ -189,9 +189,7 @@ class RunProgress(ProgressBar):
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: object) -> None:
         """Advance; the metrics change at the steps that are logged."""
-        every = trainer.log_every_n_steps
-        is_logged = every > 0 and trainer.global_step % every == 0
-        if self._enabled and is_logged and not private_names.is_accumulating(trainer):
+        if self._enabled and step_is_logged(trainer) and not private_names.is_accumulating(trainer):
             self._read(trainer)
         self._show(trainer, trainer.global_step)
 

@@ -10,6 +10,12 @@ def validates_a_fit(trainer: L.Trainer) -> bool:
     return trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
 
 
+def step_is_logged(trainer: L.Trainer) -> bool:
+    """Return whether the metrics of the last optimiser step that is done are written (`trainer.log_every_n_steps`)."""
+    every = trainer.log_every_n_steps
+    return every > 0 and trainer.global_step % every == 0
+
+
 def lacks_validation(trainer: L.Trainer) -> bool:
     """Return whether a training run that has begun never validates, although its module can."""
     if not is_overridden("validation_step", trainer.lightning_module):

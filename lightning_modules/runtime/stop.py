@@ -20,6 +20,7 @@ from lightning_modules.common.ranges import PositiveInt
 from lightning_modules.runtime import private_names
 from lightning_modules.runtime.checkpoint import run_checkpoints, save_last
 from lightning_modules.runtime.processes import gathered
+from lightning_modules.runtime.stages import step_is_logged
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _LONGEST_WAIT = 5.0  # seconds from a signal to the exchange of signals; torchrun kills 30 seconds after its SIGTERM
@@ -149,12 +150,11 @@ class StopOnNonFiniteLoss(L.Callback):
         if loss is None:
             return
         at_once = loss.device.type == "cpu" and trainer.world_size == 1
-        every = trainer.log_every_n_steps
         accumulates = private_names.is_accumulating(trainer)
         self._steps.append(trainer.global_step + accumulates)  # the step in progress is not counted yet
         # A copy, because CUDA graphs use the memory of the loss again.
         self._losses.append(loss.detach() if at_once else loss.detach().clone())
-        logged = every and not accumulates and trainer.global_step % every == 0
+        logged = not accumulates and step_is_logged(trainer)
         enough = self._steps[-1] - self._steps[0] + 1 >= self.every_n_steps
         if at_once or (logged and enough) or len(self._steps) >= _MOST_UNREAD:
             self._check(trainer)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lightning_modules.runtime import private_names
 from lightning_modules.runtime.peak_flops import format_of, peak_flops
+from lightning_modules.runtime.stages import step_is_logged
 
 
 class Throughput(L.Callback):
@@ -51,8 +52,7 @@ class Throughput(L.Callback):
             return
         self._uncounted += self._of_step
         self._of_step = []
-        every = trainer.log_every_n_steps
-        if not every or trainer.global_step % every:
+        if not step_is_logged(trainer):
             return
         seconds, before = _time_after_work(pl_module.device) - self._clock, self._seen_at_clock
         self._count()
