@@ -3,7 +3,7 @@
 import contextlib
 import csv
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import torch
 import yaml
 from gpu.clock import Clock, Times, synchronize, timed
 from torch import Tensor, nn
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from experiments.__main__ import main as llm_train
@@ -166,14 +167,27 @@ def kernels(clock: Clock, n_steps: int, most: int = 15) -> Iterator[Line]:
             for number in range(n_steps):
                 step(number)
             synchronize()
-    found = {
-        event.key: (event.self_device_time_total or event.self_cpu_time_total, event.count)
-        for event in profiler.key_averages()
-    }
+    yield from _longest(profiler.key_averages(), activity is ProfilerActivity.CUDA, n_steps, most)
+
+
+def _longest(events: Iterable[Any], on_gpu: bool, n_steps: int, most: int) -> Iterator[Line]:
+    """Yield a line for each of the events that take most of the time of a device.
+
+    With the kernels of a GPU, the profiler records the calls of the host that start them and wait for them, such as
+    `cudaLaunchKernel` and `cudaDeviceSynchronize`. They take no time of the GPU, and are left out.
+    """
+    if on_gpu:
+        found = {event.key: (event.self_device_time_total, event.count) for event in events if _is_of_gpu(event)}
+    else:
+        found = {event.key: (event.self_cpu_time_total, event.count) for event in events}
     total = sum(microseconds for microseconds, _ in found.values())
     for name, (microseconds, count) in sorted(found.items(), key=lambda item: -item[1][0])[:most]:
         figures = {"ms a step": microseconds / n_steps / 1e3, "share": microseconds / total, "calls": count / n_steps}
         yield Line(name[:60], figures)
+
+
+def _is_of_gpu(event: Any) -> bool:
+    return event.device_type != DeviceType.CPU and event.self_device_time_total > 0
 
 
 def moved(batch: dict[str, Any], device: str) -> dict[str, Any]:

@@ -1,10 +1,12 @@
 """The benchmark of the GPU in its short form, so that it works when there is a GPU."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 from gpu.bench import ROWS, main
-from gpu.runs import Settings
+from gpu.runs import Settings, _longest
+from torch.autograd import DeviceType
 
 
 @pytest.mark.parametrize("row", ["a", "e"])
@@ -25,6 +27,23 @@ def test_the_kernels_and_variants_of_a_step_are_measured(row, tmp_path):
     assert 0.5 < sum(shares) <= 1
     assert not any("failed" in line for line in lines)
     assert {"cudnn attention", "all that are faster"} <= {line["who"] for line in lines}
+
+
+def test_the_kernels_of_a_gpu_are_without_the_calls_of_the_host():
+    recorded = [
+        ("cudaDeviceSynchronize", DeviceType.CPU, 0.0, 900.0, 1),
+        ("cudaLaunchKernel", DeviceType.CPU, 0.0, 100.0, 20),
+        ("Context Sync", DeviceType.CUDA, 0.0, 0.0, 1),
+        ("softmax", DeviceType.CUDA, 100.0, 0.0, 10),
+        ("gemm", DeviceType.CUDA, 300.0, 0.0, 10),
+    ]
+    names = ("key", "device_type", "self_device_time_total", "self_cpu_time_total", "count")
+    events = [SimpleNamespace(**dict(zip(names, event, strict=True))) for event in recorded]
+    lines = _longest(events, on_gpu=True, n_steps=10, most=15)
+    assert [(line.who, line.figures["share"], line.figures["ms a step"]) for line in lines] == [
+        ("gemm", 0.75, 0.03),
+        ("softmax", 0.25, 0.01),
+    ]
 
 
 @pytest.mark.slow
