@@ -93,8 +93,9 @@ class MultiHeadAttention(nn.Module):
         n_head: Number of heads H; divides `n_embd`.
         dropout: Probability of dropping an attention weight in training, in [0, 1).
         bias: Whether the linear layers have biases.
-        implementation: `fused` calls torch's kernels (flash attention if the device has it), which never store the
-            (T, S) weights; `explicit` calls `scaled_dot_product_attention` above. Both compute the same function.
+        implementation: `fused` calls torch's kernels (flash attention, or cuDNN's, if the device has it), which never
+            store the (T, S) weights; `explicit` calls `scaled_dot_product_attention` above. Both compute the same
+            function.
         scale: Factor on the dot products; `None` means 1 / √D.
         n_kv_head: Number of heads H_kv of keys and values; divides `n_head`. `None` means `n_head`.
         qk_norm: Whether queries and keys are normalised, each head by itself.

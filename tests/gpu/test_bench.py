@@ -26,7 +26,7 @@ def test_the_kernels_and_variants_of_a_step_are_measured(row, tmp_path):
     assert shares == sorted(shares, reverse=True)
     assert 0.5 < sum(shares) <= 1
     assert not any("failed" in line for line in lines)
-    assert {"cudnn attention", "all that are faster"} <= {line["who"] for line in lines}
+    assert {"flash attention", "all that are faster"} <= {line["who"] for line in lines}
 
 
 def test_the_kernels_of_a_gpu_are_without_the_calls_of_the_host():
