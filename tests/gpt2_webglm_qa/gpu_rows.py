@@ -12,6 +12,8 @@ from torch import Tensor
 
 from lightning_modules.gpt2_webglm_qa import GPT2WebGLMQAModule
 
+_MULTIPLE = 16  # of the lengths of padded rows
+
 
 def write_records(file: Path, n: int, block_size: int, vocabulary: int) -> Path:
     """Write questions with five references and an answer that cites them; most take a third of a row."""
@@ -66,7 +68,7 @@ def cited_answers(settings: Settings) -> Iterator[Line]:
     free(clock)
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     batch_size = max(1, round(data["batch_size"] * records_a_row))
-    times = hf_trainer(settings, model, rows, _PadToLongest(), batch_size, settings.choose(36, 6))
+    times = hf_trainer(settings, model, rows, PadToLongest(), batch_size, settings.choose(36, 6))
     rate = batch_size / times.seconds
     yield Line("HF Trainer, padded", {"records/s": rate, "fit / this": ours / rate, "peak GiB": times.peak})
     yield _same_loss(settings, base, vocabulary, block_size, packed, [rows[number] for number in of_packed])
@@ -93,11 +95,15 @@ def _same_loss(
     return Line(f"loss of {len(rows)} records", {"packed": f"{ours:.5f}", "one at a time": f"{total / counted:.5f}"})
 
 
-class _PadToLongest:
-    """Collate records, padded to the longest of the batch."""
+class PadToLongest:
+    """Collate records, padded to the longest of the batch, up to a multiple of 16.
+
+    The multiple suits matrix units. Without it, nearly each of the few timed steps has a length that is new, for which
+    the attention of cuDNN, which torch 2.11 takes on an H100, first makes a plan: in a long run, most are known.
+    """
 
     def __call__(self, rows: list[dict[str, list[int]]]) -> dict[str, Tensor]:
-        longest = max(len(row["input_ids"]) for row in rows)
+        longest = -(-max(len(row["input_ids"]) for row in rows) // _MULTIPLE) * _MULTIPLE
         filled = {"input_ids": 0, "labels": -100}
         batch = {
             name: torch.tensor([row[name] + [filler] * (longest - len(row[name])) for row in rows])
