@@ -609,14 +609,14 @@ def sequential_windows(n_tokens: int, block_size: int, seed: int) -> tuple[int, 
     """Return the number of windows in an epoch, and their order: windows do not overlap and are shuffled.
 
     The first window starts at an offset that is drawn for each epoch, so that the boundaries move. An epoch skips less
-    than two windows of text, at the beginning and the end.
+    than two windows of text, at the beginning and the end, and no text is skipped in all epochs.
     """
     n = max(1, n_tokens // block_size - 1)  # one less than would fit, to leave room for the offset
     spare = n_tokens - 1 - n * block_size
 
     def order(epoch: int) -> Tensor | LazyOrder:
         rng = np.random.default_rng([seed, epoch])
-        offset = rng.integers(min(spare + 1, block_size))
+        offset = rng.integers(spare + 1)
         if n > MOST_IN_MEMORY:
             windows = Permutation(n, seed, epoch)
             return LazyOrder(n, lambda places: offset + block_size * windows(places))

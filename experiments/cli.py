@@ -97,18 +97,20 @@ class ExperimentCLI(SettingsGoOverCheckpoint):
     def add_arguments_to_parser(self, parser: ExperimentParser) -> None:
         """Add `run:`, `optimizer:`, `lr_scheduler:` and `auto_resume:`, and link the data to the model."""
         parser.add_class_arguments(RunArguments, "run")
-        parser.add_argument(
+        optimizer = parser.add_argument(
             "--optimizer",
             type=optim.OptimizerFactory,
             default={"class_path": "torch.optim.AdamW", "init_args": {"lr": 1e-3}},
             help="Optimiser over the model's parameters; weight decay acts on matrices only.",
         )
-        parser.add_argument(
+        schedule = parser.add_argument(
             "--lr_scheduler",
             type=optim.ScheduleFactory | None,
             default={"class_path": "lightning_modules.optim.schedules.Constant", "init_args": {}},
             help="Learning-rate schedule, stepped every optimiser step and told the length of the run.",
         )
+        for argument in (optimizer, schedule):  # also classes whose arguments have no types, as for models and data
+            argument.sub_add_kwargs = {"fail_untyped": False}
         parser.add_argument(
             "--allow",
             type=str | None,

@@ -73,7 +73,7 @@ def _unusable(reason: str) -> MisconfigurationException:
 def sinusoids(n_positions: int, n_embd: int) -> np.ndarray:
     """Return the sinusoids of Vaswani et al. (2017), (T, d): sine and cosine in turn.
 
-    The wavelengths are from 2π to 10,000 times 2π.
+    The wavelengths are from 2π to 10,000^(1 - 2/d) times 2π.
     """
     angles = np.arange(n_positions)[:, None] * 10_000.0 ** (-np.arange(0, n_embd, 2) / n_embd)  # (T, d / 2)
     return np.stack([np.sin(angles), np.cos(angles)], axis=-1).reshape(n_positions, -1)[:, :n_embd]

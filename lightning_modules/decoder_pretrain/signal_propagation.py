@@ -106,7 +106,7 @@ class SignalPropagation(DrawsAtTheEnd):
                 [np.sqrt(squares[depths == depth].sum() / sizes[depths == depth].sum()) for depth in range(1 + n_layer)]
             ),
             "matrices": np.array(list(gradients)),
-            "depths": depths,  # of the matrices
+            "depths": depths,  # of the matrices; -1 is none
             "gradient_histograms": np.stack([_histogram(gradient) for gradient in gradients.values()]),
         }
         with atomic_file(Path(trainer.default_root_dir) / "signal" / f"step_{step:06d}.npz") as file:
@@ -163,8 +163,8 @@ def require_decoder(pl_module: L.LightningModule, callback: str) -> None:
 
 
 def _depth(name: str) -> int:
-    """Return 4 for `blocks.3.attention.qkv`, and 0 for the embeddings."""
-    return int(name.split(".")[1]) + 1 if name.startswith("blocks.") else 0
+    """Return 4 for `blocks.3.attention.qkv`, 0 for the embeddings, and -1 for an output matrix of its own."""
+    return int(name.split(".")[1]) + 1 if name.startswith("blocks.") else -1 if name == "output" else 0
 
 
 def _totals(values: Tensor) -> np.ndarray:

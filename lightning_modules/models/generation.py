@@ -124,8 +124,8 @@ def generate(
         top_p: As in `next_token_distribution`.
         generator: Generator of random numbers on the device of the decoder; `None` means torch's global one.
         stop_token: Token that ends a row. The row then repeats it, and the iteration stops when all rows have ended.
-        attention_mask: (B, T), 0 at padding and 1 at tokens; the padding of a row precedes its tokens. `None` means no
-            padding.
+        attention_mask: (B, T), 0 at padding and 1 at tokens; the padding of a row precedes its tokens, and takes up
+            places of its context. `None` means no padding.
 
     Returns:
         An iterator over the new tokens of each step, (B,) int64 on the CPU, stop tokens included.

@@ -3,8 +3,8 @@
 An initialisation should keep the variance of the signal in the forward pass, and that of the gradient in the backward
 pass, the same from layer to layer (Glorot and Bengio, 2010). For y = W x with independent weights of variance σ²,
 var(y) = fan_in σ² var(x), so the signal requires σ² = 1 / fan_in, and the gradient 1 / fan_out. In a pre-norm decoder
-the norms fix the variance of the input of each layer for any σ. Two variances remain. The first is that of the
-residual stream, to which 2 n_layer layers add:
+the norms fix the variance of the input of each attention and each feed-forward network for any σ that is not tiny. Two
+variances remain. The first is that of the residual stream, to which these 2 n_layer parts add:
 
     var(x_n) = var(x_0) + sum of the variances of the added terms
 

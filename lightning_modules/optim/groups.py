@@ -6,6 +6,7 @@ from typing import Any
 from torch import nn
 
 from lightning_modules.finetuning.selection import ModelParts
+from lightning_modules.models.linear_layers import is_transposed, linear_layers
 
 
 class ParameterGroups(list[dict[str, Any]]):
@@ -14,6 +15,7 @@ class ParameterGroups(list[dict[str, Any]]):
     Attributes:
         hidden_matrices: Names of these parameters, for an optimiser that treats them differently.
         stacked: Names of the parameters that stack several matrices, with the number of rows of each.
+        transposed: Names of the matrices whose rows are the inputs of their layer, and not its outputs.
     """
 
     def __init__(
@@ -21,10 +23,12 @@ class ParameterGroups(list[dict[str, Any]]):
         groups: Iterable[dict[str, Any]],
         hidden_matrices: Iterable[str],
         stacked: Mapping[str, Sequence[int]] | None = None,
+        transposed: Iterable[str] = (),
     ) -> None:
         super().__init__(groups)
         self.hidden_matrices = frozenset(hidden_matrices)
         self.stacked = dict(stacked or {})
+        self.transposed = frozenset(transposed)
 
 
 def weight_decay_groups(module: nn.Module, lr_shares: Mapping[str, float] | None = None) -> ParameterGroups:
@@ -57,6 +61,7 @@ def weight_decay_groups(module: nn.Module, lr_shares: Mapping[str, float] | None
         ),
         hidden_matrices(module),
         stacked_matrices(module),
+        transposed_matrices(module),
     )
 
 
@@ -83,3 +88,8 @@ def stacked_matrices(module: nn.Module) -> dict[str, Sequence[int]]:
         if isinstance(stacked, dict)
         for linear, rows in stacked.items()
     }
+
+
+def transposed_matrices(module: nn.Module) -> list[str]:
+    """Return the names of the weights (in, out) of GPT-2's `Conv1D`; those of other linear layers are (out, in)."""
+    return [f"{name}.weight" for name, layer in linear_layers(module).items() if is_transposed(layer)]

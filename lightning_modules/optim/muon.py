@@ -11,7 +11,8 @@ them the same length: it replaces the momentum matrix by the orthogonal matrix t
 polynomial p(σ) = a σ + b σ³ + c σ⁵ to each singular value σ, and leaves U and V as they are. Five iterations with the
 coefficients below bring all σ that are not tiny between about 0.7 and 1.2, which is close enough to 1.
 
-An orthogonal matrix of r rows and c columns has entries of size 1 / √max(r, c). The scale s corrects for it:
+An orthogonal matrix of r rows and c columns has entries of size 1 / √max(r, c). The scale s corrects for it; r is the
+number of outputs of the layer, and c that of its inputs:
 
 | scale             | s                   | meaning                                                                |
 |-------------------|---------------------|------------------------------------------------------------------------|
@@ -127,6 +128,7 @@ class Muon(Optimizer):
         super().__init__(split, {})
         named = {name: p for group in params for name, p in group["params"]}
         self._rows = {named[name]: rows for name, rows in params.stacked.items() if name in named}
+        self._transposed = {named[name] for name in params.transposed if name in named}
         if split_stacked and not self._rows:
             raise ValueError("split_stacked: this model does not say which parameters stack matrices; leave it out")
 
@@ -140,7 +142,8 @@ class Muon(Optimizer):
         for group in self.param_groups:
             if group["algorithm"] == "muon":
                 # A group of an earlier version does not have the setting.
-                _step_of_muon(group, self.state, self._rows if group.get("split_stacked") else {})
+                rows = self._rows if group.get("split_stacked") else {}
+                _step_of_muon(group, self.state, rows, self._transposed)
         # AdamW works on the state and the groups of this optimiser, which schedules and checkpoints replace.
         self._adamw.state = self.state
         self._adamw.param_groups = [group for group in self.param_groups if group["algorithm"] == "adamw"]
@@ -148,13 +151,16 @@ class Muon(Optimizer):
         return loss
 
 
-def _step_of_muon(group: dict[str, Any], state: dict[Tensor, Any], rows: Mapping[Tensor, Sequence[int]]) -> None:
+def _step_of_muon(
+    group: dict[str, Any], state: dict[Tensor, Any], rows: Mapping[Tensor, Sequence[int]], transposed: set[Tensor]
+) -> None:
     """Update the matrices of a group by the formula at the top; each call of a `foreach` function is one kernel.
 
     Args:
         group: Group of the optimiser.
         state: State of the optimiser.
         rows: Numbers of rows of the matrices that a parameter stacks; a parameter that is not here is one matrix.
+        transposed: Parameters whose columns are the outputs of their layer.
     """
     params = [p for p in group["params"] if p.grad is not None]
     if not params:
@@ -169,7 +175,11 @@ def _step_of_muon(group: dict[str, Any], state: dict[Tensor, Any], rows: Mapping
     default = "bfloat16" if has_matrix_units(updates[0].device) else "float32"
     stacked = [rows.get(p, [p.size(0)]) for p in params]
     scale, dtype = SCALES[group["scale"]], getattr(torch, group["dtype"] or default)
-    steps = _steps(updates, stacked, group["ns_steps"], dtype, scale)
+    scales = [
+        [scale(p.size(1), n) if p in transposed else scale(n, p.size(1)) for n in rows_of_p]
+        for p, rows_of_p in zip(params, stacked, strict=True)
+    ]
+    steps = _steps(updates, stacked, scales, group["ns_steps"], dtype)
     foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
     foreach_add_(params, steps, alpha=-group["lr"])
 
@@ -177,24 +187,24 @@ def _step_of_muon(group: dict[str, Any], state: dict[Tensor, Any], rows: Mapping
 def _steps(
     updates: list[Tensor],
     rows: list[Sequence[int]],
+    scales: list[Sequence[float]],
     ns_steps: int,
     dtype: torch.dtype,
-    scale: Callable[[int, int], float],
 ) -> list[Tensor]:
     """Return s U Vᵀ of each update, or of each matrix that it stacks, below each other.
 
     Args:
         updates: Matrices, or shards of them.
         rows: Numbers of rows of the matrices in each update.
+        scales: s of each of these matrices.
         ns_steps: Iterations.
         dtype: Number type of the iterations.
-        scale: s as a function of rows and columns.
     """
     steps = list(updates)
     for some in _gathered_together(updates):
         matrices = [matrix for i in some for matrix in _whole(updates[i]).split(rows[i])]
         factors = _orthogonal_factors(matrices, ns_steps, dtype)
-        foreach_mul_(factors, [scale(*factor.shape) for factor in factors])
+        foreach_mul_(factors, [s for i in some for s in scales[i]])
         following = iter(factors)  # of one update after the other
         for i in some:
             own = [*itertools.islice(following, len(rows[i]))]

@@ -380,7 +380,8 @@ def build_schedule(factory: Callable[..., LRScheduler], optimizer: Optimizer, to
 
     Args:
         factory: Class of a schedule with its other arguments: ours takes the optimiser and the length of the run; one
-            of torch takes the optimiser, and the length if it has an argument `total_steps` that is not set.
+            of torch takes the optimiser, and the length if it has an argument `total_steps` that is not set. Or a
+            function of the optimiser, or of both.
         optimizer: Its learning rates are the peaks.
         total_steps: Number of optimiser steps of the whole run; if it is not known, infinity or -1 (Lightning's number
             for `max_epochs` of data without a length).
@@ -393,8 +394,10 @@ def build_schedule(factory: Callable[..., LRScheduler], optimizer: Optimizer, to
     built = built_class(factory)
     if built is not None and built in (ChainedScheduler, SequentialLR):
         raise ValueError(takes_built_schedules(built.__name__))
-    if built is None or issubclass(built, StepSchedule):
+    if _takes_two(factory) if built is None else issubclass(built, StepSchedule):
         schedule = factory(optimizer, length)
+    elif built is None:
+        schedule = factory(optimizer)
     else:
         given = getattr(factory, "keywords", {})
         is_given = any(given.get(name) is not None for name in ("total_steps", "epochs"))
@@ -416,6 +419,15 @@ def takes_built_schedules(name: str) -> str | None:
         f"{name} takes schedules that are built already, which a YAML cannot contain; take InSequence or Together of "
         "lightning_modules.optim.schedules"
     )
+
+
+def _takes_two(function: Callable) -> bool:
+    """Return whether a function can be called with two arguments."""
+    try:
+        signature(function).bind(None, None)
+    except TypeError:
+        return False
+    return True
 
 
 def _needs_length(schedule: LRScheduler) -> bool:

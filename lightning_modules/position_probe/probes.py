@@ -34,7 +34,7 @@ def standardized(rows: Tensor, seen: Tensor) -> Tensor:
 
     All are then divided by one number, so that the largest singular value of these n rows is √n. The loss of a linear
     probe then has the same curvature in its steepest direction for every table, and one learning rate suits a table and
-    all of its controls. Components keep their relative size: gradient descent from zero first finds the directions of
+    all of its controls. Principal directions keep their relative size: gradient descent from zero first finds those of
     large variance, along which neighbouring rows are similar.
     """
     known = rows[seen].double()

@@ -1,4 +1,4 @@
-r"""Averages of the weights over the last steps, which are better than the weights of any one of these steps.
+r"""Averages of the weights over the last steps, which are often better than the weights of any one of these steps.
 
 With a constant learning rate, the weights move around a minimum at a distance that depends on the rate. Their mean over
 some steps is nearer to it, as if the rate had been lowered. The mean is a running one, with weights that fall

@@ -13,7 +13,7 @@ class LossBeforeTraining(L.Callback):
 
     It logs the metrics of that validation at step 0, and two more that no later step overwrites: `init/loss`, and
     `init/excess_loss`, the loss minus ln(vocab_size), which is the loss of a uniform guess. Before training the excess
-    is 0 at best, and larger if the predictions are confident. This validation replaces Lightning's sanity check.
+    is about 0 at best, and larger if the predictions are confident. This validation replaces Lightning's sanity check.
     """
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:

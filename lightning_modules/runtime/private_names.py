@@ -287,9 +287,15 @@ def restricted_imports(verdicts: Mapping[str, bool]) -> Iterator[None]:
 
 
 def built_class(factory: Any) -> type | None:
-    """Return the class that a factory of jsonargparse builds, or `None` for another callable."""
-    arguments = factory.args if isinstance(factory, partial) else ()
-    return next((argument for argument in arguments if isinstance(argument, type)), None)
+    """Return the class that a factory builds, or `None` if it does not say.
+
+    Args:
+        factory: A class, a `partial` of one, a factory of jsonargparse, or another callable.
+    """
+    if not isinstance(factory, partial):
+        return factory if isinstance(factory, type) else None
+    # The class is an argument of jsonargparse's function.
+    return next((part for part in (factory.func, *factory.args) if isinstance(part, type)), None)
 
 
 # --- metrics ----------------------------------------------------------------------------------------------------------

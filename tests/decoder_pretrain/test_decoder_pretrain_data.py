@@ -269,8 +269,8 @@ def test_random_windows_start_anywhere_and_end_within_the_text():
 @pytest.mark.parametrize("n_tokens", [11, 15, 20, 21, 99, 100, 101, 1000])
 def test_sequential_windows_never_overlap(n_tokens):
     n, order = sequential_windows(n_tokens, block_size=10, seed=1)
-    offsets = set()
-    for epoch in range(50):
+    offsets, trained = set(), set()
+    for epoch in range(300):
         starts = np.sort(order(epoch).numpy())
         assert len(starts) == n
         assert (np.diff(starts) == 10).all()
@@ -278,7 +278,9 @@ def test_sequential_windows_never_overlap(n_tokens):
         assert starts[-1] + 10 < n_tokens  # the last window's last target is there
         assert n_tokens - (starts[-1] + 11) + starts[0] < 20  # tokens skipped at both ends
         offsets.add(int(starts[0]))
-    assert len(offsets) == min(10, n_tokens - 10 * n)  # the boundaries move
+        trained |= {*range(starts[0] + 1, starts[-1] + 11)}
+    assert len(offsets) == n_tokens - 10 * n  # the boundaries move
+    assert trained == {*range(1, n_tokens)}  # each token is a target in some epoch
     assert n < 5 or order(0).tolist() != sorted(order(0).tolist())
 
 

@@ -98,8 +98,8 @@ def _same_loss(
 class PadToLongest:
     """Collate records, padded to the longest of the batch, up to a multiple of 16.
 
-    The multiple suits matrix units. Without it, nearly each of the few timed steps has a length that is new, for which
-    the attention of cuDNN, which torch 2.11 takes on an H100, first makes a plan: in a long run, most are known.
+    The multiple suits matrix units. Without it, nearly each of the few timed steps has a new length, for which the
+    attention of cuDNN, if torch takes it, first makes a plan; in a long run, most lengths are known.
     """
 
     def __call__(self, rows: list[dict[str, list[int]]]) -> dict[str, Tensor]:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from helpers import LAST, RUNS, assert_close_weights, assert_same_weights
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from lightning_modules.models.decoder import Decoder, DecoderConfig
 from lightning_modules.optim import Muon, ParameterGroups, muon, weight_decay_groups
@@ -110,6 +111,19 @@ def test_stacked_matrices_are_orthogonalised_and_scaled_each_by_itself(scale):
                 piece.grad = gradient.clone()
             Muon(ParameterGroups([{"params": list(pieces.items())}], pieces), **options).step()
             torch.testing.assert_close(stepped, torch.cat(list(pieces.values())))
+
+
+@pytest.mark.parametrize("scale", ["original", "match_rms_adamw"])
+def test_a_matrix_that_is_stored_transposed_takes_the_same_step(scale):
+    torch.manual_seed(0)
+    linear, transposed = nn.Linear(3, 12), Conv1D(12, 3)  # 3 inputs, 12 outputs
+    with torch.no_grad():
+        transposed.weight.copy_(linear.weight.T)
+    linear.weight.grad = torch.randn(12, 3)
+    transposed.weight.grad = linear.weight.grad.T.clone()
+    for layer in (linear, transposed):
+        Muon(weight_decay_groups(nn.ModuleDict({"layer": layer})), matrices=["layer.weight"], scale=scale).step()
+    torch.testing.assert_close(transposed.weight.T, linear.weight)
 
 
 def test_a_model_that_does_not_say_what_it_stacks_is_refused_and_its_attributes_do_not_matter():

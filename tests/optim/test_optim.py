@@ -191,6 +191,31 @@ def test_schedules_of_torch_are_combined(name, arguments, expected):
     assert seen == pytest.approx(expected)
 
 
+@pytest.mark.parametrize(
+    ("factory", "expected"),
+    [
+        (partial(torch.optim.lr_scheduler.ExponentialLR, gamma=0.5), [1, 0.5]),
+        (lambda optimizer: torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5), [1, 0.5]),
+        (torch.optim.lr_scheduler.LinearLR, [1 / 3, 1 / 3 + 2 / 15]),
+        (partial(torch.optim.lr_scheduler.PolynomialLR, total_iters=4), [1, 0.75]),
+        (lambda optimizer, n_steps: Linear(optimizer, n_steps), [1, 0.8]),
+        (Linear, [1, 0.8]),
+        (partial(Linear, warmup=2), [0.5, 1]),
+    ],
+)
+def test_a_schedule_may_be_set_in_python(factory, expected):
+    schedule = build_schedule(factory, optimizer(), 5)
+    assert [schedule.get_last_lr()[0] / PEAK] == pytest.approx(expected[:1])
+    schedule.optimizer.step()
+    schedule.step()
+    assert [schedule.get_last_lr()[0] / PEAK] == pytest.approx(expected[1:])
+
+
+def test_an_argument_that_a_schedule_of_torch_lacks_is_not_the_length():
+    with pytest.raises(TypeError, match="max_lr"):
+        build_schedule(partial(torch.optim.lr_scheduler.OneCycleLR, total_steps=50), optimizer(), 5)
+
+
 def test_a_schedule_of_torch_that_takes_built_ones_names_what_to_take():
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--schedule", type=ScheduleFactory)

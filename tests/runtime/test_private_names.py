@@ -7,6 +7,7 @@ import re
 import signal
 from argparse import ArgumentError, ArgumentParser, _ActionsContainer
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -341,7 +342,10 @@ def test_the_class_that_a_factory_builds():
     parser.add_argument("--optimizer", type=Callable[[Iterable], torch.optim.Optimizer])
     factory = parser.instantiate(parser.parse_args(["--optimizer=torch.optim.SGD", "--optimizer.lr=0.1"])).optimizer
     assert private_names.built_class(factory) is torch.optim.SGD
-    assert private_names.built_class(torch.optim.SGD) is None
+    assert private_names.built_class(torch.optim.SGD) is torch.optim.SGD
+    assert private_names.built_class(partial(torch.optim.SGD, lr=0.1)) is torch.optim.SGD
+    assert private_names.built_class(lambda groups: torch.optim.SGD(groups, lr=0.1)) is None
+    assert private_names.built_class(partial(max, default=0)) is None
 
 
 def test_a_wandb_logger_is_set_up_after_it_is_built(tmp_path):
