@@ -13,7 +13,7 @@ from typing import Any, ClassVar, NoReturn, get_args, get_type_hints
 
 import torch
 import yaml
-from jsonargparse import Namespace, set_parsing_settings
+from jsonargparse import Namespace, dict_to_namespace, set_parsing_settings
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
@@ -23,7 +23,7 @@ from experiments.errors import UserError
 from experiments.help import options as options_of
 from experiments.yaml_files import load_yaml, read_yaml
 from lightning_modules.optim.schedules import takes_built_schedules
-from lightning_modules.runtime.private_names import option_names
+from lightning_modules.runtime.private_names import default_classes, option_names
 
 # Without this, the help and the JSON schema list all tensor classes for `lr: float | Tensor`.
 set_parsing_settings(subclasses_disabled=[torch.Tensor, type], instantiate_subclass_spec_in_any=False)
@@ -82,6 +82,16 @@ class ExperimentParser(LightningArgumentParser):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         kwargs.setdefault("allow_abbrev", False)  # --trainer.max_epoch is an error, not --trainer.max_epochs
         super().__init__(*args, **kwargs)
+
+    def get_defaults(self, *args: Any, **kwargs: Any) -> Namespace:
+        """Return the defaults; a class among them has only the arguments that were named.
+
+        Otherwise its other arguments would be kept when the user names another class: the `eps` of AdamW for Adagrad.
+        """
+        defaults = super().get_defaults(*args, **kwargs)
+        for name, default in default_classes(self).items():
+            defaults[name] = dict_to_namespace(default)
+        return defaults
 
     def parse_args(self, *args: Any, **kwargs: Any) -> Namespace:
         """Parse; a configuration file that is not UTF-8, or has a number that is too long, is an error too."""

@@ -2,7 +2,6 @@
 
 from torch import nn
 
-
 _TRANSPOSED = "Conv1D"  # by name, because importing it from transformers takes seconds
 
 

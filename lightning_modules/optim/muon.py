@@ -175,7 +175,7 @@ def _step_of_muon(
     default = "bfloat16" if has_matrix_units(updates[0].device) else "float32"
     stacked = [rows.get(p, [p.size(0)]) for p in params]
     scale, dtype = SCALES[group["scale"]], getattr(torch, group["dtype"] or default)
-    scales = [
+    scales: list[Sequence[float]] = [
         [scale(p.size(1), n) if p in transposed else scale(n, p.size(1)) for n in rows_of_p]
         for p, rows_of_p in zip(params, stacked, strict=True)
     ]

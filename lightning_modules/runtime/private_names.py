@@ -266,6 +266,12 @@ def option_names(parser: ArgumentParser) -> list[str]:
     return [action.dest for action in parser._actions]
 
 
+def default_classes(parser: ArgumentParser) -> dict[str, dict[str, Any]]:
+    """Return the defaults of a parser that are classes, as they were given: `class_path`, and named `init_args`."""
+    defaults = {action.dest: action.default for action in parser._actions}
+    return {name: value for name, value in defaults.items() if isinstance(value, dict) and "class_path" in value}
+
+
 # Standard modules that run commands, write files or unpickle: entries of the verdicts below.
 NEVER_IMPORTED: tuple[str, ...] = default_import_path_denylist
 

@@ -1,9 +1,11 @@
 """YAML as it is read everywhere: a key twice, null, lists beside the lists that they add to, aliases."""
 
+import inspect
 import shutil
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from helpers import RUNS
 
@@ -101,6 +103,21 @@ def test_a_null_that_an_argument_does_not_take_is_refused(llm_train, tiny, flag,
     Path("over.yaml").write_text("data: {init_args: {tokenizer: }}\n")
     assert "over.yaml, line 1: data.tokenizer: is null" in llm_train("fit", "-c", config, "-c", "over.yaml").err
     assert not RUNS.exists()
+
+
+@pytest.mark.parametrize("flag", ["--optimizer=Adagrad", "--optimizer=torch.optim.Adagrad"])
+def test_another_class_than_the_default_has_its_own_defaults(parse, tiny, flag):
+    config = yaml.safe_load(tiny().read_text())
+    defaults = inspect.signature(torch.optim.Adagrad).parameters
+    for written in ({"lr": 0.5, "eps": 1e-3}, None):  # the arguments that somebody has named are kept
+        config |= {"optimizer": {"class_path": "torch.optim.AdamW", "init_args": written}}
+        if written is None:
+            del config["optimizer"]
+        Path("written.yaml").write_text(yaml.safe_dump(config))
+        got = parse("fit", "-c", "written.yaml", flag)["optimizer"]["init_args"]
+        kept = written or {"lr": 1e-3}
+        assert got["eps"] == kept.get("eps", defaults["eps"].default)
+        assert (got["lr"], got["weight_decay"]) == (kept["lr"], defaults["weight_decay"].default)
 
 
 def test_a_wrong_flag_is_blamed_and_not_a_line_of_yaml(llm_train, tiny):

@@ -321,6 +321,12 @@ def test_names_of_options():
     parser = ArgumentParser(add_help=False)
     parser.add_argument("--width")
     assert private_names.option_names(parser) == ["width"]
+    assert private_names.default_classes(parser) == {}
+    parser = JSONArgumentParser()
+    parser.add_argument("--width", default={"height": 1})
+    default = {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.1}}
+    parser.add_argument("--optimizer", type=Callable[[Iterable], torch.optim.Optimizer], default=default)
+    assert private_names.default_classes(parser) == {"optimizer": default}
 
 
 def test_names_in_configurations_are_imported_if_the_longest_entry_allows_it():
