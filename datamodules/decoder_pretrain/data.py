@@ -8,15 +8,10 @@ from torch.utils.data import DataLoader
 
 from datamodules.sources import AnySource, Mixture, Source, source_of
 from datamodules.splits import Side
-from datamodules.tokens import (
-    Split,
-    TokenDataModule,
-    Tokens,
-    joined,
-    mixed_windows,
-    random_windows,
-    sequential_windows,
-)
+from datamodules.token_cache import Split
+from datamodules.token_files import Tokens, joined
+from datamodules.tokens import TokenDataModule
+from datamodules.windows import mixed_windows, random_windows, sequential_windows
 from lightning_modules.common.messages import say
 from lightning_modules.common.ranges import NonNegativeInt, PositiveInt, Probability
 

@@ -11,7 +11,9 @@ from datamodules.files import find_files
 from datamodules.gpt_neo_style.books import cut_into_passages, read_book
 from datamodules.sources import AnySource, ListText, source_of
 from datamodules.splits import SIDES, DocumentSplit
-from datamodules.tokens import TokenDataModule, Tokens, describe_sizes, sequential_windows
+from datamodules.token_files import Tokens, describe_sizes
+from datamodules.tokens import TokenDataModule
+from datamodules.windows import sequential_windows
 from lightning_modules.common.messages import say
 from lightning_modules.common.ranges import NonNegativeInt, PositiveInt, PositiveShare, TwoOrMore
 

@@ -22,7 +22,7 @@ class GeneralizationGap(DrawsAtTheEnd):
     batch. When the training ends, the callback draws `figures/generalization_gap.png`.
 
     It works with every `ExperimentModule` whose `evaluation_results` have a `loss`. Of `pl_module.data` it reads
-    `train_dataloader()`, whose dataset must have a method `covering_starts(most)` as `datamodules.tokens.TokenWindows`
+    `train_dataloader()`, whose dataset must have a method `covering_starts(most)` as `datamodules.windows.TokenWindows`
     has, and `evaluation_loader(dataset, starts)`.
 
     Args:

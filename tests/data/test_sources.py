@@ -19,8 +19,8 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from datamodules import sources
 from datamodules.sources import Files, HubText, ListText, Piece, PythonText, TextFiles, cut, source_of
+from datamodules.token_cache import prepare_tokens
 from datamodules.tokenizers import byte_tokenizer
-from datamodules.tokens import prepare_tokens
 
 
 @pytest.fixture(autouse=True)

@@ -14,7 +14,8 @@ from torch.utils.data import DataLoader
 
 from datamodules.decoder_pretrain import PretrainDataModule
 from datamodules.sources import ListText
-from datamodules.tokens import TokenFile, TokenWindows
+from datamodules.token_files import TokenFile
+from datamodules.windows import TokenWindows
 from lightning_modules.base import ExperimentModule
 from lightning_modules.decoder_pretrain.ablated_loss import AblatedLoss, units_switched_off
 from lightning_modules.decoder_pretrain.module import PretrainModule

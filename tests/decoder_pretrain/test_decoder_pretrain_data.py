@@ -14,11 +14,13 @@ import pytest
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from datamodules import tokens
+from datamodules import token_cache
 from datamodules.decoder_pretrain.data import PretrainDataModule
 from datamodules.sources import ListText, Piece, Source, TextFiles
+from datamodules.token_cache import prepare_tokens
+from datamodules.token_files import TokenFile
 from datamodules.tokenizers import byte_tokenizer
-from datamodules.tokens import TokenFile, TokenWindows, prepare_tokens, random_windows, sequential_windows
+from datamodules.windows import TokenWindows, random_windows, sequential_windows
 from lightning_modules.runtime.samples import SampleText, prompts_of
 
 TEXT = "".join(f"line {i}\n" for i in range(200))  # 1,690 bytes
@@ -91,7 +93,7 @@ def test_the_cache_depends_on_the_source_the_tokenizer_and_the_split(cache, tmp_
 @pytest.mark.parametrize("harm", ["cut", "longer", "missing", "meta", "empty"])
 def test_a_damaged_cache_is_written_again(cache, harm, monkeypatch):
     said = []
-    monkeypatch.setattr(tokens, "say", said.append)
+    monkeypatch.setattr(token_cache, "say", said.append)
     source = Counted([TEXT])
     file = prepare(source, cache, val_fraction=0.1)["train"]
     meta = file.path.with_name("meta.json")

@@ -10,11 +10,11 @@ from forks import signal_after_step
 from helpers import LAST, RUNS, assert_same_weights, text
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from datamodules import tokens
+from datamodules import windows
 from datamodules.base import LazyOrder
 from datamodules.decoder_pretrain import PretrainDataModule
 from datamodules.sources import ListText, Mixture
-from datamodules.tokens import mixed_windows, random_windows, sequential_windows
+from datamodules.windows import mixed_windows, random_windows, sequential_windows
 
 SIZES, WEIGHTS = [10_001, 4_005, 20_003], [5, 1.5, 3.5]  # of blocks of 10 tokens, 1,000, 400 and 2,000
 BEGINS = np.cumsum([0, *SIZES[:-1]])
@@ -66,8 +66,8 @@ def test_a_trillion_tokens_need_no_memory():
     starts = order(5)[n // 2 : n // 2 + 4096]
     shares = np.bincount(np.searchsorted([0, 10**12, 1_300_000_000_000], starts, side="right") - 1) / 4096
     assert abs(shares - [0.8, 0.19, 0.01]).max() < 0.03
-    for windows in (random_windows, sequential_windows):
-        n, order = windows(10**12, 1024, seed=0)
+    for choose in (random_windows, sequential_windows):
+        n, order = choose(10**12, 1024, seed=0)
         epoch = order(1)
         assert isinstance(epoch, LazyOrder)
         batch = epoch[10**8 : 10**8 + 64]
@@ -78,7 +78,7 @@ def test_a_trillion_tokens_need_no_memory():
 
 
 def test_long_orders_are_like_short_ones(monkeypatch):
-    monkeypatch.setattr(tokens, "MOST_IN_MEMORY", 10)
+    monkeypatch.setattr(windows, "MOST_IN_MEMORY", 10)
     n, order = sequential_windows(1_000, 10, seed=1)
     starts = np.sort(order(0)[:].numpy())
     assert len(starts) == n == 99

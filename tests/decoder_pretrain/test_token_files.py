@@ -20,12 +20,12 @@ from helpers import contents, text
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from tqdm import tqdm
 
-from datamodules import fast_encoding, sources, tokens
+from datamodules import fast_encoding, sources, token_cache, token_files
 from datamodules.decoder_pretrain import PretrainDataModule
 from datamodules.fast_encoding import TextEncoder, fast_encoder
 from datamodules.sources import Files, ListText, Shuffled
+from datamodules.token_cache import prepare_tokens
 from datamodules.tokenizers import byte_tokenizer, encode, load_tokenizer
-from datamodules.tokens import prepare_tokens
 
 MERGES = ["a n", "e r", "i t", "Ġ s", "o u", "Ġ t", "Ġs t", "m n", "an er", "Ġ n", "Ġ m", "u n", "e e"]
 
@@ -55,7 +55,8 @@ def hashed(array):
 LINES = "".join(f"{line}\n" for line in text(40_000).split("."))  # 190 kB: several pieces
 DOCUMENTS = [f"{part}\n" for part in text(3_000, seed=1).split(".")]
 
-# Tokens of the splits and batches of the third epoch, computed with version 0.2 before texts were prepared in parts.
+# Tokens of the splits and batches of the third epoch. All but the first two sequential ones, which did not reach the last
+# tokens then, are those of version 0.2 before texts were prepared in parts.
 BYTES = ["d615c708cb0e44f4", "788ff259ae15e136", "7671e1d7531fcd35"]
 PAIRS = ["6b33a062e35a7947", "9a230798e33d35ea", "c4ef8a8780cfb9b3"]
 OF_DOCUMENTS = ["33ae500b709389b5", "577c6a4010e96c36", "7dc323768822714d"]
@@ -66,8 +67,8 @@ CHARACTERS = ["f983d7b782862447", "180afa74c9b5063c", "8395915b186e9289"]
     ("tokenizer", "split", "windows", "expected"),
     [
         ("byte", "tail", "random", [*BYTES, "fcb84a409eb1e7b8"]),
-        ("byte", "tail", "sequential", [*BYTES, "ea17f1c0bc309b0c"]),
-        ("bpe", "tail", "sequential", [*PAIRS, "2521e02998041aae"]),
+        ("byte", "tail", "sequential", [*BYTES, "c2e3fe01233844e9"]),
+        ("bpe", "tail", "sequential", [*PAIRS, "731228df84541518"]),
         ("bpe", "documents", "random", [*OF_DOCUMENTS, "11d9f384c5a42f6d"]),
         ("character", "auto", "sequential", [*CHARACTERS, "62b80d869feb2126"]),
     ],
@@ -208,7 +209,7 @@ def prepare(source, cache, n_processes=1, **options):
 
 
 def parts_of(source, folder):
-    return tokens._Parts(folder, tokens.SplitDocuments(source, "documents").parts(), byte_tokenizer())
+    return token_cache._Parts(folder, token_cache.SplitDocuments(source, "documents").parts(), byte_tokenizer())
 
 
 def in_a_copy(function, *args):
@@ -295,17 +296,17 @@ def test_after_an_error_only_the_missing_parts_are_prepared(tmp_path, n_processe
 
 
 def test_a_full_disk_is_one_line_and_loses_no_part(large, tmp_path, monkeypatch):
-    write_part = tokens._write_part
+    write_part = token_cache._write_part
 
     def full(text, tokenizer, follows, folder):
         if text.source == large.parts()[4]:
             raise OSError(errno.ENOSPC, "No space left on device")
         write_part(text, tokenizer, follows, folder)
 
-    monkeypatch.setattr(tokens, "_write_part", full)
+    monkeypatch.setattr(token_cache, "_write_part", full)
     with pytest.raises(MisconfigurationException) as caught:
         prepare(large, tmp_path / "cache")
-    monkeypatch.setattr(tokens, "_write_part", write_part)
+    monkeypatch.setattr(token_cache, "_write_part", write_part)
     assert "cannot be written to" in str(caught.value)
     assert "No space left" in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -327,7 +328,7 @@ def test_a_damaged_part_is_written_again(large, tmp_path):
 def test_a_text_that_another_process_completes_in_other_parts_is_taken(
     large, tmp_path, monkeypatch, moment, n_processes
 ):
-    original, began = getattr(tokens, moment), []
+    original, began = getattr(token_cache, moment), []
 
     def after_another(*args):
         if not began:
@@ -337,7 +338,7 @@ def test_a_text_that_another_process_completes_in_other_parts_is_taken(
                 prepare(large, tmp_path / "cache")
         return original(*args)
 
-    monkeypatch.setattr(tokens, moment, after_another)
+    monkeypatch.setattr(token_cache, moment, after_another)
     files = prepare(large, tmp_path / "cache", n_processes)
     assert len(files["train"].files) == 3
     assert len(files_in(tmp_path / "cache")) == 4 * 3 + 1
@@ -347,16 +348,16 @@ def test_a_text_that_another_process_completes_in_other_parts_is_taken(
 def test_the_files_of_a_complete_text_stay(large, tmp_path, monkeypatch):
     folder, how = tmp_path / "text", ("documents", (0.0, 0.0))
     late = parts_of(large, folder)
-    tokens._write_parts(late, 1)
+    token_cache._write_parts(late, 1)
     late.folder.rename(tmp_path / "late")
     monkeypatch.setattr(sources, "PART_SIZE", 25_000)
     parts = parts_of(large, folder)
-    tokens._write_parts(parts, 1)
+    token_cache._write_parts(parts, 1)
     parts.join(*how)
     (tmp_path / "late").rename(late.folder)
-    files = tokens.prepared(folder)
+    files = token_cache.prepared(folder)
     late.join(*how)
-    assert tokens.prepared(folder) == files is not None
+    assert token_cache.prepared(folder) == files is not None
 
 
 def test_the_parts_of_an_older_version_are_read_where_they_are(large, tmp_path):
@@ -382,10 +383,10 @@ def test_a_command_that_waits_for_another_says_so_once(large, tmp_path, monkeypa
         holds.set()
         signal.pause()
 
-    monkeypatch.setattr(tokens, "_SILENT_WAIT", 0.0)
-    monkeypatch.setattr(tokens, "_WAIT", 0.01)
+    monkeypatch.setattr(token_cache, "_SILENT_WAIT", 0.0)
+    monkeypatch.setattr(token_cache, "_WAIT", 0.01)
     with monkeypatch.context() as other:
-        other.setattr(tokens, "_write_part", hold)
+        other.setattr(token_cache, "_write_part", hold)
         holder = in_a_copy(prepare, large, tmp_path)
     assert holds.wait(30)
     said = []
@@ -395,7 +396,7 @@ def test_a_command_that_waits_for_another_says_so_once(large, tmp_path, monkeypa
         if "wait, or end it" in line:
             holder.kill()
 
-    monkeypatch.setattr(tokens, "say", say)
+    monkeypatch.setattr(token_cache, "say", say)
     prepare(large, tmp_path, n_processes)
     (line,) = (line for line in said if "wait, or end it" in line)
     assert line.startswith(f"the missing parts are being prepared by process {holder.pid} on ")
@@ -407,9 +408,9 @@ def test_dead_processes_are_not_waited_for(large, tmp_path, monkeypatch):
     for number in parts.missing():
         (parts.folder / f"{number:05d}.lock").write_text("process 1 on another machine\n")
     said = []
-    monkeypatch.setattr(tokens, "_SILENT_WAIT", 0.0)
-    monkeypatch.setattr(tokens, "say", said.append)
-    tokens._write_parts(parts, 1)
+    monkeypatch.setattr(token_cache, "_SILENT_WAIT", 0.0)
+    monkeypatch.setattr(token_cache, "say", said.append)
+    token_cache._write_parts(parts, 1)
     assert said == [f"preparing text in 6 parts in {tmp_path}"]
 
 
@@ -421,7 +422,7 @@ def test_a_copy_that_waits_ends_with_the_process_that_started_it(large, tmp_path
         asked.append(file)
         assert len(asked) <= len(parts.texts), "it waits on without looking at that process"
 
-    monkeypatch.setattr(tokens, "try_lock", held)
+    monkeypatch.setattr(token_cache, "try_lock", held)
     assert next(parts.write_missing()) == [os.getpid()]
 
 
@@ -433,7 +434,7 @@ def test_copies_do_not_share_the_lock_of_the_bar():
             raise OSError("a copy that is killed while it holds the lock would keep it")
         yield
 
-    assert list(tokens._in_processes(1, work))
+    assert list(token_cache._in_processes(1, work))
 
 
 def test_without_locks_the_folders_of_other_processes_stay(large, tmp_path, monkeypatch):
@@ -464,7 +465,7 @@ class Deadly(Files):
 
 
 def test_windows_are_the_same_across_parts(large, tmp_path, monkeypatch):
-    monkeypatch.setattr(tokens, "_MOST_OPEN", 2)
+    monkeypatch.setattr(token_files, "_MOST_OPEN", 2)
     data = [
         PretrainDataModule(source, 64, 4, windows=windows, split="documents", cache_dir=str(tmp_path), val_fraction=0)
         for source in (large, ListText([(tmp_path / "text.txt").read_text()]))

@@ -14,7 +14,9 @@ import numpy as np
 import torch
 
 from datamodules.sources import MOST_PARTS
-from datamodules.tokens import TokenFile, TokenFiles, TokenWindows, mixed_windows, prepared, sequential_windows
+from datamodules.token_cache import prepared
+from datamodules.token_files import TokenFile, TokenFiles
+from datamodules.windows import TokenWindows, mixed_windows, sequential_windows
 
 BLOCK, BATCH = 1024, 64
 A_PART = 20_000_000  # tokens of a part of 10 billion
