@@ -24,6 +24,7 @@ class Effect(NamedTuple):
     verdict: Verdict
     how: str
     shown: str  # value and interval
+    margin: float = 0.0  # how far the value is within the bounds
 
 
 class Judgement(NamedTuple):
@@ -43,11 +44,16 @@ class Judgement(NamedTuple):
 
     @property
     def shown(self) -> str:
-        """The number that decides: the first one with the verdict of the claim."""
+        """The number that decides: of those with the verdict of the claim, the least within the bounds."""
         deciding = [effect for effect in self.effects if effect.verdict == self.verdict]
         if not deciding:
             return ""
-        return deciding[0].shown + (f" (1 of {len(self.effects)})" if len(self.effects) > 1 else "")
+        found = min(deciding, key=lambda effect: effect.margin)
+        values = [effect.value for effect in self.effects]
+        if len(values) == 1:
+            return found.shown
+        which = {max(values): "highest", min(values): "lowest"}.get(found.value, "1")
+        return f"{found.shown} ({which} of {len(values)})"
 
 
 def judge(topic: str, claim: Claim, runs: Sequence[Run] | None, is_deterministic: bool = False) -> Judgement:
@@ -166,7 +172,8 @@ class _Judge:
             if is_ratio:
                 shown = f"× {back(mean):.4g}" + (f" ({low:.3g} to {high:.3g})" if half_width else "")
             what = f"{self._label(arm)} against {self._label(against)}"
-            effects.append(Effect(what, back(mean), low, high, verdict, each.how, shown))
+            margin = min(mean - region[0], region[1] - mean)
+            effects.append(Effect(what, back(mean), low, high, verdict, each.how, shown, margin))
         return effects
 
     def _values(self, arm: Settings) -> BySeed:

@@ -10,6 +10,7 @@ from experiments.claims.judge import Judgement
 from experiments.claims.records import Recorded
 from experiments.claims.tables import arms_and_measures, verdicts
 from experiments.comparison import figures
+from experiments.comparison.arms import compared
 from experiments.comparison.page import page
 from experiments.comparison.tables import Table, results
 from lightning_modules.common.figures import save_figure
@@ -31,7 +32,8 @@ def write_page(
         arms, measures = arms_and_measures(study, recorded)
         sections[title] = results(arms, measures)
         with TemporaryDirectory() as folder:
-            figure = figures.draw_summary(arms, measures[:2], range(len(arms)))
+            baselines = [baseline for _, baseline in compared(arms, study.baseline)]
+            figure = figures.draw_summary(arms, measures[:2], range(len(arms)), baselines)
             sections[f"{title}: each run, and means with their intervals"] = save_figure(
                 figure, Path(folder, "figure.png")
             ).read_bytes()

@@ -48,15 +48,16 @@ def main(args: Sequence[str]) -> None:
     measures = [measure for name in metrics for measure in measures_of(name, modes[name], counting)]
     ranking = _rank(arms, next(measure for measure in measures if measure.is_fair(counting)))
     results = tables.results(arms, measures)
-    differences = tables.differences_of(compared(arms, options.baseline), measures)
-    notes = [*_notes(arms, n_skipped, more_metrics), *tables.caption(differences)]
+    pairs = compared(arms, options.baseline)
+    differences = tables.differences_of(pairs, measures)
+    notes = [*_notes(arms, n_skipped, more_metrics), *_about(differences)]
 
     print(as_text(_best_rows(results, ranking)))
     if differences.rows:
         print(as_text(differences))
     print("\n".join(notes))
     files = _write(
-        options.out, shlex.join(["llm-train", *args]), arms, measures, ranking, [results, differences], notes
+        options.out, shlex.join(["llm-train", *args]), arms, pairs, measures, ranking, [results, differences], notes
     )
     print(f"\npage    {options.out / 'index.html'}\nfiles   {', '.join(sorted(files))}")
 
@@ -136,10 +137,21 @@ def _notes(arms: Sequence[Arm], n_skipped: int, more_metrics: Sequence[str]) -> 
     return notes
 
 
+def _about(differences: Table) -> list[str]:
+    lines = tables.caption(differences)
+    if lines and len(differences.rows) > 1:
+        lines.append(
+            "Even one wrong verdict among them has a probability of about 5 %, so intervals are wider than that of a "
+            "single comparison; --metrics and --baseline choose fewer."
+        )
+    return lines
+
+
 def _write(
     folder: Path,
     command: str,
     arms: Sequence[Arm],
+    pairs: Sequence[tuple[Arm, Arm]],
     measures: Sequence[Measure],
     ranking: Sequence[int],
     shown: Sequence[Table],
@@ -149,7 +161,7 @@ def _write(
     drawn = [next(group) for _, group in groupby(measures, key=attrgetter("metric"))]  # the best, where there is one
     curves = figures.curves_of([measure.metric for measure in drawn], arms)
     runs = tables.runs_table(arms, measures)
-    images = {"summary.png": figures.draw_summary(arms, drawn, ranking)}
+    images = {"summary.png": figures.draw_summary(arms, drawn, ranking, [baseline for _, baseline in pairs])}
     if curves:
         images["curves.png"] = figures.draw_curves(curves, arms, ranking)
     else:  # of an earlier comparison

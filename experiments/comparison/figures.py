@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 _COLORS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#000000")
 _MARKERS = "osD^vPX"
 _OTHERS = "#bbbbbb"
+_ROWS = "#555555"  # of the arms that are compared with a baseline
 _MAX_MARKED_POINTS = 30  # a curve with more points has no markers
 _MAX_BANDS = 8  # with more arms, no interval is drawn
 _MEAN_OF = 3  # runs, or more; the interval of two runs is too wide, so each of them is drawn
@@ -228,10 +229,16 @@ def _draw_curve(axes: "Axes", curve: Curve, look: Look | None) -> None:
         axes.plot(curve.steps, curve.values, color=_OTHERS, linewidth=0.6, zorder=1)
 
 
-def draw_summary(arms: Sequence[Arm], measures: Sequence[Measure], ranking: Sequence[int]) -> "Figure":
-    """Draw the results of runs and the means of arms over a setting that is a number, or else a row for each arm."""
+def draw_summary(
+    arms: Sequence[Arm], measures: Sequence[Measure], ranking: Sequence[int], baselines: Sequence[Arm] = ()
+) -> "Figure":
+    """Draw the results of runs and the means of arms over a setting that is a number, or else a row for each arm.
+
+    In rows, the arms with which others are compared are in colour and the others in grey; a line is at the mean of the
+    baseline, if there is one alone.
+    """
     setting = _numeric_setting(arms)
-    return _draw_rows(arms, measures, ranking) if setting is None else _draw_over(setting, arms, measures)
+    return _draw_rows(arms, measures, ranking, baselines) if setting is None else _draw_over(setting, arms, measures)
 
 
 def _draw_over(setting: str, arms: Sequence[Arm], measures: Sequence[Measure]) -> "Figure":
@@ -259,19 +266,24 @@ def _draw_over(setting: str, arms: Sequence[Arm], measures: Sequence[Measure]) -
     return picture
 
 
-def _draw_rows(arms: Sequence[Arm], measures: Sequence[Measure], ranking: Sequence[int]) -> "Figure":
+def _draw_rows(
+    arms: Sequence[Arm], measures: Sequence[Measure], ranking: Sequence[int], baselines: Sequence[Arm]
+) -> "Figure":
     numbers = range(len(arms)) if len(arms) <= _MAX_ROWS else ranking[:_MAX_ROWS]
-    looks, (title, names) = _looks(arms, ranking), short_labels(arms)
+    marked = [number for number in range(len(arms)) if any(arms[number] is arm for arm in baselines)]
+    title, names = short_labels(arms)
     picture, panels = _panels(len(measures), height=1.2 + 0.34 * len(numbers))
     for axes, measure in zip(panels, measures, strict=True):
         for row, number in enumerate(numbers):
-            look = looks.get(number, {"color": "#777777", "marker": "o"})
+            color = _COLORS[0] if number in marked or not marked else _ROWS
             if values := measure.values(arms[number].runs):
                 found = estimate(values)
                 if len(values) > 1:
-                    axes.plot(values, [row + 0.25] * len(values), ".", color=look["color"], alpha=0.6, markersize=5)
+                    axes.plot(values, [row + 0.25] * len(values), ".", color=color, alpha=0.6, markersize=5)
                 bars = _bars(measure.metric, [found])
-                axes.errorbar(found.mean, row, xerr=bars, color=look["color"], marker="o", markersize=5, capsize=3)
+                axes.errorbar(found.mean, row, xerr=bars, color=color, marker="o", markersize=5, capsize=3)
+                if marked == [number]:
+                    axes.axvline(found.mean, color=color, linewidth=1, linestyle=":", zorder=1)
             else:
                 ended = how_they_ended(arms[number].left_out)
                 axes.annotate(ended, (0.02, row), xycoords=("axes fraction", "data"), va="center", color="#777777")

@@ -56,16 +56,13 @@ def differences_of(pairs: Sequence[tuple[Arm, Arm]], measures: Sequence[Measure]
 
 
 def caption(differences: Table) -> list[str]:
-    """Return how many comparisons a table has, and what its intervals say."""
+    """Return how many comparisons a table has, and how they were corrected."""
     n = sum(not row[-1].startswith("none") for row in differences.rows)
     if n == 0:
         return []
     if n == 1:
         return ["One comparison, at a level of 5 %."]
-    return [
-        f"{n} comparisons: with Holm's correction, even one wrong verdict has a probability of about 5 %, "
-        "so intervals are wider than that of a single comparison; --metrics and --baseline choose fewer."
-    ]
+    return [f"{n} comparisons, corrected together by Holm's procedure."]
 
 
 def verdict(found: Difference, measure: Measure) -> str:
@@ -82,11 +79,13 @@ def verdict(found: Difference, measure: Measure) -> str:
 def with_interval(mean: float, half_width: float | None, sign: str = "") -> str:
     """Return a mean to the second digit of its interval, `1.783 ± 0.012`, or to its own fourth digit without one.
 
-    The sign `+` shows the sign of positive means too.
+    Beside a wider interval, a mean keeps two digits of its own, if it has them before the decimal point:
+    `1,500 ± 16,000`. The sign `+` shows the sign of positive means too.
     """
     if half_width is None or not math.isfinite(half_width):
         return _rounded(mean, 4, mean, sign)
-    return f"{_rounded(mean, 2, half_width, sign)} ± {_rounded(half_width, 2, half_width)}"
+    like = min(half_width, max(abs(mean), 10.0))
+    return f"{_rounded(mean, 2, like, sign)} ± {_rounded(half_width, 2, half_width)}"
 
 
 def _rounded(value: float, digits: int, like: float, sign: str = "") -> str:

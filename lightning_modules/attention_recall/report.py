@@ -86,10 +86,10 @@ def draw_attention(attention_json: Path, file: Path) -> Path:
     tokens, answers, weights = content["tokens"], content["answers"], content["weights"]
     rows, columns = zip(*answers, strict=True)
     T, n_layer, n_head = len(tokens), len(weights), len(weights[0])  # noqa: N806
-    side = min(max(2.2, 0.13 * T), 14 / n_head)  # inches; room for the names of the tokens, unless there are many heads
+    side = min(max(2.2, 0.15 * T), 13 / n_head)  # inches; room for the names of the tokens, unless there are many heads
     cell = 72 * side / T  # points
-    names = tokens if cell > 6 else []
-    figure = new_figure(side * n_head + 0.8, (side + 0.3) * n_layer)
+    names = tokens if cell > 7 else []
+    figure = new_figure(side * n_head + 1.9, (side + 0.5) * n_layer)
     grid = figure.subplots(n_layer, squeeze=False, sharex=True)[:, 0]
     for layer, axes in enumerate(grid):
         image = axes.imshow(np.hstack(weights[layer]), cmap="Blues", vmin=0, vmax=1)  # the heads side by side
@@ -101,7 +101,9 @@ def draw_attention(attention_json: Path, file: Path) -> Path:
         axes.set_title(f"layer {layer}" + (f", heads 0 to {n_head - 1}" if n_head > 1 else ""), fontsize=9)
         axes.set_xticks(range(n_head * len(names)), names * n_head, rotation=90)
         axes.set_yticks(range(len(names)), names)
-        axes.tick_params(length=0, pad=1, labelsize=5)
+        axes.tick_params(length=0, pad=3, labelsize=7)
+        axes.set_ylabel("query: the position that attends", fontsize=9)
+    grid[-1].set_xlabel("key: the position that it attends to", fontsize=9)
     figure.colorbar(image, ax=grid, label="attention weight", shrink=0.5, aspect=40)
     return save_figure(figure, file)
 

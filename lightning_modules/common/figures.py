@@ -47,6 +47,14 @@ def integer_steps(axes: "Axes", logged: Sequence[float] = ()) -> None:
         axes.xaxis.set_major_locator(MaxNLocator(nbins="auto", steps=[1, 2, 2.5, 5, 10], integer=True))
 
 
+def annotate(
+    axes: "Axes", text: str, place: tuple[float, float], offset: tuple[float, float], ha: str = "left"
+) -> None:
+    """Write a text near a point, at an offset in points, on a white ground over the curves."""
+    ground = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1}
+    axes.annotate(text, place, textcoords="offset points", xytext=offset, ha=ha, bbox=ground, zorder=10)
+
+
 def log_scale(axes: "Axes", axis: Literal["x", "y"]) -> None:
     """Make an axis logarithmic, with plain numbers at its ticks; call it when the curves are drawn.
 

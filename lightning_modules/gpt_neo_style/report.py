@@ -9,7 +9,7 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from lightning_modules.common.figures import new_figure, save_figure
+from lightning_modules.common.figures import annotate, new_figure, save_figure
 from lightning_modules.common.files import write_csv, write_text
 from lightning_modules.common.ranges import PositiveInt
 from lightning_modules.gpt_neo_style.style import BookStyle
@@ -157,12 +157,12 @@ def draw_perplexities(metrics_csv: Path, file: Path) -> Path:
         steps, values = read_metric(metrics_csv, name)
         if steps:
             axes.plot(steps, values, color=color, marker="o", markersize=4, label=label.removeprefix("perplexity, "))
-            axes.annotate(f"{values[-1]:,.0f}", (steps[-1], values[-1]), textcoords="offset points", xytext=(4, 4))
+            annotate(axes, f"{values[-1]:,.0f}", (steps[-1], values[-1]), offset=(4, 6))
     axes.set_yscale("log")
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter("{x:,.0f}")
     axes.yaxis.set_minor_locator(NullLocator())
-    axes.margins(x=0.1)
+    axes.margins(x=0.1, y=0.1)
     axes.set(xlabel="optimiser step", ylabel="perplexity")
     axes.grid(alpha=0.3)
     axes.legend()

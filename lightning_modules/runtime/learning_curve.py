@@ -5,7 +5,7 @@ from pathlib import Path
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lightning_modules.common.figures import integer_steps, new_figure, save_figure, smoothed
+from lightning_modules.common.figures import annotate, integer_steps, new_figure, save_figure, smoothed
 from lightning_modules.runtime.drawing import DrawsAtTheEnd
 
 
@@ -37,7 +37,7 @@ class LearningCurve(DrawsAtTheEnd):
         if val[0]:
             axes.plot(*val, color="tab:orange", marker="o", markersize=4, label=self.val_metric)
             best = min(zip(val[1], val[0], strict=True))
-            axes.annotate(f"{best[0]:.3f}", best[::-1], textcoords="offset points", xytext=(0, 8), ha="center")
+            annotate(axes, f"{best[0]:.3f}", best[::-1], offset=(0, 8), ha="center")
         axes.set(xlabel="optimiser step", ylabel=self.val_metric.rsplit("/", 1)[-1])
         integer_steps(axes)
         axes.grid(alpha=0.3)

@@ -137,10 +137,12 @@ def test_the_numbers_are_those_of_the_intervals():
 def test_several_differences_are_a_family_and_each_must_be_clear():
     difference = {"arms": [{"n_layer": 2}, {"n_layer": 3}], "against": {"n_layer": 1}}
     below, within = {"difference": {**difference, "below": 0}}, {"difference": {**difference, "within": 2}}
-    assert verdict_on(below, records(LOSSES | {3: [1.8, 2.3, 2.7]})) == ("not clear", "-0.8 ± 1.1 (1 of 2)")
+    assert verdict_on(below, records(LOSSES | {3: [1.8, 2.3, 2.7]})) == ("not clear", "-0.8 ± 1.1 (highest of 2)")
     clear = records(LOSSES | {3: [2.3, 2.45, 2.5]})
-    assert verdict_on(below, clear) == ("holds", "-1.02 ± 0.26 (1 of 2)")  # ± 0.21 alone
-    assert verdict_on(within, clear) == ("holds", "-1.02 ± 0.21 (1 of 2)")
+    assert verdict_on(below, clear) == ("holds", "-0.68 ± 0.23 (highest of 2)")
+    lower = records(LOSSES | {3: [1.9, 1.95, 2.0]})
+    assert verdict_on(below, lower) == ("holds", "-1.02 ± 0.26 (highest of 2)")  # ± 0.21 alone
+    assert verdict_on(within, clear) == ("holds", "-1.02 ± 0.21 (lowest of 2)")
 
 
 def test_one_run_and_equal_runs_decide_nothing():

@@ -192,4 +192,4 @@ def test_best_values_are_compared_only_at_equal_numbers_of_validations():
 def test_the_caption_has_the_number_of_comparisons():
     arms = arms_with([[[1.0], [1.1]], [[2.0], [2.2]], [[3.0], [3.4]]])
     table = differences_of([(arms[1], arms[0]), (arms[2], arms[0])], [LOSS])
-    assert caption(table)[0].startswith("2 comparisons: with Holm's correction")
+    assert caption(table) == ["2 comparisons, corrected together by Holm's procedure."]

@@ -129,6 +129,8 @@ def read_csv(file: Path) -> list[dict[str, str]]:
     [
         ([1.7834, 1.7934, 1.7734], "1.783 ± 0.025"),
         ([100.0, 300.0, 200.0], "200 ± 250"),
+        ([2763.0, 306.0], "1,500 ± 16,000"),
+        ([13.0, 155.0], "84 ± 900"),
         ([1e6, 3e6, 2e6], "2,000,000 ± 2,500,000"),
         ([1.0, 1.0], "1.000"),
         ([1234.567], "1,235"),
@@ -256,7 +258,8 @@ def test_two_arms_are_compared_by_seed(comparison):
     ]
     assert "| n_layer=4 | n_layer=2 | val/loss, best | -0.20 ± 0.42 | not clear | Welch, 3 and 3 runs |" in markdown
     assert "| n_layer=4 | n_layer=2 | val/loss, last | +1.00 ± 0.57 | worse | Welch, 3 and 3 runs |" in markdown
-    assert markdown[-1].startswith("2 comparisons: with Holm's correction")
+    assert markdown[-2] == "2 comparisons, corrected together by Holm's procedure."
+    assert markdown[-1].endswith("; --metrics and --baseline choose fewer.")
     assert half_width == pytest.approx(0.25, abs=0.005)
     assert "n_layer  n  val/loss, best  val/loss, last\n" in comparison.out
     assert "-0.20 ± 0.42" in comparison.out
@@ -622,6 +625,19 @@ def test_other_arms_are_drawn_in_rows():
     assert [label.get_text() for label in axes.get_yticklabels()] == ["gpt2", "xavier"]
     assert axes.get_ylabel() == "init"
     assert axes.get_xlabel() == "val/loss, last"
+    assert len({line.get_color() for line in axes.get_lines()}) == 1
+
+
+def test_in_rows_the_baseline_is_marked():
+    runs = [run_with(0, loss=loss, init=name) for loss, name in ((2.0, "gpt2"), (1.0, "he"), (3.0, "xavier"))]
+    arms = arms_of(runs)
+    (axes,) = figures.draw_summary(arms, [Measure("val/loss", "last", "min")], range(3), [arms[0], arms[0]]).axes
+    (line,) = [line for line in axes.get_lines() if line.get_linestyle() == ":"]
+    assert list(line.get_xdata()) == [2.0, 2.0]
+    first, *others = [line.get_color() for line in axes.get_lines() if line.get_marker() == "o"]
+    assert first == line.get_color()
+    assert len(set(others)) == 1
+    assert first not in others
 
 
 def test_no_line_is_drawn_over_settings_that_change_together():
