@@ -103,7 +103,7 @@ def draw_attention(attention_json: Path, file: Path) -> Path:
         axes.set_yticks(range(len(names)), names)
         axes.tick_params(length=0, pad=3, labelsize=7)
         axes.set_ylabel("query: the position that attends", fontsize=9)
-    grid[-1].set_xlabel("key: the position that it attends to", fontsize=9)
+    axes.set_xlabel("key: the position that it attends to", fontsize=9)  # below the last layer
     figure.colorbar(image, ax=grid, label="attention weight", shrink=0.5, aspect=40)
     return save_figure(figure, file)
 

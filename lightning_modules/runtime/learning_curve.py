@@ -3,6 +3,7 @@
 import csv
 from pathlib import Path
 
+import numpy as np
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_modules.common.figures import annotate, integer_steps, new_figure, save_figure, smoothed
@@ -29,7 +30,8 @@ class LearningCurve(DrawsAtTheEnd):
             return []
         figure = new_figure(7, 4)
         axes = figure.add_subplot()
-        if (mean := smoothed(train[1])) is None:
+        mean = smoothed(train[1])
+        if mean is None:
             axes.plot(*train, color="tab:blue", linewidth=1, alpha=0.7, label=self.train_metric)
         else:
             axes.plot(*train, color="tab:blue", linewidth=0.8, alpha=0.3)
@@ -37,7 +39,9 @@ class LearningCurve(DrawsAtTheEnd):
         if val[0]:
             axes.plot(*val, color="tab:orange", marker="o", markersize=4, label=self.val_metric)
             best = min(zip(val[1], val[0], strict=True))
-            annotate(axes, f"{best[0]:.3f}", best[::-1], offset=(0, 8), ha="center")
+            # On the side of the point on which the curve of the training is not.
+            is_below = np.interp(best[1], train[0], mean or train[1]) <= best[0] if train[0] else True
+            annotate(axes, f"{best[0]:.3f}", best[::-1], offset=(0, 8 if is_below else -17), ha="center")
         axes.set(xlabel="optimiser step", ylabel=self.val_metric.rsplit("/", 1)[-1])
         integer_steps(axes)
         axes.grid(alpha=0.3)

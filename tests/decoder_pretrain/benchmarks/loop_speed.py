@@ -4,6 +4,15 @@ Run `python tests/decoder_pretrain/benchmarks/loop_speed.py`, which prints a Mar
 of `char_shakespeare_cpu.yaml` on random windows of the same generated text, with the same fused AdamW, schedule and
 gradient clipping, in turn in one process. Lightning has no loggers and one callback, that of the clock; `fit` has the
 default callbacks and loggers (W&B offline).
+
+Of the 1.5 to 2 ms that a step of 29 ms takes longer in `fit` than in a bare loop (two idle cores, 2026-11-27), 0.7 ms
+are ours, by the clock around each part: 0.2 ms to read and count the windows, 0.5 ms for hooks of callbacks and for
+logging. With a decoder of 1,400 weights, `fit` takes 0.9 ms longer (1.9 against 1.05 ms a step), because Python's data
+then stay in the cache of the processor. Four changes made our part faster: seeding the generator of the device in place
+of `torch.manual_seed`, which records a stack trace for absent devices (1 ms a step); reading the metrics only when the
+progress bar is drawn (0.2 ms, under the profiler); a shortcut for the attribute that Lightning sets forty times a step
+(0.2 ms); and logging every 20 steps in place of 10. A profiler without a context of its own at each hook, tried through
+`trainer.profiler`, saves another 0.1 ms and was left out.
 """
 
 import contextlib
