@@ -22,7 +22,7 @@ _STYLES: dict[str, dict[str, Any]] = {  # of the lines, in every figure
     "shuffled": {"label": "shuffled", "color": "tab:orange", "linewidth": 1.2},
     "gaussian": {"label": "gaussian", "color": "tab:green", "linewidth": 1.2},
     "sinusoids": {"label": "sinusoids", "color": "tab:red", "linewidth": 1.2, "linestyle": "--"},
-    "initialization": {"label": "initialization", "color": "tab:gray", "linewidth": 1.2},
+    "initialization": {"label": "untrained", "color": "tab:gray", "linewidth": 1.2},
 }
 
 
