@@ -55,8 +55,8 @@ def hashed(array):
 LINES = "".join(f"{line}\n" for line in text(40_000).split("."))  # 190 kB: several pieces
 DOCUMENTS = [f"{part}\n" for part in text(3_000, seed=1).split(".")]
 
-# Tokens of the splits and batches of the third epoch. All but the first two sequential ones, which did not reach the last
-# tokens then, are those of version 0.2 before texts were prepared in parts.
+# Tokens of the splits and batches of the third epoch, computed with version 0.2 before texts were prepared in parts.
+# The first two sequential orders are later: they had left out the last tokens of the text.
 BYTES = ["d615c708cb0e44f4", "788ff259ae15e136", "7671e1d7531fcd35"]
 PAIRS = ["6b33a062e35a7947", "9a230798e33d35ea", "c4ef8a8780cfb9b3"]
 OF_DOCUMENTS = ["33ae500b709389b5", "577c6a4010e96c36", "7dc323768822714d"]
