@@ -153,8 +153,9 @@ class RunRecord(SaveConfigCallback):
             if status != "finished" or self._was_closed_before(trainer):
                 return
             self._record(trainer)  # the session before this one failed or was killed after the last step
-            metrics = {name: value for row in self._unwritten[-1:] for name, value in row.items() if "/" in name}
         is_fit = self.cli.subcommand == "fit"
+        if is_fit and not metrics:  # nothing was left to train
+            metrics = {name: value for row in self._unwritten[-1:] for name, value in row.items() if "/" in name}
         best = _best_checkpoint(trainer) if is_fit else None
         summary = {
             "status": status,

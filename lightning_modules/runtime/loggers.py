@@ -72,10 +72,10 @@ class MetricsCSV(Logger):
 
     def go_on_from(self, step: int, unwritten: list[dict[str, Any]]) -> None:
         """Drop the rows of steps after that of the checkpoint, and restore the row that was `unwritten` in it."""
-        rows, restored = [], {str(row["step"]) for row in unwritten}
+        restored = {str(row["step"]) for row in unwritten}
+        kept = [row for row in self._read() if int(row["step"]) <= step and row["step"] not in restored]
+        rows = sorted([*kept, *unwritten], key=lambda row: int(row["step"]))
         if self._path is not None and self._path.is_file():
-            kept = [row for row in self._read() if int(row["step"]) <= step and row["step"] not in restored]
-            rows = sorted([*kept, *unwritten], key=lambda row: int(row["step"]))
             self._rewrite(rows[:-1], columns_of=rows)
         of_this_session, self._rows = self._rows, [{**row, "step": int(row["step"])} for row in rows[-1:]]
         for row in of_this_session:  # metrics of the untrained model, for example

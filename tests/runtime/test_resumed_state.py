@@ -104,3 +104,12 @@ def test_a_resumed_run_drops_the_rows_of_later_steps(tmp_path):
     resumed.go_on_from(8, [])
     resumed.flush()
     assert (tmp_path / "metrics.csv").read_text().splitlines() == ["step,epoch,train/loss", "4,0,4.0", "8,0,8.0"]
+
+
+def test_a_run_that_was_killed_before_its_file_was_written_keeps_the_row_of_its_checkpoint(tmp_path):
+    resumed = MetricsCSV()
+    resumed.attach(tmp_path, "topic", "name", "fit")
+    resumed.go_on_from(8, [{"step": 8, "epoch": 0, "val/loss": 2.0}])
+    resumed.log_metrics({"val/loss": 1.0}, step=11)
+    resumed.flush()
+    assert (tmp_path / "metrics.csv").read_text().splitlines() == ["step,epoch,val/loss", "8,0,2.0", "12,0,1.0"]
