@@ -313,10 +313,11 @@ def as_mask(cu_seqlens: Tensor) -> Tensor:
 
 @contextmanager
 def in_evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Put a model into evaluation mode within the context."""
-    training = model.training
+    """Put a model into evaluation mode within the context; each module then has the mode that it had before."""
+    training = [module for module in model.modules() if module.training]
     model.eval()
     try:
         yield
     finally:
-        model.train(training)
+        for module in training:
+            module.training = True

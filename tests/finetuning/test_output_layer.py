@@ -101,6 +101,14 @@ def test_an_adapted_layer_gives_its_own_scores():
     torch.testing.assert_close(layer.cross_entropy(targets, places, input_ids=ids), found)
 
 
+def test_finding_the_layer_leaves_frozen_modules_in_evaluation_mode():
+    model = model_of("llama")
+    model.model.layers[0].eval()
+    modes = [module.training for module in model.modules()]
+    OutputLayer(model).prepare()
+    assert [module.training for module in model.modules()] == modes
+
+
 def test_places_are_those_of_the_targets_and_of_no_target_up_to_a_round_number():
     _, targets = batch()
     places = places_of_targets(targets.numpy())

@@ -450,6 +450,34 @@ def test_a_killed_run_resumes_to_the_same_weights_metrics_and_samples(world, who
     assert (whole.run / "samples.md").read_text() == (run / "samples.md").read_text()
 
 
+def test_a_killed_run_with_stages_adapters_and_accumulation_resumes_to_the_same_weights(world):
+    """It is killed in an epoch in which the blocks, and so their dropout, are frozen."""
+    freezing = "lightning_modules.finetuning."
+    stage = {"all_but_head": True, "epoch": 2, "rate": 0.5}
+    adapters = {"rank": 2, "dropout": 0.1, "also_trained": ["*ln_f*"]}
+    settings = {
+        "data__init_args__batch_size": 40,  # 4 batches, 2 steps an epoch
+        "trainer__max_steps": 6,
+        "trainer__val_check_interval": 2,
+        "trainer__accumulate_grad_batches": 2,
+        "trainer__callbacks+": [
+            {"class_path": f"{freezing}freeze.GradualUnfreezing", "init_args": {"stages": [stage]}},
+            {"class_path": f"{freezing}lora.LoRA", "init_args": adapters},
+        ],
+    }
+    command = ("fit", "-c", config(world, "staged", **settings), "--run.name")
+    with own_world(world):
+        whole = run_command(*command, "staged")
+        assert whole.code == 0, whole.err
+        process = forks.start(*command, "staged_killed", prepare=lambda: forks.die_after_step(3))
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+        resumed = run_command(*command, "staged_killed", "--ckpt_path", "last")
+        assert resumed.code == 0, resumed.err
+    runs = world / "runs/gpt_neo_style"
+    assert_same_weights(*(runs / name / "checkpoints/last.ckpt" for name in ("staged", "staged_killed")))
+
+
 def test_the_gradient_norm_is_that_of_the_mean_over_accumulation_and_processes_before_clipping(
     llm_train, forked, world, tmp_path
 ):
