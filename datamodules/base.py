@@ -222,6 +222,10 @@ class ExperimentDataModule(LightningDataModule):
         super().__init__()
         self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
 
+    def __str__(self) -> str:
+        """Return the name of the class. Lightning's method makes all loaders, and the parser calls it for an error."""
+        return type(self).__name__
+
     def training_loader(self, dataset: Dataset, n: int, order: Order | None = None) -> DataLoader:
         """Return the loader of `n` positions, by default shuffled, without an incomplete last batch."""
         _, world_size = self._rank_and_world_size

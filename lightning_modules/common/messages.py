@@ -1,11 +1,14 @@
 """Messages to the user, printed once for all processes of a run."""
 
+import difflib
 import os
 import sys
+from collections.abc import Collection
 
 from lightning_utilities.core.rank_zero import rank_zero_only
 
 ERASE_LINE = "\r\x1b[K"  # of a terminal
+MOST_LISTED = 6
 
 
 def on_terminal() -> bool:
@@ -20,6 +23,20 @@ def say(line: str) -> None:
     """
     if getattr(rank_zero_only, "rank", 0) == 0:
         print((ERASE_LINE if on_terminal() else "") + line, file=sys.stderr)
+
+
+def listed(names: Collection[str], like: str = "") -> str:
+    """Return names for a line: all of them, or a few and the number of the others.
+
+    Args:
+        names: The names, in the order in which they are listed.
+        like: Name that those of a few resemble most; by default they are the first.
+    """
+    n_others = len(names) - MOST_LISTED
+    if n_others <= 0:
+        return ", ".join(names)
+    few = difflib.get_close_matches(like, names, MOST_LISTED, cutoff=0.0) if like else [*names][:MOST_LISTED]
+    return f"{', '.join(few)} and {n_others:,} others"
 
 
 def first_line(error: BaseException) -> str:

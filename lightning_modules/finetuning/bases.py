@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from lightning_modules.common.files import read_json
 from lightning_modules.common.hub import hub_answers
-from lightning_modules.common.messages import first_line, say
+from lightning_modules.common.messages import first_line, listed, say
 from lightning_modules.common.pretrained import model_folder, quietly, vocabulary_of
+from lightning_modules.finetuning.selection import of_all_layers
 from lightning_modules.runtime.private_names import configured_attention, has_data
 
 if TYPE_CHECKING:  # imported where used: transformers is slow to import
@@ -88,8 +89,8 @@ def load_pretrained(
         ) from error
     if auto_class == "AutoModelForCausalLM" and not _weights_follow.get():  # an old run stays readable
         _check_causality(model, base, argument)
-    if (missing := sorted(found["missing_keys"])) and not _weights_follow.get():
-        say(f"{base} has no {', '.join(missing)}: initialised at random")
+    if (missing := of_all_layers(sorted(found["missing_keys"]))) and not _weights_follow.get():
+        say(f"{base} has no {listed(missing)}: initialised at random")
     return model.train()  # from_pretrained returns it in evaluation mode, and Lightning keeps the mode
 
 

@@ -6,12 +6,14 @@ after them. A matrix that is shared by embeddings and head, as in GPT-2, is an e
 """
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from os.path import commonprefix
 
 from torch import nn
 
+from lightning_modules.common.messages import MOST_LISTED, listed
 from lightning_modules.finetuning.adapters import name_for_patterns
 
 Parameters = dict[str, nn.Parameter]
@@ -71,13 +73,27 @@ def matching(names: Collection[str], pattern: str, kind: str) -> list[str]:
     """Return the names of parameters or modules that match a glob pattern, in which `*` matches dots too.
 
     Raises:
-        ValueError: If no name matches. The message lists all names, with a star in place of the number of a layer.
+        ValueError: If no name matches. The message lists the names that resemble the pattern most, and says where all
+            of them are.
     """
     found = [name for name in names if fnmatchcase(name, pattern)]
     if not found:
-        known = dict.fromkeys(re.sub(r"\.\d+(?=\.|$)", ".*", name) for name in names)
-        raise ValueError(f"no {kind} is named {pattern!r}; there are {', '.join(known)}")
+        known = of_all_layers(names)
+        where = f"; all are in {listed(_parts(known))}" if len(known) > MOST_LISTED else ""
+        raise ValueError(f"no {kind} is named {pattern!r}; there are {listed(known, like=pattern)}{where}")
     return found
+
+
+def of_all_layers(names: Iterable[str]) -> list[str]:
+    """Return names with a star in place of the number of a layer, each once."""
+    return [*dict.fromkeys(re.sub(r"\.\d+(?=\.|$)", ".*", name) for name in names)]
+
+
+def _parts(names: Iterable[str]) -> list[str]:
+    """Return patterns of the parts of a model in which names are: one for each child of their last common parent."""
+    paths = [name.split(".") for name in names]
+    n = len(commonprefix(paths)) + 1
+    return [*dict.fromkeys(".".join([*path[:n], "*"][: len(path)]) for path in paths)]
 
 
 def _bound(text: str, n: int) -> int | None:

@@ -177,6 +177,14 @@ def test_a_batch_that_the_processes_cannot_share_evenly():
         attach(ExperimentDataModule(4), 0, 3).training_loader(Squares(), 23)
 
 
+def test_a_datamodule_in_a_message_reads_no_data():
+    class Unread(ExperimentDataModule):
+        def train_dataloader(self):
+            raise AssertionError("the data are read")
+
+    assert f"args ({Unread(2)})" == "args (Unread)"
+
+
 def test_too_few_examples_for_a_batch():
     with pytest.raises(MisconfigurationException, match=r"an epoch has 3 .*, too few .*batch_size 4"):
         ExperimentDataModule(4).training_loader(Squares(), 3)

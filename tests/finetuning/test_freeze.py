@@ -125,8 +125,9 @@ def test_layers_are_counted_as_python_counts(layers, chosen):
         ({"layers": ""}, "is no range"),
         (
             {"patterns": ["*.norm.*"]},
-            r"no parameter is named '\*.norm.\*'; there are decoder.token_embedding.weight, "
-            r"decoder.position_embedding.weight, decoder.blocks.\*.attention_norm.weight, ",
+            r"no parameter is named '\*.norm.\*'; there are decoder.final_norm.bias, .*, "
+            r"decoder.blocks.\*.attention_norm.weight, .* and 10 others; all are in decoder.token_embedding.\*, "
+            r"decoder.position_embedding.\*, decoder.blocks.\*, decoder.final_norm.\*$",
         ),
         ({"patterns": ["*bias", "encoder*"]}, "no parameter is named 'encoder"),
         ({}, "nothing is named; set embeddings, layers, patterns or all_but_head"),

@@ -245,6 +245,12 @@ def test_a_base_without_all_weights_says_so(gpt2, tmp_path, capsys):
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     load_pretrained(str(folder))
     assert "has no transformer.ln_f.weight: initialised at random" in capsys.readouterr().err
+    few = {name: weight for name, weight in weights.items() if name.startswith("wte")}
+    save_file(few, folder / "model.safetensors", metadata={"format": "pt"})
+    load_pretrained(str(folder))
+    line = capsys.readouterr().err
+    assert "has no transformer.h.*.attn.c_attn.bias, " in line
+    assert line.endswith(" and 9 others: initialised at random\n")
 
 
 def test_a_fine_tuning_compares_the_vocabularies_before_it_begins(gpt2):
