@@ -16,6 +16,7 @@ from lightning_modules.finetuning.bases import (
     check_fit,
     check_tokenizer,
     load_pretrained,
+    mark_as_new,
     save_pretrained,
     set_dropout,
 )
@@ -91,6 +92,7 @@ class BertImdbModule(ClassifierModule):
             label2id={name: label for label, name in enumerate(classes)},
         )
         self.model = EncoderClassifier(config, encoder).train()
+        mark_as_new(self.model.head.parameters())
         self.save_hyperparameters()
         self.hparams["architecture"] = config.encoder
 

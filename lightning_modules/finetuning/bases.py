@@ -1,7 +1,7 @@
 """Pretrained models of Transformers: loading, saving, and checking them against the data."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
@@ -89,6 +89,7 @@ def load_pretrained(
         ) from error
     if auto_class == "AutoModelForCausalLM" and not _weights_follow.get():  # an old run stays readable
         _check_causality(model, base, argument)
+    mark_as_new(parameter for name, parameter in model.named_parameters() if name in found["missing_keys"])
     if (missing := of_all_layers(sorted(found["missing_keys"]))) and not _weights_follow.get():
         say(f"{base} has no {listed(missing)}: initialised at random")
     return model.train()  # from_pretrained returns it in evaluation mode, and Lightning keeps the mode
@@ -97,6 +98,17 @@ def load_pretrained(
 def _without_weights(auto: Any, config: Any) -> "PreTrainedModel":
     """Return a model with random weights; `.float()` would not do, as tensors without data cannot be converted."""
     return auto.from_config(config, dtype=torch.get_default_dtype(), trust_remote_code=False).train()
+
+
+def mark_as_new(parameters: Iterable[Any]) -> None:
+    """Note that parameters were initialised at random, because the base has none: `LoRA` trains them too."""
+    for parameter in parameters:
+        parameter.is_new = True
+
+
+def is_new(parameter: nn.Parameter) -> bool:
+    """Return whether a parameter was marked as new."""
+    return getattr(parameter, "is_new", False)
 
 
 def set_dropout(model: nn.Module, p: float) -> None:

@@ -60,11 +60,11 @@ class FreezingCallback(L.Callback):
             module.training = True  # the next batch undoes this for modules that are still frozen
         self._frozen_modules = [] if self.keep_dropout else frozen_modules(pl_module)
 
-    def say_counts(self, when: str = "") -> None:
-        """Print the numbers of trained and frozen parameters in a line that begins with `when`."""
+    def say_counts(self, when: str = "", remark: str = "") -> None:
+        """Print the numbers of trained and frozen parameters in a line between `when` and `remark`."""
         trained, frozen = self._counts
         share = trained / (trained + frozen)
-        say(f"{when}{trained:,} parameters are trained ({share:.1%}), {frozen:,} are frozen")
+        say(f"{when}{trained:,} parameters are trained ({share:.1%}), {frozen:,} are frozen{remark}")
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Count what this callback and others have frozen, and print the numbers."""

@@ -5,15 +5,19 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from lightning_modules.common.messages import listed
 from lightning_modules.common.ranges import PositiveFloat, PositiveInt, Probability
 from lightning_modules.finetuning.adapters import adapted_layers, add_adapters, plain_parameters
+from lightning_modules.finetuning.bases import is_new
 from lightning_modules.finetuning.freeze import FreezingCallback
-from lightning_modules.finetuning.selection import ModelParts, matching
+from lightning_modules.finetuning.selection import ModelParts, matching, of_all_layers
 from lightning_modules.models.linear_layers import linear_layers
 
 
 class LoRA(FreezingCallback):
     """Callback that freezes the model and trains low-rank adapters of its linear layers (Hu et al., 2021).
+
+    Parameters that the base does not have, such as a new head, are trained as well (see `bases.mark_as_new`).
 
     A checkpoint holds the frozen weights and the adapters; `model/` is exported as a plain model, with the adapters
     merged into its weights. A model that has adapters, because it was loaded or trained before, keeps them.
@@ -27,7 +31,7 @@ class LoRA(FreezingCallback):
         dropout: Probability that an input of an adapter is dropped in training, in [0, 1).
         targets: Linear layers that get adapters, as glob patterns of their names; `null` adapts all linear layers in
             the stack of layers.
-        also_trained: Other parameters to train, as glob patterns, such as `"classifier.*"` for a new head.
+        also_trained: Other parameters of the base to train, as glob patterns, such as `"*norm*"`.
         keep_dropout: Whether dropout stays active in frozen modules.
     """
 
@@ -63,7 +67,14 @@ class LoRA(FreezingCallback):
                 chosen = {name for pattern in patterns for name in matching(layers, pattern, "linear layer")}
                 add_adapters(pl_module, [name for name in layers if name in chosen], **self.sizes)
         for name, parameter in parameters.items():
-            parameter.requires_grad = name in also_trained
+            parameter.requires_grad = name in also_trained or is_new(parameter)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Print the numbers of trained and frozen parameters, and the names of those that the base does not have."""
+        self.update(pl_module)
+        new = [name for name, p in plain_parameters(pl_module).items() if is_new(p) and p.requires_grad]
+        remark = f"; trained too, as the base has none: {listed(of_all_layers(new))}" if new else ""
+        self.say_counts(remark=remark)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Refuse a run that trains no adapter.

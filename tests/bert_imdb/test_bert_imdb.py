@@ -35,6 +35,7 @@ from lightning_modules.bert_imdb.module import BertImdbModule
 from lightning_modules.bert_imdb.predictions import PredictedLabels
 from lightning_modules.finetuning.bases import load_pretrained
 from lightning_modules.finetuning.freeze import Freeze
+from lightning_modules.finetuning.lora import LoRA
 from lightning_modules.finetuning.selection import ModelParts
 from lightning_modules.metrics import CorpusLoss
 from lightning_modules.runtime.checkpoint import RunCheckpoint
@@ -603,6 +604,14 @@ def test_every_way_of_unfreezing_trains_what_it_says(base, tmp_path, arm, traine
     if arm == "lora":  # the exported model has no adapters
         exported = load_pretrained(str(tmp_path / "model"), "AutoModel").state_dict()
         assert not any("lora" in name for name in exported)
+
+
+def test_adapters_are_trained_with_the_new_head(base, capfd):
+    module = BertImdbModule(str(base), **SIZES)
+    train(module, reviews_of(base), [LoRA(rank=2)], fast_dev_run=True)
+    trained = [name for name, p in module.named_parameters() if p.requires_grad and ".lora_" not in name]
+    assert trained == [f"model.head.{name}" for name in ("dense.weight", "dense.bias", "out.weight", "out.bias")]
+    assert f" are frozen; trained too, as the base has none: {', '.join(trained)}\n" in capfd.readouterr().err
 
 
 def test_the_studies_name_files_that_exist():

@@ -16,6 +16,7 @@ from lightning_modules.finetuning.bases import (
     check_fit,
     check_padding,
     context_of,
+    is_new,
     load_pretrained,
 )
 from lightning_modules.finetuning.causal_lm import CachedHubModel, FineTunedCausalLM
@@ -109,6 +110,7 @@ def test_weights_that_the_base_lacks_are_named(base, capsys):
     model = load_pretrained(str(base), "AutoModelForSequenceClassification", num_labels=3)
     assert capsys.readouterr().err == f"{base} has no score.weight: initialised at random\n"
     assert model.score.weight.shape == (3, 16)
+    assert [name for name, parameter in model.named_parameters() if is_new(parameter)] == ["score.weight"]
     assert torch.equal(model.transformer.wte.weight, load_pretrained(str(base)).transformer.wte.weight)
 
 
