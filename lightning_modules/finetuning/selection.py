@@ -9,7 +9,7 @@ import re
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from os.path import commonprefix
+from itertools import takewhile
 
 from torch import nn
 
@@ -92,8 +92,8 @@ def of_all_layers(names: Iterable[str]) -> list[str]:
 def _parts(names: Iterable[str]) -> list[str]:
     """Return patterns of the parts of a model in which names are: one for each child of their last common parent."""
     paths = [name.split(".") for name in names]
-    n = len(commonprefix(paths)) + 1
-    return [*dict.fromkeys(".".join([*path[:n], "*"][: len(path)]) for path in paths)]
+    common = [*takewhile(lambda parts: len(set(parts)) == 1, zip(*paths, strict=False))]
+    return [*dict.fromkeys(".".join([*path[: len(common) + 1], "*"][: len(path)]) for path in paths)]
 
 
 def _bound(text: str, n: int) -> int | None:

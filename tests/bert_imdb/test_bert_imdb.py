@@ -439,6 +439,11 @@ def test_every_pooling_and_head_is_exported_as_it_is(base, tmp_path, monkeypatch
         mean = torch.stack([h[m.bool()].mean(0) for h, m in zip(hidden, batch["attention_mask"], strict=True)])
         expected = {"cls": hidden[:, 0], "mean": mean, "both": torch.cat([hidden[:, 0], mean], dim=1)}[pooling]
         torch.testing.assert_close(module.features(batch), expected)
+    if type(loaded).__name__ == "EncoderClassifier":  # its encoder is a base; the code in the folder is not run
+        (tmp_path / "model/encoder_classifier.py").write_text("raise SystemExit('the code is run')")
+        encoder = BertImdbModule(str(tmp_path / "model"), **SIZES).model.encoder
+        for name, weight in module.model.encoder.state_dict().items():
+            assert torch.equal(encoder.state_dict()[name], weight)
     # The module of a checkpoint is built without its base.
     again = BertImdbModule("gone", pooling, head, **SIZES, architecture=module.hparams["architecture"]).eval()
     again.load_state_dict(module.state_dict())

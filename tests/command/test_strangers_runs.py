@@ -17,7 +17,7 @@ from jsonargparse import Namespace
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from experiments import trust
-from lightning_modules.finetuning.bases import load_pretrained
+from lightning_modules.finetuning.bases import ENCODER_CLASSIFIER, load_pretrained
 from lightning_modules.runtime import private_names
 
 CODE = """open("it_ran", "w")
@@ -300,8 +300,13 @@ OWN_CODE = {"auto_map": {name: ["hostile.Hostile", None] for name in ("AutoToken
 @pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation"])
 def test_a_base_that_asks_for_code_of_the_hub_is_refused(tmp_path, key):
     config = {"model_type": "gpt2", "n_layer": 1, "n_head": 1, "n_embd": 8, "vocab_size": 9, key: "owner/kernel"}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    for arguments in ({}, {"architecture": config}):
+    of_classifier = {"model_type": ENCODER_CLASSIFIER, "encoder": config}
+    for written, arguments in (
+        (config, {}),
+        (config, {"architecture": config}),
+        (of_classifier, {"auto_class": "AutoModel"}),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(written))
         with pytest.raises(MisconfigurationException, match=r"model\.base: .*owner/kernel, which is code of the hub"):
             load_pretrained(str(tmp_path), **arguments)
 
