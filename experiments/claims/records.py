@@ -67,7 +67,8 @@ def make_records(folder: Path, study: Records, sweep: Sweep) -> str:
         sweep: The sweep file of the study.
 
     Raises:
-        UserError: If no run has finished, one cannot be read or lacks a metric, or the study is of another sweep file.
+        UserError: If no run has finished, one cannot be read, lacks a metric or was resumed with other settings, or the
+            study is of another sweep file.
     """
     runs, settings = [], settings_of(folder, sweep)
     for name in sorted(settings):
@@ -75,9 +76,15 @@ def make_records(folder: Path, study: Records, sweep: Sweep) -> str:
             say(f"left out {folder / name}: it has not ended, or its folder was removed")
             continue
         try:
-            runs.append((read_folder(folder / name), name))
+            run = read_folder(folder / name)
         except UserError as error:
             raise UserError(f"{folder / name}: {error}") from error
+        if run.resumed:
+            raise UserError(
+                f"{run.name}: was resumed with other settings ({run.changes}), so it is a run of none of them; remove "
+                "the folder, and run the study again"
+            )
+        runs.append((run, name))
     if not any(run.status == FINISHED for run, _ in runs):
         raise UserError(f"{folder}: no run of this study has finished")
     varied = {".".join(key): key for key, spec in sweep.distributions.items() if spec.is_swept}

@@ -132,6 +132,12 @@ def _notes(arms: Sequence[Arm], n_skipped: int, more_metrics: Sequence[str]) -> 
             f"Several runs have the same seed in {'; '.join(repeating[:3])}{'; …' if repeating[3:] else ''}. "
             "They are not independent: equal ones have no interval, and the interval of others is too narrow."
         )
+    resumed = [f"{run.name} ({run.changes})" for arm in arms for run in [*arm.runs, *arm.left_out] if run.resumed]
+    if resumed:
+        notes.append(
+            "Runs that were resumed with other settings are arms of their own: "
+            f"{'; '.join(resumed[:3])}{'; …' if resumed[3:] else '.'}"
+        )
     if more_metrics:
         notes.append(f"Shown only by --metrics: {', '.join(more_metrics)}.")
     return notes

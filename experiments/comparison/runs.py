@@ -6,14 +6,16 @@ import math
 import os
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from operator import add
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from experiments.errors import UserError
+from experiments.study.names import last_part
 from experiments.yaml_files import numbered, read_yaml
 from lightning_modules.common.files import complete_lines
 
@@ -26,6 +28,9 @@ _NO_SETTING = re.compile(r"(run|environment|trainer\.logger|trainer\.default_roo
 SEEDS = ("seed", "seed_everything")
 _FILE_OF_ARM = re.compile(r"(?:^|[/(,])config=([^,/()+]+)")  # in the name of an arm
 _MONITOR = re.compile(r"trainer\.callbacks\.\w*Checkpoint(\.\d+)?\.monitor")
+# What a resumed run may change without an effect on what it learns: paths of what was moved, how and where it computes.
+_NO_EFFECT = re.compile(r"data\.|model\.(?!.*dropout)|trainer\.(accelerator|devices|num_nodes|strategy)(\.|$)")
+_LENGTH = re.compile(r"trainer\.max_\w+")  # has an effect if the schedule depends on it
 _STEP = "trainer/global_step"  # optimiser steps done, in W&B's history
 
 
@@ -47,6 +52,12 @@ class Run:
     seeds: dict[str, Any]
     modes: dict[str, Literal["min", "max"]]  # of the metrics by which it keeps its best checkpoint
     metrics: dict[str, Series]
+    resumed: dict[str, str] = field(default_factory=dict)  # settings of which it has had several values, in words
+
+    @property
+    def changes(self) -> str:
+        """What the run was resumed with, in one text: `optimizer.lr 0.003 until step 60 then 0.001`."""
+        return ", ".join(f"{key} {values}" for key, values in self.resumed.items())
 
     @property
     def seed(self) -> str:
@@ -97,7 +108,8 @@ def read_folder(folder: Path) -> Run:
         tested = _read_json(folder / "summary_test.json", {})
         for name, value in tested.get("metrics", {}).items() if tested.get("status") == FINISHED else ():
             metrics[name] = Series(np.array([last_step]), np.array([math.nan if value is None else float(value)]))
-        return _run(str(folder), str(summary["status"]), summary.get("error"), config, metrics)
+        sessions = _read_json(folder / "environment.json", [])
+        return _run(str(folder), str(summary["status"]), summary.get("error"), config, metrics, sessions)
     except FileNotFoundError as error:
         raise UserError(f"{Path(error.filename).name} is missing") from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError, csv.Error) as error:
@@ -117,7 +129,9 @@ def read_wandb(address: str) -> list[Run]:
             if run.job_type in (None, "", "fit"):  # each subcommand is a run of its own in W&B
                 status = UNFINISHED if run.state == "running" else run.state
                 metrics = _read_history(run.scan_history())
-                runs.append(_run(f"{entity}/{project}/{run.id} ({run.name})", status, None, run.config, metrics))
+                sessions = [run.config.get("environment") or {}]  # the last one
+                name = f"{entity}/{project}/{run.id} ({run.name})"
+                runs.append(_run(name, status, None, run.config, metrics, sessions))
     except Exception as error:
         # W&B's errors have no common base; that of an unknown project is a ValueError.
         if not isinstance(error, ValueError) and not type(error).__module__.startswith("wandb."):
@@ -149,7 +163,14 @@ def flatten(value: Any, key: str = "") -> dict[str, Any]:
     return flat
 
 
-def _run(name: str, status: str, error: str | None, config: Mapping[str, Any], metrics: Mapping[str, Series]) -> Run:
+def _run(
+    name: str,
+    status: str,
+    error: str | None,
+    config: Mapping[str, Any],
+    metrics: Mapping[str, Series],
+    sessions: Iterable[Mapping[str, Any]],
+) -> Run:
     flat = {_printable(key): _printable(value) for key, value in flatten(dict(config)).items()}
     settings = {key: value for key, value in flat.items() if not _NO_SETTING.match(key)}
     if found := _FILE_OF_ARM.search(name):
@@ -163,7 +184,40 @@ def _run(name: str, status: str, error: str | None, config: Mapping[str, Any], m
         if monitor and _MONITOR.fullmatch(key)
     }
     shown = {_printable(metric): series for metric, series in metrics.items()}
-    return Run(_printable(name), _printable(status), _printable(error or ""), settings, seeds, modes, shown)
+    resumed = {_printable(key): _printable(text) for key, text in _values_in_turn(sessions).items()}
+    resumed = {key: text for key, text in resumed.items() if _has_effect(key, settings)}
+    settings |= resumed
+    return Run(_printable(name), _printable(status), _printable(error or ""), settings, seeds, modes, shown, resumed)
+
+
+def _values_in_turn(sessions: Iterable[Mapping[str, Any]]) -> dict[str, str]:
+    """Return the settings that a run was resumed with other values of: `0.003 until step 60 then 0.001`.
+
+    Args:
+        sessions: Entries of `environment.json`. A session takes the place of what others did after its first step.
+    """
+    values: dict[str, list[tuple[int, Any]]] = {}  # each with its first step
+    for resumed in (session["resumed"] for session in sessions if "resumed" in session):
+        step, changed = resumed["step"], resumed["changed"]
+        for key in {**values, **changed}:
+            before = values.get(key) or [(0, changed[key][0])]
+            now = changed[key][1] if key in changed else before[-1][1]
+            kept = [(first, value) for first, value in before if first < step]
+            values[key] = kept if kept and kept[-1][1] == now else [*kept, (step, now)]
+    return {key: _in_words(in_turn) for key, in_turn in values.items() if len(in_turn) > 1}
+
+
+def _in_words(in_turn: Sequence[tuple[int, Any]]) -> str:
+    ends = [*(f" until step {first}" for first, _ in in_turn[1:]), ""]
+    shown = (last_part(value) if isinstance(value, str) else json.dumps(value) for _, value in in_turn)
+    return " then ".join(map(add, shown, ends))
+
+
+def _has_effect(key: str, settings: Mapping[str, Any]) -> bool:
+    """Return whether a setting that has changed at a step makes another run of a run with these settings."""
+    if _LENGTH.fullmatch(key):
+        return last_part(settings.get("lr_scheduler") or "Constant") != "Constant"
+    return not _NO_SETTING.match(key) and not _NO_EFFECT.match(key)
 
 
 def _printable(value: Any) -> Any:
@@ -216,7 +270,7 @@ def _series(steps: np.ndarray, values: np.ndarray) -> Series:
     return Series(in_order, values[::-1][last])
 
 
-def _read_json(file: Path, default: dict[str, Any]) -> dict[str, Any]:
+def _read_json(file: Path, default: Any) -> Any:
     try:
         return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else default
     except ValueError as error:

@@ -343,6 +343,19 @@ def test_records_need_finished_runs_with_the_metrics(topic):
         make_records(folder, study.spec, study.sweep)
 
 
+def test_a_run_that_was_resumed_with_another_setting_has_no_record(topic, llm_train):
+    run = write_runs(Path("runs")) / "n_layer=1,seed=0"
+    sessions = json.loads((run / "environment.json").read_text())
+    resumed = {"checkpoint": "last.ckpt", "step": 50, "changed": {"optimizer.lr": [0.1, 0.2]}}
+    (run / "environment.json").write_text(json.dumps([*sessions, {"resumed": resumed}]))
+    done = llm_train("claims", "topic", "--record")
+    assert (done.code, done.err) == (
+        1,
+        f"error: {run}: was resumed with other settings (optimizer.lr 0.1 until step 50 then 0.2), so it is a run of "
+        "none of them; remove the folder, and run the study again\n",
+    )
+
+
 # --- the command ---
 
 

@@ -354,6 +354,10 @@ def halve_summary(run: Path) -> None:
     (run / "summary.json").write_text('{"status": "fin')
 
 
+def halve_environment(run: Path) -> None:
+    (run / "environment.json").write_text('[{"commit": "a')
+
+
 def list_summary(run: Path) -> None:
     (run / "summary.json").write_text("[1]")
 
@@ -371,6 +375,7 @@ def list_summary(run: Path) -> None:
         (binary_metrics, "can't decode byte"),
         (halve_summary, "summary.json: "),
         (list_summary, "list indices"),
+        (halve_environment, "environment.json: "),
     ],
 )
 def test_a_damaged_run_cannot_be_read(write_run, damage, reason):
@@ -426,6 +431,61 @@ def test_arms_of_equal_seeds_are_told_apart(llm_train, write_run):
             write_run(f"{depth}.{number}", model__init_args__n_layer=depth, optimizer__init_args__lr=depth / 10)
     done = llm_train("compare", "runs")
     assert "Several runs have the same seed in n_layer=1, lr=0.1; n_layer=2, lr=0.2. " in done.out
+
+
+def resume(run: Path, *sessions: tuple[int, dict[str, list]]) -> None:
+    """Record sessions after the first of a run: the step each resumed from, and the settings that it changed."""
+    resumed = [{"resumed": {"checkpoint": "last.ckpt", "step": step, "changed": changed}} for step, changed in sessions]
+    (run / "environment.json").write_text(json.dumps([{}, *resumed]))
+
+
+@pytest.mark.usefixtures("empty_images")
+def test_a_run_that_was_resumed_with_another_setting_is_in_an_arm_of_its_own(llm_train, write_run):
+    for seed in (0, 1):
+        write_run(f"high{seed}", seed=seed, optimizer__init_args__lr=3e-3)
+        write_run(f"low{seed}", seed=seed, optimizer__init_args__lr=1e-3)
+    killed = write_run("killed", seed=2, optimizer__init_args__lr=1e-3, trainer__max_steps=20)
+    resume(killed, (60, {"optimizer.lr": [3e-3, 1e-3], "trainer.max_steps": [60, 20]}))
+    done = llm_train("compare", "runs")
+    note = (
+        "Runs that were resumed with other settings are arms of their own: "
+        "runs/killed (optimizer.lr 0.003 until step 60 then 0.001)."
+    )
+    assert note in done.out.splitlines()
+    assert note in Path("runs/comparison/index.html").read_text()
+    rows = Path("runs/comparison/table.md").read_text().splitlines()[2:5]
+    assert [row.split(" | ")[:2] for row in rows] == [
+        ["| 0.001", "2"],
+        ["| 0.003", "2"],
+        ["| 0.003 until step 60 then 0.001", "1"],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("sessions", "values"),
+    [
+        ([(6, {"optimizer.lr": [3, 2]}), (9, {}), (12, {"optimizer.lr": [2, 1]})], "3 until step 6 then 2 until step "
+         "12 then 1"),
+        ([(6, {"optimizer.lr": [3, 2]}), (6, {})], "3 until step 6 then 2"),
+        ([(6, {"optimizer.lr": [3, 2]}), (4, {})], "3 until step 4 then 2"),  # from best.ckpt, as last.ckpt was damaged
+        ([(6, {"optimizer.lr": [3, 2]}), (6, {"optimizer.lr": [2, 3]})], None),  # nothing was kept of the second
+        ([(0, {"optimizer.lr": [3, 2]})], None),
+        ([(6, {"optimizer": ["a.b.C", "torch.optim.SGD"]})], "C until step 6 then SGD"),
+        ([(6, {"data.num_workers": [0, 2], "trainer.devices": [1, 2], "model.compile": [False, True]})], None),
+        ([(6, {"model.block.dropout": [0.0, 0.1]})], "0.0 until step 6 then 0.1"),
+    ],
+)  # fmt: skip
+def test_the_values_of_a_resumed_run_in_turn(write_run, sessions, values):
+    run = write_run("one")
+    resume(run, *sessions)
+    assert list(read_folder(run).resumed.values()) == ([values] if values else [])
+
+
+@pytest.mark.parametrize(("schedule", "has_effect"), [("Constant", False), ("Cosine", True)])
+def test_another_length_makes_another_run_where_the_schedule_depends_on_it(write_run, schedule, has_effect):
+    run = write_run("one", lr_scheduler={"class_path": f"lightning_modules.optim.schedules.{schedule}"})
+    resume(run, (60, {"trainer.max_steps": [60, 120]}))
+    assert bool(read_folder(run).resumed) == has_effect
 
 
 @pytest.mark.usefixtures("empty_images")
@@ -749,6 +809,14 @@ def test_an_error_of_wandb_is_a_users_error(monkeypatch, error):
     with pytest.raises(UserError) as caught:
         read_wandb("me/x")
     assert str(caught.value) == f"--wandb me/x: {error}"
+
+
+def test_a_run_of_wandb_that_was_resumed_with_another_setting(monkeypatch):
+    resumed = {"checkpoint": "last.ckpt", "step": 60, "changed": {"lr": [0.003, 0.001]}}
+    config = {"lr": 0.001, "environment": {"resumed": resumed}}
+    run = FakeRun(id="id", name="run", config=config, loss=1.0, state="finished", job_type="fit")
+    monkeypatch.setattr(wandb, "Api", lambda: SimpleNamespace(runs=lambda *_, **__: [run]))
+    assert read_wandb("me/x")[0].settings == {"lr": "0.003 until step 60 then 0.001"}
 
 
 def test_wandb_without_runs(monkeypatch):
