@@ -132,6 +132,10 @@ def _notes(arms: Sequence[Arm], n_skipped: int, more_metrics: Sequence[str]) -> 
             f"Several runs have the same seed in {'; '.join(repeating[:3])}{'; …' if repeating[3:] else ''}. "
             "They are not independent: equal ones have no interval, and the interval of others is too narrow."
         )
+    ends = [(run.last_step, arm.label) for arm in arms for run in arm.runs]
+    (first, shortest), (last, longest) = min(ends), max(ends)
+    if first < last:
+        notes.append(f"The last values are of different steps, from {first} ({shortest}) to {last} ({longest}).")
     resumed = [f"{run.name} ({run.changes})" for arm in arms for run in [*arm.runs, *arm.left_out] if run.resumed]
     if resumed:
         notes.append(

@@ -113,14 +113,15 @@ def mode_of(
 
 
 def measures_of(metric: str, mode: Mode | None, runs: Sequence[Run]) -> list[Measure]:
-    """Return the measures of a metric: best and last, or one for both if they are equal in every run.
+    """Return the measures of a metric: best and last, or one for both.
 
-    It is the last alone without a mode, and if only the last differs: the best can be that before the first step.
+    It is one for both if they are equal in every run, and can be compared, see `Measure.is_fair`. It is the last alone
+    without a mode, and if only the last differs: the best can be that before the first step.
     """
     best, last = Measure(metric, "best", mode), Measure(metric, "last", mode)
     if mode is None:
         return [last]
-    if all(best.of(run) == last.of(run) for run in runs):
+    if best.is_fair(runs) and all(best.of(run) == last.of(run) for run in runs):
         return [Measure(metric, "best = last", mode)]
     if len({best.of(run) for run in runs}) == 1 < len({last.of(run) for run in runs}):
         return [last]

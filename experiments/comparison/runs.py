@@ -55,6 +55,11 @@ class Run:
     resumed: dict[str, str] = field(default_factory=dict)  # settings of which it has had several values, in words
 
     @property
+    def last_step(self) -> int:
+        """The last step at which it has logged something."""
+        return max((int(series.steps[-1]) for series in self.metrics.values()), default=0)
+
+    @property
     def changes(self) -> str:
         """What the run was resumed with, in one text: `optimizer.lr 0.003 until step 60 then 0.001`."""
         return ", ".join(f"{key} {values}" for key, values in self.resumed.items())

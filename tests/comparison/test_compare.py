@@ -518,6 +518,21 @@ def test_the_measures_of_a_metric_are_its_best_and_its_last_value():
     assert [measure.kind for measure in measures_of("val/loss", None, [run])] == ["last"]
 
 
+@pytest.mark.usefixtures("empty_images")
+def test_runs_of_different_lengths_are_compared_with_a_remark(llm_train, write_run):
+    for seed in (0, 1):
+        write_run(f"long{seed}", (4.0, 3.0, 2.0, 1.0 + seed / 10), seed, optimizer__init_args__lr=0.3)
+        write_run(f"short{seed}", (4.0, 3.0 + seed / 10), seed)
+    done = llm_train("compare", "runs")
+    assert "lr   n  val/loss, best  val/loss, last\n" in done.out
+    rows = [row for row in Path("runs/comparison/table.md").read_text().splitlines() if row.startswith("| lr=0.3 ")]
+    assert [row.split(" | ")[-3:] for row in rows] == [
+        ["–", "–", "none: unequal numbers of validations |"],
+        ["-2.00 ± 0.30", "better", "Welch, 2 and 2 runs |"],
+    ]
+    assert "The last values are of different steps, from 20 (lr=0.1) to 40 (lr=0.3)." in done.out.splitlines()
+
+
 @pytest.mark.parametrize(("mode", "ranking"), [("min", [2, 0, 3, 1]), ("max", [3, 0, 2, 1])])
 def test_arms_are_ranked_by_their_means_and_those_without_one_are_last(mode, ranking):
     arms = arms_of([run_with(loss=loss, width=width) for width, loss in enumerate([2.0, math.nan, 1.0, 3.0])])
