@@ -89,7 +89,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         """Save a checkpoint; a file of that name is replaced only when the new one is complete.
 
         Raises:
-            OSError: If the disk is full or the folder cannot be written; the earlier file is untouched. The error of
+            OSError: If the disk is full or the folder cannot be written; an earlier file is untouched. The error of
                 a write in the background is raised when the run next waits for it.
         """
         self.wait()
@@ -146,7 +146,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
-            reason = f"{error.strerror}: the checkpoint was not written; the earlier one is whole"
+            earlier = "; the earlier one is whole" if Path(path).is_file() else ""
+            reason = f"{error.strerror}: the checkpoint was not written{earlier}"
             raise OSError(error.errno, reason, str(path)) from error
 
     def load_checkpoint(self, path: str | Path, map_location: Any = "cpu", weights_only: bool | None = None) -> dict:

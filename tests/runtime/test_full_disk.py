@@ -68,6 +68,12 @@ def test_a_checkpoint_that_does_not_fit_leaves_the_earlier_one(disk_with_room_fo
     assert [path.name for path in file.parent.iterdir()] == ["last.ckpt"]
 
 
+def test_a_first_checkpoint_that_does_not_fit_has_no_earlier_one(disk_with_room_for):
+    disk_with_room_for(0)
+    with pytest.raises(OSError, match=r"No space left on device: the checkpoint was not written: 'last\.ckpt'"):
+        AtomicCheckpointIO().save_checkpoint({"state_dict": {}}, "last.ckpt")
+
+
 def test_the_record_of_a_run_names_the_best_checkpoint_that_was_written(llm_train, tiny, monkeypatch):
     save = AtomicCheckpointIO.save_checkpoint
 
