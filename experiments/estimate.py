@@ -87,8 +87,7 @@ def main(args: Sequence[str]) -> None:
             f"--device {options.device}: is not in the table{did_you_mean(options.device, DEVICES)}; "
             f"there are {', '.join(DEVICES)}"
         )
-    if not rest:
-        raise UserError("estimate needs an experiment: give -c NAME, as for fit")
+    names.with_files(["estimate", *rest])  # whose errors name this command
 
     import torch
     from lightning.pytorch.utilities.exceptions import MisconfigurationException

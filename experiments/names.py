@@ -97,7 +97,7 @@ def flags(args: Sequence[str]) -> Iterator[tuple[str, str]]:
 
 
 def with_files(args: Sequence[str]) -> list[str]:
-    """Return a command line of `fit` with the files of the names that `-c` and `--config` give.
+    """Return a command line, such as one of `fit`, with the files of the names that `-c` and `--config` give.
 
     Raises:
         UsageError: If there is no file of a name, or a file is there without a flag.

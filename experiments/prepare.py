@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+from experiments import names
 from experiments.errors import CommandParser, UserError
 
 if TYPE_CHECKING:  # imported where they are used: the help answers without them
@@ -35,8 +36,7 @@ def main(args: Sequence[str]) -> None:
     n_processes = len(os.sched_getaffinity(0)) if options.processes is None else options.processes
     if n_processes < 1:
         raise UserError(f"--processes {n_processes}: give 1 or more")
-    if not rest:
-        raise UserError("prepare needs an experiment: give -c NAME, as for fit")
+    names.with_files(["prepare", *rest])  # whose errors name this command
 
     from experiments import cli
 

@@ -200,7 +200,10 @@ def test_what_an_estimate_does_not_know_is_one_line(llm_train, tiny):
     assert "error: --device cpu: only GPUs are estimated" in llm_train("estimate", "--device", "cpu").err
     assert "error: --device h10: is not in the table (did you mean" in llm_train("estimate", "--device=h10").err
     assert llm_train("estimate", "--devices=0").err == "error: --devices 0: give 1 or more\n"
-    assert "estimate needs an experiment" in llm_train("estimate").err
+    assert llm_train("estimate").err.startswith("error: estimate: give an experiment by -c NAME; ")
+    assert llm_train("estimate", config).err == (
+        f"error: estimate {config}: a file needs -c (did you mean 'llm-train estimate -c {config}'?)\n"
+    )
     missing = llm_train("estimate", "-c", config, "--data.tokenizer", "nowhere/tokenizer")
     assert (missing.code, len(missing.err.splitlines())) == (1, 1)
     Path("mine.py").write_text(MINE)

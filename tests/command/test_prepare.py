@@ -37,7 +37,8 @@ def test_several_processes_prepare_a_large_text(llm_train, tiny, monkeypatch):
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        ([], "prepare needs an experiment: give -c NAME, as for fit"),
+        ([], "prepare: give an experiment by -c NAME; "),
+        (["tiny.yaml"], "prepare tiny.yaml: a file needs -c (did you mean 'llm-train prepare -c tiny.yaml'?)"),
         (["-c", "tiny.yaml", "--processes", "0"], "--processes 0: give 1 or more"),
         (["-c", "nothing.yaml"], "nothing.yaml"),
         (["-c", "tiny.yaml", "--data.sorce", "a.txt"], "did you mean 'source'?"),
