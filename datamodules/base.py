@@ -161,6 +161,15 @@ class _Loader(DataLoader):
         return batches
 
 
+def check_share(batch_size: int, world_size: int) -> None:
+    """Raise a `MisconfigurationException` if a global batch cannot be shared equally by so many processes."""
+    if batch_size % world_size:
+        raise MisconfigurationException(
+            f"data.batch_size is {batch_size}, the global batch over all {world_size} processes: "
+            f"give a multiple of {world_size}"
+        )
+
+
 class GlobalBatches(SequentialSampler):
     """The positions of one process's share of each global batch, (share,) int64.
 
@@ -228,12 +237,7 @@ class ExperimentDataModule(LightningDataModule):
 
     def training_loader(self, dataset: Dataset, n: int, order: Order | None = None) -> DataLoader:
         """Return the loader of `n` positions, by default shuffled, without an incomplete last batch."""
-        _, world_size = self._rank_and_world_size
-        if self.batch_size % world_size:
-            raise MisconfigurationException(
-                f"data.batch_size is {self.batch_size}, the global batch over all {world_size} processes: "
-                f"give a multiple of {world_size}"
-            )
+        check_share(self.batch_size, self._rank_and_world_size[1])
         if n < self.batch_size:
             raise MisconfigurationException(
                 f"an epoch has {n} training examples, too few for one batch of data.batch_size {self.batch_size}: "

@@ -1,9 +1,9 @@
 """`llm-train estimate`: the memory, time and disk that a run will take, before it runs."""
 
-import math
 import shlex
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -72,10 +72,10 @@ def main(args: Sequence[str]) -> None:
         description="Estimate memory, time and disk of a run, with the files and flags of `llm-train fit`. Model and "
         "training step have no memory for this: they run on the shapes of the tensors.",
     )
-    parser.add_argument("--devices", type=int, default=1, help="number of GPUs that share the batch (default: 1)")
+    parser.add_argument("--devices", type=int, help="number of GPUs that share the batch (default: trainer.devices)")
     parser.add_argument("--device", default="h100", metavar="NAME", help=f"{', '.join(DEVICES)} (default: h100)")
     options, rest = parser.parse_known_args(args[1:])
-    if options.devices < 1:
+    if options.devices is not None and options.devices < 1:
         raise UserError(f"--devices {options.devices}: give 1 or more")
     if options.device.lower() == "cpu":
         raise UserError(
@@ -124,7 +124,8 @@ def main(args: Sequence[str]) -> None:
         def instantiate_trainer(self, **_: Any) -> Any:
             """Print the estimate in place of training."""
             self.model.optimizer_factory = self.config_init["fit"]["optimizer"]
-            lines, preset = estimate(self, options.devices, options.device.lower())
+            n_devices = options.devices or devices_of(self.arguments["trainer"])
+            lines, preset = estimate(self, n_devices, options.device.lower())
             words = with_file(rest, preset) if preset else rest
             print(*lines, f"next    llm-train fit {shlex.join(words)}", sep="\n")
             return SimpleNamespace(fit=lambda *_, **__: None)
@@ -141,6 +142,13 @@ def with_file(words: Sequence[str], name: str) -> list[str]:
     return [*words[:end], "-c", name, *words[end:]]
 
 
+def devices_of(trainer: Mapping[str, Any]) -> int:
+    """Return the number of devices that a trainer asks for, on all machines; 1 a machine if it takes what is there."""
+    devices = trainer["devices"]
+    on_each = len(devices) if isinstance(devices, list) else int(devices) if str(devices).isdecimal() else 1
+    return max(1, on_each) * trainer["num_nodes"]
+
+
 def estimate(cli: "ExperimentCLI", n_devices: int, device: str) -> tuple[list[str], str | None]:
     """Return the lines of an estimate, and the preset that the run needs to train on the devices, if it fits.
 
@@ -149,18 +157,22 @@ def estimate(cli: "ExperimentCLI", n_devices: int, device: str) -> tuple[list[st
         n_devices: Number of GPUs.
         device: Name of the GPU, in `DEVICES`.
     """
+    from datamodules.base import check_share
     from lightning_modules.base import ExperimentModule
     from lightning_modules.runtime.step_memory import size_of
 
     model, data, trainer = cli.model, cli.datamodule, cli.arguments["trainer"]
+    _change(model, cli.config_init["fit"]["trainer"]["callbacks"])
     n_weights = _count(model.parameters())
     n_trained = _count(weight for weight in model.parameters() if weight.requires_grad)
     lines = [f"model   {type(model).__name__}: {n_weights:,} weights, of which {n_trained:,} are trained"]
     batch_size, length = getattr(data, "batch_size", None), getattr(data, "block_size", None)
+    if isinstance(batch_size, int):
+        check_share(batch_size, n_devices)
     precision = str(trainer["precision"] or "32-true")
     if not isinstance(batch_size, int) or not isinstance(length, int) or type(model).loss is ExperimentModule.loss:
         return [*lines, "memory  not known: the batches have no fixed number of tokens;", _MEASURE], None
-    share = math.ceil(batch_size / n_devices)
+    share = batch_size // n_devices
     # Sharded gradients leave activations no room that whole ones take later; for DDP this counts a little too much.
     accumulates = trainer["accumulate_grad_batches"] > 1 or n_devices > 1
     try:
@@ -187,13 +199,35 @@ def estimate(cli: "ExperimentCLI", n_devices: int, device: str) -> tuple[list[st
     if min(needs.values()) > limit:
         lines.append("        a smaller data.batch_size with more trainer.accumulate_grad_batches needs less, as does")
         lines.append("        trainer.strategy.activation_checkpointing of trainer/fsdp, which is not counted here")
-    lines += time_lines(model, trainer, batch_size * length, n_trained, n_devices, device)
+    lines += time_lines(model, trainer, batch_size * length, n_weights, n_devices, device)
     checkpoint = size_of(*model.parameters(), *model.buffers()) + memory.optimizer
     model_folder = f"and {_gib(memory.weights)} GiB of model/"
     lines.append(f"disk    {_gib(checkpoint)} GiB a checkpoint, last.ckpt and best.ckpt, {model_folder}")
     if has_preset(map(str, cli.arguments["config"] or ()), trainer["accelerator"], n_devices):
         return lines, None
     return lines, next((name for name, needed in needs.items() if needed <= limit), None)
+
+
+def _change(model: "ExperimentModule", callbacks: Any) -> None:
+    """Change a model as the callbacks of a run do that add parameters, and freeze some for all of it."""
+    found = callbacks if isinstance(callbacks, list) else [callbacks]
+    order = {callback: getattr(callback, "setup_order", 0) for callback in found}
+    with _unmoved():
+        for callback in sorted((each for each in found if order[each] < 0), key=order.__getitem__):
+            callback.setup(None, model, "fit")
+
+
+@contextmanager
+def _unmoved() -> Iterator[None]:
+    """Leave modules where and of what type they are: without data they cannot be moved."""
+    from torch import nn
+
+    to = nn.Module.to
+    nn.Module.to = lambda module, *_, **__: module  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.to = to  # type: ignore[method-assign]
 
 
 def has_preset(files: Iterable[str], accelerator: str, n_devices: int) -> bool:

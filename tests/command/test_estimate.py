@@ -216,3 +216,30 @@ def test_what_an_estimate_does_not_know_is_one_line(llm_train, tiny):
     line = "memory  not known: the batches have 'context' too, and only those of decoders, input_ids and targets, are"
     assert line in other.out, other.err
     assert other.out.endswith(f"\nnext    llm-train fit -c {config} --model=mine.OtherBatches\n")
+
+
+def test_a_batch_that_the_devices_cannot_share_is_refused_as_in_a_run(llm_train, tiny):
+    config, said = tiny(), "error: data.batch_size is 4, the global batch over all 3 processes: give a multiple of 3\n"
+    for flags in (["--devices=3"], ["-c", "trainer/ddp", "--trainer.devices=3"]):
+        done = llm_train("estimate", "-c", config, *flags)
+        assert (done.code, done.err) == (1, said)
+
+
+@pytest.mark.parametrize(
+    ("devices", "n_nodes", "expected"), [(3, 1, 3), ("3", 2, 6), ([0, 2], 1, 2), ("auto", 1, 1), (-1, 2, 2)]
+)
+def test_the_devices_of_a_trainer_are_counted(devices, n_nodes, expected):
+    assert estimate.devices_of({"devices": devices, "num_nodes": n_nodes}) == expected
+
+
+@pytest.mark.parametrize(
+    ("callback", "flag", "counts"),
+    [
+        ("freeze.Freeze", "layers=:", "10,960 weights, of which 4,400 are trained"),
+        ("lora.LoRA", "rank=2", "11,984 weights, of which 1,024 are trained"),
+    ],
+)
+def test_a_fine_tuning_is_estimated_with_what_its_callbacks_add_and_freeze(llm_train, tiny, callback, flag, counts):
+    flags = [f"--trainer.callbacks+=lightning_modules.finetuning.{callback}", f"--trainer.callbacks.{flag}"]
+    done = llm_train("estimate", "-c", tiny(), *flags, "--trainer.precision=bf16-true")
+    assert (done.code, done.out.splitlines()[0]) == (0, f"model   PretrainModule: {counts}"), done.err
