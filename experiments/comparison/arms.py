@@ -13,6 +13,7 @@ from experiments.errors import UserError
 from experiments.study.names import shortest_ending
 
 ABSENT = object()  # value of a setting that a run does not have
+_COLUMNS = ("n", "seed", "status", "run")  # of the tables; a setting has a longer name
 _DOTTED = re.compile(r"[A-Za-z_]\w*(\.\w+){2,}")  # package.module.Class
 
 
@@ -54,8 +55,9 @@ def arms_of(runs: Sequence[Run], count_unfinished: bool = False) -> list[Arm]:
         return bool(run.metrics) and (count_unfinished or run.status == FINISHED)
 
     keys = differing_settings(runs)
-    names = {key: shortest_ending(key, keys) for key in keys}
-    shown = {key: show_values(run.settings.get(key, ABSENT) for run in runs) for key in keys}
+    names = {key: shortest_ending(key, [*keys, *_COLUMNS]) for key in keys}
+    metrics = {metric for run in runs for metric in (*run.metrics, *run.modes)}
+    shown = {key: show_values((run.settings.get(key, ABSENT) for run in runs), metrics) for key in keys}
     groups: dict[tuple[str, ...], list[Run]] = {}
     for run in runs:
         groups.setdefault(tuple(_identity(run.settings.get(key, ABSENT)) for key in keys), []).append(run)
@@ -132,11 +134,16 @@ def _named_by_their_file(differing: list[str], columns: dict[str, list[str]]) ->
     return [key for key in differing if key not in without]
 
 
-def show_values(values: Iterable[Any]) -> dict[str, str]:
-    """Return the values of a setting as in YAML, with short names of classes and paths, and numbers with few digits."""
+def show_values(values: Iterable[Any], metrics: Collection[str] = ()) -> dict[str, str]:
+    """Return the values of a setting as in YAML, with short names of classes and paths, and numbers with few digits.
+
+    Args:
+        values: The values.
+        metrics: Names of metrics, which look like paths and are shown whole.
+    """
     values = {_identity(value): value for value in values}
     texts = {value for value in values.values() if isinstance(value, str)}
-    n_shared = _shared_folders(texts)
+    n_shared = 0 if texts.intersection(metrics) else _shared_folders(texts)
     numbers = [value for value in values.values() if isinstance(value, float)]
     enough = (n for n in range(4, 17) if len({f"{number:.{n}g}" for number in numbers}) == len(set(numbers)))
     digits = next(enough, 17)

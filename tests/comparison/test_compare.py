@@ -198,6 +198,20 @@ def test_names_are_as_short_as_they_can_be_without_clashing():
     assert list(show_values(["text.txt", "a/b.tar.gz"]).values()) == ["text.txt", "a/b.tar.gz"]
 
 
+@pytest.mark.parametrize(("key", "name"), [("data.n", "data.n"), ("a.b.status", "b.status"), ("data.m", "m")])
+def test_no_setting_has_the_name_of_another_column(key, name):
+    arms = arms_of([run_with(**{key: value}) for value in (1, 2)])
+    assert list(arms[0].shown) == [name]
+    header, _ = tables.results_with_all_digits(arms, [])
+    assert len(set(header)) == len(header)
+
+
+def test_metrics_that_are_settings_have_their_whole_names(write_run):
+    monitored = ("val/loss", "val/accuracy")
+    runs = [read_folder(write_run(name[4:], monitor=(name, "min"))) for name in monitored]
+    assert [arm.label for arm in arms_of(runs)] == ["monitor=val/accuracy", "monitor=val/loss"]
+
+
 def test_a_whole_number_is_one_setting_however_it_is_written():
     assert len(arms_of([run_with(warmup=4), run_with(1, warmup=4.0)])) == 1
     assert len(arms_of([run_with(flag=1), run_with(1, flag=True)])) == 2
