@@ -173,12 +173,17 @@ def _draw_spread(axes: "Axes", curve: Curve, color: str) -> None:
     Such an interval is that of too few runs for their spread, and would cover the panel.
     """
     least, most = limits_of(curve.metric)
-    low, high = (np.asarray(end)[np.isfinite(end)] for end in (curve.low, curve.high))
-    if (low < least).any() or (high > most).any():
+    low, high = np.asarray(curve.low), np.asarray(curve.high)
+    known = np.isfinite(low) & np.isfinite(high)
+    if (low[known] < least).any() or (high[known] > most).any():
         for values in curve.of_runs:
             axes.plot(curve.steps, values, color=color, linewidth=0.6, alpha=0.45)
-    else:
-        axes.fill_between(curve.steps, curve.low, curve.high, color=color, alpha=0.13, linewidth=0)
+        return
+    axes.fill_between(curve.steps, low, high, color=color, alpha=0.13, linewidth=0)
+    around = np.pad(known, 1)
+    alone = known & ~around[:-2] & ~around[2:]  # an area needs two points
+    if alone.any():
+        axes.vlines(curve.steps[alone], low[alone], high[alone], color=color, alpha=0.45, linewidth=1.3)
 
 
 def _is_log(drawn: Sequence[Curve]) -> bool:

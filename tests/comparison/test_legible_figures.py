@@ -116,6 +116,17 @@ def test_an_interval_beyond_what_a_metric_can_be_is_not_drawn():
     assert max(ends) == 1.0
 
 
+def test_an_interval_between_steps_without_one_is_drawn_as_a_line():
+    losses = [(3.0, 2.5, 2.0, 1.5, 1.0), (3.0, 2.7, 2.0, 1.6, 1.1), (3.0, 2.6, 2.0, 1.7, 1.2)]
+    arms = arms_of([run(f"r{seed}", values, seed=seed) for seed, values in enumerate(losses)])
+    curves = figures.curves_of(["val/loss"], arms)
+    (axes,) = draw_curves(curves, arms, [0]).axes
+    area, line = axes.collections
+    assert any({40, 50} == set(path.vertices[:, 0]) for path in area.get_paths())
+    (ends,) = (path.vertices.tolist() for path in line.get_paths())
+    assert ends == [[20, curves[0].low[1]], [20, curves[0].high[1]]]
+
+
 def test_curves_that_lie_together_are_drawn_again_closer():
     steps = np.arange(0, 161, 20)
     arms = [SimpleNamespace(label=f"a={n}", shown={"a": str(n)}) for n in range(6)]
