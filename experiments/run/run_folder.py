@@ -158,7 +158,7 @@ def find(root: Path, topic: str, name: str, study: str | None = None, checkpoint
     runs = _runs(root, topic, name, study)
     if not runs:
         parent = root / topic / (study or "")
-        existing = ", ".join(sorted(p.name for p in parent.glob("*"))) or "no run at all"
+        existing = ", ".join(sorted(p.name for p in parent.glob("*") if is_run(p))) or "no run at all"
         raise MisconfigurationException(f"ckpt_path: there is no run {parent / name} to continue; there is {existing}")
     return _newest_with((checkpoint,), runs) or runs[-1]
 

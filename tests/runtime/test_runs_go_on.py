@@ -62,6 +62,8 @@ def test_the_run_to_continue_has_the_checkpoint_or_began_to_train(tmp_path):
     assert found("study") is None  # an arm repeated by hand, which can have other settings, is not the arm
     with pytest.raises(MisconfigurationException, match=r"there is no run .*/study/name to continue; there is name\+2"):
         find(tmp_path, "topic", "name", "study")
+    with pytest.raises(MisconfigurationException, match=r"to continue; there is name\.4, name\.5$"):  # no study
+        find(tmp_path, "topic", "other")
     for file in ("name/.lock", "name/config_validate.yaml", f"name/{LAST}"):
         write(f"study/{file}")
         # One that was killed before it wrote anything too: a second folder would hide its checkpoints from the next.
