@@ -4,12 +4,14 @@ import shlex
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from experiments import names
 from experiments.errors import CommandParser, UserError, causes, did_you_mean, module_that_raised
+from experiments.yaml_files import read_yaml
 
 if TYPE_CHECKING:  # imported where they are used: the help answers without them
     from torch import Tensor
@@ -175,8 +177,13 @@ def estimate(cli: "ExperimentCLI", n_devices: int, device: str) -> tuple[list[st
     share = batch_size // n_devices
     # Sharded gradients leave activations no room that whole ones take later; for DDP this counts a little too much.
     accumulates = trainer["accumulate_grad_batches"] > 1 or n_devices > 1
+
+    @cache
+    def memory_with(precision: str) -> "StepMemory":
+        return _memory(model, share, length, precision, accumulates)
+
     try:
-        memory = _memory(model, share, length, precision, accumulates)
+        memory = memory_with(precision)
     except KeyError as error:
         counted = "only those of decoders, input_ids and targets, are counted"
         return [*lines, f"memory  not known: the batches have {error} too, and {counted};", _MEASURE], None
@@ -190,12 +197,16 @@ def estimate(cli: "ExperimentCLI", n_devices: int, device: str) -> tuple[list[st
     parts = memory._asdict().items()
     lines.append("        " + ", ".join(f"{name} {_gib(value)}" for name, value in parts))
     largest, rest = _units(model)
+    is_preset = has_preset(map(str, cli.arguments["config"] or ()), trainer["accelerator"], n_devices)
     needs = presets(memory, n_devices, largest, rest)
+    precisions = {name: precision if is_preset else precision_with(name, precision) for name in needs}
+    needs = {name: presets(memory_with(of), n_devices, largest, rest)[name] for name, of in precisions.items()}
     limit = DEVICES[device].memory * _USABLE * GIB
     lines.append(f"fits    on {n_devices} x {device}, {DEVICES[device].memory} GiB each:")
     for name, needed in needs.items():
         fits = "fits" if needed <= limit else "does not fit"
-        lines.append(f"        {name:<13} {_gib(needed):>7} GiB a device: {fits}")
+        other = f", {precisions[name]}" if precisions[name] != precision else ""
+        lines.append(f"        {name:<13} {_gib(needed):>7} GiB a device{other}: {fits}")
     if min(needs.values()) > limit:
         lines.append("        a smaller data.batch_size with more trainer.accumulate_grad_batches needs less, as does")
         lines.append("        trainer.strategy.activation_checkpointing of trainer/fsdp, which is not counted here")
@@ -203,7 +214,7 @@ def estimate(cli: "ExperimentCLI", n_devices: int, device: str) -> tuple[list[st
     checkpoint = size_of(*model.parameters(), *model.buffers()) + memory.optimizer
     model_folder = f"and {_gib(memory.weights)} GiB of model/"
     lines.append(f"disk    {_gib(checkpoint)} GiB a checkpoint, last.ckpt and best.ckpt, {model_folder}")
-    if has_preset(map(str, cli.arguments["config"] or ()), trainer["accelerator"], n_devices):
+    if is_preset:
         return lines, None
     return lines, next((name for name, needed in needs.items() if needed <= limit), None)
 
@@ -240,6 +251,21 @@ def has_preset(files: Iterable[str], accelerator: str, n_devices: int) -> bool:
     """
     on_one_gpu = n_devices == 1 and accelerator in ("gpu", "cuda")
     return on_one_gpu or any(Path(file).absolute().parent.name == "trainer" for file in files)
+
+
+def precision_with(preset: str, precision: str) -> str:
+    """Return the precision of a run with a preset in front of the flags of the command line.
+
+    Args:
+        preset: Name of the preset.
+        precision: That of the run without it. One in which the model was built stays.
+    """
+    from experiments.parser import ExperimentParser
+    from lightning_modules.runtime.step_memory import WHOLE
+
+    if precision in WHOLE or "--trainer.precision" in dict(names.flags(ExperimentParser.command_line)):
+        return precision
+    return read_yaml(names.find_or_explain(preset, "-c"))["trainer"].get("precision", precision)
 
 
 def _memory(model: "ExperimentModule", batch_size: int, length: int, precision: str, accumulates: bool) -> "StepMemory":

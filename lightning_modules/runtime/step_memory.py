@@ -46,6 +46,7 @@ def step_memory(
         accumulates: Whether the gradients of earlier batches are there in the forward pass.
     """
     module.train()
+    module.zero_grad()  # of another estimate
     module.before_compilation()
     trained = [weight for weight in module.parameters() if weight.requires_grad]
     gradients = size_of(*trained)

@@ -122,7 +122,8 @@ def test_an_estimate_is_printed_and_no_run_begins(llm_train, tiny):
     n_weights = int(re.match(r"model   PretrainModule: ([\d,]+) weights", lines[0])[1].replace(",", ""))
     assert "memory  of a step with 2 x 16 tokens on each device, 32-true, not compiled, in GiB:" in lines
     assert "fits    on 2 x l4, 22 GiB each:" in lines
-    assert [line.split()[0] for line in lines if line.endswith(": fits")] == ["trainer/ddp", "trainer/fsdp"]
+    fits = {line.split()[0]: line.split("GiB ")[1] for line in lines if line.endswith(": fits")}
+    assert fits == {"trainer/ddp": "a device: fits", "trainer/fsdp": "a device, bf16-mixed: fits"}
     assert any(line.startswith("speed   not known: the step is smaller than") for line in lines)
     assert any(line.startswith("device  trainer.accelerator is cpu; this estimate is of a GPU, l4") for line in lines)
     assert lines[-1] == f"next    llm-train fit -c {config} -c trainer/ddp --model.n_layer=1"
@@ -243,3 +244,16 @@ def test_a_fine_tuning_is_estimated_with_what_its_callbacks_add_and_freeze(llm_t
     flags = [f"--trainer.callbacks+=lightning_modules.finetuning.{callback}", f"--trainer.callbacks.{flag}"]
     done = llm_train("estimate", "-c", tiny(), *flags, "--trainer.precision=bf16-true")
     assert (done.code, done.out.splitlines()[0]) == (0, f"model   PretrainModule: {counts}"), done.err
+
+
+def test_a_preset_is_estimated_with_its_own_precision(llm_train, tiny, monkeypatch):
+    monkeypatch.setattr(estimate, "GIB", 2**10)
+
+    def needed(*flags: str) -> str:
+        done = llm_train("estimate", "-c", tiny(), *flags)
+        assert done.code == 0, done.err
+        return next(line for line in done.out.splitlines() if line.startswith("        trainer/gpu "))
+
+    alone, of_run = needed(), needed("-c", "trainer/gpu")
+    assert alone == of_run.replace("a device", "a device, bf16-mixed")
+    assert needed("--trainer.precision=32-true") not in (alone, of_run)
