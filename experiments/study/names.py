@@ -92,7 +92,10 @@ def _short_value(value: Any) -> str:
 
 
 def last_part(value: str) -> str:
-    """Return the name of a class without its modules, the stem of a YAML file, and any other text as it is."""
+    """Return the name of a class without its modules, the stem of a YAML file, and any other text as it is.
+
+    The name of a class begins with a capital: `my.txt` is a file.
+    """
     if value.endswith(".yaml"):
         return Path(value).stem
-    return value.rsplit(".", 1)[-1] if re.fullmatch(r"([A-Za-z_]\w*\.)+[A-Za-z_]\w*", value) else value
+    return value.rsplit(".", 1)[-1] if re.fullmatch(r"([A-Za-z_]\w*\.)+_?[A-Z]\w*", value) else value

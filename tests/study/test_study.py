@@ -256,6 +256,7 @@ def test_a_study_has_a_folder_of_its_own_whatever_its_name(text, name):
         ({"optimizer": {"lr": 0.30000000000000004}}, "lr=0.3"),
         ({"data.tokenizer": "runs/words/offline/tokenizer"}, "tokenizer=runs-words-offline-tokenizer"),
         ({"config": "experiments/topic/rows/first.yaml", "without": []}, "config=first,without=none"),
+        ({"a": "my.txt", "b": "../y/my.txt", "c": "my.Own", "d": "my._Own"}, "a=my.txt,b=y-my.txt,c=Own,d=_Own"),
         ({"a": None, "b": True, "c": -1, "d": [1, 2], "e": 1e20}, "a=null,b=true,c=-1,d=1-2,e=1e20"),
     ],
 )
