@@ -82,10 +82,10 @@ def _parse(args: Sequence[str]) -> tuple[argparse.Namespace, list[str], dict[str
     if slurm_options and options.launcher != "slurm":
         raise UsageError(f"--slurm.{next(iter(slurm_options))} needs --launcher slurm")
     for flag in flags:
-        if not _PASSED_ON.fullmatch(flag):
-            parser.error(f"no such option: {flag}; write --key=value for the runs, or put it after --")
         if close := difflib.get_close_matches(flag.split("=")[0], _OWN_FLAGS, n=1, cutoff=0.75):
             parser.error(f"no such option: {flag} (did you mean {close[0]}?)")
+        if not _PASSED_ON.fullmatch(flag):
+            parser.error(f"no such option: {flag}; write --key=value for the runs, or put it after --")
     return options, flags + args[split + 1 :], slurm_options
 
 

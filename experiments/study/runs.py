@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import os
+import re
 import shutil
 import signal
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,6 +30,8 @@ if TYPE_CHECKING:  # optuna is slow to import
 LOGS = "logs"  # in the folder of a study
 
 _OF_ANOTHER_RUN = ("WANDB_RUN_ID", "WANDB_SWEEP_ID", "WANDB_SWEEP_PARAM_PATH")  # no two runs may share an id
+# In the output of a run: a mistake, or the exception below a traceback.
+_ERROR = re.compile(r"^(?:error: |Traceback \(most recent call last\):\n(?:[ \t].*\n|\n)*(?=\S))(.*)", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -143,6 +146,7 @@ class Run:
     stopped_early: bool = False  # by the pruner
     _changed: int = 0  # when metrics.csv was last read for the pruner
     n_reported: int = 0  # values that the pruner has seen
+    _n_logged: int = 0  # bytes in the log, of earlier starts
 
     def __post_init__(self) -> None:
         self.folder = self.plan.folder / self.arm
@@ -173,6 +177,7 @@ class Run:
 
     def prepare(self) -> None:
         """Remove a folder that has nothing to resume from, and write the file of the settings if the command has it."""
+        self._n_logged = self.log.stat().st_size if self.log.is_file() else 0
         if self.folder.exists() and not self.has_checkpoint:
             shutil.rmtree(self.folder)
         if "${args_json_file}" in self.plan.sweep.command:
@@ -224,9 +229,9 @@ class Run:
         if code < 0:
             return f"ended by {signal.Signals(-code).name}"
         if code:
-            lines = self.log.read_text(encoding="utf-8", errors="replace").split("\n") if self.log.is_file() else []
-            last = next((line.strip() for line in reversed(lines) if line.strip()), "")
-            return last.removeprefix("error: ") or f"exit code {code}"
+            output = self.log.read_bytes()[self._n_logged :].decode(errors="replace") if self.log.is_file() else ""
+            lines = [*_ERROR.findall(output)[-1:], *output.strip().split("\n")[-1:]]
+            return next((line.strip() for line in lines if line.strip()), f"exit code {code}")
         return None if self.folder.is_dir() else f"it has left no {self.folder}"
 
     def _summary(self) -> dict[str, Any]:

@@ -195,6 +195,8 @@ def read_sweep_file(path: str | Path) -> Sweep:
         content = json.loads(json.dumps(load_yaml(text)))  # as W&B and a journal have it: all keys are text
         if not isinstance(content, dict):
             raise UserError(f"{path}: is not a sweep file: it has no `method:` and no `parameters:`")
+        if "model" in content and "parameters" not in content:
+            raise UserError(f"{path}: is an experiment and not a sweep file: `llm-train fit -c {path}` runs it")
         sweep = Sweep.model_validate(content)
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: is not UTF-8 text (byte {error.start})") from error
@@ -235,7 +237,9 @@ def _explain(error: Any) -> tuple[Key, str]:
             known = {name for section in Section.__subclasses__() for name in section.model_fields}
             return key, f"there is no such key{did_you_mean(key[-1], sorted(known))}"
         case "model_type":
-            return key, f"must be a section, got {shown}"
+            advice = "{values: [...]}" if isinstance(value, list) else "{value: ...}"
+            hint = f"; write {advice}" if key[0] == "parameters" else ""
+            return key, f"must be a section, got {shown}{hint}"
         case "value_error":
             return (*key, *error["ctx"]["error"].key), str(error["ctx"]["error"])
         case "too_short":

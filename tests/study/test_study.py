@@ -123,7 +123,8 @@ WRONG = {
     "stopping rule": ({"early_terminate": {"type": "median"}}, "early_terminate.type: must be 'hyperband', got"),
     "section": ({"metric": "val/loss"}, 'line 2: metric: must be a section, got "val/loss"'),
     "long section": ({"metric": "a" * 99}, 'line 2: metric: must be a section, got "' + "a" * 56 + "..."),
-    "parameter": ({"parameters": {"lr": 1}}, "line 6: parameters.lr: must be a section, got 1"),
+    "parameter": ({"parameters": {"lr": 1}}, "line 6: parameters.lr: must be a section, got 1; write {value: ...}"),
+    "list": ({"parameters": {"lr": [1, 2]}}, "parameters.lr: must be a section, got [1, 2]; write {values: [...]}"),
     "null": (
         {"early_terminate": {"type": "hyperband", "min_iter": None}},
         "min_iter: must be a valid integer, got null",
@@ -433,6 +434,31 @@ def test_a_run_that_logs_no_such_metric_has_failed(llm_train, sweep):
     assert (done.code, "lr=0.3,seed=1  failed: it has logged no val/los" in done.err) == (1, True)
 
 
+@pytest.mark.parametrize(
+    ("output", "reason"),
+    [
+        ("hello\nerror: a mistake\nwandb: bye\n", "a mistake"),
+        ("Traceback (most recent call last):\n  File 1\nA: an earlier one\nerror: a mistake\n", "a mistake"),
+        (
+            "Traceback (most recent call last):\n  File 1\nKeyError: 1\n\nDuring handling:\n\n"
+            "Traceback (most recent call last):\n  File 2\n    ^^^\nmy.Error: it does not fit\nSubtypes:\n  - a\n"
+            "Given value: Namespace(a=1)\n",
+            "my.Error: it does not fit",
+        ),
+        ("killed by something\n\n", "killed by something"),
+        ("", "exit code 1"),
+    ],
+)
+def test_the_reason_of_a_failed_run_is_the_first_line_of_its_last_error(sweep, output, reason):
+    run = Journal(Plan(read_sweep_file(sweep()), STUDY, [], n_runs=1, jobs=1, seed=0), in_memory=True).next()
+    run.log.parent.mkdir(parents=True)
+    run.log.write_text("error: of an earlier start\n")
+    run.prepare()
+    with run.log.open("a") as log:
+        log.write(output)
+    assert run.error(1) == reason
+
+
 def test_a_sweep_needs_no_metric_and_its_runs_can_read_their_settings_in_a_file(llm_train, sweep):
     command = ["${interpreter}", "stub.py", "--run.topic=toy", "${args_json_file}"]
     done = llm_train("study", sweep(metric=None, command=command), "--runs=1", "--name", "other")
@@ -641,6 +667,9 @@ def test_what_a_study_cannot_do_costs_one_line(llm_train, sweep, tmp_path):
     assert "must be a whole number of at least 1, got 0" in error("--jobs", "0")
     assert "no such option: --trainer.max_steps; write --key=value for the runs" in error("--trainer.max_steps", "3")
     assert "no such option: --job=2 (did you mean --jobs?)" in error("--job=2")
+    assert "no such option: --job (did you mean --jobs?)" in error("--job", "2")
+    experiment = llm_train("study", TINY)
+    assert f"{TINY}: is an experiment and not a sweep file: `llm-train fit -c {TINY}` runs it" in experiment.err
     assert not Path("runs").exists()
     llm_train("study", sweep(), "--runs=1")
     assert f"{STUDY} was begun with other parameters: remove it" in error(parameters={"lr": {"value": 1}})
