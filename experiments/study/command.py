@@ -40,7 +40,7 @@ def main(args: Sequence[str]) -> None:
     launcher: Launcher = SlurmLauncher(plan, slurm_options) if options.launcher == "slurm" else LocalLauncher(plan)
     study = Study(plan, launcher)
     code = study.run()
-    if code:
+    if study.signals or study.n_failed > study.n_refused:
         say(f"{'resume' if study.signals else 'again '}  {shlex.join(['llm-train', *args])}")
     if not study.signals and study.n_done:
         say(f"next    llm-train compare {shlex.quote(str(plan.folder))}")

@@ -126,13 +126,12 @@ class Distribution(Section):
                 return [_rounded(self.min + i * self.q) for i in range(math.ceil((self.max - self.min) / self.q))]
         return None
 
-    def for_optuna(self, in_grid: bool) -> "BaseDistribution":
+    def for_optuna(self) -> "BaseDistribution":
         """Return what Optuna draws from: choices as JSON, ranges, and quantiles of what Optuna does not have."""
         from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
-        choices = self.grid() if in_grid else self.values if self.name == "categorical" else None
-        if choices is not None:
-            return CategoricalDistribution([json.dumps(value) for value in choices])
+        if self.name == "categorical":
+            return CategoricalDistribution([json.dumps(value) for value in self.values])
         if self.name == "int_uniform":
             return IntDistribution(int(self.min), int(self.max))
         if self.min is not None:

@@ -5,7 +5,7 @@ import fcntl
 import itertools
 import json
 import random
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -22,10 +22,13 @@ _FILE = "journal.log"
 # place. Their names are random, and nothing is written to them again.
 _OF_SUBMITIT = ".submission_file_"
 _STUDY = "study"  # the name in the journal
+_DELETED = 1  # the operation in Optuna's journal by which a study that has changed begins anew
 
 
 class Journal:
     """The trials of a study, one for each start of a run; the latest trial of an arm says how the arm has ended.
+
+    The points of a grid are told apart by their settings, and Optuna draws nothing: so values can be added to a grid.
 
     Args:
         plan: The study.
@@ -38,46 +41,31 @@ class Journal:
         from optuna.storages.journal import JournalFileBackend, JournalStorage
         from optuna.trial import TrialState
 
-        from experiments.study.pruning import Halving
-
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        sweep = plan.sweep
-        self._plan, self._sweep = plan, sweep
-        self._distributions = {
-            ".".join(key): spec.for_optuna(sweep.method == "grid")
-            for key, spec in sweep.distributions.items()
-            if spec.is_swept
-        }
-        rule = sweep.early_terminate
+        self._plan, self._sweep = plan, plan.sweep
+        self._direction = "maximize" if plan.sweep.maximize else "minimize"
+        self._judges = plan.sweep.uses_results or plan.sweep.early_terminate is not None  # runs by values of the metric
+        self._points = _points_of(plan.sweep)
+        swept = {".".join(key): spec for key, spec in plan.sweep.distributions.items() if spec.is_swept}
+        self._distributions = {} if self._is_grid else {name: spec.for_optuna() for name, spec in swept.items()}
         self._storage = (
             optuna.storages.InMemoryStorage()
             if in_memory
             else JournalStorage(JournalFileBackend(str(plan.folder / _FILE)))
         )
-        self._optuna = optuna.create_study(
-            storage=self._storage,
-            study_name=_STUDY,
-            direction="maximize" if sweep.maximize else "minimize",
-            pruner=Halving(rule.first, int(rule.eta)) if rule else optuna.pruners.NopPruner(),
-            load_if_exists=True,
-        )
-        # In memory there are no arms yet, but the study in the folder has some: their folders are not those of others.
-        self._named = settings_of(plan.folder, sweep) if in_memory and (plan.folder / _FILE).is_file() else {}
-        asked = _asked_by(sweep) | {"flags": plan.flags, "seed": None if sweep.method == "grid" else plan.seed}
-        if "asked" not in self._optuna.user_attrs:
-            self._optuna.set_user_attr("asked", asked)
-        begun = self._optuna.user_attrs["asked"]
-        if other := " and ".join(key for key in asked if asked[key] != begun[key]):
-            raise UserError(f"{plan.folder} was begun with other {other}: remove it, or give this study another --name")
+        self._optuna = self._open()
+        self.found = self._find_runs(find)  # those that go on since an earlier command
+        arms = self._begin()
+        self._named = arms if in_memory else {}  # in memory there are no arms yet, but the study in the folder has some
+        for run in self.found:
+            self._checked_attributes(run.trial)
         while self._optuna.get_trials(states=(TrialState.WAITING,)):
-            self._optuna.ask(self._distributions)
-        self.found: list[Run] = []  # runs that go on since an earlier command
-        for trial in self._optuna.get_trials(states=(TrialState.RUNNING,)):
-            if JOB in trial.user_attrs and find(run := self._run_of(trial)):
-                self.found.append(run)
-            else:
-                self._optuna.tell(trial.number, state=TrialState.FAIL)
-        by_arm = latest(self._optuna.trials)
+            self._optuna.tell(self._optuna.ask(self._distributions), state=TrialState.FAIL)
+        by_arm = {
+            arm: trial
+            for arm, trial in latest(self._optuna.trials).items()
+            if not self._is_grid or _text(trial.user_attrs["settings"]) in self._points  # a value without runs may go
+        }
         # Runs that were interrupted or failed, or whose folder was removed, are the first that `next` returns.
         self._again = [
             trial
@@ -86,6 +74,79 @@ class Journal:
         ]
         # By arm: name of a TrialState, or AGAIN before another attempt.
         self.outcomes = {arm: "AGAIN" if trial in self._again else trial.state.name for arm, trial in by_arm.items()}
+        there = {_text(trial.user_attrs["settings"]) for trial in by_arm.values()}
+        self._left = iter([values for point, values in self._points.items() if point not in there])
+
+    @property
+    def _is_grid(self) -> bool:
+        return self._sweep.method == "grid"
+
+    def _open(self) -> Any:
+        """Return the study in the journal; it begins if it is not there."""
+        import optuna
+
+        from experiments.study.pruning import Halving
+
+        rule = self._sweep.early_terminate
+        return optuna.create_study(
+            storage=self._storage,
+            study_name=_STUDY,
+            direction=self._direction,
+            pruner=Halving(rule.first, int(rule.eta)) if rule else optuna.pruners.NopPruner(),
+            load_if_exists=True,
+        )
+
+    def _find_runs(self, find: Callable[[Run], bool]) -> list[Run]:
+        """Return the runs that go on since an earlier command; others that the journal has as running have ended."""
+        from optuna.trial import TrialState
+
+        found = []
+        for trial in self._optuna.get_trials(states=(TrialState.RUNNING,)):
+            if JOB in trial.user_attrs and find(run := self._run_of(trial)):
+                found.append(run)
+            else:
+                self._optuna.tell(trial.number, state=TrialState.FAIL)
+        return found
+
+    def _begin(self) -> dict[str, dict[str, Any]]:
+        """Record what the study asks, and return the settings of its earlier arms by their names.
+
+        What no run depends on may change. As long as no arm has a folder, everything may: the study begins anew.
+
+        Raises:
+            UserError: If something else has changed.
+        """
+        import optuna
+
+        folder = self._plan.folder
+        asked = _asked_by(self._sweep) | {"flags": self._plan.flags, "seed": None if self._is_grid else self._plan.seed}
+        begun, arms = _read(folder) if (folder / _FILE).is_file() else ({}, {})
+        settings = {arm: attributes["settings"] for arm, attributes in arms.items()}
+        going_on = {run.arm for run in self.found}
+        kept = [settings[arm] for arm in settings if arm in going_on or (folder / arm).is_dir()]
+        other = [key for key in asked if asked[key] != begun.get(key, asked[key]) and not self._may_change(key, kept)]
+        if self._judges and self._optuna.direction.name.lower() != self._direction and "metric" not in other:
+            other.append("metric")  # changed while it judged no run
+        if kept and other:
+            raise UserError(
+                f"{folder} was begun with other {' and '.join(other)}: give this study another --name; "
+                f"`llm-train compare {folder} {folder.parent}/NAME` compares the two"
+            )
+        if other:
+            optuna.delete_study(study_name=_STUDY, storage=self._storage)
+            self._optuna = self._open()
+        if self._optuna.user_attrs.get("asked") != asked:
+            self._optuna.set_user_attr("asked", asked)
+        return settings
+
+    def _may_change(self, key: str, kept: Collection[Mapping[str, Any]]) -> bool:
+        """Return whether a part of what the study asks may change: arms with the settings `kept` have runs."""
+        match key:
+            case "parameters":
+                return self._is_grid and all(_text(settings) in self._points for settings in kept)
+            case "metric":
+                return not self._judges
+        return False
 
     def next(self) -> Run | None:
         """Return the next run to start or to resume, or `None` if there is none."""
@@ -107,51 +168,60 @@ class Journal:
 
         study_id = self._storage.get_study_id_from_name(_STUDY)
         trial_id = self._storage.get_trial_id_from_study_id_trial_number(study_id, trial.number)
-        attributes = self._checked_attributes(trial) | {"n_reported": len(trial.intermediate_values)}
-        return Run(self._plan, **attributes, trial=Trial(self._optuna, trial_id))
+        arm, settings = self._arm_of(trial), trial.user_attrs["settings"]
+        n_reported = len(trial.intermediate_values)
+        return Run(self._plan, arm, settings, Trial(self._optuna, trial_id), n_reported=n_reported)
+
+    def _arm_of(self, trial: Any) -> str:
+        """Return the arm of a trial, which names a folder."""
+        arm = trial.user_attrs["arm"]
+        if Path(arm).name != arm or arm == "..":  # it may be removed
+            raise UserError(f"{self._plan.folder / _FILE}: {arm!r} is not a name of a run")
+        return arm
 
     def _checked_attributes(self, trial: Any) -> dict[str, Any]:
-        """Return the arm and the settings of a trial; the arm names a folder, and the settings become flags."""
-        attributes = {key: trial.user_attrs[key] for key in ("arm", "settings")}
-        if Path(attributes["arm"]).name != attributes["arm"] or attributes["arm"] == "..":  # it may be removed
-            raise UserError(f"{self._plan.folder / _FILE}: {attributes['arm']!r} is not a name of a run")
-        if json.dumps(self._settings(trial)) != json.dumps(attributes["settings"]):
-            raise UserError(f"{self._plan.folder / _FILE}: the settings of {attributes['arm']} are not the sweep's")
-        return attributes
+        """Return the arm and the settings of a trial; the settings become flags."""
+        arm, settings = self._arm_of(trial), trial.user_attrs["settings"]
+        known = self._points if self._is_grid else [_text(self._sweep.settings(self._values(trial)))]
+        if _text(settings) not in known:
+            raise UserError(f"{self._plan.folder / _FILE}: the settings of {arm} are not the sweep's")
+        return {"arm": arm, "settings": settings}
 
     def _draw(self, i: int) -> Run:
-        """Draw the settings of run i."""
+        """Draw the settings of run i; those of a grid are the next ones in the order of the file."""
         from optuna.samplers import RandomSampler, TPESampler
 
         # From (seed, i) alone: an interrupted study draws what it would have drawn.
         seed = random.Random(f"{self._plan.seed} {i}").getrandbits(32)
-        distributions = self._sweep.distributions
-        if self._sweep.method == "grid":
-            grid = itertools.product(*(spec.grid() or [] for spec in distributions.values() if spec.is_swept))
-            point = next(itertools.islice(grid, i, None))
-            self._optuna.enqueue_trial(dict(zip(self._distributions, map(json.dumps, point), strict=True)))
-        elif self._sweep.method == "random":
+        if self._sweep.method == "random":
             self._optuna.sampler = RandomSampler(seed)
-        else:
+        elif self._sweep.method == "bayes":
             self._optuna.sampler = TPESampler(seed=seed, constant_liar=self._plan.jobs > 1)
         trial = self._optuna.ask(self._distributions)
-        values = self._values(trial)
-        arm = arm_name({name: values[name] for name in self._distributions})
-        if not arm or arm in self.outcomes or ((self._plan.folder / arm).exists() and arm not in self._named):
-            arm = f"{arm}{',' if arm else ''}run={i + 1}"
-        settings = self._settings(trial)
+        values = next(self._left) if self._is_grid else self._values(trial)
+        settings = self._sweep.settings(values)
+        arm = self._name(settings, values)
         trial.set_user_attr("settings", settings)
         trial.set_user_attr("arm", arm)
         return Run(self._plan, arm, settings, trial)
 
-    def _values(self, trial: Any) -> dict[str, Any]:
-        """Return the values of all parameters of a trial, by name."""
+    def _name(self, settings: Mapping[str, Any], values: Sequence[Any]) -> str:
+        """Return the name of a new arm with these settings, and these values of all parameters."""
+        for arm, known in self._named.items():
+            if known == settings and arm not in self.outcomes:
+                return arm
         specs = self._sweep.distributions.items()
-        return {".".join(key): spec.setting(trial.params.get(".".join(key))) for key, spec in specs}
+        swept = {".".join(key): value for (key, spec), value in zip(specs, values, strict=True) if spec.is_swept}
+        arm = name = arm_name(swept)
+        numbers = itertools.count(len(self.outcomes) + 1)
+        while not arm or arm in self.outcomes or (self._plan.folder / arm).exists():
+            arm = f"{name}{',' if name else ''}run={next(numbers)}"
+        return arm
 
-    def _settings(self, trial: Any) -> dict[str, Any]:
-        """Return the settings of the run of a trial, nested as in the sweep file."""
-        return self._sweep.settings(list(self._values(trial).values()))
+    def _values(self, trial: Any) -> list[Any]:
+        """Return the values of all parameters that a draw of Optuna stands for."""
+        specs = self._sweep.distributions.items()
+        return [spec.setting(trial.params.get(".".join(key))) for key, spec in specs]
 
     def record(self, run: Run, value: float | None, error: str | None) -> None:
         """Record how a run has ended: its best value of the metric, and the reason if it failed."""
@@ -170,8 +240,9 @@ class Journal:
         target = self._sweep.metric.target if self._sweep.metric else None
         if target is None:
             return False
-        trials = latest(self._optuna.get_trials(deepcopy=False)).items()
-        values = (trial.value for arm, trial in trials if self.outcomes[arm] == "COMPLETE")  # not one that starts again
+        trials = latest(self._optuna.get_trials(deepcopy=False))
+        ended = (arm for arm, outcome in self.outcomes.items() if outcome == "COMPLETE")  # not one that starts again
+        values = (trials[arm].value for arm in ended)
         return any(value >= target if self._sweep.maximize else value <= target for value in values)
 
     def count(self, *outcomes: str) -> int:
@@ -190,19 +261,45 @@ def _asked_by(sweep: Sweep) -> dict[str, Any]:
     return {key: content.get(key) for key in ("method", "parameters", "metric", "command")}
 
 
-def _asked_in(folder: Path) -> dict[str, Any]:
-    """Return what the study in a folder was begun with; empty if its journal does not say it."""
-    for line in complete_lines(folder / _FILE):
-        record = json.loads(line)
-        if "asked" in record.get("user_attr", {}):
-            return record["user_attr"]["asked"]
-    return {}
+def _points_of(sweep: Sweep) -> dict[str, list[Any]]:
+    """Return the values of all parameters at each point of a grid, by the settings of its run as text."""
+    if sweep.method != "grid":
+        return {}
+    points = itertools.product(*(spec.grid() or [] for spec in sweep.distributions.values()))
+    return {_text(sweep.settings(values)): list(values) for values in points}
+
+
+def _text(settings: Mapping[str, Any]) -> str:
+    return json.dumps(settings, sort_keys=True)
+
+
+def _read(folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """Return what the study in a folder asks, empty if its journal does not say it, and what is recorded of each arm.
+
+    Raises:
+        UserError: If there is no journal, or it is damaged.
+    """
+    asked: dict[str, Any] = {}
+    trials: dict[int, dict[str, Any]] = {}
+    try:
+        for line in complete_lines(folder / _FILE):
+            record = json.loads(line)
+            attributes = record.get("user_attr", {})
+            if record.get("op_code") == _DELETED:
+                asked, trials = {}, {}
+            elif "trial_id" in record:
+                trials.setdefault(record["trial_id"], {}).update(attributes)
+            else:
+                asked = attributes.get("asked", asked)
+        return asked, {trial["arm"]: trial for trial in trials.values() if {"arm", "settings"} <= trial.keys()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{folder / _FILE}: is not the journal of a study ({type(error).__name__})") from error
 
 
 def goal_of(folder: Path) -> tuple[str, str] | None:
     """Return the metric of the study in a folder and its goal, or `None` if there is no study, or it has no goal."""
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
-        metric = _asked_in(folder)["metric"]
+    with contextlib.suppress(UserError, KeyError, TypeError):
+        metric = _read(folder)[0]["metric"]
         return metric["name"], metric["goal"]
     return None
 
@@ -213,18 +310,13 @@ def settings_of(folder: Path, sweep: Sweep) -> dict[str, dict[str, Any]]:
     Raises:
         UserError: If there is no journal, it is damaged, or the sweep file has been changed since the study began.
     """
-    trials: dict[int, dict[str, Any]] = {}
-    try:
-        begun, now = _asked_in(folder), _asked_by(sweep)
-        if other := " and ".join(key for key in ("parameters", "command") if begun.get(key, now[key]) != now[key]):
-            raise UserError(f"{folder} was begun with other {other} than {sweep.path} has now: undo that, or remove it")
-        for line in complete_lines(folder / _FILE):
-            record = json.loads(line)
-            if "trial_id" in record:
-                trials.setdefault(record["trial_id"], {}).update(record.get("user_attr", {}))
-        return {trial["arm"]: trial["settings"] for trial in trials.values() if "arm" in trial}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{folder / _FILE}: is not the journal of a study ({type(error).__name__})") from error
+    (begun, arms), now = _read(folder), _asked_by(sweep)
+    if other := " and ".join(key for key in ("parameters", "command") if begun.get(key, now[key]) != now[key]):
+        raise UserError(
+            f"{folder} was begun with other {other} than {sweep.path} has now: undo that, or "
+            f"`llm-train study {sweep.path}` again"
+        )
+    return {arm: recorded["settings"] for arm, recorded in arms.items()}
 
 
 @contextlib.contextmanager

@@ -234,6 +234,12 @@ class Run:
             return next((line.strip() for line in lines if line.strip()), f"exit code {code}")
         return None if self.folder.is_dir() else f"it has left no {self.folder}"
 
+    @property
+    def logged(self) -> list[str]:
+        """Names of the metrics that the run has logged."""
+        lines = complete_lines(self._metrics) if self._metrics.is_file() else []
+        return next(csv.reader(lines), [])
+
     def _summary(self) -> dict[str, Any]:
         """Return the summary that a run writes at its end."""
         return read_json(self.folder / "summary.json", {})

@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator
 from typing import BinaryIO
 
-from experiments.errors import UserError
+from experiments.errors import UserError, did_you_mean
 from experiments.study.journal import Journal, locked
 from experiments.study.launchers import Launcher
 from experiments.study.runs import LOGS, Plan, Run
@@ -24,8 +24,11 @@ class Study:
         self.launcher = launcher
         self.running: list[Run] = []
         self.signals: list[int] = []  # received so far
+        self.n_refused = 0  # runs that would fail again, as long as what the study asks is the same
+        self._n_ended = 0
         self._is_new = False  # whether no run was started by an earlier call
-        self._n_ended = self._n_refused = 0  # by this call; those that were refused never began
+        # Whether the first runs are all refused, as the others would be; the next call goes on with the others.
+        self._is_refused = False
         self._n_passed_on = 0
 
     def run(self) -> int:
@@ -48,10 +51,9 @@ class Study:
                 for run in list(self.running):
                     self._check(run)
                 time.sleep(self.launcher.pause)
-        n_failed = self.journal.count("FAIL")
         target = ", the target is reached" if self.journal.reached_target else ""
-        say(f"\nstudy   {folder} ({self.n_done} of {self._total} runs done, {n_failed} failed{target})")
-        return 128 + self.signals[0] if self.signals else int(n_failed > 0)
+        say(f"\nstudy   {folder} ({self.n_done} of {self._total} runs done, {self.n_failed} failed{target})")
+        return 128 + self.signals[0] if self.signals else int(self.n_failed > 0)
 
     def _start(self, lock: BinaryIO) -> None:
         """Start as many runs as the launcher takes; those that have finished before get no job."""
@@ -68,9 +70,9 @@ class Study:
         return self._is_refused or bool(self.signals)
 
     @property
-    def _is_refused(self) -> bool:
-        """Whether the first runs are all refused, as the others would be; the next call goes on with the others."""
-        return self._is_new and self._n_ended == self._n_refused >= self.launcher.at_once
+    def n_failed(self) -> int:
+        """Number of runs that have failed."""
+        return self.journal.count("FAIL")
 
     @property
     def n_done(self) -> int:
@@ -97,8 +99,11 @@ class Study:
         """Record how a run has ended, and print it."""
         metric, value = run.result()
         error = None if run.stopped_early else run.error(code)
-        if not (error or run.stopped_early) and self.plan.sweep.metric and value is None:
-            error = f"it has logged no {metric}"
+        lacks_metric = False
+        if self.plan.sweep.metric and value is None and not (error or run.stopped_early):
+            lacks_metric = metric not in run.logged
+            hint = did_you_mean(metric, run.logged)
+            error = f"it has logged no {metric}{hint}" if lacks_metric else f"no value of {metric} is finite"
         self.journal.record(run, value, error)
 
         number = len(self.journal.outcomes) - self.journal.count("RUNNING", "AGAIN")
@@ -106,10 +111,12 @@ class Study:
         how = f"failed: {error}" if error else f"{best}, stopped early" if run.stopped_early else best
         took = _duration(run.seconds) if run.job else "finished before"
         say(f"[{number:>{len(str(self._total))}}/{self._total}] {run.arm}  {how}  ({took})")
-        was_refused = self._is_refused
-        self._n_ended, self._n_refused = self._n_ended + 1, self._n_refused + (code == _USAGE)
-        if self._is_refused and not was_refused:
-            say("stopping: the settings of the first run are refused, so no further run starts")
+        self._n_ended, self.n_refused = self._n_ended + 1, self.n_refused + (code == _USAGE or lacks_metric)
+        if self._is_new and not self._is_refused and self.n_refused == self._n_ended:
+            self._is_refused = lacks_metric or self._n_ended >= self.launcher.at_once
+            if self._is_refused:
+                why = f"has logged no {metric}" if lacks_metric else "is refused"
+                say(f"stopping: the first run {why}, so no further run starts")
 
     @contextlib.contextmanager
     def _listening(self) -> Iterator[None]:

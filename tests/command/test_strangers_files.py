@@ -230,10 +230,11 @@ def test_the_watch_sees_code_and_files(watch, tmp_path):
     assert [seen.split()[0] for seen in watch.off()] == ["runs", "starts", "open"]
 
 
-def test_settings_in_a_journal_that_are_not_those_of_the_sweep_are_refused(tmp_path):
-    parameters = {"optimizer.lr": {"values": [0.1, 0.2]}, "trainer": {"parameters": {"max_steps": {"value": 2}}}}
+@pytest.mark.parametrize("method", ["grid", "random"])
+def test_settings_in_a_journal_that_are_not_those_of_the_sweep_are_not_used(tmp_path, method):
+    parameters = {"optimizer.lr": {"values": [0.1, 0.1]}, "trainer": {"parameters": {"max_steps": {"value": 2}}}}
     (tmp_path / "sweep.yaml").write_text(
-        yaml.safe_dump({"method": "grid", "parameters": parameters, "program": "a.py"})
+        yaml.safe_dump({"method": method, "parameters": parameters, "program": "a.py"})
     )
     plan = Plan(read_sweep_file(tmp_path / "sweep.yaml"), tmp_path, [], n_runs=2, jobs=1, seed=0)
     journal = Journal(plan)
@@ -243,6 +244,9 @@ def test_settings_in_a_journal_that_are_not_those_of_the_sweep_are_refused(tmp_p
     file = tmp_path / "journal.log"
     hostile = '"settings": {"trainer.callbacks": "hostile.Hostile", '
     file.write_text(file.read_text().replace('"settings": {', hostile).replace('"settings":{', hostile))
+    if method == "grid":
+        assert Journal(plan).next().settings == again.settings
+        return
     with pytest.raises(UserError, match=r"journal\.log: the settings of .*lr=0\.1.* are not the sweep's"):
         Journal(plan).next()
 

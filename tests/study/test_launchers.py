@@ -157,6 +157,9 @@ def test_jobs_outlive_the_study_and_go_on_after_an_interruption(slurm, llm_train
 
     here = llm_train("study", path, "--act=wait")
     assert (here.code, here.err) == (1, f"error: {STUDY}/end=well was submitted to SLURM; use --launcher slurm again\n")
+    shorter = sweep("other.yaml", parameters={"lr": {"value": 0.3}, "end": {"values": ["well"]}})  # without that of 7_1
+    other = llm_train("study", shorter, "--name=sweep", *words[2:])
+    assert (other.code, f"{STUDY} was begun with other parameters" in other.err) == (1, True), other.err
     with monkeypatch.context() as patch:
         patch.setenv("FAKE_SLURM", "")
         assert "error: squeue fails, so the jobs of this study cannot be found: squeue: error:" in llm_train(*words).err

@@ -24,7 +24,7 @@ from stub_runs import GRID, STUDY, assert_wandb_is_its_own, given, trials
 from experiments.errors import UserError
 from experiments.study import launchers
 from experiments.study.distributions import Distribution
-from experiments.study.journal import Journal, settings_of
+from experiments.study.journal import Journal, goal_of, settings_of
 from experiments.study.names import arm_name, folder_name
 from experiments.study.runs import Plan, Run, study_folder
 from experiments.study.sweep_file import read_sweep_file
@@ -348,6 +348,7 @@ def test_a_study_whose_first_run_is_refused_starts_no_other(llm_train, sweep, re
     assert f"({n_done} of 4 runs done, {n_started - n_done} failed)" in done.err
     assert ("no further run starts" in done.err) == (n_done == 0)
     assert ("next  " in done.err) == (n_done > 0)
+    assert "again  " not in done.err  # which could only be refused again
     again = llm_train("study", sweep(command=command))  # only the runs of one value are refused
     assert (again.code, "(2 of 4 runs done, 2 failed)" in again.err) == (1, True), again.err
 
@@ -376,7 +377,8 @@ def test_random_draws_depend_on_the_seed_and_not_on_interruptions(llm_train, swe
     assert not Path("runs").exists()
     for n_runs in ("1", "4"):
         assert llm_train("study", path, "--runs", n_runs).code == 0
-    assert f"{STUDY} was begun with other seed: remove it" in llm_train("study", path, "--runs=4", "--seed=1").err
+    other = llm_train("study", path, "--runs=4", "--seed=1")
+    assert f"{STUDY} was begun with other seed: give this study another --name" in other.err
     settings = [trial.user_attrs["settings"] for trial in trials()]
     assert [f"--lr={setting['lr']}" for setting in settings] == [shlex.split(line)[4] for line in plan]
     assert all(1e-4 <= setting["lr"] <= 1 and setting["n"] in range(1, 10) for setting in settings)
@@ -429,9 +431,90 @@ def test_half_a_row_of_metrics_is_no_value(sweep):
     assert run.result() == ("val/loss", 3.25)
 
 
-def test_a_run_that_logs_no_such_metric_has_failed(llm_train, sweep):
-    done = llm_train("study", sweep(metric={"name": "val/los"}), "--runs=1")
-    assert (done.code, "lr=0.3,seed=1  failed: it has logged no val/los" in done.err) == (1, True)
+def test_a_study_whose_first_run_lacks_the_metric_stops_and_goes_on_with_the_right_one(llm_train, sweep):
+    done = llm_train("study", sweep(metric={"name": "val/los"}), "--jobs=2")
+    assert done.code == 1
+    assert "failed: it has logged no val/los (did you mean 'val/loss'?)" in done.err
+    assert "stopping: the first run has logged no val/los, so no further run starts" in done.err
+    assert len([line for line in done.err.splitlines() if line.startswith("[")]) == 2  # both had been started
+    assert "again  " not in done.err
+    (STUDY / "lr=0.3,seed=1/given.json").unlink()
+    done = llm_train("study", sweep())
+    assert (done.code, done.err.count("finished before"), "(4 of 4 runs done" in done.err) == (0, 2, True), done.err
+    assert not (STUDY / "lr=0.3,seed=1/given.json").exists()
+    assert goal_of(STUDY) == ("val/loss", "minimize")
+    highest = {"name": "val/loss", "goal": "maximize"}
+    assert "4 runs, 4 of them done" in llm_train("study", sweep(metric=highest)).err
+    assert goal_of(STUDY) == ("val/loss", "maximize")
+    rule = {"type": "hyperband", "min_iter": 2}
+    for keys in ({"metric": highest | {"target": 1}}, {"metric": highest, "early_terminate": rule}):
+        refused = llm_train("study", sweep(**keys))
+        assert (refused.code, "was begun with other metric: give" in refused.err) == (1, True), refused.err
+
+
+def test_a_run_without_a_finite_value_of_the_metric_stops_no_other(llm_train, sweep):
+    path = sweep(parameters={"lr": {"values": ["nan", 0.1]}})
+    done = llm_train("study", path)
+    assert "[1/2] lr=nan  failed: no value of val/loss is finite" in done.err
+    assert "[2/2] lr=0.1  val/loss 0.0500" in done.err
+    assert f"again   llm-train study {path}" in done.err
+
+
+REFUSING = """import runpy, sys; {"--lr=9", "--typo=1"} & {*sys.argv} and sys.exit(2); runpy.run_path("stub.py")"""
+
+
+def test_a_changed_study_begins_anew_as_long_as_no_run_has_begun(llm_train, sweep):
+    command = ["${interpreter}", "-c", REFUSING, "fit", "--run.topic=toy", "${args}"]
+    refused = llm_train("study", sweep(**RANDOM, command=command), "--runs=2", "--typo=1")
+    assert (refused.code, "(0 of 2 runs done, 1 failed)" in refused.err) == (1, True), refused.err
+    before = (STUDY / "journal.log").read_text()
+    path = sweep(**RANDOM | {"parameters": {"lr": {"min": 0.1, "max": 0.2}}}, command=command)
+    planned = llm_train("study", path, "--runs=2", "--seed=1", "--dry_run")
+    assert planned.code == 0, planned.err
+    assert (STUDY / "journal.log").read_text() == before
+    done = llm_train("study", path, "--runs=2", "--seed=1")
+    assert (done.code, "(2 of 2 runs done, 0 failed)" in done.err) == (0, True), done.err
+    assert (STUDY / "journal.log").read_text().startswith(before)
+    arms = settings_of(STUDY, read_sweep_file(path))
+    assert [f"--run.name={arm}" for arm in arms] == [line.split()[-1] for line in planned.out.splitlines()]
+    assert "2 runs, 2 of them done" in llm_train("study", path, "--runs=2", "--seed=1").err
+
+
+def test_values_can_be_added_to_a_grid_and_those_without_a_run_removed(llm_train, sweep):
+    command = ["${interpreter}", "-c", REFUSING, "fit", "--run.topic=toy", "${args}"]
+    seeds = {"seed_everything": {"values": [1, 2]}}
+
+    def study(*rates: float, **more: object):
+        done = llm_train("study", path := sweep(command=command, parameters={"lr": {"values": rates}} | seeds | more))
+        return path, done, [line.split()[1] for line in done.err.splitlines() if line.startswith("[")]
+
+    _, done, ran = study(0.3, 9)
+    assert (done.code, len(ran), "(2 of 4 runs done, 2 failed)" in done.err) == (1, 4, True), done.err
+    path, done, ran = study(0.2, 0.3, 0.1)
+    assert done.code == 0, done.err
+    assert "6 runs, 2 of them done" in done.err
+    assert ran == ["lr=0.2,seed=1", "lr=0.2,seed=2", "lr=0.1,seed=1", "lr=0.1,seed=2"]
+    assert {"lr=0.3,seed=1", "lr=0.1,seed=2"} < settings_of(STUDY, read_sweep_file(path)).keys()
+    names = [line.split()[-1] for line in llm_train("study", path, "--dry_run").out.splitlines()]
+    assert names == [f"--run.name=lr={rate},seed={seed}" for rate in (0.2, 0.3, 0.1) for seed in (1, 2)]
+    for rates, more in (((0.2, 0.3), {}), ((0.2, 0.3, 0.1), {"act": {"value": "x"}})):
+        _, done, ran = study(*rates, **more)
+        assert (done.code, ran, "was begun with other parameters: give this" in done.err) == (1, [], True), done.err
+
+
+def test_arms_that_an_earlier_version_has_named_keep_their_names(llm_train, sweep):
+    def study(*sources: str, more: tuple[str, ...] = ()):
+        return llm_train("study", sweep(parameters={"data.source": {"values": sources}}), *more)
+
+    assert study("my.txt", "b.txt").code == 0
+    journal = STUDY / "journal.log"
+    for now, earlier in (("my.txt", "source=txt"), ("b.txt", "source=txt,run=2")):
+        (STUDY / f"source={now}").rename(STUDY / earlier)
+        journal.write_text(journal.read_text().replace(f"source={now}", earlier))
+    planned = [line.split()[-1] for line in study("b.txt", "my.txt", "c.txt", more=("--dry_run",)).out.splitlines()]
+    assert planned == ["--run.name=source=txt,run=2", "--run.name=source=txt", "--run.name=source=c.txt"]
+    done = study("b.txt", "my.txt", "c.txt")
+    assert [line.split()[1] for line in done.err.splitlines() if line.startswith("[")] == ["source=c.txt"], done.err
 
 
 @pytest.mark.parametrize(
@@ -672,8 +755,9 @@ def test_what_a_study_cannot_do_costs_one_line(llm_train, sweep, tmp_path):
     assert f"{TINY}: is an experiment and not a sweep file: `llm-train fit -c {TINY}` runs it" in experiment.err
     assert not Path("runs").exists()
     llm_train("study", sweep(), "--runs=1")
-    assert f"{STUDY} was begun with other parameters: remove it" in error(parameters={"lr": {"value": 1}})
-    assert f"{STUDY} was begun with other flags: remove it" in error("--lr=2")
+    advice = f"give this study another --name; `llm-train compare {STUDY} {STUDY.parent}/NAME` compares the two"
+    assert f"{STUDY} was begun with other parameters: {advice}" in error(parameters={"lr": {"value": 1}})
+    assert f"{STUDY} was begun with other flags: {advice}" in error("--lr=2")
     (tmp_path / "runs/toy/run").mkdir()
     (tmp_path / "runs/toy/run/config.yaml").touch()
     assert "runs/toy/run is the folder of a run; give the study another --name" in error("--name", "run")
