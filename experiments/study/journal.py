@@ -55,6 +55,7 @@ class Journal:
         )
         self._optuna = self._open()
         self.found = self._find_runs(find)  # those that go on since an earlier command
+        self.changed_files: list[str] = []  # since the study began, if it has runs
         arms = self._begin()
         self._named = arms if in_memory else {}  # in memory there are no arms yet, but the study in the folder has some
         for run in self.found:
@@ -120,6 +121,7 @@ class Journal:
 
         folder = self._plan.folder
         asked = _asked_by(self._sweep) | {"flags": self._plan.flags, "seed": None if self._is_grid else self._plan.seed}
+        asked["files"] = files = self._plan.files()
         begun, arms = _read(folder) if (folder / _FILE).is_file() else ({}, {})
         settings = {arm: attributes["settings"] for arm, attributes in arms.items()}
         going_on = {run.arm for run in self.found}
@@ -135,6 +137,9 @@ class Journal:
         if other:
             optuna.delete_study(study_name=_STUDY, storage=self._storage)
             self._optuna = self._open()
+        if kept:
+            asked["files"] = files | begun.get("files", {})  # those of the first runs
+            self.changed_files = [file for file, digest in files.items() if asked["files"][file] != digest]
         if self._optuna.user_attrs.get("asked") != asked:
             self._optuna.set_user_attr("asked", asked)
         return settings
@@ -146,7 +151,7 @@ class Journal:
                 return self._is_grid and all(_text(settings) in self._points for settings in kept)
             case "metric":
                 return not self._judges
-        return False
+        return key == "files"
 
     def next(self) -> Run | None:
         """Return the next run to start or to resume, or `None` if there is none."""

@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import hashlib
 import itertools
 import json
 import math
@@ -51,6 +52,22 @@ class Plan:
         place = {"root": root, "topic": topic, "study": self.folder.name, "name": arm}
         words = self.sweep.words(settings, self.settings_file(arm))
         return [*words, *self.flags, *(f"--run.{key}={value}" for key, value in place.items())]
+
+    def files(self) -> dict[str, str]:
+        """Return the configuration files of the runs, and those that these name, each with a digest of its content."""
+        swept = self.sweep.distributions.get(("config",))
+        words = [*self.sweep.words({}, Path()), *self.flags]
+        given = [value for flag, value in _flags(words) if flag in names.FILE_FLAGS]
+        given += map(str, (swept.values or [swept.value]) if swept else [])
+        found: dict[str, str] = {}
+        left = [file for name in given if (file := names.find(name))]
+        while left:
+            file = left.pop()
+            content = read_yaml(file)
+            found[str(file)] = hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
+            named = (file.parent / text for text in _texts(content) if text.endswith((".yaml", ".yml")))
+            left += [file for file in named if file.is_file() and str(file) not in found]
+        return found
 
     def settings_file(self, arm: str) -> Path:
         """Return the file of the settings of a run, which is there if the command has `${args_json_file}`."""
@@ -107,6 +124,15 @@ def trainer_settings(sweep: Sweep, words: Sequence[str]) -> dict[str, Any]:
 def _flags(words: Sequence[str]) -> Iterator[tuple[str, str]]:
     """Yield the flags of the command of a run; those before `fit` are of another program: `srun -c 4 llm-train fit`."""
     return names.flags(words[words.index("fit") :] if "fit" in words else words)
+
+
+def _texts(content: Any) -> Iterator[str]:
+    """Yield the texts in the content of a YAML file."""
+    if isinstance(content, str):
+        yield content
+    elif isinstance(content, dict | list):
+        for value in content.values() if isinstance(content, dict) else content:
+            yield from _texts(value)
 
 
 def _config(sweep: Sweep, name: str) -> dict[str, Any]:

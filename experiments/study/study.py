@@ -43,6 +43,8 @@ class Study:
             done = f", {self.n_done} of them done" if self.journal.outcomes else ""
             goes_on = f", {len(self.running)} submitted before" if self.running else ""
             say(f"study   {folder}: {self._total} runs{done}{goes_on}; their output goes to {folder / LOGS}")
+            for file in self.journal.changed_files if self.n_done < self._total else ():
+                say(f"study   {file} has changed since the study began: runs before and after differ")
             while True:
                 self._start(lock)
                 goes_on_alone = self._pass_signals_on()

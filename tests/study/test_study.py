@@ -517,6 +517,33 @@ def test_arms_that_an_earlier_version_has_named_keep_their_names(llm_train, swee
     assert [line.split()[1] for line in done.err.splitlines() if line.startswith("[")] == ["source=c.txt"], done.err
 
 
+def test_a_study_says_when_a_file_of_its_command_has_changed(llm_train, sweep):
+    command = ["${interpreter}", "stub.py", "fit", "-c", "base.yaml", "${args}"]
+    Path("base.yaml").write_text("run: {topic: toy}\ntrainer: more/trainer.yaml\n")
+    Path("more").mkdir()
+    named = Path("more/trainer.yaml")
+    named.write_text("max_steps: 1\n")
+
+    def changed(n_runs: int) -> list[str]:
+        done = llm_train("study", sweep(command=command), f"--runs={n_runs}")
+        assert done.code == 0, done.err
+        return [line for line in done.err.splitlines() if "has changed" in line]
+
+    assert changed(1) == []
+    named.write_text("max_steps: 1  # a comment\n")
+    assert changed(2) == []
+    named.write_text("max_steps: 2\n")
+    assert changed(2) == []  # no run is left
+    note = f"study   {named} has changed since the study began: runs before and after differ"
+    assert changed(3) == [note]
+    journal = STUDY / "journal.log"
+    lines = [json.loads(line) for line in journal.read_text().splitlines()]
+    for line in lines:  # as an earlier version has written it
+        line.get("user_attr", {}).get("asked", {}).pop("files", None)
+    journal.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    assert changed(4) == []
+
+
 @pytest.mark.parametrize(
     ("output", "reason"),
     [
