@@ -18,7 +18,7 @@ from experiments.comparison.runs import Run, find_runs, read_folder, read_wandb
 from experiments.comparison.statistics import estimate
 from experiments.comparison.tables import Table, as_markdown, as_text
 from experiments.errors import CommandParser, UserError
-from experiments.study.journal import goal_of
+from experiments.study.journal import goal_of, not_run
 from lightning_modules.common.figures import save_figure
 from lightning_modules.common.files import csv_text, write_text
 from lightning_modules.common.messages import say
@@ -50,7 +50,9 @@ def main(args: Sequence[str]) -> None:
     results = tables.results(arms, measures)
     pairs = compared(arms, options.baseline)
     differences = tables.differences_of(pairs, measures)
-    notes = [*_notes(arms, n_skipped, more_metrics), *_about(differences)]
+    folders = sorted({Path(run.name).parent for run in runs})
+    absent = filter(None, (not_run(folder) for folder in folders if any(map(folder.is_relative_to, options.runs))))
+    notes = [*_notes(arms, n_skipped, more_metrics), *absent, *_about(differences)]
 
     print(as_text(_best_rows(results, ranking)))
     if differences.rows:

@@ -309,6 +309,24 @@ def goal_of(folder: Path) -> tuple[str, str] | None:
     return None
 
 
+def not_run(folder: Path) -> str | None:
+    """Return how many arms of the study in a folder have no run, `None` if there is no study, or each arm has one."""
+    with contextlib.suppress(UserError, ValueError, KeyError, TypeError):
+        asked, recorded = _read(folder)
+        arms = {_text(of_arm["settings"]): of_arm for of_arm in recorded.values()}
+        if asked["method"] == "grid":
+            sweep = {"method": "grid", "parameters": asked["parameters"], "command": ["${args}"]}
+            arms = {point: arms.get(point, {}) for point in _points_of(Sweep.model_validate(sweep))}
+        absent = [of_arm for of_arm in arms.values() if not of_arm or not (folder / of_arm["arm"]).is_dir()]
+        n_failed = sum("error" in of_arm for of_arm in absent)
+        if absent:
+            return (
+                f"Not compared, of the {len(arms)} runs of {folder}: {n_failed} failed before the start, "
+                f"{len(absent) - n_failed} not run."
+            )
+    return None
+
+
 def settings_of(folder: Path, sweep: Sweep) -> dict[str, dict[str, Any]]:
     """Return the settings of each arm of the study in a folder, nested as in its sweep file, by the name of its folder.
 
