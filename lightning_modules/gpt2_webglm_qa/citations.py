@@ -10,22 +10,29 @@ and paraphrases.
   is not supported.
 - Citation precision is the share of useful citations. A citation is useful if the passage exists, all cited passages
   together support the sentence, and the passage supports it alone or the other passages do not.
+
+A character of Chinese or Japanese counts as a word, for these languages put no spaces between words.
 """
 
-import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+import regex  # `re` knows no Unicode categories
 
 from lightning_modules.common.citation_marks import MARK, cited, without_marks
 
 SUPPORT = 0.5  # share of the content words of a sentence that passages must contain to support it
 LEVEL, N_RESAMPLES = 0.95, 1000  # of the bootstrap intervals
 
-# A sentence with its marks, which may precede or follow the full stop: `It is so [1].`, `It is so.[1]`.
-_SENTENCE = re.compile(rf"\S.*?(?:[.!?][\"')]*(?:\s*{MARK})*(?=\s+[\"'`(*]*[A-Z`])|\s*$)", re.DOTALL)
-_WORD = re.compile(r"\w+")
+# A sentence with its marks, which may precede or follow the full stop: `It is so [1].`, `It is so.[1]`. After the full
+# stop is a space and no lower-case letter; after that of Chinese and Japanese can be anything.
+_MARKS = rf"(?:\s*{MARK})*"
+_ENDS = rf"\p{{STerm}}[\"')]*{_MARKS}(?=\s+[\"'`(*]*[\p{{Lu}}\p{{Lt}}\p{{Lo}}`])|[。！？][」』”]*{_MARKS}|\s*$"
+_SENTENCE = regex.compile(rf"\S.*?(?:{_ENDS})", regex.DOTALL)
+_ALONE = r"\p{Han}\p{Hiragana}\p{Katakana}"  # characters that are words
+_WORD = regex.compile(rf"(?V1)[{_ALONE}]|[\w\p{{N}}--[{_ALONE}]]+")
+_WORD_WITH_SIGNS = regex.compile(rf"[{_ALONE}]|[^\s{_ALONE}]+")
 _FUNCTION_WORDS = frozenset(
     _WORD.findall(
         "a an and any are as at be been but by can could did do does for from had has have he her his how i if in "
@@ -52,7 +59,9 @@ def score(answer: str, gold: str, references: Sequence[str]) -> Scores:
     from torchmetrics.functional.text import rouge_score
 
     keys = ("rouge1", "rouge2", "rougeL")
-    rouge = rouge_score(without_marks(answer), without_marks(gold), rouge_keys=keys)
+    # The words of torchmetrics have a to z and digits only; as there, an underscore separates words.
+    words_of = {"normalizer": lambda text: text.lower().replace("_", " "), "tokenizer": _WORD.findall}
+    rouge = rouge_score(without_marks(answer), without_marks(gold), rouge_keys=keys, **words_of)
     words, pairs, subsequence = (float(rouge[f"{key}_fmeasure"]) for key in keys)
     missing = float(any(not 0 < number <= len(references) for number in cited(answer)))
     return Scores(words, pairs, subsequence, *citation_scores(answer, references), missing, repetition(answer))
@@ -93,7 +102,7 @@ def citation_scores(answer: str, references: Sequence[str]) -> tuple[float, floa
 
 def repetition(text: str, n: int = 4) -> float:
     """Return the share of n-grams of words that occurred before in the text."""
-    words = text.lower().split()
+    words = _WORD_WITH_SIGNS.findall(text.lower())
     runs = [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
     return 1 - len(set(runs)) / len(runs) if runs else 0.0
 
@@ -101,7 +110,7 @@ def repetition(text: str, n: int = 4) -> float:
 def lead(references: Sequence[str], n_sentences: int, number: int = 1) -> str:
     """Return the first sentences of a reference, numbered from 1, with its citation mark: a baseline for an answer."""
     first = sentences(references[number - 1])[:n_sentences] if references else []
-    return " ".join(f"{without_marks(sentence).rstrip('.')} [{number}]." for sentence in first)
+    return " ".join(f"{without_marks(sentence).rstrip('.。')} [{number}]." for sentence in first)
 
 
 def best_reference(question: str, references: Sequence[str]) -> int:

@@ -1,9 +1,12 @@
 """The metrics of an answer: overlap with the gold answer, citations, repetition, and confidence intervals."""
 
+import re
+
 import numpy as np
 import pytest
+from torchmetrics.functional.text import rouge_score
 
-from lightning_modules.common.citation_marks import cited, renumber, without_marks
+from lightning_modules.common.citation_marks import MARK, cited, renumber, without_marks
 from lightning_modules.gpt2_webglm_qa.citations import (
     best_reference,
     bootstrap,
@@ -82,11 +85,58 @@ def test_rouge_by_hand_without_the_marks():
     assert score("", "the", []).rougeL == 0
 
 
+@pytest.mark.parametrize(
+    ("answer", "gold", "shared"),
+    [
+        ("Москва — столица России [1].", "москва, столица России", 1),
+        ("Größe zählt", "Grüße zählt", 1 / 2),
+        ("Müller kam früh.", "Möller kam fröh.", 1 / 3),
+        ("हिन्दी भाषा", "हिन्दी भाषा", 1),
+        ("東京は首都です。", "東京が首都です。", 6 / 7),  # each character is a word
+        ("用 PyTorch 训练 2 层", "用 PyTorch 训练 3 层", 5 / 6),
+    ],
+)
+def test_rouge_counts_the_words_of_all_scripts(answer, gold, shared):
+    scores = score(answer, gold, [])
+    assert (scores.rouge1, scores.rougeL) == pytest.approx((shared, shared))
+
+
+ENGLISH = [
+    "The cat's tail isn't 3.5 cm long [1]. It was so.[2] (e.g. so) And (so) it is!",
+    "Call `os.path.join(a_b, *__c)`; `x[1]` is 1e-3. `f` returns None.\n\nThen 50% of them -- and more -- ran?  2 ran.",
+    'He said "No." She did not. "Why?" he asked... *Nobody* knew: U.S. troops, Mr. Smith, a.m. and p.m.',
+    "",
+]
+
+
+@pytest.mark.parametrize("text", ENGLISH)
+def test_words_and_sentences_of_english_are_those_of_torchmetrics_and_ascii(text):
+    ascii_sentence = rf"\S.*?(?:[.!?][\"')]*(?:\s*{MARK})*(?=\s+[\"'`(*]*[A-Z`])|\s*$)"
+    assert sentences(text) == [found[0].strip() for found in re.finditer(ascii_sentence, text, re.DOTALL)]
+    for gold in ENGLISH:
+        theirs = rouge_score(without_marks(text), without_marks(gold), rouge_keys=("rouge1", "rouge2", "rougeL"))
+        assert score(text, gold, [])[:3] == tuple(float(theirs[f"rouge{n}_fmeasure"]) for n in "12L")
+
+
+def test_sentences_of_other_scripts_end_too():
+    assert sentences("Москва большая [1]. Река течёт [2].") == ["Москва большая [1].", "Река течёт [2]."]
+    assert sentences("Es ist z. B. so. Über Öl.[1]") == ["Es ist z.", "B. so.", "Über Öl.[1]"]
+    assert sentences("यह सच है [1]। वह नहीं।") == ["यह सच है [1]।", "वह नहीं।"]
+    assert sentences("東京は首都です[1]。川が流れる。[2] 「はい。」") == [
+        "東京は首都です[1]。",
+        "川が流れる。[2]",
+        "「はい。」",
+    ]
+    assert citation_scores("Москва большая [1]. Река течёт [2].", ["Москва большая", "река"]) == (1, 1)
+    assert lead(["東京は首都です。川が流れる。"], 1) == "東京は首都です [1]."
+
+
 def test_repetition_is_the_share_of_runs_said_before():
     assert repetition("a b c d e f") == 0
     assert repetition("a b c d a b c d") == pytest.approx(1 / 5)
     assert repetition("no no no no no no") == pytest.approx(2 / 3)
     assert repetition("too short") == 0
+    assert repetition("東京東京東京") == pytest.approx(1 / 3)
 
 
 def test_the_two_rules():
