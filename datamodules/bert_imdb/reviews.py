@@ -217,11 +217,13 @@ def parse_review(
     if not isinstance(row, dict):
         raise MisconfigurationException(f"{place}: a review is an object with the fields {text!r} and {label!r}")
     for field in (text, label) if classes else (text,):
-        if row.get(field) is None:
+        if field not in row:
             named = "with the text as FILE:COLUMN" if field == text else "with the label as label_field"
             raise MisconfigurationException(
                 f"{place}: the review has no {field!r}, only {columns_of(row)}; give the column {named}, or complete it"
             )
+        if _is_missing(row[field]):
+            raise MisconfigurationException(f"{place}: {field!r} is empty; complete it, or remove the row")
     if not isinstance(row[text], str):
         raise MisconfigurationException(f"{place}: {text!r} is {type(row[text]).__name__}, and must be text")
     about = None if row.get(film) in (None, "") else str(row[film])
@@ -250,9 +252,14 @@ def _label(given: Any, place: str, classes: Sequence[str]) -> int:
     )
 
 
+def _is_missing(value: Any) -> bool:
+    """Return whether a field has nothing in it: `None`, white space, or not a number (NaN), as tables have it."""
+    return value is None or value != value or (isinstance(value, str) and not value.strip())
+
+
 def _written(label: Any) -> str | None:
-    """Return a label as the name of a class; `None` if it is no text, number or truth value, or not a number (NaN)."""
-    return str(label) if isinstance(label, str | int | float) and label == label else None
+    """Return a label as the name of a class, without white space around it; `None` if it is missing, or a list."""
+    return str(label).strip() if isinstance(label, str | int | float) and not _is_missing(label) else None
 
 
 def _classes_of(rows: Iterable[Any], field: str, where: str) -> list[str]:

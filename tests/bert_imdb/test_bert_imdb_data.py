@@ -379,6 +379,9 @@ def test_no_line_break_of_html_is_left(parts):
             "the label is 2, and must be 0 to 1 or one of negative, positive; --data.reviews.classes null finds",
         ),
         ('{"text": "fine", "label": true}', "the label is True"),
+        ('{"text": "fine", "label": null}', "'label' is empty; complete it, or remove the row"),
+        ('{"text": "fine", "label": NaN}', "'label' is empty"),
+        ('{"text": null, "label": 1}', "'text' is empty"),
         ('{"text": " <br /> ", "label": 1}', "the review is empty"),
         ('{"text": 7, "label": 1}', "'text' is int, and must be text"),
         ('["fine", 1]', "a review is an object"),
@@ -428,6 +431,20 @@ def test_lists_and_missing_numbers_are_no_classes(tmp_path, label):
     (tmp_path / "a.jsonl").write_text(as_json([{"text": "so", "label": label}]))
     with pytest.raises(MisconfigurationException, match="holds no label; a classifier needs 2"):
         list(ReviewFiles(str(tmp_path / "a.jsonl"), classes=None).reviews("train"))
+
+
+@pytest.mark.parametrize("empty", ["", "  "])
+def test_an_empty_label_of_a_table_is_no_class(tmp_path, empty):
+    lines = [f"take {n} eggs,{('soup', 'cake ', ' cake', empty)[n % 4]}\n" for n in range(4)]
+    (tmp_path / "a.csv").write_text("text,label\n" + "".join(lines[:3]))
+    source = ReviewFiles(str(tmp_path / "a.csv"), val_fraction=0, test_fraction=0, classes=None)
+    assert source.classes == ["cake", "soup"]  # the spaces around a label do not count
+    assert [review.label for review in source.reviews("train")] == [1, 0, 0]
+    (tmp_path / "a.csv").write_text("text,label\n" + "".join(lines))
+    source = ReviewFiles(str(tmp_path / "a.csv"), classes=None)
+    assert source.classes == ["cake", "soup"]
+    with pytest.raises(MisconfigurationException, match=r"line 5: 'label' is empty; complete it, or remove the row$"):
+        list(source.reviews("train"))
 
 
 def test_a_bad_line_of_a_table_is_named_by_its_first_line(tmp_path):
