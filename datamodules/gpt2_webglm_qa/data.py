@@ -123,9 +123,11 @@ class GPT2WebGLMQADataModule(WithTokenizer, ExperimentDataModule):
         return tokenizer
 
     @property
-    def exported_chat_template(self) -> str | None:
-        """Chat template with which other programs write the prompts; `None` leaves that of an instruct model."""
-        return None if self.chat_template else as_chat_template(self.template)
+    def exported_chat_template(self) -> str:
+        """Chat template with which other programs write the prompts."""
+        if not self.chat_template:
+            return as_chat_template(self.template)
+        return as_chat_template(in_chat_template(self.tokenizer, self.template, self.system_message)[0], in_chat=True)
 
     @staticmethod
     def prompts(tokenizer: "PreTrainedTokenizerFast", arguments: dict[str, Any]) -> PromptEncoder:

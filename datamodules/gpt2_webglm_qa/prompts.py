@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 import numpy as np
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from datamodules.gpt2_webglm_qa.chat_format import FIRST_LINE, parts_of
 from datamodules.gpt2_webglm_qa.cited_answers import Record
 from datamodules.tokenizers import encode
 from lightning_modules.common.citation_marks import cited, renumber
@@ -85,13 +86,9 @@ class PromptEncoder:
         self.tokenizer, self.block_size, self.missing_citations = tokenizer, block_size, missing_citations
         self.counts: Counter[str] = Counter()
         self.skipped: defaultdict[str, list[str]] = defaultdict(list)
-        before, after = template.removesuffix("{answer}").split("{references}")
-        # In GPT-2's vocabulary the token of a word contains the space before it, so that space is part of the answer.
-        # The line break before an answer is part of a chat template.
-        stripped = after.rstrip(" " if chat_template else None)
-        self._answer_start = after[len(stripped) :]
+        before, after, self._answer_start = parts_of(template, chat_template)
         self._special = _special_tokens(tokenizer) if chat_template else {}
-        self._before, self._after = self._parts(before), self._parts(stripped)
+        self._before, self._after = self._parts(before), self._parts(after)
         (self._line_end,) = encode(tokenizer, ["\n"])
 
     def _parts(self, text: str) -> list[str | np.ndarray]:
@@ -208,13 +205,18 @@ def in_chat_template(
         system_message: Message of the system; `None` leaves it to the chat template.
 
     Raises:
-        MisconfigurationException: If the template lacks a placeholder, if there is no chat template, if it refuses the
-            messages or has no place for a part of them, or if no special token ends an answer.
+        MisconfigurationException: If the template lacks a placeholder, if there is no chat template or an exported one,
+            if it refuses the messages or has no place for a part of them, or if no special token ends an answer.
     """
     check_template(template)
     if not tokenizer.chat_template:
         raise MisconfigurationException(
             "data.chat_template: the tokenizer has no chat template; give that of an instruct model, or set it to false"
+        )
+    if str(tokenizer.chat_template).startswith(FIRST_LINE):
+        raise MisconfigurationException(
+            "data.chat_template: the chat template of the tokenizer is that of an exported model, which has a "
+            "data.template in it; give the tokenizer of its base, or the folder of its run"
         )
     messages = [] if system_message is None else [{"role": "system", "content": system_message}]
     messages += [

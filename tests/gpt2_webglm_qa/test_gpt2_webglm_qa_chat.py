@@ -1,5 +1,6 @@
 """Instruction tuning in the chat template of an instruct model."""
 
+import copy
 import io
 import json
 from pathlib import Path
@@ -8,6 +9,7 @@ import pytest
 import tiny_bases
 import yaml
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from transformers import AutoTokenizer
 
 from datamodules.gpt2_webglm_qa import GPT2WebGLMQADataModule, JSONLines, prompts
 from datamodules.gpt2_webglm_qa.chat_format import as_chat_template
@@ -15,6 +17,7 @@ from datamodules.gpt2_webglm_qa.cited_answers import Record
 from datamodules.gpt2_webglm_qa.prompts import PromptEncoder, in_chat_template
 from datamodules.tokenizers import encode, load_tokenizer
 
+CONVERSATION = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "It is so."}]
 TEMPLATE = "{references}\nQ: {question}\n{answer}"
 CHAT = "<|im_start|>user\n[1] One.\n[2] Two.\n\nQ: Why?<|im_end|>\n<|im_start|>assistant\n"
 
@@ -50,6 +53,28 @@ def test_the_exported_chat_template_has_the_characters_of_the_template(tokenizer
     chat = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]
     text = tokenizer.apply_chat_template(chat, documents=[{"title": "", "text": "One."}], tokenize=False)
     assert text == f'\U0001f642 "Ünder" \\ [1] One.\n\U0001f914 Why?\nSo.{tokenizer.eos_token}'
+
+
+@pytest.mark.parametrize("system_message", [None, "Be brief."])
+@pytest.mark.parametrize("references", [(), ("One.", "Two.")])
+def test_another_program_writes_the_prompts_and_records_of_the_training(base, tmp_path, system_message, references):
+    given = {"template": "Read:\n" + TEMPLATE, "block_size": 400, "chat_template": True}
+    given |= {"system_message": system_message, "tokenizer": str(base), "max_answer_tokens": 2, "batch_size": 1}
+    data = GPT2WebGLMQADataModule(JSONLines("absent"), **given)
+    (example,) = data.encoder(400).examples([Record("Why?", "It is so.", references)])
+    exported = copy.deepcopy(data.tokenizer)
+    exported.chat_template = data.exported_chat_template
+    exported.save_pretrained(tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    documents = [{"title": "", "text": text} for text in references]
+    prompt, record = (
+        tokenizer.apply_chat_template(messages, documents=documents, return_dict=False, add_generation_prompt=True)
+        for messages in (CONVERSATION[:1], CONVERSATION)
+    )
+    assert prompt == example.prompt_ids.tolist()
+    assert record == [*prompt, *example.answer_ids.tolist()]
+    with pytest.raises(MisconfigurationException, match=r"is that of an exported model, .*; give the tokenizer of its"):
+        in_chat_template(tokenizer, TEMPLATE)
 
 
 def test_special_tokens_in_a_record_are_text(tokenizer):
@@ -139,6 +164,9 @@ def test_a_run_with_a_chat_template_learns_to_end_messages_and_answers_in_a_chat
     assert done.code == 0, done.err
     run = Path("runs/gpt2_webglm_qa/chat")
     assert json.loads((run / "model/generation_config.json").read_text())["eos_token_id"] == 2
+    exported = AutoTokenizer.from_pretrained(run / "model")
+    prompt = PromptEncoder(load_tokenizer(str(run)), TEMPLATE, 100, chat_template=True).prompt("Why?", [], 8)
+    assert exported.apply_chat_template(CONVERSATION[:1], return_dict=False) == prompt.ids.tolist()
     Path("notes.txt").write_text("A.")
     monkeypatch.setattr("sys.stdin", io.StringIO("Why 3?\n"))
     answered = llm_train("generate", "--run", run, "--chat", "--references", "notes.txt")
