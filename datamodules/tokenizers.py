@@ -159,6 +159,22 @@ def encode(tokenizer: "PreTrainedTokenizerFast", texts: Sequence[str]) -> list[n
     return [np.array(encoding.ids, dtype=np.uint32) for encoding in encodings]
 
 
+def without_prefix(tokenizer: "PreTrainedTokenizerFast") -> "PreTrainedTokenizerFast":
+    """Return the tokenizer of texts that follow others: it puts no space before a text, as those of SentencePiece do.
+
+    A space before each piece of a text would be one more than the text has. Byte-level tokenizers stay as they are.
+    """
+    backend = _whole_texts(tokenizer)
+    if not re.search("Prepend|Metaspace", f"{backend.normalizer} {backend.pre_tokenizer}"):
+        return tokenizer
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    nothing = {"Prepend": {"prepend": ""}, "Metaspace": {"prepend_scheme": "never"}}
+    settings = json.loads(backend.to_str(), object_hook=lambda part: part | nothing.get(part.get("type", ""), {}))
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(settings)))
+
+
 def decode_stream(
     tokenizer: "PreTrainedTokenizerFast", tokens: Iterable[int], before: Sequence[int] = ()
 ) -> Iterator[str]:

@@ -2,11 +2,14 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 CONTEXT = 32
 END = "<|endoftext|>"
@@ -104,6 +107,37 @@ def save_byte_pairs(folder: Path) -> Path:
     (folder / "vocab.json").write_text(json.dumps(vocabulary))
     (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n")
     return folder
+
+
+def sentence_pieces(space: str) -> "PreTrainedTokenizerFast":
+    """Return a tokenizer that puts a space before a text as those of SentencePiece do.
+
+    Args:
+        space: `normalizer` is the form of Llama 2; `first` and `always` are schemes of the pre-tokenizer `Metaspace`.
+    """
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    tokens = [
+        "<unk>",
+        "<s>",
+        "</s>",
+        *(f"<0x{byte:02X}>" for byte in range(256)),
+        *"▁[]12:?.OneTwoWhyI",
+        "▁O",
+        "▁[",
+        "▁W",
+    ]
+    vocabulary = {token: i for i, token in enumerate(dict.fromkeys(tokens))}
+    merges = [("▁", "O"), ("▁", "["), ("▁", "W")]
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, byte_fallback=True, unk_token="<unk>"))
+    if space == "normalizer":
+        backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    else:
+        backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=space, split=False)
+    parts = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    backend.decoder = decoders.Sequence(parts)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
 
 
 def llama() -> Any:

@@ -9,6 +9,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
@@ -16,7 +17,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from datamodules.gpt2_webglm_qa.chat_format import FIRST_LINE, parts_of
 from datamodules.gpt2_webglm_qa.cited_answers import Record
-from datamodules.tokenizers import encode
+from datamodules.tokenizers import encode, without_prefix
 from lightning_modules.common.citation_marks import cited, renumber
 from lightning_modules.common.messages import first_line
 
@@ -34,6 +35,17 @@ class Prompt(NamedTuple):
     ids: np.ndarray
     references: tuple[str, ...]
     n_cut: int
+
+
+class _Piece(NamedTuple):
+    """A piece of a template, and the tokenizer of the text there."""
+
+    text: str
+    tokenizer: "PreTrainedTokenizerFast"
+
+    def ids(self, question: str = "") -> np.ndarray:
+        """Return the token ids with a question in its place, (T,)."""
+        return encode(self.tokenizer, [self.text.replace("{question}", question)])[0]
 
 
 @dataclass(frozen=True)
@@ -56,7 +68,8 @@ class Example:
 class PromptEncoder:
     """Converts records to prompts and examples of at most `block_size` positions; see `GPT2WebGLMQADataModule`.
 
-    A record that is too long loses references, the last ones first. A question or an answer is never cut.
+    A record that is too long loses references, the last ones first. A question or an answer is never cut. The pieces
+    of a prompt are encoded one by one: no token is of two pieces.
 
     Attributes:
         counts: Numbers of records and references, and of those that were cut or skipped.
@@ -88,37 +101,52 @@ class PromptEncoder:
         self.skipped: defaultdict[str, list[str]] = defaultdict(list)
         before, after, self._answer_start = parts_of(template, chat_template)
         self._special = _special_tokens(tokenizer) if chat_template else {}
-        self._before, self._after = self._parts(before), self._parts(after)
-        (self._line_end,) = encode(tokenizer, ["\n"])
+        self._within = without_prefix(tokenizer)
+        self._before, self._without_references = self._parts(before), self._parts(after, before)
+        self._after = self._parts(after, "\n")
+        self._of_first_mark, self._of_answer = map(self._tokenizer_after, (before, before + after))
+        (self._line_end,) = encode(self._within, ["\n"])
 
-    def _parts(self, text: str) -> list[str | np.ndarray]:
-        """Return the pieces of a text, of which those that are special tokens stand alone.
+    def _tokenizer_after(self, text: str) -> "PreTrainedTokenizerFast":
+        """Return the tokenizer of a piece of text that follows another one, a special token, or nothing."""
+        if not text:
+            return self.tokenizer
+        special = next((token for token in self._special if text.endswith(token)), None)
+        if special is None or self._within is self.tokenizer:
+            return self._within
+        _, *ids = self.tokenizer(f"{special}a", add_special_tokens=False)["input_ids"]
+        return self.tokenizer if ids == encode(self.tokenizer, ["a"])[0].tolist() else self._within
+
+    def _parts(self, text: str, before: str = "") -> list[_Piece | np.ndarray]:
+        """Return the pieces of a text that follows another one; those that are special tokens stand alone.
 
         Only the piece with `{question}` stays text; the others are the same in each record, and become token ids, (T,).
         """
         longest_first = sorted(self._special, key=len, reverse=True)
         pieces = re.split(f"({'|'.join(map(re.escape, longest_first))})", text) if self._special else [text]
-        return [self._part(piece) for piece in pieces if piece]
+        befores = accumulate(pieces, initial=before)
+        return [self._part(piece, before) for piece, before in zip(pieces, befores, strict=False) if piece]
 
-    def _part(self, text: str) -> str | np.ndarray:
+    def _part(self, text: str, before: str) -> _Piece | np.ndarray:
         if text in self._special:
             return np.array([self._special[text]], dtype=np.uint32)
-        return text if "{question}" in text else encode(self.tokenizer, [text])[0]
+        piece = _Piece(text, self._tokenizer_after(before))
+        return piece if "{question}" in text else piece.ids()
 
-    def _ids_of(self, parts: Sequence[str | np.ndarray], question: str) -> np.ndarray:
+    def _ids_of(self, parts: Sequence[_Piece | np.ndarray], question: str) -> np.ndarray:
         """Return the token ids of pieces of the template with a question in its place, (T,)."""
-        ids = [
-            encode(self.tokenizer, [part.replace("{question}", question)])[0] if isinstance(part, str) else part
-            for part in parts
-        ]
+        ids = [part.ids(question) if isinstance(part, _Piece) else part for part in parts]
         return np.concatenate([np.empty(0, dtype=np.uint32), *ids])
 
     def prompt(self, question: str, references: Sequence[str], answer_places: int) -> Prompt | None:
         """Return a prompt with room for `answer_places`, or `None` if the question is too long without references."""
-        before_ids, after_ids = (self._ids_of(parts, question) for parts in (self._before, self._after))
+        after = self._after if references else self._without_references
+        before_ids, after_ids = (self._ids_of(parts, question) for parts in (self._before, after))
         marks = [f"[{number}]" for number in range(1, len(references) + 1)]
         texts = [" " + " ".join(reference.split()) for reference in references]
-        ids = encode(self.tokenizer, [*marks, *texts])
+        ids = encode(self._within, [*marks, *texts])
+        if marks and self._of_first_mark is not self._within:
+            ids[:1] = encode(self._of_first_mark, marks[:1])
         room = self.block_size - answer_places - len(before_ids) - len(after_ids)
         if room < 0:
             return None
@@ -134,6 +162,8 @@ class PromptEncoder:
             room -= len(text_ids)
             parts += [mark_ids, text_ids, self._line_end]
             kept.append(text.strip())
+        if references and not kept:
+            return self.prompt(question, (), answer_places)
         return Prompt(np.concatenate([*parts, after_ids]), tuple(kept), n_cut)
 
     def examples(self, records: Iterable[Record], answer_places: int = 0) -> list[Example]:
@@ -167,7 +197,7 @@ class PromptEncoder:
         return Example(replace(record, answer=answer, references=prompt.references), prompt.ids, answer_ids)
 
     def _answer_ids(self, answer: str) -> np.ndarray:
-        (ids,) = encode(self.tokenizer, [self._answer_start + answer.strip()])
+        (ids,) = encode(self._of_answer, [self._answer_start + answer.strip()])
         return np.append(ids, np.uint32(self.tokenizer.eos_token_id))
 
     def _skip(self, reason: str, record: Record) -> None:

@@ -5,6 +5,7 @@ import io
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiny_bases
 import yaml
@@ -15,7 +16,7 @@ from datamodules.gpt2_webglm_qa import GPT2WebGLMQADataModule, JSONLines, prompt
 from datamodules.gpt2_webglm_qa.chat_format import as_chat_template
 from datamodules.gpt2_webglm_qa.cited_answers import Record
 from datamodules.gpt2_webglm_qa.prompts import PromptEncoder, in_chat_template
-from datamodules.tokenizers import encode, load_tokenizer
+from datamodules.tokenizers import encode, load_tokenizer, without_prefix
 
 CONVERSATION = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "It is so."}]
 TEMPLATE = "{references}\nQ: {question}\n{answer}"
@@ -75,6 +76,36 @@ def test_another_program_writes_the_prompts_and_records_of_the_training(base, tm
     assert record == [*prompt, *example.answer_ids.tolist()]
     with pytest.raises(MisconfigurationException, match=r"is that of an exported model, .*; give the tokenizer of its"):
         in_chat_template(tokenizer, TEMPLATE)
+
+
+@pytest.mark.parametrize("space", ["normalizer", "first", "always"])
+@pytest.mark.parametrize("in_chat", [False, True])
+@pytest.mark.parametrize("references", [(), ("One.", "Two.")])
+@pytest.mark.parametrize("template", [TEMPLATE, "Why?{references}{question} {answer}"])
+def test_pieces_have_no_space_of_sentencepiece(space, in_chat, references, template):
+    tokenizer = tiny_bases.sentence_pieces(space)
+    tokenizer.chat_template = tiny_bases.CHAT_TEMPLATE.replace("<|im_start|>", "<s>").replace("<|im_end|>", "</s>")
+    encoder = PromptEncoder(tokenizer, template, 200, chat_template=in_chat)
+    (example,) = encoder.examples([Record("Why?", "One.", references)])
+    exported = in_chat_template(tokenizer, template)[0] if in_chat else template
+    tokenizer.chat_template = as_chat_template(exported, in_chat)
+    conversation = [CONVERSATION[0], {"role": "assistant", "content": "One."}]
+    documents = [{"title": "", "text": text} for text in references]
+    prompt, record = (
+        tokenizer.apply_chat_template(messages, documents=documents, return_dict=False)
+        for messages in (conversation[:1], conversation)
+    )
+    assert example.prompt_ids.tolist() == prompt
+    assert [*prompt, *example.answer_ids.tolist()] == record
+    if not references:
+        assert encoder.prompt("Why?", ["Two."], 200 - len(prompt)).ids.tolist() == prompt  # no room for the reference
+
+
+def test_the_pieces_of_byte_level_prompts_are_encoded_alone(tokenizer):
+    assert without_prefix(tokenizer) is tokenizer
+    prompt = PromptEncoder(tokenizer, TEMPLATE, 200).prompt("the in?", ["the in", "an the"], 1)
+    pieces = ["[1]", " the in", "\n", "[2]", " an the", "\n", "\nQ: the in?"]
+    assert prompt.ids.tolist() == np.concatenate(encode(tokenizer, pieces)).tolist()
 
 
 def test_special_tokens_in_a_record_are_text(tokenizer):
