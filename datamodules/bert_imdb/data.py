@@ -354,6 +354,7 @@ class BertImdbDataModule(ReviewsDataModule):
         self.file = file
         self.texts: dict[str, list[Review]] = {}  # reviews of each split, by position in the dataset
         self.rows_to_predict: list[dict[str, Any]] = []  # what the file has of each review to classify, by position
+        self.n_truncated: Counter[str] = Counter()  # reviews of each split
 
     def load_tokenizer(self) -> "PreTrainedTokenizerFast":
         """Return the tokenizer of the argument; in other programs, it keeps the end of a text if this class does."""
@@ -398,14 +399,21 @@ class BertImdbDataModule(ReviewsDataModule):
 
     def read(self, split: Any) -> TokenizedReviews:
         """Return the dataset of a split; `predict` has the reviews to classify."""
+
+        def parts_of(ids: np.ndarray, n: int) -> list[np.ndarray]:
+            self.n_truncated[split] += len(ids) > n
+            return [truncate(ids, n, self.truncation)]
+
         self.texts[split] = reviews = self._to_predict() if split == "predict" else self.labelled(split)
-        rows = self.rows_of(reviews, lambda ids, n: [truncate(ids, n, self.truncation)])
+        rows = self.rows_of(reviews, parts_of)
         labels = [-1 if review.label is None else review.label for review in reviews]
         return TokenizedReviews(rows, labels, self.tokenizer.pad_token_id)
 
     def setup(self, stage: str) -> None:
-        """Read and tokenise the splits of a stage, and say which of them lack a class."""
+        """Read and tokenise the splits of a stage, and say which of them lack a class or have truncated reviews."""
         super().setup(stage)
+        if stage != "fit" and (truncated := self._truncated(*_SPLITS[stage])):
+            say(f"data    {truncated}")
         for side in (split for split in SIDES if split in _SPLITS[stage]):
             if missing := self._missing_classes(side):
                 effect = "the model cannot learn it" if side == "train" else "the scores say nothing of it"
@@ -425,7 +433,17 @@ class BertImdbDataModule(ReviewsDataModule):
 
     def describe(self) -> str:
         """Return a line about the reviews of a fit, and their classes."""
-        return f"{super().describe()}; classes: {', '.join(self.classes)}"
+        parts = (super().describe(), self._truncated("train", "val"), f"classes: {', '.join(self.classes)}")
+        return "; ".join(filter(None, parts))
+
+    def _truncated(self, *splits: str) -> str:
+        """Return how many reviews of some splits are truncated; empty if none is."""
+        n, n_all = sum(self.n_truncated[s] for s in splits), sum(len(self.texts[s]) for s in splits)
+        return (
+            f"{n:,} of {n_all:,} texts {'is' if n == 1 else 'are'} cut to {self.max_tokens} tokens (--data.max_tokens)"
+            if n
+            else ""
+        )
 
     def keep_features(
         self,

@@ -496,13 +496,20 @@ def tokenizer_folder(tokenizer, tmp_path_factory) -> str:
     return str(folder)
 
 
-def test_the_line_about_the_data_has_the_test_reviews_that_are_held_out(tokenizer_folder, tmp_path, capsys):
+def test_the_line_about_the_data_has_the_test_reviews_and_those_that_are_cut(tokenizer_folder, tmp_path, capsys):
     (tmp_path / "r.jsonl").write_text(as_json(ROWS))
     files = ReviewFiles(str(tmp_path / "r.jsonl"), val_fraction=0.2, test_fraction=0.2, film_field="movie")
-    BertImdbDataModule(files, tokenizer_folder, 4, 16).setup("fit")
+    BertImdbDataModule(files, tokenizer_folder, 4, 64).setup("fit")
     train, val, test = (len(reviews) for reviews in splits_of(files).values())
     said = f"data    {train} rows train, {val} validate; reviews for the test: {test}"
     assert f"{said}; classes: " in capsys.readouterr().err
+    Path("long.csv").write_text("text\nfine\n" + "a b c d e f g h i\n" * 2)
+    data = BertImdbDataModule(files, tokenizer_folder, 4, max_tokens=6, file="long.csv")
+    data.setup("fit")
+    cut = f"; {train + val} of {train + val} texts are cut to 6 tokens (--data.max_tokens); classes: "
+    assert said + cut in capsys.readouterr().err
+    data.setup("predict")
+    assert capsys.readouterr().err == "data    2 of 3 texts are cut to 6 tokens (--data.max_tokens)\n"
     unlabelled = TextReviews(ListText([row["text"] for row in ROWS]), val_fraction=0.2, test_fraction=0.2)
     MaskedReviewsDataModule(unlabelled, tokenizer_folder, 4, 16).setup("fit")
     assert f"reviews for the test: {len(list(unlabelled.reviews('test')))}\n" in capsys.readouterr().err
