@@ -390,9 +390,10 @@ class BertImdbDataModule(ReviewsDataModule):
         present = {review.label for review in reviews}
         if len(present) < 2:
             missing = ", ".join(name for label, name in enumerate(self.classes) if label not in present)
+            flags = self.source.flags_to_hold_out(split, isinstance(self.given_reviews, ReviewSource))
             raise MisconfigurationException(
                 f"data.reviews: the {split} reviews need two classes, and there is no {missing} one; give both, or a "
-                f"larger part for {split}"
+                f"larger part for {split}{f' when you train: {flags}' if flags else ''}"
             )
         self.texts[split] = reviews
         return reviews

@@ -1,6 +1,8 @@
 """Sources of labelled reviews: the hub, the folder of the original data set, and files of rows; and of plain text."""
 
+import json
 import re
+import shlex
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from copy import copy
@@ -66,6 +68,15 @@ class ReviewSource(ABC):
     def n_held_out_for_test(self) -> int:
         """Return the number of test reviews that are held out of the training part; 0 if they have a part."""
         return 0
+
+    def flags_to_hold_out(self, split: Side, named: bool) -> str | None:
+        """Return the flags of `fit` that hold out a larger part for a split; `None` if there are none.
+
+        Args:
+            split: The split.
+            named: Whether the settings name the class of this source, and not just a path.
+        """
+        return None
 
     def prepare(self) -> None:  # noqa: B027 - most sources have nothing to prepare
         """Download the reviews; called on one process of each machine."""
@@ -355,6 +366,16 @@ class ReviewFiles(PartedSource):
         files = [Path(split_column(file)[0]).expanduser() for file in self.parts["train"]]
         rows = (row for file in files for _, row in rows_of(file))
         return _classes_of(rows, self.fields["label"], ", ".join(map(str, files)))
+
+    def flags_to_hold_out(self, split: Side, named: bool) -> str | None:
+        """Return the flags of `fit` that hold out a larger part of the files to train on."""
+        if split == "train" or split in self.parts:
+            return None
+        train = shlex.quote(
+            self.parts["train"][0] if len(self.parts["train"]) == 1 else json.dumps(self.parts["train"])
+        )
+        files = f"--data.reviews ReviewFiles --data.reviews.train {train} --data.reviews.classes null "
+        return f"{'' if named else files}--data.reviews.{split}_fraction 0.3"
 
     def read(self, part: list[str], classes: Sequence[str] | None) -> Iterator[Review]:
         """Yield the reviews of some files."""

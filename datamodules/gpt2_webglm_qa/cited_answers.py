@@ -1,6 +1,8 @@
 """Questions, references, and answers with citation marks: `[1]` cites the first reference, `[2][3]` cites two."""
 
+import json
 import random
+import shlex
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -94,6 +96,10 @@ class RecordSource(ABC):
     def records(self, side: Side) -> Iterator[Record]:
         """Yield the records of a split, always in the same order."""
 
+    def flags_to_hold_out(self, side: Side) -> str | None:
+        """Return the flags of `fit` that hold out records for a split; `None` if there are none."""
+        return None
+
     def prepare(self) -> None:  # noqa: B027 - most have nothing to prepare
         """Download or make the records, on one process of each machine."""
 
@@ -160,6 +166,14 @@ class JSONLines(RecordSource):
     def __post_init__(self) -> None:
         fractions = (0.0 if self.val else self.val_fraction, 0.0 if self.test else self.test_fraction)
         self.fractions = require_fractions(*fractions, "data.records")
+
+    def flags_to_hold_out(self, side: Side) -> str | None:
+        """Return the flags of `fit` that hold out a part of the files to train on."""
+        if side == "train" or getattr(self, side):
+            return None
+        files = self.train if isinstance(self.train, str) else json.dumps(self.train)
+        train = shlex.quote(files)
+        return f"--data.records JSONLines --data.records.train {train} --data.records.{side}_fraction 0.2"
 
     def records(self, side: Side) -> Iterator[Record]:
         """Yield the records of a split."""

@@ -191,7 +191,9 @@ class GPT2WebGLMQADataModule(WithTokenizer, ExperimentDataModule):
             more = f" and {len(places) - 1:,} more" if len(places) > 1 else ""
             say(f"{side}: skipped {places[0]}{more}, {reason}")
         if not examples and needed:
-            raise MisconfigurationException(f"data.records: there are no {side} records that can be used")
+            flags = self.source.flags_to_hold_out(side)
+            advice = f"; hold some out when you train: {flags}" if flags and not encoder.skipped else ""
+            raise MisconfigurationException(f"data.records: there are no {side} records that can be used{advice}")
         sizes = [example.n_places for example in examples]
         packed = best_fit(sizes, self.block_size) if self.packing else [[number] for number in range(len(examples))]
         weight = self.prompt_loss_weight if side == "train" else 0.0

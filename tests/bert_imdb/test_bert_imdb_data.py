@@ -4,6 +4,7 @@ import gzip
 import json
 import math
 import re
+import shlex
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -477,6 +478,24 @@ def test_one_class_only_is_refused(tmp_path, tokenizer_folder):
     data = BertImdbDataModule(ReviewFiles(str(tmp_path / "good.jsonl")), tokenizer_folder, 4, 16)
     with pytest.raises(MisconfigurationException, match="the train reviews need two classes, and there is no negative"):
         data.setup("fit")
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_a_held_out_part_with_one_class_is_refused_with_the_flags_of_a_larger_one(tokenizer_folder, llm_train, named):
+    rows = [f"take {n} eggs,{('soup', 'cake')[n % 8 == 0]}" for n in range(40)]
+    Path("my recipes.csv").write_text("\n".join(["text,label", *rows]))
+    given = ReviewFiles("my recipes.csv", classes=None) if named else "my recipes.csv"
+    data = BertImdbDataModule(given, tokenizer_folder, 4, 16)
+    data.source._of_train["val"] = [review for review in data.source.reviews("train") if review.label == 1][:2]
+    with pytest.raises(MisconfigurationException, match="or a larger part for val when you train: --data") as caught:
+        data.setup("validate")
+    flags = shlex.split(str(caught.value).rpartition(": ")[2])
+    before = ["--data.reviews=ReviewFiles", "--data.reviews.train=my recipes.csv"] if named else []
+    done = llm_train("fit", "-c", "bert_imdb/classify", *before, *flags, "--print_config")
+    assert done.code == 0, done.err
+    reviews = yaml.safe_load(done.out)["data"]["init_args"]["reviews"]["init_args"]
+    assert (reviews["train"], reviews["val_fraction"]) == ("my recipes.csv", 0.3)
+    assert ReviewFiles("a", val="b").flags_to_hold_out("val", named) is None
 
 
 # --- tokens ----------------------------------------------------------------------------------------------------------

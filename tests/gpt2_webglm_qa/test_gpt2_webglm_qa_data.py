@@ -1,10 +1,12 @@
 """Records, prompts, and rows: what is read, what is cut, and which tokens carry the loss."""
 
 import json
+import shlex
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from jsonargparse import ArgumentError, ArgumentParser
@@ -277,6 +279,19 @@ def test_what_is_too_long_without_any_reference_or_empty_is_skipped_and_said(cap
     assert data.counts["train"]["records_left_out"] == 3
     with pytest.raises(MisconfigurationException, match="there are no train records that can be used"):
         module(long)
+
+
+def test_without_a_test_part_the_flags_that_hold_one_out_are_said(llm_train, monkeypatch):
+    write(Path("my qa.jsonl"), *[ROW | {"question": f"Who is {i}?"} for i in range(60)])
+    options = {"block_size": 128, "batch_size": 1, "tokenizer": "byte", "max_answer_tokens": 16}
+    with pytest.raises(MisconfigurationException, match="there are no test records that can be used; hold ") as caught:
+        GPT2WebGLMQADataModule("my qa.jsonl", **options).setup("test")
+    flags = shlex.split(str(caught.value).rpartition(": ")[2])
+    done = llm_train("fit", "-c", "gpt2_webglm_qa/offline", *flags, "--print_config")
+    assert done.code == 0, done.err
+    given = yaml.safe_load(done.out)["data"]["init_args"]["records"]["init_args"]
+    GPT2WebGLMQADataModule(JSONLines(**given), **options).setup("test")
+    assert JSONLines("a", test="b").flags_to_hold_out("test") is None
 
 
 def test_few_held_out_records_are_said(monkeypatch, capsys):
