@@ -336,7 +336,8 @@ class BertImdbDataModule(ReviewsDataModule):
             from its beginning and the rest from its end.
         text: A review to classify, for `predict`.
         file: File of reviews to classify, for `predict`: JSON lines, a table (`.csv`, `.tsv`) or Parquet with the field
-            `text`, or another one that a colon and its name after the file give; labels are ignored.
+            `text`, or another one that a colon and its name after the file give; labels are ignored, and an empty text
+            has no prediction.
         **kwargs: Arguments of `ReviewsDataModule`.
     """
 
@@ -482,9 +483,9 @@ class BertImdbDataModule(ReviewsDataModule):
         dataset.features = read_array(file, "r")
 
     def predict_dataloader(self) -> DataLoader:
-        """Return the loader of the reviews to classify, in the order given."""
-        dataset = self.datasets["predict"]
-        return self.evaluation_loader(dataset, torch.arange(len(dataset)))
+        """Return the loader of the reviews to classify, in the order given, without those that are empty."""
+        positions = [position for position, review in enumerate(self.texts["predict"]) if review.text]
+        return self.evaluation_loader(self.datasets["predict"], torch.tensor(positions))
 
     def _to_predict(self) -> list[Review]:
         if (self.text is None) == (self.file is None):
@@ -494,11 +495,16 @@ class BertImdbDataModule(ReviewsDataModule):
         if self.file is None:
             self.rows_to_predict = [{"text": self.text}]
             return [parse_review(self.rows_to_predict[0], "data.text", None)]
-        read = list(read_reviews(self.file, None))
-        if not read:
+        read = list(read_reviews(self.file, None, may_be_empty=True))
+        reviews = [review for review, _ in read]
+        empty = [review.place for review in reviews if not review.text]
+        if len(empty) == len(reviews):
             raise MisconfigurationException(f"data.file: {self.file} holds no review")
+        if empty:
+            more = f" and {len(empty) - 1:,} more" if len(empty) > 1 else ""
+            say(f"predict: no prediction of {empty[0]}{more}, where the text is empty")
         self.rows_to_predict = [row for _, row in read]
-        return [review for review, _ in read]
+        return reviews
 
 
 class MaskedReviewsDataModule(ReviewsDataModule):

@@ -215,12 +215,19 @@ class PartedSource(ReviewSource):
 
 
 def parse_review(
-    row: Any, place: str, classes: Sequence[str] | None, text: str = "text", label: str = "label", film: str = "film"
+    row: Any,
+    place: str,
+    classes: Sequence[str] | None,
+    text: str = "text",
+    label: str = "label",
+    film: str = "film",
+    may_be_empty: bool = False,
 ) -> Review:
     """Return the review in a row, a dictionary of fields that was read at `place`.
 
     `text`, `label` and `film` are the names of its fields; the film may be missing. The label is the name of a class,
-    or its index unless a class has the index of another one as its name; it is ignored if `classes` is `None`.
+    or its index unless a class has the index of another one as its name; it is ignored if `classes` is `None`. The text
+    may be missing if it `may_be_empty`.
 
     Raises:
         MisconfigurationException: If the text or the label is missing, the text is empty, or the label is not a class.
@@ -233,13 +240,14 @@ def parse_review(
             raise MisconfigurationException(
                 f"{place}: the review has no {field!r}, only {columns_of(row)}; give the column {named}, or complete it"
             )
-        if _is_missing(row[field]):
+        if _is_missing(row[field]) and not (field == text and may_be_empty):
             raise MisconfigurationException(f"{place}: {field!r} is empty; complete it, or remove the row")
-    if not isinstance(row[text], str):
-        raise MisconfigurationException(f"{place}: {text!r} is {type(row[text]).__name__}, and must be text")
+    written = "" if _is_missing(row[text]) else row[text]
+    if not isinstance(written, str):
+        raise MisconfigurationException(f"{place}: {text!r} is {type(written).__name__}, and must be text")
     about = None if row.get(film) in (None, "") else str(row[film])
-    review = Review(row[text], _label(row[label], place, classes) if classes else None, about, place)
-    if not review.text:
+    review = Review(written, _label(row[label], place, classes) if classes else None, about, place)
+    if not (review.text or may_be_empty):
         raise MisconfigurationException(f"{place}: the review is empty; remove it")
     return review
 
@@ -297,7 +305,7 @@ def _classes_of(rows: Iterable[Any], field: str, where: str) -> list[str]:
 
 
 def read_reviews(
-    file: str, classes: Sequence[str] | None = CLASSES, **fields: str
+    file: str, classes: Sequence[str] | None = CLASSES, may_be_empty: bool = False, **fields: str
 ) -> Iterator[tuple[Review, dict[str, Any]]]:
     """Yield the reviews of a file, each with its row: a table, JSON lines or Parquet, see `rows_of` and `parse_review`.
 
@@ -309,7 +317,7 @@ def read_reviews(
     path, column = split_column(file)
     fields |= {"text": column} if column else {}
     for place, row in rows_of(Path(path).expanduser()):
-        yield parse_review(row, place, classes, **fields), row
+        yield parse_review(row, place, classes, may_be_empty=may_be_empty, **fields), row
 
 
 class ReviewFiles(PartedSource):

@@ -18,7 +18,8 @@ class PredictedLabels(L.Callback):
     """Callback that writes the probabilities of each text to `predictions.csv`, and prints the label of the first ones.
 
     The table has the columns of the rows that were read, then `predicted`, its `probability`, and the probability of
-    each class. The second of two columns with the same name has a number, as has a second table: `predictions.2.csv`.
+    each class; for an empty text, these are empty. The second of two columns with the same name has a number, as has a
+    second table: `predictions.2.csv`.
 
     The module's `predict_step` returns `probabilities`, (B, K), and `positions`, (B,). The datamodule has `classes`,
     and by position its `texts["predict"]`, the reviews, and `rows_to_predict`, dictionaries of what was read.
@@ -37,22 +38,28 @@ class PredictedLabels(L.Callback):
         if not trainer.is_global_zero:
             return
         data = pl_module.data
+        predictions = dict(sorted(chain.from_iterable(shares)))
         width = max(map(len, data.classes))
-        given, found = [], []
-        for position, probabilities in sorted(chain.from_iterable(shares)):
-            label = data.classes[probabilities.index(max(probabilities))]
-            given.append(data.rows_to_predict[position])
-            found.append([label, *(f"{probability:.6f}" for probability in (max(probabilities), *probabilities))])
-            if len(given) <= _SHOWN or trainer.fast_dev_run:
-                text = textwrap.shorten(data.texts["predict"][position].text, 80, placeholder=" ...")
-                print(f"{label:<{width}}  {max(probabilities):.4f}  {text}")
+        lines, found = [], {}
+        for position, review in enumerate(data.texts["predict"]):
+            if probabilities := predictions.get(position):
+                label = data.classes[probabilities.index(max(probabilities))]
+                found[position] = [label, *(f"{value:.6f}" for value in (max(probabilities), *probabilities))]
+                text = textwrap.shorten(review.text, 80, placeholder=" ...")
+                lines.append(f"{label:<{width}}  {max(probabilities):.4f}  {text}")
+            elif not review.text:
+                found[position] = [""] * (2 + len(data.classes))
+        shown = len(lines) if trainer.fast_dev_run else _SHOWN
+        for line in lines[:shown]:
+            print(line)
         if trainer.fast_dev_run:
             return
-        if len(given) > _SHOWN:
-            print(f"... and {len(given) - _SHOWN:,} more")
+        if len(lines) > shown:
+            print(f"... and {len(lines) - shown:,} more")
+        given = [data.rows_to_predict[position] for position in found]
         file = unused(Path(trainer.default_root_dir) / "predictions.csv")
         names = list(dict.fromkeys(chain.from_iterable(given)))  # a row of JSON may have other fields than the first
-        rows = ([*(row.get(name) for name in names), *values] for row, values in zip(given, found, strict=True))
+        rows = ([*map(row.get, names), *values] for row, values in zip(given, found.values(), strict=True))
         write_csv(file, _distinct([*names, "predicted", "probability", *data.classes]), rows)
         pl_module.result_files.append(file)
 

@@ -42,6 +42,7 @@ from datamodules.rows import rows_of
 from datamodules.sources import ListText
 from datamodules.splits import SIDES
 from lightning_modules.bert_imdb.bag_of_words import evaluate_bag_of_words
+from lightning_modules.bert_imdb.predictions import PredictedLabels
 from lightning_modules.common.targets import IGNORED
 
 # --- files of one's own ----------------------------------------------------------------------------------------------
@@ -614,6 +615,31 @@ def test_a_file_to_predict_may_name_the_column_of_the_text(tokenizer_folder):
     data = BertImdbDataModule(FilmReviews(), tokenizer_folder, 4, file="new.csv:message")
     data.setup("predict")
     assert [review.text for review in data.texts["predict"]] == ["fine", "dull"]
+
+
+def test_empty_texts_of_a_file_to_predict_are_counted_and_have_no_prediction(tokenizer_folder, tmp_path, capsys):
+    Path("new.jsonl").write_text(
+        as_json([{"text": text, "id": n} for n, text in enumerate(["", "fine", None, "<br />"])])
+    )
+    data = BertImdbDataModule(FilmReviews(), tokenizer_folder, 4, file="new.jsonl")
+    data.setup("predict")
+    said = "predict: no prediction of new.jsonl, line 1 and 2 more, where the text is empty"
+    assert capsys.readouterr().err == f"{said}\n"
+    (batch,) = data.predict_dataloader()
+    assert batch["positions"].tolist() == [1]
+    module, callback = SimpleNamespace(data=data, result_files=[]), PredictedLabels()
+    trainer = SimpleNamespace(world_size=1, is_global_zero=True, fast_dev_run=False, default_root_dir=tmp_path)
+    outputs = {"positions": batch["positions"], "probabilities": torch.tensor([[0.25, 0.75]])}
+    callback.on_predict_batch_end(trainer, module, outputs)
+    callback.on_predict_end(trainer, module)
+    assert capsys.readouterr().out == "positive  0.7500  fine\n"
+    assert (tmp_path / "predictions.csv").read_text().splitlines() == [
+        "text,id,predicted,probability,negative,positive",
+        ",0,,,,",
+        "fine,1,positive,0.750000,0.250000,0.750000",
+        ",2,,,,",
+        "<br />,3,,,,",
+    ]
 
 
 @pytest.mark.parametrize(
