@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from datamodules.base import ExperimentDataModule, Order, shuffled
 from datamodules.bert_imdb.reviews import (
     AnyReviews,
+    HubReviews,
     Review,
     ReviewSource,
     parse_review,
@@ -546,6 +547,13 @@ class MaskedReviewsDataModule(ReviewsDataModule):
         except MisconfigurationException:
             return False
         return first is not None and first.label is not None
+
+    @property
+    def tuned_by(self) -> str:
+        """Experiment that trains a classifier on an encoder that was trained before it read these reviews."""
+        if not isinstance(self.given_reviews, ReviewSource):
+            return "classify"
+        return "full" if isinstance(self.given_reviews, HubReviews) else "offline"
 
     @cached_property
     def pretraining_reviews(self) -> list[Review]:

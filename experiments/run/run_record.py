@@ -243,7 +243,8 @@ class RunRecord(SaveConfigCallback):
         is_validation = proposed.startswith("llm-train validate")
         if is_validation and (not checkpoint or lacks_validation(pl_module.trainer)):
             return None
-        settings = ("run.root", "run.name", *pl_module.settings_of_next)
+        name = () if f" -c {run.topic}/" in proposed else ("run.name",)  # of a run in the same folder, it is taken
+        settings = ("run.root", *name, *pl_module.settings_of_next)
         return " ".join([proposed, *(_given(settings) if proposed.startswith("llm-train fit") else ())])
 
 

@@ -127,7 +127,9 @@ class BertMaskedLMModule(ExperimentModule):
         """Return the command that trains a classifier on this encoder, or one that validates it without labels."""
         if not getattr(self._data, "have_labels", True):
             return super().next_command(run)
-        return f"llm-train fit -c bert_imdb/offline --model.base {run} --data.tokenizer {run}/tokenizer"
+        # An encoder that was pretrained before needs a lower learning rate than a small one that is new.
+        experiment = getattr(self._data, "tuned_by", "classify") if self.hparams["base"] else "offline"
+        return f"llm-train fit -c bert_imdb/{experiment} --model.base {run} --data.tokenizer {run}/tokenizer"
 
     def save_pretrained(self, folder: Path) -> None:
         """Write the model in the format of Transformers; `AutoModel` loads its encoder."""

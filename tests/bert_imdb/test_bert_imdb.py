@@ -25,7 +25,7 @@ from shared_runs import own_world, run_command
 
 from datamodules.bert_imdb.data import BertImdbDataModule, MaskedReviewsDataModule, TokenizedReviews
 from datamodules.bert_imdb.film_reviews import FilmReviews
-from datamodules.bert_imdb.reviews import Review, ReviewFiles
+from datamodules.bert_imdb.reviews import HubReviews, Review, ReviewFiles
 from experiments.api import load_run
 from lightning_modules.bert_imdb.bag_of_words import BagOfWords
 from lightning_modules.bert_imdb.cached_features import CachedFeatures, weights_digest
@@ -179,7 +179,7 @@ def test_the_ends_of_the_reviews_replace_the_mask_on_a_gpu(base, pooling):
 # --- pretraining -----------------------------------------------------------------------------------------------------
 
 
-def test_pretraining_lowers_the_loss_and_is_exported(pretrained):
+def test_pretraining_lowers_the_loss_and_is_exported(pretrained, monkeypatch):
     from transformers import AutoModelForMaskedLM, pipeline
 
     assert pretrained.loss < np.log(400) - 0.3
@@ -198,6 +198,10 @@ def test_pretraining_lowers_the_loss_and_is_exported(pretrained):
     assert loaded.next_command("RUN").endswith("--model.base RUN --data.tokenizer RUN/tokenizer")
     loaded.data = SimpleNamespace(have_labels=False)
     assert loaded.next_command("RUN") == "llm-train validate -c RUN/config.yaml --ckpt_path best"
+    for reviews, experiment in (("mine.csv", "classify"), (HubReviews(), "full"), (FilmReviews(), "offline")):
+        further.data = MaskedReviewsDataModule(reviews, str(pretrained.run), 2)
+        monkeypatch.setattr(MaskedReviewsDataModule, "have_labels", True)
+        assert further.next_command("RUN").startswith(f"llm-train fit -c bert_imdb/{experiment} --model.base RUN ")
 
 
 def test_the_next_command_reads_the_reviews_that_were_given(llm_train, no_pictures):
@@ -209,7 +213,9 @@ def test_the_next_command_reads_the_reviews_that_were_given(llm_train, no_pictur
     done = llm_train("fit", "-c", "bert_imdb/offline_pretrain", *given, *small, *length, "--data.batch_size=8")
     assert done.code == 0, done.err
     following = done.err.splitlines()[-1]
-    assert following.endswith(" ".join(given))
+    base = "--model.base runs/bert_imdb/mine --data.tokenizer runs/bert_imdb/mine/tokenizer"
+    # The name is that of this run.
+    assert following == f"next    llm-train fit -c bert_imdb/offline {base} {' '.join(given[:-2])}"
     done = llm_train(*following.split()[2:], *length)
     assert done.code == 0, done.err
 
