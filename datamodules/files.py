@@ -5,11 +5,13 @@ import glob
 import gzip
 import hashlib
 import io
+import json
 import re
+import shlex
 import shutil
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, cast
 from urllib.parse import urlparse
@@ -229,3 +231,8 @@ def download(url: str) -> Path:
                 "it elsewhere and give the path of the file in place of the URL"
             ) from error
     return target
+
+
+def as_flag(files: Sequence[str]) -> str:
+    """Return files as the value of a flag: a path, or several in JSON."""
+    return shlex.quote(files[0] if len(files) == 1 else json.dumps(files))

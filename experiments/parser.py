@@ -138,7 +138,10 @@ def one_line(message: str, options: Sequence[str], command_line: Sequence[str]) 
     if denied := _DENIED.search(message):  # the other types that were tried do not matter
         what = trust.refusal(*denied.groups())
     if on_path := _SETTING_OF_PATH.search(message):
-        what = f"{on_path[1]} is a path, which has no setting {on_path[2]}: give class_path and init_args in its place"
+        what = (
+            f"{on_path[1]} is a path, which has no setting {on_path[2]}: give a class that has it in its place, as "
+            f"--{key} CLASS --{key}.{on_path[2]} VALUE"
+        )
     chosen = options_of.chosen(command_line[1:])
     schedule = chosen["lr_scheduler"].path
     if key == "lr_scheduler" and (advice := takes_built_schedules(schedule.rpartition(".")[2])):

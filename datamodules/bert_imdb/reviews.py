@@ -1,8 +1,6 @@
 """Sources of labelled reviews: the hub, the folder of the original data set, and files of rows; and of plain text."""
 
-import json
 import re
-import shlex
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from copy import copy
@@ -14,7 +12,7 @@ from typing import Any
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from datamodules.files import ROWS, ending_of, split_column
+from datamodules.files import ROWS, as_flag, ending_of, split_column
 from datamodules.hub_datasets import load_hub_dataset
 from datamodules.rows import columns_of, rows_of
 from datamodules.sources import AnySource, hub_name, local_files_of, paths_of, source_of
@@ -379,9 +377,7 @@ class ReviewFiles(PartedSource):
         """Return the flags of `fit` that hold out a larger part of the files to train on."""
         if split == "train" or split in self.parts:
             return None
-        train = shlex.quote(
-            self.parts["train"][0] if len(self.parts["train"]) == 1 else json.dumps(self.parts["train"])
-        )
+        train = as_flag(self.parts["train"])
         files = f"--data.reviews ReviewFiles --data.reviews.train {train} --data.reviews.classes null "
         return f"{'' if named else files}--data.reviews.{split}_fraction 0.3"
 

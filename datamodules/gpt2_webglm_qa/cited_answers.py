@@ -1,8 +1,6 @@
 """Questions, references, and answers with citation marks: `[1]` cites the first reference, `[2][3]` cites two."""
 
-import json
 import random
-import shlex
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -12,6 +10,7 @@ from typing import Any, Literal
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from datamodules.files import as_flag
 from datamodules.hub_datasets import load_hub_dataset
 from datamodules.rows import columns_of, rows_of
 from datamodules.sources import hub_name, local_files_of
@@ -171,8 +170,7 @@ class JSONLines(RecordSource):
         """Return the flags of `fit` that hold out a part of the files to train on."""
         if side == "train" or getattr(self, side):
             return None
-        files = self.train if isinstance(self.train, str) else json.dumps(self.train)
-        train = shlex.quote(files)
+        train = as_flag([self.train] if isinstance(self.train, str) else self.train)
         return f"--data.records JSONLines --data.records.train {train} --data.records.{side}_fraction 0.2"
 
     def records(self, side: Side) -> Iterator[Record]:

@@ -230,7 +230,8 @@ def test_a_setting_of_a_path_is_refused_as_such(llm_train, tiny, monkeypatch, ha
     if has_module:
         monkeypatch.setitem(sys.modules, "mine", types.ModuleType("mine"))
     error = llm_train("fit", "-c", tiny(), "--data.source", "mine.csv", "--data.source.text_field", "words").err
-    said = "mine.csv is a path, which has no setting text_field: give class_path and init_args in its place"
+    advice = "give a class that has it in its place, as --data.source CLASS --data.source.text_field VALUE"
+    said = f"mine.csv is a path, which has no setting text_field: {advice}"
     assert error == f"error: --data.source: {said}\n"
 
 

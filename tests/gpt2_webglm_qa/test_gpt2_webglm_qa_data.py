@@ -287,10 +287,12 @@ def test_without_a_test_part_the_flags_that_hold_one_out_are_said(llm_train, mon
     with pytest.raises(MisconfigurationException, match="there are no test records that can be used; hold ") as caught:
         GPT2WebGLMQADataModule("my qa.jsonl", **options).setup("test")
     flags = shlex.split(str(caught.value).rpartition(": ")[2])
+    assert "my qa.jsonl" in flags
     done = llm_train("fit", "-c", "gpt2_webglm_qa/offline", *flags, "--print_config")
     assert done.code == 0, done.err
     given = yaml.safe_load(done.out)["data"]["init_args"]["records"]["init_args"]
     GPT2WebGLMQADataModule(JSONLines(**given), **options).setup("test")
+    assert '--data.records.train \'["a", "b"]\'' in JSONLines(["a", "b"]).flags_to_hold_out("test")
     assert JSONLines("a", test="b").flags_to_hold_out("test") is None
 
 
