@@ -384,7 +384,7 @@ class ReviewFiles(PartedSource):
     def read(self, part: list[str], classes: Sequence[str] | None) -> Iterator[Review]:
         """Yield the reviews of some files."""
         for file in part:
-            yield from (review for review, _ in read_reviews(file, classes, **self.fields))
+            yield from (review for review, _ in read_reviews(file, classes, may_be_empty=False, **self.fields))
 
 
 class AclImdb(PartedSource):
