@@ -39,7 +39,7 @@ from lightning_modules.common.ranges import NonNegativeFloat, PositiveInt, Proba
 from lightning_modules.finetuning.selection import matching
 from lightning_modules.optim.groups import ParameterGroups
 from lightning_modules.runtime.bfloat16 import has_matrix_units
-from lightning_modules.runtime.private_names import foreach_add_, foreach_lerp, foreach_lerp_, foreach_mul_
+from lightning_modules.runtime.private_names import foreach_add_, foreach_lerp_, foreach_mul, foreach_mul_
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # a, b, c of Jordan et al. (2024)
 SCALES: dict[str, Callable[[int, int], float]] = {
@@ -171,7 +171,10 @@ def _step_of_muon(
             state[p]["momentum_buffer"] = torch.zeros_like(p)
     momenta = [state[p]["momentum_buffer"] for p in params]
     foreach_lerp_(momenta, gradients, 1 - group["momentum"])
-    updates = list(foreach_lerp(gradients, momenta, group["momentum"])) if group["nesterov"] else momenta
+    updates = momenta
+    if group["nesterov"]:
+        updates = list(foreach_mul(gradients, 1.0))  # copies: torch 2.11 cannot shard the `lerp` that makes new tensors
+        foreach_lerp_(updates, momenta, group["momentum"])
     default = "bfloat16" if has_matrix_units(updates[0].device) else "float32"
     stacked = [rows.get(p, [p.size(0)]) for p in params]
     scale, dtype = SCALES[group["scale"]], getattr(torch, group["dtype"] or default)

@@ -402,8 +402,8 @@ def takes_static_caches(model: "PreTrainedModel") -> bool:
 
 # One kernel for a whole list of tensors; torch 2.11 has no public name for these.
 foreach_add_ = torch._foreach_add_
-foreach_lerp = torch._foreach_lerp
 foreach_lerp_ = torch._foreach_lerp_
+foreach_mul = torch._foreach_mul
 foreach_mul_ = torch._foreach_mul_
 
 
