@@ -14,7 +14,14 @@ import os
 import traceback
 from collections.abc import Sequence
 
-from experiments.errors import UsageError, UserError, causes, module_that_raised
+from experiments.errors import (
+    UsageError,
+    UserError,
+    causes,
+    module_that_raised,
+    place_in_users_code,
+    raised_by_constructor,
+)
 
 # name: (module with main(args), description). A module is imported when its command is called.
 COMMANDS = {
@@ -97,7 +104,9 @@ def main(args: Sequence[str] | None = None) -> None:
         sys.exit(1)
     except Exception as error:
         mistake = _mistake_behind(error)
-        if mistake is None:  # an error of this program: show the traceback
+        if mistake is None:  # an error of this program, or in the user's own code: show the traceback
+            if raised := raised_by_constructor(error):
+                raise raised from raised.__cause__ or raised.__context__
             raise
         sys.exit(_error(str(mistake), 2 if isinstance(mistake, UsageError) else 1))
 
@@ -122,7 +131,8 @@ def _mistake_behind(error: BaseException) -> BaseException | None:
 
     A mistake is a `UserError`, a `MisconfigurationException`, also one that a library has wrapped, or an `OSError`: a
     missing file, a full disk, a folder that cannot be written. It is also an error that Lightning itself raises, which
-    refuses settings of the trainer with several classes of exceptions, and any error of one of its callbacks.
+    refuses settings of the trainer with several classes of exceptions, and any error of one of its callbacks. These two
+    are none if they have passed code of the user: it is to be mended there.
     """
     # Libraries in Rust have errors of their own.
     if isinstance(error, OSError) or any(text in str(error) for text in _OF_FILES) or _is_refused_by_lightning(error):
@@ -130,14 +140,15 @@ def _mistake_behind(error: BaseException) -> BaseException | None:
     lightning = sys.modules.get("lightning.pytorch.utilities.exceptions")  # not imported: not raised
     mistakes = (UserError, lightning.MisconfigurationException) if lightning else UserError
     behind = next((cause for cause in causes(error) if isinstance(cause, mistakes)), None)
-    if behind is None and (callback := _callback_behind(error)):
+    if behind is None and place_in_users_code(error) is None and (callback := _callback_behind(error)):
         reason = traceback.format_exception_only(error)[-1]
         return UserError(f"the callback {callback} does not go with this run: {reason}")
     return behind
 
 
 def _is_refused_by_lightning(error: BaseException) -> bool:
-    return isinstance(error, _REFUSALS) and module_that_raised(error).startswith("lightning.")
+    raised_there = isinstance(error, _REFUSALS) and module_that_raised(error).startswith("lightning.")
+    return raised_there and place_in_users_code(error) is None
 
 
 def _callback_behind(error: BaseException) -> str | None:

@@ -6,7 +6,13 @@ import re
 import sys
 import traceback
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any, NoReturn
+
+# Modules that are not of the user, wherever their files are; installed ones are in the folders below.
+_NOT_OF_USER = {"__main__", "experiments", "lightning_modules", "datamodules", *sys.stdlib_module_names}
+_INSTALLED = {"site-packages", "dist-packages"}
+_BUILDERS = ("jsonargparse.", "lightning.pytorch.cli")  # modules that call the constructors of a configuration
 
 
 class UserError(Exception):
@@ -25,6 +31,35 @@ def module_that_raised(error: BaseException) -> str:
     """Return the name of the module whose code has raised an exception."""
     places = [place for place, _ in traceback.walk_tb(error.__traceback__)]
     return str(places[-1].f_globals.get("__name__", "")) if places else ""
+
+
+def place_in_users_code(error: BaseException) -> str | None:
+    """Return the file and line of the last code of the user that an error has passed, or `None` if there is none.
+
+    Code of the user is neither of this project nor of an installed package.
+    """
+    places = [
+        (place.f_globals.get("__name__"), place.f_code, line) for place, line in traceback.walk_tb(error.__traceback__)
+    ]
+    for module, code, line in reversed(places):
+        file = Path(code.co_filename)
+        if file.suffix == ".py" and not _INSTALLED & {*file.parts} and str(module).split(".")[0] not in _NOT_OF_USER:
+            return f"{file}, line {line}"
+    return None
+
+
+def raised_by_constructor(error: BaseException) -> BaseException | None:
+    """Return what a constructor has raised, with its own frames, if an error repeats it in the words of jsonargparse.
+
+    Those are dozens of lines: the types that were tried, and all arguments of the class.
+    """
+    if not module_that_raised(error).startswith(_BUILDERS):
+        return None
+    raised = next((found for found in causes(error) if not module_that_raised(found).startswith(_BUILDERS)), None)
+    place = raised.__traceback__ if raised else None
+    while place and str(place.tb_frame.f_globals.get("__name__")).startswith(_BUILDERS):
+        place = place.tb_next
+    return raised.with_traceback(place) if raised else None
 
 
 def causes(error: BaseException | None) -> Iterator[BaseException]:

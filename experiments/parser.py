@@ -19,7 +19,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from experiments import names, trust
 from experiments.class_paths import accept_moved_classes, import_class
-from experiments.errors import UserError
+from experiments.errors import UserError, causes, place_in_users_code
 from experiments.help import options as options_of
 from experiments.yaml_files import load_yaml, read_yaml
 from lightning_modules.optim.schedules import takes_built_schedules
@@ -110,7 +110,10 @@ class ExperimentParser(LightningArgumentParser):
             super().error(message, ex)
         options = option_names(getattr(ex, "subcommand_parser", None) or self)
         with contextlib.chdir(self.folder):  # jsonargparse works in the folder of the file that it reads
-            sys.stderr.write(f"error: {one_line(message, options, self.command_line)}\n")
+            line = one_line(message, options, self.command_line)
+        if place := next(filter(None, map(place_in_users_code, causes(ex))), None):  # a module that cannot be imported
+            line += f" ({place})"
+        sys.stderr.write(f"error: {line}\n")
         raise SystemExit(2)
 
 
