@@ -18,6 +18,7 @@ from experiments.errors import (
     UsageError,
     UserError,
     causes,
+    is_of_user,
     module_that_raised,
     place_in_users_code,
     raised_by_constructor,
@@ -140,7 +141,7 @@ def _mistake_behind(error: BaseException) -> BaseException | None:
     lightning = sys.modules.get("lightning.pytorch.utilities.exceptions")  # not imported: not raised
     mistakes = (UserError, lightning.MisconfigurationException) if lightning else UserError
     behind = next((cause for cause in causes(error) if isinstance(cause, mistakes)), None)
-    if behind is None and place_in_users_code(error) is None and (callback := _callback_behind(error)):
+    if behind is None and (callback := _callback_behind(error)):
         reason = traceback.format_exception_only(error)[-1]
         return UserError(f"the callback {callback} does not go with this run: {reason}")
     return behind
@@ -156,7 +157,8 @@ def _callback_behind(error: BaseException) -> str | None:
     own = ("lightning", "experiments", "lightning_modules", "datamodules")
     places = [place for place, _ in traceback.walk_tb(error.__traceback__)]
     names = [str(place.f_globals.get("__name__")) for place in places]
-    last = max((i for i, name in enumerate(names) if name.split(".")[0] in own), default=None)
+    ours = (i for i, name in enumerate(names) if name.split(".")[0] in own or is_of_user(places[i]))
+    last = max(ours, default=None)
     if last is None or not names[last].startswith("lightning.pytorch.callbacks."):
         return None
     callback = type(places[last].f_locals.get("self"))

@@ -26,7 +26,7 @@ from datamodules.base import ExperimentDataModule
 from experiments import names, trust
 from experiments.help.options import DEFAULTS
 from experiments.parser import ExperimentParser, check_nulls
-from experiments.run import monitored, moved_runs, resume, run_folder
+from experiments.run import monitored, moved_runs, numbers, resume, run_folder
 from experiments.run.run_folder import RunArguments, RunFolder
 from experiments.run.run_record import RunRecord
 from experiments.study.names import arm_of_agent, flag_value
@@ -45,7 +45,6 @@ from lightning_modules.runtime.private_names import SettingsGoOverCheckpoint, le
 LINKED = ("vocab_size", "pad_token_id", "block_size", "classes")  # attributes of the data, arguments of a module
 _LENGTH = ("max_steps", "max_epochs", "max_time")  # the arguments of the trainer that end a run
 _GPUS = ("gpu", "cuda", "mps")  # names of accelerators
-_TRAINS_NOTHING_AT_0 = ("max_steps", "max_epochs", "limit_train_batches")
 _LOST_PEER = re.compile(r"[Cc]onnection (closed|reset|refused)|[Bb]roken pipe|remote process exited|NCCL communicator")
 _NOISE = (  # warnings of Lightning that do not hold here, or that a user cannot act on
     ".*your dataloader is not resumable.*",
@@ -148,13 +147,7 @@ class ExperimentCLI(SettingsGoOverCheckpoint):
         arguments, model = self.arguments["run"], self.arguments["model"]
         if self._trainer_arguments.get("default_root_dir") is not None:
             raise MisconfigurationException("trainer.default_root_dir: leave it out, and set run.root and run.name")
-        if (n_batches := self._trainer_arguments["accumulate_grad_batches"]) < 1:
-            raise MisconfigurationException(f"trainer.accumulate_grad_batches is {n_batches}: give 1 or more")
-        for name in _TRAINS_NOTHING_AT_0 if self.subcommand == "fit" else ():
-            if self._trainer_arguments[name] == 0:
-                raise MisconfigurationException(
-                    f"trainer.{name} is 0, so that nothing would be trained: leave it out, or give more than 0"
-                )
+        numbers.check(self._trainer_arguments, trains=self.subcommand == "fit")
         files = self.arguments["config"] or []
         name = arguments.name or arm_of_agent() or (Path(str(files[0])).stem if files else "unnamed")
         topic = arguments.topic or model.class_path.split(".")[-2]

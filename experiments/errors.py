@@ -7,6 +7,7 @@ import sys
 import traceback
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from types import FrameType
 from typing import Any, NoReturn
 
 # Modules that are not of the user, wherever their files are; installed ones are in the folders below.
@@ -33,19 +34,16 @@ def module_that_raised(error: BaseException) -> str:
     return str(places[-1].f_globals.get("__name__", "")) if places else ""
 
 
-def place_in_users_code(error: BaseException) -> str | None:
-    """Return the file and line of the last code of the user that an error has passed, or `None` if there is none.
+def is_of_user(place: FrameType) -> bool:
+    """Return whether the code of a frame is of the user, and neither of this project nor of an installed package."""
+    file, module = Path(place.f_code.co_filename), str(place.f_globals.get("__name__"))
+    return file.suffix == ".py" and not _INSTALLED & {*file.parts} and module.split(".")[0] not in _NOT_OF_USER
 
-    Code of the user is neither of this project nor of an installed package.
-    """
-    places = [
-        (place.f_globals.get("__name__"), place.f_code, line) for place, line in traceback.walk_tb(error.__traceback__)
-    ]
-    for module, code, line in reversed(places):
-        file = Path(code.co_filename)
-        if file.suffix == ".py" and not _INSTALLED & {*file.parts} and str(module).split(".")[0] not in _NOT_OF_USER:
-            return f"{file}, line {line}"
-    return None
+
+def place_in_users_code(error: BaseException) -> str | None:
+    """Return the file and line of the last code of the user that an error has passed, or `None` if there is none."""
+    passed = [(place, line) for place, line in traceback.walk_tb(error.__traceback__) if is_of_user(place)]
+    return f"{passed[-1][0].f_code.co_filename}, line {passed[-1][1]}" if passed else None
 
 
 def raised_by_constructor(error: BaseException) -> BaseException | None:
