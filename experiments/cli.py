@@ -69,6 +69,7 @@ class ExperimentCLI(SettingsGoOverCheckpoint):
     def __init__(self, args: Sequence[str]) -> None:
         self._args = list(args)
         self.closed = False  # whether the run's record is complete
+        self.has_begun = False  # whether a batch was read, or the run reached its end without one
         self.changes: resume.Changes = {}  # of a resumed run
         self.replaced: moved_runs.Original = {}  # arguments that the record of the run has as they were
         configured = {"default_config_files": [str(DEFAULTS)]}
@@ -343,11 +344,21 @@ class ExperimentCLI(SettingsGoOverCheckpoint):
             what = "1 batch" if n_batches == 1 else f"{n_batches} batches"
             say(f"trial run: {self.subcommand} works on {what} of each split; it kept no files")
 
-    def close(self) -> None:
-        """Unlock the run, and end its W&B run if that goes on.
+    @property
+    def leaves_nothing(self) -> bool:
+        """Whether the run was refused, stopped or failed before its first batch, in a folder that it has made.
 
-        Remove the folder of a trial run, or of a run that failed before it wrote a file.
+        The folder is removed, so that the next try has its name. In a study it stays as the record of a failed run, if
+        it holds one, until the study tries again.
         """
+        if self.run is None or not self.run.is_new or self.has_begun:
+            return False
+        if self.run.study is not None and any(self.run.path.glob("config*.yaml")):
+            return False
+        return run_folder.holds_only_a_start(self.run.path)
+
+    def close(self) -> None:
+        """Unlock the run, end its W&B run if that goes on, and remove the folder of a trial or of a run not begun."""
         if self._lock is not None:
             self._lock.release()
         trainer = getattr(self, "trainer", None)
@@ -357,7 +368,7 @@ class ExperimentCLI(SettingsGoOverCheckpoint):
         if self.run is None or not self.run.is_new:
             return
         is_trial = bool(self._trainer_arguments.get("fast_dev_run"))  # each process has a folder of its own
-        if is_trial or (rank_zero_only.rank == 0 and not any(self.run.path.glob("config*.yaml"))):
+        if is_trial or (rank_zero_only.rank == 0 and self.leaves_nothing):
             shutil.rmtree(self.run.path, ignore_errors=True)
 
 

@@ -19,6 +19,8 @@ from lightning_modules.common.messages import say
 
 CHECKPOINTS = "checkpoints"
 CONFIG = "config.yaml"
+# What a run writes before its first batch: the record of how it was started.
+_OF_A_START = re.compile(r"(config|summary|metrics)\w*\.(yaml|json|csv)|environment\.json|\.lock|wandb|tokenizer")
 _NUMBER = r"(?:[2-9]|[1-9]\d+)"  # of a repeated run; in the name `lr0.05`, 05 is none
 # A folder with one of these files is a run's.
 _MARKS = ("environment.json", "metrics.csv", "summary.json", f"{CHECKPOINTS}/last.ckpt", f"{CHECKPOINTS}/best.ckpt")
@@ -216,6 +218,11 @@ def _existing(folder: Path, section: Mapping[str, Any]) -> RunFolder:
 def is_run(folder: Path) -> bool:
     """Return whether a folder holds the files of a run."""
     return any((folder / mark).exists() for mark in _MARKS)
+
+
+def holds_only_a_start(folder: Path) -> bool:
+    """Return whether a folder holds nothing but what a run writes before its first batch."""
+    return all(_OF_A_START.fullmatch(path.name) for path in folder.glob("*"))
 
 
 def check_links(folder: Path) -> None:

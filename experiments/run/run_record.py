@@ -114,6 +114,11 @@ class RunRecord(SaveConfigCallback):
         command = self.cli.subcommand
         return self._run.path / ("summary.json" if command == "fit" else f"summary_{command}.json")
 
+    def _begin(self, *_: Any, **__: Any) -> None:
+        self.cli.has_begun = True
+
+    on_train_batch_start = on_validation_batch_start = on_test_batch_start = on_predict_batch_start = _begin
+
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write the record of a resumed run, drop the metrics of steps that it repeats, and print the opening lines."""
         if self._is_resumed and trainer.is_global_zero:
@@ -147,6 +152,10 @@ class RunRecord(SaveConfigCallback):
         if self.cli.closed:
             return
         self.cli.closed = True
+        if status == "finished":
+            self._begin()
+        elif self.cli.leaves_nothing:
+            return
         # Rank 0 alone is here, and may have failed alone: a metric that is not computed yet takes all ranks.
         metrics = {name: float(value) for name, value in private_names.computed_metrics(trainer).items()}
         if not self._is_recorded:  # a resumed run that did not begin to train

@@ -1,0 +1,45 @@
+"""A run that is refused before its first batch leaves no folder: the next try has its name."""
+
+from pathlib import Path
+
+import pytest
+from helpers import RUNS
+
+WRITES = """
+import lightning as L
+
+class Writes(L.Callback):
+    def setup(self, trainer, module, stage):
+        open(trainer.default_root_dir + "/notes.txt", "w").close()
+"""
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--optimizer.lr=-1"], "Invalid learning rate: -1"),  # refused when W&B and the configuration are written
+        (["--data.block_size=50000"], "fewer than a block"),
+    ],
+)
+def test_a_run_that_is_refused_before_its_first_batch_leaves_no_folder(llm_train, tiny, monkeypatch, flags, said):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    done = llm_train("fit", "-c", tiny(), *flags)
+    assert (done.code, said in done.err, "failed at step" in done.err) == (1, True, False), done.err
+    assert not (RUNS / "tiny").exists()
+
+
+def test_a_run_of_a_study_that_is_refused_stays_with_its_reason(llm_train, tiny):
+    assert llm_train("fit", "-c", tiny(), "--optimizer.lr=-1", "--run.study=lr").code == 1
+    assert "Invalid learning rate" in (RUNS / "lr/tiny/summary.json").read_text()
+
+
+def test_the_folder_of_a_refused_run_stays_with_a_file_that_is_not_of_the_command(llm_train, tiny):
+    Path("mine.py").write_text(WRITES)
+    done = llm_train("fit", "-c", tiny(), "--optimizer.lr=-1", "--trainer.callbacks+=mine.Writes")
+    assert (done.code, (RUNS / "tiny/notes.txt").is_file()) == (1, True), done.err
+
+
+def test_an_evaluation_that_ends_without_a_batch_leaves_its_record(llm_train, tiny):
+    done = llm_train("validate", "-c", tiny(trainer__limit_val_batches=0))
+    assert done.code == 0, done.err
+    assert (RUNS / "tiny/summary_validate.json").is_file()
