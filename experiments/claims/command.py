@@ -20,11 +20,18 @@ from experiments.claims.records import Recorded, make_records, read_records
 from experiments.comparison.runs import FINISHED
 from experiments.errors import CommandParser, UserError
 from experiments.study import command as study_command
-from experiments.study.runs import own_package, study_folder
+from experiments.study.runs import number_of_runs, own_package, study_folder
 from experiments.study.sweep_file import Sweep, read_sweep_file
 from lightning_modules.common.files import read_json, write_json, write_text
 from lightning_modules.common.messages import say
 
+_HOW_TO_RUN = """\
+  here: finished in the folder of runs; minutes: of all recorded runs, one after the other. A study that needs
+  something, besides two CPU cores, runs only by its own name.
+
+llm-train claims NAME      run what is missing of a topic or study, and judge its claims
+llm-train claims --all     the same for all of them
+llm-train claims --check   run nothing: judge the committed records"""
 _MOST_LISTED = 5  # of the verdicts that are not expected, in the error
 
 
@@ -123,6 +130,9 @@ def main(args: Sequence[str]) -> None:
             _write_tables(folder, topic, topics[topic])
     if options.record or options.write:
         return
+    if not (options.names or options.all or options.check):
+        print(tables.overview([_state(folder, study, options.runs) for study in studies]), f"\n{_HOW_TO_RUN}", sep="\n")
+        return
     judgements: list[Judgement] = []
     recorded: dict[str, Recorded] = {}
     for study in studies:
@@ -146,6 +156,20 @@ def main(args: Sequence[str]) -> None:
         print(f"page    {options.out / 'index.html'}\nfiles   {options.out / 'claims.json'}")
         print(f"time    {seconds / 60:.0f} min of {sum(len(found.rows) for found in recorded.values())} runs")
     _conclude(judgements, are_committed=options.check)
+
+
+def _state(folder: Path, study: Study, root: str) -> tables.State:
+    """Return what is recorded of a study, what a folder of runs has of it, and what its runs took."""
+    found = committed(folder, study)
+    summaries = study.folder(root).glob("*/summary.json")
+    return tables.State(
+        study=study.title,
+        n_runs=number_of_runs(study.sweep, None),
+        n_recorded=len(found.rows) if found else 0,
+        n_here=sum(map(_has_finished, summaries)),
+        minutes=sum(float(row["seconds"] or 0) for row in found.rows) / 60 if found else None,
+        needs=study.spec.needs,
+    )
 
 
 def _conclude(judgements: Sequence[Judgement], are_committed: bool) -> None:
@@ -175,10 +199,12 @@ def _parse(args: Sequence[str]) -> tuple[Namespace, Sequence[str]]:
         usage="llm-train claims [TOPIC[/STUDY] ...] [options] [-- WORD ...]",
         description="Check the claims in experiments/TOPIC/claims.yaml: run their studies as far as runs are missing, "
         "judge each claim by its records, print the verdicts, and leave claims.json and a page. The exit code is 1 if "
-        "a verdict is not the expected one. The same command resumes what was interrupted.",
+        "a verdict is not the expected one. The same command resumes what was interrupted. Without a name and options, "
+        "list the studies: how many runs are recorded and here, and how long they took.",
         epilog="Every run gets what follows --, such as --data.source.path FOLDER for a text that is elsewhere.",
     )
-    parser.add_argument("names", nargs="*", metavar="TOPIC[/STUDY]", help="what to check (default: all)")
+    parser.add_argument("names", nargs="*", metavar="TOPIC[/STUDY]", help="what to check")
+    parser.add_argument("--all", action="store_true", help="check everything, which can take hours")
     parser.add_argument("--check", action="store_true", help="run nothing: judge the committed records")
     parser.add_argument("--record", action="store_true", help="run nothing: write the records of finished runs")
     parser.add_argument("--write", action="store_true", help="run nothing: write the tables of the READMEs")
@@ -187,6 +213,8 @@ def _parse(args: Sequence[str]) -> tuple[Namespace, Sequence[str]]:
     parser.add_argument("--out", type=Path, default=Path("runs/claims"), help="folder to write to (runs/claims)")
     split = args.index("--") if "--" in args else len(args)
     options, words = parser.parse_args(args[1:split]), args[split + 1 :]
+    if options.all and options.names:
+        parser.error("--all is all topics: leave out the names")
     if options.check and (options.record or options.write):
         parser.error("--check writes nothing: leave out --record and --write")
     if words and (options.check or options.record or options.write):

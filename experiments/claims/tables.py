@@ -4,10 +4,12 @@ A table stands between two comments, `<!-- claims: STUDY -->` and `<!-- end -->`
 stands between `<!-- claim: NAME -->` and `<!-- end -->`, in one line.
 """
 
+import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
+from typing import NamedTuple
 
 from experiments.claims.claims_file import Records
 from experiments.claims.judge import Judgement
@@ -21,6 +23,28 @@ _BLOCK = re.compile(r"(<!-- claims: (\S+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 _NUMBER = re.compile(r"(<!-- claim: (\S+) -->)(.*?)(<!-- end -->)")
 _WIDTH = 80
 _VERDICT = {"holds": "holds", "does not hold here": "fails", "not clear": "not clear", "no records": "no records"}
+
+
+class State(NamedTuple):
+    """What there is of a study."""
+
+    study: str
+    n_runs: int  # of the whole study
+    n_recorded: int  # in the committed records
+    n_here: int  # have finished in the folder of runs
+    minutes: float | None  # of all recorded runs together, one after the other
+    needs: str
+
+
+def overview(states: Sequence[State]) -> str:
+    """Return the studies as a table."""
+    widths = (34, 5, 9, 5, 8, 28)
+    lines = [_line("", ("study", "runs", "recorded", "here", "minutes", "needs"), widths), "─" * _WIDTH]
+    for state in states:
+        minutes = "" if state.minutes is None else str(math.ceil(state.minutes))
+        numbers = (str(state.n_runs), str(state.n_recorded), str(state.n_here), minutes)
+        lines.append(_line("", (state.study, *numbers, state.needs), widths))
+    return "\n".join(lines)
 
 
 def as_text(judgements: Sequence[Judgement]) -> str:

@@ -385,6 +385,17 @@ def test_the_command_runs_what_is_missing_and_leaves_a_page(topic, llm_train, mo
     assert page.count("data:image/png;base64,") == 1
 
 
+def test_without_a_name_the_command_lists_the_studies_and_runs_nothing(topic, llm_train, monkeypatch):
+    monkeypatch.setattr(command.study_command, "main", lambda _: pytest.fail("it runs"))
+    shutil.rmtree(write_runs(Path("runs")) / "n_layer=2,seed=1")
+    for options in ((), ("--jobs", "2")):
+        done = llm_train("claims", *options)
+        assert (done.code, done.err) == (0, "")
+        assert done.out.splitlines()[2].split() == ["topic/depth", "6", "6", "5", "1"]  # runs, recorded, here, minutes
+        assert "llm-train claims --all" in done.out
+    assert "leave out the names" in llm_train("claims", "topic", "--all").err
+
+
 def test_words_after_two_dashes_go_to_the_runs(topic, llm_train, monkeypatch):
     asked = []
     monkeypatch.setattr(command.study_command, "main", asked.append)
@@ -408,7 +419,7 @@ def test_what_a_study_starts_from_runs_first_and_its_runs_are_tested(topic, llm_
     folder = write_runs(Path("runs"), {1: LOSSES[1], 2: LOSSES[2][:2]})
     for seed, status in ((0, "finished"), (1, "failed"), (2, "stopped")):
         (folder / f"n_layer=1,seed={seed}/summary_test.json").write_text(json.dumps({"status": status, "metrics": {}}))
-    llm_train("claims")
+    llm_train("claims", "--all")
     runs = [f"runs/topic/depth/n_layer={n},seed={seed}/config.yaml" for n, seed in ((1, 1), (1, 2), (2, 0), (2, 1))]
     tests = [["test", "-c", config, "--ckpt_path", "best"] for config in runs]
     assert asked == [["fit", "-c", "topic/offline", "--auto_resume"], "study", *tests]
@@ -445,7 +456,7 @@ def test_a_study_with_needs_runs_only_by_name_and_is_judged_by_its_records(topic
     claims = {**DEPTH, "studies": {"depth": {**DEPTH["studies"]["depth"], "needs": "the hub"}}}
     (topic / "claims.yaml").write_text(yaml.safe_dump(claims))
     write_runs(Path("runs"))
-    for names in ((), ("topic",)):
+    for names in (("--all",), ("topic",)):
         left_out = "left out: topic/depth needs the hub; it runs if its own name is given"
         assert left_out in llm_train("claims", *names).err
     assert asked == []
@@ -459,7 +470,7 @@ def test_a_run_that_fails_is_judged_and_a_signal_ends_the_command(topic, llm_tra
     monkeypatch.setattr(command.study_command, "main", lambda _: exit(code))
     monkeypatch.setattr(command, "write_page", lambda *_: None)
     write_runs(Path("runs"))
-    done = llm_train("claims")
+    done = llm_train("claims", "--all")
     assert (done.code, out in done.out) == (0 if code == 1 else code, True)
     assert Path("runs/claims/claims.json").exists() == (code == 1)
 
