@@ -84,6 +84,8 @@ def main(args: Sequence[str] | None = None) -> None:
     if "--version" in args[:2] or args[0] == "version":
         print(_versions())
         return
+    if args[0].startswith("-") and (command := next(filter(COMMANDS.__contains__, args), None)):
+        sys.exit(_error(f"{args[0]}: flags follow the command, llm-train {command} {args[0]} ...", 2))
     if args[0] not in COMMANDS:
         close = difflib.get_close_matches(args[0], [*COMMANDS, *_OTHER_NAMES], n=1)
         close = [_OTHER_NAMES.get(name, name) for name in close]

@@ -5,6 +5,7 @@ import difflib
 import importlib
 import inspect
 import itertools
+import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -53,6 +54,22 @@ _SETTING_OF_PATH = re.compile(
     r"class_path '([^']+\.[^A-Z'][^.']*)':\s+(?:No module named|module ').*?NestedArg\(key='(\w+)'", re.DOTALL
 )
 _OTHER_FORM = re.compile(r"expected (str|list|str, bytes or os\.PathLike object, not \w+)(, got |$)")
+_PROBLEM = r"Problem with given class_path '[\w.]+':"
+_BESIDE = re.compile(
+    r"Option '(class_path|\w+\.\w+)' is not accepted"
+)  # as if the arguments of a class were given alone
+_NO_VALUE = re.compile(r"argument (?:-\w/)?(--[\w.]+): expected one argument")
+_GIVEN_VALUE = re.compile(r"Given value: ?(.*?)(?:\. Got value: Namespace\(.*)?$", re.MULTILINE)
+_REPRESENTED = ("Namespace(", "NestedArg(", "[{", "{")  # values that would not be known again
+_EXPECTED_LIST = re.compile(r"expected (?:list|tuple), got ([^{]+)$")
+_BOOLEAN = re.compile(r"expected str, got (True|False)$")
+_NO_SPACE = re.compile(r"(\w+):([^' ;/\\]+)(?:' is not accepted| is no class path)")
+_LINKED = {"data.seed": "seed_everything"}  # arguments that the user gives by another name
+_BASES = {
+    "ExperimentModule": "lightning_modules.base.ExperimentModule, see experiments/guides/your_model.md",
+    "ExperimentDataModule": "datamodules.base.ExperimentDataModule, see experiments/guides/your_data.md",
+}
+_NOT_INIT_ARGS = ("args", "arguments", "params", "kwargs")  # in place of `init_args`
 _KEY = re.compile(r'Parser key "([^"]+)":')
 # Lines of a message of jsonargparse that are not the reason: the types it tried, and the whole value.
 _AROUND = re.compile(
@@ -84,17 +101,24 @@ def one_line(message: str, options: Sequence[str], command_line: Sequence[str]) 
     """
     if broken := broken_file(command_line):
         return broken
-    if "Option 'class_path' is not accepted" in message and (misplaced := _beside_class_path(command_line)):
+    if lacking := _flag_without_value(message, command_line):
+        return f"{lacking}: needs a value"
+    if _BESIDE.search(message) and (misplaced := _beside_class_path(command_line)):
         return misplaced
-    key = ".".join(_nested_keys(message))
+    keys = _nested_keys(message)
+    for taken in keys:  # by the class that is meant; that another class does not take it does not matter
+        message = re.sub(rf"- {_PROBLEM}\s+Option '{re.escape(taken)}' is not accepted", "", message)
+    key = ".".join(keys)
     chosen = options_of.chosen(command_line[1:])
     name = _name(message, key, options, command_line, chosen)
     flag = flag_of(key, name.typed, command_line)
-    what = _what(message, key, chosen)
-    if flag and what.startswith("expected ") and "got " not in what:
-        what += f", got {_value_of(flag, command_line)}"
+    what = _with_advice(_with_value(_what(message, key, chosen), message, flag, command_line), flag, command_line)
     if name.similar is None and (choices := _LITERAL.findall(message)) and (given := _GIVEN.search(what)):
         name = name._replace(similar=_closest(given[1], re.findall(r"'([^']*)'", "".join(choices))))
+    if key in _LINKED:
+        key = _LINKED[key]
+        flag, name = flag_of(key, key, command_line), _Name(key)
+        what = what.rpartition("; ")[2]
     where = "--" if flag and key else "" if flag or name.is_word else place(name.typed, command_line)
     return f"{where}{key + ': ' if key else ''}{what}{name.hint()}"
 
@@ -130,7 +154,9 @@ def _reasons(message: str) -> list[str]:
     # Of several types, those of which the class is no subclass do not matter.
     reasons = [reason for reason in reasons if " to be a subclass of " not in reason] or reasons[-1:]
     # Where a text or a list could be given in place of a class, what is wrong with the class matters.
-    reasons = [reason for reason in reasons if not _OTHER_FORM.match(reason)] or reasons
+    of_classes = [reason for reason in reasons if not _OTHER_FORM.match(reason)]
+    if not all(map(_BARE_PATH.fullmatch, of_classes)):
+        reasons = of_classes
     return _that_matter(list(filter(None, reasons)))
 
 
@@ -153,10 +179,67 @@ def _plain(reason: str) -> str:
     reason = re.sub(r"^Problem with given class_path '([\w.]+)':$", r"\1", reason)
     reason = re.sub(r"^Not of type \w+: invalid literal for int\(\) .*: '(.*)'", r"expected int, got \1", reason)
     reason = re.sub(r"^Not of type \w+: could not convert string to float: '(.*)'", r"expected float, got \1", reason)
+    reason = re.sub(
+        r"^Not of type \w+: (int|float)\(\) argument must be .*, not '(\w+)'", r"expected \1, got a \2", reason
+    )
     reason = re.sub(r"^Not of type \w+: ", "", reason)
     reason = re.sub(r"Expected a <class '([\w.]+)'>", r"expected \1", reason)
-    reason = re.sub(r"Expected a dot import path string: (.*)", rf"\1 {_NO_PATH}", reason)
+    reason = re.sub(r"Expected a dot import path string: ?(.*)", rf"\1 {_NO_PATH}", reason)
+    reason = re.sub(r"^Import path (?:([\w.]+) )?does not correspond to a subclass of (\w+)", _no_subclass, reason)
     return re.sub(r"\. Got value: (.*)", r", got \1", reason)
+
+
+def _no_subclass(found: re.Match[str]) -> str:
+    path, base = found.groups()
+    advice = f"; derive it from {_BASES[base]}" if base in _BASES else ""
+    return f"{path or 'the class'} is no subclass of {base}{advice}"
+
+
+def _with_value(what: str, message: str, flag: str | None, command_line: Sequence[str]) -> str:
+    """Return what is wrong with the value that was given: the innermost of a message, or else that of the flag."""
+    reason = what.rpartition("; ")[2]
+    if reason.startswith("expected ") and "got " not in reason:
+        given = _GIVEN_VALUE.search(message)
+        value = given[1] if given else _value_of(flag, command_line) if flag else None
+        if value is not None and not value.startswith(_REPRESENTED):
+            what += f", got {value}"
+    return re.sub(r", got ?$", ", got nothing", what)
+
+
+def _with_advice(what: str, flag: str | None, command_line: Sequence[str]) -> str:
+    """Return what is wrong, with the way to write a list, or a text that YAML takes for something else."""
+    if (expected := _EXPECTED_LIST.search(what)) and (flag or expected[1].startswith("[")):
+        words = [expected[1], *(_words_after(flag, command_line) if flag else ())]
+        items = [item.strip() for word in words for item in word.strip("[]").split(",")]
+        what += f": write '{json.dumps([_number(item) for item in items])}', in quotation marks"
+    if _BOOLEAN.search(what):
+        what += ", as YAML reads yes, no, on and off: write it in quotation marks"
+    if lacks_space := _NO_SPACE.search(what):
+        what += f": a space is missing, write '{lacks_space[1]}: {lacks_space[2]}', in quotation marks"
+    return what
+
+
+def _number(text: str) -> Any:
+    """Return the number that a text is, or else the text."""
+    with contextlib.suppress(yaml.YAMLError):
+        value = load_yaml(text)
+        return value if isinstance(value, int | float) else text
+    return text
+
+
+def _words_after(flag: str, command_line: Sequence[str]) -> list[str]:
+    """Return the words that stand between a flag with its value and the next flag."""
+    first = command_line.index(flag) + (1 if "=" in flag else 2)
+    return [*itertools.takewhile(lambda word: not word.startswith("-"), command_line[first:])]
+
+
+def _flag_without_value(message: str, command_line: Sequence[str]) -> str | None:
+    """Return the flag that has no value, as it is written, if a message says that there is one."""
+    if found := _NO_VALUE.search(message):
+        for word, following in itertools.pairwise([*command_line, "-"]):
+            if word.startswith(found[1]) and "=" not in word and following.startswith("-"):
+                return word
+    return None
 
 
 def _value_of(word: str, command_line: Sequence[str]) -> str:
@@ -268,6 +351,11 @@ def _beside_class_path(command_line: Sequence[str]) -> str | None:
         for key, names_beside in _misplaced(content, ""):
             if where:
                 where = place(names_beside[0], command_line) or where
+            for name in names_beside:
+                if name in _NOT_INIT_ARGS or _closest(name, ["init_args"]):
+                    return (
+                        f"{where}{key.replace('+', '')}: {name} is no key beside class_path (did you mean 'init_args'?)"
+                    )
             verb = "belongs" if len(names_beside) == 1 else "belong"
             return f"{where}{key}: {', '.join(names_beside)} {verb} under init_args, below class_path"
     return None

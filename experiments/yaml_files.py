@@ -42,7 +42,10 @@ def load_yaml(text: str) -> Any:
         node = loader.get_single_node()
         _check(node, {})
         return None if node is None else loader.construct_document(node)
-    except yaml.YAMLError:
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        if mark and text[mark.index : mark.index + 1] == "\t":
+            raise yaml.MarkedYAMLError(problem="found a tab; use spaces", problem_mark=mark) from error
         raise
     except Exception as error:  # of Python: PyYAML has none of its own for such a value, or for one that is too deep
         raise yaml.YAMLError(str(error)) from error
