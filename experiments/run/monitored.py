@@ -5,9 +5,11 @@ import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import lightning as L
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_modules.base import ExperimentModule
+from lightning_modules.runtime.stages import lacks_validation
 
 _OF_TRAINING = ("train/loss", "train/lr", "train/grad_norm")
 _OWN = ("lightning.", "lightning_modules.", "experiments.")
@@ -39,6 +41,21 @@ def check(module: ExperimentModule, callbacks: Iterable[Any], schedule: Any) -> 
             raise MisconfigurationException(
                 f"{owner}: monitor is {name!r}, and the run logs no such metric (did you mean {similar[0]!r}?)"
             )
+
+
+def check_tracked(trainer: L.Trainer, module: L.LightningModule) -> None:
+    """Refuse a run that validates with a module that tracks no metric, when its data is known.
+
+    Raises:
+        MisconfigurationException: If it is one.
+    """
+    kind = type(module)
+    validates = isinstance(module, ExperimentModule) and kind.validation_step is ExperimentModule.validation_step
+    if validates and module.val_metrics is None and not lacks_validation(trainer):
+        raise MisconfigurationException(
+            f"{kind.__name__}: the run validates, and the module tracks no metric: call self.track(metric) in its "
+            "constructor, or give --trainer.limit_val_batches 0"
+        )
 
 
 def _monitored(callbacks: Iterable[Any], schedule: Any) -> Iterator[tuple[str, str]]:

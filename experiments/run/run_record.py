@@ -17,11 +17,13 @@ from typing import TYPE_CHECKING, Any
 import lightning as L
 import torch
 import yaml
+from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from experiments import names
 from experiments.parser import ExperimentParser
+from experiments.run import monitored
 from experiments.run.opening import block, opening_lines
 from experiments.run.run_folder import CONFIG, RunFolder
 from experiments.trust import SESSION_KEYS, unknown_packages
@@ -120,7 +122,12 @@ class RunRecord(SaveConfigCallback):
     on_train_batch_start = on_validation_batch_start = on_test_batch_start = on_predict_batch_start = _begin
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Write the record of a resumed run, drop the metrics of steps that it repeats, and print the opening lines."""
+        """Write the record of a resumed run, drop the metrics of steps that it repeats, and print the opening lines.
+
+        Raises:
+            MisconfigurationException: If the run validates and the module has no metric; before the first batch.
+        """
+        monitored.check_tracked(trainer, pl_module)
         if self._is_resumed and trainer.is_global_zero:
             self._record(trainer)
         for logger in _of(MetricsCSV, trainer.loggers) if trainer.is_global_zero else ():
@@ -213,6 +220,8 @@ class RunRecord(SaveConfigCallback):
         folder, is_fit = self._run.path, self.cli.subcommand == "fit"
         where = f" at step {summary['step']}" if is_fit else ""
         lines = [("run", f"{folder} ({summary['status']}{where}, {summary['seconds']:.0f} s)")]
+        if is_fit and (reason := _ended_early(pl_module.trainer)):
+            lines.append(("early", reason))
         if summary["best"]:
             lines.append(("best", "{metric} {value:.4f} at step {step}".format(**summary["best"])))
             lines += [("", line) for line in pl_module.closing_lines(of_best)]
@@ -255,6 +264,17 @@ class RunRecord(SaveConfigCallback):
         name = () if f" -c {run.topic}/" in proposed else ("run.name",)  # of a run in the same folder, it is taken
         settings = ("run.root", *name, *pl_module.settings_of_next)
         return " ".join([proposed, *(_given(settings) if proposed.startswith("llm-train fit") else ())])
+
+
+def _ended_early(trainer: L.Trainer) -> str | None:
+    """Return why a run has ended before its last step, if a callback has asked for it, or `None`."""
+    if not trainer.should_stop or 0 < trainer.max_steps <= trainer.global_step:
+        return None
+    stopped_by = [callback for callback in trainer.callbacks if isinstance(callback, EarlyStopping)]
+    reasons = [str(callback.stopping_reason_message) for callback in stopped_by if callback.stopping_reason_message]
+    reason = "; ".join(reasons).replace(" Signaling Trainer to stop.", "")
+    length = f" of {trainer.max_steps} steps" if trainer.max_steps > 0 else ""
+    return f"before the end{length}: {f'EarlyStopping: {reason}' if reason else 'a callback has stopped the run'}"
 
 
 def _best_checkpoint(trainer: L.Trainer) -> RunCheckpoint | None:

@@ -213,3 +213,14 @@ def test_ctrl_c_before_the_training_is_one_line(llm_train, tiny, monkeypatch, ra
     done = llm_train("fit", "-c", tiny())
     assert (done.code, done.err.splitlines()[-1]) == (130, "error: stopped by Ctrl-C")
     assert "Traceback" not in done.err
+
+
+def test_a_run_that_a_callback_ends_early_says_so(llm_train, tiny):
+    early = ["--trainer.callbacks+=lightning.pytorch.callbacks.EarlyStopping", "--trainer.callbacks.monitor=val/loss"]
+    early += ["--trainer.callbacks.patience=1", "--trainer.callbacks.min_delta=9"]
+    done = llm_train("fit", "-c", tiny(trainer__val_check_interval=2), *early)
+    assert "(finished at step 4, " in done.err
+    assert "\nearly   before the end of 24 steps: EarlyStopping: Monitored metric val/loss did not improve" in done.err
+    assert (
+        "early   " not in llm_train("fit", "-c", tiny(trainer__val_check_interval=2, trainer__max_steps=4), *early).err
+    )

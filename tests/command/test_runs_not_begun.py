@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from helpers import RUNS
+from helpers import RUNS, TINY
 
 WRITES = """
 import lightning as L
@@ -11,6 +11,14 @@ import lightning as L
 class Writes(L.Callback):
     def setup(self, trainer, module, stage):
         open(trainer.default_root_dir + "/notes.txt", "w").close()
+"""
+
+UNTRACKED = """
+from lightning_modules.{topic} import PretrainModule
+
+class Untracked(PretrainModule):
+    def track(self, metrics):
+        pass
 """
 
 
@@ -43,3 +51,11 @@ def test_an_evaluation_that_ends_without_a_batch_leaves_its_record(llm_train, ti
     done = llm_train("validate", "-c", tiny(trainer__limit_val_batches=0))
     assert done.code == 0, done.err
     assert (RUNS / "tiny/summary_validate.json").is_file()
+
+
+@pytest.mark.parametrize(("flags", "code"), [([], 1), (["--trainer.limit_val_batches=0"], 0)])
+def test_a_module_without_a_metric_is_refused_before_its_first_batch_if_the_run_validates(llm_train, tiny, flags, code):
+    Path("mine.py").write_text(UNTRACKED.format(topic=TINY.parent.name))
+    done = llm_train("fit", "-c", tiny(trainer__max_steps=1), "--model=mine.Untracked", *flags)
+    assert (done.code, "Untracked: the run validates, and" in done.err) == (code, bool(code)), done.err
+    assert Path("runs/mine/tiny").exists() != bool(code)
