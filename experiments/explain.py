@@ -210,7 +210,7 @@ def _with_advice(what: str, flag: str | None, command_line: Sequence[str]) -> st
     """Return what is wrong, with the way to write a list, or a text that YAML takes for something else."""
     if (expected := _EXPECTED_LIST.search(what)) and (flag or expected[1].startswith("[")):
         words = [expected[1], *(_words_after(flag, command_line) if flag else ())]
-        items = [item.strip() for word in words for item in word.strip("[]").split(",")]
+        items = [item.strip(" '\"") for word in words for item in word.strip("[]").split(",")]
         what += f": write '{json.dumps([_number(item) for item in items])}', in quotation marks"
     if _BOOLEAN.search(what):
         what += ", as YAML reads yes, no, on and off: write it in quotation marks"
