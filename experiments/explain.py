@@ -55,9 +55,7 @@ _SETTING_OF_PATH = re.compile(
 )
 _OTHER_FORM = re.compile(r"expected (str|list|str, bytes or os\.PathLike object, not \w+)(, got |$)")
 _PROBLEM = r"Problem with given class_path '[\w.]+':"
-_BESIDE = re.compile(
-    r"Option '(class_path|\w+\.\w+)' is not accepted"
-)  # as if the arguments of a class were given alone
+_BESIDE = re.compile(r"Option '(class_path|\w+\.\w+)' is not accepted")  # a key beside `class_path` is no argument
 _NO_VALUE = re.compile(r"argument (?:-\w/)?(--[\w.]+): expected one argument")
 _GIVEN_VALUE = re.compile(r"Given value: ?(.*?)(?:\. Got value: Namespace\(.*)?$", re.MULTILINE)
 _REPRESENTED = ("Namespace(", "NestedArg(", "[{", "{")  # values that would not be known again
@@ -112,7 +110,8 @@ def one_line(message: str, options: Sequence[str], command_line: Sequence[str]) 
     chosen = options_of.chosen(command_line[1:])
     name = _name(message, key, options, command_line, chosen)
     flag = flag_of(key, name.typed, command_line)
-    what = _with_advice(_with_value(_what(message, key, chosen), message, flag, command_line), flag, command_line)
+    what = _with_value(_what(message, key, chosen), message, flag, command_line)
+    what = _with_advice(what, flag, command_line)
     if name.similar is None and (choices := _LITERAL.findall(message)) and (given := _GIVEN.search(what)):
         name = name._replace(similar=_closest(given[1], re.findall(r"'([^']*)'", "".join(choices))))
     if key in _LINKED:

@@ -1,9 +1,10 @@
 """A run that is refused before its first batch leaves no folder: the next try has its name."""
 
+import shutil
 from pathlib import Path
 
 import pytest
-from helpers import RUNS, TINY
+from helpers import LAST, RUNS, TINY
 
 WRITES = """
 import lightning as L
@@ -19,6 +20,15 @@ from lightning_modules.{topic} import PretrainModule
 class Untracked(PretrainModule):
     def track(self, metrics):
         pass
+"""
+
+ASKS = """
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from datamodules.{topic} import PretrainDataModule
+
+class Asks(PretrainDataModule):
+    def predict_dataloader(self):
+        raise MisconfigurationException("there is no text to predict")
 """
 
 
@@ -59,3 +69,11 @@ def test_a_module_without_a_metric_is_refused_before_its_first_batch_if_the_run_
     done = llm_train("fit", "-c", tiny(trainer__max_steps=1), "--model=mine.Untracked", *flags)
     assert (done.code, "Untracked: the run validates, and" in done.err) == (code, bool(code)), done.err
     assert Path("runs/mine/tiny").exists() != bool(code)
+
+
+def test_a_prediction_that_is_refused_leaves_no_folder(llm_train, tiny, whole):
+    Path("mine.py").write_text(ASKS.format(topic=TINY.parent.name))
+    shutil.copy(whole() / LAST, "weights.ckpt")
+    done = llm_train("predict", "-c", tiny(), "--data=mine.Asks", "--ckpt_path=weights.ckpt")
+    assert (done.code, done.err.splitlines()[-1]) == (1, "error: there is no text to predict"), done.err
+    assert not (RUNS / "tiny").exists()
