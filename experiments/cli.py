@@ -64,12 +64,12 @@ class ExperimentCLI(SettingsGoOverCheckpoint):
     """Fits, validates, tests or predicts from YAML; ARCHITECTURE.md says how it differs from LightningCLI."""
 
     run: RunFolder | None = None
+    has_begun = False  # whether a batch was read, or the run reached its end without one
     _lock: run_folder.Lock | None = None
 
     def __init__(self, args: Sequence[str]) -> None:
         self._args = list(args)
         self.closed = False  # whether the run's record is complete
-        self.has_begun = False  # whether a batch was read, or the run reached its end without one
         self.changes: resume.Changes = {}  # of a resumed run
         self.replaced: moved_runs.Original = {}  # arguments that the record of the run has as they were
         configured = {"default_config_files": [str(DEFAULTS)]}

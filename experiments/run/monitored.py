@@ -7,6 +7,7 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lightning_modules.base import ExperimentModule
 from lightning_modules.runtime.stages import lacks_validation
@@ -44,14 +45,17 @@ def check(module: ExperimentModule, callbacks: Iterable[Any], schedule: Any) -> 
 
 
 def check_tracked(trainer: L.Trainer, module: L.LightningModule) -> None:
-    """Refuse a run that validates with a module that tracks no metric, when its data is known.
+    """Refuse a run that validates with a module that tracks no metric, once its data is known.
+
+    A module may also set its metric at the start of a validation.
 
     Raises:
         MisconfigurationException: If it is one.
     """
     kind = type(module)
     validates = isinstance(module, ExperimentModule) and kind.validation_step is ExperimentModule.validation_step
-    if validates and module.val_metrics is None and not lacks_validation(trainer):
+    sets_it_later = any(is_overridden(hook, module) for hook in ("on_validation_start", "on_validation_epoch_start"))
+    if validates and module.val_metrics is None and not sets_it_later and not lacks_validation(trainer):
         raise MisconfigurationException(
             f"{kind.__name__}: the run validates, and the module tracks no metric: call self.track(metric) in its "
             "constructor, or give --trainer.limit_val_batches 0"

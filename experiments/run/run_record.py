@@ -159,9 +159,7 @@ class RunRecord(SaveConfigCallback):
         if self.cli.closed:
             return
         self.cli.closed = True
-        if status == "finished":
-            self._begin()
-        elif self.cli.leaves_nothing:
+        if status != "finished" and self.cli.leaves_nothing:
             return
         # Rank 0 alone is here, and may have failed alone: a metric that is not computed yet takes all ranks.
         metrics = {name: float(value) for name, value in private_names.computed_metrics(trainer).items()}
@@ -169,6 +167,7 @@ class RunRecord(SaveConfigCallback):
             if status != "finished" or self._was_closed_before(trainer):
                 return
             self._record(trainer)  # the session before this one failed or was killed after the last step
+        self._begin()
         is_fit = self.cli.subcommand == "fit"
         if is_fit and not metrics:  # nothing was left to train
             metrics = {name: value for row in self._unwritten[-1:] for name, value in row.items() if "/" in name}
