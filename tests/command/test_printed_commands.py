@@ -110,6 +110,8 @@ def test_the_commands_of_the_front_page_run_on_any_experiment(llm_train, tiny, w
         words = [re.sub("|".join(names), lambda found: names[found[0]], word) for word in shlex.split(command)]
         if words[0] == "fit" and not {"--ckpt_path", "--auto_resume"} & set(words):
             words += ["--trainer.max_steps=4", "--trainer.val_check_interval=4"]
+        if "--devices 8" in command:  # which share a batch
+            words += ["--data.batch_size=8"]
         done = llm_train(*words, *(("--trainer.accelerator=cpu",) if "trainer/gpu" in command else ()))
         assert done.code == 0, f"{command}: {done.err}"
         if "runs/" in command:
