@@ -358,9 +358,14 @@ class ExperimentCLI(SettingsGoOverCheckpoint):
         return run_folder.holds_only_a_start(self.run.path)
 
     def close(self) -> None:
-        """Unlock the run, end its W&B run if that goes on, and remove the folder of a trial or of a run not begun."""
-        if self._lock is not None:
-            self._lock.release()
+        """End the run's W&B run if that goes on, remove the folder of a trial or of a run not begun, and unlock it."""
+        try:
+            self._leave()
+        finally:
+            if self._lock is not None:
+                self._lock.release()
+
+    def _leave(self) -> None:
         trainer = getattr(self, "trainer", None)
         for logger in getattr(trainer, "loggers", ()):  # `prepare` and `estimate` have another trainer
             if isinstance(logger, WandbRecorder):

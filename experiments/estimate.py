@@ -147,6 +147,8 @@ def with_file(words: Sequence[str], name: str) -> list[str]:
 def devices_of(trainer: Mapping[str, Any]) -> int:
     """Return the number of devices that a trainer asks for, on all machines; 1 a machine if it takes what is there."""
     devices = trainer["devices"]
+    if isinstance(devices, str) and "," in devices:
+        devices = [device for device in devices.split(",") if device.strip()]
     on_each = len(devices) if isinstance(devices, list) else int(devices) if str(devices).isdecimal() else 1
     return max(1, on_each) * trainer["num_nodes"]
 

@@ -215,9 +215,14 @@ def _parse(args: Sequence[str]) -> tuple[Namespace, Sequence[str]]:
     options, words = parser.parse_args(args[1:split]), args[split + 1 :]
     if options.all and options.names:
         parser.error("--all is all topics: leave out the names")
+    runs_nothing = options.check or options.record or options.write
+    if options.all and runs_nothing:
+        parser.error("--all is for runs, and --check, --record and --write run nothing: leave it out")
+    if (words or options.jobs != 1) and not (options.names or options.all or runs_nothing):
+        parser.error("give the topics or studies to run, or --all")
     if options.check and (options.record or options.write):
         parser.error("--check writes nothing: leave out --record and --write")
-    if words and (options.check or options.record or options.write):
+    if words and runs_nothing:
         parser.error(f"{' '.join(words)}: is for runs, and --check, --record and --write run nothing")
     return options, words
 

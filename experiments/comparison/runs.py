@@ -29,7 +29,10 @@ SEEDS = ("seed", "seed_everything")
 _FILE_OF_ARM = re.compile(r"(?:^|[/(,])config=([^,/()+]+)")  # in the name of an arm
 _MONITOR = re.compile(r"trainer\.callbacks\.\w*Checkpoint(\.\d+)?\.monitor")
 # What a resumed run may change without an effect on what it learns: paths of what was moved, how and where it computes.
-_NO_EFFECT = re.compile(r"data\.|model\.(?!.*dropout)|trainer\.(accelerator|devices|num_nodes|strategy)(\.|$)")
+_NO_EFFECT = re.compile(
+    r"data\.|model\.(?!.*dropout)|allow$|trainer\.(accelerator|devices|num_nodes|strategy|log_every_n_steps|enable_\w+"
+    r"|num_sanity_val_steps|profiler|benchmark|limit_(test|predict)_batches)(\.|$)"
+)
 _LENGTH = re.compile(r"trainer\.max_\w+")  # has an effect if the schedule depends on it
 _STEP = "trainer/global_step"  # optimiser steps done, in W&B's history
 

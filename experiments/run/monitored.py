@@ -47,14 +47,15 @@ def check(module: ExperimentModule, callbacks: Iterable[Any], schedule: Any) -> 
 def check_tracked(trainer: L.Trainer, module: L.LightningModule) -> None:
     """Refuse a run that validates with a module that tracks no metric, once its data is known.
 
-    A module may also set its metric at the start of a validation.
+    A module may also set its metric at the start of the training or of a validation.
 
     Raises:
         MisconfigurationException: If it is one.
     """
     kind = type(module)
     validates = isinstance(module, ExperimentModule) and kind.validation_step is ExperimentModule.validation_step
-    sets_it_later = any(is_overridden(hook, module) for hook in ("on_validation_start", "on_validation_epoch_start"))
+    hooks = ("on_train_start", "on_train_epoch_start", "on_validation_start", "on_validation_epoch_start")
+    sets_it_later = any(is_overridden(hook, module) for hook in hooks)
     if validates and module.val_metrics is None and not sets_it_later and not lacks_validation(trainer):
         raise MisconfigurationException(
             f"{kind.__name__}: the run validates, and the module tracks no metric: call self.track(metric) in its "

@@ -19,8 +19,8 @@ from lightning_modules.common.messages import say
 
 CHECKPOINTS = "checkpoints"
 CONFIG = "config.yaml"
-# What a run writes before its first batch: the record of how it was started.
-_OF_A_START = re.compile(r"(config|summary|metrics)\w*\.(yaml|json|csv)|environment\.json|\.lock|wandb|tokenizer")
+# What a run writes before its first batch: how it was started. A summary is the proof that it has done something.
+_OF_A_START = re.compile(r"config\w*\.yaml|environment\.json|\.lock|wandb|tokenizer")
 _NUMBER = r"(?:[2-9]|[1-9]\d+)"  # of a repeated run; in the name `lr0.05`, 05 is none
 # A folder with one of these files is a run's.
 _MARKS = ("environment.json", "metrics.csv", "summary.json", f"{CHECKPOINTS}/last.ckpt", f"{CHECKPOINTS}/best.ckpt")

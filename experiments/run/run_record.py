@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import lightning as L
 import torch
 import yaml
-from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.callbacks import EarlyStopping, Timer
 from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
@@ -269,6 +269,9 @@ def _ended_early(trainer: L.Trainer) -> str | None:
     """Return why a run has ended before its last step, if a callback has asked for it, or `None`."""
     if not trainer.should_stop or 0 < trainer.max_steps <= trainer.global_step:
         return None
+    left = [callback.time_remaining() for callback in trainer.callbacks if isinstance(callback, Timer)]
+    if any(seconds is not None and seconds <= 0 for seconds in left):
+        return f"before the end of {trainer.max_steps} steps: its time is over" if trainer.max_steps > 0 else None
     stopped_by = [callback for callback in trainer.callbacks if isinstance(callback, EarlyStopping)]
     reasons = [str(callback.stopping_reason_message) for callback in stopped_by if callback.stopping_reason_message]
     reason = "; ".join(reasons).replace(" Signaling Trainer to stop.", "")

@@ -13,7 +13,7 @@ from experiments.errors import UserError
 from experiments.study.names import arm_name
 from experiments.study.runs import LOGS, Plan, Run
 from experiments.study.sweep_file import Sweep
-from lightning_modules.common.files import complete_lines
+from lightning_modules.common.files import complete_lines, read_json
 
 JOB = "job"  # attribute of the trial of a run that was submitted to a cluster
 
@@ -56,6 +56,7 @@ class Journal:
         self._optuna = self._open()
         self.found = self._find_runs(find)  # those that go on since an earlier command
         self.changed_files: list[str] = []  # since the study began, if it has runs
+        self._dropped: set[str] = set()  # arms of a study that begins anew; each has a failed record or no folder
         arms = self._begin()
         self._named = arms if in_memory else {}  # in memory there are no arms yet, but the study in the folder has some
         for run in self.found:
@@ -125,7 +126,7 @@ class Journal:
         begun, arms = _read(folder) if (folder / _FILE).is_file() else ({}, {})
         settings = {arm: attributes["settings"] for arm, attributes in arms.items()}
         going_on = {run.arm for run in self.found}
-        kept = [settings[arm] for arm in settings if arm in going_on or (folder / arm).is_dir()]
+        kept = [settings[arm] for arm in settings if arm in going_on or _has_begun(folder / arm)]
         other = [key for key in asked if asked[key] != begun.get(key, asked[key]) and not self._may_change(key, kept)]
         if self._judges and self._optuna.direction.name.lower() != self._direction and "metric" not in other:
             other.append("metric")  # changed while it judged no run
@@ -137,6 +138,7 @@ class Journal:
         if other:
             optuna.delete_study(study_name=_STUDY, storage=self._storage)
             self._optuna = self._open()
+            self._dropped = {*settings}
         if kept:
             asked["files"] = files | begun.get("files", {})  # those of the first runs
             self.changed_files = [file for file, digest in files.items() if asked["files"][file] != digest]
@@ -160,6 +162,8 @@ class Journal:
             attributes = self._checked_attributes(earlier)
             self._optuna.enqueue_trial(earlier.params, attributes)
             run = Run(self._plan, **attributes, trial=self._optuna.ask(self._distributions))
+            for key, value in attributes.items():  # Optuna writes those of a queued trial in another form
+                run.trial.set_user_attr(key, value)
         elif len(self.outcomes) < self._plan.n_runs and not self.reached_target:
             run = self._draw(len(self.outcomes))
         else:
@@ -219,7 +223,7 @@ class Journal:
         swept = {".".join(key): value for (key, spec), value in zip(specs, values, strict=True) if spec.is_swept}
         arm = name = arm_name(swept)
         numbers = itertools.count(len(self.outcomes) + 1)
-        while not arm or arm in self.outcomes or (self._plan.folder / arm).exists():
+        while not arm or arm in self.outcomes or (arm not in self._dropped and (self._plan.folder / arm).exists()):
             arm = f"{name}{',' if name else ''}run={next(numbers)}"
         return arm
 
@@ -272,6 +276,12 @@ def _points_of(sweep: Sweep) -> dict[str, list[Any]]:
         return {}
     points = itertools.product(*(spec.grid() or [] for spec in sweep.distributions.values()))
     return {_text(sweep.settings(values)): list(values) for values in points}
+
+
+def _has_begun(folder: Path) -> bool:
+    """Return whether an arm has a run, and not just the record that it failed before it wrote a checkpoint."""
+    failed = read_json(folder / "summary.json", {}).get("status") == "failed"
+    return folder.is_dir() and not (failed and not any(folder.glob("checkpoints/*.ckpt")))
 
 
 def _text(settings: Mapping[str, Any]) -> str:

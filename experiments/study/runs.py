@@ -63,8 +63,12 @@ class Plan:
         left = [file for name in given if (file := names.find(name))]
         while left:
             file = left.pop()
-            content = read_yaml(file)
-            found[str(file)] = hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
+            written, content = file.read_bytes(), None
+            # What a configuration names may be another file, or have keys that JSON has not.
+            with contextlib.suppress(UserError, TypeError):
+                content = json.loads(json.dumps(read_yaml(file), default=str))
+                written = json.dumps(content, sort_keys=True).encode()
+            found[str(file)] = hashlib.sha256(written).hexdigest()
             named = (file.parent / text for text in _texts(content) if text.endswith((".yaml", ".yml")))
             left += [file for file in named if file.is_file() and str(file) not in found]
         return found

@@ -118,7 +118,8 @@ class Study:
             self._is_refused = lacks_metric or self._n_ended >= self.launcher.at_once
             if self._is_refused:
                 why = f"has logged no {metric}" if lacks_metric else "is refused"
-                say(f"stopping: the first run {why}, so no further run starts")
+                which = "the first run" if self._n_ended == 1 else f"{run.arm}, one of the first runs,"
+                say(f"stopping: {which} {why}, so no further run starts")
 
     @contextlib.contextmanager
     def _listening(self) -> Iterator[None]:

@@ -388,12 +388,14 @@ def test_the_command_runs_what_is_missing_and_leaves_a_page(topic, llm_train, mo
 def test_without_a_name_the_command_lists_the_studies_and_runs_nothing(topic, llm_train, monkeypatch):
     monkeypatch.setattr(command.study_command, "main", lambda _: pytest.fail("it runs"))
     shutil.rmtree(write_runs(Path("runs")) / "n_layer=2,seed=1")
-    for options in ((), ("--jobs", "2")):
-        done = llm_train("claims", *options)
-        assert (done.code, done.err) == (0, "")
-        assert done.out.splitlines()[2].split() == ["topic/depth", "6", "6", "5", "1"]  # runs, recorded, here, minutes
-        assert "llm-train claims --all" in done.out
+    done = llm_train("claims")
+    assert (done.code, done.err) == (0, "")
+    assert done.out.splitlines()[2].split() == ["topic/depth", "6", "6", "5", "1"]  # runs, recorded, here, minutes
+    assert "llm-train claims --all" in done.out
     assert "leave out the names" in llm_train("claims", "topic", "--all").err
+    assert "run nothing: leave it out" in llm_train("claims", "--all", "--check").err
+    for options in (("--jobs", "2"), ("--", "--seed_everything=1")):
+        assert "give the topics or studies to run, or --all" in llm_train("claims", *options).err
 
 
 def test_words_after_two_dashes_go_to_the_runs(topic, llm_train, monkeypatch):

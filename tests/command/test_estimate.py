@@ -227,7 +227,8 @@ def test_a_batch_that_the_devices_cannot_share_is_refused_as_in_a_run(llm_train,
 
 
 @pytest.mark.parametrize(
-    ("devices", "n_nodes", "expected"), [(3, 1, 3), ("3", 2, 6), ([0, 2], 1, 2), ("auto", 1, 1), (-1, 2, 2)]
+    ("devices", "n_nodes", "expected"),
+    [(3, 1, 3), ("3", 2, 6), ([0, 2], 1, 2), ("0,1", 1, 2), ("1,", 1, 1), ("auto", 1, 1), (-1, 2, 2)],
 )
 def test_the_devices_of_a_trainer_are_counted(devices, n_nodes, expected):
     assert estimate.devices_of({"devices": devices, "num_nodes": n_nodes}) == expected

@@ -77,3 +77,19 @@ def test_a_prediction_that_is_refused_leaves_no_folder(llm_train, tiny, whole):
     done = llm_train("predict", "-c", tiny(), "--data=mine.Asks", "--ckpt_path=weights.ckpt")
     assert (done.code, done.err.splitlines()[-1]) == (1, "error: there is no text to predict"), done.err
     assert not (RUNS / "tiny").exists()
+
+
+def test_an_evaluation_in_other_processes_keeps_its_record(llm_train, tiny):
+    forked = ("--trainer.strategy=ddp_fork", "--trainer.devices=2")
+    done = llm_train("validate", "-c", tiny("elsewhere"), "--run.name=elsewhere", *forked)
+    assert done.code == 0, done.err
+    assert (RUNS / "elsewhere/summary_validate.json").is_file()
+
+
+def test_a_recorded_run_with_a_number_that_is_refused_now_is_evaluated(llm_train, whole):
+    run = shutil.copytree(whole(), RUNS / "whole")
+    config = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(config.replace("gradient_clip_val: null", "gradient_clip_val: -1"))
+    assert (run / "config.yaml").read_text() != config
+    done = llm_train("validate", "-c", run / "config.yaml", "--ckpt_path=last")
+    assert done.code == 0, done.err

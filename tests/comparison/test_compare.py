@@ -486,6 +486,7 @@ def test_a_run_that_was_resumed_with_another_setting_is_in_an_arm_of_its_own(llm
         ([(0, {"optimizer.lr": [3, 2]})], None),
         ([(6, {"optimizer": ["a.b.C", "torch.optim.SGD"]})], "C until step 6 then SGD"),
         ([(6, {"data.num_workers": [0, 2], "trainer.devices": [1, 2], "model.compile": [False, True]})], None),
+        ([(6, {"trainer.enable_progress_bar": [True, False], "trainer.log_every_n_steps": [20, 5]})], None),
         ([(6, {"model.block.dropout": [0.0, 0.1]})], "0.0 until step 6 then 0.1"),
     ],
 )  # fmt: skip

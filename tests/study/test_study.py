@@ -468,6 +468,9 @@ def test_a_changed_study_begins_anew_as_long_as_no_run_has_begun(llm_train, swee
     refused = llm_train("study", sweep(**RANDOM, command=command), "--runs=2", "--typo=1")
     assert (refused.code, "(0 of 2 runs done, 1 failed)" in refused.err) == (1, True), refused.err
     before = (STUDY / "journal.log").read_text()
+    (failed,) = settings_of(STUDY, read_sweep_file(sweep(**RANDOM, command=command)))
+    (STUDY / failed).mkdir()  # the record of a run that Lightning has refused
+    (STUDY / failed / "summary.json").write_text('{"status": "failed"}')
     path = sweep(**RANDOM | {"parameters": {"lr": {"min": 0.1, "max": 0.2}}}, command=command)
     planned = llm_train("study", path, "--runs=2", "--seed=1", "--dry_run")
     assert planned.code == 0, planned.err
