@@ -224,7 +224,8 @@ def _in_words(in_turn: Sequence[tuple[int, Any]]) -> str:
 def _has_effect(key: str, settings: Mapping[str, Any]) -> bool:
     """Return whether a setting that has changed at a step makes another run of a run with these settings."""
     if _LENGTH.fullmatch(key):
-        return last_part(settings.get("lr_scheduler") or "Constant") != "Constant"
+        is_constant = last_part(settings.get("lr_scheduler") or "Constant") == "Constant"
+        return not is_constant or 0 < (settings.get("lr_scheduler.warmup") or 0) < 1  # a share of the length
     return not _NO_SETTING.match(key) and not _NO_EFFECT.match(key)
 
 

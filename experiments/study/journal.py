@@ -122,7 +122,7 @@ class Journal:
 
         folder = self._plan.folder
         asked = _asked_by(self._sweep) | {"flags": self._plan.flags, "seed": None if self._is_grid else self._plan.seed}
-        asked["files"] = files = self._plan.files()
+        asked |= {"files": (files := self._plan.files()), "n_runs": self._plan.n_runs}
         begun, arms = _read(folder) if (folder / _FILE).is_file() else ({}, {})
         settings = {arm: attributes["settings"] for arm, attributes in arms.items()}
         going_on = {run.arm for run in self.found}
@@ -153,7 +153,7 @@ class Journal:
                 return self._is_grid and all(_text(settings) in self._points for settings in kept)
             case "metric":
                 return not self._judges
-        return key == "files"
+        return key in ("files", "n_runs")
 
     def next(self) -> Run | None:
         """Return the next run to start or to resume, or `None` if there is none."""
@@ -328,11 +328,14 @@ def not_run(folder: Path) -> str | None:
             sweep = {"method": "grid", "parameters": asked["parameters"], "command": ["${args}"]}
             arms = {point: arms.get(point, {}) for point in _points_of(Sweep.model_validate(sweep))}
         absent = [of_arm for of_arm in arms.values() if not of_arm or not (folder / of_arm["arm"]).is_dir()]
-        n_failed = sum("error" in of_arm for of_arm in absent)
-        if absent:
+        n_failed, n_begun = sum("error" in of_arm for of_arm in absent), len(arms) - len(absent)
+        n_all = min(len(arms), asked.get("n_runs", len(arms)))
+        # A study ends when a run has reached the target.
+        n_left = 0 if (asked.get("metric") or {}).get("target") is not None else max(0, n_all - n_begun - n_failed)
+        if n_failed or n_left:
             return (
-                f"Not compared, of the {len(arms)} runs of {folder}: {n_failed} failed before the start, "
-                f"{len(absent) - n_failed} not run."
+                f"Not compared, of the {n_begun + n_failed + n_left} runs of {folder}: {n_failed} failed before the "
+                f"start, {n_left} not run."
             )
     return None
 

@@ -116,7 +116,7 @@ def _without_weights(auto: Any, config: Any) -> "PreTrainedModel":
 
 
 def mark_as_new(parameters: Iterable[Any]) -> None:
-    """Note that parameters were initialised at random, because the base has none: `LoRA` trains them too."""
+    """Note that parameters are none of the base, or those of a new head: `LoRA` trains them too."""
     for parameter in parameters:
         parameter.is_new = True
 

@@ -17,7 +17,8 @@ from lightning_modules.models.linear_layers import linear_layers
 class LoRA(FreezingCallback):
     """Callback that freezes the model and trains low-rank adapters of its linear layers (Hu et al., 2021).
 
-    Parameters that the base does not have, such as a new head, are trained as well (see `bases.mark_as_new`).
+    Parameters that the base does not have are trained as well, and so is a new head, also where it begins with the
+    weights of the base's pooler (see `bases.mark_as_new`).
 
     A checkpoint holds the frozen weights and the adapters; `model/` is exported as a plain model, with the adapters
     merged into its weights. A model that has adapters, because it was loaded or trained before, keeps them.
@@ -70,10 +71,10 @@ class LoRA(FreezingCallback):
             parameter.requires_grad = name in also_trained or is_new(parameter)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Print the numbers of trained and frozen parameters, and the names of those that the base does not have."""
+        """Print the numbers of trained and frozen parameters, and the names of the new ones."""
         self.update(pl_module)
         new = [name for name, p in plain_parameters(pl_module).items() if is_new(p) and p.requires_grad]
-        remark = f"; trained too, as the base has none: {listed(of_all_layers(new))}" if new else ""
+        remark = f"; trained too, as they are new: {listed(of_all_layers(new))}" if new else ""
         self.say_counts(remark=remark)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

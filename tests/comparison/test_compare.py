@@ -496,9 +496,12 @@ def test_the_values_of_a_resumed_run_in_turn(write_run, sessions, values):
     assert list(read_folder(run).resumed.values()) == ([values] if values else [])
 
 
-@pytest.mark.parametrize(("schedule", "has_effect"), [("Constant", False), ("Cosine", True)])
-def test_another_length_makes_another_run_where_the_schedule_depends_on_it(write_run, schedule, has_effect):
-    run = write_run("one", lr_scheduler={"class_path": f"lightning_modules.optim.schedules.{schedule}"})
+@pytest.mark.parametrize(
+    ("schedule", "warmup", "has_effect"), [("Constant", 0, False), ("Constant", 0.1, True), ("Cosine", 0, True)]
+)
+def test_another_length_makes_another_run_where_the_schedule_depends_on_it(write_run, schedule, warmup, has_effect):
+    schedule = {"class_path": f"lightning_modules.optim.schedules.{schedule}", "init_args": {"warmup": warmup}}
+    run = write_run("one", lr_scheduler=schedule)
     resume(run, (60, {"trainer.max_steps": [60, 120]}))
     assert bool(read_folder(run).resumed) == has_effect
 

@@ -825,7 +825,7 @@ def test_a_study_of_the_real_command_leaves_ordinary_runs_that_can_be_compared(l
     refused = llm_train("study", sweep("rates.yaml", command=command, parameters=parameters), "--runs=3")
     assert "[3/3] lr=x  failed: " in refused.err
     for path, is_said in ((study, True), (study / "lr=0.01", False)):
-        note = f"Not compared, of the 4 runs of {study}: 1 failed before the start, 1 not run."
+        note = f"Not compared, of the 3 runs of {study}: 1 failed before the start, 0 not run."
         assert (note in llm_train("compare", path).out) == is_said
 
     again = llm_train("fit", "-c", study / "lr=0.01/config.yaml", "--ckpt_path", "last", "--trainer.max_steps", "6")
