@@ -107,7 +107,7 @@ FLAGS: dict[str, list[str]] = {
         "1.0 check_val_every_n_epoch=1",
         "1000000",
         "0.5 refused: also --trainer.check_val_every_n_epoch 1",
-        "0 refused: --trainer.limit_val_batches 0 for none",
+        "0 refused: for no validation, leave it out",
     ],
     "check_val_every_n_epoch": ["null", "1", "2", "0 refused: give 1 or more"],
     "num_sanity_val_steps": ["0", "1", "2", "-1", "-2 refused: give -1 or more"],
