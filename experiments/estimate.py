@@ -10,7 +10,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from experiments import names
-from experiments.errors import CommandParser, UserError, causes, did_you_mean, module_that_raised
+from experiments.errors import CommandParser, UserError, causes, did_you_mean, raised_by_constructor
 from experiments.yaml_files import read_yaml
 
 if TYPE_CHECKING:  # imported where they are used: the help answers without them
@@ -116,9 +116,7 @@ def main(args: Sequence[str]) -> None:
                 if any(isinstance(found, (MisconfigurationException, OSError)) for found in causes(error)):
                     raise
                 name = self.arguments["model"].class_path.rpartition(".")[2]
-                # jsonargparse repeats what the constructor has raised in errors of many lines
-                raised = (found for found in causes(error) if "jsonargparse" not in module_that_raised(found))
-                reason = next(raised, error)
+                reason = raised_by_constructor(error) or error
                 raise UserError(f"estimate: {name} cannot be built without memory: {first_line(reason)}") from error
             finally:
                 torch.set_default_dtype(before)

@@ -1,6 +1,6 @@
 """YAML as this project reads it: with plain types only, and without a key that is there twice."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,15 @@ def load_yaml(text: str) -> Any:
 def check_yaml(text: str) -> None:
     """Raise a `yaml.YAMLError` if a document is not YAML, or if a key of a mapping is there twice."""
     _check(yaml.compose(text, LOADER), {})
+
+
+def texts_in(content: Any) -> Iterator[str]:
+    """Yield all texts in the content of a YAML file, without the keys."""
+    if isinstance(content, str):
+        yield content
+    elif isinstance(content, dict | list):
+        for value in content.values() if isinstance(content, dict) else content:
+            yield from texts_in(value)
 
 
 def numbered(classes: Sequence[str]) -> list[str]:

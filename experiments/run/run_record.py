@@ -27,6 +27,7 @@ from experiments.run import monitored
 from experiments.run.opening import block, opening_lines
 from experiments.run.run_folder import CONFIG, RunFolder
 from experiments.trust import SESSION_KEYS, unknown_packages
+from experiments.yaml_files import texts_in
 from lightning_modules.common.files import read_json, write_json, write_text
 from lightning_modules.common.messages import say
 from lightning_modules.runtime import private_names
@@ -104,7 +105,7 @@ class RunRecord(SaveConfigCallback):
             with logger.tolerated():
                 logger.experiment.config.update(config, allow_val_change=True)
                 logger.experiment.config.update({"environment": session}, allow_val_change=True)
-            logger.use_files(_texts({**config, "ckpt_path": whole.get("ckpt_path")}))
+            logger.use_files(texts_in({**config, "ckpt_path": whole.get("ckpt_path")}))
 
     @property
     def _run(self) -> RunFolder:
@@ -299,15 +300,6 @@ def _given(settings: Iterable[str]) -> Iterator[str]:
 
 def _of(kind: type, objects: Iterable[object]) -> list[Any]:
     return [item for item in objects if isinstance(item, kind)]
-
-
-def _texts(config: Any) -> Iterator[str]:
-    """Yield all texts in a configuration."""
-    if isinstance(config, str):
-        yield config
-    elif isinstance(config, dict | list):
-        for value in config.values() if isinstance(config, dict) else config:
-            yield from _texts(value)
 
 
 def environment(trainer: L.Trainer) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from experiments import names
 from experiments.errors import UserError
 from experiments.study.names import folder_name
 from experiments.study.sweep_file import Sweep
-from experiments.yaml_files import load_yaml, read_yaml
+from experiments.yaml_files import load_yaml, read_yaml, texts_in
 from lightning_modules.common.files import complete_lines, read_json
 
 if TYPE_CHECKING:  # optuna is slow to import
@@ -69,7 +69,7 @@ class Plan:
                 content = json.loads(json.dumps(read_yaml(file), default=str))
                 written = json.dumps(content, sort_keys=True).encode()
             found[str(file)] = hashlib.sha256(written).hexdigest()
-            named = (file.parent / text for text in _texts(content) if text.endswith((".yaml", ".yml")))
+            named = (file.parent / text for text in texts_in(content) if text.endswith((".yaml", ".yml")))
             left += [file for file in named if file.is_file() and str(file) not in found]
         return found
 
@@ -128,15 +128,6 @@ def trainer_settings(sweep: Sweep, words: Sequence[str]) -> dict[str, Any]:
 def _flags(words: Sequence[str]) -> Iterator[tuple[str, str]]:
     """Yield the flags of the command of a run; those before `fit` are of another program: `srun -c 4 llm-train fit`."""
     return names.flags(words[words.index("fit") :] if "fit" in words else words)
-
-
-def _texts(content: Any) -> Iterator[str]:
-    """Yield the texts in the content of a YAML file."""
-    if isinstance(content, str):
-        yield content
-    elif isinstance(content, dict | list):
-        for value in content.values() if isinstance(content, dict) else content:
-            yield from _texts(value)
 
 
 def _config(sweep: Sweep, name: str) -> dict[str, Any]:
