@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: install demo test test-gpu bench bench-gpu lint format clean
+.PHONY: install demo test test-slow test-gpu bench bench-gpu lint format clean
 
 install: $(READY)  ## Set up the environment in .venv; the other targets do so too
 
@@ -21,6 +21,9 @@ demo: $(READY)  ## Run the commands of experiments/demo.yaml: a tokenizer, a dec
 
 test: $(READY)  ## Run the tests, which need no network, no GPU and no account
 	$(BIN)/python -m pytest --numprocesses auto --dist worksteal
+
+test-slow: $(READY)  ## Run the tests that take seconds each: studies, printed commands, guides, processes that are killed
+	$(BIN)/python -m pytest -m 'slow and not gpu and not network' --numprocesses auto --dist worksteal
 
 test-gpu: $(READY)  ## Run the tests that need a GPU (two minutes)
 	$(BIN)/python -m pytest -m gpu --numprocesses 4 --dist worksteal

@@ -42,7 +42,10 @@ def pytest_collection_finish() -> None:
 
 @pytest.fixture(autouse=True)
 def _own_world(tmp_path: Path) -> Iterator[None]:
-    """Give each test a working folder, a cache and modules of its own, and disable W&B."""
+    """Give each test a working folder, a cache, modules and random numbers of its own, and disable W&B."""
+    import torch
+
+    torch.manual_seed(0)
     imported = set(sys.modules)
     with own_world(tmp_path):
         yield

@@ -450,6 +450,7 @@ def test_maps_of_many_heads_fit_on_a_page(tmp_path):
     assert height < width < 15 * 120  # inches, dots per inch
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes_to_the_same_weights(llm_train, forked, tiny, whole, monkeypatch):
     monkeypatch.setattr(DrawsAtTheEnd, "on_train_end", lambda *args: None)  # the run `whole` draws
     assert forked("fit", "-c", tiny, prepare=lambda: forks.die_after_step(8)) == -signal.SIGKILL

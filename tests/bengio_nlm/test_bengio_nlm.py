@@ -439,6 +439,7 @@ def test_a_run_leaves_word_vectors_neighbours_and_figures(run):
         assert (run / f"figures/{name}.png").stat().st_size > 5_000
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_is_the_same_to_the_bit(llm_train, forked, tmp_path):
     callbacks = ("runtime.reproducible.ReproducibleSteps", "bengio_nlm.WordVectors", "runtime.checkpoint.RunCheckpoint")
     settings: dict[str, Any] = {
@@ -468,6 +469,7 @@ def test_killed_and_resumed_is_the_same_to_the_bit(llm_train, forked, tmp_path):
     assert expected.count("## Step") == 2
 
 
+@pytest.mark.slow
 def test_weights_sharded_over_processes_are_trained_as_on_one(run, tmp_path):
     names = ("runtime.reproducible.ReproducibleSteps", "runtime.checkpoint.RunCheckpoint", "bengio_nlm.WordVectors")
     callbacks: list[dict] = [{"class_path": f"lightning_modules.{name}"} for name in names]

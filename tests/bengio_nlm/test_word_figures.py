@@ -1,10 +1,12 @@
 """Figures of words."""
 
 import numpy as np
+import pytest
 
 from lightning_modules.bengio_nlm.word_vectors import places_of_words
 
 
+@pytest.mark.slow
 def test_no_name_of_a_word_is_on_another_or_outside_of_the_figure():
     draw = np.random.default_rng(0)
     words = [f"word{'s' * (number % 7)}{number}" for number in range(120)]

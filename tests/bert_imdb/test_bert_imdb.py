@@ -204,6 +204,7 @@ def test_pretraining_lowers_the_loss_and_is_exported(pretrained, monkeypatch):
         assert further.next_command("RUN").startswith(f"llm-train fit -c bert_imdb/{experiment} --model.base RUN ")
 
 
+@pytest.mark.slow
 def test_the_next_command_reads_the_reviews_that_were_given(llm_train, no_pictures):
     rows = "".join(f"{n},{('dull', 'fine')[n % 2]} film {n},{n % 2}\n" for n in range(60))
     Path("mine.csv").write_text("id,message,label\n" + rows)
@@ -318,6 +319,7 @@ def test_a_test_evaluates_the_model_and_the_bag_of_words(classified, pretrained,
     assert (tmp_path / "figures/reliability_test.png").is_file()
 
 
+@pytest.mark.slow
 def test_predict_and_the_exported_model_agree(llm_train, classified, tmp_path, monkeypatch):
     from transformers import pipeline
 
@@ -378,6 +380,7 @@ def test_few_predictions_are_printed_all_are_written_and_none_is_lost(tmp_path, 
     ]
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes_to_the_same_weights_metrics_and_predictions(llm_train, classified, pretrained):
     """Killed after step 8, in the middle of the second epoch."""
     killed = Path("runs/bert_imdb/classified")
@@ -548,6 +551,7 @@ def test_a_frozen_base_and_cached_features_train_the_same_head(base, monkeypatch
     assert len(computed) == 3 + 2
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_pictures")
 def test_two_processes_compute_a_batch_of_features_each_at_a_time(pretrained, tmp_path):
     callbacks = yaml.safe_load((STUDIES / "unfreeze/head_only.yaml").read_text())["trainer"]["callbacks+"]

@@ -193,6 +193,7 @@ def test_a_trial_run_leaves_nothing(llm_train, config):
     assert not (RUNS / "tiny").exists()
 
 
+@pytest.mark.slow
 def test_a_smaller_vocabulary_is_measured_beside_a_reference_and_at_each_power_of_two(
     llm_train, tmp_path, whole, monkeypatch
 ):
@@ -244,6 +245,7 @@ def test_a_reference_on_the_hub_runs_no_code_and_is_looked_up_only_if_the_hub_an
     assert asked == [("owner/name", {"local_files_only": True, "trust_remote_code": False})]
 
 
+@pytest.mark.slow
 def test_a_checkpoint_is_evaluated_on_the_validation_and_the_test_split(llm_train, whole):
     shutil.copytree(whole, RUNS / "tiny")
     config = RUNS / "tiny/config.yaml"
@@ -306,6 +308,7 @@ def test_a_corpus_with_too_few_pairs_gives_a_smaller_tokenizer_and_a_message(llm
 # --- interrupted, shortened, on several processes --------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_figures")
 def test_a_killed_run_with_readers_and_counters_resumes_to_the_same_tokenizer(llm_train, forked, tmp_path, whole):
     config = write_config(tmp_path, data__init_args__num_workers=2, model__init_args__count_workers=2)
@@ -317,6 +320,7 @@ def test_a_killed_run_with_readers_and_counters_resumes_to_the_same_tokenizer(ll
     assert_same_files(RUNS / "tiny", whole, "metrics.csv")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_figures")
 def test_a_run_killed_while_it_learned_resumes_to_the_same_tokenizer(llm_train, forked, config, whole):
     def die_in_the_last_learning() -> None:
@@ -335,6 +339,7 @@ def test_a_run_killed_while_it_learned_resumes_to_the_same_tokenizer(llm_train, 
     assert merges_of(RUNS / "tiny") == merges_of(whole)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_figures")
 def test_a_signal_saves_and_the_run_resumes_from_there(llm_train, forked, tmp_path, whole):
     config = write_config(tmp_path, model__init_args__count_workers=1)
@@ -344,6 +349,7 @@ def test_a_signal_saves_and_the_run_resumes_from_there(llm_train, forked, tmp_pa
     assert merges_of(RUNS / "tiny") == merges_of(whole)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_figures")
 def test_an_unfinished_epoch_teaches_what_was_counted_and_can_be_finished_from_the_saved_configuration(
     llm_train, config, whole, tmp_path
@@ -356,6 +362,7 @@ def test_an_unfinished_epoch_teaches_what_was_counted_and_can_be_finished_from_t
     assert_same_files(RUNS / "tiny", whole)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_figures")
 def test_two_processes_learn_and_evaluate_what_one_does_and_one_resumes_where_they_stopped(
     llm_train, config, whole, tmp_path

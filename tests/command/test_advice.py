@@ -8,6 +8,8 @@ import pytest
 import yaml
 from helpers import RUNS
 
+pytestmark = pytest.mark.slow
+
 # Flags after `fit -c tiny.yaml` that are a mistake, the advice, and the flags that follow it.
 FIT = [
     (["--trainer.default_root_dir=x"], "leave it out, and set run.root and run.name", ["--run.root=x", "--run.name=y"]),

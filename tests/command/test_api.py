@@ -21,6 +21,7 @@ def module_class(run: Path) -> Any:
     return import_class(yaml.safe_load((run / "config.yaml").read_text())["model"]["class_path"])
 
 
+@pytest.mark.slow
 def test_python_generates_what_the_command_generates(llm_train, whole):
     shown = llm_train("generate", "--run", whole(), "--prompt", "ae", "--max_new_tokens", "30", "--seed", "3")
     run = experiments.load_run(whole())

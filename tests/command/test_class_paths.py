@@ -73,6 +73,7 @@ def old_paths(value: object) -> object:
     return yaml.safe_load(text.replace("lightning_modules.runtime.", "lightning_modules.callbacks."))
 
 
+@pytest.mark.slow
 def test_the_configuration_of_an_old_run_resumes_and_validates(llm_train, forked, whole, tiny):
     from forks import die_after_step
 

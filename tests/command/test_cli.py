@@ -215,6 +215,7 @@ def test_ctrl_c_before_the_training_is_one_line(llm_train, tiny, monkeypatch, ra
     assert "Traceback" not in done.err
 
 
+@pytest.mark.slow
 def test_the_time_of_a_run_is_no_early_end_unless_it_has_a_number_of_steps(llm_train, tiny):
     limit = "--trainer.max_time=00:00:00:01"
     assert "early   " not in llm_train("fit", "-c", tiny(trainer__max_steps=-1), limit).err
@@ -222,6 +223,7 @@ def test_the_time_of_a_run_is_no_early_end_unless_it_has_a_number_of_steps(llm_t
     assert "early   before the end of 100000 steps: its time is over" in done.err
 
 
+@pytest.mark.slow
 def test_a_run_that_a_callback_ends_early_says_so(llm_train, tiny):
     early = ["--trainer.callbacks+=lightning.pytorch.callbacks.EarlyStopping", "--trainer.callbacks.monitor=val/loss"]
     early += ["--trainer.callbacks.patience=1", "--trainer.callbacks.min_delta=9"]

@@ -13,6 +13,8 @@ import jsonschema
 import pytest
 import yaml
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 FILES = sorted(
     path

@@ -82,11 +82,13 @@ def test_the_memory_of_a_step_is_that_of_its_tensors():
     assert memory_of(compile=False).total == found.total - matrix
 
 
+@pytest.mark.slow
 def test_a_compiled_step_keeps_one_of_the_results_in_a_row():
     # The others are computed again; the largest tensor counts twice.
     assert memory_of(compile=True).activations == pytest.approx((1 + 2) * 4 * N * C, abs=8)
 
 
+@pytest.mark.slow
 def test_a_step_is_prepared_as_in_a_run():
     assert memory_of(compile=True, kind=Prepared).activations > 0
 
@@ -114,6 +116,7 @@ def test_the_speed_of_the_measured_run_is_the_measured_one():
     assert all(peak_flops(device.name, "float16") for device in DEVICES.values())
 
 
+@pytest.mark.slow
 def test_an_estimate_is_printed_and_no_run_begins(llm_train, tiny):
     config = tiny()
     done = llm_train("estimate", "-c", config, "--devices", "2", "--device", "L4", "--model.n_layer=1")
@@ -196,6 +199,7 @@ class Misspelt(OtherBatches):
 SWAP = "RuntimeError: _apply(): Couldn't swap Embedding.weight"  # of PyTorch
 
 
+@pytest.mark.slow
 def test_what_an_estimate_does_not_know_is_one_line(llm_train, tiny):
     config = tiny()
     assert "error: --device cpu: only GPUs are estimated" in llm_train("estimate", "--device", "cpu").err
@@ -219,6 +223,7 @@ def test_what_an_estimate_does_not_know_is_one_line(llm_train, tiny):
     assert other.out.endswith(f"\nnext    llm-train fit -c {config} --model=mine.OtherBatches\n")
 
 
+@pytest.mark.slow
 def test_a_batch_that_the_devices_cannot_share_is_refused_as_in_a_run(llm_train, tiny):
     config, said = tiny(), "error: data.batch_size is 4, the global batch over all 3 processes: give a multiple of 3\n"
     for flags in (["--devices=3"], ["-c", "trainer/ddp", "--trainer.devices=3"]):
@@ -234,6 +239,7 @@ def test_the_devices_of_a_trainer_are_counted(devices, n_nodes, expected):
     assert estimate.devices_of({"devices": devices, "num_nodes": n_nodes}) == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("callback", "flag", "counts"),
     [
@@ -247,6 +253,7 @@ def test_a_fine_tuning_is_estimated_with_what_its_callbacks_add_and_freeze(llm_t
     assert (done.code, done.out.splitlines()[0]) == (0, f"model   PretrainModule: {counts}"), done.err
 
 
+@pytest.mark.slow
 def test_a_preset_is_estimated_with_its_own_precision(llm_train, tiny, monkeypatch):
     monkeypatch.setattr(estimate, "GIB", 2**10)
 

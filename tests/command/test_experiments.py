@@ -102,12 +102,18 @@ def test_every_offline_experiment_runs_shortened_and_would_not_make_the_host_wai
     assert str(run) in done.err
     loaded, last = load_run(run).module, run / LAST
     assert type(loaded).load_from_checkpoint(last).state_dict().keys() == loaded.state_dict().keys()
-    follow(llm_train, monkeypatch, run, done.err)
 
 
-def follow(llm_train, monkeypatch, run: Path, printed: str) -> None:
-    """Run the commands that a run and the documents print, beside newer runs that they must not touch."""
-    (following,) = (line.split("llm-train ", 1)[1] for line in printed.splitlines() if line.startswith("next "))
+@pytest.mark.slow
+@pytest.mark.parametrize("path", offline_experiments(), ids=name)
+def test_the_commands_that_a_run_and_the_documents_print_work_beside_newer_runs_that_they_do_not_touch(
+    llm_train, make_what_it_needs, no_pictures, monkeypatch, path
+):
+    make_what_it_needs(path)
+    done = llm_train("fit", "-c", path, *shortened(path))
+    assert done.code == 0, done.err
+    run = run_of(path)
+    (following,) = (line.split("llm-train ", 1)[1] for line in done.err.splitlines() if line.startswith("next "))
     Path("notes.txt").write_text("A reference.\n")
     Path("new.jsonl").write_text('{"text": "Nobody would call it dull."}\n')
     Path("experiments").symlink_to(ROOT / "experiments")
@@ -130,13 +136,12 @@ def follow(llm_train, monkeypatch, run: Path, printed: str) -> None:
             monkeypatch.setattr("sys.stdin", io.StringIO("\nWhy?\n"))  # a question without references
         if words[0] == "fit" and (experiments := experiments_of(command)):  # an experiment that reads this run
             words += shortened(experiments[0])
-        if words[1:3] == ["-c", f"{name}/config.yaml"] and "--allow" not in words:
-            words += ["--allow", "gpu"]  # the package of NoSync
         followed = llm_train(*words)
         assert followed.code == 0, f"{command}: {followed.err}"
         assert before == contents(sibling), command
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", STUDIES, ids=name)
 def test_every_study_opens_with_its_question_and_its_last_arm_runs_shortened_and_is_compared(
     llm_train, parse, make_what_it_needs, no_pictures, monkeypatch, path

@@ -25,6 +25,7 @@ def hold_after_step(step: int, reached: multiprocessing.Event, go_on: multiproce
     RunCheckpoint.on_train_batch_end = end_and_wait
 
 
+@pytest.mark.slow
 def test_the_second_process_is_refused_in_one_line(llm_train, tiny):
     config = tiny()
     context = multiprocessing.get_context("fork")
@@ -45,6 +46,7 @@ def test_the_second_process_is_refused_in_one_line(llm_train, tiny):
     assert not (RUN / ".lock").exists()
 
 
+@pytest.mark.slow
 def test_the_folder_of_a_killed_run_is_free(llm_train, forked, tiny):
     config = tiny(data__init_args__num_workers=1)
     assert forked("fit", "-c", config, prepare=lambda: signal_after_step(12)) < 0

@@ -10,6 +10,8 @@ from shared_runs import own_world, run_command
 
 from experiments.run import moved_runs
 
+pytestmark = pytest.mark.slow
+
 TOKENIZER = "runs/words/first/tokenizer"
 
 

@@ -37,6 +37,7 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_a_new_topic_passes_its_own_tests(llm_train, checkout):
     written = llm_train("new", "topic_of_a_test")
     assert written.code == 0, written.err
@@ -82,6 +83,7 @@ def test_a_name_that_cannot_be_is_refused_in_one_line(llm_train, checkout, name,
     assert not list(checkout.glob("experiments/*"))
 
 
+@pytest.mark.slow
 def test_outside_a_checkout_a_topic_is_a_package_of_the_user(llm_train, monkeypatch):
     written = llm_train("new", "package_of_a_test")
     assert written.code == 0, written.err

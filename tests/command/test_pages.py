@@ -168,6 +168,7 @@ def run_page(llm_train, no_pictures, monkeypatch):
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("guide", GUIDES, ids=lambda path: path.stem)
 def test_a_guide_runs_from_top_to_bottom(run_page, guide):
     run_page(guide.read_text())

@@ -10,6 +10,7 @@ from datamodules.base import ExperimentDataModule
 from experiments.prepare import prepare
 
 
+@pytest.mark.slow
 def test_a_run_finds_what_was_prepared(llm_train, tiny):
     config = tiny(trainer__max_steps=8)
     prepared = llm_train("prepare", "-c", config, "--processes=1", "--trainer.max_steps", "4")

@@ -17,6 +17,8 @@ from shortened import ROOT, needs, offline_experiments, run_of, shortened
 
 from experiments.__main__ import COMMANDS
 
+pytestmark = pytest.mark.slow
+
 # Commands that other tests run, and which.
 ELSEWHERE = {
     "fit -c FILE -c trainer/ddp --trainer.devices 8": "tests/runtime, in two processes",

@@ -191,6 +191,7 @@ def test_a_class_that_has_moved_is_the_same_class():
     assert changes(before, SAVED) == {}
 
 
+@pytest.mark.slow
 def test_the_command_refuses_before_it_writes(llm_train, tiny, whole):
     run = whole()
     before = contents(run)

@@ -32,6 +32,7 @@ class Asks(PretrainDataModule):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
@@ -79,6 +80,7 @@ def test_a_prediction_that_is_refused_leaves_no_folder(llm_train, tiny, whole):
     assert not (RUNS / "tiny").exists()
 
 
+@pytest.mark.slow
 def test_an_evaluation_in_other_processes_keeps_its_record(llm_train, tiny):
     forked = ("--trainer.strategy=ddp_fork", "--trainer.devices=2")
     done = llm_train("validate", "-c", tiny("elsewhere"), "--run.name=elsewhere", *forked)

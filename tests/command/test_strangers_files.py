@@ -187,6 +187,7 @@ def test_every_command_is_in_the_table():
     assert set(ON_THE_RUN) >= set(COMMANDS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS)
 def test_files_of_a_stranger_run_no_code(llm_train, stranger, watch, monkeypatch, command):
     for part in READ:

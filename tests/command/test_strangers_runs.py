@@ -175,6 +175,7 @@ def test_compare_reads_a_folder_and_imports_nothing_of_it(llm_train, stranger):
     assert not it_ran()
 
 
+@pytest.mark.slow
 def test_a_user_can_allow_a_package_and_the_next_command_says_so(llm_train, stranger):
     config = configure(stranger, CALLBACKS, [{"class_path": "hostile.Hostile"}])
     done = llm_train("fit", "-c", config, "--ckpt_path", "last", "--trainer.max_steps", "26", "--allow", "hostile")
@@ -184,6 +185,7 @@ def test_a_user_can_allow_a_package_and_the_next_command_says_so(llm_train, stra
     assert following.endswith(" --allow hostile")
 
 
+@pytest.mark.slow
 def test_what_the_user_names_by_a_flag_or_in_another_file_needs_no_permission(llm_train, stranger, tiny):
     done = llm_train("validate", "-c", stranger / "config.yaml", "--trainer.callbacks+", "hostile.Hostile")
     assert (done.code, it_ran()) == (0, True), done.err

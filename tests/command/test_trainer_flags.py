@@ -20,6 +20,8 @@ from trainer_flags import ALONE_VALUES, CALLBACKS, CASES, FLAGS, combinations, f
 from experiments.__main__ import _mistake_behind
 from lightning_modules.base import ExperimentModule
 
+pytestmark = pytest.mark.slow
+
 # Of the values alone, those that the suite runs; a benchmark runs all.
 IN_THE_SUITE = [
     ("callbacks", "null"),

@@ -30,6 +30,7 @@ class BuiltCallback(L.Callback):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("flags", "kind", "said", "most"),
     [

@@ -14,6 +14,8 @@ from shortened import ROOT, shortened
 
 from experiments.study.sweep_file import read_sweep_file
 
+pytestmark = pytest.mark.slow
+
 EXPERIMENTS = ROOT / "experiments"
 PACKAGES = ("experiments", "lightning_modules", "datamodules")
 NOT_SHIPPED = {"README.md", ".png"}  # pages and figures of the topics are for readers of the repository

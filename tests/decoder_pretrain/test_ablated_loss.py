@@ -23,6 +23,8 @@ from lightning_modules.models.decoder import Decoder, DecoderConfig
 from lightning_modules.runtime.generalization import GeneralizationGap
 from lightning_modules.runtime.learning_curve import LearningCurve, read_metric
 
+pytestmark = pytest.mark.slow
+
 GAP = ("val/train_text_loss", "val/gap")
 
 

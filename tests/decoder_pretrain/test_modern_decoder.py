@@ -47,6 +47,7 @@ SETTINGS = {
 SIZES = {"vocab_size": 257, "block_size": 16, "n_layer": 2, "n_head": 2, "n_embd": 16}
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes_to_the_same_weights_bit_for_bit(llm_train, forked, tiny, whole):
     command = ("fit", "-c", tiny(**SETTINGS), "--run.name", "killed")
     assert forked(*command, prepare=lambda: forks.signal_after_step(13)) == -signal.SIGKILL
@@ -66,6 +67,7 @@ def test_two_processes_train_the_same_weights_as_one(tiny, whole, tmp_path):
         assert_close_weights(whole(**SETTINGS) / LAST, RUNS / "two" / LAST)
 
 
+@pytest.mark.slow
 def test_transformers_and_the_fine_tuning_read_the_exported_model(whole):
     run = whole(**SETTINGS)
     ours = PretrainModule.of_checkpoint(AtomicCheckpointIO().load_checkpoint(run / "checkpoints/best.ckpt")).eval()
@@ -89,6 +91,7 @@ def test_transformers_and_the_fine_tuning_read_the_exported_model(whole):
     torch.testing.assert_close(again(ids[:, :8]), logits[:, :8], rtol=0, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_the_callbacks_of_the_topic_measure_every_decoder(llm_train, tiny):
     topic = "lightning_modules.decoder_pretrain"
     callbacks = [

@@ -252,6 +252,7 @@ def after_events(limit, function, *args):
         function(*args)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n_processes", [1, 2])
 def test_a_text_whose_preparation_is_killed_at_any_moment_has_the_same_files(large, tmp_path, n_processes):
     prepare(large, tmp_path / "whole")

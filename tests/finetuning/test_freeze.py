@@ -347,6 +347,7 @@ def test_a_frozen_beginning_keeps_no_graph():
 # --- unfrozen in stages ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_stages_are_unfrozen_at_their_epochs_and_learn_at_their_rates(world, gradual):
     before = start_weights(world)
     last = gradual.whole / "checkpoints/last.ckpt"
@@ -371,6 +372,7 @@ def test_stages_are_unfrozen_at_their_epochs_and_learn_at_their_rates(world, gra
     assert "epoch 2: " in gradual.err
 
 
+@pytest.mark.slow
 def test_a_run_killed_between_two_stages_resumes_to_the_same_weights(gradual):
     assert_same_weights(gradual.whole / "checkpoints/last.ckpt", gradual.killed / "checkpoints/last.ckpt")
     whole, killed = (
@@ -466,6 +468,7 @@ def test_the_parser_refuses_numbers_out_of_range(callback, arguments, message):
 # --- adapters --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_lora_trains_adapters_alone_and_exports_a_plain_model(world, lora):
     from transformers import AutoModelForCausalLM
 
@@ -490,6 +493,7 @@ def test_lora_trains_adapters_alone_and_exports_a_plain_model(world, lora):
         assert (module(ids) - started(world)(ids)).abs().max() > 1e-3
 
 
+@pytest.mark.slow
 def test_a_run_with_adapters_generates_and_validates(llm_train, lora):
     assert llm_train("generate", "--run", lora.whole, "--prompt", "a", "--max_new_tokens", "5").code == 0
     validated = llm_train(
@@ -498,6 +502,7 @@ def test_a_run_with_adapters_generates_and_validates(llm_train, lora):
     assert validated.code == 0, validated.err
 
 
+@pytest.mark.slow
 def test_a_killed_lora_run_resumes_to_the_same_weights(lora):
     assert_same_weights(lora.whole / "checkpoints/last.ckpt", lora.killed / "checkpoints/last.ckpt")
 

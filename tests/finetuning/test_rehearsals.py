@@ -22,6 +22,8 @@ import pytest
 import tiny_bases
 import yaml
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 REHEARSALS = {
     f"{file.parent.name}/{name}": settings

@@ -325,6 +325,7 @@ def test_a_run_answers_before_and_after_training_and_exports_a_model(fitted, bas
     assert read_metric(metrics, "data/train/fill")[1] == [pytest.approx(counts["fill"])]
 
 
+@pytest.mark.slow
 def test_a_saved_run_is_evaluated_again_with_the_saved_answers_of_its_base(llm_train, fitted):
     shutil.copytree(fitted.run, RUN)
     fit = json.loads((RUN / "answers.json").read_text())
@@ -368,6 +369,7 @@ def test_each_stage_of_a_process_asks_its_own_questions(records, tmp_path):
         assert asked == [example.record.question for example in data.questions(side, 3)]
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes_to_the_same_weights_and_answers(llm_train, forked, fitted, qa):
     config = qa()
     assert forked("fit", "-c", config, prepare=lambda: forks.die_after_step(4)) == -signal.SIGKILL

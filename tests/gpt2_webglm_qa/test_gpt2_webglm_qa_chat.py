@@ -178,6 +178,7 @@ def test_the_prompts_of_a_run_are_those_of_its_data_and_of_older_runs_plain(base
     assert data.tokenizer.decode(older.ids) == "[1] One.\n\nQ: Why?"
 
 
+@pytest.mark.slow
 def test_a_run_with_a_chat_template_learns_to_end_messages_and_answers_in_a_chat(base, llm_train, monkeypatch):
     rows = [{"question": f"Why {i}?", "answer": "[1]", "references": ["A."]} for i in range(12)]
     Path("records.jsonl").write_text("\n".join(map(json.dumps, rows)))

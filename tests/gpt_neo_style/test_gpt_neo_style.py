@@ -104,6 +104,7 @@ def whole(world: Path) -> SimpleNamespace:
     return SimpleNamespace(run=world / "runs/gpt_neo_style/whole", err=done.err)
 
 
+@pytest.mark.slow
 def test_the_memory_of_a_fine_tuning_is_estimated(world, llm_train):
     done = llm_train("estimate", "-c", config(world, "estimated"))
     assert done.code == 0, done.err
@@ -434,6 +435,7 @@ def test_generation_from_a_run_needs_no_base(llm_train, world, whole):
     assert len(written.out) > 20
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes_to_the_same_weights_metrics_and_samples(world, whole):
     command = ("fit", "-c", config(world, "killed"))
     run = whole.run.with_name("killed")
@@ -450,6 +452,7 @@ def test_a_killed_run_resumes_to_the_same_weights_metrics_and_samples(world, who
     assert (whole.run / "samples.md").read_text() == (run / "samples.md").read_text()
 
 
+@pytest.mark.slow
 def test_a_killed_run_with_stages_adapters_and_accumulation_resumes_to_the_same_weights(world):
     """It is killed in an epoch in which the blocks, and so their dropout, are frozen."""
     freezing = "lightning_modules.finetuning."
@@ -478,6 +481,7 @@ def test_a_killed_run_with_stages_adapters_and_accumulation_resumes_to_the_same_
     assert_same_weights(*(runs / name / "checkpoints/last.ckpt" for name in ("staged", "staged_killed")))
 
 
+@pytest.mark.slow
 def test_the_gradient_norm_is_that_of_the_mean_over_accumulation_and_processes_before_clipping(
     llm_train, forked, world, tmp_path
 ):

@@ -161,6 +161,7 @@ def test_other_precisions_of_the_model(dtype):
     assert {gradient.dtype for gradient in gradients(found, tensors)} == {dtype}
 
 
+@pytest.mark.slow
 def test_a_number_of_rows_that_varies_is_compiled_once():
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")

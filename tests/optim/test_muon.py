@@ -245,6 +245,7 @@ SETTINGS = {
 }
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes_to_the_same_weights(llm_train, forked, tiny, whole):
     command = ("fit", "-c", tiny(**SETTINGS), "--run.name", "killed")
     assert forked(*command, prepare=lambda: forks.signal_after_step(6)) == -signal.SIGKILL
@@ -253,6 +254,7 @@ def test_a_killed_run_resumes_to_the_same_weights(llm_train, forked, tiny, whole
     assert_same_weights(whole(**SETTINGS) / LAST, RUNS / "killed" / LAST)
 
 
+@pytest.mark.slow
 def test_two_processes_and_two_shards_train_the_model_of_one_process(tiny, whole, monkeypatch):
     monkeypatch.setattr(muon, "_MOST_GATHERED", 2_000)  # one or two matrices at a time
     settings = SETTINGS | {"model__init_args__dropout": 0.0, "trainer__max_steps": 4}

@@ -204,6 +204,7 @@ def test_changed_settings_of_the_optimiser_are_applied_and_said(continued):
     assert {name: both for name, both in second["resumed"]["changed"].items() if name != paths} == changed
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_an_earlier_version_resumes_as_before_or_with_other_settings(llm_train, forked, tiny, whole):
     command = ("fit", "-c", tiny(), "--run.name")
     assert forked(*command, "kept", prepare=lambda: forks.die_after_step(16)) == -signal.SIGKILL
@@ -231,6 +232,7 @@ def test_another_schedule_is_followed_from_the_step_on(continued):
     assert logged("run")[28] == 0.01
 
 
+@pytest.mark.slow
 def test_a_resumed_run_can_drop_its_schedule_or_take_one(continued, llm_train, tiny):
     done = continued("--trainer.max_steps=28", "--lr_scheduler=null")
     assert done.code == 0, done.err
@@ -244,6 +246,7 @@ def test_a_resumed_run_can_drop_its_schedule_or_take_one(continued, llm_train, t
     assert logged("run")[32] == pytest.approx(0.01 / 32)
 
 
+@pytest.mark.slow
 def test_a_schedule_that_ended_at_zero_cannot_be_made_longer(continued):
     schedule = {"class_path": f"{SCHEDULES}.Linear", "init_args": {}}
     refused = continued("--trainer.max_steps=28", lr_scheduler=schedule)
@@ -301,6 +304,7 @@ def by_class(name: str, **init_args: object) -> dict:
     return {"class_path": f"{TORCH}.{name}", "init_args": init_args}
 
 
+@pytest.mark.slow
 def test_a_plateau_of_torch_is_told_of_validations_and_resumes(llm_train, tiny):
     schedule = by_class("ReduceLROnPlateau", patience=0, threshold=0.999)  # a tenth after each validation but the first
     command = ("fit", "-c", tiny(lr_scheduler=schedule, **{"trainer__callbacks+": []}), "--run.name", "run")
@@ -316,6 +320,7 @@ def test_a_plateau_of_torch_is_told_of_validations_and_resumes(llm_train, tiny):
     assert logged("run") == pytest.approx(rates | {32: 0.01 / 32})  # at step 28, and not after 5 validations
 
 
+@pytest.mark.slow
 def test_schedules_of_torch_that_are_combined_are_replaced_by_one_of_this_project(llm_train, tiny):
     both = {"schedules": [by_class("ExponentialLR", gamma=0.9)]}
     schedule = {"class_path": f"{SCHEDULES}.Together", "init_args": both}
@@ -327,6 +332,7 @@ def test_schedules_of_torch_that_are_combined_are_replaced_by_one_of_this_projec
     assert logged("run") == pytest.approx({4: 0.01 * 0.9**3, 8: 0.01 / 8})
 
 
+@pytest.mark.slow
 def test_every_schedule_of_torch_that_needs_no_other_schedule_can_be_named():
     arguments = {
         "ConstantLR": {}, "CosineAnnealingLR": {"T_max": 9}, "CosineAnnealingWarmRestarts": {"T_0": 3},

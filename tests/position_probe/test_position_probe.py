@@ -200,6 +200,7 @@ def table(file: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(opened))
 
 
+@pytest.mark.slow
 def test_position_and_order_are_found_in_sinusoids_and_not_in_gaussian_rows(run):
     inside = "val/interpolation"
     assert last(run, f"{inside}/position_explained") > 0.95
@@ -238,6 +239,7 @@ def test_figures_are_drawn(run):
     assert not (run / "shifted_perplexity.csv").exists()  # sinusoids have no model
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_is_the_same_to_the_bit(llm_train, forked, run, tmp_path):
     cut = write(tmp_path)
     checkpoint = Path("runs/position_probe/probes/checkpoints/last.ckpt")
@@ -269,6 +271,7 @@ def test_an_argument_out_of_range_is_refused_by_the_parser(llm_train, tmp_path):
 SMALL = ("--data.source=sinusoids", "--data.n_positions=60", "--data.n_embd=32", "--data.batch_size=256")
 
 
+@pytest.mark.slow
 def test_the_experiments_of_wang_and_chen(llm_train):
     recipe = ROOT / "experiments/position_probe/wang_chen.yaml"
     done = llm_train("fit", "-c", recipe, *SMALL, "--trainer.max_steps=2", "--trainer.limit_val_batches=1")

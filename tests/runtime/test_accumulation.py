@@ -14,6 +14,8 @@ from torch.utils.data import DataLoader, IterableDataset
 from lightning_modules.base import ExperimentModule, Loss
 from lightning_modules.runtime.reproducible import ReproducibleSteps
 
+pytestmark = pytest.mark.slow
+
 VALUES = torch.arange(1.0, 6.0)  # five batches of one number each
 
 

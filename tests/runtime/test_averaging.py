@@ -11,6 +11,8 @@ from torch import nn
 
 from lightning_modules.runtime.averaging import AveragedWeights
 
+pytestmark = pytest.mark.slow
+
 AVERAGING = {"class_path": "lightning_modules.runtime.averaging.AveragedWeights", "init_args": {"decay": 0.6}}
 EXPORT = {"class_path": "lightning_modules.runtime.export.ExportModel"}
 SETTINGS = {"trainer__callbacks+": [EXPORT, AVERAGING], "trainer__max_steps": 16}

@@ -14,6 +14,8 @@ from helpers import BEST, LAST, RUNS, assert_same_weights
 
 from lightning_modules.runtime.checkpoint_io import AtomicCheckpointIO
 
+pytestmark = pytest.mark.slow
+
 BACKGROUND = ("--trainer.plugins.background", "true")
 
 

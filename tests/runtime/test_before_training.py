@@ -16,6 +16,7 @@ RUN = RUNS / "tiny"
 CALLBACK = {"class_path": "lightning_modules.runtime.before_training.LossBeforeTraining"}
 
 
+@pytest.mark.slow
 def test_the_curve_begins_with_the_loss_of_the_untrained_network_and_a_resumed_run_keeps_it(llm_train, tiny):
     still = tiny(**{"trainer__callbacks+": [CALLBACK]}, optimizer__init_args__lr=0.0)
     assert llm_train("fit", "-c", still).code == 0

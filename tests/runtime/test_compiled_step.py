@@ -33,6 +33,7 @@ def counter(monkeypatch) -> CompileCounterWithBackend:
     return counter
 
 
+@pytest.mark.slow
 def test_samples_validations_and_a_resume_compile_nothing_again(llm_train, forked, tiny, counter):
     """Epochs of 7 batches, the last of them small; a validation every 4 steps."""
     settings = {

@@ -12,6 +12,7 @@ from lightning_modules.runtime.learning_curve import read_metric
 EXPORT = {"class_path": "lightning_modules.runtime.export.ExportModel"}
 
 
+@pytest.mark.slow
 def test_a_configuration_that_names_default_callbacks_again_sets_their_arguments(llm_train, tiny, monkeypatch):
     exported, export_model = [], export.export_model
     monkeypatch.setattr(export, "export_model", lambda *given: exported.append(given) or export_model(*given))
@@ -30,6 +31,7 @@ def test_a_configuration_that_names_default_callbacks_again_sets_their_arguments
     assert "| context | 16 tokens |" in card
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_is_generated_from_and_exported_when_it_is_resumed(llm_train, forked, tiny):
     from forks import die_after_step
 
@@ -49,6 +51,7 @@ def test_a_run_that_was_killed_is_generated_from_and_exported_when_it_is_resumed
     assert (run / LAST).is_file()
 
 
+@pytest.mark.slow
 def test_without_a_checkpoint_there_is_no_model(llm_train, tiny):
     done = llm_train("fit", "-c", tiny(trainer__callbacks=[EXPORT], trainer__enable_checkpointing=False))
     assert done.code == 0, done.err

@@ -18,6 +18,8 @@ import torch
 from exported import Exported
 from shared_runs import own_world
 
+pytestmark = pytest.mark.slow
+
 TESTS = Path(__file__).parents[1]
 TOPICS = [importlib.import_module(f"{file.parent.name}.exports") for file in sorted(TESTS.glob("*/exports.py"))]
 MODELS: dict[str, Callable[[Path], Exported]] = {

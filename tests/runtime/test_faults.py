@@ -75,6 +75,7 @@ def test_the_batch_file_requeues_a_job_whose_time_is_up(tmp_path, code, requeued
         assert Path("scontrol.txt").read_text() == "requeue 17\n"
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_full_when_metrics_are_written_ends_the_run_with_one_line(llm_train, tiny, whole, monkeypatch):
     config = tiny()
     add, still_to_fail = MetricsCSV._add, [12, 24]  # steps: in the run, and after its last validation
@@ -141,6 +142,7 @@ def test_a_cache_that_cannot_be_written_costs_one_line(llm_train, tiny, monkeypa
     assert "$LLM_TRAIN_CACHE" in failed.err.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_a_run_continues_without_wandb_if_that_fails(llm_train, tiny, monkeypatch):
     logged = []
 

@@ -74,6 +74,7 @@ def test_a_first_checkpoint_that_does_not_fit_has_no_earlier_one(disk_with_room_
         AtomicCheckpointIO().save_checkpoint({"state_dict": {}}, "last.ckpt")
 
 
+@pytest.mark.slow
 def test_the_record_of_a_run_names_the_best_checkpoint_that_was_written(llm_train, tiny, monkeypatch):
     save = AtomicCheckpointIO.save_checkpoint
 
@@ -142,6 +143,7 @@ def test_numbers_that_json_does_not_have_become_null(tmp_path):
     }
 
 
+@pytest.mark.slow
 def test_the_summary_of_a_run_with_a_metric_that_is_not_a_number_is_json(llm_train, tiny, monkeypatch):
     from lightning_modules.runtime.checkpoint import RunCheckpoint
 

@@ -71,6 +71,7 @@ def test_metrics_are_read_when_they_are_logged_and_not_when_the_line_is_drawn(mo
     assert set(read) == {12, 24}  # a reading makes the host wait for the GPU
 
 
+@pytest.mark.slow
 def test_a_file_has_one_line_for_the_last_step_and_neither_bars_nor_carriage_returns(llm_train, tiny):
     done = llm_train("fit", "-c", tiny())  # validates at the last step
     printed = [line for line in done.err.splitlines() if line.startswith("train")]

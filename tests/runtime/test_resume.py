@@ -84,6 +84,7 @@ def die_before_link() -> None:
     checkpoint.link_or_copy = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 
 
+@pytest.mark.slow
 def test_the_last_step_is_validated_whatever_the_interval(llm_train, tiny):
     settings = {"trainer__val_check_interval": 8, "trainer__max_steps": 11}
     assert llm_train("fit", "-c", tiny(**settings), "--run.name", "odd").code == 0
@@ -98,6 +99,7 @@ def test_the_last_step_is_validated_whatever_the_interval(llm_train, tiny):
     assert [row[0] for row in rows if int(row[0]) > 11] == [str(step) for step in range(12, 25)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("links", [True, False], ids=["", "a file system without links"])
 def test_a_checkpoint_is_written_once_and_the_best_stays_when_the_last_goes_on(
     llm_train, forked, tiny, monkeypatch, links
@@ -127,6 +129,7 @@ def test_a_checkpoint_is_written_once_and_the_best_stays_when_the_last_goes_on(
     assert sorted(path.name for path in last.parent.iterdir()) == ["best.ckpt", "last.ckpt"]
 
 
+@pytest.mark.slow
 def test_one_command_resumes_after_each_kind_of_kill_and_ends_when_the_run_is_finished(llm_train, tiny, whole):
     command, run = ("fit", "-c", tiny(), "--run.name", "named", "--auto_resume"), RUNS / "named"
     output = Path("output.txt")
@@ -199,6 +202,7 @@ def test_auto_resume_is_for_fit_only_and_finds_the_checkpoint_itself(llm_train, 
     assert reason in refused.err
 
 
+@pytest.mark.slow
 def test_signals_save_a_checkpoint_and_the_run_resumes_from_it(llm_train, forked, tiny, whole):
     command = ("fit", "-c", tiny(), "--run.name", "stopped")
     # The checkpoint is of the step in progress, not of the validation at step 8 or 16.
@@ -212,6 +216,7 @@ def test_signals_save_a_checkpoint_and_the_run_resumes_from_it(llm_train, forked
     assert metrics_that_repeat(RUNS / "stopped") == metrics_that_repeat(whole())
 
 
+@pytest.mark.slow
 def test_a_signal_to_the_group_spares_the_workers_of_the_loader(llm_train, forked, tiny, whole):
     command = ("fit", "-c", tiny(data__init_args__num_workers=2), "--run.name", "group")
     assert forked(*command, prepare=lambda: forks.signal_after_step(12, signal.SIGTERM, group=True)) == 143
@@ -247,6 +252,7 @@ def start_a_worker_slowly() -> None:
     base.leave_signals_to_the_parent = later
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("owner", "method", "workers"),
     [(CorpusLoss, "update", 2), (checkpoint_io.AtomicCheckpointIO, "save_checkpoint", 0)],
@@ -273,10 +279,12 @@ def leave_the_workers() -> None:
     L.Trainer._teardown = teardown
 
 
+@pytest.mark.slow
 def test_a_second_signal_ends_a_run_whose_workers_are_left(forked, tiny):
     assert forked("fit", "-c", tiny(data__init_args__num_workers=2), prepare=leave_the_workers) == 143
 
 
+@pytest.mark.slow
 def test_a_configuration_in_a_run_folder_means_that_run_also_beside_a_newer_one(llm_train, tiny, whole):
     for name in ("moved", "whole.2"):
         shutil.copytree(whole(), RUNS / name)
@@ -295,6 +303,7 @@ def test_a_configuration_in_a_run_folder_means_that_run_also_beside_a_newer_one(
     assert contents(RUNS / "whole.2") == before
 
 
+@pytest.mark.slow
 def test_a_name_with_brackets_and_unicode_is_resumed(llm_train, tiny):
     name = "Étude № 1, lr[1e-2]"
     command = ("fit", "-c", tiny(trainer__max_steps=8), "--run.name", name, "--auto_resume")
@@ -311,6 +320,7 @@ def test_a_name_that_is_no_folder_is_refused(llm_train, tiny, name):
     assert not Path("runs").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("given", ["best", RUNS / "tiny" / BEST])
 def test_a_fit_from_another_checkpoint_than_the_last_gets_a_folder_of_its_own(llm_train, tiny, whole, given):
     shutil.copytree(whole(), RUNS / "tiny")
@@ -332,6 +342,7 @@ def test_a_fit_from_another_checkpoint_than_the_last_gets_a_folder_of_its_own(ll
     assert json.loads((RUNS / "tiny.2/summary.json").read_text())["best"]["step"] == 28
 
 
+@pytest.mark.slow
 def test_the_saved_configuration_repeats_the_run(llm_train, whole):
     assert llm_train("fit", "-c", whole() / "config.yaml").code == 0
     assert_same_weights(whole() / LAST, RUNS / "whole" / LAST)

@@ -200,10 +200,11 @@ def first(llm_train, tiny, offline_wandb, monkeypatch, tmp_path_factory) -> Path
         (RUN / "said.txt").write_text(done.err)
         wandb.teardown()  # its service may still be writing
         shutil.move(RUN, made)
-    shutil.copytree(made, RUN)
+    shutil.copytree(made, RUN, symlinks=True)  # W&B links its logs, which it may not have written
     return config
 
 
+@pytest.mark.slow
 def test_the_offline_files_hold_the_run(first):
     (folder,) = RUN.glob("wandb/offline-run-*")
     assert f"wandb   wandb sync {folder}\n" in (RUN / "said.txt").read_text()
@@ -233,6 +234,7 @@ def test_the_offline_files_hold_the_run(first):
     assert not any(artifact.get("use_after_commit") for artifact in made.values())
 
 
+@pytest.mark.slow
 def test_a_resumed_run_continues_the_same_wandb_run(llm_train, first):
     resumed = llm_train("fit", "-c", first, "--ckpt_path", "last")
     assert "finished at step 24" in resumed.err
@@ -247,6 +249,7 @@ def test_a_resumed_run_continues_the_same_wandb_run(llm_train, first):
     assert [session["exit"][0].get("exit_code", 0) for session in records] == [0] * 3
 
 
+@pytest.mark.slow
 def test_runs_that_read_files_of_other_runs_are_joined_by_artifacts(llm_train, tiny, first):
     run_id = json.loads((RUN / "wandb/id.json").read_text())["id"]
     made = artifacts(session(RUN))
@@ -267,6 +270,7 @@ def test_runs_that_read_files_of_other_runs_are_joined_by_artifacts(llm_train, t
     assert used == {f"tokenizer-{run_id}", f"config-{other_id}"}
 
 
+@pytest.mark.slow
 def test_a_run_of_wandbs_agent_is_named_after_its_settings_and_grouped_by_its_study(
     llm_train, tiny, offline_wandb, monkeypatch, tmp_path
 ):

@@ -17,6 +17,7 @@ def files_of(run):
     return {name: (run / name).read_bytes() for name in ("config.yaml", "summary.json", "metrics.csv", LAST, BEST)}
 
 
+@pytest.mark.slow
 def test_a_failed_start_and_an_evaluation_of_random_weights_hide_no_run(llm_train, tiny, whole):
     config, run = tiny(), RUNS / "tiny"
     shutil.copytree(whole(), run)

@@ -150,6 +150,7 @@ def column(run: Path, name: str) -> torch.Tensor:
     return torch.tensor([float(row[header.index(name)]) for row in rows if row[header.index(name)]])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "tolerance"), [("32-true", 1e-6), ("bf16-mixed", 2e-4), ("bf16-true", 2e-3)])
 def test_sharded_processes_learn_what_one_process_does_in_the_same_precision(jobs, whole, name, tolerance):
     assert (jobs / "codes.txt").read_text() == "[0, 0]"
@@ -161,6 +162,7 @@ def test_sharded_processes_learn_what_one_process_does_in_the_same_precision(job
     assert dtypes == {torch.bfloat16 if name == "bf16-true" else torch.float32}
 
 
+@pytest.mark.slow
 def test_gradients_are_added_up_in_float32_after_each_batch_or_once_a_step(jobs):
     units, batches, steps = 4, 6, 3  # the units: three blocks and the rest
     for rank in range(2):
@@ -170,6 +172,7 @@ def test_gradients_are_added_up_in_float32_after_each_batch_or_once_a_step(jobs)
         assert counted["types"] == ["torch.float32"]
 
 
+@pytest.mark.slow
 def test_nothing_is_kept_of_the_weights_of_blocks_between_forward_and_backward_pass(jobs, whole):
     saved = weights(whole(**SETTINGS) / LAST)
     # The rest, in float32: embeddings and norms. Its tied output matrix is copied in bfloat16.
@@ -182,6 +185,7 @@ def test_nothing_is_kept_of_the_weights_of_blocks_between_forward_and_backward_p
         assert [step["units"] + step["copies"] for step in held[:6]] == [pytest.approx(expected, rel=0.01)] * 6
 
 
+@pytest.mark.slow
 def test_a_validation_gathers_one_block_at_a_time_and_samples_the_whole_model(jobs):
     of_rank = [json.loads((jobs / f"gathered_{rank}.txt").read_text()) for rank in range(2)]
     assert [most["start"] for most in of_rank] == [0, 0]
@@ -191,6 +195,7 @@ def test_a_validation_gathers_one_block_at_a_time_and_samples_the_whole_model(jo
     assert (of_rank[0].get("empty batches"), of_rank[1]["empty batches"] > 0) == (None, True)
 
 
+@pytest.mark.slow
 def test_samples_can_be_left_out_so_that_no_process_holds_the_whole_model(jobs, whole):
     one = whole(**SETTINGS, trainer__precision="bf16-mixed")
     ours, expected = ((run / "samples.md").read_text().splitlines() for run in (jobs / RUNS / "bf16-mixed", one))
@@ -206,6 +211,7 @@ def test_float16_is_refused_in_one_line(llm_train, tiny):
     assert "precision='16-mixed'" in refused.err
 
 
+@pytest.mark.slow
 def test_each_process_saves_its_share_and_any_layout_goes_on_from_the_shares(jobs, llm_train, tiny):
     best = jobs / SHARDS
     (folder,) = [path for path in best.parent.iterdir() if path.is_dir()]
@@ -224,6 +230,7 @@ def test_each_process_saves_its_share_and_any_layout_goes_on_from_the_shares(job
         torch.testing.assert_close(two_state[i]["exp_avg"], state["exp_avg"], rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_command_makes_whole_files_of_shards(jobs, llm_train):
     run = RUNS / "32-true"
     shutil.copytree(jobs / run, run)

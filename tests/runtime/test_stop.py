@@ -158,6 +158,7 @@ def test_a_run_stops_after_any_step_and_resumes_exactly(tmp_path, batches, setti
         assert torch.equal(ours, theirs)  # the averages
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
     ("settings", "validated"),  # steps counted from 0

@@ -40,6 +40,7 @@ def attached(folder: Path) -> WandbRecorder:
     return logger
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("environment", "mode", "said"),
     [

@@ -138,6 +138,7 @@ def lines(arm: str, file: str) -> int:
     return path.read_text().count("\n") if path.exists() else 0
 
 
+@pytest.mark.slow
 def test_jobs_outlive_the_study_and_go_on_after_an_interruption(slurm, llm_train, sweep, tmp_path, monkeypatch):
     path = sweep(parameters={"lr": {"value": 0.3}, "end": {"values": ["well", "fails"]}}, project="theirs")
     options = ("--slurm.partition", "gpu", "--slurm.time=8:00:00", "--jobs=1")
@@ -183,6 +184,7 @@ def test_jobs_outlive_the_study_and_go_on_after_an_interruption(slurm, llm_train
     assert [trial.state.name for trial in trials()] == ["COMPLETE", "FAIL"]
 
 
+@pytest.mark.slow
 def test_the_log_of_a_run_of_two_nodes_has_the_output_of_the_first_and_its_wandb_is_its_own(
     slurm, llm_train, sweep, in_a_run_of_wandb
 ):
@@ -197,6 +199,7 @@ def test_the_log_of_a_run_of_two_nodes_has_the_output_of_the_first_and_its_wandb
         assert_wandb_is_its_own(arm)
 
 
+@pytest.mark.slow
 def test_a_run_that_slurm_ends_has_failed_and_is_submitted_again(slurm, llm_train, sweep, tmp_path):
     words = ("study", sweep(), "--runs=1", "--launcher=slurm", "--act=wait")
 
@@ -252,6 +255,7 @@ def test_the_end_of_a_batch_script(slurm, sweep, tmp_path, code, restarts, reque
     assert (file.read_text() if file.exists() else "") == written
 
 
+@pytest.mark.slow
 def test_a_run_that_is_stopped_early_is_cancelled(slurm, llm_train, sweep):
     rule = {"type": "hyperband", "min_iter": 2, "eta": 2}
     path = sweep(parameters={"lr": {"values": [0.1, 0.9]}}, early_terminate=rule)
@@ -277,6 +281,7 @@ class OnThisMachine(SlurmLauncher):
         return time.monotonic(), {job.job_id: "" for job in self.submitted if not job.done()}
 
 
+@pytest.mark.slow
 def test_runs_are_jobs_of_the_local_executor_of_submitit(slurm, llm_train, sweep, monkeypatch):
     monkeypatch.setattr(command, "SlurmLauncher", OnThisMachine)
     path = sweep(parameters=GRID | {"end": {"values": ["well", "fails"]}})

@@ -483,6 +483,7 @@ def test_a_changed_study_begins_anew_as_long_as_no_run_has_begun(llm_train, swee
     assert "2 runs, 2 of them done" in llm_train("study", path, "--runs=2", "--seed=1").err
 
 
+@pytest.mark.slow
 def test_values_can_be_added_to_a_grid_and_those_without_a_run_removed(llm_train, sweep):
     command = ["${interpreter}", "-c", REFUSING, "fit", "--run.topic=toy", "${args}"]
     seeds = {"seed_everything": {"values": [1, 2]}}
@@ -796,6 +797,7 @@ def test_what_a_study_cannot_do_costs_one_line(llm_train, sweep, tmp_path):
 # The real command
 
 
+@pytest.mark.slow
 def test_a_study_of_the_real_command_leaves_ordinary_runs_that_can_be_compared(llm_train, tiny, sweep, monkeypatch):
     monkeypatch.setattr(launchers, "Popen", forks.StudyProcess)
     tiny(trainer__max_steps=4, trainer__val_check_interval=2)
