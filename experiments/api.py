@@ -14,9 +14,9 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from datamodules.tokenizers import decode_stream, encode, load_tokenizer
 from experiments import trust
 from experiments.class_paths import import_class
-from experiments.run.run_folder import CHECKPOINTS, CONFIG
 from experiments.yaml_files import read_yaml
 from lightning_modules.base import ExperimentModule
+from lightning_modules.common import run_files
 from lightning_modules.common.makers import similar_path
 from lightning_modules.runtime.checkpoint_io import AtomicCheckpointIO
 
@@ -174,17 +174,18 @@ def load_run(
             missing or damaged.
     """
     folder = Path(folder).expanduser()
-    if not (folder / CONFIG).is_file():
+    file = folder / run_files.CONFIG
+    if not file.is_file():
         meant = _meant(folder)
         advice = f"did you mean {meant}?" if meant else "give the folder of a run, such as runs/TOPIC/NAME"
-        raise MisconfigurationException(f"{folder}: no {CONFIG} in it; {advice}")
-    config = read_yaml(folder / CONFIG)
+        raise MisconfigurationException(f"{folder}: no {run_files.CONFIG} in it; {advice}")
+    config = read_yaml(file)
     module_class: Any = import_class(_section(folder, config, "model")["class_path"], trust.of_run(allow))
     if not issubclass(module_class, ExperimentModule):
-        raise MisconfigurationException(f"{folder / CONFIG}: model: {module_class.__name__} is no module of a run")
-    path = folder / CHECKPOINTS / f"{checkpoint}.ckpt"
+        raise MisconfigurationException(f"{file}: model: {module_class.__name__} is no module of a run")
+    path = folder / run_files.checkpoint(checkpoint)
     if checkpoint == "best" and not path.is_file():
-        path = path.with_name("last.ckpt")
+        path = folder / run_files.checkpoint("last")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     module = module_class.of_checkpoint(AtomicCheckpointIO().load_model(path)).to(device).eval()
     return Run(folder, config, module, tuple(allow))
@@ -199,7 +200,7 @@ def _section(folder: Path, config: Any, name: str) -> dict[str, Any]:
     section = config.get(name) if isinstance(config, dict) else None
     if not isinstance(section, dict) or not isinstance(section.get("class_path"), str):
         raise MisconfigurationException(
-            f"{folder / CONFIG}: has no section `{name}` with a class_path; give the folder of a run"
+            f"{folder / run_files.CONFIG}: has no section `{name}` with a class_path; give the folder of a run"
         )
     arguments = section.get("init_args")
     return section | {"init_args": arguments if isinstance(arguments, dict) else {}}
@@ -207,6 +208,6 @@ def _section(folder: Path, config: Any, name: str) -> dict[str, Any]:
 
 def _meant(folder: Path) -> Path | None:
     """Return the run that a path without one may stand for: one around it, below `runs`, or of a similar name."""
-    inside = [place for place in folder.parents if (place / CONFIG).is_file()]
+    inside = [place for place in folder.parents if (place / run_files.CONFIG).is_file()]
     similar = [place for place in map(similar_path, (folder, "runs" / folder)) if place is not None]
-    return next((place for place in (*inside, *similar) if (place / CONFIG).is_file()), None)
+    return next((place for place in (*inside, *similar) if (place / run_files.CONFIG).is_file()), None)

@@ -34,6 +34,7 @@ from experiments.working_folder import importable
 from experiments.yaml_files import load_yaml, read_yaml
 from lightning_modules import optim
 from lightning_modules.base import ExperimentModule
+from lightning_modules.common import run_files
 from lightning_modules.common.files import read_json
 from lightning_modules.common.messages import say
 from lightning_modules.finetuning.bases import weights_follow
@@ -219,7 +220,7 @@ class ExperimentCLI(SettingsGoOverCheckpoint):
         """Find what a resumed run changes, and refuse what it cannot change, before anything is written."""
         checkpoint = self.arguments.get("ckpt_path")
         if self.subcommand == "fit" and checkpoint and (resumed := run_folder.of_checkpoint(Path(checkpoint))):
-            self.changes = resume.changes(read_yaml(resumed.path / run_folder.CONFIG), self.resolved())
+            self.changes = resume.changes(read_yaml(resumed.path / run_files.CONFIG), self.resolved())
 
     def _use_files_of_the_run(self) -> None:
         """Use the tokenizer and the architecture that a run has saved where the configuration leads to none."""
@@ -259,7 +260,7 @@ class ExperimentCLI(SettingsGoOverCheckpoint):
 
     def _is_finished(self, run: RunFolder) -> bool:
         """Return whether a run is finished, and the command asks for the same length."""
-        summary, config = run.path / "summary.json", run.path / run_folder.CONFIG
+        summary, config = run.path / run_files.SUMMARY, run.path / run_files.CONFIG
         if read_json(summary, {}).get("status") != "finished":
             return False
         saved = run_folder.recorded(config, "trainer")

@@ -32,11 +32,12 @@ def convert(run: Path) -> list[str]:
         UserError: If it has no checkpoint.
         MisconfigurationException: If it is training, a link leads out of it, or a checkpoint is damaged.
     """
-    from experiments.run.run_folder import CHECKPOINTS, Lock, check_links
+    from experiments.run.run_folder import Lock, check_links
+    from lightning_modules.common import run_files
     from lightning_modules.common.files import link_or_copy
     from lightning_modules.runtime.checkpoint_io import AtomicCheckpointIO
 
-    files = [file for name in ("best", "last") if (file := run / CHECKPOINTS / f"{name}.ckpt").is_file()]
+    files = [file for name in ("best", "last") if (file := run / run_files.checkpoint(name)).is_file()]
     if not files:
         raise UserError(f"convert: {run} has no checkpoint; give the folder of a run, such as runs/TOPIC/NAME")
     check_links(run)
@@ -55,7 +56,7 @@ def convert(run: Path) -> list[str]:
                 checkpoints.save_checkpoint(checkpoints.load_checkpoint(file), file)
                 converted[folder] = file
                 lines.append(f"wrote   {file}")
-        checkpoints.remove_unused_shards(run / CHECKPOINTS)
+        checkpoints.remove_unused_shards(run / run_files.CHECKPOINTS)
     finally:
         lock.release()
     return lines

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from experiments.errors import UsageError, did_you_mean
+from lightning_modules.common import run_files
 
 SHIPPED = Path(__file__).parent
 _HERE = "experiments"  # the folder of experiments in a checkout
@@ -42,7 +43,7 @@ def find_or_explain(name: str, what: str) -> Path:
     if (file := find(name)) is not None:
         return file
     if (folder := Path(name)).is_dir():
-        of_run = folder / "config.yaml"
+        of_run = folder / run_files.CONFIG
         advice = f"did you mean {str(of_run)!r}?" if of_run.is_file() else "give a YAML file or a name"
         raise UsageError(f"{what} {name}: is a folder; {advice}")
     in_roots = {name for root in ROOTS for name in names(root)}

@@ -24,6 +24,7 @@ from experiments import names
 from experiments.errors import UserError
 from experiments.run import run_folder
 from experiments.yaml_files import load_yaml, read_yaml
+from lightning_modules.common import run_files
 from lightning_modules.runtime.private_names import NEVER_IMPORTED, restricted_imports
 
 ENTRY_POINTS = "llm_train.classes"
@@ -177,7 +178,7 @@ def refusal(class_path: str, entry: str) -> str:
     if entry in NEVER_IMPORTED:
         return f"{class_path} is not imported: it can run commands or write files"
     return (
-        f"{class_path} is not imported, because a run folder names it, or a file called {run_folder.CONFIG} as in one, "
+        f"{class_path} is not imported, because a run folder names it, or a file called {run_files.CONFIG} as in one, "
         "and it is not a class that this project knows; rename a file of your own, or if you trust its code, add "
         f"--allow {unit(class_path)}"
     )
@@ -259,7 +260,7 @@ def check_places(arguments: Namespace, args: Sequence[str]) -> None:
         if outside and (key, place) not in by_user:
             raise MisconfigurationException(
                 f"{recorded[-1]}: {key} {place} is outside of the working folder, and a run folder, or a file called "
-                f"{run_folder.CONFIG} as in one, does not choose where to write; give {key} as a flag, or rename a "
+                f"{run_files.CONFIG} as in one, does not choose where to write; give {key} as a flag, or rename a "
                 "file of your own"
             )
 

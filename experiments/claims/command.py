@@ -22,6 +22,7 @@ from experiments.errors import CommandParser, UserError
 from experiments.study import command as study_command
 from experiments.study.runs import number_of_runs, own_package, study_folder
 from experiments.study.sweep_file import Sweep, read_sweep_file
+from lightning_modules.common import run_files
 from lightning_modules.common.files import read_json, write_json, write_text
 from lightning_modules.common.messages import say
 
@@ -71,7 +72,7 @@ class Study:
             words: What each run of the study gets on its command line, such as the place of its text.
         """
         for experiment in self.spec.first:
-            if not _has_finished(Path("runs", experiment, "summary.json")):
+            if not _has_finished(Path("runs", experiment, run_files.SUMMARY)):
                 _run(["fit", "-c", experiment, "--auto_resume"])
         name = ["--name", self._run_name] if self._run_name else []
         flags = [*self.spec.flags, *([f"--run.root={root}"] if root != "runs" else [])]
@@ -83,9 +84,10 @@ class Study:
                 raise
         if not self.spec.test:
             return
-        for folder in sorted(file.parent for file in self.folder(root).glob("*/summary.json")):
-            if _has_finished(folder / "summary.json") and not _has_finished(folder / "summary_test.json"):
-                _run(["test", "-c", str(folder / "config.yaml"), "--ckpt_path", "best"])
+        tested = run_files.of_command(run_files.SUMMARY, "test")
+        for folder in sorted(file.parent for file in self.folder(root).glob(f"*/{run_files.SUMMARY}")):
+            if _has_finished(folder / run_files.SUMMARY) and not _has_finished(folder / tested):
+                _run(["test", "-c", str(folder / run_files.CONFIG), "--ckpt_path", "best"])
 
 
 def _has_finished(summary: Path) -> bool:
@@ -161,7 +163,7 @@ def main(args: Sequence[str]) -> None:
 def _state(folder: Path, study: Study, root: str) -> tables.State:
     """Return what is recorded of a study, what a folder of runs has of it, and what its runs took."""
     found = committed(folder, study)
-    summaries = study.folder(root).glob("*/summary.json")
+    summaries = study.folder(root).glob(f"*/{run_files.SUMMARY}")
     return tables.State(
         study=study.title,
         n_runs=number_of_runs(study.sweep, None),

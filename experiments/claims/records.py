@@ -25,6 +25,7 @@ from experiments.errors import UserError
 from experiments.study.journal import settings_of
 from experiments.study.names import last_part
 from experiments.study.sweep_file import Sweep
+from lightning_modules.common import run_files
 from lightning_modules.common.files import csv_text, read_json
 from lightning_modules.common.messages import say
 
@@ -72,7 +73,7 @@ def make_records(folder: Path, study: Records, sweep: Sweep) -> str:
     """
     runs, settings = [], settings_of(folder, sweep)
     for name in sorted(settings):
-        if not (folder / name / "summary.json").is_file():
+        if not (folder / name / run_files.SUMMARY).is_file():
             say(f"left out {folder / name}: it has not ended, or its folder was removed")
             continue
         try:
@@ -149,8 +150,8 @@ def _run(row: Mapping[str, str], keys: Iterable[str], metrics: Sequence[str]) ->
 
 
 def _provenance(folder: Path, run: Run, metric: str) -> list[str]:
-    summary = read_json(folder / "summary.json", {})
-    sessions = read_json(folder / "environment.json", [])
+    summary = read_json(folder / run_files.SUMMARY, {})
+    sessions = read_json(folder / run_files.ENVIRONMENT, [])
     session = sessions[-1] if sessions else {}
     packages = session.get("packages", {})
     hardware = ", ".join(dict.fromkeys(session.get("devices") or [])) or (

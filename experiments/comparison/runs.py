@@ -17,12 +17,13 @@ import numpy as np
 from experiments.errors import UserError
 from experiments.study.names import last_part
 from experiments.yaml_files import numbered, read_yaml
+from lightning_modules.common import run_files
 from lightning_modules.common.files import complete_lines
 
 FINISHED = "finished"
 CONFIG = "config"  # a setting of the runs of a study: the file that is merged over the configuration, by its stem
 UNFINISHED = "unfinished"  # without a summary: the run is alive, or was killed
-_MARKS = {"config.yaml", "environment.json", "metrics.csv"}  # a folder with one of them is a run's
+_MARKS = {run_files.CONFIG, run_files.ENVIRONMENT, run_files.METRICS}  # a folder with one of them is a run's
 _OF_EVALUATION = re.compile(r"config_(validate|test|predict)\.yaml")
 _NO_SETTING = re.compile(r"(run|environment|trainer\.logger|trainer\.default_root_dir)(\.|$)")  # names and places
 SEEDS = ("seed", "seed_everything")
@@ -96,27 +97,26 @@ def find_runs(paths: Iterable[Path]) -> list[Path]:
 
 def _is_evaluation(files: Iterable[str]) -> bool:
     """Return whether these are the files of `validate`, `test` or `predict` alone, with which nothing was trained."""
-    return any(_OF_EVALUATION.fullmatch(name) for name in files) and not {"config.yaml", "metrics.csv"}.intersection(
-        files
-    )
+    of_training = {run_files.CONFIG, run_files.METRICS}
+    return any(_OF_EVALUATION.fullmatch(name) for name in files) and not of_training.intersection(files)
 
 
 def read_folder(folder: Path) -> Run:
     """Read the folder of a run; raise a `UserError` if something is missing or damaged."""
     try:
-        config = read_yaml(folder / "config.yaml")
+        config = read_yaml(folder / run_files.CONFIG)
         if not isinstance(config, dict):
             raise ValueError("config.yaml holds no settings")
-        summary = _read_json(folder / "summary.json", {"status": UNFINISHED})
-        metrics = _read_csv(folder / "metrics.csv")
+        summary = _read_json(folder / run_files.SUMMARY, {"status": UNFINISHED})
+        metrics = _read_csv(folder / run_files.METRICS)
         if summary["status"] == FINISHED and not metrics:
             raise ValueError("it has finished, and metrics.csv is missing or empty")
         # The result of `llm-train test` is in a file of its own.
         last_step = max((int(series.steps[-1]) for series in metrics.values()), default=0)
-        tested = _read_json(folder / "summary_test.json", {})
+        tested = _read_json(folder / run_files.of_command(run_files.SUMMARY, "test"), {})
         for name, value in tested.get("metrics", {}).items() if tested.get("status") == FINISHED else ():
             metrics[name] = Series(np.array([last_step]), np.array([math.nan if value is None else float(value)]))
-        sessions = _read_json(folder / "environment.json", [])
+        sessions = _read_json(folder / run_files.ENVIRONMENT, [])
         return _run(str(folder), str(summary["status"]), summary.get("error"), config, metrics, sessions)
     except FileNotFoundError as error:
         raise UserError(f"{Path(error.filename).name} is missing") from error

@@ -16,14 +16,13 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from experiments.yaml_files import read_yaml
 from lightning_modules.common.files import try_lock
 from lightning_modules.common.messages import say
+from lightning_modules.common.run_files import CHECKPOINTS, CONFIG, ENVIRONMENT, METRICS, SUMMARY, checkpoint
 
-CHECKPOINTS = "checkpoints"
-CONFIG = "config.yaml"
 # What a run writes before its first batch: how it was started. A summary is the proof that it has done something.
 _OF_A_START = re.compile(r"config\w*\.yaml|environment\.json|\.lock|wandb|tokenizer")
 _NUMBER = r"(?:[2-9]|[1-9]\d+)"  # of a repeated run; in the name `lr0.05`, 05 is none
 # A folder with one of these files is a run's.
-_MARKS = ("environment.json", "metrics.csv", "summary.json", f"{CHECKPOINTS}/last.ckpt", f"{CHECKPOINTS}/best.ckpt")
+_MARKS = (ENVIRONMENT, METRICS, SUMMARY, checkpoint("last"), checkpoint("best"))
 
 
 @dataclass
@@ -61,7 +60,7 @@ class RunFolder:
 
     def checkpoint(self, name: str) -> Path:
         """Return the path of the checkpoint `last` or `best`."""
-        return self.path / CHECKPOINTS / f"{name}.ckpt"
+        return self.path / checkpoint(name)
 
 
 class Lock:

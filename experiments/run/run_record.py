@@ -25,9 +25,10 @@ from experiments import names
 from experiments.parser import ExperimentParser
 from experiments.run import monitored
 from experiments.run.opening import block, opening_lines
-from experiments.run.run_folder import CONFIG, RunFolder
+from experiments.run.run_folder import RunFolder
 from experiments.trust import SESSION_KEYS, unknown_packages
 from experiments.yaml_files import texts_in
+from lightning_modules.common import run_files
 from lightning_modules.common.files import read_json, write_json, write_text
 from lightning_modules.common.messages import say
 from lightning_modules.runtime import private_names
@@ -87,14 +88,10 @@ class RunRecord(SaveConfigCallback):
             config[section].setdefault("init_args", {}).update(arguments)
         self._unknown_packages = unknown_packages(config)
         config["run"] |= {"name": run.name, "topic": run.topic, "study": run.study}
-        is_fit = self.cli.subcommand == "fit"
-        self._summary_file.unlink(missing_ok=True)  # that of an earlier session
-        write_text(
-            run.path / (CONFIG if is_fit else f"config_{self.cli.subcommand}.yaml"),
-            yaml.safe_dump(config, sort_keys=False),
-        )
+        self._file(run_files.SUMMARY).unlink(missing_ok=True)  # that of an earlier session
+        write_text(self._file(run_files.CONFIG), yaml.safe_dump(config, sort_keys=False))
 
-        environment_file = run.path / "environment.json"
+        environment_file = run.path / run_files.ENVIRONMENT
         sessions = read_json(environment_file, [])
         session = environment(trainer)
         if self._is_resumed:
@@ -112,10 +109,9 @@ class RunRecord(SaveConfigCallback):
         assert self.cli.run is not None  # set before the trainer is built
         return self.cli.run
 
-    @property
-    def _summary_file(self) -> Path:
-        command = self.cli.subcommand
-        return self._run.path / ("summary.json" if command == "fit" else f"summary_{command}.json")
+    def _file(self, name: str) -> Path:
+        """Return the path of a file of the command in the run folder."""
+        return self._run.path / run_files.of_command(name, str(self.cli.subcommand))
 
     def _begin(self, *_: Any, **__: Any) -> None:
         self.cli.has_begun = True
@@ -184,7 +180,7 @@ class RunRecord(SaveConfigCallback):
         }
         if (device := trainer.strategy.root_device).type == "cuda":
             summary["peak_gpu_memory_mib"] = round(torch.cuda.max_memory_allocated(device) / 2**20)
-        write_json(self._summary_file, summary)
+        write_json(self._file(run_files.SUMMARY), summary)
         sync_command = None
         for logger in _of(WandbRecorder, trainer.loggers):
             if best:  # W&B's tables show its summary, which has the last values by default
@@ -202,7 +198,7 @@ class RunRecord(SaveConfigCallback):
         if not self._run.is_new:  # a branch from the last step has no record
             for logger in _of(MetricsCSV, trainer.loggers):
                 logger.restore(trainer.global_step, self._unwritten)
-            if read_json(self._summary_file, {}).get("status") != "finished":
+            if read_json(self._file(run_files.SUMMARY), {}).get("status") != "finished":
                 return False
         for logger in _of(WandbRecorder, trainer.loggers):
             logger.finish(exit_code=0)
@@ -239,7 +235,7 @@ class RunRecord(SaveConfigCallback):
         if is_fit and summary["status"] == "finished":
             following = self._next_command(pl_module)
         elif is_fit and self._run.checkpoint("last").is_file():
-            following = f"llm-train fit -c {quoted}/{CONFIG} --ckpt_path last"
+            following = f"llm-train fit -c {quoted}/{run_files.CONFIG} --ckpt_path last"
         if following:
             packages = ",".join(self._unknown_packages)
             lines.append(("next", following + (f" --allow {packages}" if packages else "")))
@@ -257,7 +253,7 @@ class RunRecord(SaveConfigCallback):
             "--ckpt_path": run.checkpoint(checkpoint),
         }
         if not all(path.exists() for text, path in needs.items() if text in proposed):
-            proposed = f"llm-train validate -c {quoted}/{CONFIG} --ckpt_path {checkpoint}"
+            proposed = f"llm-train validate -c {quoted}/{run_files.CONFIG} --ckpt_path {checkpoint}"
         is_validation = proposed.startswith("llm-train validate")
         if is_validation and (not checkpoint or lacks_validation(pl_module.trainer)):
             return None

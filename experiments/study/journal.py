@@ -13,6 +13,7 @@ from experiments.errors import UserError
 from experiments.study.names import arm_name
 from experiments.study.runs import LOGS, Plan, Run
 from experiments.study.sweep_file import Sweep
+from lightning_modules.common import run_files
 from lightning_modules.common.files import complete_lines, read_json
 
 JOB = "job"  # attribute of the trial of a run that was submitted to a cluster
@@ -280,8 +281,8 @@ def _points_of(sweep: Sweep) -> dict[str, list[Any]]:
 
 def _has_begun(folder: Path) -> bool:
     """Return whether an arm has a run, and not just the record that it failed before it wrote a checkpoint."""
-    failed = read_json(folder / "summary.json", {}).get("status") == "failed"
-    return folder.is_dir() and not (failed and not any(folder.glob("checkpoints/*.ckpt")))
+    failed = read_json(folder / run_files.SUMMARY, {}).get("status") == "failed"
+    return folder.is_dir() and not (failed and not any(folder.glob(run_files.checkpoint("*"))))
 
 
 def _text(settings: Mapping[str, Any]) -> str:

@@ -23,6 +23,7 @@ from experiments.errors import UserError
 from experiments.study.names import folder_name
 from experiments.study.sweep_file import Sweep
 from experiments.yaml_files import load_yaml, read_yaml, texts_in
+from lightning_modules.common import run_files
 from lightning_modules.common.files import complete_lines, read_json
 
 if TYPE_CHECKING:  # optuna is slow to import
@@ -172,8 +173,8 @@ class Run:
     def __post_init__(self) -> None:
         self.folder = self.plan.folder / self.arm
         self.log = self.plan.folder / LOGS / f"{self.arm}.log"
-        self.last_checkpoint = self.folder / "checkpoints/last.ckpt"
-        self._metrics = self.folder / "metrics.csv"
+        self.last_checkpoint = self.folder / run_files.checkpoint("last")
+        self._metrics = self.folder / run_files.METRICS
 
     @property
     def is_finished(self) -> bool:
@@ -263,7 +264,7 @@ class Run:
 
     def _summary(self) -> dict[str, Any]:
         """Return the summary that a run writes at its end."""
-        return read_json(self.folder / "summary.json", {})
+        return read_json(self.folder / run_files.SUMMARY, {})
 
     def _values(self) -> list[float]:
         """Return the finite values of the sweep's metric that the run has written so far."""

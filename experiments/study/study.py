@@ -10,6 +10,7 @@ from experiments.errors import UserError, did_you_mean
 from experiments.study.journal import Journal, locked
 from experiments.study.launchers import Launcher
 from experiments.study.runs import LOGS, Plan, Run
+from lightning_modules.common import run_files
 from lightning_modules.common.messages import say
 
 _USAGE = 2  # exit code of a command that refuses its settings before a run begins
@@ -34,7 +35,7 @@ class Study:
     def run(self) -> int:
         """Start the runs that are left, and return the exit code: 1 if one fails, 128 + the number of a signal."""
         folder = self.plan.folder
-        if (folder / "config.yaml").is_file():
+        if (folder / run_files.CONFIG).is_file():
             raise UserError(f"{folder} is the folder of a run; give the study another --name")
         (folder / LOGS).mkdir(parents=True, exist_ok=True)
         with locked(folder) as lock, self._listening(), self._stopping_on_error():

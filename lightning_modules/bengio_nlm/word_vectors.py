@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
+from lightning_modules.common import run_files
 from lightning_modules.common.figures import new_figure, save_figure
 from lightning_modules.common.files import write_text
 from lightning_modules.common.messages import say
@@ -85,7 +86,7 @@ class WordVectors(L.Callback):
         folder = Path(trainer.default_root_dir)
         words, vectors = pl_module.data.text.words, pl_module.word_vectors
         AtomicCheckpointIO.wait()
-        best = folder / "checkpoints" / "best.ckpt"
+        best = folder / run_files.checkpoint("best")
         if best.is_file():
             state = AtomicCheckpointIO().load_model(best)["state_dict"]
             vectors = state[next(k for k, p in pl_module.named_parameters() if p is vectors)]

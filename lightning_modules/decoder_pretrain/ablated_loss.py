@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
+from lightning_modules.common import run_files
 from lightning_modules.common.figures import new_figure, save_figure
 from lightning_modules.common.ranges import Probability
 from lightning_modules.decoder_pretrain.signal_propagation import require_decoder
@@ -101,7 +102,7 @@ class AblatedLoss(DrawsAtTheEnd):
         """Draw the loss against the share, at the best validation and at the last one."""
         shares = sorted({0.0, *self.shares})
         names = [_name("val", share) if share else "val/loss" for share in shares]
-        steps, columns = read_metrics(run / "metrics.csv", *names)
+        steps, columns = read_metrics(run / run_files.METRICS, *names)
         if not steps:
             return []
         figure = new_figure(7, 4)

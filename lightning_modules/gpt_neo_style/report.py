@@ -9,6 +9,7 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
+from lightning_modules.common import run_files
 from lightning_modules.common.figures import annotate, new_figure, save_figure
 from lightning_modules.common.files import write_csv, write_text
 from lightning_modules.common.ranges import PositiveInt
@@ -105,17 +106,17 @@ class StyleReport(DrawsAtTheEnd):
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write the tables, draw the figure, and show the figure and a table to the loggers."""
         super().on_train_end(trainer, pl_module)
-        if rows := report(Path(trainer.default_root_dir) / "metrics.csv"):
+        if rows := report(Path(trainer.default_root_dir) / run_files.METRICS):
             show_table(trainer, "style", COLUMNS, rows)
 
     def draw(self, run: Path) -> list[Path]:
         """Write the tables, draw the perplexities of the three texts, and return the file of the figure."""
-        rows = report(run / "metrics.csv")
+        rows = report(run / run_files.METRICS)
         if not rows:
             return []
         write_csv(run / "style.csv", COLUMNS, rows)
         write_text(run / "style.md", as_markdown(rows))
-        return [draw_perplexities(run / "metrics.csv", run / "figures" / "style.png")]
+        return [draw_perplexities(run / run_files.METRICS, run / "figures" / "style.png")]
 
 
 def report(metrics_csv: Path) -> list[Row]:

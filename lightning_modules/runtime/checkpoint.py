@@ -9,6 +9,7 @@ import lightning as L
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from lightning_modules.common import run_files
 from lightning_modules.common.files import link_or_copy
 from lightning_modules.common.ranges import PositiveInt
 from lightning_modules.runtime import private_names
@@ -44,13 +45,13 @@ class RunCheckpoint(Checkpoint):
         self.best_step: int | None = None
         self.best_metrics: dict[str, float] = {}  # all metrics of the best validation
         self.is_last_step = False  # whether the training ends after the step that is done
-        self._folder = Path()
+        self._run = Path()
         self._step_of_last = -1
         self._complete = self.state_dict()  # at the last checkpoint whose file is complete
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Set the folder on all ranks to that of rank 0."""
-        self._folder = Path(trainer.strategy.broadcast(trainer.default_root_dir)) / "checkpoints"
+        self._run = Path(trainer.strategy.broadcast(trainer.default_root_dir))
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write `last.ckpt` every so many steps, when all callbacks and loggers have seen the step."""
@@ -60,7 +61,7 @@ class RunCheckpoint(Checkpoint):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Forget the best score if its weights are not in the folder: it is that of the run that it began from."""
-        if not trainer.strategy.broadcast((self._folder / "best.ckpt").is_file()):
+        if not trainer.strategy.broadcast((self._run / run_files.checkpoint("best")).is_file()):
             self.best_score, self.best_step, self.best_metrics = None, None, {}
             self._complete = self.state_dict()
 
@@ -108,7 +109,7 @@ class RunCheckpoint(Checkpoint):
     @property
     def has_last(self) -> bool:
         """Whether `last.ckpt` is there."""
-        return (self._folder / "last.ckpt").is_file()
+        return (self._run / run_files.checkpoint("last")).is_file()
 
     def save_last(self, trainer: L.Trainer) -> None:
         """Write `last.ckpt`, unless it was written at this step or gradients are being accumulated."""
@@ -123,7 +124,7 @@ class RunCheckpoint(Checkpoint):
         if trainer.fast_dev_run:
             self._complete = state
             return
-        first, *others = (self._folder / f"{name}.ckpt" for name in names)
+        first, *others = (self._run / run_files.checkpoint(name) for name in names)
         trainer.save_checkpoint(first)
 
         def complete() -> None:

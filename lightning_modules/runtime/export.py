@@ -9,6 +9,7 @@ import lightning as L
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from lightning_modules.base import ExperimentModule
+from lightning_modules.common import run_files
 from lightning_modules.common.files import read_json, replace_folder, write_json, write_text
 from lightning_modules.common.messages import say
 from lightning_modules.finetuning.adapters import merged
@@ -60,7 +61,7 @@ class ExportModel(L.Callback):
         if saves_shards(trainer):
             say(f"export: no model/, for the checkpoints are in shards; llm-train convert {run} makes whole files")
             return
-        files = [file for name in ("best", "last") if (file := run / f"checkpoints/{name}.ckpt").is_file()]
+        files = [file for name in ("best", "last") if (file := run / run_files.checkpoint(name)).is_file()]
         if not files:
             if self._has_trained:  # not a branch from the last step
                 add = "add lightning_modules.runtime.checkpoint.RunCheckpoint"

@@ -7,6 +7,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.utils.data import DataLoader
 
 from lightning_modules.base import ExperimentModule
+from lightning_modules.common import run_files
 from lightning_modules.common.figures import new_figure, save_figure
 from lightning_modules.common.ranges import PositiveInt
 from lightning_modules.runtime.drawing import DrawsAtTheEnd
@@ -69,7 +70,7 @@ class GeneralizationGap(DrawsAtTheEnd):
 
     def draw(self, run: Path) -> list[Path]:
         """Draw both losses against the optimiser step, with the gap between them shaded."""
-        steps, (seen, unseen) = read_metrics(run / "metrics.csv", "val/train_text_loss", "val/loss")
+        steps, (seen, unseen) = read_metrics(run / run_files.METRICS, "val/train_text_loss", "val/loss")
         if not steps:
             return []
         figure = new_figure(7, 4)

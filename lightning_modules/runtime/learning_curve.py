@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from lightning_modules.common import run_files
 from lightning_modules.common.figures import annotate, integer_steps, new_figure, save_figure, smoothed
 from lightning_modules.runtime.drawing import DrawsAtTheEnd
 
@@ -24,7 +25,7 @@ class LearningCurve(DrawsAtTheEnd):
 
     def draw(self, run: Path) -> list[Path]:
         """Draw both metrics against the step."""
-        metrics_csv = run / "metrics.csv"
+        metrics_csv = run / run_files.METRICS
         train, val = read_metric(metrics_csv, self.train_metric), read_metric(metrics_csv, self.val_metric)
         if not train[0] and not val[0]:
             return []

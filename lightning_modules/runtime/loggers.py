@@ -19,6 +19,7 @@ from urllib.parse import urlsplit
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
+from lightning_modules.common import run_files
 from lightning_modules.common.files import complete_lines, read_json, write_json, write_text
 from lightning_modules.common.messages import say
 from lightning_modules.runtime.private_names import OpenWandbLogger, use_artifact, wandb_service
@@ -26,7 +27,7 @@ from lightning_modules.runtime.private_names import OpenWandbLogger, use_artifac
 if TYPE_CHECKING:  # wandb is imported where it is used: it is slow to import
     import wandb
 
-_ARTIFACTS = {"config": "config.yaml", "tokenizer": "tokenizer", "model": "checkpoints/best.ckpt"}  # in the run folder
+_ARTIFACTS = {"config": run_files.CONFIG, "tokenizer": "tokenizer", "model": run_files.checkpoint("best")}
 _RECORD = Path("wandb", "id.json")  # the id of the W&B run, and the kinds of its artifacts
 _LONGEST_UPLOAD = "120"  # at the end of a run, in seconds
 _GRACE = 20.0  # more seconds, after which W&B is ended: it writes what is logged to its file every 15 seconds
@@ -60,7 +61,7 @@ class MetricsCSV(Logger):
 
     def attach(self, folder: Path, topic: str, name: str, job_type: str, study: str | None = None) -> None:
         """Write to `folder/metrics.csv`, or to `folder/metrics_SUBCOMMAND.csv` if the subcommand is not `fit`."""
-        self._path = folder / ("metrics.csv" if job_type == "fit" else f"metrics_{job_type}.csv")
+        self._path = folder / run_files.of_command(run_files.METRICS, job_type)
         if self._path.is_file():
             with self._path.open(newline="") as file:
                 self._columns = next(csv.reader(file), [])
@@ -247,7 +248,7 @@ class WandbRecorder(OpenWandbLogger):
             say(f"W&B: {_address()} does not answer: the record of the run is kept offline")
             self.settings["mode"] = os.environ["WANDB_MODE"] = "offline"
         # W&B reads wandb/settings of the working folder; in a run folder they could be a stranger's.
-        elsewhere = tempfile.gettempdir() if _RECORD.is_file() or Path("config.yaml").is_file() else os.getcwd()
+        elsewhere = tempfile.gettempdir() if _RECORD.is_file() or Path(run_files.CONFIG).is_file() else os.getcwd()
         with contextlib.chdir(elsewhere):
             wandb.setup()
 
@@ -299,7 +300,7 @@ class WandbRecorder(OpenWandbLogger):
             for path in map(Path, paths):
                 folder = next((parent for parent in path.parents if os.path.isfile(parent / _RECORD)), None)
                 if folder is not None and folder.resolve() != self._folder.resolve():
-                    used.add((folder, path.relative_to(folder).parts[0].replace("checkpoints", "model")))
+                    used.add((folder, path.relative_to(folder).parts[0].replace(run_files.CHECKPOINTS, "model")))
             for folder, part in sorted(used):
                 other = _recorded(folder)
                 kind = part if part in other["artifacts"] else "config"

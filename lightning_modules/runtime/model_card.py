@@ -13,6 +13,7 @@ from typing import Any
 
 import yaml
 
+from lightning_modules.common import run_files
 from lightning_modules.common.files import read_json
 from lightning_modules.common.hub import is_path
 
@@ -48,7 +49,7 @@ def model_card(
         n_rows: Number of rows of each split.
         licence: Name of the licence, or `None` if it is not known.
     """
-    config, sessions = _config(run), read_json(run / "environment.json", [])
+    config, sessions = _config(run), read_json(run / run_files.ENVIRONMENT, [])
     session = sessions[-1] if sessions else {}
     architecture = read_json(model / "config.json", {})
     task = _task(architecture)
@@ -113,7 +114,7 @@ def _use(task: str | None, architecture: Mapping[str, Any], model: Path) -> list
 
 
 def _config(run: Path) -> dict[str, Any]:
-    file = run / "config.yaml"
+    file = run / run_files.CONFIG
     return yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
 

@@ -25,7 +25,8 @@ def failing_test(copy: Path, mutant: dict[str, str]) -> str | None:
         raise SystemExit(f"{mutant['file']} does not have once: {mutant['before']}")
     file.write_text(source.replace(mutant["before"], mutant["after"]), encoding="utf-8")
     try:
-        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", mutant["tests"]]
+        options = ["-x", "-q", "-p", "no:cacheprovider", "-m", "not gpu and not network"]
+        command = [sys.executable, "-m", "pytest", *options, mutant["tests"]]
         environment = os.environ | {"PYTHONPATH": str(copy), "OMP_NUM_THREADS": "1"}
         done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True)
     finally:

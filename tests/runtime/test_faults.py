@@ -189,7 +189,8 @@ def test_a_loss_that_is_not_finite_stops_the_run(value):
     for kept in ("there is no checkpoint yet", "the last good checkpoint was kept"):
         with pytest.raises(MisconfigurationException, match=f"not finite at step 3: .*; {kept}$"):
             stop.on_train_batch_end(after_step(3, checkpoint), None, {"loss": torch.tensor(value)}, None, 0)
-        Path("last.ckpt").touch()
+        Path(LAST).parent.mkdir(exist_ok=True)
+        Path(LAST).touch()
 
 
 def after_step(

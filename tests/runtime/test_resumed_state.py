@@ -35,7 +35,6 @@ def files_written(callback: RunCheckpoint, step: int, loss: float) -> list[str]:
         save_checkpoint=lambda file: file.touch(),
         state=SimpleNamespace(fn="fit"),
     )
-    callback._folder = folder
     callback.on_validation_end(trainer, None)
     return sorted(file.stem for file in folder.iterdir())
 
