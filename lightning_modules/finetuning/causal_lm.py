@@ -97,7 +97,8 @@ class CachedHubModel:
         accepted = inspect.signature(model.forward).parameters
         self._last_only = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
         self._takes_positions = "position_ids" in accepted
-        self._takes_cache = "past_key_values" in accepted
+        self._cache = "cache" if "cache" in accepted else "past_key_values"  # its name before Transformers 5.24
+        self._takes_cache = self._cache in accepted
 
     def modules(self) -> Iterator[nn.Module]:
         """Return the modules of the model."""
@@ -122,12 +123,12 @@ class CachedHubModel:
         from lightning_modules.finetuning.hub_cache import hub_cache
 
         positions = {"position_ids": position_ids} if position_ids is not None and self._takes_positions else {}
-        past = {"past_key_values": hub_cache(cache)} if self._takes_cache else {}
+        past = hub_cache(cache)
         output = self.model(
             input_ids,
             attention_mask=attention_mask,
-            use_cache=self._takes_cache,
-            **past,
+            use_cache=past is not None,
+            **({} if past is None else {self._cache: past}),
             **positions,
             **self._last_only,
         )

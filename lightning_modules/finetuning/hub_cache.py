@@ -72,7 +72,7 @@ class GrowingHubCache:
 
 
 class NoCache:
-    """The cache of a model that takes none, such as Mamba: each token reads the whole context again."""
+    """The cache of a model that keeps no keys, such as Mamba: each token reads the whole context again."""
 
     length = 0
 
@@ -80,17 +80,26 @@ class NoCache:
         """Do nothing."""
 
 
-def new_hub_cache(model: "PreTrainedModel", max_length: int) -> list[KeyValueCache] | list[GrowingHubCache]:
-    """Return an empty cache of each layer of a model, or one cache for all layers that only grows."""
-    layers = DynamicCache(config=model.config).layers
+def new_hub_cache(
+    model: "PreTrainedModel", max_length: int
+) -> list[KeyValueCache] | list[GrowingHubCache] | list[NoCache]:
+    """Return an empty cache of each layer of a model, or one cache for all layers that only grows or is none."""
+    past = DynamicCache(config=model.config)
+    try:
+        past.get_seq_length()
+    except ValueError:  # all layers have states instead of keys
+        return [NoCache()]
+    layers = past.layers
     plain = bool(layers) and all(type(layer) is DynamicLayer for layer in layers)  # attend to all earlier positions
     if plain and takes_static_caches(model) and attention_implementation(model) in ("sdpa", NAME):
         return [KeyValueCache(max_length) for _ in layers]
     return [GrowingHubCache(model)]
 
 
-def hub_cache(cache: list[KeyValueCache] | list[GrowingHubCache]) -> Cache:
-    """Return the cache that a model of Transformers accepts."""
+def hub_cache(cache: list[KeyValueCache] | list[GrowingHubCache] | list[NoCache]) -> Cache | None:
+    """Return the cache that a model of Transformers accepts, or `None` if it accepts none."""
+    if isinstance(cache[0], NoCache):
+        return None
     if isinstance(cache[0], GrowingHubCache):
         return cache[0].past
     return Cache(layers=[HubLayerCache(layer_cache) for layer_cache in cache])

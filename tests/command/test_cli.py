@@ -3,6 +3,7 @@
 import json
 import shutil
 import tempfile
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -81,7 +82,7 @@ def test_a_run_writes_its_files_and_closing_lines(llm_train, tiny):
     assert f"llm-train generate --run {RUN}" in done.err
     (session,) = json.loads((RUN / "environment.json").read_text())
     assert session["seed"] == 5
-    assert session["packages"]["torch"] == torch.__version__
+    assert session["packages"]["torch"] == version("torch")
     assert torch.backends.cpu.get_cpu_capability() in session["processor"]  # such as AVX2
     assert ("AMX" in session["processor"]) == has_matrix_units(torch.device("cpu"))
 

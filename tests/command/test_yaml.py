@@ -27,7 +27,7 @@ MISTAKES = [
     ("a: !!python/name:os.system\n", ", line 1: could not determine a constructor"),
     ("a: 2024-02-30\n", ": day is out of range for month"),
     ("a: !!int ''\n", ": string index out of range"),
-    ("[" * 3000 + "]" * 3000, ": maximum recursion depth exceeded"),
+    ("[" * 3000 + "]" * 3000, "exceeded"),  # PyYAML before 6.0.4 exceeds Python's depth, and later ones their own
 ]
 
 

@@ -90,7 +90,7 @@ def test_the_record_of_a_run_names_the_best_checkpoint_that_was_written(llm_trai
 
 
 def test_an_error_of_a_checkpoint_that_is_not_of_the_disk_stays():
-    with pytest.raises(Exception, match="pickle"):
+    with pytest.raises(Exception, match=r"pickle|local object"):
         AtomicCheckpointIO().save_checkpoint({"state_dict": lambda: None}, "last.ckpt")
 
 

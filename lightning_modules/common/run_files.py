@@ -1,0 +1,18 @@
+"""Names of the files in a run folder, `runs/<topic>/<name>/`."""
+
+CONFIG = "config.yaml"  # the resolved settings: `fit -c` with this file repeats the run
+ENVIRONMENT = "environment.json"  # one entry for each session: command, versions, hardware, settings that it changed
+METRICS = "metrics.csv"  # what was logged
+SUMMARY = "summary.json"  # how the training ended; it is missing while the run is alive, and if it was killed
+CHECKPOINTS = "checkpoints"
+
+
+def checkpoint(name: str) -> str:
+    """Return the name of the file of the checkpoint `best` or `last`."""
+    return f"{CHECKPOINTS}/{name}.ckpt"
+
+
+def of_command(file: str, command: str) -> str:
+    """Return the name of a file of a command: `summary.json` for `fit`, and `summary_test.json` for `test`."""
+    stem, ending = file.split(".")
+    return file if command == "fit" else f"{stem}_{command}.{ending}"
