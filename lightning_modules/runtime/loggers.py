@@ -212,7 +212,7 @@ class WandbRecorder(OpenWandbLogger):
             "job_type": job_type,
             "mode": _mode(),
         }
-        self.store_in(str(folder))
+        self.store_in(str(folder.absolute()))  # the process of W&B may have another working folder
         recorded = _recorded(folder)
         if "id" in recorded and "WANDB_RUN_ID" not in os.environ:  # a sweep gives each run an id of its own
             self.continue_run(recorded["id"])

@@ -10,8 +10,6 @@ from shared_runs import own_world, run_command
 
 from experiments.run import moved_runs
 
-pytestmark = pytest.mark.slow
-
 TOKENIZER = "runs/words/first/tokenizer"
 
 
@@ -53,6 +51,7 @@ def copied(finished) -> Path:
     return Path(shutil.copytree(finished, "copies/run"))
 
 
+@pytest.mark.slow
 def test_a_copy_is_evaluated_resumed_and_compared_with_its_own_tokenizer(llm_train, copied):
     config = copied / "config.yaml"
     before = config.read_text()
@@ -85,6 +84,7 @@ def test_a_copy_without_a_tokenizer_is_refused_in_one_line(llm_train, copied):
     assert f"tokenizer {TOKENIZER} does not exist: " in done.err
 
 
+@pytest.mark.slow
 def test_a_run_that_started_from_another_needs_it_no_more(llm_train, tiny, whole):
     first = whole(trainer__max_steps=8)
     shutil.copytree(first, "runs/base")
@@ -99,6 +99,7 @@ def test_a_run_that_started_from_another_needs_it_no_more(llm_train, tiny, whole
     assert llm_train("generate", "--run", second, "--prompt", "a", "--max_new_tokens", "2").code == 0
 
 
+@pytest.mark.slow
 def test_another_working_folder_is_named_in_one_line(llm_train, tiny, tmp_path, monkeypatch):
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts/a.txt").write_text(text(2_000))

@@ -17,8 +17,6 @@ from shortened import ROOT, needs, offline_experiments, run_of, shortened
 
 from experiments.__main__ import COMMANDS
 
-pytestmark = pytest.mark.slow
-
 # Commands that other tests run, and which.
 ELSEWHERE = {
     "fit -c FILE -c trainer/ddp --trainer.devices 8": "tests/runtime, in two processes",
@@ -83,6 +81,7 @@ def files(tmp_path: Path) -> None:
         (tmp_path / name).write_text("ROMEO:\n" + text(5_000).replace(". ", ".\n"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", VARIANTS)
 def test_an_experiment_with_other_settings_runs_shortened(llm_train, files, make_what_it_needs, no_pictures, command):
     experiment = experiments_of(command)[0]
@@ -101,6 +100,7 @@ def test_an_experiment_with_other_settings_runs_shortened(llm_train, files, make
     assert done.code == 0, done.err
 
 
+@pytest.mark.slow
 def test_the_commands_of_the_front_page_run_on_any_experiment(llm_train, tiny, whole, files, no_pictures):
     config, run = tiny("whole"), RUNS / "whole"
     shutil.copytree(whole(), run)
@@ -128,6 +128,7 @@ def test_a_study_with_other_settings_is_planned(llm_train, files, command):
     assert all(flag in line for line in planned.out.splitlines())
 
 
+@pytest.mark.slow
 def test_the_next_command_of_a_run_without_a_tokenizer_works(llm_train, tiny):
     callbacks = [{"class_path": "lightning_modules.runtime.checkpoint.RunCheckpoint"}]
     done = llm_train("fit", "-c", tiny(trainer__callbacks=callbacks))

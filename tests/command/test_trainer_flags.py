@@ -20,8 +20,6 @@ from trainer_flags import ALONE_VALUES, CALLBACKS, CASES, FLAGS, combinations, f
 from experiments.__main__ import _mistake_behind
 from lightning_modules.base import ExperimentModule
 
-pytestmark = pytest.mark.slow
-
 # Of the values alone, those that the suite runs; a benchmark runs all.
 IN_THE_SUITE = [
     ("callbacks", "null"),
@@ -58,6 +56,7 @@ def test_the_table_has_every_argument_of_the_trainer():
     assert set(FLAGS) == set(inspect.signature(L.Trainer).parameters)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", combinations(), ids=range(len(combinations())))
 def test_arguments_run_together(llm_train, tiny, flags):
     done = llm_train("fit", "-c", tiny(trainer__max_steps=4, trainer__val_check_interval=2), *flags)
@@ -97,6 +96,7 @@ def test_the_table_has_the_values_of_the_suite():
     assert set(CASES) >= ALONE_VALUES
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "value"), IN_THE_SUITE, ids=lambda part: str(part).removeprefix("+" + CALLBACKS))
 def test_an_argument_alone_runs_or_is_refused_in_one_line(llm_train, tiny, name, value):
     flags, refusal = flags_of(name, value)

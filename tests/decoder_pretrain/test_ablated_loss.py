@@ -23,8 +23,6 @@ from lightning_modules.models.decoder import Decoder, DecoderConfig
 from lightning_modules.runtime.generalization import GeneralizationGap
 from lightning_modules.runtime.learning_curve import LearningCurve, read_metric
 
-pytestmark = pytest.mark.slow
-
 GAP = ("val/train_text_loss", "val/gap")
 
 
@@ -54,6 +52,7 @@ def evaluated() -> list[dict[str, float]]:
         ]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*LeafSpec")  # of Lightning
 def test_there_is_no_gap_if_both_texts_are_the_same(evaluated):
     results = evaluated[0]
@@ -61,6 +60,7 @@ def test_there_is_no_gap_if_both_texts_are_the_same(evaluated):
     assert results["val/gap"] == pytest.approx(0, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_a_validation_text_of_other_words_opens_the_gap(watched):
     gaps = metric(watched[0], "val/gap")
     losses = zip(metric(watched[0], "val/loss"), metric(watched[0], "val/train_text_loss"), strict=True)

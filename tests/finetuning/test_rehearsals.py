@@ -22,8 +22,6 @@ import pytest
 import tiny_bases
 import yaml
 
-pytestmark = pytest.mark.slow
-
 ROOT = Path(__file__).parents[2]
 REHEARSALS = {
     f"{file.parent.name}/{name}": settings
@@ -55,6 +53,7 @@ def write_dataset(folder: Path, splits: dict[str, list[dict[str, Any]]]) -> None
         (folder / f"{split}.jsonl").write_text("\n".join(lines) + "\n")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", REHEARSALS)
 def test_an_experiment_that_downloads_runs_as_it_is_shipped(llm_train, no_pictures, monkeypatch, name):
     settings = REHEARSALS[name]

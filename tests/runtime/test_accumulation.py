@@ -14,8 +14,6 @@ from torch.utils.data import DataLoader, IterableDataset
 from lightning_modules.base import ExperimentModule, Loss
 from lightning_modules.runtime.reproducible import ReproducibleSteps
 
-pytestmark = pytest.mark.slow
-
 VALUES = torch.arange(1.0, 6.0)  # five batches of one number each
 
 
@@ -108,6 +106,7 @@ def test_in_float16_the_gradient_is_unscaled_before_it_is_read_and_clipped(fused
     assert trainer.callback_metrics["train/grad_norm_clipped"].item() == pytest.approx(2.0, abs=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("every", [6, 2])  # the last checkpoint is at the end of a step, and within one
 def test_a_checkpoint_between_the_batches_of_a_step_resumes_from_the_step_before(llm_train, forked, tiny, every):
     settings = {
@@ -131,6 +130,7 @@ def test_a_checkpoint_between_the_batches_of_a_step_resumes_from_the_step_before
     assert seen == 8 * 4 * 4 * 16  # steps, batches, rows, positions
 
 
+@pytest.mark.slow
 def test_a_scheduled_accumulation_goes_on_in_an_epoch_that_is_resumed(llm_train, forked, tiny):
     scheduler = {
         "class_path": "lightning.pytorch.callbacks.GradientAccumulationScheduler",

@@ -11,8 +11,6 @@ from torch import nn
 
 from lightning_modules.runtime.averaging import AveragedWeights
 
-pytestmark = pytest.mark.slow
-
 AVERAGING = {"class_path": "lightning_modules.runtime.averaging.AveragedWeights", "init_args": {"decay": 0.6}}
 EXPORT = {"class_path": "lightning_modules.runtime.export.ExportModel"}
 SETTINGS = {"trainer__callbacks+": [EXPORT, AVERAGING], "trainer__max_steps": 16}
@@ -60,6 +58,7 @@ def test_tied_weights_are_saved_as_averages_under_each_of_their_names():
     assert checkpoint["trained_weights"].keys() == {"embedding.weight"}
 
 
+@pytest.mark.slow
 def test_the_averages_are_validated_and_exported_and_training_goes_on_without_them(llm_train, whole):
     run, plain = whole(**SETTINGS), whole(trainer__max_steps=16)
     trained = checkpoint(run)["trained_weights"]
@@ -75,6 +74,7 @@ def test_the_averages_are_validated_and_exported_and_training_goes_on_without_th
     assert f'"value": {result}'[:14] in best
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes_to_the_same_weights_and_averages(llm_train, forked, tiny, whole):
     command = ("fit", "-c", tiny(**SETTINGS), "--run.name", "killed")
     assert forked(*command, prepare=lambda: forks.signal_after_step(12)) == -signal.SIGKILL

@@ -14,8 +14,6 @@ from helpers import BEST, LAST, RUNS, assert_same_weights
 
 from lightning_modules.runtime.checkpoint_io import AtomicCheckpointIO
 
-pytestmark = pytest.mark.slow
-
 BACKGROUND = ("--trainer.plugins.background", "true")
 
 
@@ -70,6 +68,7 @@ def test_a_checkpoint_holds_the_weights_of_its_step(gate):
     assert Path("at_once.ckpt").read_bytes() == Path("background.ckpt").read_bytes()
 
 
+@pytest.mark.slow
 def test_a_run_ends_with_the_files_of_one_that_waits(llm_train, forked, tiny, whole):
     command = ("fit", "-c", tiny(), "--run.name", "background", *BACKGROUND)
 

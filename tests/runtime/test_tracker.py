@@ -77,6 +77,17 @@ def test_a_run_that_fails_before_it_is_recorded_leaves_no_files_of_the_tracker(t
     assert list(cli.run.path.parent.iterdir()) == []
 
 
+def test_runs_of_one_process_in_two_working_folders_have_their_records(tracker, tmp_path, monkeypatch):
+    for name in ("first", "second"):
+        (tmp_path / name / "run").mkdir(parents=True)
+        monkeypatch.chdir(tmp_path / name)
+        logger = attached(Path("run"))
+        logger.log_metrics({"loss": 1.0}, 0)
+        logger.finish(0)
+    wandb.teardown()  # it writes until then
+    assert len(list(tmp_path.glob("*/run/wandb/offline-run-*/*.wandb"))) == 2
+
+
 def test_many_offline_runs_are_uploaded_by_a_pattern(tracker, tmp_path):
     run = tmp_path / "a name"
     logger = attached(run)
