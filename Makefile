@@ -20,10 +20,10 @@ demo: $(READY)  ## Run the commands of experiments/demo.yaml: a tokenizer, a dec
 	sed -n 's/^- //p' experiments/demo.yaml | PATH="$(CURDIR)/$(BIN):$$PATH" bash -e
 
 test: $(READY)  ## Run the tests, which need no network, no GPU and no account
-	$(BIN)/python -m pytest --numprocesses auto --dist worksteal
+	CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest --numprocesses auto --dist worksteal
 
 test-slow: $(READY)  ## Run the tests that take seconds each: studies, printed commands, guides, processes that are killed
-	$(BIN)/python -m pytest -m 'slow and not gpu and not network' --numprocesses auto --dist worksteal
+	CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest -m 'slow and not gpu and not network' --numprocesses auto --dist worksteal
 
 test-gpu: $(READY)  ## Run the tests that need a GPU (two minutes)
 	$(BIN)/python -m pytest -m gpu --numprocesses 4 --dist worksteal

@@ -35,7 +35,14 @@ def pytest_collectstart() -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Leave the objects of the imported libraries out of garbage collections."""
+    """Leave the objects of the imported libraries out of garbage collections, and make this process one to copy.
+
+    If the first backward pass is one of fake tensors and torch is built for GPUs, it starts threads, and then no copy
+    of this process can train.
+    """
+    import torch
+
+    torch.ones(1, requires_grad=True).sum().backward()
     gc.freeze()
     gc.enable()
 

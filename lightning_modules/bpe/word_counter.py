@@ -1,6 +1,7 @@
 """Counting of words in processes other than the one that reads the texts."""
 
 import multiprocessing
+import pickle
 import signal
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
@@ -51,8 +52,9 @@ class WordCounter:
             counts = self._receive()
         connection = self._idle.pop()
         with _processes_that_live():
-            # One batch at a time: two processes that both write to a full pipe would wait forever.
-            connection.send(texts)
+            # One batch at a time: two processes that both write to a full pipe would wait forever. If `send` fails, the
+            # traceback keeps its buffer, with which Python before 3.12.2 can crash.
+            connection.send_bytes(pickle.dumps(texts))
         self._busy.append(connection)
         self.words.update(counts)  # while the process counts already
 

@@ -21,6 +21,7 @@ from lightning_modules.common.files import atomic_file
 from lightning_modules.runtime import shards
 
 _FOLDER = 0x10  # among the attributes of a member of a zip archive
+_HANDED_BACK = ".temp.ckpt"  # the weights alone, from a process of the strategies ddp_fork and ddp_spawn
 
 
 class _Recorded:
@@ -237,6 +238,6 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             raise MisconfigurationException(f"{path}: {reason}") from error
         except (zipfile.BadZipFile, zlib.error, RuntimeError, EOFError, OSError, ValueError) as error:
             raise MisconfigurationException(f"{path}: the checkpoint is truncated, or not a checkpoint") from error
-        if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
+        if not isinstance(checkpoint, dict) or ("state_dict" not in checkpoint and path.name != _HANDED_BACK):
             raise MisconfigurationException(f"{path}: holds no training state; a checkpoint of a run was expected")
         return checkpoint

@@ -171,7 +171,7 @@ class RunProgress(ProgressBar):
         """Read the metrics; on a GPU this waits for the last step."""
         metrics = trainer.callback_metrics
         values = {short: float(metrics[name]) for name, short in _SHOWN.items() if name in metrics}
-        self._shown = {name: f"{value:,.0f}" if value >= 1000 else f"{value:.3f}" for name, value in values.items()}
+        self._shown = {name: f"{value:,.0f}" if value >= 100 else f"{value:.3f}" for name, value in values.items()}
 
     def _close(self, position: float) -> None:
         """Draw the metrics as they were last read, and end the line."""

@@ -1,5 +1,6 @@
 """A run that is refused before its first batch leaves no folder: the next try has its name."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -81,11 +82,12 @@ def test_a_prediction_that_is_refused_leaves_no_folder(llm_train, tiny, whole):
 
 
 @pytest.mark.slow
-def test_an_evaluation_in_other_processes_keeps_its_record(llm_train, tiny):
+def test_commands_in_forked_processes_keep_their_records(llm_train, tiny):
     forked = ("--trainer.strategy=ddp_fork", "--trainer.devices=2")
-    done = llm_train("validate", "-c", tiny("elsewhere"), "--run.name=elsewhere", *forked)
-    assert done.code == 0, done.err
-    assert (RUNS / "elsewhere/summary_validate.json").is_file()
+    for command, record in (("fit", "summary.json"), ("validate", "summary_validate.json")):
+        done = llm_train(command, "-c", tiny(), f"--run.name={command}", *forked)
+        assert done.code == 0, done.err
+        assert json.loads((RUNS / command / record).read_text())["status"] == "finished"
 
 
 def test_a_recorded_run_with_a_number_that_is_refused_now_is_evaluated(llm_train, whole):

@@ -483,7 +483,7 @@ def test_a_killed_run_with_stages_adapters_and_accumulation_resumes_to_the_same_
 
 @pytest.mark.slow
 def test_the_gradient_norm_is_that_of_the_mean_over_accumulation_and_processes_before_clipping(
-    llm_train, forked, world, tmp_path
+    llm_train, world, tmp_path
 ):
     """And gradual unfreezing on two processes trains what it trains on one."""
     calm = shutil.copytree(world / "base", tmp_path / "calm")
@@ -502,7 +502,6 @@ def test_the_gradient_norm_is_that_of_the_mean_over_accumulation_and_processes_b
             "accumulate_grad_batches": 2,
             "gradient_clip_val": 0.05,
             "log_every_n_steps": 1,
-            "plugins": [],  # ddp_fork hands the weights back in a file without a checksum
             "callbacks": [
                 {"class_path": "lightning_modules.runtime.reproducible.ReproducibleSteps"},
                 {"class_path": "lightning_modules.runtime.checkpoint.RunCheckpoint"},
@@ -513,8 +512,9 @@ def test_the_gradient_norm_is_that_of_the_mean_over_accumulation_and_processes_b
             ],
         },
     )
-    two_processes = ("--trainer.devices=2", "--trainer.strategy=ddp_fork_find_unused_parameters_true")
-    assert forked("fit", "-c", file, *two_processes, "--run.name", "two") == 0
+    find_unused = "--trainer.strategy=ddp_find_unused_parameters_true"
+    two = forks.start_ranks(2, "fit", "-c", file, *forks.TWO_PROCESSES, find_unused, "--run.name", "two")
+    assert forks.wait(two) == [0, 0]
     assert llm_train("fit", "-c", file, "--run.name", "one").code == 0
 
     data = GPTNeoStyleDataModule(str(world / "play.txt"), block_size=16, batch_size=40, seed=5)
