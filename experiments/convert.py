@@ -37,7 +37,7 @@ def convert(run: Path) -> list[str]:
     from lightning_modules.common.files import link_or_copy
     from lightning_modules.runtime.checkpoint_io import AtomicCheckpointIO
 
-    files = [file for name in ("best", "last") if (file := run / run_files.checkpoint(name)).is_file()]
+    files = run_files.checkpoints_in(run)
     if not files:
         raise UserError(f"convert: {run} has no checkpoint; give the folder of a run, such as runs/TOPIC/NAME")
     check_links(run)

@@ -1,5 +1,7 @@
 """Names of the files in a run folder, `runs/<topic>/<name>/`."""
 
+from pathlib import Path
+
 CONFIG = "config.yaml"  # the resolved settings: `fit -c` with this file repeats the run
 ENVIRONMENT = "environment.json"  # one entry for each session: command, versions, hardware, settings that it changed
 METRICS = "metrics.csv"  # what was logged
@@ -10,6 +12,11 @@ CHECKPOINTS = "checkpoints"
 def checkpoint(name: str) -> str:
     """Return the name of the file of the checkpoint `best` or `last`."""
     return f"{CHECKPOINTS}/{name}.ckpt"
+
+
+def checkpoints_in(run: Path) -> list[Path]:
+    """Return the files of the checkpoints that a run has, the best first."""
+    return [file for name in ("best", "last") if (file := run / checkpoint(name)).is_file()]
 
 
 def of_command(file: str, command: str) -> str:

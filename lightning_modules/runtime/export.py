@@ -61,7 +61,7 @@ class ExportModel(L.Callback):
         if saves_shards(trainer):
             say(f"export: no model/, for the checkpoints are in shards; llm-train convert {run} makes whole files")
             return
-        files = [file for name in ("best", "last") if (file := run / run_files.checkpoint(name)).is_file()]
+        files = run_files.checkpoints_in(run)
         if not files:
             if self._has_trained:  # not a branch from the last step
                 add = "add lightning_modules.runtime.checkpoint.RunCheckpoint"

@@ -5,6 +5,7 @@ import errno
 import io
 import json
 import os
+import threading
 from pathlib import Path
 
 import pytest
@@ -90,8 +91,8 @@ def test_the_record_of_a_run_names_the_best_checkpoint_that_was_written(llm_trai
 
 
 def test_an_error_of_a_checkpoint_that_is_not_of_the_disk_stays():
-    with pytest.raises(Exception, match=r"pickle|local object"):
-        AtomicCheckpointIO().save_checkpoint({"state_dict": lambda: None}, "last.ckpt")
+    with pytest.raises(Exception, match="pickle"):
+        AtomicCheckpointIO().save_checkpoint({"state_dict": threading.Lock()}, "last.ckpt")
 
 
 def test_any_other_file_that_does_not_fit_is_named(disk_with_room_for):
