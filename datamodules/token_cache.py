@@ -88,8 +88,11 @@ def prepare_tokens(
             _write_folder(folder, partial(_write_text, text, tokenizer, split, fractions))
         else:
             text_parts = _Parts(folder, texts, tokenizer)
-            _write_parts(text_parts, n_processes)
-            text_parts.join(split, fractions)
+            try:
+                _write_parts(text_parts, n_processes)
+                text_parts.join(split, fractions)
+            finally:
+                text_parts.remove_unused()
     except OSError as error:
         # Another process that has completed the text in another division has removed the parts of this one.
         if (files := prepared(folder)) is not None:
@@ -254,9 +257,9 @@ class _Parts:
         return self.folder / f"{_name(number)}.lock"
 
     def _write(self, number: int) -> bool:
-        """Write a part, and return whether it is complete; if not, another process writes it."""
+        """Write a part unless it, or the text, is complete; return `False` if another process writes it."""
         folder, prefix = self.folder / _name(number), f"{_name(number)}-"
-        if prepared(folder) is not None:
+        if prepared(folder) is not None or prepared(self.text_folder) is not None:
             return True
         lock_file = self._lock_file(number)
         lock = try_lock(lock_file)
@@ -307,6 +310,17 @@ class _Parts:
         for other in self.text_folder.iterdir():
             if other.is_dir() and other != self.folder:
                 shutil.rmtree(other, ignore_errors=True)
+
+    def remove_unused(self) -> None:
+        """Remove the parts of this division if the text is complete in another.
+
+        The process that has completed the text has removed them too, but this one may have written some since.
+        """
+        if prepared(self.text_folder) is None:
+            return
+        meta = json.loads((self.text_folder / "meta.json").read_text())
+        if meta.get("division") != self.folder.name:
+            shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def _write_parts(parts: _Parts, n_processes: int) -> None:

@@ -325,7 +325,7 @@ def test_a_damaged_part_is_written_again(large, tmp_path):
 
 
 @pytest.mark.parametrize("n_processes", [1, 2])
-@pytest.mark.parametrize("moment", ["_write_parts", "_write_part"])
+@pytest.mark.parametrize("moment", ["_write_parts", "_write_folder", "_write_part"])
 def test_a_text_that_another_process_completes_in_other_parts_is_taken(
     large, tmp_path, monkeypatch, moment, n_processes
 ):
