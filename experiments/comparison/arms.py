@@ -32,16 +32,22 @@ class Arm:
         return ", ".join(f"{name}={value}" for name, value in self.shown.items()) or "all runs"
 
 
-def short_labels(arms: Sequence[Arm]) -> tuple[str, list[str]]:
-    """Return a title and names of the arms for a figure: the fewest settings that tell them apart, without quotes.
-
-    With one or two settings, the title has them and the names are their values; with more, there is no title.
-    """
+def telling_settings(arms: Sequence[Arm]) -> list[str]:
+    """Return the names of the fewest settings that tell the arms apart."""
     names = list(arms[0].shown)
     for name in reversed(names):
         others = [other for other in names if other != name]
         if others and len({tuple(arm.shown[other] for other in others) for arm in arms}) == len(arms):
             names = others
+    return names
+
+
+def short_labels(arms: Sequence[Arm]) -> tuple[str, list[str]]:
+    """Return a title and names of the arms for a figure: the settings that tell them apart, without quotes.
+
+    With one or two settings, the title has them and the names are their values; with more, there is no title.
+    """
+    names = telling_settings(arms)
     shown = [{name: arm.shown[name].replace('"', "") for name in names} for arm in arms]
     if 1 <= len(names) <= 2:
         return ", ".join(names), [", ".join(values.values()) for values in shown]

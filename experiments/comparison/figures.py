@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from experiments.comparison.arms import Arm, how_they_ended, short_labels
+from experiments.comparison.arms import Arm, how_they_ended, short_labels, telling_settings
 from experiments.comparison.measures import Measure
 from experiments.comparison.statistics import Estimate, estimate, mean_and_half_width
 from lightning_modules.common.figures import integer_steps, log_scale, new_figure, smoothed, tidy
@@ -339,8 +339,21 @@ def _all_looks() -> list[Look]:
 
 
 def _looks(arms: Sequence[Arm], ranking: Sequence[int]) -> dict[int, Look]:
-    """Return the lines of the arms, or of the best ones if there are too many."""
+    """Return the lines of the arms, or of the best ones if there are too many.
+
+    If two settings tell the arms apart, one of which has two values, those of the other are the colours, and lines are
+    solid with the one value and dashed with the other.
+    """
     looks = _all_looks()
+    columns = {name: [arm.shown[name] for arm in arms] for name in telling_settings(arms)}
+    if len(columns) == 2:
+        few, many = sorted(columns.values(), key=lambda column: len(set(column)))
+        styles, colors = list(dict.fromkeys(few)), list(dict.fromkeys(many))
+        if len(styles) == 2 and len(colors) <= len(_COLORS):
+            return {
+                number: looks[len(_COLORS) * styles.index(style) + colors.index(color)]
+                for number, (style, color) in enumerate(zip(few, many, strict=True))
+            }
     shown = range(len(arms)) if len(arms) <= len(looks) else sorted(ranking[: len(_COLORS)])
     return dict(zip(shown, looks, strict=False))
 

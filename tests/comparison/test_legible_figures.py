@@ -181,3 +181,21 @@ def test_training_curves_are_smoothed_with_the_raw_one_behind():
     raw, smooth = axes.get_lines()
     assert (raw.get_alpha(), to_hex(raw.get_color())) == (0.3, to_hex(smooth.get_color()))
     assert np.ptp(smooth.get_ydata()[5:-5]) < 0.2 * np.ptp(raw.get_ydata()[5:-5])
+
+
+def test_of_two_settings_one_is_the_colour_and_the_other_the_style():
+    arms = arms_of([run(f"{rate} {size}", rate=rate, size=size) for rate in (0, 0.1, 0.3) for size in ("small", "big")])
+    (axes,) = draw_curves(figures.curves_of(["val/loss"], arms), arms, [0]).axes
+    drawn = zip(arms, axes.get_lines(), strict=True)
+    looks = {(arm.values["rate"], arm.values["size"]): (line.get_color(), line.get_linestyle()) for arm, line in drawn}
+    colors = [{looks[rate, size][0] for size in ("small", "big")} for rate in (0, 0.1, 0.3)]
+    assert [len(found) for found in colors] == [1, 1, 1]
+    assert len(set.union(*colors)) == 3
+    assert {looks[rate, size][1] for rate in (0, 0.1, 0.3) for size in ["big"]} == {"-"}
+    assert {looks[rate, size][1] for rate in (0, 0.1, 0.3) for size in ["small"]} == {"--"}
+
+
+def test_of_two_settings_with_three_values_each_all_arms_have_a_colour_of_their_own():
+    arms = arms_of([run(f"{rate} {size}", rate=rate, size=size) for rate in (1, 2, 3) for size in (4, 5, 6)])
+    (axes,) = draw_curves(figures.curves_of(["val/loss"], arms), arms, [0]).axes
+    assert len({(line.get_color(), line.get_linestyle()) for line in axes.get_lines()}) == 9
