@@ -25,7 +25,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from datamodules.base import ExperimentDataModule
 from experiments import names, trust
 from experiments.help.options import DEFAULTS
-from experiments.parser import ExperimentParser, check_nulls
+from experiments.parser import ExperimentParser, check_nulls, check_seed
 from experiments.run import monitored, moved_runs, numbers, resume, run_folder
 from experiments.run.run_folder import RunArguments, RunFolder
 from experiments.run.run_record import RunRecord
@@ -96,7 +96,7 @@ class ExperimentCLI(SettingsGoOverCheckpoint):
         return named or super().subcommands()
 
     def add_arguments_to_parser(self, parser: ExperimentParser) -> None:
-        """Add `run:`, `optimizer:`, `lr_scheduler:` and `auto_resume:`, and link the data to the model."""
+        """Add `run:`, `optimizer:`, `lr_scheduler:`, `allow:` and `auto_resume:`, and link the data to the model."""
         parser.add_class_arguments(RunArguments, "run")
         optimizer = parser.add_argument(
             "--optimizer",
@@ -144,6 +144,7 @@ class ExperimentCLI(SettingsGoOverCheckpoint):
         """Find the checkpoint and its run, and keep the linked arguments that the YAML sets."""
         trust.check_places(self.arguments, self._args)
         check_nulls(self.arguments)
+        check_seed(self.arguments["seed_everything"])
         for line in dropped_defaults(self._trainer_arguments):
             say(line)
         arguments, model = self.arguments["run"], self.arguments["model"]

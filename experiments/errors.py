@@ -73,6 +73,13 @@ def did_you_mean(word: Any, candidates: Iterable[str]) -> str:
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
+def count(text: str) -> int:
+    """Return the number that an option of a command gives, which counts something: the type of `add_argument`."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text}")
+    return int(text)
+
+
 class CommandParser(argparse.ArgumentParser):
     """A parser that prints errors in one line and accepts no abbreviations."""
 

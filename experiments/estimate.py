@@ -10,7 +10,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from experiments import names
-from experiments.errors import CommandParser, UserError, causes, did_you_mean, raised_by_constructor
+from experiments.errors import CommandParser, UsageError, UserError, causes, count, did_you_mean, raised_by_constructor
 from experiments.yaml_files import read_yaml
 
 if TYPE_CHECKING:  # imported where they are used: the help answers without them
@@ -74,18 +74,16 @@ def main(args: Sequence[str]) -> None:
         description="Estimate memory, time and disk of a run, with the files and flags of `llm-train fit`. Model and "
         "training step have no memory for this: they run on the shapes of the tensors.",
     )
-    parser.add_argument("--devices", type=int, help="number of GPUs that share the batch (default: trainer.devices)")
+    parser.add_argument("--devices", type=count, help="number of GPUs that share the batch (default: trainer.devices)")
     parser.add_argument("--device", default="h100", metavar="NAME", help=f"{', '.join(DEVICES)} (default: h100)")
     options, rest = parser.parse_known_args(args[1:])
-    if options.devices is not None and options.devices < 1:
-        raise UserError(f"--devices {options.devices}: give 1 or more")
     if options.device.lower() == "cpu":
-        raise UserError(
+        raise UsageError(
             "--device cpu: only GPUs are estimated, from a table of their memory and peak rates; for a CPU, run a few "
             "steps on it, fit with --trainer.max_steps 20: the summary.json of the run has its speed and memory"
         )
     if options.device.lower() not in DEVICES:
-        raise UserError(
+        raise UsageError(
             f"--device {options.device}: is not in the table{did_you_mean(options.device, DEVICES)}; "
             f"there are {', '.join(DEVICES)}"
         )
@@ -126,8 +124,12 @@ def main(args: Sequence[str]) -> None:
             self.model.optimizer_factory = self.config_init["fit"]["optimizer"]
             n_devices = options.devices or devices_of(self.arguments["trainer"])
             lines, preset = estimate(self, n_devices, options.device.lower())
-            words = with_file(rest, preset) if preset else rest
-            print(*lines, f"next    llm-train fit {shlex.join(words)}", sep="\n")
+            print(*lines, sep="\n")
+            if preset is not None:
+                words = with_file(rest, preset) if preset else rest
+                on_each = n_devices // max(1, self.arguments["trainer"]["num_nodes"])
+                flags = ["--trainer.devices", str(on_each)] if options.devices and n_devices > 1 else []
+                print(f"next    llm-train fit {shlex.join([*words, *flags])}")
             return SimpleNamespace(fit=lambda *_, **__: None)
 
     cli.main(["fit", *rest], Estimation)
@@ -148,11 +150,13 @@ def devices_of(trainer: Mapping[str, Any]) -> int:
     if isinstance(devices, str) and "," in devices:
         devices = [device for device in devices.split(",") if device.strip()]
     on_each = len(devices) if isinstance(devices, list) else int(devices) if str(devices).isdecimal() else 1
-    return max(1, on_each) * trainer["num_nodes"]
+    return max(1, on_each) * max(1, trainer["num_nodes"])
 
 
 def estimate(cli: "ExperimentCLI", n_devices: int, device: str) -> tuple[list[str], str | None]:
-    """Return the lines of an estimate, and the preset that the run needs to train on the devices, if it fits.
+    """Return the lines of an estimate, and the preset that the run needs to train on the devices.
+
+    The preset is empty if the run needs no other, or if its memory is not known, and `None` if nothing fits.
 
     Args:
         cli: The command, with model and data.
@@ -173,7 +177,7 @@ def estimate(cli: "ExperimentCLI", n_devices: int, device: str) -> tuple[list[st
         check_share(batch_size, n_devices)
     precision = str(trainer["precision"] or "32-true")
     if not isinstance(batch_size, int) or not isinstance(length, int) or type(model).loss is ExperimentModule.loss:
-        return [*lines, "memory  not known: the batches have no fixed number of tokens;", _MEASURE], None
+        return [*lines, "memory  not known: the batches have no fixed number of tokens;", _MEASURE], ""
     share = batch_size // n_devices
     # Sharded gradients leave activations no room that whole ones take later; for DDP this counts a little too much.
     accumulates = trainer["accumulate_grad_batches"] > 1 or n_devices > 1
@@ -186,7 +190,7 @@ def estimate(cli: "ExperimentCLI", n_devices: int, device: str) -> tuple[list[st
         memory = memory_with(precision)
     except KeyError as error:
         counted = "only those of decoders, input_ids and targets, are counted"
-        return [*lines, f"memory  not known: the batches have {error} too, and {counted};", _MEASURE], None
+        return [*lines, f"memory  not known: the batches have {error} too, and {counted};", _MEASURE], ""
     if trainer["accelerator"] == "cpu":
         lines.append(
             f"device  trainer.accelerator is cpu; this estimate is of a GPU, {device} (--device names another)"
@@ -214,9 +218,10 @@ def estimate(cli: "ExperimentCLI", n_devices: int, device: str) -> tuple[list[st
     checkpoint = size_of(*model.parameters(), *model.buffers()) + memory.optimizer
     model_folder = f"and {_gib(memory.weights)} GiB of model/"
     lines.append(f"disk    {_gib(checkpoint)} GiB a checkpoint, last.ckpt and best.ckpt, {model_folder}")
-    if is_preset:
+    fitting = [name for name, needed in needs.items() if needed <= limit]
+    if not fitting:
         return lines, None
-    return lines, next((name for name, needed in needs.items() if needed <= limit), None)
+    return lines, "" if is_preset else fitting[0]
 
 
 def _change(model: "ExperimentModule", callbacks: Any) -> None:

@@ -17,7 +17,7 @@ from experiments import names, trust
 from experiments.class_paths import import_class
 from experiments.errors import UserError
 from experiments.help import options as options_of
-from experiments.yaml_files import load_yaml, read_yaml
+from experiments.yaml_files import load_yaml, read_yaml, walk
 from lightning_modules.optim.schedules import takes_built_schedules
 
 # What Transformers, nanoGPT and others call an option.
@@ -340,14 +340,19 @@ def _similar_class(path: str, key: str) -> str | None:
 # --- where it stands --------------------------------------------------------------------------------------------------
 
 
-def _beside_class_path(command_line: Sequence[str]) -> str | None:
-    """Return the error of arguments of a class that are beside its `class_path` in a file or a flag, if there are."""
-    given: list[tuple[str, Any]] = [(f"{file}: ", read_yaml(file)) for file in trust.files(command_line)]
+def given(command_line: Sequence[str]) -> Iterator[tuple[str, Any]]:
+    """Yield what a command line sets: the content of each file, after its name for a message, and each flag alone."""
+    for file in trust.files(command_line):
+        yield f"{file}: ", read_yaml(file)
     for flag, value in names.flags(command_line):
         with contextlib.suppress(yaml.YAMLError):
-            given.append(("", {flag: load_yaml(value)}))
-    for where, content in given:
-        for key, names_beside in _misplaced(content, ""):
+            yield "", {flag: load_yaml(value)}
+
+
+def _beside_class_path(command_line: Sequence[str]) -> str | None:
+    """Return the error of arguments of a class that are beside its `class_path` in a file or a flag, if there are."""
+    for where, content in given(command_line):
+        for key, names_beside in _misplaced(content):
             if where:
                 where = place(names_beside[0], command_line) or where
             for name in names_beside:
@@ -360,15 +365,13 @@ def _beside_class_path(command_line: Sequence[str]) -> str | None:
     return None
 
 
-def _misplaced(content: Any, key: str) -> Iterator[tuple[str, list[str]]]:
+def _misplaced(content: Any) -> Iterator[tuple[str, list[str]]]:
     """Yield the keys of classes in a configuration that have arguments outside of `init_args`, with their names."""
-    if isinstance(content, dict):
-        beside = [name for name in content if name not in ("class_path", "init_args", "dict_kwargs")]
-        if "class_path" in content and beside:
+    for key, part in walk(content):
+        if not isinstance(part, dict) or "class_path" not in part:
+            continue
+        if beside := [name for name in part if name not in ("class_path", "init_args", "dict_kwargs")]:
             yield key, beside
-    parts = content.items() if isinstance(content, dict) else enumerate(content) if isinstance(content, list) else ()
-    for name, part in parts:
-        yield from _misplaced(part, f"{key}.{name}".removeprefix("."))
 
 
 def _nested_keys(message: str) -> list[str]:

@@ -188,7 +188,9 @@ def _parse(args: Sequence[str]) -> argparse.Namespace:
     if options.prompt is None and not options.chat:
         parser.error("give --prompt TEXT, --chat or both")
     if options.prompt == "":
-        raise UserError("--prompt is empty: give at least one character to continue")
+        parser.error("--prompt is empty: give at least one character to continue")
     if options.references and not options.chat:
-        raise UserError("--references are for --chat: write them into the prompt")
+        parser.error("--references are for --chat: write them into the prompt")
+    if not 0 <= options.seed < 2**63:
+        parser.error(f"--seed {options.seed}: must be in [0, 2^63)")
     return options

@@ -14,7 +14,8 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from experiments.class_paths import accept_moved_classes, import_class
 from experiments.errors import causes, place_in_users_code
-from experiments.explain import broken_file, flag_of, one_line, place
+from experiments.explain import broken_file, flag_of, given, one_line, place
+from experiments.yaml_files import walk
 from lightning_modules.runtime.private_names import default_classes, option_names
 
 # Without this, the help and the JSON schema list all tensor classes for `lr: float | Tensor`.
@@ -68,7 +69,7 @@ class ExperimentParser(LightningArgumentParser):
         raise SystemExit(2)
 
 
-def check_nulls(config: Any, key: str = "") -> None:
+def check_nulls(config: Namespace) -> None:
     """Refuse arguments of classes that are set to null although their type has no null and they have a default.
 
     jsonargparse passes the null on. An empty value in YAML, `tokenizer:`, is null.
@@ -76,25 +77,36 @@ def check_nulls(config: Any, key: str = "") -> None:
     Raises:
         MisconfigurationException: If there is such an argument.
     """
-    if isinstance(config, list):
-        for number, item in enumerate(config):
-            check_nulls(item, f"{key}.{number}")
-    if not isinstance(config, Namespace | dict):
-        return
-    config = dict(vars(config) if isinstance(config, Namespace) else config)
-    if isinstance(config.get("class_path"), str) and config.get("init_args"):
-        arguments = config["init_args"]
-        nulls = [name for name, value in dict(vars(arguments)).items() if value is None]
-        for name in nulls:
-            if not _takes_null(import_class(config["class_path"]), name):
+    for key, part in walk(config):
+        if not isinstance(part, Namespace) or not isinstance(part.get("class_path"), str):
+            continue
+        for name, value in vars(part.get("init_args") or Namespace()).items():
+            if value is None and not _takes_null(import_class(part["class_path"]), name):
                 flag = flag_of(f"{key}.{name}", "", ExperimentParser.command_line)
                 where = "--" if flag else place(name, ExperimentParser.command_line)
                 raise MisconfigurationException(
                     f"{where}{key}.{name}: is null, which is no value of it; "
                     "give a value, or leave the key out for the default"
                 )
-    for name, value in config.items():
-        check_nulls(value, key if name == "init_args" else f"{key}.{name}".removeprefix("."))
+
+
+def check_seed(seed: Any) -> None:
+    """Refuse a seed of the data that is not that of the run, which would take its place without a word.
+
+    Raises:
+        MisconfigurationException: If a file or a flag gives one.
+    """
+    for where, content in given(ExperimentParser.command_line):
+        for key, value in walk(content):
+            flag, of_file = (
+                key.replace(".init_args.", "."),
+                isinstance(content, dict) and content.get("seed_everything"),
+            )
+            if flag.removeprefix("--") == "data.seed" and value not in (seed, of_file):
+                raise MisconfigurationException(
+                    f"{where}{flag}: is {value}, and seed_everything, which is the seed of the data too, is {seed}; "
+                    "set that one and leave this one out"
+                )
 
 
 def _takes_null(kind: type, name: str) -> bool:

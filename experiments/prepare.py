@@ -7,7 +7,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from experiments import names
-from experiments.errors import CommandParser, UserError
+from experiments.errors import CommandParser, count
 
 if TYPE_CHECKING:  # imported where they are used: the help answers without them
     from datamodules.base import ExperimentDataModule
@@ -28,14 +28,12 @@ def main(args: Sequence[str]) -> None:
     )
     parser.add_argument(
         "--processes",
-        type=int,
+        type=count,
+        default=len(os.sched_getaffinity(0)),
         metavar="N",
         help="processes that tokenise the parts of a large text (default: one for each core)",
     )
     options, rest = parser.parse_known_args(args[1:])
-    n_processes = len(os.sched_getaffinity(0)) if options.processes is None else options.processes
-    if n_processes < 1:
-        raise UserError(f"--processes {n_processes}: give 1 or more")
     names.with_files(["prepare", *rest])  # whose errors name this command
 
     from experiments import cli
@@ -45,7 +43,7 @@ def main(args: Sequence[str]) -> None:
 
         def instantiate_trainer(self, **_: Any) -> Any:
             """Return what prepares the data in place of training."""
-            return SimpleNamespace(fit=lambda model, datamodule, **_: prepare(datamodule, n_processes))
+            return SimpleNamespace(fit=lambda model, datamodule, **_: prepare(datamodule, options.processes))
 
     cli.main(["fit", *rest], Preparation)
     print(f"next    llm-train fit {shlex.join(rest)}")

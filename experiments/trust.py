@@ -23,7 +23,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from experiments import names
 from experiments.errors import UserError
 from experiments.run import run_folder
-from experiments.yaml_files import load_yaml, read_yaml
+from experiments.yaml_files import load_yaml, read_yaml, texts_in, walk
 from lightning_modules.common import run_files
 from lightning_modules.runtime.private_names import NEVER_IMPORTED, restricted_imports
 
@@ -84,7 +84,8 @@ def trusted(args: Sequence[str]) -> Iterator[list[str]]:
             checkpoint.
     """
     recorded = _recorded(args)
-    named, packages = [path for given in _by_user(args) for path in _named_in(given)], allowed(args)
+    named = [text for given in _by_user(args) for text in texts_in(given) if _CLASS_PATH.fullmatch(text)]
+    packages = allowed(args)
     for file in recorded:
         _check_keys(file)
     global _verdicts
@@ -159,7 +160,9 @@ def _defined_in(path: str) -> Iterator[str]:
 
 def unknown_packages(config: Any) -> list[str]:
     """Return what `--allow` must name before this configuration can be read from a run folder."""
-    return sorted({unit(path) for path in _class_paths(config) if _denies({"*": False} | _KNOWN, path)})
+    parts = (part for _, part in walk(config) if isinstance(part, dict))
+    paths = [path for part in parts if isinstance(path := part.get("class_path"), str)]
+    return sorted({unit(path) for path in paths if _denies({"*": False} | _KNOWN, path)})
 
 
 def check(class_path: str, verdicts: Mapping[str, bool] | None = None) -> None:
@@ -197,26 +200,6 @@ def _denies(verdicts: Mapping[str, bool], path: str) -> str | None:
 def _flags(args: Sequence[str]) -> Iterator[tuple[str, str]]:
     """Yield the flags of a command line with their values; `--KEY+` is `--KEY`."""
     return ((flag.rstrip("+"), value) for flag, value in names.flags(args))
-
-
-def _named_in(config: Any) -> Iterator[str]:
-    """Yield the texts in a configuration of the user that may be class paths."""
-    if isinstance(config, str) and _CLASS_PATH.fullmatch(config):
-        yield config
-    elif isinstance(config, dict | list):
-        for value in config.values() if isinstance(config, dict) else config:
-            yield from _named_in(value)
-
-
-def _class_paths(config: Any) -> Iterator[str]:
-    """Yield the values of `class_path` in a configuration."""
-    if isinstance(config, dict):
-        if isinstance(config.get("class_path"), str):
-            yield config["class_path"]
-        config = list(config.values())
-    if isinstance(config, list):
-        for value in config:
-            yield from _class_paths(value)
 
 
 def _content(file: Path) -> Any:
@@ -267,14 +250,5 @@ def check_places(arguments: Namespace, args: Sequence[str]) -> None:
 
 def _places(config: Any) -> Iterator[tuple[str, Path]]:
     """Yield the arguments in a configuration that say where to write, with their values."""
-    if isinstance(config, Namespace):
-        config = vars(config)
-    if isinstance(config, dict):
-        yield from ((key, Path(value)) for key, value in config.items() if key in _PLACES and _is_path(value))
-    if isinstance(config, dict | list):
-        for value in config.values() if isinstance(config, dict) else config:
-            yield from _places(value)
-
-
-def _is_path(value: Any) -> bool:
-    return isinstance(value, str | os.PathLike)
+    named = ((key.rpartition(".")[2], part) for key, part in walk(config))
+    return ((name, Path(part)) for name, part in named if name in _PLACES and isinstance(part, str | os.PathLike))

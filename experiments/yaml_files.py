@@ -1,5 +1,6 @@
 """YAML as this project reads it: with plain types only, and without a key that is there twice."""
 
+from argparse import Namespace  # that of jsonargparse is one
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import yaml
 from experiments.errors import UserError
 
 LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's is ten times as fast
+_MOST_LEVELS = 100
 _MOST_VALUES = 1_000_000  # of a document whose aliases are written out
 
 
@@ -39,6 +41,7 @@ def load_yaml(text: str) -> Any:
     """
     loader = LOADER(text)
     try:
+        _check_depth(text)
         node = loader.get_single_node()
         _check(node, {})
         return None if node is None else loader.construct_document(node)
@@ -55,19 +58,25 @@ def load_yaml(text: str) -> Any:
 
 def check_yaml(text: str) -> None:
     """Raise a `yaml.YAMLError` if a document is not YAML, or if a key of a mapping is there twice."""
+    _check_depth(text)
     _check(yaml.compose(text, LOADER), {})
+
+
+def walk(config: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield a configuration and all of its parts, each with its key as in a flag: without `init_args`."""
+    yield key, config
+    config = vars(config) if isinstance(config, Namespace) else config
+    parts = config.items() if isinstance(config, dict) else enumerate(config) if isinstance(config, list) else ()
+    for name, part in parts:
+        yield from walk(part, key if name == "init_args" else f"{key}.{name}".removeprefix("."))
 
 
 def texts_in(content: Any) -> Iterator[str]:
     """Yield all texts in the content of a YAML file, without the keys."""
-    if isinstance(content, str):
-        yield content
-    elif isinstance(content, dict | list):
-        for value in content.values() if isinstance(content, dict) else content:
-            yield from texts_in(value)
+    return (part for _, part in walk(content) if isinstance(part, str))
 
 
-def numbered(classes: Sequence[str]) -> list[str]:
+def numbered_keys(classes: Sequence[str]) -> list[str]:
     """Return keys for the classes in a list, in which the second of a name has the number 2: `Timer`, `Timer.2`."""
     return [f"{name}.{n}" if (n := classes[: i + 1].count(name)) > 1 else name for i, name in enumerate(classes)]
 
@@ -77,6 +86,16 @@ def describe(error: yaml.YAMLError) -> str:
     mark = getattr(error, "problem_mark", None)
     problem = getattr(error, "problem", None) or " ".join(str(error).split())
     return f"{f', line {mark.line + 1}' if mark else ''}: {problem}"
+
+
+def _check_depth(text: str) -> None:
+    """Refuse a document that is nested so deep that libyaml, which calls itself for each level, ends the process."""
+    depth = 0
+    for event in yaml.parse(text, LOADER):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > _MOST_LEVELS:
+            mark: Any = event.start_mark
+            raise yaml.MarkedYAMLError(problem=f"is nested more than {_MOST_LEVELS} levels deep", problem_mark=mark)
 
 
 def _check(node: yaml.Node | None, sizes: dict[int, int]) -> int:

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, ValidationError, model_validator
 
 from experiments.comparison.measures import mode_of
-from experiments.study.distributions import ABSENT, Number, PositiveNumber, Section, SectionError
+from experiments.study.distributions import NOT_GIVEN, Number, PositiveNumber, Section, SectionError
 from experiments.study.sweep_file import mistake
 from experiments.yaml_files import read_yaml
 
@@ -23,10 +23,10 @@ class Source(Section):
     paper: str
     where: str = ""
     says: str = ""
-    number: Number = ABSENT
+    number: Number = NOT_GIVEN
 
 
-class Records(Section):
+class RecordsSpec(Section):
     """The study that makes the runs, and what is recorded of them.
 
     Args:
@@ -65,31 +65,36 @@ class Records(Section):
 class Bounds(Section):
     """Where a value must be: above or below a bound, between two, or near a value."""
 
-    above: Number = ABSENT
-    below: Number = ABSENT
-    within: PositiveNumber = ABSENT
+    above: Number = NOT_GIVEN
+    below: Number = NOT_GIVEN
+    within: PositiveNumber = NOT_GIVEN
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if not self.model_fields_set & {"above", "below", "within", "within_percent"}:
-            raise SectionError("needs above:, below: or within:")
-        if "within" in self.model_fields_set and self.model_fields_set & {"above", "below"}:
-            raise SectionError("has within: and another bound; choose one")
+        kinds = {"above", "below"}, {"within"}, {"within_percent"}
+        if sum(not kind.isdisjoint(self.model_fields_set) for kind in kinds) != 1:
+            raise SectionError("needs above: or below: or both, or within: alone, or within_percent: alone (a mean)")
         return self
 
 
 class Mean(Bounds):
     """The mean over seeds is in the bounds: its whole 95 % interval is."""
 
-    within_percent: PositiveNumber = ABSENT
-    of: Number = ABSENT  # the value to be near; that of the paper if it is left out
+    within_percent: PositiveNumber = NOT_GIVEN
+    of: Number = NOT_GIVEN  # the value to be near; that of the paper if it is left out
+
+    @model_validator(mode="after")
+    def _check_of(self) -> Self:
+        if self.of is not None and self.within is None and self.within_percent is None:
+            raise SectionError("is the value for within: or within_percent:, and neither is there", "of")
+        return self
 
 
 class EveryRun(Section):
     """Each run has at least, or at most, a value."""
 
-    at_least: Number = ABSENT
-    at_most: Number = ABSENT
+    at_least: Number = NOT_GIVEN
+    at_most: Number = NOT_GIVEN
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -122,10 +127,10 @@ class Order(Section):
 class HoldsIf(Section):
     """The one condition of a claim."""
 
-    every_run: EveryRun = ABSENT
-    mean: Mean = ABSENT
-    difference: Comparison = ABSENT
-    order: Order = ABSENT
+    every_run: EveryRun = NOT_GIVEN
+    mean: Mean = NOT_GIVEN
+    difference: Comparison = NOT_GIVEN
+    order: Order = NOT_GIVEN
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -153,7 +158,7 @@ class Claim(Section):
 
     name: Name
     sentence: str
-    source: Source = ABSENT
+    source: Source = NOT_GIVEN
     study: str
     metric: str
     value: Literal["last", "best"] = "last"
@@ -175,7 +180,7 @@ class Claim(Section):
 class Topic(Section):
     """The claims of a topic and the studies that decide them."""
 
-    studies: dict[Name, Records]
+    studies: dict[Name, RecordsSpec]
     claims: list[Claim]
 
     @model_validator(mode="after")

@@ -13,12 +13,12 @@ from pathlib import Path
 
 from experiments import names
 from experiments.claims import tables
-from experiments.claims.claims_file import FILE, Records, Topic, claims_files, read_claims
+from experiments.claims.claims_file import FILE, RecordsSpec, Topic, claims_files, read_claims
 from experiments.claims.judge import Judgement, judge
 from experiments.claims.page import write_page
 from experiments.claims.records import Recorded, make_records, read_records
 from experiments.comparison.runs import FINISHED
-from experiments.errors import CommandParser, UserError
+from experiments.errors import CommandParser, UserError, count
 from experiments.study import command as study_command
 from experiments.study.runs import number_of_runs, own_package, study_folder
 from experiments.study.sweep_file import Sweep, read_sweep_file
@@ -37,12 +37,12 @@ _MOST_LISTED = 5  # of the verdicts that are not expected, in the error
 
 
 @dataclass(frozen=True)
-class Study:
+class ClaimedStudy:
     """A study that decides claims of a topic."""
 
     topic: str
     name: str
-    spec: Records
+    spec: RecordsSpec
 
     @property
     def title(self) -> str:
@@ -160,7 +160,7 @@ def main(args: Sequence[str]) -> None:
     _conclude(judgements, are_committed=options.check)
 
 
-def _state(folder: Path, study: Study, root: str) -> tables.State:
+def _state(folder: Path, study: ClaimedStudy, root: str) -> tables.State:
     """Return what is recorded of a study, what a folder of runs has of it, and what its runs took."""
     found = committed(folder, study)
     summaries = study.folder(root).glob(f"*/{run_files.SUMMARY}")
@@ -210,7 +210,7 @@ def _parse(args: Sequence[str]) -> tuple[Namespace, Sequence[str]]:
     parser.add_argument("--check", action="store_true", help="run nothing: judge the committed records")
     parser.add_argument("--record", action="store_true", help="run nothing: write the records of finished runs")
     parser.add_argument("--write", action="store_true", help="run nothing: write the tables of the READMEs")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, which share the cores (default: 1)")
+    parser.add_argument("--jobs", type=count, default=1, help="runs at a time, which share the cores (default: 1)")
     parser.add_argument("--runs", default="runs", metavar="FOLDER", help="folder of the runs (default: runs)")
     parser.add_argument("--out", type=Path, default=Path("runs/claims"), help="folder to write to (runs/claims)")
     split = args.index("--") if "--" in args else len(args)
@@ -229,9 +229,9 @@ def _parse(args: Sequence[str]) -> tuple[Namespace, Sequence[str]]:
     return options, words
 
 
-def _chosen(topics: dict[str, Topic], asked: Sequence[str]) -> list[Study]:
+def _chosen(topics: dict[str, Topic], asked: Sequence[str]) -> list[ClaimedStudy]:
     """Return the studies of these names: all of a topic, or one; without names all."""
-    studies = [Study(name, key, spec) for name, topic in topics.items() for key, spec in topic.studies.items()]
+    studies = [ClaimedStudy(name, key, spec) for name, topic in topics.items() for key, spec in topic.studies.items()]
     for name in asked:
         if name not in topics and name not in {study.title for study in studies}:
             there = ", ".join([*topics, *(study.title for study in studies)])
@@ -239,17 +239,17 @@ def _chosen(topics: dict[str, Topic], asked: Sequence[str]) -> list[Study]:
     return [study for study in studies if not asked or study.topic in asked or study.title in asked]
 
 
-def _file(folder: Path, study: Study) -> Path:
+def _file(folder: Path, study: ClaimedStudy) -> Path:
     return folder / study.topic / "records" / f"{study.name}.csv"
 
 
-def committed(folder: Path, study: Study) -> Recorded | None:
+def committed(folder: Path, study: ClaimedStudy) -> Recorded | None:
     """Return the committed records of a study, or `None` if there are none."""
     file = _file(folder, study)
     return read_records(file.read_text(encoding="utf-8"), str(file)) if file.is_file() else None
 
 
-def judged(topic: Topic, study: Study, found: Recorded | None) -> list[Judgement]:
+def judged(topic: Topic, study: ClaimedStudy, found: Recorded | None) -> list[Judgement]:
     """Return the verdicts on the claims that a study decides."""
     return [
         judge(study.topic, claim, None if found is None else found.runs, study.spec.deterministic)
@@ -270,8 +270,8 @@ def filled(folder: Path, topic: str, claims: Topic) -> str:
     """Return the README of a topic with its tables and numbers made from the committed records."""
 
     @functools.cache
-    def recorded(name: str) -> tuple[Study, Recorded]:
-        study = Study(topic, name, claims.studies[name]) if name in claims.studies else None
+    def recorded(name: str) -> tuple[ClaimedStudy, Recorded]:
+        study = ClaimedStudy(topic, name, claims.studies[name]) if name in claims.studies else None
         found = committed(folder, study) if study else None
         if study is None or found is None:
             raise UserError(f"{folder / topic}/README.md: {name} has no records in records/{name}.csv")

@@ -6,7 +6,7 @@ from typing import Literal, NamedTuple
 
 from experiments.claims.claims_file import Bounds, Claim, Comparison, EveryRun, Mean, Order, Settings, Verdict
 from experiments.comparison.measures import Measure, mode_of
-from experiments.comparison.runs import FINISHED, Run
+from experiments.comparison.runs import FINISHED, RunResult
 from experiments.comparison.statistics import BySeed, difference, differences, estimate
 from experiments.comparison.tables import with_interval
 from experiments.errors import UserError
@@ -56,7 +56,7 @@ class Judgement(NamedTuple):
         return f"{found.shown} ({which} of {len(values)})"
 
 
-def judge(topic: str, claim: Claim, runs: Sequence[Run] | None, is_deterministic: bool = False) -> Judgement:
+def judge(topic: str, claim: Claim, runs: Sequence[RunResult] | None, is_deterministic: bool = False) -> Judgement:
     """Return the verdict on a claim.
 
     A number decides with its whole interval: the claim holds if the interval is in the bounds, it does not hold if the
@@ -83,7 +83,7 @@ def judge(topic: str, claim: Claim, runs: Sequence[Run] | None, is_deterministic
 
 
 class _Judge:
-    def __init__(self, topic: str, claim: Claim, runs: Sequence[Run], is_deterministic: bool) -> None:
+    def __init__(self, topic: str, claim: Claim, runs: Sequence[RunResult], is_deterministic: bool) -> None:
         self.topic, self.claim, self.runs, self.is_deterministic = topic, claim, runs, is_deterministic
 
     def effects(self) -> list[Effect]:
@@ -187,7 +187,7 @@ class _Judge:
         metric = self._metric(arm)
         return Measure(metric, self.claim.value, mode_of(metric) if self.claim.value == "best" else None)
 
-    def _runs(self, arm: Settings) -> list[Run]:
+    def _runs(self, arm: Settings) -> list[RunResult]:
         """Return the finished runs of an arm, of which at least one has the metric."""
         finished = [run for run in self._all_runs(arm) if run.status == FINISHED]
         metric = self._metric(arm)
@@ -195,7 +195,7 @@ class _Judge:
             raise self._error(f"no finished run has recorded {self._label(arm)}")
         return finished
 
-    def _all_runs(self, arm: Settings) -> list[Run]:
+    def _all_runs(self, arm: Settings) -> list[RunResult]:
         wanted = self.claim.where | {key: value for key, value in arm.items() if key != "metric"}
         known = self.runs[0].settings if self.runs else {}
         keys = {}

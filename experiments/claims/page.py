@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from experiments.claims.claims_file import Records
+from experiments.claims.claims_file import RecordsSpec
 from experiments.claims.judge import Judgement
 from experiments.claims.records import Recorded
 from experiments.claims.tables import arms_and_measures, verdicts
@@ -23,7 +23,7 @@ def write_page(
     file: Path,
     command: Sequence[str],
     judgements: Sequence[Judgement],
-    studies: Mapping[str, tuple[Records, Recorded]],
+    studies: Mapping[str, tuple[RecordsSpec, Recorded]],
 ) -> None:
     """Write the page: the verdicts, then the results and a figure of each study, and the records of all runs."""
     sections: dict[str, Table | bytes | None] = {"Verdicts": _verdicts(judgements), "Numbers": _effects(judgements)}

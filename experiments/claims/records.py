@@ -18,9 +18,9 @@ from typing import Any
 
 import numpy as np
 
-from experiments.claims.claims_file import Records
+from experiments.claims.claims_file import RecordsSpec
 from experiments.comparison.measures import Measure, mode_of
-from experiments.comparison.runs import FINISHED, SEEDS, Run, Series, read_folder
+from experiments.comparison.runs import FINISHED, SEEDS, RunResult, Series, read_folder
 from experiments.errors import UserError
 from experiments.study.journal import settings_of
 from experiments.study.names import last_part
@@ -39,7 +39,7 @@ _DIGITS = 6  # significant ones
 class Recorded:
     """The runs of a study as their records have them."""
 
-    runs: list[Run]
+    runs: list[RunResult]
     rows: list[dict[str, str]]  # as in the file
     digest: str  # of the text
 
@@ -59,7 +59,7 @@ class Recorded:
         )
 
 
-def make_records(folder: Path, study: Records, sweep: Sweep) -> str:
+def make_records(folder: Path, study: RecordsSpec, sweep: Sweep) -> str:
     """Return the records of the runs of a study as CSV.
 
     Args:
@@ -128,7 +128,7 @@ def read_records(text: str, name: str) -> Recorded:
     return Recorded(runs, rows, hashlib.sha256(text.encode()).hexdigest()[:12])
 
 
-def _run(row: Mapping[str, str], keys: Iterable[str], metrics: Sequence[str]) -> Run:
+def _run(row: Mapping[str, str], keys: Iterable[str], metrics: Sequence[str]) -> RunResult:
     """Return the run of a row.
 
     A metric has as many values as the run had validations, all unknown but for the best and the last: comparisons of
@@ -146,10 +146,10 @@ def _run(row: Mapping[str, str], keys: Iterable[str], metrics: Sequence[str]) ->
             series[metric] = Series(np.arange(steps - len(values) + 1, steps + 1), values)
     settings = {key: _value(row[key]) for key in keys}
     name = ", ".join(f"{key}={row[key]}" for key in [*keys, SEED])
-    return Run(name, row["status"], "", settings, {SEED: row[SEED]}, {}, series)
+    return RunResult(name, row["status"], "", settings, {SEED: row[SEED]}, {}, series)
 
 
-def _provenance(folder: Path, run: Run, metric: str) -> list[str]:
+def _provenance(folder: Path, run: RunResult, metric: str) -> list[str]:
     summary = read_json(folder / run_files.SUMMARY, {})
     sessions = read_json(folder / run_files.ENVIRONMENT, [])
     session = sessions[-1] if sessions else {}

@@ -11,7 +11,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
-from experiments.claims.claims_file import Records
+from experiments.claims.claims_file import RecordsSpec
 from experiments.claims.judge import Judgement
 from experiments.claims.records import Recorded
 from experiments.comparison.arms import Arm, arms_of, compared
@@ -74,14 +74,14 @@ def paper_number(judgement: Judgement) -> str:
     return "" if source is None or source.number is None else f"{source.number:g}"
 
 
-def arms_and_measures(study: Records, recorded: Recorded) -> tuple[list[Arm], list[Measure]]:
+def arms_and_measures(study: RecordsSpec, recorded: Recorded) -> tuple[list[Arm], list[Measure]]:
     """Return the arms of a study and the measures of its metrics."""
     modes = {metric: mode_of(metric) for metric in study.metrics}
     last = [Measure(metric, "last", mode) for metric, mode in modes.items()]
     return arms_of(recorded.runs), [*last, *(Measure(metric, "best", modes[metric]) for metric in study.best)]
 
 
-def block(name: str, study: Records, recorded: Recorded, judgements: Sequence[Judgement]) -> str:
+def block(name: str, study: RecordsSpec, recorded: Recorded, judgements: Sequence[Judgement]) -> str:
     """Return what stands between the comments of a study: results, differences, verdicts, and where they come from."""
     arms, measures = arms_and_measures(study, recorded)
     parts = [as_markdown(results(arms, measures))]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any
 
-from experiments.comparison.runs import CONFIG, FINISHED, Run
+from experiments.comparison.runs import CONFIG, FINISHED, RunResult
 from experiments.errors import UserError
 from experiments.study.names import shortest_ending
 
@@ -23,8 +23,8 @@ class Arm:
 
     values: dict[str, Any]  # settings that tell the arm from the others, by their shortest names
     shown: dict[str, str]  # the same settings as tables show them
-    runs: list[Run]  # those that the means include
-    left_out: list[Run]  # those that have not finished or have logged nothing
+    runs: list[RunResult]  # those that the means include
+    left_out: list[RunResult]  # those that have not finished or have logged nothing
 
     @property
     def label(self) -> str:
@@ -54,17 +54,17 @@ def short_labels(arms: Sequence[Arm]) -> tuple[str, list[str]]:
     return "", [", ".join(f"{name}={value}" for name, value in values.items()) or "all runs" for values in shown]
 
 
-def arms_of(runs: Sequence[Run], count_unfinished: bool = False) -> list[Arm]:
+def arms_of(runs: Sequence[RunResult], count_unfinished: bool = False) -> list[Arm]:
     """Group runs by the settings in which they differ, in the order of the values."""
 
-    def counts(run: Run) -> bool:
+    def counts(run: RunResult) -> bool:
         return bool(run.metrics) and (count_unfinished or run.status == FINISHED)
 
     keys = differing_settings(runs)
     names = {key: shortest_ending(key, [*keys, *_COLUMNS]) for key in keys}
     metrics = {metric for run in runs for metric in (*run.metrics, *run.modes)}
     shown = {key: show_values((run.settings.get(key, ABSENT) for run in runs), metrics) for key in keys}
-    groups: dict[tuple[str, ...], list[Run]] = {}
+    groups: dict[tuple[str, ...], list[RunResult]] = {}
     for run in runs:
         groups.setdefault(tuple(_identity(run.settings.get(key, ABSENT)) for key in keys), []).append(run)
     arms = [
@@ -105,12 +105,12 @@ def compared(arms: Sequence[Arm], baseline: Sequence[str]) -> list[tuple[Arm, Ar
     return pairs
 
 
-def how_they_ended(runs: Iterable[Run]) -> str:
+def how_they_ended(runs: Iterable[RunResult]) -> str:
     """Return how many runs ended in which way: `1 failed, 2 unfinished`."""
     return ", ".join(f"{count} {status}" for status, count in sorted(Counter(run.status for run in runs).items()))
 
 
-def differing_settings(runs: Sequence[Run]) -> list[str]:
+def differing_settings(runs: Sequence[RunResult]) -> list[str]:
     """Return the settings in which runs differ, without those that follow from another, as arguments from a class."""
     keys = dict.fromkeys(key for run in runs for key in run.settings)
     columns = {key: [_identity(run.settings.get(key, ABSENT)) for run in runs] for key in keys}

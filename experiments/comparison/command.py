@@ -14,7 +14,7 @@ from experiments.comparison import figures, tables
 from experiments.comparison.arms import Arm, arms_of, compared, how_they_ended
 from experiments.comparison.measures import Measure, choose_metrics, measures_of, mode_of
 from experiments.comparison.page import page
-from experiments.comparison.runs import Run, find_runs, read_folder, read_wandb
+from experiments.comparison.runs import RunResult, find_runs, read_folder, read_wandb
 from experiments.comparison.statistics import estimate
 from experiments.comparison.tables import Table, as_markdown, as_text
 from experiments.errors import CommandParser, UserError
@@ -59,7 +59,7 @@ def main(args: Sequence[str]) -> None:
         print(as_text(differences))
     print("\n".join(notes))
     files = _write(
-        options.out, shlex.join(["llm-train", *args]), arms, pairs, measures, ranking, [results, differences], notes
+        options.out, shlex.join(["llm-train", *args]), arms, pairs, measures, ranking, results, differences, notes
     )
     print(f"\npage    {options.out / 'index.html'}\nfiles   {', '.join(sorted(files))}")
 
@@ -91,7 +91,7 @@ def _parse(args: Sequence[str]) -> argparse.Namespace:
     return options
 
 
-def _read(options: argparse.Namespace) -> tuple[list[Run], int]:
+def _read(options: argparse.Namespace) -> tuple[list[RunResult], int]:
     """Return the runs that can be read, and the number of the others."""
     if options.wandb:
         return read_wandb(options.wandb), 0
@@ -166,7 +166,8 @@ def _write(
     pairs: Sequence[tuple[Arm, Arm]],
     measures: Sequence[Measure],
     ranking: Sequence[int],
-    shown: Sequence[Table],
+    results: Table,
+    differences: Table,
     notes: Sequence[str],
 ) -> list[str]:
     """Write all files and return their names."""
@@ -180,13 +181,13 @@ def _write(
         (folder / "curves.png").unlink(missing_ok=True)
     png = {name: save_figure(figure, folder / name).read_bytes() for name, figure in images.items()}
     sections = {
-        "Results": shown[0],
-        "Differences": shown[1] if shown[1].rows else None,
+        "Results": results,
+        "Differences": differences if differences.rows else None,
         "Each run, and means with their intervals": png["summary.png"],
         "Learning curves: means of the arms with 95 % intervals, or thin lines of the runs": png.get("curves.png"),
     }
     texts = {
-        "table.md": "\n".join([*(as_markdown(table) for table in shown if table.rows), *notes, ""]),
+        "table.md": "\n".join([*(as_markdown(table) for table in (results, differences) if table.rows), *notes, ""]),
         "table.csv": csv_text(*tables.results_with_all_digits(arms, measures), is_foreign=True),
         "runs.csv": csv_text(*runs, is_foreign=True),
         "curves.csv": figures.curves_csv(curves, arms),

@@ -7,7 +7,7 @@ from typing import Literal
 
 import numpy as np
 
-from experiments.comparison.runs import Run
+from experiments.comparison.runs import RunResult
 from experiments.errors import UserError, did_you_mean
 
 Mode = Literal["min", "max"]
@@ -32,7 +32,7 @@ class Measure:
         """The measure as the head of a column."""
         return f"{self.metric}, {self.kind}"
 
-    def of(self, run: Run) -> float | None:
+    def of(self, run: RunResult) -> float | None:
         """Return the value, or `None` if the run has not logged the metric."""
         if self.metric not in run.metrics:
             return None
@@ -41,21 +41,21 @@ class Measure:
             return float(values[-1])
         return float(np.nanmin(values) if self.mode == "min" else np.nanmax(values))
 
-    def is_fair(self, runs: Iterable[Run]) -> bool:
+    def is_fair(self, runs: Iterable[RunResult]) -> bool:
         """Return whether the values of these runs can be compared: best ones only at equal numbers of validations."""
         counts = {len(run.metrics[self.metric].values) for run in runs if self.metric in run.metrics}
         return self.kind != "best" or len(counts) <= 1
 
-    def by_seed(self, runs: Iterable[Run]) -> list[tuple[str, float]]:
+    def by_seed(self, runs: Iterable[RunResult]) -> list[tuple[str, float]]:
         """Return seed and value of each run that has logged the metric."""
         return [(run.seed, value) for run in runs if (value := self.of(run)) is not None]
 
-    def values(self, runs: Iterable[Run]) -> list[float]:
+    def values(self, runs: Iterable[RunResult]) -> list[float]:
         """Return the value of each run that has logged the metric."""
         return [value for _, value in self.by_seed(runs)]
 
 
-def choose_metrics(runs: Sequence[Run], asked: Sequence[str]) -> tuple[list[str], list[str]]:
+def choose_metrics(runs: Sequence[RunResult], asked: Sequence[str]) -> tuple[list[str], list[str]]:
     """Return the metrics to compare, and those that a table leaves out unless the user asks for them.
 
     Unless the user asks for some, they are those that the runs monitor and the other results that all runs have.
@@ -85,7 +85,7 @@ def choose_metrics(runs: Sequence[Run], asked: Sequence[str]) -> tuple[list[str]
 
 def mode_of(
     metric: str,
-    runs: Sequence[Run] = (),
+    runs: Sequence[RunResult] = (),
     maximize: Collection[str] = (),
     minimize: Collection[str] = (),
     goals: Mapping[str, str] | None = None,
@@ -112,7 +112,7 @@ def mode_of(
     return next(found, None)
 
 
-def measures_of(metric: str, mode: Mode | None, runs: Sequence[Run]) -> list[Measure]:
+def measures_of(metric: str, mode: Mode | None, runs: Sequence[RunResult]) -> list[Measure]:
     """Return the measures of a metric: best and last, or one for both.
 
     It is one for both if they are equal in every run, and can be compared, see `Measure.is_fair`. It is the last alone

@@ -16,14 +16,14 @@ import numpy as np
 
 from experiments.errors import UserError
 from experiments.study.names import last_part
-from experiments.yaml_files import numbered, read_yaml
+from experiments.yaml_files import numbered_keys, read_yaml
 from lightning_modules.common import run_files
-from lightning_modules.common.files import complete_lines
+from lightning_modules.common.files import complete_lines, read_json
 
 FINISHED = "finished"
 CONFIG = "config"  # a setting of the runs of a study: the file that is merged over the configuration, by its stem
 UNFINISHED = "unfinished"  # without a summary: the run is alive, or was killed
-_MARKS = {run_files.CONFIG, run_files.ENVIRONMENT, run_files.METRICS}  # a folder with one of them is a run's
+_MARKS = {run_files.CONFIG, run_files.ENVIRONMENT, run_files.METRICS}  # of a run, also of a damaged or a copied one
 _OF_EVALUATION = re.compile(r"config_(validate|test|predict)\.yaml")
 _NO_SETTING = re.compile(r"(run|environment|trainer\.logger|trainer\.default_root_dir)(\.|$)")  # names and places
 SEEDS = ("seed", "seed_everything")
@@ -46,7 +46,7 @@ class Series(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class Run:
+class RunResult:
     """One run."""
 
     name: str  # its folder, or its address in W&B
@@ -101,30 +101,32 @@ def _is_evaluation(files: Iterable[str]) -> bool:
     return any(_OF_EVALUATION.fullmatch(name) for name in files) and not of_training.intersection(files)
 
 
-def read_folder(folder: Path) -> Run:
+def read_folder(folder: Path) -> RunResult:
     """Read the folder of a run; raise a `UserError` if something is missing or damaged."""
     try:
         config = read_yaml(folder / run_files.CONFIG)
         if not isinstance(config, dict):
             raise ValueError("config.yaml holds no settings")
-        summary = _read_json(folder / run_files.SUMMARY, {"status": UNFINISHED})
+        summary = read_json(folder / run_files.SUMMARY, {"status": UNFINISHED})
         metrics = _read_csv(folder / run_files.METRICS)
         if summary["status"] == FINISHED and not metrics:
             raise ValueError("it has finished, and metrics.csv is missing or empty")
         # The result of `llm-train test` is in a file of its own.
         last_step = max((int(series.steps[-1]) for series in metrics.values()), default=0)
-        tested = _read_json(folder / run_files.of_command(run_files.SUMMARY, "test"), {})
+        tested = read_json(folder / run_files.of_command(run_files.SUMMARY, "test"), {})
         for name, value in tested.get("metrics", {}).items() if tested.get("status") == FINISHED else ():
             metrics[name] = Series(np.array([last_step]), np.array([math.nan if value is None else float(value)]))
-        sessions = _read_json(folder / run_files.ENVIRONMENT, [])
+        sessions = read_json(folder / run_files.ENVIRONMENT, [])
         return _run(str(folder), str(summary["status"]), summary.get("error"), config, metrics, sessions)
     except FileNotFoundError as error:
         raise UserError(f"{Path(error.filename).name} is missing") from error
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, csv.Error) as error:
+    except (LookupError, TypeError, AttributeError) as error:
+        raise UserError(f"its files have not the form of a run's ({type(error).__name__}: {error})") from error
+    except (OSError, ValueError, csv.Error) as error:
         raise UserError(" ".join(str(error).split()) or type(error).__name__) from error
 
 
-def read_wandb(address: str) -> list[Run]:
+def read_wandb(address: str) -> list[RunResult]:
     """Return the runs of `ENTITY/PROJECT` or `ENTITY/PROJECT/GROUP`, each with its whole history, from W&B's API."""
     import wandb
 
@@ -156,7 +158,7 @@ def flatten(value: Any, key: str = "") -> dict[str, Any]:
     Classes in a list get their names as keys, `trainer.callbacks.RunCheckpoint`: places can differ between runs.
     """
     if isinstance(value, list) and value and all(isinstance(item, dict) and "class_path" in item for item in value):
-        names = numbered([item["class_path"].rsplit(".", 1)[-1] for item in value])
+        names = numbered_keys([item["class_path"].rsplit(".", 1)[-1] for item in value])
         value = dict(zip(names, value, strict=True))
     if not isinstance(value, dict) or not value:
         return {key: value}
@@ -178,7 +180,7 @@ def _run(
     config: Mapping[str, Any],
     metrics: Mapping[str, Series],
     sessions: Iterable[Mapping[str, Any]],
-) -> Run:
+) -> RunResult:
     flat = {_printable(key): _printable(value) for key, value in flatten(dict(config)).items()}
     settings = {key: value for key, value in flat.items() if not _NO_SETTING.match(key)}
     if found := _FILE_OF_ARM.search(name):
@@ -195,7 +197,9 @@ def _run(
     resumed = {_printable(key): _printable(text) for key, text in _values_in_turn(sessions).items()}
     resumed = {key: text for key, text in resumed.items() if _has_effect(key, settings)}
     settings |= resumed
-    return Run(_printable(name), _printable(status), _printable(error or ""), settings, seeds, modes, shown, resumed)
+    return RunResult(
+        _printable(name), _printable(status), _printable(error or ""), settings, seeds, modes, shown, resumed
+    )
 
 
 def _values_in_turn(sessions: Iterable[Mapping[str, Any]]) -> dict[str, str]:
@@ -277,10 +281,3 @@ def _series(steps: np.ndarray, values: np.ndarray) -> Series:
     """Return a series in which values that a resumed run logged again replace the earlier ones."""
     in_order, last = np.unique(steps[::-1], return_index=True)
     return Series(in_order, values[::-1][last])
-
-
-def _read_json(file: Path, default: Any) -> Any:
-    try:
-        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else default
-    except ValueError as error:
-        raise ValueError(f"{file.name}: {error}") from error

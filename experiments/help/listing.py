@@ -5,6 +5,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from experiments import names
 from experiments.errors import CommandParser
@@ -23,66 +24,31 @@ def topics() -> Rows:
     yield from sorted(found.items())
 
 
-def experiments() -> Rows:
-    """Yield the experiments by name."""
-    yield from ((name, what) for name, what in _files("*.yaml", "*/*.yaml") if not name.startswith("trainer/"))
+class Kind(NamedTuple):
+    """What is listed: a function that yields its rows, and how it is used."""
+
+    rows: Callable[[], Rows]
+    use: str = ""
 
 
-def presets() -> Rows:
-    """Yield the presets for hardware by name."""
-    yield from _files("trainer/*.yaml")
-
-
-def studies() -> Rows:
-    """Yield the studies by name."""
-    yield from _files("*/studies/*.yaml")
-
-
-def modules() -> Rows:
-    """Yield the modules and the datamodules."""
-    yield from _classes("model")
-    yield from _classes("data")
-
-
-def sources() -> Rows:
-    """Yield the sources of text or of rows."""
-    yield from _classes("data.source")
-
-
-def callbacks() -> Rows:
-    """Yield the callbacks of the project and of Lightning."""
-    yield from _classes("trainer.callbacks")
-
-
-def optimizers() -> Rows:
-    """Yield the optimisers of the project and of PyTorch."""
-    yield from _classes("optimizer")
-
-
-def schedules() -> Rows:
-    """Yield the learning-rate schedules of the project and of PyTorch."""
-    yield from _classes("lr_scheduler")
-
-
-KINDS: dict[str, Callable[[], Rows]] = {
-    kind.__name__: kind
-    for kind in (topics, experiments, presets, studies, modules, sources, callbacks, optimizers, schedules)
-}
-_USES = {
-    "experiments": "llm-train fit -c NAME",
-    "presets": "llm-train fit -c NAME -c PRESET",
-    "studies": "llm-train study NAME",
-    "modules": "model: {class_path: ...} and data: {class_path: ...}",
-    "sources": "--data.source CLASS",
-    "callbacks": "--trainer.callbacks+ CLASS",
-    "optimizers": "--optimizer CLASS",
-    "schedules": "--lr_scheduler CLASS",
+KINDS = {
+    "topics": Kind(topics),
+    "experiments": Kind(
+        lambda: (row for row in _files("*.yaml", "*/*.yaml") if not row[0].startswith("trainer/")),
+        "llm-train fit -c NAME",
+    ),
+    "presets": Kind(lambda: _files("trainer/*.yaml"), "llm-train fit -c NAME -c PRESET"),
+    "studies": Kind(lambda: _files("*/studies/*.yaml"), "llm-train study NAME"),
+    "modules": Kind(lambda: _classes("model", "data"), "model: {class_path: ...} and data: {class_path: ...}"),
+    "sources": Kind(lambda: _classes("data.source"), "--data.source CLASS"),
+    "callbacks": Kind(lambda: _classes("trainer.callbacks"), "--trainer.callbacks+ CLASS"),
+    "optimizers": Kind(lambda: _classes("optimizer"), "--optimizer CLASS"),
+    "schedules": Kind(lambda: _classes("lr_scheduler"), "--lr_scheduler CLASS"),
 }
 
 
-def _classes(flag: str) -> Rows:
-    for kind in options.classes(flag):
-        yield kind.path, kind.summary
+def _classes(*flags: str) -> Rows:
+    return ((kind.path, kind.summary) for flag in flags for kind in options.classes(flag))
 
 
 def _files(*patterns: str) -> Rows:
@@ -120,14 +86,15 @@ def main(args: Sequence[str]) -> None:
 
 def _print(asked: str | None) -> None:
     columns = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
-    for kind in [asked] if asked else KINDS:
+    for title in [asked] if asked else KINDS:
+        kind = KINDS[title]
         if not asked:
-            print(f"{kind}{f':  {_USES[kind]}' if kind in _USES else ''}")
-        rows = [*KINDS[kind]()]
+            print(f"{title}:  {kind.use}" if kind.use else title)
+        rows = [*kind.rows()]
         width = max((len(name) for name, _ in rows), default=0)
         for name, what in rows:
             print(f"{'' if asked else '  '}{name:<{width}}  {what}".rstrip()[:columns])
-        if kind == "schedules":
+        if title == "schedules":
             print(options.STEPS_OF_SCHEDULES, file=sys.stderr)
         if not asked:
             print()

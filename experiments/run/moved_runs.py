@@ -7,7 +7,6 @@ can be validated, resumed and exported without them.
 
 import glob
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from jsonargparse import Namespace
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from experiments.run import run_folder
+from experiments.yaml_files import walk
 from lightning_modules.common.hub import is_path
 from lightning_modules.common.messages import say
 from lightning_modules.runtime.checkpoint_io import AtomicCheckpointIO
@@ -83,7 +83,9 @@ def check_paths(arguments: Namespace, config: Path) -> None:
     if start is None or start == Path.cwd():
         return
     for section in ("data", "model"):
-        for key, value in _texts(arguments[section].get("init_args"), section):
+        for key, value in walk(arguments[section].get("init_args"), section):
+            if not isinstance(value, str):
+                continue
             path = Path(value)
             is_relative = ("/" in value or path.suffix) and not path.is_absolute()
             if is_relative and not _exists(Path(), value) and _exists(start, value):
@@ -108,15 +110,3 @@ def _exists(folder: Path, pattern: str) -> bool:
         return (folder / pattern).exists() or next(glob.iglob(pattern, root_dir=folder), None) is not None
     except (OSError, ValueError):  # a text that is no path
         return False
-
-
-def _texts(config: Any, key: str) -> Iterator[tuple[str, str]]:
-    """Yield the texts in a part of the arguments, with the names of their flags."""
-    if isinstance(config, str):
-        yield key, config
-    elif isinstance(config, list):
-        for item in config:
-            yield from _texts(item, key)
-    elif isinstance(config, Namespace | dict):
-        for name, value in (vars(config) if isinstance(config, Namespace) else config).items():
-            yield from _texts(value, key if name == "init_args" else f"{key}.{name}")

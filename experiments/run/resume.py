@@ -7,11 +7,12 @@ one line, because the state in the checkpoint would not be that of the new confi
 - the seed and the data, except how they are loaded: the checkpoint knows how many batches are done, and the same
   batches must follow. A file or folder that was moved or copied may have another path;
 - the model, except its dropout and how it is computed: the weights are those of the model as it was built;
-- the class of the optimiser, and any change of a schedule of torch: their states fit no other.
+- the class of the optimiser: its state fits no other. `OptimizerSettings` refuses any change of a schedule of torch,
+  for the same reason.
 
 Learning rate, weight decay and other settings of the optimiser, the schedules of this project, the length of the run,
-devices, strategy, precision, clipping, validation, loggers and callbacks may change. `OptimizerSettings` says what
-becomes of the rate.
+devices, strategy, precision, clipping, validation, loggers and callbacks may change. `OptimizerSettings` also says
+what becomes of the rate.
 """
 
 import filecmp
@@ -23,7 +24,7 @@ from typing import Any
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from experiments.class_paths import current
-from experiments.yaml_files import numbered
+from experiments.yaml_files import numbered_keys
 
 Changes = dict[str, list[Any]]  # by the name of a setting as in a flag: the value before and now
 
@@ -98,7 +99,7 @@ def _settings(config: Any, name: str = "") -> Iterator[tuple[str, Any]]:
         classes = [_class_name(item) for item in config]
         if name.startswith("trainer."):
             yield name, sorted(classes)
-            parts = dict(zip(numbered(classes), config, strict=True))
+            parts = dict(zip(numbered_keys(classes), config, strict=True))
         else:
             yield name, classes
             parts = {str(place): item for place, item in enumerate(config)}

@@ -21,7 +21,7 @@ from lightning_modules.common.run_files import CHECKPOINTS, CONFIG, ENVIRONMENT,
 # What a run writes before its first batch: how it was started. A summary is the proof that it has done something.
 _OF_A_START = re.compile(r"config\w*\.yaml|environment\.json|\.lock|wandb|tokenizer")
 _NUMBER = r"(?:[2-9]|[1-9]\d+)"  # of a repeated run; in the name `lr0.05`, 05 is none
-# A folder with one of these files is a run's.
+# A folder with one of these files is a run's. A config.yaml alone is none: any folder may have a file of that name.
 _MARKS = (ENVIRONMENT, METRICS, SUMMARY, checkpoint("last"), checkpoint("best"))
 
 
@@ -92,7 +92,7 @@ class Lock:
         self._open.close()
 
 
-def numbered(parent: Path, name: str, mark: str = ".") -> list[Path]:
+def runs_named(parent: Path, name: str, mark: str = ".") -> list[Path]:
     """Return the existing runs of one name, the newest last: `offline`, `offline.2`, `offline.10`."""
     series = re.compile(re.escape(name) + rf"(?:{re.escape(mark)}({_NUMBER}))?")
     found = [
@@ -117,7 +117,7 @@ def claim(root: Path, topic: str, name: str, study: str | None = None) -> RunFol
     parent, base = root / topic / (study or ""), name
     if (repeated := re.fullmatch(rf"(.+){re.escape(mark)}{_NUMBER}", name)) and (parent / repeated[1]).exists():
         base = repeated[1]
-    taken = numbered(parent, base, mark)
+    taken = runs_named(parent, base, mark)
     number = 1 + max((int(path.name[len(base) + 1 :] or 1) for path in taken), default=0)
     while True:
         path = parent / (base if number == 1 else f"{base}{mark}{number}")
@@ -171,7 +171,7 @@ def _runs(root: Path, topic: str, name: str, study: str | None) -> list[RunFolde
     """
     parent = root / topic / (study or "")
     exact = [parent / name] if (parent / name).is_dir() else []
-    found = numbered(parent, name) if study is None else exact
+    found = runs_named(parent, name) if study is None else exact
     return [RunFolder(path, topic, is_new=False, study=study) for path in found]
 
 

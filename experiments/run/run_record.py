@@ -40,7 +40,7 @@ from lightning_modules.runtime.stages import lacks_validation
 if TYPE_CHECKING:
     from experiments.cli import ExperimentCLI
 
-_UNWRITTEN = "unwritten_metrics"  # in a checkpoint
+_UNWRITTEN, _SECONDS = "unwritten_metrics", "seconds_of_the_run"  # in a checkpoint
 _PACKAGES = (
     "llm-train",
     "torch",
@@ -61,6 +61,7 @@ class RunRecord(SaveConfigCallback):
         super().__init__(parser, config, save_to_log_dir=False)
         self.cli = cli
         self._began = time.monotonic()
+        self._earlier_seconds = 0.0  # of the sessions before this one, until the checkpoint
         self._unwritten: list[dict[str, Any]] = []
         self._is_recorded = False
         self._unknown_packages: list[str] = []  # whose classes the configuration names
@@ -113,6 +114,9 @@ class RunRecord(SaveConfigCallback):
         """Return the path of a file of the command in the run folder."""
         return self._run.path / run_files.of_command(name, str(self.cli.subcommand))
 
+    def _seconds(self) -> float:
+        return self._earlier_seconds + time.monotonic() - self._began
+
     def _begin(self, *_: Any, **__: Any) -> None:
         self.cli.has_begun = True
 
@@ -133,11 +137,14 @@ class RunRecord(SaveConfigCallback):
             say(block(opening_lines(trainer, pl_module, self._run.path)))
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Save the row of metrics that is not in the file yet."""
+        """Save the row of metrics that is not in the file yet, and how long the run has taken."""
+        checkpoint[_SECONDS] = self._seconds()
         checkpoint[_UNWRITTEN] = [row for logger in _of(MetricsCSV, trainer.loggers) for row in logger.unwritten]
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Restore the row of metrics that was not in the file."""
+        """Restore the row of metrics that was not in the file, and how long the run has taken, unless it is new."""
+        if self._is_resumed and not self._run.is_new:
+            self._earlier_seconds = checkpoint.get(_SECONDS, 0.0)
         self._unwritten = checkpoint.get(_UNWRITTEN, [])
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -175,7 +182,7 @@ class RunRecord(SaveConfigCallback):
             "step": trainer.global_step,
             "best": best and {"metric": best.monitor, "value": best.best_score, "step": best.best_step},
             "metrics": metrics,
-            "seconds": round(time.monotonic() - self._began, 1),
+            "seconds": round(self._seconds(), 1),
             "peak_memory_mib": round(peak_memory() / 2**20),
         }
         if (device := trainer.strategy.root_device).type == "cuda":

@@ -8,13 +8,13 @@ import sys
 from collections.abc import Sequence
 
 from experiments import names
-from experiments.errors import CommandParser, UsageError
+from experiments.errors import CommandParser, UsageError, count
 from experiments.study.journal import Journal
 from experiments.study.launchers import Launcher, LocalLauncher
 from experiments.study.runs import Plan, number_of_runs, study_folder
 from experiments.study.slurm import SlurmLauncher
 from experiments.study.study import Study
-from experiments.study.sweep_file import read_sweep_file
+from experiments.study.sweep_file import Sweep, read_sweep_file
 from lightning_modules.common.messages import say
 
 _OWN_FLAGS = ("--jobs", "--runs", "--name", "--seed", "--dry_run", "--launcher")
@@ -25,6 +25,7 @@ def main(args: Sequence[str]) -> None:
     """Start the runs of a sweep file, resume those that were interrupted, and print how each ends."""
     options, flags, slurm_options = _parse(args)
     sweep = read_sweep_file(names.find_or_explain(options.file, "study"))
+    _check_flags(flags, sweep)
     n_runs = number_of_runs(sweep, options.runs)
     jobs = options.jobs or (n_runs if options.launcher == "slurm" and not sweep.uses_results else 1)
     plan = Plan(sweep, study_folder(sweep, flags, options.name), flags, n_runs, jobs, options.seed)
@@ -61,11 +62,11 @@ def _parse(args: Sequence[str]) -> tuple[argparse.Namespace, list[str], dict[str
     parser.add_argument("file", metavar="FILE", help="sweep file, or the name of a study: TOPIC/STUDY")
     parser.add_argument(
         "--jobs",
-        type=_count,
+        type=count,
         help="runs at a time, which share the cores and have GPUs of their own (default: 1; with slurm, all runs that "
         "need no results of others)",
     )
-    parser.add_argument("--runs", type=_count, help="maximum number of runs; random and bayes need it, or run_cap")
+    parser.add_argument("--runs", type=count, help="maximum number of runs; random and bayes need it, or run_cap")
     parser.add_argument("--name", help="name of the study (default: `name:` in FILE, or the name of FILE)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the draws of random and bayes (default: 0)")
     parser.add_argument("--dry_run", action="store_true", help="print the commands of the runs and exit")
@@ -103,7 +104,16 @@ def _without_slurm_options(args: Sequence[str]) -> tuple[list[str], dict[str, st
     return words, options
 
 
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text}")
-    return int(text)
+def _check_flags(flags: Sequence[str], sweep: Sweep) -> None:
+    """Refuse flags that would replace what the study sets for each run, as the last flag does."""
+    varied = {_plain(".".join(key)) for key, spec in sweep.distributions.items() if spec.is_swept}
+    for flag, _ in names.flags(flags):
+        key = _plain(flag.removeprefix("--").rstrip("+"))
+        if key in varied:
+            raise UsageError(f"{flag}: the study varies {key}, and the flag would set it in every run; leave one out")
+        if key in ("run.name", "run.study"):
+            raise UsageError(f"{flag}: the study names its runs; --name gives the study another name")
+
+
+def _plain(key: str) -> str:
+    return key.replace(".init_args.", ".")

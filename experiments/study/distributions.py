@@ -18,7 +18,7 @@ from experiments.errors import did_you_mean
 if TYPE_CHECKING:  # optuna is slow to import
     from optuna.distributions import BaseDistribution
 
-ABSENT: Any = None  # of a key that may be left out, but not set to null
+NOT_GIVEN: Any = None  # of a key that may be left out, but not set to null
 
 
 def _as_written(number: Any, validate: Callable[[Any], float]) -> Any:
@@ -58,12 +58,12 @@ class SectionError(ValueError):
 class Distribution(Section):
     """The distribution of one parameter, with the keys of a W&B sweep file."""
 
-    distribution: str = ABSENT
+    distribution: str = NOT_GIVEN
     value: Any = None
-    values: Annotated[list[Any], Field(min_length=1)] = ABSENT
-    probabilities: list[Annotated[Number, Field(ge=0)]] = ABSENT
-    min: Number = ABSENT
-    max: Number = ABSENT
+    values: Annotated[list[Any], Field(min_length=1)] = NOT_GIVEN
+    probabilities: list[Annotated[Number, Field(ge=0)]] = NOT_GIVEN
+    min: Number = NOT_GIVEN
+    max: Number = NOT_GIVEN
     mu: Number = 0.0
     sigma: Annotated[Number, Field(ge=0)] = 1.0
     a: PositiveNumber = 1.0

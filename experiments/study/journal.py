@@ -11,7 +11,7 @@ from typing import Any, BinaryIO
 
 from experiments.errors import UserError
 from experiments.study.names import arm_name
-from experiments.study.runs import LOGS, Plan, Run
+from experiments.study.runs import LOGS, Attempt, Plan
 from experiments.study.sweep_file import Sweep
 from lightning_modules.common import run_files
 from lightning_modules.common.files import complete_lines, read_json
@@ -37,7 +37,9 @@ class Journal:
         find: Function that returns whether a run that an earlier command has submitted waits or is alive.
     """
 
-    def __init__(self, plan: Plan, in_memory: bool = False, find: Callable[[Run], bool] = lambda run: False) -> None:
+    def __init__(
+        self, plan: Plan, in_memory: bool = False, find: Callable[[Attempt], bool] = lambda run: False
+    ) -> None:
         import optuna
         from optuna.storages.journal import JournalFileBackend, JournalStorage
         from optuna.trial import TrialState
@@ -99,7 +101,7 @@ class Journal:
             load_if_exists=True,
         )
 
-    def _find_runs(self, find: Callable[[Run], bool]) -> list[Run]:
+    def _find_runs(self, find: Callable[[Attempt], bool]) -> list[Attempt]:
         """Return the runs that go on since an earlier command; others that the journal has as running have ended."""
         from optuna.trial import TrialState
 
@@ -156,13 +158,13 @@ class Journal:
                 return not self._judges
         return key in ("files", "n_runs")
 
-    def next(self) -> Run | None:
+    def next(self) -> Attempt | None:
         """Return the next run to start or to resume, or `None` if there is none."""
         if self._again:
             earlier = self._again.pop(0)
             attributes = self._checked_attributes(earlier)
             self._optuna.enqueue_trial(earlier.params, attributes)
-            run = Run(self._plan, **attributes, trial=self._optuna.ask(self._distributions))
+            run = Attempt(self._plan, **attributes, trial=self._optuna.ask(self._distributions))
             for key, value in attributes.items():  # Optuna writes those of a queued trial in another form
                 run.trial.set_user_attr(key, value)
         elif len(self.outcomes) < self._plan.n_runs and not self.reached_target:
@@ -172,7 +174,7 @@ class Journal:
         self.outcomes[run.arm] = "RUNNING"
         return run
 
-    def _run_of(self, trial: Any) -> Run:
+    def _run_of(self, trial: Any) -> Attempt:
         """Return the run of a trial that the journal has as running."""
         from optuna.trial import Trial
 
@@ -180,7 +182,7 @@ class Journal:
         trial_id = self._storage.get_trial_id_from_study_id_trial_number(study_id, trial.number)
         arm, settings = self._arm_of(trial), trial.user_attrs["settings"]
         n_reported = len(trial.intermediate_values)
-        return Run(self._plan, arm, settings, Trial(self._optuna, trial_id), n_reported=n_reported)
+        return Attempt(self._plan, arm, settings, Trial(self._optuna, trial_id), n_reported=n_reported)
 
     def _arm_of(self, trial: Any) -> str:
         """Return the arm of a trial, which names a folder."""
@@ -197,7 +199,7 @@ class Journal:
             raise UserError(f"{self._plan.folder / _FILE}: the settings of {arm} are not the sweep's")
         return {"arm": arm, "settings": settings}
 
-    def _draw(self, i: int) -> Run:
+    def _draw(self, i: int) -> Attempt:
         """Draw the settings of run i; those of a grid are the next ones in the order of the file."""
         from optuna.samplers import RandomSampler, TPESampler
 
@@ -213,7 +215,7 @@ class Journal:
         arm = self._name(settings, values)
         trial.set_user_attr("settings", settings)
         trial.set_user_attr("arm", arm)
-        return Run(self._plan, arm, settings, trial)
+        return Attempt(self._plan, arm, settings, trial)
 
     def _name(self, settings: Mapping[str, Any], values: Sequence[Any]) -> str:
         """Return the name of a new arm with these settings, and these values of all parameters."""
@@ -233,7 +235,7 @@ class Journal:
         specs = self._sweep.distributions.items()
         return [spec.setting(trial.params.get(".".join(key))) for key, spec in specs]
 
-    def record(self, run: Run, value: float | None, error: str | None) -> None:
+    def record(self, run: Attempt, value: float | None, error: str | None) -> None:
         """Record how a run has ended: its best value of the metric, and the reason if it failed."""
         from optuna.trial import TrialState
 
@@ -308,6 +310,8 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
             else:
                 asked = attributes.get("asked", asked)
         return asked, {trial["arm"]: trial for trial in trials.values() if {"arm", "settings"} <= trial.keys()}
+    except FileNotFoundError as error:
+        raise UserError(f"{folder}: holds no runs of a study (no {_FILE}); llm-train study makes them") from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{folder / _FILE}: is not the journal of a study ({type(error).__name__})") from error
 

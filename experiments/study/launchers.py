@@ -10,7 +10,7 @@ from typing import BinaryIO, Protocol
 
 from experiments.errors import UserError
 from experiments.study.gpus import gpus_of, visible_gpus
-from experiments.study.runs import Plan, Run, trainer_settings
+from experiments.study.runs import Attempt, Plan, trainer_settings
 from lightning_modules.common.messages import say
 
 
@@ -28,10 +28,10 @@ class Launcher(Protocol):
     def left_alone(self) -> str | None:
         """Return what a study prints that is stopped while its runs go on, or `None` if the runs stop with it."""
 
-    def start(self, runs: Sequence[Run], lock: BinaryIO) -> None:
+    def start(self, runs: Sequence[Attempt], lock: BinaryIO) -> None:
         """Start runs: set the `job` of each."""
 
-    def find(self, run: Run) -> bool:
+    def find(self, run: Attempt) -> bool:
         """Set the `job` of a run that an earlier command has submitted, and return whether it waits or is alive."""
 
 
@@ -67,10 +67,10 @@ class LocalLauncher:
         self._plan = plan
         self.at_once = plan.jobs
         self._gpus = visible_gpus() if plan.jobs > 1 else []  # a single job has them all
-        self._in_use: list[tuple[Run, list[str]]] = []
+        self._in_use: list[tuple[Attempt, list[str]]] = []
         self._has_said_so = False  # that runs share a GPU
 
-    def start(self, runs: Sequence[Run], lock: BinaryIO) -> None:
+    def start(self, runs: Sequence[Attempt], lock: BinaryIO) -> None:
         """Start the process of each run, which resumes from a checkpoint if there is one.
 
         A process holds the study's lock too, so that the folder stays locked as long as a run lives.
@@ -98,11 +98,11 @@ class LocalLauncher:
     def left_alone(self) -> None:
         """Return `None`: the runs stop with the study."""
 
-    def find(self, run: Run) -> bool:
+    def find(self, run: Attempt) -> bool:
         """Refuse a run that another launcher has submitted: it may still be alive."""
         raise UserError(f"{run.folder} was submitted to SLURM; use --launcher slurm again")
 
-    def _choose_gpus(self, run: Run, words: Sequence[str]) -> list[str]:
+    def _choose_gpus(self, run: Attempt, words: Sequence[str]) -> list[str]:
         """Return the GPUs for a run, those with the fewest runs on them; none if it is to see them all."""
         if not self._gpus:
             return []

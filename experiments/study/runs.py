@@ -157,7 +157,7 @@ class Job(Protocol):
 
 
 @dataclass
-class Run:
+class Attempt:
     """One start of a run."""
 
     plan: Plan

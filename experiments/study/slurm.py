@@ -16,7 +16,7 @@ from typing import BinaryIO
 
 from experiments.errors import UserError
 from experiments.study.journal import JOB
-from experiments.study.runs import LOGS, Plan, Run
+from experiments.study.runs import LOGS, Attempt, Plan
 from lightning_modules.common.messages import say
 
 _OF_THE_STUDY = ("array", "error", "job_name", "open_mode", "output")
@@ -43,7 +43,7 @@ _BECOME_THE_RUN = '[ "${SLURM_PROCID:-0}" != 0 ] || exec >> "$0" 2>&1; exec "$@"
 class SlurmJob:
     """A run as a job of SLURM."""
 
-    def __init__(self, launcher: "SlurmLauncher", run: Run, job_id: str) -> None:
+    def __init__(self, launcher: "SlurmLauncher", run: Attempt, job_id: str) -> None:
         self.id = job_id
         self._launcher = launcher
         self._run = run
@@ -133,7 +133,7 @@ class SlurmLauncher:
         numbers = sorted({job.id.partition("_")[0] for job in self._jobs if job.poll() is None})
         return f"stopping: the jobs go on, and the same command finds them; `scancel {' '.join(numbers)}` ends them"
 
-    def start(self, runs: Sequence[Run], lock: BinaryIO) -> None:
+    def start(self, runs: Sequence[Attempt], lock: BinaryIO) -> None:
         """Submit the runs as one job array, or a single run as a job."""
         name = f"{self._study}.{secrets.token_hex(4)}"
         for place, run in enumerate(runs):
@@ -146,7 +146,7 @@ class SlurmLauncher:
         number = self._jobs[-1].id.partition("_")[0]
         say(f"slurm   job {number}: {len(runs)} run{'s' if len(runs) > 1 else ''}")
 
-    def _submit(self, runs: Sequence[Run]) -> list[str]:
+    def _submit(self, runs: Sequence[Attempt]) -> list[str]:
         """Return the ids of the jobs of runs."""
         from submitit.core.utils import FailedJobError
 
@@ -157,12 +157,12 @@ class SlurmLauncher:
             raise UserError(" ".join(str(error).split())) from error
         return [job.job_id for job in jobs]
 
-    def _job(self, run: Run, job_id: str) -> SlurmJob:
+    def _job(self, run: Attempt, job_id: str) -> SlurmJob:
         job = SlurmJob(self, run, job_id)
         self._jobs.append(job)
         return job
 
-    def find(self, run: Run) -> bool:
+    def find(self, run: Attempt) -> bool:
         """Set the job of a run that an earlier command has submitted, and return whether it is queued or running."""
         name, place = run.trial.user_attrs[JOB]
         _, queued = self.queue()
@@ -185,7 +185,7 @@ class SlurmLauncher:
         return self._asked, self._queued
 
 
-def task_of(run: Run) -> Callable[[], object]:
+def task_of(run: Attempt) -> Callable[[], object]:
     """Return the function that submitit calls in each task of a job: it replaces the process by the run."""
     changes = run.environment()
     removed = [word for name, value in changes.items() if value is None for word in ("-u", name)]

@@ -9,7 +9,7 @@ from typing import BinaryIO
 from experiments.errors import UserError, did_you_mean
 from experiments.study.journal import Journal, locked
 from experiments.study.launchers import Launcher
-from experiments.study.runs import LOGS, Plan, Run
+from experiments.study.runs import LOGS, Attempt, Plan
 from lightning_modules.common import run_files
 from lightning_modules.common.messages import say
 
@@ -23,7 +23,7 @@ class Study:
     def __init__(self, plan: Plan, launcher: Launcher) -> None:
         self.plan = plan
         self.launcher = launcher
-        self.running: list[Run] = []
+        self.running: list[Attempt] = []
         self.signals: list[int] = []  # received so far
         self.n_refused = 0  # runs that would fail again, as long as what the study asks is the same
         self._n_ended = 0
@@ -60,7 +60,7 @@ class Study:
 
     def _start(self, lock: BinaryIO) -> None:
         """Start as many runs as the launcher takes; those that have finished before get no job."""
-        new: list[Run] = []
+        new: list[Attempt] = []
         while len(self.running) < self.launcher.at_once and not self._ends and (run := self.journal.next()):
             self.running.append(run)
             if not run.is_finished:
@@ -86,7 +86,7 @@ class Study:
     def _total(self) -> int:
         return max(self.plan.n_runs, len(self.journal.outcomes))
 
-    def _check(self, run: Run) -> None:
+    def _check(self, run: Attempt) -> None:
         """Stop a run that the pruner gives up, and record a run that has ended."""
         code = run.exit_code()
         watched = self.plan.sweep.early_terminate and not run.stopped_early
@@ -98,7 +98,7 @@ class Study:
             if not (self.signals and code):  # an interrupted run keeps its trial open, and is resumed later
                 self._record(run, code)
 
-    def _record(self, run: Run, code: int) -> None:
+    def _record(self, run: Attempt, code: int) -> None:
         """Record how a run has ended, and print it."""
         metric, value = run.result()
         error = None if run.stopped_early else run.error(code)

@@ -15,7 +15,7 @@ import yaml
 from pydantic import Discriminator, Field, PositiveInt, PrivateAttr, Tag, ValidationError, model_validator
 
 from experiments.errors import UserError, did_you_mean
-from experiments.study.distributions import ABSENT, Distribution, Number, Section, SectionError
+from experiments.study.distributions import NOT_GIVEN, Distribution, Number, Section, SectionError
 from experiments.study.names import flag_value
 from experiments.yaml_files import LOADER, RepeatedKey, describe, load_yaml
 
@@ -30,18 +30,18 @@ class Metric(Section):
 
     name: str
     goal: Literal["minimize", "maximize"] = "minimize"
-    target: Number = ABSENT
-    impute: Literal["latest", "best", "worst"] = ABSENT
-    impute_while_running: Literal["latest", "best", "worst", "false"] = ABSENT
+    target: Number = NOT_GIVEN
+    impute: Literal["latest", "best", "worst"] = NOT_GIVEN
+    impute_while_running: Literal["latest", "best", "worst", "false"] = NOT_GIVEN
 
 
 class Hyperband(Section):
     """The rule by which runs are stopped early."""
 
     type: Literal["hyperband"]
-    min_iter: PositiveInt = ABSENT
-    max_iter: int = ABSENT
-    s: Number = ABSENT
+    min_iter: PositiveInt = NOT_GIVEN
+    max_iter: int = NOT_GIVEN
+    s: Number = NOT_GIVEN
     eta: Annotated[Number, Field(ge=2, multiple_of=1)] = 3
     strict: bool = False
 
@@ -80,18 +80,18 @@ class Sweep(Section):
 
     method: Literal["grid", "random", "bayes"]
     parameters: Parameters
-    name: str = ABSENT
-    description: str = ABSENT
-    metric: Metric = ABSENT
-    run_cap: PositiveInt = ABSENT
-    early_terminate: Hyperband = ABSENT
+    name: str = NOT_GIVEN
+    description: str = NOT_GIVEN
+    metric: Metric = NOT_GIVEN
+    run_cap: PositiveInt = NOT_GIVEN
+    early_terminate: Hyperband = NOT_GIVEN
     command: list[Any] = Field(["${env}", "${interpreter}", "${program}", "${args}"])
-    program: str = ABSENT
-    project: str = ABSENT
-    entity: str = ABSENT
-    kind: Literal["sweep"] = ABSENT
-    apiVersion: str = ABSENT  # noqa: N815
-    controller: dict[Literal["type"], Literal["local", "cloud"]] = ABSENT  # without effect on this machine
+    program: str = NOT_GIVEN
+    project: str = NOT_GIVEN
+    entity: str = NOT_GIVEN
+    kind: Literal["sweep"] = NOT_GIVEN
+    apiVersion: str = NOT_GIVEN  # noqa: N815
+    controller: dict[Literal["type"], Literal["local", "cloud"]] = NOT_GIVEN  # without effect on this machine
     _path: Path = PrivateAttr()
 
     @model_validator(mode="after")

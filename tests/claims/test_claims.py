@@ -205,7 +205,9 @@ def test_a_ratio_of_a_value_that_is_not_positive_is_refused():
             {"holds_if": {"mean": {"aboev": 1}}},
             "holds_if.mean.aboev: there is no such key (did you mean 'above'?)",
         ),
-        ({"holds_if": {"mean": {"within": 1, "below": 2}}}, "has within: and another bound; choose one"),
+        ({"holds_if": {"mean": {"within": 1, "below": 2}}}, "needs above: or below: or both, or within: alone"),
+        ({"holds_if": {"mean": {"within_percent": 5, "above": 2, "of": 3}}}, "needs above: or below: or both"),
+        ({"holds_if": {"mean": {"above": 2, "of": 3}}}, "of: is the value for within: or within_percent:"),
         (
             {"holds_if": {"difference": {"arms": [{}], "against": {}, "ratio": True, "above": 0}}},
             "holds_if.difference.above: must be positive, as a ratio is",
@@ -258,8 +260,8 @@ def test_damaged_records(text, message):
         read_records(text, "depth.csv")
 
 
-def study_of(topic: Path) -> command.Study:
-    return command.Study("topic", "depth", read_claims(topic / "claims.yaml").studies["depth"])
+def study_of(topic: Path) -> command.ClaimedStudy:
+    return command.ClaimedStudy("topic", "depth", read_claims(topic / "claims.yaml").studies["depth"])
 
 
 def write_runs(root: Path, losses: Mapping[int, Sequence[float]] = LOSSES) -> Path:

@@ -9,7 +9,7 @@ from scipy import stats
 
 from experiments.comparison.arms import arms_of
 from experiments.comparison.measures import Measure
-from experiments.comparison.runs import Run, Series
+from experiments.comparison.runs import RunResult, Series
 from experiments.comparison.statistics import Difference, difference, differences, estimate
 from experiments.comparison.tables import caption, differences_of, verdict
 
@@ -170,7 +170,7 @@ def test_effects_are_found_as_often_as_by_scipys_test():
 def arms_with(losses: Sequence[Sequence[Sequence[float]]]) -> list:
     """Return an arm for each list of runs; a run is its validations."""
     runs = [
-        Run(f"{arm}-{seed}", "finished", "", {"width": arm}, {"seed": seed}, {},
+        RunResult(f"{arm}-{seed}", "finished", "", {"width": arm}, {"seed": seed}, {},
             {"val/loss": Series(np.arange(len(values)), np.array(values))})
         for arm, group in enumerate(losses)
         for seed, values in enumerate(group)

@@ -141,7 +141,7 @@ def test_a_line_is_completed(line, expected, others):
 
 
 def test_names_are_completed_without_what_they_are(monkeypatch):
-    expected = {name for name, _ in [*listing.experiments(), *listing.presets()]}
+    expected = {name for name, _ in [*listing.KINDS["experiments"].rows(), *listing.KINDS["presets"].rows()]}
     monkeypatch.delattr(listing, "comment")  # reads the files again
     assert {*completion.complete("llm-train fit -c ")} == expected
 

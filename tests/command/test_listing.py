@@ -23,7 +23,7 @@ def test_every_kind_is_listed_with_names_that_exist(llm_train):
     done = llm_train("list")
     assert done.code == 0, done.err
     for kind in listing.KINDS:
-        rows = dict(listing.KINDS[kind]())
+        rows = dict(listing.KINDS[kind].rows())
         assert len(rows) > 4, kind
         shown = llm_train("list", kind)
         alone = shown.out.splitlines()
@@ -40,15 +40,17 @@ def test_what_the_topics_and_experiments_are_comes_from_their_files():
     topics = dict(listing.topics())
     assert {*topics} == {*index.topics()}
     assert all(topics.values())
-    assert {name.split("/")[0] for name, _ in listing.experiments()} == {*topics}
+    assert {name.split("/")[0] for name, _ in listing.KINDS["experiments"].rows()} == {*topics}
     assert {f"{file.parent.name}/{file.stem}" for file in (ROOT / "experiments/trainer").glob("*.yaml")} == {
-        name for name, _ in listing.presets()
+        name for name, _ in listing.KINDS["presets"].rows()
     }
 
 
 def test_abstract_and_private_classes_are_not_listed():
     listed = {
-        path.rpartition(".")[2] for kind in ("modules", "sources", "callbacks") for path, _ in listing.KINDS[kind]()
+        path.rpartition(".")[2]
+        for kind in ("modules", "sources", "callbacks")
+        for path, _ in listing.KINDS[kind].rows()
     }
     assert not listed & {"Source", "ReviewSource", "ExperimentModule", "ClassifierModule", "Callback", "DrawsAtTheEnd"}
     assert {"TextFiles", "RunCheckpoint", "EarlyStopping"} <= listed

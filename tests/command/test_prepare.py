@@ -40,7 +40,7 @@ def test_several_processes_prepare_a_large_text(llm_train, tiny, monkeypatch):
     [
         ([], "prepare: give an experiment by -c NAME; "),
         (["tiny.yaml"], "prepare tiny.yaml: a file needs -c (did you mean 'llm-train prepare -c tiny.yaml'?)"),
-        (["-c", "tiny.yaml", "--processes", "0"], "--processes 0: give 1 or more"),
+        (["-c", "tiny.yaml", "--processes", "0"], "argument --processes: must be a whole number of at least 1, got 0"),
         (["-c", "nothing.yaml"], "nothing.yaml"),
         (["-c", "tiny.yaml", "--data.sorce", "a.txt"], "did you mean 'source'?"),
     ],

@@ -25,7 +25,7 @@ from matplotlib.axes import Axes
 from experiments.comparison import command, figures, tables
 from experiments.comparison.arms import ABSENT, arms_of, compared, differing_settings, show_values
 from experiments.comparison.measures import Measure, choose_metrics, measures_of, mode_of
-from experiments.comparison.runs import Run, Series, find_runs, flatten, read_folder, read_wandb
+from experiments.comparison.runs import RunResult, Series, find_runs, flatten, read_folder, read_wandb
 from experiments.comparison.statistics import estimate
 from experiments.errors import UserError
 from experiments.study.journal import goal_of
@@ -168,10 +168,10 @@ def test_a_configuration_is_flattened_to_the_keys_of_the_command_line():
     }  # fmt: skip
 
 
-def run_with(seed: int = 0, loss: float = 1.0, **settings: object) -> Run:
+def run_with(seed: int = 0, loss: float = 1.0, **settings: object) -> RunResult:
     settings = {key.replace("__", "."): value for key, value in settings.items()}
     metrics = {"val/loss": Series(np.array([1, 2]), np.array([9.0, loss]))}
-    return Run(f"run{seed}", "finished", "", settings, {"seed_everything": seed}, {}, metrics)
+    return RunResult(f"run{seed}", "finished", "", settings, {"seed_everything": seed}, {}, metrics)
 
 
 def test_arguments_that_follow_from_a_class_are_not_a_difference():
@@ -250,7 +250,7 @@ def test_the_goal_of_a_study_decides_which_value_is_best(llm_train, write_run):
 
 
 def test_the_best_value_is_by_the_mode_and_ignores_nan():
-    run = Run("", "finished", "", {}, {}, {}, {"m": Series(np.arange(4), np.array([2.0, 1.0, 3.0, math.nan]))})
+    run = RunResult("", "finished", "", {}, {}, {}, {"m": Series(np.arange(4), np.array([2.0, 1.0, 3.0, math.nan]))})
     assert Measure("m", "best", "min").of(run) == 1.0
     assert Measure("m", "best", "max").of(run) == 3.0
     assert math.isnan(Measure("m", "last", "min").of(run))
@@ -376,6 +376,22 @@ def list_summary(run: Path) -> None:
     (run / "summary.json").write_text("[1]")
 
 
+def nest_summary(run: Path) -> None:
+    (run / "summary.json").write_text("[" * 100_000)
+
+
+def nest_config(run: Path) -> None:
+    (run / "config.yaml").write_text("a: " + "[" * 100_000)
+
+
+def empty_header(run: Path) -> None:
+    (run / "metrics.csv").write_text("\n")
+
+
+def no_values_of_a_change(run: Path) -> None:
+    (run / "environment.json").write_text('[{"resumed": {"changed": {"optimizer.lr": []}}}]')
+
+
 @pytest.mark.parametrize(
     ("damage", "reason"),
     [
@@ -387,9 +403,13 @@ def list_summary(run: Path) -> None:
         (misspell_metrics, "metrics.csv, column val/loss: could not convert string to float: 'one'"),
         (step_less_metrics, "metrics.csv: its first column is 'epoch' and not 'step'"),
         (binary_metrics, "can't decode byte"),
-        (halve_summary, "summary.json: "),
-        (list_summary, "list indices"),
-        (halve_environment, "environment.json: "),
+        (halve_summary, "summary.json is damaged ("),
+        (list_summary, "summary.json is damaged (it holds no dict)"),
+        (halve_environment, "environment.json is damaged ("),
+        (nest_summary, "summary.json is damaged ("),
+        (nest_config, "is nested more than 100 levels deep"),
+        (empty_header, "its files have not the form of a run's (IndexError"),
+        (no_values_of_a_change, "its files have not the form of a run's (KeyError"),
     ],
 )
 def test_a_damaged_run_cannot_be_read(write_run, damage, reason):
@@ -771,7 +791,7 @@ def test_an_axis_fits_the_curves_and_not_a_wide_band():
 
 def test_a_long_curve_is_thinned_and_keeps_its_ends():
     series = Series(np.arange(5_000), np.arange(5_000.0))
-    runs = [Run(str(seed), "finished", "", {}, {"seed": seed}, {}, {"val/loss": series}) for seed in range(3)]
+    runs = [RunResult(str(seed), "finished", "", {}, {"seed": seed}, {}, {"val/loss": series}) for seed in range(3)]
     (curve,) = figures.curves_of(["val/loss"], arms_of(runs))
     assert (len(curve.steps), curve.steps[0], curve.steps[-1], curve.values[-1]) == (300, 0, 4_999, 4_999.0)
 

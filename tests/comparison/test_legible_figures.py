@@ -11,14 +11,14 @@ from experiments.comparison import figures
 from experiments.comparison.arms import Arm, arms_of, short_labels, show_values
 from experiments.comparison.figures import Curve, draw_curves, limits_of
 from experiments.comparison.measures import Measure
-from experiments.comparison.runs import Run, Series
+from experiments.comparison.runs import RunResult, Series
 from lightning_modules.common.figures import log_scale, new_figure, smoothed
 
 
-def run(name: str, losses=(3.0, 2.0), metric="val/loss", seed=0, **settings) -> Run:
+def run(name: str, losses=(3.0, 2.0), metric="val/loss", seed=0, **settings) -> RunResult:
     steps = np.arange(1, len(losses) + 1) * 10
     series = {metric: Series(steps, np.array(losses))}
-    return Run(name, "finished", "", settings, {"seed_everything": seed}, {}, series)
+    return RunResult(name, "finished", "", settings, {"seed_everything": seed}, {}, series)
 
 
 def labels(runs) -> list[str]:

@@ -13,7 +13,7 @@ import pytest
 from helpers import BEST, LAST, RUNS, assert_same_weights, contents, metrics_that_repeat
 
 from datamodules import base
-from experiments.run.run_folder import numbered
+from experiments.run.run_folder import runs_named
 from lightning_modules.metrics import CorpusLoss
 from lightning_modules.runtime import checkpoint, checkpoint_io
 
@@ -60,7 +60,7 @@ def test_a_killed_run_resumes_to_the_same_weights_and_metrics(
     rows = metrics_that_repeat(RUNS / "killed")
     assert rows == metrics_that_repeat(whole(**settings))
     assert {"4", "8", "12", "16", "20", "24"} <= {row[0] for row in rows}
-    assert numbered(RUNS, "killed") == [RUNS / "killed"]
+    assert runs_named(RUNS, "killed") == [RUNS / "killed"]
 
 
 def die_in_write(nth: int) -> None:

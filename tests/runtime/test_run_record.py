@@ -17,7 +17,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from wandb.util import get_core_path
 
 from experiments.run import run_record
-from experiments.run.run_folder import RunFolder, claim, find, numbered, of_checkpoint
+from experiments.run.run_folder import RunFolder, claim, find, of_checkpoint, runs_named
 from lightning_modules.metrics import CorpusLoss
 from lightning_modules.runtime.learning_curve import read_metric
 from lightning_modules.runtime.loggers import MetricsCSV, WandbRecorder
@@ -30,7 +30,7 @@ def test_runs_of_one_name_are_numbered_and_the_newest_is_found(tmp_path):
     assert made[:3] == ["lr", "lr.2", "lr.3"]
     assert claim(tmp_path, "topic", "lr.3").name == "lr.12"
     claim(tmp_path, "topic", "lr_high")
-    assert [path.name for path in numbered(tmp_path / "topic", "lr")][-2:] == ["lr.11", "lr.12"]
+    assert [path.name for path in runs_named(tmp_path / "topic", "lr")][-2:] == ["lr.11", "lr.12"]
     assert find(tmp_path, "topic", "lr").name == "lr.12"
     assert find(tmp_path, "topic", "lr.2").name == "lr.2"
 
@@ -41,7 +41,7 @@ def test_a_name_that_ends_in_a_dot_and_digits_is_kept(tmp_path):
     assert [claim(tmp_path, "topic", name).name for name in names] == [f"{name}.2" for name in names]
     assert claim(tmp_path, "topic", "lr0").name == "lr0"
     assert find(tmp_path, "topic", "lr0.05").name == "lr0.05.2"
-    assert numbered(tmp_path / "topic", "v1") == []
+    assert runs_named(tmp_path / "topic", "v1") == []
 
 
 def test_a_link_to_nothing_is_a_name_that_is_taken_and_no_folder_of_runs(tmp_path):

@@ -22,7 +22,7 @@ from experiments.study import command, launchers
 from experiments.study.gpus import visible_gpus
 from experiments.study.journal import Journal
 from experiments.study.launchers import LocalLauncher
-from experiments.study.runs import Plan, Run
+from experiments.study.runs import Attempt, Plan
 from experiments.study.slurm import SlurmJob, SlurmLauncher, task_of
 from experiments.study.sweep_file import read_sweep_file
 
@@ -272,7 +272,7 @@ class OnThisMachine(SlurmLauncher):
         super().__init__(plan, options)
         self._executor = submitit.LocalExecutor(self.folder)
 
-    def _submit(self, runs: list[Run]) -> list[str]:
+    def _submit(self, runs: list[Attempt]) -> list[str]:
         self.submitted = [self._executor.submit(task_of(run)) for run in runs]
         return [job.job_id for job in self.submitted]
 

@@ -26,7 +26,7 @@ from experiments.study import launchers
 from experiments.study.distributions import Distribution
 from experiments.study.journal import Journal, goal_of, settings_of
 from experiments.study.names import arm_name, folder_name
-from experiments.study.runs import Plan, Run, study_folder
+from experiments.study.runs import Attempt, Plan, study_folder
 from experiments.study.sweep_file import read_sweep_file
 
 # The file
@@ -609,7 +609,7 @@ def test_a_run_that_starts_again_competes_once(sweep, tmp_path):
     rule = {"type": "hyperband", "min_iter": 1, "eta": 2}
     plan = Plan(read_sweep_file(sweep(method="random", run_cap=4, early_terminate=rule)), tmp_path, [], 4, 1, 0)
 
-    def is_stopped(run: Run, value: float) -> bool:
+    def is_stopped(run: Attempt, value: float) -> bool:
         run.trial.report(value, 1)
         return run.trial.should_prune()
 
@@ -784,11 +784,13 @@ def test_what_a_study_cannot_do_costs_one_line(llm_train, sweep, tmp_path):
     assert "no such option: --job (did you mean --jobs?)" in error("--job", "2")
     experiment = llm_train("study", TINY)
     assert f"{TINY}: is an experiment and not a sweep file: `llm-train fit -c {TINY}` runs it" in experiment.err
+    assert "--lr: the study varies lr, and the flag would set it in every run; leave one out" in error("--lr=2")
+    assert "--run.name: the study names its runs" in error("--", "--run.name=mine")
     assert not Path("runs").exists()
     llm_train("study", sweep(), "--runs=1")
     advice = f"give this study another --name; `llm-train compare {STUDY} {STUDY.parent}/NAME` compares the two"
     assert f"{STUDY} was begun with other parameters: {advice}" in error(parameters={"lr": {"value": 1}})
-    assert f"{STUDY} was begun with other flags: {advice}" in error("--lr=2")
+    assert f"{STUDY} was begun with other flags: {advice}" in error("--trainer.max_steps=3")
     (tmp_path / "runs/toy/run").mkdir()
     (tmp_path / "runs/toy/run/config.yaml").touch()
     assert "runs/toy/run is the folder of a run; give the study another --name" in error("--name", "run")
