@@ -71,7 +71,8 @@ def limits_of(metric: str) -> tuple[float, float]:
 def curves_of(metrics: Sequence[str], arms: Sequence[Arm]) -> list[Curve]:
     """Return the mean of each arm at the steps that all its runs have logged, and the runs that are in no mean.
 
-    Metrics that every run has logged only once are left out.
+    An arm has no mean if a run of it ended before the middle of the longest one: the mean would end there too. Metrics
+    that every run has logged only once are left out.
     """
     curves = []
     for metric in metrics:
@@ -85,7 +86,7 @@ def _curves_of_arm(metric: str, number: int, arm: Arm) -> list[Curve]:
     series = [run.metrics[metric] for run in arm.runs if metric in run.metrics]
     shared = reduce(np.intersect1d, [steps for steps, _ in series]) if len(series) >= _MEAN_OF else np.array([])
     curves = []
-    if len(shared):
+    if len(shared) and 2 * len(shared) >= max(len(steps) for steps, _ in series):
         shared = shared[_thin(shared)]
         values = [logged[np.searchsorted(steps, shared)] for steps, logged in series]
         mean, half_width = mean_and_half_width(np.stack(values))
@@ -154,31 +155,36 @@ def _draw_metric(
     counting = [curve for curve in drawn if curve.counts]
     for curve in counting or drawn:
         _draw_curve(axes, curve, looks.get(curve.arm))
+        if with_bands and _is_beyond(curve):
+            for values in curve.of_runs:
+                axes.plot(curve.steps, values, color=looks[curve.arm]["color"], linewidth=0.6, alpha=0.45)
     if _is_log(drawn) and not closer:
         log_scale(axes, "y")
     axes.set_ylim(axes.get_ylim())  # intervals of few seeds are very wide, and unfinished runs can be far off
     for curve in drawn:
         if not curve.counts and counting:
             _draw_curve(axes, curve, looks.get(curve.arm))
-        if len(curve.low) and with_bands:
-            _draw_spread(axes, curve, looks[curve.arm]["color"])
+        if len(curve.low) and with_bands and not _is_beyond(curve):
+            _draw_band(axes, curve, looks[curve.arm]["color"])
     integer_steps(axes, sorted({step for curve in drawn for step in curve.steps.tolist()}))
     axes.set_xlabel("optimiser step")
     axes.set_ylabel(metric)
 
 
-def _draw_spread(axes: "Axes", curve: Curve, color: str) -> None:
-    """Draw the interval of a mean; or its runs, if the interval reaches beyond what the metric can be.
+def _is_beyond(curve: Curve) -> bool:
+    """Return whether the interval of a mean reaches beyond what the metric can be; then its runs are drawn.
 
     Such an interval is that of too few runs for their spread, and would cover the panel.
     """
     least, most = limits_of(curve.metric)
     low, high = np.asarray(curve.low), np.asarray(curve.high)
+    return bool((low < least).any() or (high > most).any())
+
+
+def _draw_band(axes: "Axes", curve: Curve, color: str) -> None:
+    """Draw the interval of a mean."""
+    low, high = np.asarray(curve.low), np.asarray(curve.high)
     known = np.isfinite(low) & np.isfinite(high)
-    if (low[known] < least).any() or (high[known] > most).any():
-        for values in curve.of_runs:
-            axes.plot(curve.steps, values, color=color, linewidth=0.6, alpha=0.45)
-        return
     axes.fill_between(curve.steps, low, high, color=color, alpha=0.13, linewidth=0)
     around = np.pad(known, 1)
     alone = known & ~around[:-2] & ~around[2:]  # an area needs two points

@@ -29,7 +29,9 @@ class Measure:
 
     @property
     def label(self) -> str:
-        """The measure as the head of a column."""
+        """The measure as the head of a column; a metric from before the first step or after the last has one value."""
+        if self.metric.startswith(("init/", "test/")):
+            return self.metric
         return f"{self.metric}, {self.kind}"
 
     def of(self, run: RunResult) -> float | None:

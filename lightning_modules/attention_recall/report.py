@@ -109,7 +109,12 @@ def draw_attention(attention_json: Path, file: Path) -> Path:
 
 
 def draw_accuracy(recall_csv: Path, file: Path) -> Path:
-    """Draw the accuracy by distance for each number of pairs, and that of a guess, from the `recall.csv` of a run."""
+    """Draw the accuracy by distance for each number of pairs, and that of a guess, from the `recall.csv` of a run.
+
+    The bars are 95 % intervals of a share by Wilson's formula: few queries have the largest distances.
+    """
+    from scipy.stats import binomtest  # slow to import
+
     _, *rows = csv.reader(recall_csv.read_text(encoding="utf-8").splitlines())
     counts = np.array(rows, dtype=np.int64)  # a row (pairs, distance, asked, correct)
     figure = new_figure(7, 4)
@@ -119,6 +124,8 @@ def draw_accuracy(recall_csv: Path, file: Path) -> Path:
         _, distance, asked, correct = counts[counts[:, 0] == n_pairs].T
         color, size = f"C{number}", 3 * (len(numbers) - number)  # smaller markers on top of larger ones
         axes.plot(distance, correct / asked, "o-", color=color, markersize=size, label=f"{n_pairs} pairs")
+        found = [binomtest(*each).proportion_ci(method="wilson") for each in zip(correct, asked, strict=True)]
+        axes.vlines(distance, *zip(*found, strict=True), color=color, linewidth=1, alpha=0.4)
         axes.axhline(1 / n_pairs, color=color, linewidth=1, linestyle=":", label=f"a guess among {n_pairs}")
     axes.set(xlabel="distance between a key and its query, positions", ylabel="accuracy", ylim=(0, 1.05))
     axes.grid(alpha=0.3)

@@ -81,14 +81,15 @@ def _tick_label(value: float) -> str:
 def smoothed(values: Sequence[float]) -> list[float] | None:
     """Return the mean of each value and its neighbours, a tenth of all; `None` if there are too few values to smooth.
 
-    Near the ends there are fewer neighbours, equally many on both sides.
+    Near the beginning there are fewer, equally many on both sides, as a loss falls fast there. Near the end the values
+    that are missing on the right are left out, so that the last mean is not one value alone.
     """
     reach = len(values) // 20
     if reach < 1:
         return None
     array = np.asarray(values, dtype=float)
     begin = [float(array[: 2 * n + 1].mean()) for n in range(reach)]
-    end = [float(array[-2 * n - 1 :].mean()) for n in reversed(range(reach))]
+    end = [float(array[-n - reach - 1 :].mean()) for n in reversed(range(reach))]
     # Each window has a sum of its own: with differences of running sums, one NaN would be in all that follow.
     inner = np.lib.stride_tricks.sliding_window_view(array, 2 * reach + 1).mean(axis=1)
     return [*begin, *inner.tolist(), *end]

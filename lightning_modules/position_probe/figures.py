@@ -38,7 +38,7 @@ def _similarity(tables: Tables) -> "Figure":
     """Draw the cosine similarity of any two positions."""
     figure, axes = _panels(tables, 2.7, sharey=True)
     for ax, rows in zip(axes, tables.values(), strict=True):
-        image = ax.imshow(geometry.cosine_similarity(rows), vmin=-1, vmax=1, cmap="RdBu_r", interpolation="nearest")
+        image = ax.imshow(geometry.cosine_similarity(rows), vmin=-1, vmax=1, cmap="RdBu_r", interpolation="antialiased")
         ax.set_xlabel("position")
     axes[0].set_ylabel("position")
     figure.colorbar(image, ax=axes, shrink=0.8, label="cosine")
@@ -86,7 +86,7 @@ def _spectra(tables: Tables) -> "Figure":
         power = geometry.power_spectrum(scores) @ variance  # (T // 2,), of the whole matrix
         power = power[: (len(rows) - 1) // 2]  # without T / 2 cycles, at which every sine is 0
         by_frequency.plot(np.arange(1, len(power) + 1), power, **_STYLES[name])
-    by_component.set(xlabel="principal components", ylabel="share of the variance", ylim=(0, 1.03))
+    by_component.set(xlabel="number of principal components", ylabel="cumulative share of the variance", ylim=(0, 1.03))
     by_frequency.set(xlabel="cycles over the positions", ylabel="share of the variance")
     for ax in (by_component, by_frequency):
         log_scale(ax, "x")
@@ -108,8 +108,8 @@ def draw_probes(by_distance: Path, file: Path) -> Path:
         pairs[key] += int(row["pairs"])
     panels = {
         "order": "order: share of pairs right",
-        "signed_distance": "signed distance: mean error",
-        "distance": "distance: mean error",
+        "signed_distance": "signed distance: mean error, positions",
+        "distance": "distance: mean error, positions",
     }
     figure = new_figure(11, 3.6)
     axes = figure.subplots(1, len(panels))

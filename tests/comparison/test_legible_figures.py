@@ -172,8 +172,8 @@ def test_training_curves_are_smoothed_with_the_raw_one_behind():
     assert np.abs(np.array(mean[3:-3]) - 2).max() < 0.1
     assert smoothed(values[:19]) is None
     with_gap = [*values[:30], math.nan, *values[31:]]
-    reach = [min(3, place, 59 - place) for place in range(60)]
-    means = [sum(with_gap[place - n : place + n + 1]) / (2 * n + 1) for place, n in enumerate(reach)]
+    near = [with_gap[place - min(3, place) : place + min(3, place) + 1] for place in range(60)]
+    means = [sum(found) / len(found) for found in near]
     assert smoothed(with_gap) == pytest.approx(means, nan_ok=True)
     arms = [SimpleNamespace(label="a", shown={"a": "1"})]
     curve = Curve("train/loss", 0, "", True, np.arange(60), np.array(values))
@@ -199,3 +199,15 @@ def test_of_two_settings_with_three_values_each_all_arms_have_a_colour_of_their_
     arms = arms_of([run(f"{rate} {size}", rate=rate, size=size) for rate in (1, 2, 3) for size in (4, 5, 6)])
     (axes,) = draw_curves(figures.curves_of(["val/loss"], arms), arms, [0]).axes
     assert len({(line.get_color(), line.get_linestyle()) for line in axes.get_lines()}) == 9
+
+
+def test_an_arm_with_a_run_that_ended_early_has_no_mean():
+    runs = [run(f"r{seed}", (3.0, 2.0, 1.5, 1.2), seed=seed) for seed in range(3)]
+    assert [curve.run for curve in figures.curves_of(["val/loss"], arms_of(runs))] == [""]
+    runs[0] = run("r0", (3.0,), seed=0)
+    assert [curve.run for curve in figures.curves_of(["val/loss"], arms_of(runs))] == ["r0", "r1", "r2"]
+
+
+def test_a_metric_with_one_value_is_not_called_the_last():
+    kinds = [Measure(metric, "last", None).label for metric in ("val/loss", "init/grad_norm", "test/perplexity")]
+    assert kinds == ["val/loss, last", "init/grad_norm", "test/perplexity"]
