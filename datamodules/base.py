@@ -15,6 +15,7 @@ If the datamodule has the attributes `vocab_size`, `pad_token_id`, `block_size` 
 the arguments of the module that have the same names.
 """
 
+import hashlib
 import multiprocessing
 import multiprocessing.util
 import os
@@ -27,6 +28,7 @@ import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, SequentialSampler
 
@@ -230,6 +232,16 @@ class ExperimentDataModule(LightningDataModule):
     def __init__(self, batch_size: PositiveInt, num_workers: NonNegativeInt = 0, seed: NonNegativeInt = 0) -> None:
         super().__init__()
         self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
+        self._examples: str | None = None  # see `_check_examples`
+        self._examples_of_checkpoint: str | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a checkpoint knows of the training examples."""
+        return {} if self._examples is None else {"examples": self._examples}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Remember what a checkpoint knows of the training examples, with which the next training loader compares."""
+        self._examples_of_checkpoint = state_dict.get("examples")
 
     def __str__(self) -> str:
         """Return the name of the class. Lightning's method makes all loaders, and the parser calls it for an error."""
@@ -244,9 +256,32 @@ class ExperimentDataModule(LightningDataModule):
                 f"{self.against_few_examples}"
             )
         order = order or shuffled(n, self.seed)
+        self._check_examples(dataset, n, order)
         if self.trainer is not None and self.trainer.overfit_batches:
             return self._loader(dataset, n, _as_in_the_first_epoch(order), drop_last=True)
         return self._loader(dataset, n, order, drop_last=True)
+
+    def _check_examples(self, dataset: Dataset, n: int, order: Order) -> None:
+        """Refuse a resumed run whose training examples are not those of its checkpoint, such as of a file that changed.
+
+        Their number and the first batch are compared, without floats: the features of a frozen base may differ between
+        machines in the last digits.
+        """
+        found = hashlib.sha256(str(n).encode())
+
+        def add(tensor: Tensor) -> None:
+            if not tensor.is_floating_point():
+                found.update(tensor.contiguous().numpy().data)
+
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            apply_to_collection(dataset[order(0)[: self.batch_size]], Tensor, add)
+        self._examples = found.hexdigest()[:20]
+        if self._examples_of_checkpoint not in (None, self._examples):
+            raise MisconfigurationException(
+                "data: the training examples are not those that the checkpoint was trained on, so a text or a file has "
+                "changed, and what the run has trained on may now be held out: restore it, or start a new run"
+            )
 
     def evaluation_loader(self, dataset: Dataset, positions: Tensor) -> DataLoader:
         """Return the loader of a validation or test split, which visits these positions in this order, (n,) int64.

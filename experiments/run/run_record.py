@@ -25,7 +25,7 @@ from experiments import names
 from experiments.parser import ExperimentParser
 from experiments.run import monitored
 from experiments.run.opening import block, opening_lines
-from experiments.run.run_folder import RunFolder
+from experiments.run.run_folder import RunFolder, of_checkpoint
 from experiments.trust import SESSION_KEYS, unknown_packages
 from experiments.yaml_files import texts_in
 from lightning_modules.common import run_files
@@ -97,6 +97,8 @@ class RunRecord(SaveConfigCallback):
         session = environment(trainer)
         if self._is_resumed:
             checkpoint = str(self.cli.arguments["ckpt_path"])
+            if not sessions and (parent := of_checkpoint(Path(checkpoint))):  # a branch has the history of its run
+                sessions = read_json(parent.path / run_files.ENVIRONMENT, [])
             session["resumed"] = {"checkpoint": checkpoint, "step": trainer.global_step, "changed": self.cli.changes}
         write_json(environment_file, [*sessions, session])
         for logger in _of(WandbRecorder, trainer.loggers):
