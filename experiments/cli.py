@@ -369,6 +369,10 @@ class ExperimentCLI(SettingsGoOverCheckpoint):
 
     def _leave(self) -> None:
         trainer = getattr(self, "trainer", None)
+        if self.has_begun and not self.closed:  # a second Ctrl-C came while other callbacks ended the run
+            for callback in getattr(trainer, "callbacks", ()):
+                if isinstance(callback, RunRecord):
+                    callback.on_exception(trainer, self.model, SystemExit())
         for logger in getattr(trainer, "loggers", ()):  # `prepare` and `estimate` have another trainer
             if isinstance(logger, WandbRecorder):
                 logger.finish(exit_code=1)  # W&B's process writes into the folder until then

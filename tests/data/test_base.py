@@ -253,3 +253,40 @@ def test_an_order_that_does_not_fit_into_memory_has_each_position_once(monkeypat
     ranks[0].skip = ranks[1].skip = 3
     shares = [[batch.tolist() for batch in rank] for rank in ranks]
     assert [one + two for one, two in zip(*shares, strict=True)] == order(0)[30:100].view(7, 10).tolist()
+
+
+# --- resumed runs -----------------------------------------------------------------------------------------------------
+
+
+class Rows(Dataset):
+    """A dataset of given numbers, with a float that differs each time, as the features of a base may."""
+
+    def __init__(self, numbers):
+        self.numbers = torch.tensor(numbers)
+
+    def __getitem__(self, positions):
+        return {"input_ids": self.numbers[positions], "features": torch.rand(len(positions))}
+
+
+@pytest.mark.parametrize(
+    ("numbers", "changed"),
+    [(range(9), False), (range(10), True), ([*range(8), 100], True), (range(8, -1, -1), True)],
+)
+def test_a_resumed_run_must_have_the_examples_of_its_checkpoint(numbers, changed):
+    first, resumed = ExperimentDataModule(batch_size=9), ExperimentDataModule(batch_size=9)
+    assert first.state_dict() == {}
+    before = torch.random.get_rng_state()
+    first.training_loader(Rows(list(range(9))), 9)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    resumed.load_state_dict(first.state_dict())
+    if changed:
+        with pytest.raises(MisconfigurationException, match="not those that the checkpoint was trained on"):
+            resumed.training_loader(Rows(list(numbers)), len(numbers))
+    else:
+        resumed.training_loader(Rows(list(numbers)), len(numbers))
+
+
+def test_a_checkpoint_of_an_earlier_version_does_not_know_its_examples():
+    resumed = ExperimentDataModule(batch_size=2)
+    resumed.load_state_dict({})
+    resumed.training_loader(Rows([1, 2, 3]), 3)

@@ -4,6 +4,7 @@ import importlib.metadata
 import itertools
 import json
 import shutil
+import signal
 import subprocess
 from pathlib import Path
 
@@ -12,15 +13,17 @@ import pytest
 import torch
 import wandb
 import yaml
-from helpers import BEST, RUNS
+from helpers import BEST, LAST, RUNS
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from wandb.util import get_core_path
 
+from experiments.comparison.runs import read_folder
 from experiments.run import run_record
 from experiments.run.run_folder import RunFolder, claim, find, of_checkpoint, runs_named
 from lightning_modules.metrics import CorpusLoss
-from lightning_modules.runtime.learning_curve import read_metric
+from lightning_modules.runtime.learning_curve import LearningCurve, read_metric
 from lightning_modules.runtime.loggers import MetricsCSV, WandbRecorder
+from lightning_modules.runtime.throughput import Throughput
 
 RUN, TOPIC = RUNS / "first", RUNS.name
 
@@ -317,3 +320,63 @@ def test_wandb_is_online_only_if_a_user_is_logged_in(monkeypatch, tmp_path, offl
     logger = WandbRecorder()
     logger.attach(tmp_path, "topic", "name", "fit")
     assert logger.settings["mode"] == mode
+
+
+def test_a_run_whose_text_has_changed_is_not_resumed(llm_train, tiny, tmp_path):
+    config = tiny()
+    assert llm_train("fit", "-c", config, "--trainer.max_steps=8").code == 0
+    text = tmp_path / "text.txt"
+    before = text.read_text()
+    text.write_text(f"{before[::-1]}")
+    resume = ("fit", "-c", config, "--ckpt_path=last", "--trainer.max_steps=16")
+    done = llm_train(*resume)
+    assert done.code == 1
+    assert "data: the training examples are not those that the checkpoint was trained on" in done.err
+    assert done.err.count("error: ") == 1
+    text.write_text(before)
+    assert llm_train(*resume).code == 0
+
+
+def test_the_record_of_a_branch_begins_with_that_of_its_run(llm_train, tiny):
+    config, run = tiny(), RUNS / "tiny"
+    fit = ("fit", "-c", config, "--trainer.val_check_interval=4")
+    assert llm_train(*fit, "--trainer.max_steps=8").code == 0
+    assert llm_train(*fit, "--trainer.max_steps=12", "--ckpt_path=last", "--optimizer.lr=0.004").code == 0
+    shutil.copy(run / LAST, run / "checkpoints/kept.ckpt")
+    for name, checkpoint, rate in (("branch", run, "0.004"), ("other", RUNS / "branch", "0.003")):
+        file = checkpoint / ("checkpoints/kept.ckpt" if checkpoint == run else BEST)
+        flags = (f"--ckpt_path={file}", f"--optimizer.lr={rate}", f"--run.name={name}")
+        assert llm_train(*fit, "--trainer.max_steps=16", *flags).code == 0
+    assert read_folder(RUNS / "branch").resumed["optimizer.lr"] == "0.01 until step 8 then 0.004"
+    step = json.loads((RUNS / "branch/summary.json").read_text())["best"]["step"]
+    rates = f"0.01 until step 8 then 0.004 until step {step} then 0.003"
+    assert read_folder(RUNS / "other").resumed["optimizer.lr"] == rates
+
+
+def test_a_second_signal_while_the_run_ends_does_not_cost_its_record(llm_train, tiny, monkeypatch):
+    def stop(trainer, *_):
+        if trainer.global_step == 10:
+            signal.raise_signal(signal.SIGINT)
+
+    def draw(*_):
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(Throughput, "on_train_batch_start", lambda self, trainer, *_: stop(trainer))
+    monkeypatch.setattr(LearningCurve, "draw", draw)
+    done = llm_train("fit", "-c", tiny())
+    assert done.code == 130
+    assert f"{RUNS}/tiny (stopped at step 11, " in done.err
+    assert "--ckpt_path last" in done.err
+    assert json.loads((RUNS / "tiny/summary.json").read_text())["status"] == "stopped"
+
+
+def test_the_seconds_of_a_resumed_run_are_those_of_all_its_sessions(llm_train, tiny, monkeypatch):
+    config, summary = tiny(), RUNS / "tiny/summary.json"
+    now = iter(range(0, 10**9, 1000))
+    monkeypatch.setattr(run_record.time, "monotonic", lambda: float(next(now)))
+    assert llm_train("fit", "-c", config, "--trainer.max_steps=8").code == 0
+    first = json.loads(summary.read_text())["seconds"]
+    saved = torch.load(RUNS / "tiny" / LAST, weights_only=True)["seconds_of_the_run"]
+    assert 1000 <= saved <= first
+    assert llm_train("fit", "-c", config, "--ckpt_path=last", "--trainer.max_steps=16").code == 0
+    assert json.loads(summary.read_text())["seconds"] >= saved + 1000
