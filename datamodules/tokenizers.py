@@ -308,7 +308,9 @@ def _from_disk(path: Path) -> "PreTrainedTokenizerFast":
             "give a folder with tokenizer.json, vocab.json and merges.txt, or vocab.txt; byte, character, or a name on "
             "the hub"
         )
-        raise MisconfigurationException(f"tokenizer {problem}: {maker_of(path) or advice}")
+        if maker := maker_of(path):
+            advice = f"{maker}; for a model of another run, give that run as data.tokenizer"
+        raise MisconfigurationException(f"tokenizer {problem}: {advice}")
     try:
         return _from_folder(path) if path.is_dir() else PreTrainedTokenizerFast(tokenizer_file=str(path))
     except (KeyboardInterrupt, SystemExit):

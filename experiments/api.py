@@ -18,6 +18,7 @@ from experiments.yaml_files import read_yaml
 from lightning_modules.base import ExperimentModule
 from lightning_modules.common import run_files
 from lightning_modules.common.makers import similar_path
+from lightning_modules.common.messages import say
 from lightning_modules.runtime.checkpoint_io import AtomicCheckpointIO
 
 if TYPE_CHECKING:  # imported where used: transformers is slow to import
@@ -165,7 +166,7 @@ def load_run(
 
     Args:
         folder: Folder of the run, such as `runs/TOPIC/NAME`; it may be an interrupted run.
-        checkpoint: `best`, or `last`; `last` if there is no `best`.
+        checkpoint: `best`, or `last`; `last` if there is no `best`, which a line says.
         device: Device of the model; `None` means a GPU if there is one.
         allow: Packages of your own whose classes the configuration may name.
 
@@ -186,6 +187,8 @@ def load_run(
     path = folder / run_files.checkpoint(checkpoint)
     if checkpoint == "best" and not path.is_file():
         path = folder / run_files.checkpoint("last")
+        if path.is_file():
+            say(f"{folder}: there is no best.ckpt; these are the weights of last.ckpt")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     module = module_class.of_checkpoint(AtomicCheckpointIO().load_model(path)).to(device).eval()
     return Run(folder, config, module, tuple(allow))

@@ -204,9 +204,16 @@ class ExperimentCLI(SettingsGoOverCheckpoint):
         run: RunFolder | None
         if given in ("last", "best"):
             run = self._recorded or run_folder.find(*self._claim_as, checkpoint=given)
-            file, advice = run.checkpoint(given), "this run has saved no checkpoint"
+            other = "last" if given == "best" else "best"
+            there = run.checkpoint(other).is_file()
+            advice = f"this run has the checkpoint {other}" if there else "this run has saved no checkpoint"
+            file = run.checkpoint(given)
         else:
             file, advice = Path(given), "give a file, `last` or `best`"
+            if file.is_dir():
+                raise MisconfigurationException(
+                    f"ckpt_path: {file} is a folder; those of a run are in its checkpoints/: last.ckpt and best.ckpt"
+                )
             run = run_folder.of_checkpoint(file)
         # A fit from another checkpoint than the last is a branch, and gets a folder of its own.
         if self.subcommand != "fit" or file.name == "last.ckpt":

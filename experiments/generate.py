@@ -24,6 +24,8 @@ def read_references(files: Iterable[Path]) -> list[str]:
     for file in files:
         try:
             text = file.read_text(encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"--references {file}: cannot be read ({error.strerror})") from error
         except UnicodeDecodeError as error:
             raise UserError(f"--references {file}: is not UTF-8 ({error})") from error
         if not text.strip():
@@ -148,7 +150,11 @@ def _answering(
     def answer(question: str, references: Sequence[str]) -> None:
         prompt = prompts.prompt(question, references, longest)
         if prompt is None:
-            print(f"(too long: with an answer of {longest} tokens, a prompt may have {prompts.block_size - longest})")
+            most = prompts.block_size - longest
+            what = f"too long: with an answer of {longest} tokens, a prompt may have {most}"
+            if options.prompt is not None:
+                raise UserError(f"--prompt is {what}")
+            print(f"({what})")
             return
         n_read = len(prompt.references)
         if prompt.n_cut or n_read < len(references):

@@ -97,11 +97,9 @@ def check_seed(seed: Any) -> None:
         MisconfigurationException: If a file or a flag gives one.
     """
     for where, content in given(ExperimentParser.command_line):
+        of_file = content.get("seed_everything") if isinstance(content, dict) else None  # that a flag may replace
         for key, value in walk(content):
-            flag, of_file = (
-                key.replace(".init_args.", "."),
-                isinstance(content, dict) and content.get("seed_everything"),
-            )
+            flag = key.replace(".init_args.", ".")
             if flag.removeprefix("--") == "data.seed" and value not in (seed, of_file):
                 raise MisconfigurationException(
                     f"{where}{flag}: is {value}, and seed_everything, which is the seed of the data too, is {seed}; "

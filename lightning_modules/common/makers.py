@@ -18,7 +18,7 @@ def maker_of(path: Path) -> str:
     parts = _IN_RUN.fullmatch(path.as_posix())
     if parts is None:
         return ""
-    if (similar := similar_path(path)) is not None:
+    if (similar := similar_path(path)) is not None and similar != path:
         return f"did you mean {similar.as_posix()}?"
     topic, run, rest = parts["name"], parts["run"], parts["rest"] or ""
     advice = []

@@ -186,7 +186,8 @@ class OptimizerSettings(L.Callback):
         if trial.change_of_length and any(trial.base_lrs) and not any(trial.get_last_lr()):
             raise MisconfigurationException(
                 f"lr_scheduler: the schedule ended before step {trial.last_epoch} with a rate of 0, so a longer run "
-                f"would learn nothing; take another ({_OUR_SCHEDULES}.Constant, for example), or start a new run"
+                f"would learn nothing; take another ({_OUR_SCHEDULES}.Constant, for example) and a small optimizer.lr, "
+                "or start a new run"
             )
         self._changes += [trial.change_of_length] if trial.change_of_length else []
 

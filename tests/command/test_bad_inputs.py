@@ -201,6 +201,34 @@ def test_predict_without_anything_to_predict_names_another_command_and_writes_no
     assert contents(run) == before
 
 
+def test_a_checkpoint_that_is_not_there_and_what_is_there_in_its_place(llm_train, tiny, whole):
+    run = Path(shutil.copytree(whole(), RUNS / "whole"))
+    folder = llm_train("fit", "-c", tiny(), "--ckpt_path", run)
+    said = f"error: ckpt_path: {run} is a folder; those of a run are in its checkpoints/: last.ckpt and best.ckpt\n"
+    assert folder.err.endswith(said)
+    file = run / "checkpoints/last.ckpt"
+    assert (
+        f"last.ckpt is a file: give a folder with config.json and model.safetensors, the folder of a finished run, a "
+        f".gguf file, or a hub name; did you mean {run}?"
+        in llm_train("fit", "-c", tiny(), f"--model.pretrained={file}").err
+    )
+    (run / "checkpoints/best.ckpt").unlink()
+    validated = llm_train("validate", "-c", run / "config.yaml", "--ckpt_path=best")
+    assert "best.ckpt does not exist; this run has the checkpoint last" in validated.err
+    generated = llm_train("generate", "--run", run, "--prompt=a", "--max_new_tokens=1")
+    assert f"{run}: there is no best.ckpt; these are the weights of last.ckpt" in generated.err
+    assert generated.code == 0
+
+
+def test_a_seed_of_the_data_is_refused_beside_another_of_the_run(llm_train, tiny, parse):
+    done = llm_train("fit", "-c", tiny(), "--data.seed=6")
+    assert (done.code, done.err.count("\n")) == (1, 1)
+    assert "--data.seed: is 6, and seed_everything, which is the seed of the data too, is 5" in done.err
+    done = llm_train("fit", "-c", tiny(data__init_args__seed=6))
+    assert "tiny.yaml: data.seed: is 6, and seed_everything" in done.err
+    parse("fit", "-c", tiny(data__init_args__seed=5))
+
+
 def test_a_run_whose_configuration_says_only_its_root_has_the_topic_of_its_folder(tmp_path):
     config = tmp_path / "runs/topic/name/config.yaml"
     config.parent.mkdir(parents=True)

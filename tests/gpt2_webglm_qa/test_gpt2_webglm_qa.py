@@ -554,9 +554,15 @@ def test_the_chat_says_what_does_not_fit(asked):
     cut = asked(f"{'long ' * 50}\n\nWho did 7?\n{'Who ' * 60}?\n")
     assert "(read 1 of 1 references, the last one in part)" in cut.out
     assert f"(too long: with an answer of {N_ANSWER} tokens, a prompt may have {CONTEXT - N_ANSWER})" in cut.out
+    alone = asked("", "--prompt", "Who " * 60)
+    assert (alone.code, alone.out) == (1, "")
+    assert "--prompt is too long: with an answer of" in alone.err
 
 
 def test_references_of_a_chat_that_cannot_be_read(asked, tmp_path):
+    missing = asked("", "--references", tmp_path / "missing.txt")
+    assert missing.code == 1
+    assert "missing.txt: cannot be read (No such file or directory)" in missing.err
     (tmp_path / "empty.txt").write_text(" \n")
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
     for file, message in (("empty", "is empty"), ("latin", "is not UTF-8"), ("nowhere", "No such file")):

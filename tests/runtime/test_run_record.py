@@ -343,10 +343,10 @@ def test_the_record_of_a_branch_begins_with_that_of_its_run(llm_train, tiny):
     assert llm_train(*fit, "--trainer.max_steps=8").code == 0
     assert llm_train(*fit, "--trainer.max_steps=12", "--ckpt_path=last", "--optimizer.lr=0.004").code == 0
     shutil.copy(run / LAST, run / "checkpoints/kept.ckpt")
-    for name, checkpoint, rate in (("branch", run, "0.004"), ("other", RUNS / "branch", "0.003")):
-        file = checkpoint / ("checkpoints/kept.ckpt" if checkpoint == run else BEST)
+    kept = run / "checkpoints/kept.ckpt"
+    for name, file, rate, steps in (("branch", kept, 0.004, 16), ("other", RUNS / "branch" / BEST, 0.003, 20)):
         flags = (f"--ckpt_path={file}", f"--optimizer.lr={rate}", f"--run.name={name}")
-        assert llm_train(*fit, "--trainer.max_steps=16", *flags).code == 0
+        assert llm_train(*fit, f"--trainer.max_steps={steps}", *flags).code == 0
     assert read_folder(RUNS / "branch").resumed["optimizer.lr"] == "0.01 until step 8 then 0.004"
     step = json.loads((RUNS / "branch/summary.json").read_text())["best"]["step"]
     rates = f"0.01 until step 8 then 0.004 until step {step} then 0.003"
