@@ -425,7 +425,7 @@ class HubText(Source):
         if self.max_documents is not None:
             return [self]
         rows, whole_fingerprint = self._rows, cache(self.fingerprint)
-        n = min(rows.num_shards if self.streaming else (rows.dataset_size or 0) // PART_SIZE, MOST_PARTS)
+        n = min(rows.num_shards if self.streaming else min(rows.data.nbytes // PART_SIZE, len(rows)), MOST_PARTS)
         return [_PartOfDataset(self, part, n, whole_fingerprint) for part in range(n)] if n > 1 else [self]
 
     def fingerprint(self) -> str:

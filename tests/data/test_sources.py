@@ -464,10 +464,22 @@ def test_the_parts_of_a_dataset_are_its_files_row_groups_or_rows(many_files, str
     source = HubText(str(many_files), streaming=streaming)
     parts = [list(part.documents()) for part in source.parts()]
     assert list(chain.from_iterable(parts)) == [f"{number} {row}" for number in range(7) for row in range(3)]
-    assert len(parts) == (min(most, 21) if streaming else min(most, source._rows.dataset_size // 40))
+    assert len(parts) == min(most, 21 if streaming else source._rows.data.nbytes // 40)
     assert all(part.opening() == "" for part in source.parts())
     assert len({part.fingerprint() for part in source.parts()}) == len(parts) > 1
     assert HubText(str(many_files), streaming=streaming, max_documents=3).parts()[1:] == []
+
+
+def test_the_parts_of_a_split_do_not_depend_on_the_size_of_the_others(many_files, monkeypatch):
+    from pyarrow import parquet, table
+
+    parquet.write_table(table({"text": ["one", "two"], "id": [1, 2]}), many_files / "test.parquet")
+    monkeypatch.setattr(sources, "PART_SIZE", 1)  # as of a split with few rows that are large
+    parts = HubText(str(many_files), split="test", streaming=False).parts()
+    assert [list(part.documents()) for part in parts] == [["one"], ["two"]]
+    monkeypatch.setattr(sources, "PART_SIZE", 100)  # more than this split has
+    assert len(HubText(str(many_files), split="test", streaming=False).parts()) == 1
+    assert len(HubText(str(many_files), streaming=False).parts()) > 1
 
 
 def test_a_preparation_that_goes_on_with_other_parts_has_the_whole_text(many_files, tmp_path, monkeypatch):
