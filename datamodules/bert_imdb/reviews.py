@@ -6,13 +6,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import groupby, zip_longest
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from datamodules.files import ROWS, as_flag, ending_of, split_column
+from datamodules.files import ROWS, as_flag, decoded, ending_of, split_column
 from datamodules.hub_datasets import load_hub_dataset
 from datamodules.rows import columns_of, rows_of
 from datamodules.sources import AnySource, hub_name, local_files_of, paths_of, source_of
@@ -22,6 +22,7 @@ from lightning_modules.common.ranges import Probability
 CLASSES = ("negative", "positive")
 MOST_CLASSES = 100  # that are found in the data; a column with more different values is probably no label
 
+_ACL_FILE = re.compile(r"(\d+)_\d+\.txt")  # number and rating of a review
 _BREAKS = re.compile(r"(?:\s*<br\s*/?>\s*)+", re.IGNORECASE)
 
 
@@ -243,7 +244,7 @@ def parse_review(
     written = "" if _is_missing(row[text]) else row[text]
     if not isinstance(written, str):
         raise MisconfigurationException(f"{place}: {text!r} is {type(written).__name__}, and must be text")
-    about = None if row.get(film) in (None, "") else str(row[film])
+    about = None if _is_missing(row.get(film)) else str(row[film])
     review = Review(written, _label(row[label], place, classes) if classes else None, about, place)
     if not (review.text or may_be_empty):
         raise MisconfigurationException(f"{place}: the review is empty; remove it")
@@ -405,7 +406,7 @@ class AclImdb(PartedSource):
         """Yield the reviews of some folders, each ordered by the numbers of its files.
 
         Raises:
-            MisconfigurationException: If a folder is missing, or a review is empty.
+            MisconfigurationException: If a folder is missing, or a review is empty or not UTF-8.
         """
         for label, name in enumerate(part):
             folder = self.folder / name
@@ -413,12 +414,16 @@ class AclImdb(PartedSource):
                 raise MisconfigurationException(
                     f"{folder} does not exist: give the folder aclImdb, unpacked from aclImdb_v1.tar.gz"
                 )
-            urls = folder.with_name(f"urls_{folder.name}.txt")  # line i is the film of review i
-            films = urls.read_text(encoding="utf-8").split() if urls.is_file() else []
-            files = sorted(folder.glob("*_*.txt"), key=lambda file: int(file.stem.split("_")[0]))
-            for file, film in zip_longest(files, films[: len(files)]):
-                row = {"text": file.read_text(encoding="utf-8"), "label": label, "film": film}
+            urls = folder.with_name(f"urls_{folder.name}.txt")  # line i is the film of review i, counted from 0
+            films = dict(enumerate(_text_of(urls).split("\n"))) if urls.is_file() else {}
+            files = [(int(found[1]), file) for file in folder.iterdir() if (found := _ACL_FILE.fullmatch(file.name))]
+            for number, file in sorted(files):
+                row = {"text": _text_of(file), "label": label, "film": films.get(number)}
                 yield parse_review(row, str(file), classes)
+
+
+def _text_of(file: Path) -> str:
+    return "".join(decoded(file, str(file)))
 
 
 class HubReviews(PartedSource):

@@ -320,6 +320,31 @@ def test_the_original_folder(tmp_path):
     assert_same_texts(source.without_labels(), source)
 
 
+def test_the_original_folder_with_other_files_and_without_some(tmp_path):
+    folder = tmp_path / "train/neg"
+    for name in ("train/neg", "train/pos"):
+        (tmp_path / name).mkdir(parents=True)
+    for name in ("10_1", "2_3", "notes_1", "0_x"):
+        (folder / f"{name}.txt").write_text(name)
+    (folder / "1_2.txt").write_bytes(b"fine \xe9")
+    (tmp_path / "train/urls_neg.txt").write_text("".join(f"film {i}\n" if i != 1 else "\n" for i in range(11)))
+    source = AclImdb(str(tmp_path), val_fraction=0)
+    with pytest.raises(MisconfigurationException, match=r"1_2.txt is not UTF-8: byte 5 cannot be decoded"):
+        list(source.reviews("train"))
+    (folder / "1_2.txt").write_text("1_2")
+    found = [(review.text, review.film) for review in source.reviews("train")]
+    assert found == [("1_2", None), ("2_3", "film 2"), ("10_1", "film 10")]
+
+
+@pytest.mark.parametrize("film", [None, math.nan, "", " "])
+def test_reviews_whose_film_is_missing_are_split_by_their_texts(tmp_path, film):
+    rows = [row | {"movie": film} for row in ROWS]
+    (tmp_path / "a.jsonl").write_text(as_json(rows))
+    splits = splits_of(ReviewFiles(str(tmp_path / "a.jsonl"), film_field="movie"))
+    assert {review.film for reviews in splits.values() for review in reviews} == {None}
+    assert all(splits.values())
+
+
 def test_reviews_to_mask_need_no_labels(tmp_path, tokenizer_folder, capsys):
     files = {}
     for name, field in (("train", "text"), ("val", "text"), ("labels", "label")):
