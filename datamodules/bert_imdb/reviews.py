@@ -371,8 +371,9 @@ class ReviewFiles(PartedSource):
         if self._classes is not None:
             return list(self._classes)
         files = [Path(split_column(file)[0]).expanduser() for file in self.parts["train"]]
-        rows = (row for file in files for _, row in rows_of(file))
-        return _classes_of(rows, self.fields["label"], ", ".join(map(str, files)))
+        label = self.fields["label"]
+        rows = (row for file in files for _, row in rows_of(file, columns=[label]))
+        return _classes_of(rows, label, ", ".join(map(str, files)))
 
     def flags_to_hold_out(self, split: Side, named: bool) -> str | None:
         """Return the flags of `fit` that hold out a larger part of the files to train on."""

@@ -129,7 +129,7 @@ def test_an_encoder_does_not_see_what_is_held_out_of_few_reviews():
 def test_a_file_is_read_once_for_its_classes_and_once_for_all_splits(monkeypatch):
     Path("mine.csv").write_text("text,label\n" + "".join(f"{text},{label}\n" for text, label in RECIPES))
     read = []
-    monkeypatch.setattr(reviews, "rows_of", lambda path: read.append(str(path)) or rows_of(path))
+    monkeypatch.setattr(reviews, "rows_of", lambda path, **kwargs: read.append(str(path)) or rows_of(path, **kwargs))
     source = reviews_of("mine.csv")
     n_train, n_val, n_test = (len(list(source.reviews(split))) for split in SIDES)
     assert n_train + n_val + n_test == len(RECIPES)
