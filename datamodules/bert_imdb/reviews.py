@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import groupby
+from itertools import accumulate, groupby
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from datamodules.files import ROWS, as_flag, decoded, ending_of, split_column
 from datamodules.hub_datasets import load_hub_dataset
 from datamodules.rows import columns_of, rows_of
-from datamodules.sources import AnySource, hub_name, local_files_of, paths_of, source_of
+from datamodules.sources import AnySource, ListText, hub_name, local_files_of, paths_of, source_of
 from datamodules.splits import FEW, SIDES, Side, SplitDocuments, require_fractions, side_of, sides_of
 from lightning_modules.common.ranges import Probability
 
@@ -130,34 +130,35 @@ class TextReviews(ReviewSource):
     def __init__(self, source: AnySource, val_fraction: Probability = 0.1, test_fraction: Probability = 0.1) -> None:
         self.source = source_of(source, "data.reviews")
         self.fractions = require_fractions(val_fraction, test_fraction, "data.reviews")
-        self.text = SplitDocuments(self.source, "auto", *self.fractions)
-        self._n_test: int | None = None  # once all reviews were read
 
     @cached_property
-    def _sides(self) -> dict[str, Side]:
-        return sides_of(map(without_breaks, self.source.documents()), *self.fractions)
+    def _by_side(self) -> dict[Side, list[Review]]:
+        """The reviews of each split; the text is read once, as a fit needs all of them."""
+        documents = list(self.source.documents())
+        texts: Iterable[tuple[Side, str]]
+        if len(documents) > FEW or not any(self.fractions):
+            keys = list(filter(None, map(without_breaks, documents)))
+            sides = sides_of(keys, *self.fractions)
+            texts = ((sides[key], key) for key in keys)
+        else:
+            pieces = list(SplitDocuments(ListText(documents), "auto", *self.fractions))
+            # A part of a document also ends where the side changes: its last piece does not say so.
+            ended = accumulate((piece.ends_document for _, piece in pieces), initial=0)
+            parts = groupby(zip(ended, pieces, strict=False), key=lambda item: (item[0], item[1][0]))
+            texts = ((side, "".join(piece.text for _, (_, piece) in part)) for (_, side), part in parts)
+        reviews: dict[Side, list[Review]] = {side: [] for side in SIDES}
+        for side, text in texts:
+            if without_breaks(text):
+                reviews[side].append(Review(text, None))
+        return reviews
 
     def reviews(self, split: Side) -> Iterator[Review]:
         """Yield the documents of a split, or its part of each."""
-        few, n_test = self.text.few, 0
-        if few is None or len(few) > FEW:  # also if no document is drawn for a split: `_sides` has some for each
-            for text in self.source.documents():
-                if key := without_breaks(text):
-                    n_test += self._sides[key] == "test"
-                    if self._sides[key] == split:
-                        yield Review(text, None)
-        else:
-            for side, parts in groupby(self.text, key=lambda part: part[0]):
-                n_test += side == "test"
-                if side == split:
-                    yield Review("".join(piece.text for _, piece in parts), None)
-        self._n_test = n_test
+        yield from self._by_side[split]
 
     def n_held_out_for_test(self) -> int:
-        """Return the number of test reviews; the text is read for it unless another split was read."""
-        if self._n_test is None and self.fractions[1]:
-            return sum(1 for _ in self.reviews("test"))
-        return self._n_test or 0
+        """Return the number of test reviews."""
+        return len(self._by_side["test"])
 
 
 class PartedSource(ReviewSource):

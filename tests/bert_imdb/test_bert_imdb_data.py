@@ -193,13 +193,32 @@ def test_one_text_is_reviews_to_pretrain_on():
 
 
 @pytest.mark.parametrize("n_documents", [2, 30])
-def test_test_reviews_are_counted_while_the_others_are_read(n_documents, monkeypatch):
+def test_a_text_is_read_once_for_all_splits(n_documents, monkeypatch):
     texts = [f"text {number}\nof {n_documents} documents\n" * 9 for number in range(n_documents)]
-    source = TextReviews(ListText([*texts, texts[0]]))
-    n_test = TextReviews(source.source).n_held_out_for_test()
-    assert len(list(source.reviews("train"))) > 0 < n_test
-    monkeypatch.setattr(ListText, "pieces", None)  # the text is not read again
-    assert source.n_held_out_for_test() == n_test
+    reads = []
+    pieces = ListText.pieces
+    text = ListText([*texts, texts[0]])
+    monkeypatch.setattr(ListText, "pieces", lambda self: (reads.append(self is text), pieces(self))[1])
+    source = TextReviews(text)
+    splits = splits_of(source)
+    assert all(splits.values())
+    assert source.n_held_out_for_test() == len(splits["test"])
+    assert sum(reads) == 1
+
+
+@pytest.mark.parametrize("fractions", [(0.1, 0.1), (0.1, 0.0), (0.4, 0.3)])
+def test_each_of_few_texts_has_a_review_in_each_split(fractions, monkeypatch):
+    """Also where neighbours have one side only, and where the cut is the end of a piece."""
+    monkeypatch.setattr("datamodules.sources.PIECE_SIZE", 10)
+    texts = ["a", "b", "0123456789" * 10, "c <br /> d", "  ", "ef"]
+    splits = splits_of(TextReviews(ListText(texts), *fractions))
+    n_long = {"train": round(100 - 100 * sum(fractions)), "test": round(100 * fractions[1])}
+    long = [review.text for split in SIDES for review in splits[split] if review.text[0].isdigit()]
+    assert "".join(long) == texts[2]
+    assert (len(long[0]), len(long)) == (n_long["train"], 2 + bool(fractions[1]))
+    others = [review.text for split in SIDES for review in splits[split] if not review.text[0].isdigit()]
+    assert {"a", "b"} <= set(others)
+    assert all(len(text) <= 5 for text in others)
 
 
 # --- the grammar -----------------------------------------------------------------------------------------------------
