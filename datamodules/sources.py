@@ -562,7 +562,7 @@ class Mixture(Source):
         weights: Share of each in the training windows, more than 0; `[3, 1]` and `[0.75, 0.25]` mean the same.
 
     Raises:
-        MisconfigurationException: If a weight is missing, or is not more than 0.
+        MisconfigurationException: If a weight is missing, or is not more than 0, or a text is a mixture itself.
     """
 
     sources: list[AnySource]
@@ -577,6 +577,10 @@ class Mixture(Source):
         if not all(0 < weight < math.inf for weight in self.weights):
             raise MisconfigurationException(f"data.source: the weights {self.weights} must all be more than 0")
         self.texts = [source_of(text, f"data.source.sources[{i}]") for i, text in enumerate(self.sources)]
+        if any(isinstance(text, Mixture) for text in self.texts):
+            raise MisconfigurationException(
+                "data.source: a text of a mixture is a mixture, whose weights would be lost: give all texts to one"
+            )
 
     def pieces(self) -> Iterator[Piece]:
         """Yield the documents of the texts one after the other."""
