@@ -7,7 +7,7 @@ from pathlib import Path
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.utils.data import DataLoader
 
-from datamodules.files import find_files
+from datamodules.files import TEXT, find_files
 from datamodules.gpt_neo_style.books import cut_into_passages, read_book
 from datamodules.sources import AnySource, ListText, source_of
 from datamodules.splits import SIDES, DocumentSplit
@@ -152,7 +152,7 @@ class GPTNeoStyleDataModule(TokenDataModule):
 
 
 def _books_at(name: int | str) -> list[int | str]:
-    """Return the files of a folder, each of which is a book; any other name is one book."""
+    """Return the text files of a folder, each of which is a book; any other name is one book."""
     if isinstance(name, str) and Path(name).expanduser().is_dir():
-        return [*find_files(name)]
+        return [*find_files(name, TEXT)]
     return [name]
