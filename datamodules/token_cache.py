@@ -277,10 +277,20 @@ class _Parts:
     def join(self, split: Split, fractions: tuple[float, float]) -> None:
         """Write `meta.json`, which says where the tokens of each split are in the parts; remove other divisions.
 
-        If the text is there, it stays as it is: its files may be in use, also those of another division.
+        If the text is there, it stays as it is: its files may be in use, also those of another division. Of processes
+        that join several divisions at once, each waits for the one before.
         """
-        if prepared(self.text_folder) is not None:
-            return
+        lock_file = self.text_folder / "join.lock"
+        while (lock := try_lock(lock_file)) is None:
+            time.sleep(_WAIT)
+        with lock:
+            try:
+                if prepared(self.text_folder) is None:
+                    self._join(split, fractions)
+            finally:
+                lock_file.unlink(missing_ok=True)
+
+    def _join(self, split: Split, fractions: tuple[float, float]) -> None:
         parts = [json.loads((self.folder / _name(i) / "meta.json").read_text()) for i in range(len(self.texts))]
         tokens, documents, sizes = (
             {side: sum(part[name][side] for part in parts) for side in SIDES}
