@@ -550,7 +550,9 @@ TEXTS = [review.text for review in FilmReviews(n_train=200).reviews("train")]
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
-    return learn_wordpieces(TEXTS, 400, tmp_path_factory.mktemp("cache"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LLM_TRAIN_CACHE", str(tmp_path_factory.mktemp("cache")))
+        return learn_wordpieces(TEXTS, 400)
 
 
 @pytest.fixture(scope="module")
@@ -598,10 +600,11 @@ def test_a_split_without_a_class_is_one_line(tokenizer_folder, capsys, split, ef
     assert said == [f"{split}: {effect}"]
 
 
-def test_learned_wordpieces_are_a_function_of_the_texts(tokenizer, tmp_path):
-    again = learn_wordpieces(TEXTS, 400, tmp_path)
+def test_learned_wordpieces_are_a_function_of_the_texts(tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setenv("LLM_TRAIN_CACHE", str(tmp_path))
+    again = learn_wordpieces(TEXTS, 400)
     assert again.backend_tokenizer.to_str() == tokenizer.backend_tokenizer.to_str()
-    assert learn_wordpieces(TEXTS, 400, tmp_path).get_vocab() == again.get_vocab()  # from the cache
+    assert learn_wordpieces(TEXTS, 400).get_vocab() == again.get_vocab()  # from the cache
     assert len(tokenizer) == 400
     assert [tokenizer.pad_token_id, tokenizer.cls_token_id, tokenizer.mask_token_id] == [0, 2, 4]
     text = "The acting is gripping, unbelievably so."
