@@ -523,7 +523,7 @@ def _docstrings_of(node: ast.AST) -> Iterator[str]:
 
 @dataclass
 class ListText(Source):
-    """Texts given as a list, for tests and tiny experiments."""
+    """Texts given as a list, which is in memory and is hashed whole."""
 
     texts: list[str]
 

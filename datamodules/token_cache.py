@@ -110,7 +110,7 @@ def prepare_tokens(
 
 
 def prepared(folder: Path) -> dict[str, Tokens] | None:
-    """Return the token files in a folder, or `None` if one is missing or damaged."""
+    """Return the token files in a folder, or `None` if one is missing or has another size than it should."""
     try:
         meta = json.loads((folder / "meta.json").read_text())
         if "parts" in meta:

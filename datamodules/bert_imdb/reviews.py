@@ -45,7 +45,10 @@ def without_breaks(text: str) -> str:
 
 
 class ReviewSource(ABC):
-    """Base of sources of reviews, in three splits that share no text, and no film if the films are known."""
+    """Base of sources of reviews, in three splits.
+
+    Where several are held out of one part, they share no text, and no film if the films are known.
+    """
 
     @property
     def classes(self) -> Sequence[str]:
@@ -169,12 +172,22 @@ class PartedSource(ReviewSource):
 
     parts: dict[str, Any]  # arguments of `read`, by split; `unlabelled` too, if there are reviews without labels
     fractions: tuple[float, float]  # of `train`, held out for validation and test
+    given_classes: Sequence[str] | None = CLASSES  # names of the classes; `None` finds them
     exact = False  # whether the fractions are those of the films or texts, and not probabilities
     labelled = True  # whether the labels are read
 
     @abstractmethod
     def read(self, part: Any, classes: Sequence[str] | None) -> Iterator[Review]:
         """Yield the reviews of a part; `classes` is `None` to ignore the labels."""
+
+    @cached_property
+    def classes(self) -> Sequence[str]:
+        """The names of the classes; if none are given, the labels of the part to train on."""
+        return self.find_classes() if self.given_classes is None else list(self.given_classes)
+
+    def find_classes(self) -> list[str]:
+        """Return the labels of the part to train on, sorted; only of sources whose classes need not be given."""
+        raise NotImplementedError
 
     @property
     def _read_classes(self) -> Sequence[str] | None:
@@ -364,13 +377,10 @@ class ReviewFiles(PartedSource):
         self.fields = {"text": text_field, "label": label_field, "film": film_field}
         if classes is not None and (len(set(classes)) < 2 or len(set(classes)) != len(classes)):
             raise MisconfigurationException(f"data.reviews: classes must be two or more names, got {list(classes)}")
-        self._classes, self.exact = classes, exact
+        self.given_classes, self.exact = classes, exact
 
-    @cached_property
-    def classes(self) -> Sequence[str]:
-        """The names of the classes; if none are given, the labels of the part to train on."""
-        if self._classes is not None:
-            return list(self._classes)
+    def find_classes(self) -> list[str]:
+        """Return the labels of the files to train on, sorted."""
         files = [Path(split_column(file)[0]).expanduser() for file in self.parts["train"]]
         label = self.fields["label"]
         rows = (row for file in files for _, row in rows_of(file, columns=[label]))
@@ -460,14 +470,11 @@ class HubReviews(PartedSource):
         names = {"train": train, "val": val, "test": test, "unlabelled": unlabelled_split}
         self.parts = {split: name for split, name in names.items() if name}
         self.fractions = 0.0 if val else val_fraction, 0.0
-        self.text_field, self._classes = text_field, classes
+        self.text_field, self.given_classes = text_field, classes
         self.revision = revision
 
-    @cached_property
-    def classes(self) -> Sequence[str]:
-        """The names of the classes; if none are given, the labels of the split to train on."""
-        if self._classes is not None:
-            return list(self._classes)
+    def find_classes(self) -> list[str]:
+        """Return the labels of the split to train on, sorted."""
         return _classes_of(self._load(self.parts["train"]), "label", f"dataset {self.dataset}")
 
     def prepare(self) -> None:
