@@ -120,15 +120,15 @@ def _folders(root: str) -> Iterator[str]:
 
 
 def _files_of(folder: Path, endings: Sequence[str]) -> list[str]:
-    names = sorted(Path(path) for path in _matches(f"{glob.escape(str(folder))}/**/*"))
-    visible = [path for path in names if path.is_file()]
-    found = [str(file) for file in visible if ending_of(file.name) in endings]
+    names = list(_matches(f"{glob.escape(str(folder))}/**/*"))
+    found = sorted(Path(name) for name in names if ending_of(name) in endings and os.path.isfile(name))
     if not found:
+        n_files = sum(map(os.path.isfile, names))
         raise MisconfigurationException(
-            f"folder {folder} holds no text: none of its {len(visible)} files ends in {', '.join(endings)}; for "
-            f"files with other endings give a glob pattern, such as '{folder}/**/*.py'"
+            f"folder {folder} holds no text: none of its {n_files} files ends in {', '.join(endings)}; for files with "
+            f"other endings give a glob pattern, such as '{folder}/**/*.py'"
         )
-    return found
+    return list(map(str, found))
 
 
 def identity_of(path: Path) -> list[str]:
