@@ -1,5 +1,6 @@
 """Token files in the cache: a text is tokenised once, and a large one in parts, by several processes."""
 
+import contextlib
 import json
 import multiprocessing
 import os
@@ -37,6 +38,7 @@ _FORMAT = 2  # increase it when the content of the files changes, so that older 
 _BATCH_CHARACTERS = 2**20  # encoded at once on all cores; memory use grows with it
 _BATCH_PIECES = 2**10
 _WAIT = 0.2  # seconds between two looks at what other processes have written
+_JOIN_LOCK = "join.lock"
 _SILENT_WAIT = 30.0  # seconds before the processes that are waited for are named
 
 
@@ -77,6 +79,8 @@ def prepare_tokens(
     parts = [_FORMAT, source.fingerprint(), tokenizer_fingerprint(tokenizer), split, val_fraction, test_fraction]
     folder = cache_dir / "tokens" / digest(parts)
     if (files := prepared(folder)) is not None:
+        with contextlib.suppress(OSError):  # of a process that was killed; a text that is there needs no lock
+            (folder / _JOIN_LOCK).unlink()
         return files
     fractions = val_fraction, test_fraction
     text = SplitDocuments(source) if split == "tail" else SplitDocuments(source, split, *fractions)
@@ -280,7 +284,7 @@ class _Parts:
         If the text is there, it stays as it is: its files may be in use, also those of another division. Of processes
         that join several divisions at once, each waits for the one before.
         """
-        lock_file = self.text_folder / "join.lock"
+        lock_file = self.text_folder / _JOIN_LOCK
         while (lock := try_lock(lock_file)) is None:
             time.sleep(_WAIT)
         with lock:
