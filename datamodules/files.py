@@ -6,6 +6,7 @@ import gzip
 import hashlib
 import io
 import json
+import os
 import re
 import shlex
 import shutil
@@ -25,9 +26,9 @@ from lightning_modules.common.messages import first_line, say
 
 # Endings of the files that are read from a folder; each may be followed by .gz. A file that is named is read as text
 # whatever its ending, unless it is one of ROWS.
-TEXT = (".txt", ".text", ".md", ".markdown", ".rst")
+TEXT: tuple[str, ...] = (".txt", ".text", ".md", ".markdown", ".rst")
 JSON_LINES = (".jsonl", ".ndjson")
-ROWS = (*JSON_LINES, ".json", ".csv", ".tsv", ".parquet")
+ROWS: tuple[str, ...] = (*JSON_LINES, ".json", ".csv", ".tsv", ".parquet")
 
 READ_ERRORS = (OSError, EOFError, zlib.error)  # of files, the last two of damaged .gz files
 
@@ -45,6 +46,11 @@ def is_url(path: str) -> bool:
     return "://" in path
 
 
+def is_compressed(path: Path) -> bool:
+    """Return whether a file is compressed, by its ending."""
+    return path.suffix.lower() == ".gz"
+
+
 def ending_of(name: str) -> str:
     """Return the ending of a file, a URL or a glob pattern in lower case, such as `.txt`; of `a.csv.gz`, `.csv`."""
     path = PurePosixPath(urlparse(name).path if is_url(name) else name)
@@ -59,12 +65,15 @@ def split_column(path: str) -> tuple[str, str | None]:
     return (file, column) if names_column else (path, None)
 
 
-def find_files(path: str) -> list[str]:
+def find_files(path: str, endings: Sequence[str] = TEXT + ROWS) -> list[str]:
     """Return the files at a path, in the order of their names.
 
+    Links to folders are followed; a folder that several of them lead to, or one within itself, is read once.
+
     Args:
-        path: A file; a folder, whose files with an ending of `TEXT` or `ROWS` are found in all its subfolders, but for
-            hidden ones; a glob pattern (`books/**/*.txt`); or a URL, which is returned as it is.
+        path: A file; a folder, whose files with certain endings are found in all its subfolders, but for hidden ones; a
+            glob pattern (`books/**/*.txt`); or a URL, which is returned as it is.
+        endings: Endings of the files of a folder.
 
     Raises:
         MisconfigurationException: If there is none.
@@ -73,9 +82,9 @@ def find_files(path: str) -> list[str]:
         return [path]
     local = Path(path).expanduser()
     if local.is_dir():
-        return _files_of(local)
+        return _files_of(local, endings)
     is_pattern = glob.has_magic(str(local)) and not local.is_file()  # a name may have brackets
-    names = sorted(glob.glob(str(local), recursive=True)) if is_pattern else [str(local)]
+    names = sorted(set(_matches(str(local)))) if is_pattern else [str(local)]
     found = [name for name in names if Path(name).is_file()]
     if not found:
         raise MisconfigurationException(
@@ -85,16 +94,41 @@ def find_files(path: str) -> list[str]:
     return found
 
 
-def _files_of(folder: Path) -> list[str]:
-    names = [path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file()]
-    visible = [name for name in names if not any(part.startswith(".") for part in name.parts)]
-    found = [str(folder / name) for name in visible if ending_of(name.name) in TEXT + ROWS]
+def _matches(pattern: str) -> Iterator[str]:
+    """Yield what matches a glob pattern; `**` means any folders, see `_folders`: those of `glob` may never end."""
+    stars = re.search(r"(?<![^/])\*\*(?![^/])", pattern)
+    if stars is None:
+        yield from glob.glob(pattern)
+        return
+    before, after = pattern[: stars.start()], pattern[stars.end() :].strip("/") or "*"
+    for begin in glob.glob(before) if before else [""]:
+        for folder in _folders(begin or "."):
+            inside = folder if begin else folder.removeprefix(".").removeprefix("/")
+            yield from _matches(os.path.join(glob.escape(inside), after))
+
+
+def _folders(root: str) -> Iterator[str]:
+    """Yield a folder and those in it that are not hidden, also by links, each of them once."""
+    seen = set()
+    for folder, inside, _ in os.walk(root, followlinks=True):
+        if (real := os.path.realpath(folder)) in seen:
+            inside.clear()
+            continue
+        seen.add(real)
+        inside[:] = sorted(name for name in inside if not name.startswith("."))
+        yield folder
+
+
+def _files_of(folder: Path, endings: Sequence[str]) -> list[str]:
+    names = list(_matches(f"{glob.escape(str(folder))}/**/*"))
+    found = sorted(Path(name) for name in names if ending_of(name) in endings and os.path.isfile(name))
     if not found:
+        n_files = sum(map(os.path.isfile, names))
         raise MisconfigurationException(
-            f"folder {folder} holds no text: none of its {len(visible)} files ends in {', '.join(TEXT + ROWS)}; for "
-            f"files with other endings give a glob pattern, such as '{folder}/**/*.py'"
+            f"folder {folder} holds no text: none of its {n_files} files ends in {', '.join(endings)}; for files with "
+            f"other endings give a glob pattern, such as '{folder}/**/*.py'"
         )
-    return found
+    return list(map(str, found))
 
 
 def identity_of(path: Path) -> list[str]:
@@ -122,7 +156,7 @@ def open_bytes(path: Path, begin: int = 0, end: int | None = None) -> BinaryIO:
     """Open a file, optionally compressed (`.gz`), to read its bytes, or those of a range of an uncompressed one."""
     if begin or end is not None:
         return io.BufferedReader(cast(io.RawIOBase, _Range(path, begin, end)))
-    return cast(BinaryIO, gzip.open(path)) if path.suffix == ".gz" else path.open("rb")
+    return cast(BinaryIO, gzip.open(path)) if is_compressed(path) else path.open("rb")
 
 
 class _Range(io.RawIOBase):

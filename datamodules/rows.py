@@ -3,7 +3,7 @@
 import csv
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +17,21 @@ _SEPARATORS = {".csv": ",", ".tsv": "\t"}
 csv.field_size_limit(2**31 - 1)  # characters; by default, a text of 131,073 is an error
 
 
-def rows_of(path: Path, begin: int = 0, end: int | None = None) -> Iterator[tuple[str, Any]]:
+def rows_of(
+    path: Path, begin: int = 0, end: int | None = None, columns: Collection[str] = ()
+) -> Iterator[tuple[str, Any]]:
     """Yield the place and the value of each row of a file, as its ending says.
 
     A table has the ending `.csv` or `.tsv`, a Parquet file `.parquet`; others have JSON lines. All but Parquet files
-    may be compressed (`.gz`). The lines of JSON from byte `begin` to `end` can be read alone.
+    may be compressed (`.gz`). The lines of JSON from byte `begin` to `end` can be read alone. If a Parquet file has all
+    of the given columns, it is read without the others.
 
     Raises:
         MisconfigurationException: If the file or a row cannot be read.
     """
     ending = ending_of(path.name)
     if ending == ".parquet":
-        return parquet_rows(path)
+        return parquet_rows(path, columns)
     if ending in _SEPARATORS:
         return table_rows(path)
     return json_rows(path, begin, end)
@@ -46,7 +49,9 @@ def texts_of_rows(path: Path, column: str | None = None, begin: int = 0, end: in
     Raises:
         MisconfigurationException: If there is no such column, or it holds something else than text.
     """
-    for place, row in rows_of(path, begin, end):
+    if column is None and ending_of(path.name) == ".parquet":
+        column = text_column(path)
+    for place, row in rows_of(path, begin, end, [column] if column else []):
         if not isinstance(row, dict):
             raise MisconfigurationException(f"{place}: is {type(row).__name__}, and must be an object with a text")
         column = column or _text_column(row, path, place)
@@ -82,8 +87,8 @@ def columns_of(row: dict[str, Any]) -> str:
     return ", ".join(map(repr, row)) or "nothing"
 
 
-def parquet_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield the place and the fields by column of each row of a Parquet file.
+def parquet_rows(path: Path, columns: Collection[str] = ()) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the place and the fields by column of each row of a Parquet file; see `rows_of`.
 
     Raises:
         MisconfigurationException: If the file cannot be read.
@@ -91,15 +96,17 @@ def parquet_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     import pyarrow
     from pyarrow import parquet
 
+    number = 0
     try:
-        number = 0
         with parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches(1024):
+            read = [*columns] if columns and set(columns) <= set(file.schema_arrow.names) else None
+            for batch in file.iter_batches(1024, columns=read):
                 for row in batch.to_pylist():
                     number += 1
                     yield f"{path}, row {number}", row
-    except (pyarrow.ArrowException, OSError) as error:
-        raise MisconfigurationException(f"{path} could not be read as Parquet: {first_line(error)}") from error
+    except (pyarrow.ArrowException, OSError, ValueError) as error:  # the last of text that is not UTF-8
+        where = f" after row {number:,}" if number else ""
+        raise MisconfigurationException(f"{path} could not be read as Parquet{where}: {first_line(error)}") from error
 
 
 def json_rows(path: Path, begin: int = 0, end: int | None = None) -> Iterator[tuple[str, Any]]:

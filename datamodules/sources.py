@@ -30,11 +30,13 @@ from datamodules.files import (
     LINE_START,
     READ_ERRORS,
     ROWS,
+    TEXT,
     decoded,
     download,
     ending_of,
     find_files,
     identity_of,
+    is_compressed,
     is_url,
     safe_cuts,
     split_column,
@@ -150,9 +152,17 @@ def paths_of(text: str | list[str] | Path, where: str) -> list[str]:
         if _CLASS_PATH.fullmatch(path) and not Path(path).exists():
             raise MisconfigurationException(
                 f"{where}: {path} is neither a file nor a class of sources; the classes are in datamodules.sources: "
-                f"{', '.join(kind.__name__ for kind in Source.__subclasses__() if kind.__module__ == __name__)}"
+                f"{', '.join(_names_of_sources())}"
             )
     return paths
+
+
+def _names_of_sources(base: type = Source) -> Iterator[str]:
+    """Yield the names of the public classes of this file that are derived from a class."""
+    for kind in base.__subclasses__():
+        if kind.__module__ == __name__ and not kind.__name__.startswith("_"):
+            yield kind.__name__
+        yield from _names_of_sources(kind)
 
 
 def local_files_of(text: str | list[str] | Path, where: str) -> list[str]:
@@ -230,6 +240,8 @@ class Files(Source):
 
     paths: str | list[str]
 
+    _row_endings = ROWS  # of the files that have rows
+
     def pieces(self) -> Iterator[Piece]:
         """Yield the documents in pieces, decoded as they are read."""
         is_empty = True
@@ -244,7 +256,7 @@ class Files(Source):
         """Yield the documents of a file, or of a range of it, in pieces."""
         path, bounds = text.path(), (text.begin, text.end)
         try:
-            if ending_of(text.name) in ROWS:
+            if self.has_rows(text):
                 for document in texts_of_rows(path, text.column, *bounds):
                     yield from cut([document])
             else:
@@ -252,64 +264,44 @@ class Files(Source):
         except READ_ERRORS as error:
             raise MisconfigurationException(f"{text.name} could not be read ({first_line(error)})") from error
 
+    def has_rows(self, text: FileRange) -> bool:
+        """Return whether a file has rows, each of which is a document."""
+        return ending_of(text.name) in self._row_endings
+
     def parts(self) -> Sequence[Source]:
         """Return ranges of large files of text or JSON lines, and several small files together."""
         return _parts_of(self, self._files())
 
     def fingerprint(self) -> str:
         """Return a hash of the paths and contents of the files, of the URLs, and of the columns."""
-        return digest(["Files", [[_identity(file.name), file.column] for file in self._files()]])
-
-    def _files(self) -> list[FileRange]:
-        paths = map(split_column, [self.paths] if isinstance(self.paths, str) else self.paths)
-        return [FileRange(name, column) for path, column in paths for name in find_files(path)]
-
-
-@dataclass
-class TextFiles(Source):
-    """UTF-8 text files, local or remote: each file is one document, whatever its ending.
-
-    A byte order mark is dropped and every line end becomes a newline. A URL is downloaded once, into the cache.
-
-    Args:
-        paths: A path, a folder, a glob pattern, a URL, or a list of these, in the order of the documents; see `Files`.
-    """
-
-    paths: str | list[str]
-
-    def pieces(self) -> Iterator[Piece]:
-        """Yield the files in pieces, decoded as they are read."""
-        return chain.from_iterable(map(self.read, self._files()))
-
-    def read(self, text: FileRange) -> Iterator[Piece]:
-        """Yield a file, or a range of it, in pieces."""
-        piece = None
-        try:
-            for piece in cut(decoded(text.path(), text.name, False, text.begin, text.end), text.end is None):
-                yield piece
-        except READ_ERRORS as error:
-            raise MisconfigurationException(f"text file {text.name} could not be read ({error})") from error
-        if piece is None:
-            raise MisconfigurationException(f"text file {text.name} is empty: give a file that holds text")
-
-    def parts(self) -> Sequence[Source]:
-        """Return ranges of large files, and several small files together."""
-        return _parts_of(self, self._files())
-
-    def fingerprint(self) -> str:
-        """Return a hash of the paths and contents of the files, and of the URLs."""
-        return digest(["TextFiles", [_identity(file.name) for file in self._files()]])
+        return digest([type(self).__name__, [[_identity(file.name), file.column] for file in self._files()]])
 
     def _files(self) -> list[FileRange]:
         paths = [self.paths] if isinstance(self.paths, str) else self.paths
-        return [FileRange(name) for path in paths for name in find_files(path)]
+        split = [split_column(path) if self._row_endings else (path, None) for path in paths]
+        endings = TEXT + self._row_endings
+        return [FileRange(name, column) for path, column in split for name in find_files(path, endings)]
+
+
+class TextFiles(Files):
+    """UTF-8 text files, local or remote: each file is one document, whatever its ending.
+
+    A byte order mark is dropped and every line end becomes a newline. A URL is downloaded once, into the cache. Empty
+    files are skipped.
+
+    Args:
+        paths: A path, a folder (its `.txt`, `.text`, `.md`, `.markdown` and `.rst` files, also in subfolders), a glob
+            pattern, a URL, or a list of these, in the order of the documents.
+    """
+
+    _row_endings = ()
 
 
 @dataclass
 class _PartOfFiles(Source):
     """Ranges of the files of a source; `first` is the first range of the file of which another one begins the part."""
 
-    whole: Files | TextFiles
+    whole: Files
     ranges: list[FileRange]
     first: FileRange
     whole_fingerprint: Callable[[], str] = field(compare=False)
@@ -318,15 +310,15 @@ class _PartOfFiles(Source):
         return chain.from_iterable(map(self.whole.read, self.ranges))
 
     def opening(self) -> str:
-        is_row = isinstance(self.whole, Files) and ending_of(self.first.name) in ROWS
-        return "" if is_row or self.first == self.ranges[0] else next(self.whole.read(self.first)).text
+        begins = self.whole.has_rows(self.first) or self.first == self.ranges[0]
+        return "" if begins else next(self.whole.read(self.first)).text
 
     def fingerprint(self) -> str:
         ranges = [[_path(name), *rest] for name, *rest in self.ranges]
         return digest([self.whole_fingerprint(), ranges])
 
 
-def _parts_of(source: Files | TextFiles, files: list[FileRange]) -> Sequence[Source]:
+def _parts_of(source: Files, files: list[FileRange]) -> Sequence[Source]:
     sizes = [file.path().stat().st_size for file in files]
     wanted = max(PART_SIZE, sum(sizes) // MOST_PARTS)
     whole_fingerprint = cache(source.fingerprint)  # of all files, and so computed once for all parts
@@ -343,11 +335,10 @@ def _parts_of(source: Files | TextFiles, files: list[FileRange]) -> Sequence[Sou
     return parts if len(parts) > 1 else [source]
 
 
-def _ranges_of(source: Files | TextFiles, file: FileRange, n: int) -> list[FileRange]:
+def _ranges_of(source: Files, file: FileRange, n: int) -> list[FileRange]:
     """Return at most `n` ranges that are a file, in which lines of rows stay whole."""
-    path, ending = file.path(), ending_of(file.name)
-    has_rows = isinstance(source, Files) and ending in ROWS
-    if n < 2 or path.suffix == ".gz" or (has_rows and ending not in JSON_LINES):
+    path, has_rows = file.path(), source.has_rows(file)
+    if n < 2 or is_compressed(path) or (has_rows and ending_of(file.name) not in JSON_LINES):
         return [file]
     if has_rows and file.column is None:
         file = file._replace(column=text_column(path))
@@ -425,7 +416,7 @@ class HubText(Source):
         if self.max_documents is not None:
             return [self]
         rows, whole_fingerprint = self._rows, cache(self.fingerprint)
-        n = min(rows.num_shards if self.streaming else (rows.dataset_size or 0) // PART_SIZE, MOST_PARTS)
+        n = min(rows.num_shards if self.streaming else min(rows.data.nbytes // PART_SIZE, len(rows)), MOST_PARTS)
         return [_PartOfDataset(self, part, n, whole_fingerprint) for part in range(n)] if n > 1 else [self]
 
     def fingerprint(self) -> str:
@@ -532,7 +523,7 @@ def _docstrings_of(node: ast.AST) -> Iterator[str]:
 
 @dataclass
 class ListText(Source):
-    """Texts given as a list, for tests and tiny experiments."""
+    """Texts given as a list, which is in memory and is hashed whole."""
 
     texts: list[str]
 
@@ -562,7 +553,7 @@ class Mixture(Source):
         weights: Share of each in the training windows, more than 0; `[3, 1]` and `[0.75, 0.25]` mean the same.
 
     Raises:
-        MisconfigurationException: If a weight is missing, or is not more than 0.
+        MisconfigurationException: If a weight is missing, or is not more than 0, or a text is a mixture itself.
     """
 
     sources: list[AnySource]
@@ -577,6 +568,10 @@ class Mixture(Source):
         if not all(0 < weight < math.inf for weight in self.weights):
             raise MisconfigurationException(f"data.source: the weights {self.weights} must all be more than 0")
         self.texts = [source_of(text, f"data.source.sources[{i}]") for i, text in enumerate(self.sources)]
+        if any(isinstance(text, Mixture) for text in self.texts):
+            raise MisconfigurationException(
+                "data.source: a text of a mixture is a mixture, whose weights would be lost: give all texts to one"
+            )
 
     def pieces(self) -> Iterator[Piece]:
         """Yield the documents of the texts one after the other."""

@@ -1,5 +1,6 @@
 """Token files in the cache: a text is tokenised once, and a large one in parts, by several processes."""
 
+import contextlib
 import json
 import multiprocessing
 import os
@@ -37,6 +38,7 @@ _FORMAT = 2  # increase it when the content of the files changes, so that older 
 _BATCH_CHARACTERS = 2**20  # encoded at once on all cores; memory use grows with it
 _BATCH_PIECES = 2**10
 _WAIT = 0.2  # seconds between two looks at what other processes have written
+_JOIN_LOCK = "join.lock"
 _SILENT_WAIT = 30.0  # seconds before the processes that are waited for are named
 
 
@@ -77,6 +79,8 @@ def prepare_tokens(
     parts = [_FORMAT, source.fingerprint(), tokenizer_fingerprint(tokenizer), split, val_fraction, test_fraction]
     folder = cache_dir / "tokens" / digest(parts)
     if (files := prepared(folder)) is not None:
+        with contextlib.suppress(OSError):  # of a process that was killed; a text that is there needs no lock
+            (folder / _JOIN_LOCK).unlink()
         return files
     fractions = val_fraction, test_fraction
     text = SplitDocuments(source) if split == "tail" else SplitDocuments(source, split, *fractions)
@@ -110,7 +114,7 @@ def prepare_tokens(
 
 
 def prepared(folder: Path) -> dict[str, Tokens] | None:
-    """Return the token files in a folder, or `None` if one is missing or damaged."""
+    """Return the token files in a folder, or `None` if one is missing or has another size than it should."""
     try:
         meta = json.loads((folder / "meta.json").read_text())
         if "parts" in meta:
@@ -277,10 +281,20 @@ class _Parts:
     def join(self, split: Split, fractions: tuple[float, float]) -> None:
         """Write `meta.json`, which says where the tokens of each split are in the parts; remove other divisions.
 
-        If the text is there, it stays as it is: its files may be in use, also those of another division.
+        If the text is there, it stays as it is: its files may be in use, also those of another division. Of processes
+        that join several divisions at once, each waits for the one before.
         """
-        if prepared(self.text_folder) is not None:
-            return
+        lock_file = self.text_folder / _JOIN_LOCK
+        while (lock := try_lock(lock_file)) is None:
+            time.sleep(_WAIT)
+        with lock:
+            try:
+                if prepared(self.text_folder) is None:
+                    self._join(split, fractions)
+            finally:
+                lock_file.unlink(missing_ok=True)
+
+    def _join(self, split: Split, fractions: tuple[float, float]) -> None:
         parts = [json.loads((self.folder / _name(i) / "meta.json").read_text()) for i in range(len(self.texts))]
         tokens, documents, sizes = (
             {side: sum(part[name][side] for part in parts) for side in SIDES}

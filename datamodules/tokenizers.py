@@ -98,7 +98,7 @@ class WithTokenizer:
         return torch.from_numpy(encode(self.tokenizer, [text])[0].astype("int64"))
 
     def decode(self, tokens: Iterable[int], before: Sequence[int] = ()) -> str:
-        """Return what decoding tokens that follow others adds to the text of the others."""
+        """Return the text that `tokens` add after `before`."""
         return self.tokenizer.decode([*before, *tokens])[len(self.tokenizer.decode(list(before))) :]
 
 

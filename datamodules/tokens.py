@@ -3,9 +3,10 @@
 from collections.abc import Collection, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch.utils.data import DataLoader
 
 from datamodules.base import ExperimentDataModule
 from datamodules.sources import Source
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 class TokenDataModule(WithTokenizer, ExperimentDataModule):
     """Base of the datamodules whose batches are windows of token files; the subclasses document the arguments."""
 
+    files: Any  # the token files; a cached property, which reads and tokenises all text at the first access
     source: Source | None = None  # the text whose characters the tokenizer `character` has
     split: Split = "tail"  # how the text is split
     n_processes = 1  # that tokenise a large text
@@ -50,6 +52,10 @@ class TokenDataModule(WithTokenizer, ExperimentDataModule):
         """The tokenizer, loaded at the first access; `character` reads the source for it."""
         return load_tokenizer(self.tokenizer_name, self.source, self.cache_dir)
 
+    def prepare_data(self) -> None:
+        """Read and tokenise all text, on one process of each machine."""
+        _ = self.files
+
     def tokenize(
         self,
         source: Source,
@@ -69,6 +75,19 @@ class TokenDataModule(WithTokenizer, ExperimentDataModule):
         """Return the windows of a token file; each batch has the labels too."""
         byte_lengths = token_byte_lengths(self.tokenizer)
         return TokenWindows(file, self.block_size, byte_lengths, self.tokenizer.pad_token_id or 0, **labels)
+
+    def covering_loader(self, file: Tokens, most: int | None = None, **labels: str) -> DataLoader | None:
+        """Return the loader that evaluates a text; `None` if it has less than two tokens.
+
+        Args:
+            file: The tokens of the text.
+            most: Largest number of its windows, spread evenly over it; `None` predicts each token once.
+            **labels: What each batch has too.
+        """
+        if file.n_tokens < 2:
+            return None
+        windows = self.windows_of(file, **labels)
+        return self.evaluation_loader(windows, windows.covering_starts(most))
 
     def require_text(self, files: Mapping[str, Tokens], stage: str, own_source: Collection[str] | None = None) -> None:
         """Check that the splits that a stage needs have enough text.

@@ -67,7 +67,7 @@ class BrownCorpus(Source):
         if is_url(self.path):
             return digest(["BrownCorpus", self.path])
         local = self._local()
-        files = sorted(local.iterdir()) if local.is_dir() else [local]
+        files = sorted(filter(Path.is_file, local.iterdir())) if local.is_dir() else [local]
         return digest(["BrownCorpus", [identity_of(file) for file in files]])
 
     def _local(self) -> Path:

@@ -1,5 +1,6 @@
 """Reviews as token ids: with labels for a classifier, or with masked tokens to pretrain an encoder."""
 
+import hashlib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
@@ -110,7 +111,7 @@ class TokenizedReviews(Dataset):
 
     def fingerprint(self) -> str:
         """Return a hash of all token ids, which depend on the texts, the tokenizer and the truncation."""
-        return digest([self.lengths.tolist(), self.ids.tolist()])
+        return digest([hashlib.sha256(array).hexdigest() for array in (self.lengths, self.ids)])
 
     def __getitem__(self, positions: Tensor) -> Batch:
         """Return the batch of the reviews at some positions, (B,)."""

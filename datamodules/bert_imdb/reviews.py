@@ -6,22 +6,23 @@ from collections.abc import Iterable, Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import groupby, zip_longest
+from itertools import accumulate, groupby
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from datamodules.files import ROWS, as_flag, ending_of, split_column
+from datamodules.files import ROWS, as_flag, decoded, ending_of, split_column
 from datamodules.hub_datasets import load_hub_dataset
 from datamodules.rows import columns_of, rows_of
-from datamodules.sources import AnySource, hub_name, local_files_of, paths_of, source_of
+from datamodules.sources import AnySource, ListText, hub_name, local_files_of, paths_of, source_of
 from datamodules.splits import FEW, SIDES, Side, SplitDocuments, require_fractions, side_of, sides_of
 from lightning_modules.common.ranges import Probability
 
 CLASSES = ("negative", "positive")
 MOST_CLASSES = 100  # that are found in the data; a column with more different values is probably no label
 
+_ACL_FILE = re.compile(r"(\d+)_\d+\.txt")  # number and rating of a review
 _BREAKS = re.compile(r"(?:\s*<br\s*/?>\s*)+", re.IGNORECASE)
 
 
@@ -44,7 +45,10 @@ def without_breaks(text: str) -> str:
 
 
 class ReviewSource(ABC):
-    """Base of sources of reviews, in three splits that share no text, and no film if the films are known."""
+    """Base of sources of reviews, in three splits.
+
+    Where several are held out of one part, they share no text, and no film if the films are known.
+    """
 
     @property
     def classes(self) -> Sequence[str]:
@@ -129,34 +133,35 @@ class TextReviews(ReviewSource):
     def __init__(self, source: AnySource, val_fraction: Probability = 0.1, test_fraction: Probability = 0.1) -> None:
         self.source = source_of(source, "data.reviews")
         self.fractions = require_fractions(val_fraction, test_fraction, "data.reviews")
-        self.text = SplitDocuments(self.source, "auto", *self.fractions)
-        self._n_test: int | None = None  # once all reviews were read
 
     @cached_property
-    def _sides(self) -> dict[str, Side]:
-        return sides_of(map(without_breaks, self.source.documents()), *self.fractions)
+    def _by_side(self) -> dict[Side, list[Review]]:
+        """The reviews of each split; the text is read once, as a fit needs all of them."""
+        documents = list(self.source.documents())
+        texts: Iterable[tuple[Side, str]]
+        if len(documents) > FEW or not any(self.fractions):
+            keys = list(filter(None, map(without_breaks, documents)))
+            sides = sides_of(keys, *self.fractions)
+            texts = ((sides[key], key) for key in keys)
+        else:
+            pieces = list(SplitDocuments(ListText(documents), "auto", *self.fractions))
+            # A part of a document also ends where the side changes: its last piece does not say so.
+            ended = accumulate((piece.ends_document for _, piece in pieces), initial=0)
+            parts = groupby(zip(ended, pieces, strict=False), key=lambda item: (item[0], item[1][0]))
+            texts = ((side, "".join(piece.text for _, (_, piece) in part)) for (_, side), part in parts)
+        reviews: dict[Side, list[Review]] = {side: [] for side in SIDES}
+        for side, text in texts:
+            if without_breaks(text):
+                reviews[side].append(Review(text, None))
+        return reviews
 
     def reviews(self, split: Side) -> Iterator[Review]:
         """Yield the documents of a split, or its part of each."""
-        few, n_test = self.text.few, 0
-        if few is None or len(few) > FEW:  # also if no document is drawn for a split: `_sides` has some for each
-            for text in self.source.documents():
-                if key := without_breaks(text):
-                    n_test += self._sides[key] == "test"
-                    if self._sides[key] == split:
-                        yield Review(text, None)
-        else:
-            for side, parts in groupby(self.text, key=lambda part: part[0]):
-                n_test += side == "test"
-                if side == split:
-                    yield Review("".join(piece.text for _, piece in parts), None)
-        self._n_test = n_test
+        yield from self._by_side[split]
 
     def n_held_out_for_test(self) -> int:
-        """Return the number of test reviews; the text is read for it unless another split was read."""
-        if self._n_test is None and self.fractions[1]:
-            return sum(1 for _ in self.reviews("test"))
-        return self._n_test or 0
+        """Return the number of test reviews."""
+        return len(self._by_side["test"])
 
 
 class PartedSource(ReviewSource):
@@ -167,12 +172,22 @@ class PartedSource(ReviewSource):
 
     parts: dict[str, Any]  # arguments of `read`, by split; `unlabelled` too, if there are reviews without labels
     fractions: tuple[float, float]  # of `train`, held out for validation and test
+    given_classes: Sequence[str] | None = CLASSES  # names of the classes; `None` finds them
     exact = False  # whether the fractions are those of the films or texts, and not probabilities
     labelled = True  # whether the labels are read
 
     @abstractmethod
     def read(self, part: Any, classes: Sequence[str] | None) -> Iterator[Review]:
         """Yield the reviews of a part; `classes` is `None` to ignore the labels."""
+
+    @cached_property
+    def classes(self) -> Sequence[str]:
+        """The names of the classes; if none are given, the labels of the part to train on."""
+        return self.find_classes() if self.given_classes is None else list(self.given_classes)
+
+    def find_classes(self) -> list[str]:
+        """Return the labels of the part to train on, sorted; only of sources whose classes need not be given."""
+        raise NotImplementedError
 
     @property
     def _read_classes(self) -> Sequence[str] | None:
@@ -243,7 +258,7 @@ def parse_review(
     written = "" if _is_missing(row[text]) else row[text]
     if not isinstance(written, str):
         raise MisconfigurationException(f"{place}: {text!r} is {type(written).__name__}, and must be text")
-    about = None if row.get(film) in (None, "") else str(row[film])
+    about = None if _is_missing(row.get(film)) else str(row[film])
     review = Review(written, _label(row[label], place, classes) if classes else None, about, place)
     if not (review.text or may_be_empty):
         raise MisconfigurationException(f"{place}: the review is empty; remove it")
@@ -362,16 +377,14 @@ class ReviewFiles(PartedSource):
         self.fields = {"text": text_field, "label": label_field, "film": film_field}
         if classes is not None and (len(set(classes)) < 2 or len(set(classes)) != len(classes)):
             raise MisconfigurationException(f"data.reviews: classes must be two or more names, got {list(classes)}")
-        self._classes, self.exact = classes, exact
+        self.given_classes, self.exact = classes, exact
 
-    @cached_property
-    def classes(self) -> Sequence[str]:
-        """The names of the classes; if none are given, the labels of the part to train on."""
-        if self._classes is not None:
-            return list(self._classes)
+    def find_classes(self) -> list[str]:
+        """Return the labels of the files to train on, sorted."""
         files = [Path(split_column(file)[0]).expanduser() for file in self.parts["train"]]
-        rows = (row for file in files for _, row in rows_of(file))
-        return _classes_of(rows, self.fields["label"], ", ".join(map(str, files)))
+        label = self.fields["label"]
+        rows = (row for file in files for _, row in rows_of(file, columns=[label]))
+        return _classes_of(rows, label, ", ".join(map(str, files)))
 
     def flags_to_hold_out(self, split: Side, named: bool) -> str | None:
         """Return the flags of `fit` that hold out a larger part of the files to train on."""
@@ -405,7 +418,7 @@ class AclImdb(PartedSource):
         """Yield the reviews of some folders, each ordered by the numbers of its files.
 
         Raises:
-            MisconfigurationException: If a folder is missing, or a review is empty.
+            MisconfigurationException: If a folder is missing, or a review is empty or not UTF-8.
         """
         for label, name in enumerate(part):
             folder = self.folder / name
@@ -413,12 +426,16 @@ class AclImdb(PartedSource):
                 raise MisconfigurationException(
                     f"{folder} does not exist: give the folder aclImdb, unpacked from aclImdb_v1.tar.gz"
                 )
-            urls = folder.with_name(f"urls_{folder.name}.txt")  # line i is the film of review i
-            films = urls.read_text(encoding="utf-8").split() if urls.is_file() else []
-            files = sorted(folder.glob("*_*.txt"), key=lambda file: int(file.stem.split("_")[0]))
-            for file, film in zip_longest(files, films[: len(files)]):
-                row = {"text": file.read_text(encoding="utf-8"), "label": label, "film": film}
+            urls = folder.with_name(f"urls_{folder.name}.txt")  # line i is the film of review i, counted from 0
+            films = dict(enumerate(_text_of(urls).split("\n"))) if urls.is_file() else {}
+            files = [(int(found[1]), file) for file in folder.iterdir() if (found := _ACL_FILE.fullmatch(file.name))]
+            for number, file in sorted(files):
+                row = {"text": _text_of(file), "label": label, "film": films.get(number)}
                 yield parse_review(row, str(file), classes)
+
+
+def _text_of(file: Path) -> str:
+    return "".join(decoded(file, str(file)))
 
 
 class HubReviews(PartedSource):
@@ -453,14 +470,11 @@ class HubReviews(PartedSource):
         names = {"train": train, "val": val, "test": test, "unlabelled": unlabelled_split}
         self.parts = {split: name for split, name in names.items() if name}
         self.fractions = 0.0 if val else val_fraction, 0.0
-        self.text_field, self._classes = text_field, classes
+        self.text_field, self.given_classes = text_field, classes
         self.revision = revision
 
-    @cached_property
-    def classes(self) -> Sequence[str]:
-        """The names of the classes; if none are given, the labels of the split to train on."""
-        if self._classes is not None:
-            return list(self._classes)
+    def find_classes(self) -> list[str]:
+        """Return the labels of the split to train on, sorted."""
         return _classes_of(self._load(self.parts["train"]), "label", f"dataset {self.dataset}")
 
     def prepare(self) -> None:

@@ -1,7 +1,6 @@
 """WordPiece, the tokenizer of BERT (Schuster and Nakajima, 2012; Devlin et al., 2019), learned from texts."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,16 +19,13 @@ SPECIAL_TOKENS = {
 _FORMAT = 1  # part of the cache key: increase it when the tokens learned from the same texts change
 
 
-def learn_wordpieces(texts: Sequence[str], size: int, cache_dir: Path | None = None) -> "PreTrainedTokenizerFast":
-    """Return a lower-case tokenizer like that of BERT, with at most `size` tokens learned from texts.
-
-    It is kept in the cache, by default in `cache_root()`.
-    """
+def learn_wordpieces(texts: Sequence[str], size: int) -> "PreTrainedTokenizerFast":
+    """Return a lower-case tokenizer like that of BERT, with at most `size` tokens learned from texts, and cache it."""
     from tokenizers import Tokenizer
     from tokenizers.implementations import BertWordPieceTokenizer
     from transformers import PreTrainedTokenizerFast
 
-    file = (cache_dir or cache_root()) / "wordpiece" / f"{digest([_FORMAT, size, *texts])}.json"
+    file = cache_root() / "wordpiece" / f"{digest([_FORMAT, size, *texts])}.json"
     try:
         backend = Tokenizer.from_file(str(file))
     except Exception:  # missing or damaged; the Rust library raises no narrower class

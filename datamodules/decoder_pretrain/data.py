@@ -28,8 +28,8 @@ class PretrainDataModule(TokenDataModule):
             `datamodules.sources.Mixture` takes shares of several by weight.
         block_size: Length of a window, in tokens (1 or more); the context that the model trains on.
         batch_size: Number of windows in a batch, over all processes (1 or more).
-        tokenizer: `byte`; `character` (the characters of the source); a folder with a tokenizer.json, such as
-            `tokenizer/` in a run of the topic bpe; such a file; or a name on the hub.
+        tokenizer: `byte`, `character` (the characters of the source), or the name of another one: see
+            `datamodules.tokenizers.load_tokenizer`.
         windows: `random`: each window starts at a random token, and an epoch has as many windows as fit into the
             training text. `sequential`: an epoch is the text cut into blocks, in shuffled order; the boundaries move
             from epoch to epoch. A mixture needs `sequential`; its boundaries do not move.
@@ -79,10 +79,6 @@ class PretrainDataModule(TokenDataModule):
         own: dict[Side, AnySource | None] = {"val": val_source, "test": test_source}
         self.held_out = {side: source_of(text, f"data.{side}_source") for side, text in own.items() if text}
 
-    def prepare_data(self) -> None:
-        """Tokenise the text, in one process on each machine."""
-        _ = self.files
-
     def setup(self, stage: str) -> None:
         """Check that the splits of a stage have enough text.
 
@@ -104,11 +100,11 @@ class PretrainDataModule(TokenDataModule):
 
     def val_dataloader(self) -> DataLoader | list:
         """Return the loader of the windows of the validation text; an empty list if none is held out."""
-        return self._covering("val")
+        return self._held_out("val", self.val_windows)
 
     def test_dataloader(self) -> DataLoader | list:
         """Return the loader of the test text, each token predicted once; an empty list if none is held out."""
-        return self._covering("test")
+        return self._held_out("test")
 
     @cached_property
     def files(self) -> dict[str, Tokens]:
@@ -124,8 +120,6 @@ class PretrainDataModule(TokenDataModule):
         sources = self.source.texts if isinstance(self.source, Mixture) else [self.source]
         return [self.tokenize(source, self.split, self.val_fraction, self.test_fraction) for source in sources]
 
-    def _covering(self, side: str) -> DataLoader | list:
-        if self.files[side].n_tokens < 2:
-            return []
-        windows = self.windows_of(self.files[side])
-        return self.evaluation_loader(windows, windows.covering_starts(self.val_windows if side == "val" else None))
+    def _held_out(self, side: str, most: int | None = None) -> DataLoader | list:
+        loader = self.covering_loader(self.files[side], most)
+        return [] if loader is None else loader

@@ -89,7 +89,7 @@ def parse_record(row: Any, place: str) -> Record:
 
 
 class RecordSource(ABC):
-    """Base of the sources of records, in three splits that share no question."""
+    """Base of the sources of records, in three splits; where they are held out of one part, they share no question."""
 
     @abstractmethod
     def records(self, side: Side) -> Iterator[Record]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.utils.data import DataLoader
 
-from datamodules.files import find_files
+from datamodules.files import TEXT, find_files
 from datamodules.gpt_neo_style.books import cut_into_passages, read_book
 from datamodules.sources import AnySource, ListText, source_of
 from datamodules.splits import SIDES, DocumentSplit
@@ -89,10 +89,6 @@ class GPTNeoStyleDataModule(TokenDataModule):
         """The passages of the books by split: train, val, test."""
         return self._passages(self.books)
 
-    def prepare_data(self) -> None:
-        """Download the books and tokenise all text, on one process of each machine."""
-        _ = self.files
-
     def setup(self, stage: str) -> None:
         """Check that the splits of a stage have enough text.
 
@@ -142,17 +138,15 @@ class GPTNeoStyleDataModule(TokenDataModule):
         return files
 
     def _held_out(self, side: str) -> list[DataLoader]:
-        loaders = []
-        for text, files in self.files.items():
-            if files[side].n_tokens >= 2:
-                windows = self.windows_of(files[side], text=text)
-                starts = windows.covering_starts(self.base_windows if text == "base" else None)
-                loaders.append(self.evaluation_loader(windows, starts))
-        return loaders
+        loaders = (
+            self.covering_loader(files[side], self.base_windows if text == "base" else None, text=text)
+            for text, files in self.files.items()
+        )
+        return [loader for loader in loaders if loader is not None]
 
 
 def _books_at(name: int | str) -> list[int | str]:
-    """Return the files of a folder, each of which is a book; any other name is one book."""
+    """Return the text files of a folder, each of which is a book; any other name is one book."""
     if isinstance(name, str) and Path(name).expanduser().is_dir():
-        return [*find_files(name)]
+        return [*find_files(name, TEXT)]
     return [name]

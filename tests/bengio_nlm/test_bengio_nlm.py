@@ -205,6 +205,7 @@ def test_brown_from_a_zip_and_from_a_folder(tmp_path):
     (folder / "b_two.txt").write_text("and / or\n")
     (folder / "a_one.txt").write_text("The jury said .\n\nYes .\n")
     (folder / "CONTENTS").write_text("not a text")
+    (folder / "more").mkdir()
     plain = BrownCorpus(str(folder))
     assert list(plain.documents()) == ["The jury said .\n\nYes .\n", "and / or\n"]
     before = plain.fingerprint()

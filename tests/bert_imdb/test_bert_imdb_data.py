@@ -129,7 +129,7 @@ def test_an_encoder_does_not_see_what_is_held_out_of_few_reviews():
 def test_a_file_is_read_once_for_its_classes_and_once_for_all_splits(monkeypatch):
     Path("mine.csv").write_text("text,label\n" + "".join(f"{text},{label}\n" for text, label in RECIPES))
     read = []
-    monkeypatch.setattr(reviews, "rows_of", lambda path: read.append(str(path)) or rows_of(path))
+    monkeypatch.setattr(reviews, "rows_of", lambda path, **kwargs: read.append(str(path)) or rows_of(path, **kwargs))
     source = reviews_of("mine.csv")
     n_train, n_val, n_test = (len(list(source.reviews(split))) for split in SIDES)
     assert n_train + n_val + n_test == len(RECIPES)
@@ -193,13 +193,32 @@ def test_one_text_is_reviews_to_pretrain_on():
 
 
 @pytest.mark.parametrize("n_documents", [2, 30])
-def test_test_reviews_are_counted_while_the_others_are_read(n_documents, monkeypatch):
+def test_a_text_is_read_once_for_all_splits(n_documents, monkeypatch):
     texts = [f"text {number}\nof {n_documents} documents\n" * 9 for number in range(n_documents)]
-    source = TextReviews(ListText([*texts, texts[0]]))
-    n_test = TextReviews(source.source).n_held_out_for_test()
-    assert len(list(source.reviews("train"))) > 0 < n_test
-    monkeypatch.setattr(ListText, "pieces", None)  # the text is not read again
-    assert source.n_held_out_for_test() == n_test
+    reads = []
+    pieces = ListText.pieces
+    text = ListText([*texts, texts[0]])
+    monkeypatch.setattr(ListText, "pieces", lambda self: (reads.append(self is text), pieces(self))[1])
+    source = TextReviews(text)
+    splits = splits_of(source)
+    assert all(splits.values())
+    assert source.n_held_out_for_test() == len(splits["test"])
+    assert sum(reads) == 1
+
+
+@pytest.mark.parametrize("fractions", [(0.1, 0.1), (0.1, 0.0), (0.4, 0.3)])
+def test_each_of_few_texts_has_a_review_in_each_split(fractions, monkeypatch):
+    """Also where neighbours have one side only, and where the cut is the end of a piece."""
+    monkeypatch.setattr("datamodules.sources.PIECE_SIZE", 10)
+    texts = ["a", "b", "0123456789" * 10, "c <br /> d", "  ", "ef"]
+    splits = splits_of(TextReviews(ListText(texts), *fractions))
+    n_long = {"train": round(100 - 100 * sum(fractions)), "test": round(100 * fractions[1])}
+    long = [review.text for split in SIDES for review in splits[split] if review.text[0].isdigit()]
+    assert "".join(long) == texts[2]
+    assert (len(long[0]), len(long)) == (n_long["train"], 2 + bool(fractions[1]))
+    others = [review.text for split in SIDES for review in splits[split] if not review.text[0].isdigit()]
+    assert {"a", "b"} <= set(others)
+    assert all(len(text) <= 5 for text in others)
 
 
 # --- the grammar -----------------------------------------------------------------------------------------------------
@@ -318,6 +337,31 @@ def test_the_original_folder(tmp_path):
     assert splits["test"][-1].label == 1
     assert [review.text for review in source.unlabelled()] == ["no label"]
     assert_same_texts(source.without_labels(), source)
+
+
+def test_the_original_folder_with_other_files_and_without_some(tmp_path):
+    folder = tmp_path / "train/neg"
+    for name in ("train/neg", "train/pos"):
+        (tmp_path / name).mkdir(parents=True)
+    for name in ("10_1", "2_3", "notes_1", "0_x"):
+        (folder / f"{name}.txt").write_text(name)
+    (folder / "1_2.txt").write_bytes(b"fine \xe9")
+    (tmp_path / "train/urls_neg.txt").write_text("".join(f"film {i}\n" if i != 1 else "\n" for i in range(11)))
+    source = AclImdb(str(tmp_path), val_fraction=0)
+    with pytest.raises(MisconfigurationException, match=r"1_2.txt is not UTF-8: byte 5 cannot be decoded"):
+        list(source.reviews("train"))
+    (folder / "1_2.txt").write_text("1_2")
+    found = [(review.text, review.film) for review in source.reviews("train")]
+    assert found == [("1_2", None), ("2_3", "film 2"), ("10_1", "film 10")]
+
+
+@pytest.mark.parametrize("film", [None, math.nan, "", " "])
+def test_reviews_whose_film_is_missing_are_split_by_their_texts(tmp_path, film):
+    rows = [row | {"movie": film} for row in ROWS]
+    (tmp_path / "a.jsonl").write_text(as_json(rows))
+    splits = splits_of(ReviewFiles(str(tmp_path / "a.jsonl"), film_field="movie"))
+    assert {review.film for reviews in splits.values() for review in reviews} == {None}
+    assert all(splits.values())
 
 
 def test_reviews_to_mask_need_no_labels(tmp_path, tokenizer_folder, capsys):
@@ -506,7 +550,9 @@ TEXTS = [review.text for review in FilmReviews(n_train=200).reviews("train")]
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
-    return learn_wordpieces(TEXTS, 400, tmp_path_factory.mktemp("cache"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LLM_TRAIN_CACHE", str(tmp_path_factory.mktemp("cache")))
+        return learn_wordpieces(TEXTS, 400)
 
 
 @pytest.fixture(scope="module")
@@ -554,10 +600,11 @@ def test_a_split_without_a_class_is_one_line(tokenizer_folder, capsys, split, ef
     assert said == [f"{split}: {effect}"]
 
 
-def test_learned_wordpieces_are_a_function_of_the_texts(tokenizer, tmp_path):
-    again = learn_wordpieces(TEXTS, 400, tmp_path)
+def test_learned_wordpieces_are_a_function_of_the_texts(tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setenv("LLM_TRAIN_CACHE", str(tmp_path))
+    again = learn_wordpieces(TEXTS, 400)
     assert again.backend_tokenizer.to_str() == tokenizer.backend_tokenizer.to_str()
-    assert learn_wordpieces(TEXTS, 400, tmp_path).get_vocab() == again.get_vocab()  # from the cache
+    assert learn_wordpieces(TEXTS, 400).get_vocab() == again.get_vocab()  # from the cache
     assert len(tokenizer) == 400
     assert [tokenizer.pad_token_id, tokenizer.cls_token_id, tokenizer.mask_token_id] == [0, 2, 4]
     text = "The acting is gripping, unbelievably so."

@@ -9,7 +9,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from datamodules import rows
 from datamodules.files import open_bytes
-from datamodules.rows import json_rows, table_rows
+from datamodules.rows import json_rows, parquet_rows, table_rows, texts_of_rows
 
 ROW = {"text": "Étude № 1, 学習\u2028so \u200b", "n": 1}
 
@@ -128,3 +128,41 @@ def test_a_damaged_compressed_file_is_one_line():
         Path("a.jsonl.gz").write_bytes(content)
         with pytest.raises(MisconfigurationException, match=r"^a.jsonl.gz could not be read: \w+"):
             list(json_rows(Path("a.jsonl.gz")))
+
+
+def write_parquet(columns):
+    import pyarrow
+    from pyarrow import parquet
+
+    parquet.write_table(pyarrow.table(columns), "a.parquet")
+    return Path("a.parquet")
+
+
+def test_of_a_parquet_file_only_the_column_of_the_text_is_read(monkeypatch):
+    import pyarrow
+    from pyarrow import parquet
+
+    path = write_parquet({"content": ["one", None], "vector": [[1.0], [2.0]], "n": [1, 2]})
+    columns = []
+    whole = parquet.ParquetFile.iter_batches
+    monkeypatch.setattr(
+        parquet.ParquetFile,
+        "iter_batches",
+        lambda self, *args, **kwargs: (columns.append(kwargs["columns"]), whole(self, *args, **kwargs))[1],
+    )
+    assert list(texts_of_rows(path, "content")) == ["one"]
+    assert list(texts_of_rows(path)) == ["one"]
+    assert columns == [["content"], None, ["content"]]  # where it is not known, that of the first row
+    with pytest.raises(MisconfigurationException, match="no column 'text', only 'content', 'vector', 'n'"):
+        list(texts_of_rows(path, "text"))
+    assert list(texts_of_rows(write_parquet({"text": pyarrow.array([], pyarrow.string())}))) == []
+
+
+def test_text_of_a_parquet_file_that_is_not_utf8_is_one_line():
+    import pyarrow
+
+    texts = pyarrow.array([b"fine"] * 1500 + [b"caf\xe9"], pyarrow.binary()).view(pyarrow.string())
+    path = write_parquet({"text": texts})
+    for read in (texts_of_rows, parquet_rows):
+        with pytest.raises(MisconfigurationException, match=r"^a.parquet could not be read as Parquet after row 1,024"):
+            list(read(path))

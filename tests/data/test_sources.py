@@ -264,6 +264,39 @@ def test_paths_folders_and_patterns_are_sources(files, given, documents):
     assert list(source_of(given).documents()) == documents
 
 
+def test_a_folder_and_a_pattern_follow_links_and_read_each_folder_once(tmp_path):
+    for name in ("data/a.txt", "data/deep/b.txt", "other/c.txt", "other/.hidden/d.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    for name, target in (
+        ("data/deep/loop", "data"),
+        ("data/linked", "other"),
+        ("data/again", "other"),
+        ("other/back", "data"),
+        ("data/file.txt", "data/a.txt"),
+        ("data/.hidden", "other"),
+    ):
+        (tmp_path / name).symlink_to(tmp_path / target)
+    (tmp_path / "data/lost.txt").symlink_to(tmp_path / "lost")
+    found = ["data/a.txt", "other/c.txt", "data/deep/b.txt", "data/a.txt"]
+    for path in ("data", "data/**/*.txt", "d*/**/*.txt", "data/**", "**/data/**/*.txt"):
+        assert list(source_of(path).documents()) == found
+
+
+def test_text_files_of_a_folder_are_not_its_tables(files):
+    assert list(TextFiles("books").documents()) == ["a.md", "b.txt", "deep/c.TXT"]
+    (files / "books/f.csv").write_text("text\na row\n")
+    (files / "books/G.TXT.GZ").write_bytes(gzip.compress(b"compressed"))
+    assert list(TextFiles("books").documents()) == ["compressed", "a.md", "b.txt", "deep/c.TXT"]
+    assert list(TextFiles("books/*.csv").documents()) == ["text\na row\n"]
+    assert list(Files("books").documents()) == ["compressed", "a.md", "b.txt", "deep/c.TXT", "a row"]
+    (files / "rows").mkdir()
+    (files / "rows/a.csv").write_text("text\na row\n")
+    assert "holds no text: none of its 1 files ends in .txt, .text, .md, .markdown, .rst;" in one_line_error(
+        TextFiles("rows")
+    )
+
+
 def test_fingerprints_are_those_of_earlier_versions():
     assert ListText(["a"]).fingerprint() == "19f18eec4f09cb8f9f3d"
     assert HubText("owner/name", max_documents=3).fingerprint() == "2da5353a68e6a94cbf32"
@@ -300,7 +333,11 @@ BAD = {  # what a source names, the content of a file of this name, and the mess
     "hub:": (None, "data.source: 'hub:' names no dataset; give hub:OWNER/NAME"),
     "hub:nobody/nothing": (None, "dataset nobody/nothing .* could not be read"),
     "": (None, "data.source is empty: give a file"),
-    "datamodules.sources.PythonTxt": (None, "is neither a file nor a class of sources; .*PythonText"),
+    "datamodules.sources.PythonTxt": (
+        None,
+        "is neither a file nor a class of sources; the classes are in datamodules.sources: Files, TextFiles, HubText, "
+        "PythonText, ListText, Mixture, Shuffled$",
+    ),
 }
 
 
@@ -464,10 +501,22 @@ def test_the_parts_of_a_dataset_are_its_files_row_groups_or_rows(many_files, str
     source = HubText(str(many_files), streaming=streaming)
     parts = [list(part.documents()) for part in source.parts()]
     assert list(chain.from_iterable(parts)) == [f"{number} {row}" for number in range(7) for row in range(3)]
-    assert len(parts) == (min(most, 21) if streaming else min(most, source._rows.dataset_size // 40))
+    assert len(parts) == min(most, 21 if streaming else source._rows.data.nbytes // 40)
     assert all(part.opening() == "" for part in source.parts())
     assert len({part.fingerprint() for part in source.parts()}) == len(parts) > 1
     assert HubText(str(many_files), streaming=streaming, max_documents=3).parts()[1:] == []
+
+
+def test_the_parts_of_a_split_do_not_depend_on_the_size_of_the_others(many_files, monkeypatch):
+    from pyarrow import parquet, table
+
+    parquet.write_table(table({"text": ["one", "two"], "id": [1, 2]}), many_files / "test.parquet")
+    monkeypatch.setattr(sources, "PART_SIZE", 1)  # as of a split with few rows that are large
+    parts = HubText(str(many_files), split="test", streaming=False).parts()
+    assert [list(part.documents()) for part in parts] == [["one"], ["two"]]
+    monkeypatch.setattr(sources, "PART_SIZE", 100)  # more than this split has
+    assert len(HubText(str(many_files), split="test", streaming=False).parts()) == 1
+    assert len(HubText(str(many_files), streaming=False).parts()) > 1
 
 
 def test_a_preparation_that_goes_on_with_other_parts_has_the_whole_text(many_files, tmp_path, monkeypatch):

@@ -146,6 +146,7 @@ def test_a_killed_run_of_a_mixture_resumes_with_the_same_weights(tiny, whole, fo
         (lambda: Mixture(["a.txt", "b.txt"], [1, 0]), r"the weights \[1, 0\] must all be more than 0"),
         (lambda: Mixture(["a.txt", "b.txt"], [1, math.nan]), "must all be more than 0"),
         (lambda: Mixture(["a.txt", ""], [1, 1]), r"data.source.sources\[1\] is empty"),
+        (lambda: Mixture(["a.txt", Mixture(["b.txt", "c.txt"], [3, 1])], [1, 1]), "a text of a mixture is a mixture"),
         (lambda: mixture("a" * 99, "b" * 99, weights=[1, 1], windows="random"), "needs data.windows sequential"),
         (
             lambda: mixture("a" * 999, "b", weights=[1, 1]).train_dataloader(),

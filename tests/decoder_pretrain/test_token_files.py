@@ -346,6 +346,27 @@ def test_a_text_that_another_process_completes_in_other_parts_is_taken(
     assert all_tokens(files)["train"][0] == all_tokens(prepare(large, tmp_path / "whole"))["train"][0]
 
 
+def test_a_text_that_is_joined_in_two_divisions_at_once_has_the_files_of_the_first(large, tmp_path, monkeypatch):
+    describe, others = token_cache.describe, []
+
+    def beside_another(*args):
+        if not others:
+            with monkeypatch.context() as other:
+                other.setattr(sources, "PART_SIZE", 25_000)
+                other.setattr(token_cache, "describe", describe)
+                others.append(in_a_copy(prepare, large, tmp_path))
+            others[0].join(1)  # it would be complete by now, if it did not wait
+        return describe(*args)
+
+    monkeypatch.setattr(token_cache, "describe", beside_another)
+    files = prepare(large, tmp_path)
+    others[0].join()
+    assert others[0].exitcode == 0
+    assert len(files["train"].files) == 6
+    assert prepare(large, tmp_path) == files
+    assert len(files_in(tmp_path / "tokens")) == 4 * 6 + 1  # no lock, and nothing of the other division
+
+
 def test_the_files_of_a_complete_text_stay(large, tmp_path, monkeypatch):
     folder, how = tmp_path / "text", ("documents", (0.0, 0.0))
     late = parts_of(large, folder)

@@ -309,6 +309,7 @@ def test_several_books_are_trained_on_together(tmp_path):
     (tmp_path / "shelf").mkdir()
     for name in ("play.txt", "other.txt"):
         shutil.copy(tmp_path / name, tmp_path / "shelf")
+    (tmp_path / "shelf/titles.csv").write_text("text\n" + verse(100))  # is no book
     shelf = datamodule(tmp_path, books=str(tmp_path / "shelf"))
     assert sorted(shelf.book_passages["train"]) == sorted(both.book_passages["train"])
 
