@@ -54,7 +54,7 @@ class ExperimentModule(L.LightningModule):
         compile: Whether to compile the function `loss`, and so the forward and backward pass of a training step, with
             `torch.compile`: `true` for its default mode, `reduce-overhead` for CUDA graphs, which small models need,
             or `max-autotune`, with CUDA graphs and a search for fast kernels. The first step then takes a minute or
-            more. Validation and generation are not compiled. CUDA graphs need batches whose sizes do not vary.
+            more. Validation and generation are not compiled. CUDA graphs are refused where the sizes of batches vary.
     """
 
     optimizer_factory: OptimizerFactory | None = None

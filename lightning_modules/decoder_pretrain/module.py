@@ -59,9 +59,6 @@ class PretrainModule(ExperimentModule):
             replace those above. `null` starts from the initialisation.
         vocab_multiple: Multiple to which the rows of the embedding are rounded up, for the matrix units of a GPU (64 is
             usual).
-        compile: Whether to compile the loss, and so the forward and backward pass of a training step: `true` for the
-            default mode of `torch.compile`; `reduce-overhead` for CUDA graphs, which save small models most of the time
-            between kernels; or `max-autotune`. The first step then takes a minute or more.
         architecture: Configuration of a decoder that started from `pretrained`; leave it out. A checkpoint holds it, so
             that the decoder can be built without the pretrained weights.
 

@@ -109,7 +109,6 @@ class Freeze(FreezingCallback):
     """Callback that freezes parameters for the whole run, those of adapters included (see `LoRA`).
 
     Args:
-        keep_dropout: Whether dropout stays active in frozen modules.
         **selection: Which parameters to freeze: the arguments of `Selection`.
     """
 
@@ -156,7 +155,6 @@ class GradualUnfreezing(FreezingCallback):
 
     Args:
         stages: Which parameters are unfrozen, when, and at what rate.
-        keep_dropout: Whether dropout stays active in frozen modules.
 
     Raises:
         MisconfigurationException: If there is no stage.

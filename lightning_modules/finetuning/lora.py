@@ -33,7 +33,6 @@ class LoRA(FreezingCallback):
         targets: Linear layers that get adapters, as glob patterns of their names; `null` adapts all linear layers in
             the stack of layers.
         also_trained: Other parameters of the base to train, as glob patterns, such as `"*norm*"`.
-        keep_dropout: Whether dropout stays active in frozen modules.
     """
 
     setup_order = -2  # before the callbacks that select parameters; see `ExperimentModule.configure_callbacks`
