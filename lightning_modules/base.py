@@ -72,7 +72,7 @@ class ExperimentModule(L.LightningModule):
         self.compile_mode = compile
         self._compiled_loss: Callable[[Any], Tensor | Loss] | None = None
         self.result_files: list[Path] = []  # that callbacks wrote in an evaluation; the closing lines name them
-        self.learning_rate_shares: dict[str, float] = {}  # by parameter, 1 for others; callbacks set it in `setup`
+        self.learning_rate_shares: dict[str, float] = {}  # by parameter, 1 for others; see `scale_learning_rates`
         self._losses_of_step: list[Tensor] = []
         self.val_metrics: Metric | None = None
         self.test_metrics: Metric | None = None
@@ -223,6 +223,11 @@ class ExperimentModule(L.LightningModule):
         options: dict[str, Any] = {"backend": self.compile_backend, "dynamic": None if self.varying_sizes else False}
         return options if self.compile_mode is True else options | {"mode": self.compile_mode}
 
+    def scale_learning_rates(self, shares: Mapping[str, float]) -> None:
+        """Multiply the learning rates of parameters, by name; callbacks call it in `setup`, in any order."""
+        for name, share in shares.items():
+            self.learning_rate_shares[name] = self.learning_rate_shares.get(name, 1.0) * share
+
     def configure_optimizers(self) -> Any:
         """Return the optimiser over the weight-decay groups, and the schedule, which steps with the optimiser.
 
@@ -261,6 +266,7 @@ class ExperimentModule(L.LightningModule):
         the whole run, and these before all others, which read or set what is trained (their `setup_order`).
         """
         self.trainer.callbacks.sort(key=lambda callback: getattr(callback, "setup_order", 0))
+        self.learning_rate_shares = {}  # without those of an earlier fit, since the callbacks multiply
         return [OptimizerSettings()]
 
     def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: torch.optim.Optimizer) -> None:

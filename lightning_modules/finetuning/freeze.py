@@ -138,7 +138,7 @@ class Stage(Selection):
 
     Args:
         epoch: First epoch in which they are trained, counted from 0.
-        rate: Their learning rate as a share of the optimiser's, 0 or more.
+        rate: Their learning rate as a share of the optimiser's, or of that of `LayerwiseRates`; 0 or more.
     """
 
     epoch: NonNegativeInt = 0
@@ -168,7 +168,7 @@ class GradualUnfreezing(FreezingCallback):
         self._first_epochs: dict[nn.Parameter, int] = {}
         self._epoch = -1
 
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+    def setup(self, trainer: L.Trainer, pl_module: ExperimentModule, stage: str) -> None:
         """Set the learning rates of the stages. Nothing is frozen yet: the optimiser and DDP need all parameters.
 
         Raises:
@@ -183,12 +183,14 @@ class GradualUnfreezing(FreezingCallback):
                 "GradualUnfreezing: set trainer.strategy to ddp_find_unused_parameters_true, or the processes would "
                 "wait for the gradients of frozen parameters"
             )
+        rates: dict[str, float] = {}
         for part in reversed(self.stages):  # so that the earliest stage overrides the later ones
             with self.selecting():
                 selected = part.of(pl_module)
             for name, parameter in selected.items():
                 self._first_epochs[parameter] = part.epoch
-                pl_module.learning_rate_shares[name] = part.rate
+                rates[name] = part.rate
+        pl_module.scale_learning_rates(rates)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Freeze the later stages, now that the optimiser is built; keep what another callback froze frozen."""

@@ -143,12 +143,17 @@ def test_a_selection_of_nothing_or_of_everything_is_refused_in_one_line(selectio
 
 def test_a_model_without_layers_has_names_only():
     for selection, message in (
-        ({"layers": 0}, "no stack of layers; name them by patterns"),
-        ({"embeddings": True}, "nothing is named"),
-        ({"all_but_head": True}, "everything is frozen"),
+        ({"layers": 0}, "layers 0"),
+        ({"embeddings": True}, "embeddings"),
+        ({"all_but_head": True}, "all_but_head"),
     ):
+        message = f"^Freeze: {message}: the model has no stack of layers; name parameters by patterns$"
         with pytest.raises(MisconfigurationException, match=message):
             Freeze(**selection).setup(None, Wrapped(nn.Linear(2, 2)), "fit")
+    with pytest.raises(
+        MisconfigurationException, match=r"^LayerwiseRates: .* no stack of layers; remove it from train"
+    ):
+        LayerwiseRates().setup(None, Wrapped(nn.Linear(2, 2)), "fit")
     model = Wrapped(nn.Linear(2, 2))
     Freeze(patterns=["*.bias"]).setup(None, model, "fit")
     assert frozen(model) == {"model.bias"}
@@ -554,17 +559,31 @@ def test_freezing_and_rates_apply_to_adapters_in_any_order_of_the_callbacks(tmp_
         LoRA(rank=2, targets=["*.qkv"], also_trained=["*.qkv.bias"]),
         Freeze(layers=0),
         LayerwiseRates(decay=0.5),
-        GradualUnfreezing([Stage(epoch=1, layers=1, rate=0.125)]),
+        GradualUnfreezing([Stage(epoch=1, layers=1, rate=0.75)]),
     )
     model, seen = decoder(), TrainingModes()
     (optimizer,) = fitted(tmp_path, model, *(callbacks[i] for i in order), seen, epochs=2).optimizers
     shares = {name: group.get("lr_share", 1.0) for group in optimizer.param_groups for name in group["param_names"]}
     layer = "decoder.blocks.{}.attention.qkv."
     ends = ("lora_A.default.weight", "lora_B.default.weight", "base_layer.bias")
-    assert shares == {layer.format(i) + end: share for i, share in ((1, 0.125), (2, 0.25), (3, 0.5)) for end in ends}
+    assert shares == {layer.format(i) + end: share for i, share in ((1, 0.75 / 8), (2, 0.25), (3, 0.5)) for end in ends}
     assert seen.modes == [[False, False, True, True], [False, True, True, True]]
     n_trained = sum(model.get_parameter(layer.format(1) + end).numel() for end in ends)  # the same in each layer
     assert seen.counts == [2 * n_trained, 3 * n_trained]
+
+
+def test_another_fit_of_a_module_has_the_same_learning_rates(tmp_path):
+    model = decoder()
+    for _ in range(2):
+        (optimizer,) = fitted(tmp_path, model, LayerwiseRates(decay=0.5)).optimizers
+        assert {group.get("lr_share", 1.0) for group in optimizer.param_groups} == {
+            1,
+            1 / 2,
+            1 / 4,
+            1 / 8,
+            1 / 16,
+            1 / 32,
+        }
 
 
 @pytest.mark.parametrize(
