@@ -21,6 +21,8 @@ from lightning_modules.optim import (
     OptimizerSettings,
     ScheduleFactory,
     build_schedule,
+    check_arguments,
+    refusals,
     weight_decay_groups,
 )
 from lightning_modules.runtime import private_names
@@ -232,27 +234,33 @@ class ExperimentModule(L.LightningModule):
         """Return the optimiser over the weight-decay groups, and the schedule, which steps with the optimiser.
 
         Raises:
-            MisconfigurationException: Without an optimiser, if it refuses its arguments, or if the length of the run is
-                unknown.
+            MisconfigurationException: Without an optimiser, if it or the schedule refuses its arguments, or if the
+                length of the run is unknown.
         """
         if self.optimizer_factory is None:
             raise MisconfigurationException("no optimizer: section; set one, or module.optimizer_factory")
-        try:
+        with refusals("optimizer", private_names.built_class(self.optimizer_factory)):
             optimizer = self.optimizer_factory(weight_decay_groups(self, self.learning_rate_shares))
-        except ValueError as error:
-            raise MisconfigurationException(f"optimizer: {error}") from error
+        check_arguments(optimizer, self.device)
         for group in optimizer.param_groups:
             group["lr"] = group["lr"] * group.get("lr_share", 1.0)
         if self.schedule_factory is None:
             return optimizer
-        try:
+        with refusals("lr_scheduler", private_names.built_class(self.schedule_factory)):
             schedule = build_schedule(self.schedule_factory, optimizer, self.trainer.estimated_stepping_batches)
-        except ValueError as error:
-            raise MisconfigurationException(f"lr_scheduler: {error}") from error
         config = {"scheduler": schedule, "interval": "step", "name": "lr"}
         if isinstance(schedule, ReduceLROnPlateau):  # stepped by `OptimizerSettings` after each validation
             config |= {"reduce_on_plateau": True, "monitor": "val/loss", "frequency": sys.maxsize}
         return {"optimizer": optimizer, "lr_scheduler": config}
+
+    def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
+        """Step the schedule; some of PyTorch's refuse an argument here, such as a length of 0.
+
+        Raises:
+            MisconfigurationException: If it does.
+        """
+        with refusals("lr_scheduler", type(scheduler)):
+            super().lr_scheduler_step(scheduler, metric)
 
     def configure_model(self) -> None:
         """Shard the weights over the processes if the strategy does."""
