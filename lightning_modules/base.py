@@ -271,7 +271,8 @@ class ExperimentModule(L.LightningModule):
         """Return the callback of the optimiser and the schedule; it runs before the checkpoint of a validation.
 
         Whatever their order in the YAML, the callbacks that add parameters are set up before those that freeze some for
-        the whole run, and these before all others, which read or set what is trained (their `setup_order`).
+        the whole run, these before all others, which read or set what is trained, and the one that averages the weights
+        is the last of all (their `setup_order`).
         """
         self.trainer.callbacks.sort(key=lambda callback: getattr(callback, "setup_order", 0))
         self.learning_rate_shares = {}  # without those of an earlier fit, since the callbacks multiply
