@@ -424,15 +424,23 @@ class ExperimentModule(L.LightningModule):
         """Check that a checkpoint fits this module, and add the adapters that it holds.
 
         Raises:
-            MisconfigurationException: If the checkpoint is of another class, or its weights have other shapes.
+            MisconfigurationException: If the checkpoint is of another class, its weights have other shapes, or its
+                adapters another `alpha`, by which their output would be scaled.
         """
         saved_class = checkpoint.get("module_class", "an unknown module")
         if saved_class != self._public_path:
             raise MisconfigurationException(
                 f"ckpt_path: the checkpoint is of {saved_class}, this run is of {self._public_path}"
             )
-        if "adapters" in checkpoint and not adapted_layers(self):
-            add_adapters(self, **checkpoint["adapters"])
+        adapters = checkpoint.get("adapters", {})
+        if adapters and not adapted_layers(self):
+            add_adapters(self, **adapters)
+        own_adapters = adapter_settings(self)
+        if adapters and own_adapters and own_adapters["alpha"] != adapters["alpha"]:
+            raise MisconfigurationException(
+                f"ckpt_path: the checkpoint does not fit the model: alpha of LoRA is {adapters['alpha']} in the "
+                f"checkpoint and {own_adapters['alpha']} in the model; use the run's own config.yaml"
+            )
         own, saved = self.state_dict(), checkpoint["state_dict"]
         for name in sorted(own.keys() | saved.keys()):
             own_shape, saved_shape = (tuple(s[name].shape) if name in s else "nothing" for s in (own, saved))

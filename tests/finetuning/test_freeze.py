@@ -638,6 +638,22 @@ def test_a_model_with_adapters_is_loaded_and_trained_again_with_and_without_the_
         }
 
 
+@pytest.mark.parametrize(
+    ("changed", "message"), [({"alpha": 6.0}, "alpha of LoRA is 3.0 in"), ({"rank": 3}, ".*lora_A.")]
+)
+def test_a_checkpoint_with_adapters_of_another_scale_or_rank_is_refused(changed, message):
+    saved = decoder()
+    LoRA(rank=2, alpha=3.0).setup(None, saved, "fit")
+    checkpoint = {"state_dict": saved.state_dict()}
+    saved.on_save_checkpoint(checkpoint)
+    resumed = decoder()
+    LoRA(**{"rank": 2, "alpha": 3.0} | changed).setup(None, resumed, "fit")
+    with pytest.raises(
+        MisconfigurationException, match=f"^ckpt_path: the checkpoint does not fit the model: {message}"
+    ):
+        resumed.on_load_checkpoint(checkpoint)
+
+
 def test_adapters_are_merged_and_unmerged():
     model = decoder(n_layer=1)
     callback = LoRA(rank=2)
