@@ -27,7 +27,7 @@ class FreezingCallback(L.Callback):
     """Base of the callbacks that freeze parameters.
 
     Frozen modules run in evaluation mode. The numbers of trained and frozen parameters are printed when the training
-    starts, and logged as `model/trained_parameters` and `model/frozen_parameters`.
+    starts, by the last of these callbacks, and logged as `model/trained_parameters` and `model/frozen_parameters`.
 
     Args:
         keep_dropout: Whether dropout stays active in frozen modules.
@@ -60,16 +60,17 @@ class FreezingCallback(L.Callback):
             module.training = True  # the next batch undoes this for modules that are still frozen
         self._frozen_modules = [] if self.keep_dropout else frozen_modules(pl_module)
 
-    def say_counts(self, when: str = "", remark: str = "") -> None:
-        """Print the numbers of trained and frozen parameters in a line between `when` and `remark`."""
-        trained, frozen = self._counts
-        share = trained / (trained + frozen)
-        say(f"{when}{trained:,} parameters are trained ({share:.1%}), {frozen:,} are frozen{remark}")
+    def say_counts(self, trainer: L.Trainer, when: str = "") -> None:
+        """Print the numbers of trained and frozen parameters in a line after `when`, if no such callback follows."""
+        if self is [callback for callback in trainer.callbacks if isinstance(callback, FreezingCallback)][-1]:
+            trained, frozen = self._counts
+            share = trained / (trained + frozen)
+            say(f"{when}{trained:,} parameters are trained ({share:.1%}), {frozen:,} are frozen")
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Count what this callback and others have frozen, and print the numbers."""
         self.update(pl_module)
-        self.say_counts()
+        self.say_counts(trainer)
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: ExperimentModule, *_: object) -> None:
         """Put frozen modules into evaluation mode, since other code may have called `train()` on the model."""
@@ -217,4 +218,4 @@ class GradualUnfreezing(FreezingCallback):
             parameter.requires_grad = self._epoch >= first_epoch
         self.update(pl_module)
         if self._counts != before:
-            self.say_counts(f"epoch {self._epoch}: ")
+            self.say_counts(trainer, f"epoch {self._epoch}: ")

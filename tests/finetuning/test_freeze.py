@@ -310,7 +310,7 @@ def test_frozen_modules_run_in_evaluation_mode_unless_they_keep_their_dropout(ke
     model.trainer = SimpleNamespace(global_step=0, log_every_n_steps=2)
     callback = Freeze(embeddings=True, layers=0, keep_dropout=keep_dropout)
     callback.setup(None, model, "fit")
-    callback.on_train_start(None, model)
+    callback.on_train_start(SimpleNamespace(callbacks=[callback]), model)
     model.train()
     callback.on_train_batch_start(None, model)
     parts = model.decoder
@@ -390,7 +390,8 @@ def test_a_run_killed_between_two_stages_resumes_to_the_same_weights(gradual):
 def test_parameters_frozen_for_the_whole_run_are_not_unfrozen(order):
     callbacks = GradualUnfreezing([Stage(epoch=1, layers=":")]), Freeze(layers=0)
     model = decoder(n_layer=2)
-    trainer = SimpleNamespace(strategy=None, current_epoch=0, global_step=0, log_every_n_steps=2)
+    steps = {"current_epoch": 0, "global_step": 0, "log_every_n_steps": 2}
+    trainer = SimpleNamespace(strategy=None, callbacks=callbacks, **steps)
     model.trainer = trainer
     for i in order:
         callbacks[i].setup(trainer, model, "fit")
@@ -554,7 +555,7 @@ class TrainingModes(L.Callback):
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2, 3), (2, 3, 1, 0)])
-def test_freezing_and_rates_apply_to_adapters_in_any_order_of_the_callbacks(tmp_path, order):
+def test_freezing_and_rates_apply_to_adapters_in_any_order_of_the_callbacks(tmp_path, capfd, order):
     callbacks = (
         LoRA(rank=2, targets=["*.qkv"], also_trained=["*.qkv.bias"]),
         Freeze(layers=0),
@@ -570,6 +571,8 @@ def test_freezing_and_rates_apply_to_adapters_in_any_order_of_the_callbacks(tmp_
     assert seen.modes == [[False, False, True, True], [False, True, True, True]]
     n_trained = sum(model.get_parameter(layer.format(1) + end).numel() for end in ends)  # the same in each layer
     assert seen.counts == [2 * n_trained, 3 * n_trained]
+    said = [line.partition(" parameters")[0] for line in capfd.readouterr().err.splitlines() if " are frozen" in line]
+    assert said == [f"epoch 0: {2 * n_trained}", f"epoch 1: {3 * n_trained}"]  # by the last callback alone
 
 
 def test_another_fit_of_a_module_has_the_same_learning_rates(tmp_path):
