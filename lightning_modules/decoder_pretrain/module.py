@@ -58,7 +58,7 @@ class PretrainModule(ExperimentModule):
             folder in Hugging Face's format, a run that has exported one, or a name on the hub. Its sizes and parts
             replace those above. `null` starts from the initialisation.
         vocab_multiple: Multiple to which the rows of the embedding are rounded up, for the matrix units of a GPU (64 is
-            usual).
+            usual). The rows added are no tokens of the tokenizer; a model that has trained little may generate them.
         architecture: Configuration of a decoder that started from `pretrained`; leave it out. A checkpoint holds it, so
             that the decoder can be built without the pretrained weights.
 
