@@ -21,6 +21,8 @@ from lightning_modules.optim import (
     OptimizerSettings,
     ScheduleFactory,
     build_schedule,
+    check_arguments,
+    refusals,
     weight_decay_groups,
 )
 from lightning_modules.runtime import private_names
@@ -54,7 +56,7 @@ class ExperimentModule(L.LightningModule):
         compile: Whether to compile the function `loss`, and so the forward and backward pass of a training step, with
             `torch.compile`: `true` for its default mode, `reduce-overhead` for CUDA graphs, which small models need,
             or `max-autotune`, with CUDA graphs and a search for fast kernels. The first step then takes a minute or
-            more. Validation and generation are not compiled. CUDA graphs need batches whose sizes do not vary.
+            more. Validation and generation are not compiled. CUDA graphs are refused where the sizes of batches vary.
     """
 
     optimizer_factory: OptimizerFactory | None = None
@@ -72,7 +74,7 @@ class ExperimentModule(L.LightningModule):
         self.compile_mode = compile
         self._compiled_loss: Callable[[Any], Tensor | Loss] | None = None
         self.result_files: list[Path] = []  # that callbacks wrote in an evaluation; the closing lines name them
-        self.learning_rate_shares: dict[str, float] = {}  # by parameter, 1 for others; callbacks set it in `setup`
+        self.learning_rate_shares: dict[str, float] = {}  # by parameter, 1 for others; see `scale_learning_rates`
         self._losses_of_step: list[Tensor] = []
         self.val_metrics: Metric | None = None
         self.test_metrics: Metric | None = None
@@ -223,31 +225,42 @@ class ExperimentModule(L.LightningModule):
         options: dict[str, Any] = {"backend": self.compile_backend, "dynamic": None if self.varying_sizes else False}
         return options if self.compile_mode is True else options | {"mode": self.compile_mode}
 
+    def scale_learning_rates(self, shares: Mapping[str, float]) -> None:
+        """Multiply the learning rates of parameters, by name; callbacks call it in `setup`, in any order."""
+        for name, share in shares.items():
+            self.learning_rate_shares[name] = self.learning_rate_shares.get(name, 1.0) * share
+
     def configure_optimizers(self) -> Any:
         """Return the optimiser over the weight-decay groups, and the schedule, which steps with the optimiser.
 
         Raises:
-            MisconfigurationException: Without an optimiser, if it refuses its arguments, or if the length of the run is
-                unknown.
+            MisconfigurationException: Without an optimiser, if it or the schedule refuses its arguments, or if the
+                length of the run is unknown.
         """
         if self.optimizer_factory is None:
             raise MisconfigurationException("no optimizer: section; set one, or module.optimizer_factory")
-        try:
+        with refusals("optimizer", private_names.built_class(self.optimizer_factory)):
             optimizer = self.optimizer_factory(weight_decay_groups(self, self.learning_rate_shares))
-        except ValueError as error:
-            raise MisconfigurationException(f"optimizer: {error}") from error
+        check_arguments(optimizer, self.device)
         for group in optimizer.param_groups:
             group["lr"] = group["lr"] * group.get("lr_share", 1.0)
         if self.schedule_factory is None:
             return optimizer
-        try:
+        with refusals("lr_scheduler", private_names.built_class(self.schedule_factory)):
             schedule = build_schedule(self.schedule_factory, optimizer, self.trainer.estimated_stepping_batches)
-        except ValueError as error:
-            raise MisconfigurationException(f"lr_scheduler: {error}") from error
         config = {"scheduler": schedule, "interval": "step", "name": "lr"}
         if isinstance(schedule, ReduceLROnPlateau):  # stepped by `OptimizerSettings` after each validation
             config |= {"reduce_on_plateau": True, "monitor": "val/loss", "frequency": sys.maxsize}
         return {"optimizer": optimizer, "lr_scheduler": config}
+
+    def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
+        """Step the schedule; some of PyTorch's refuse an argument here, such as a length of 0.
+
+        Raises:
+            MisconfigurationException: If it does.
+        """
+        with refusals("lr_scheduler", type(scheduler)):
+            super().lr_scheduler_step(scheduler, metric)
 
     def configure_model(self) -> None:
         """Shard the weights over the processes if the strategy does."""
@@ -258,9 +271,11 @@ class ExperimentModule(L.LightningModule):
         """Return the callback of the optimiser and the schedule; it runs before the checkpoint of a validation.
 
         Whatever their order in the YAML, the callbacks that add parameters are set up before those that freeze some for
-        the whole run, and these before all others, which read or set what is trained (their `setup_order`).
+        the whole run, these before all others, which read or set what is trained, and the one that averages the weights
+        is the last of all (their `setup_order`).
         """
         self.trainer.callbacks.sort(key=lambda callback: getattr(callback, "setup_order", 0))
+        self.learning_rate_shares = {}  # without those of an earlier fit, since the callbacks multiply
         return [OptimizerSettings()]
 
     def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: torch.optim.Optimizer) -> None:
@@ -409,15 +424,23 @@ class ExperimentModule(L.LightningModule):
         """Check that a checkpoint fits this module, and add the adapters that it holds.
 
         Raises:
-            MisconfigurationException: If the checkpoint is of another class, or its weights have other shapes.
+            MisconfigurationException: If the checkpoint is of another class, its weights have other shapes, or its
+                adapters another `alpha`, by which their output would be scaled.
         """
         saved_class = checkpoint.get("module_class", "an unknown module")
         if saved_class != self._public_path:
             raise MisconfigurationException(
                 f"ckpt_path: the checkpoint is of {saved_class}, this run is of {self._public_path}"
             )
-        if "adapters" in checkpoint and not adapted_layers(self):
-            add_adapters(self, **checkpoint["adapters"])
+        adapters = checkpoint.get("adapters", {})
+        if adapters and not adapted_layers(self):
+            add_adapters(self, **adapters)
+        own_adapters = adapter_settings(self)
+        if adapters and own_adapters and own_adapters["alpha"] != adapters["alpha"]:
+            raise MisconfigurationException(
+                f"ckpt_path: the checkpoint does not fit the model: alpha of LoRA is {adapters['alpha']} in the "
+                f"checkpoint and {own_adapters['alpha']} in the model; use the run's own config.yaml"
+            )
         own, saved = self.state_dict(), checkpoint["state_dict"]
         for name in sorted(own.keys() | saved.keys()):
             own_shape, saved_shape = (tuple(s[name].shape) if name in s else "nothing" for s in (own, saved))

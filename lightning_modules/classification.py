@@ -92,7 +92,6 @@ class ClassifierModule(ExperimentModule):
 
     Args:
         n_classes: Number of classes K, at least 2.
-        compile: See `ExperimentModule`.
     """
 
     # Of the latest evaluation, for callbacks: probabilities (n, K), labels (n,) and positions (n,), by position.

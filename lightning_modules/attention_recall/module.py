@@ -33,9 +33,6 @@ class AttentionRecallModule(ExperimentModule):
         without: Parts to leave out, any of: `scale` (the division of dot products by the root of their length,
             `n_embd / n_head`), `mask` (without it a position attends to the future, too), `positions` (the position
             embedding), `residual` (without it the output of a layer replaces its input), `norm`, `feed_forward`.
-        compile: Whether to compile the loss, and so the forward and backward pass of a training step: `true` for the
-            default mode of `torch.compile`, `reduce-overhead` for CUDA graphs, or `max-autotune`. The first step then
-            takes a minute or more.
     """
 
     def __init__(

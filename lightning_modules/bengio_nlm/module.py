@@ -42,9 +42,6 @@ class BengioNLMModule(KeepsBufferDtypes, ExperimentModule):
         hidden_dropout: Probability of dropping a hidden unit in training.
         word_dropout: Probability of dropping all features of a word of the context in training. The kept words are not
             scaled.
-        compile: Whether to compile the loss, and so the forward and backward pass of a training step: `true` for the
-            default mode of `torch.compile`, `reduce-overhead` for CUDA graphs, or `max-autotune`. The first step then
-            takes a minute or more.
 
     Raises:
         MisconfigurationException: If `h` is 0 and `direct` is false.

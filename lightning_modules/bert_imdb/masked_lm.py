@@ -47,9 +47,6 @@ class BertMaskedLMModule(ExperimentModule):
         pad_token_id: Token that pads a row; linked from the data.
         architecture: Configuration of the model; leave it out. A checkpoint holds it, so that the model can be built
             without the base.
-        compile: Whether to compile the loss, and so the forward and backward pass of a training step: `true` for the
-            default mode of `torch.compile`. The first step then takes a minute or more. `reduce-overhead` and
-            `max-autotune`, with CUDA graphs, are refused, because the lengths of reviews vary.
 
     Raises:
         MisconfigurationException: If the base is not an encoder or does not fit the data, or `n_head` does not divide

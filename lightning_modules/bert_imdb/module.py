@@ -51,9 +51,6 @@ class BertImdbModule(ClassifierModule):
         classes: Names of the classes; linked from the data.
         architecture: Configuration of the encoder; leave it out. A checkpoint holds it, so that the model can be built
             without the base.
-        compile: Whether to compile the loss, and so the forward and backward pass of a training step: `true` for the
-            default mode of `torch.compile`. The first step then takes a minute or more. `reduce-overhead` and
-            `max-autotune`, with CUDA graphs, are refused unless the features are cached: the lengths of reviews vary.
 
     Raises:
         MisconfigurationException: If the base is not an encoder, or does not fit the data.

@@ -1,7 +1,7 @@
 """Pretraining of the decoder: predict the next token of running text."""
 
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -58,10 +58,7 @@ class PretrainModule(ExperimentModule):
             folder in Hugging Face's format, a run that has exported one, or a name on the hub. Its sizes and parts
             replace those above. `null` starts from the initialisation.
         vocab_multiple: Multiple to which the rows of the embedding are rounded up, for the matrix units of a GPU (64 is
-            usual).
-        compile: Whether to compile the loss, and so the forward and backward pass of a training step: `true` for the
-            default mode of `torch.compile`; `reduce-overhead` for CUDA graphs, which save small models most of the time
-            between kernels; or `max-autotune`. The first step then takes a minute or more.
+            usual). The rows added are no tokens of the tokenizer; a model that has trained little may generate them.
         architecture: Configuration of a decoder that started from `pretrained`; leave it out. A checkpoint holds it, so
             that the decoder can be built without the pretrained weights.
 
@@ -99,6 +96,7 @@ class PretrainModule(ExperimentModule):
         compile: CompileMode = False,
         architecture: dict[str, Any] | None = None,
     ) -> None:
+        arguments = dict(locals())  # `hparams` has those of a subclass in place of what it passes on
         super().__init__(compile)
         self.save_hyperparameters()
         vocab_size, block_size = self.linked(vocab_size=vocab_size, block_size=block_size)
@@ -114,26 +112,8 @@ class PretrainModule(ExperimentModule):
                 self.decoder = Decoder(DecoderConfig(**architecture | common))
             elif pretrained is None:
                 n_rows = -(-vocab_size // vocab_multiple) * vocab_multiple
-                config = DecoderConfig(
-                    n_rows,
-                    n_layer=n_layer,
-                    n_head=n_head,
-                    n_embd=n_embd,
-                    bias=bias,
-                    n_kv_head=n_kv_head,
-                    positions=positions,
-                    norm=norm,
-                    feed_forward=feed_forward,
-                    qk_norm=qk_norm,
-                    embedding_norm=embedding_norm,
-                    value_embeddings=value_embeddings,
-                    tied_embeddings=tied_embeddings,
-                    logit_soft_cap=logit_soft_cap,
-                    norm_eps=norm_eps,
-                    rotary_base=rotary_base,
-                    **common,
-                )
-                self.decoder = Decoder(config)
+                parts = {field.name: arguments[field.name] for field in fields(DecoderConfig)}
+                self.decoder = Decoder(DecoderConfig(**parts | common | {"vocab_size": n_rows}))
                 INITIALIZATIONS[initialization](self.decoder)
             else:
                 self.decoder = load_decoder(pretrained, vocab_size, **common)

@@ -38,9 +38,6 @@ class FineTunedCausalLM(ExperimentModule):
         block_size: Length of a block, in tokens; linked from the data.
         architecture: Configuration of the model; leave it out. A checkpoint holds it, so that the module can be built
             without the base.
-        compile: Whether to compile the loss, and so the forward and backward pass of a training step: `true` for the
-            default mode of `torch.compile`. The first step then takes a minute or more. `reduce-overhead` and
-            `max-autotune`, with CUDA graphs, are refused if the sizes of batches vary, see `varying_sizes`.
 
     Raises:
         MisconfigurationException: If the base cannot be loaded, or does not fit the data.

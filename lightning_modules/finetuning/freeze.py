@@ -27,7 +27,7 @@ class FreezingCallback(L.Callback):
     """Base of the callbacks that freeze parameters.
 
     Frozen modules run in evaluation mode. The numbers of trained and frozen parameters are printed when the training
-    starts, and logged as `model/trained_parameters` and `model/frozen_parameters`.
+    starts, by the last of these callbacks, and logged as `model/trained_parameters` and `model/frozen_parameters`.
 
     Args:
         keep_dropout: Whether dropout stays active in frozen modules.
@@ -60,16 +60,17 @@ class FreezingCallback(L.Callback):
             module.training = True  # the next batch undoes this for modules that are still frozen
         self._frozen_modules = [] if self.keep_dropout else frozen_modules(pl_module)
 
-    def say_counts(self, when: str = "", remark: str = "") -> None:
-        """Print the numbers of trained and frozen parameters in a line between `when` and `remark`."""
-        trained, frozen = self._counts
-        share = trained / (trained + frozen)
-        say(f"{when}{trained:,} parameters are trained ({share:.1%}), {frozen:,} are frozen{remark}")
+    def say_counts(self, trainer: L.Trainer, when: str = "") -> None:
+        """Print the numbers of trained and frozen parameters in a line after `when`, if no such callback follows."""
+        if self is [callback for callback in trainer.callbacks if isinstance(callback, FreezingCallback)][-1]:
+            trained, frozen = self._counts
+            share = trained / (trained + frozen)
+            say(f"{when}{trained:,} parameters are trained ({share:.1%}), {frozen:,} are frozen")
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Count what this callback and others have frozen, and print the numbers."""
         self.update(pl_module)
-        self.say_counts()
+        self.say_counts(trainer)
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: ExperimentModule, *_: object) -> None:
         """Put frozen modules into evaluation mode, since other code may have called `train()` on the model."""
@@ -109,7 +110,6 @@ class Freeze(FreezingCallback):
     """Callback that freezes parameters for the whole run, those of adapters included (see `LoRA`).
 
     Args:
-        keep_dropout: Whether dropout stays active in frozen modules.
         **selection: Which parameters to freeze: the arguments of `Selection`.
     """
 
@@ -139,7 +139,7 @@ class Stage(Selection):
 
     Args:
         epoch: First epoch in which they are trained, counted from 0.
-        rate: Their learning rate as a share of the optimiser's, 0 or more.
+        rate: Their learning rate as a share of the optimiser's, or of that of `LayerwiseRates`; 0 or more.
     """
 
     epoch: NonNegativeInt = 0
@@ -156,7 +156,6 @@ class GradualUnfreezing(FreezingCallback):
 
     Args:
         stages: Which parameters are unfrozen, when, and at what rate.
-        keep_dropout: Whether dropout stays active in frozen modules.
 
     Raises:
         MisconfigurationException: If there is no stage.
@@ -170,7 +169,7 @@ class GradualUnfreezing(FreezingCallback):
         self._first_epochs: dict[nn.Parameter, int] = {}
         self._epoch = -1
 
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+    def setup(self, trainer: L.Trainer, pl_module: ExperimentModule, stage: str) -> None:
         """Set the learning rates of the stages. Nothing is frozen yet: the optimiser and DDP need all parameters.
 
         Raises:
@@ -185,12 +184,14 @@ class GradualUnfreezing(FreezingCallback):
                 "GradualUnfreezing: set trainer.strategy to ddp_find_unused_parameters_true, or the processes would "
                 "wait for the gradients of frozen parameters"
             )
+        rates: dict[str, float] = {}
         for part in reversed(self.stages):  # so that the earliest stage overrides the later ones
             with self.selecting():
                 selected = part.of(pl_module)
             for name, parameter in selected.items():
                 self._first_epochs[parameter] = part.epoch
-                pl_module.learning_rate_shares[name] = part.rate
+                rates[name] = part.rate
+        pl_module.scale_learning_rates(rates)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Freeze the later stages, now that the optimiser is built; keep what another callback froze frozen."""
@@ -217,4 +218,4 @@ class GradualUnfreezing(FreezingCallback):
             parameter.requires_grad = self._epoch >= first_epoch
         self.update(pl_module)
         if self._counts != before:
-            self.say_counts(f"epoch {self._epoch}: ")
+            self.say_counts(trainer, f"epoch {self._epoch}: ")

@@ -5,7 +5,7 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lightning_modules.common.messages import listed
+from lightning_modules.common.messages import listed, say
 from lightning_modules.common.ranges import PositiveFloat, PositiveInt, Probability
 from lightning_modules.finetuning.adapters import adapted_layers, add_adapters, plain_parameters
 from lightning_modules.finetuning.bases import is_new
@@ -33,7 +33,6 @@ class LoRA(FreezingCallback):
         targets: Linear layers that get adapters, as glob patterns of their names; `null` adapts all linear layers in
             the stack of layers.
         also_trained: Other parameters of the base to train, as glob patterns, such as `"*norm*"`.
-        keep_dropout: Whether dropout stays active in frozen modules.
     """
 
     setup_order = -2  # before the callbacks that select parameters; see `ExperimentModule.configure_callbacks`
@@ -71,11 +70,10 @@ class LoRA(FreezingCallback):
             parameter.requires_grad = name in also_trained or is_new(parameter)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Print the numbers of trained and frozen parameters, and the names of the new ones."""
-        self.update(pl_module)
-        new = [name for name, p in plain_parameters(pl_module).items() if is_new(p) and p.requires_grad]
-        remark = f"; trained too, as they are new: {listed(of_all_layers(new))}" if new else ""
-        self.say_counts(remark=remark)
+        """Print the numbers of trained and frozen parameters, and the names of the trained ones that are new."""
+        super().on_train_start(trainer, pl_module)
+        if new := [name for name, p in plain_parameters(pl_module).items() if is_new(p) and p.requires_grad]:
+            say(f"LoRA trains new parameters too: {listed(of_all_layers(new))}")
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Refuse a run that trains no adapter.

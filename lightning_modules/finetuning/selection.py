@@ -43,15 +43,19 @@ class ModelParts:
     def _under(self, prefix: str) -> Parameters:
         return {name: parameter for name, parameter in self.parameters.items() if name.startswith(prefix)}
 
+    def require_layers(self, selection: str) -> None:
+        """Raise `ValueError` if the model has no layers, and so neither embeddings nor a head that are known."""
+        if not self.layers:
+            raise ValueError(f"{selection}: the model has no stack of layers; name parameters by patterns")
+
     def layer_range(self, text: int | str) -> Parameters:
         """Return the parameters of a layer or of a range of layers: `3`, `-1`, `:6`, `2:-1`, `:50%`.
 
         Raises:
             ValueError: If the text is not a range, or there is no such layer.
         """
+        self.require_layers(f"layers {text}")
         n = len(self.layers)
-        if not n:
-            raise ValueError(f"layers {text}: the model has no stack of layers; name them by patterns")
         try:
             start, *rest = (_bound(part, n) for part in str(text).split(":"))
             if len(rest) > 1 or (start is None and not rest):
@@ -126,16 +130,20 @@ class Selection:
         """Return the selected parameters in the order of the model.
 
         Raises:
-            ValueError: If a range or a pattern matches nothing, or nothing is selected.
+            ValueError: If a range or a pattern matches nothing, nothing is selected, or the model has no layers and
+                more than patterns are given.
         """
-        parts = ModelParts(model)
-        chosen: set[str] = set(parts.embeddings) if self.embeddings else set()
+        parts, chosen = ModelParts(model), set[str]()
+        if self.embeddings:
+            parts.require_layers("embeddings")
+            chosen |= parts.embeddings.keys()
         if self.layers is not None:
             chosen |= parts.layer_range(self.layers).keys()
         names = {name_for_patterns(name): name for name in parts.parameters}
         for pattern in self.patterns or []:
             chosen |= {names[name] for name in matching(names, pattern, "parameter")}
         if self.all_but_head:
+            parts.require_layers("all_but_head")
             chosen |= parts.parameters.keys() - parts.head.keys()
         if not chosen:
             raise ValueError("nothing is named; set embeddings, layers, patterns or all_but_head")

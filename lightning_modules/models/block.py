@@ -15,53 +15,45 @@ Unsupervised Multitask Learners" (GPT-2, 2019), section 2.3; Xiong et al., "On L
 Architecture" (2020), https://arxiv.org/abs/2002.04745.
 """
 
-from typing import Literal
+from functools import partial
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
 from lightning_modules.models.attention import MultiHeadAttention
 from lightning_modules.models.cache import KeyValueCache
-from lightning_modules.models.feed_forward import FeedForward, FeedForwardName
-from lightning_modules.models.norms import NORMS, NormName
+from lightning_modules.models.feed_forward import FeedForward
+from lightning_modules.models.norms import NORMS
 from lightning_modules.models.positions import Rotation
+
+if TYPE_CHECKING:  # the decoder imports this file
+    from lightning_modules.models.decoder import DecoderConfig
 
 
 class Block(nn.Module):
     """Attention and a feed-forward network, each preceded by a norm and added to the residual stream.
 
-    The arguments are fields of `models.decoder.DecoderConfig`.
+    Args:
+        config: Sizes and options of the decoder that it is a block of.
     """
 
-    def __init__(
-        self,
-        n_embd: int,
-        n_head: int,
-        attention_dropout: float = 0.0,
-        residual_dropout: float = 0.0,
-        bias: bool = True,
-        attention: Literal["fused", "explicit"] = "fused",
-        n_kv_head: int | None = None,
-        norm: NormName = "layer",
-        feed_forward: FeedForwardName = "gelu",
-        qk_norm: bool = False,
-        value_embeddings: bool = False,
-        norm_eps: float | None = None,
-    ) -> None:
+    def __init__(self, config: "DecoderConfig") -> None:
         super().__init__()
-        self.attention_norm = NORMS[norm](n_embd, bias, norm_eps)
+        norm = partial(NORMS[config.norm], config.n_embd, config.bias, config.norm_eps)
+        self.attention_norm = norm()
         self.attention = MultiHeadAttention(
-            n_embd,
-            n_head,
-            attention_dropout,
-            bias,
-            attention,
-            n_kv_head=n_kv_head,
-            qk_norm=qk_norm,
-            value_embeddings=value_embeddings,
+            config.n_embd,
+            config.n_head,
+            dropout=config.attention_dropout,
+            bias=config.bias,
+            implementation=config.attention,
+            n_kv_head=config.n_kv_head,
+            qk_norm=config.qk_norm,
+            value_embeddings=config.value_embeddings,
         )
-        self.feed_forward_norm = NORMS[norm](n_embd, bias, norm_eps)
-        self.feed_forward = FeedForward(n_embd, bias, feed_forward)
-        self.residual_dropout = nn.Dropout(residual_dropout)
+        self.feed_forward_norm = norm()
+        self.feed_forward = FeedForward(config.n_embd, config.bias, config.feed_forward)
+        self.residual_dropout = nn.Dropout(config.residual_dropout)
 
     def forward(
         self,

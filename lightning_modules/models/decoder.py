@@ -148,30 +148,12 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         self.token_embedding = nn.Embedding(config.vocab_size, config.n_embd)
-        self.position_embedding = POSITIONS[config.positions](
-            config.block_size, config.n_embd, config.head_dim, config.rotary_base
-        )
+        self.position_embedding = POSITIONS[config.positions](config)
         self.value_embedding = nn.Embedding(config.vocab_size, config.kv_width) if config.value_embeddings else None
         norm = partial(NORMS[config.norm], config.n_embd, config.bias, config.norm_eps)
         self.embedding_norm = norm() if config.embedding_norm else nn.Identity()
         self.embedding_dropout = nn.Dropout(config.embedding_dropout)
-        self.blocks = nn.ModuleList(
-            Block(
-                config.n_embd,
-                config.n_head,
-                config.attention_dropout,
-                config.residual_dropout,
-                config.bias,
-                config.attention,
-                config.n_kv_head,
-                config.norm,
-                config.feed_forward,
-                config.qk_norm,
-                config.value_embeddings,
-                config.norm_eps,
-            )
-            for _ in range(config.n_layer)
-        )
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.final_norm = norm()
         self.output = None if config.tied_embeddings else nn.Linear(config.n_embd, config.vocab_size, bias=False)
 

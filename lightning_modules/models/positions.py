@@ -18,10 +18,13 @@ Enhanced Transformer with Rotary Position Embedding" (2021), https://arxiv.org/a
 (x_{2i}, x_{2i+1}); the halves here are the convention of Llama, the same up to the order of the features.
 """
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
+
+if TYPE_CHECKING:  # the decoder imports this file
+    from lightning_modules.models.decoder import DecoderConfig
 
 PositionsName = Literal["learned", "rotary"]
 Rotation = tuple[Tensor, Tensor]  # cos and sin of the angles, each (T, D/2) or (B, 1, T, D/2) float32
@@ -33,14 +36,11 @@ class LearnedPositions(nn.Embedding):
     """A table of one vector for each position.
 
     Args:
-        block_size: Number of positions.
-        n_embd: Width C of the vectors.
-        head_dim: Features of an attention head; not used.
-        base: Base of the angles; not used.
+        config: Sizes and options of the decoder; the table is `block_size` × `n_embd`.
     """
 
-    def __init__(self, block_size: int, n_embd: int, head_dim: int, base: float = ROTARY_BASE) -> None:
-        super().__init__(block_size, n_embd)
+    def __init__(self, config: "DecoderConfig") -> None:
+        super().__init__(config.block_size, config.n_embd)
 
     def add_to(self, x: Tensor, position_ids: Tensor) -> Tensor:
         """Add the vectors of the positions, (T,) or (B, T), to the embeddings, (B, T, C)."""
@@ -55,21 +55,13 @@ class RotaryPositions(nn.Module):
     """Angles by which queries and keys are rotated; there are no weights.
 
     Args:
-        block_size: Number of positions; not used.
-        n_embd: Width of the residual stream; not used.
-        head_dim: Features D of an attention head, an even number.
-        base: Base b of the angles.
-
-    Raises:
-        ValueError: If `head_dim` is odd.
+        config: Sizes and options of the decoder; `head_dim` and `rotary_base` give the angles.
     """
 
-    def __init__(self, block_size: int, n_embd: int, head_dim: int, base: float = ROTARY_BASE) -> None:
+    def __init__(self, config: "DecoderConfig") -> None:
         super().__init__()
-        if head_dim % 2:
-            raise ValueError(f"positions: rotary needs heads of an even width, and n_embd / n_head is {head_dim}")
-        self.head_dim = head_dim
-        self.base = base
+        self.head_dim = config.head_dim  # D
+        self.base = config.rotary_base  # b
 
     def add_to(self, x: Tensor, position_ids: Tensor) -> Tensor:
         """Return the embeddings as they are."""

@@ -14,7 +14,7 @@ from lightning_modules.optim.groups import ParameterGroups, weight_decay_groups
 from lightning_modules.optim.muon import Muon
 from lightning_modules.optim.resumed import OptimizerSettings
 from lightning_modules.optim.schedules import StepSchedule, build_schedule
-from lightning_modules.optim.unusable import check_optimizer
+from lightning_modules.optim.unusable import check_arguments, check_optimizer, refusals
 
 OptimizerFactory = Callable[[Iterable], Optimizer]
 # Our schedules take the number of steps too; the second arguments of torch's are others (OneCycleLR's is max_lr).
@@ -28,6 +28,8 @@ __all__ = [
     "ScheduleFactory",
     "StepSchedule",
     "build_schedule",
+    "check_arguments",
     "check_optimizer",
+    "refusals",
     "weight_decay_groups",
 ]

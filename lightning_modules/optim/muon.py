@@ -80,7 +80,8 @@ class Muon(Optimizer):
             on a CPU with matrix units for it (AMX), and `float32` on other CPUs, where `bfloat16` is far slower.
 
     Raises:
-        ValueError: If a pattern matches no matrix, or no parameter is known to stack several.
+        ValueError: If there is no matrix to update or a pattern matches none, or with `split_stacked`, if no parameter
+            is known to stack several.
     """
 
     def __init__(
@@ -125,6 +126,11 @@ class Muon(Optimizer):
                 own = [(name, p) for name, p in group["params"] if (name in chosen) == (algorithm == "muon")]
                 if own:
                     split.append(defaults | group | {"params": own, "algorithm": algorithm})
+        if all(group["algorithm"] == "adamw" for group in split):
+            raise ValueError(
+                "Muon finds no trained matrix in a stack of layers, and would leave all parameters to AdamW; name "
+                "matrices by patterns (optimizer.matrices), or take torch.optim.AdamW"
+            )
         super().__init__(split, {})
         named = {name: p for group in params for name, p in group["params"]}
         self._rows = {named[name]: rows for name, rows in params.stacked.items() if name in named}

@@ -24,9 +24,6 @@ class PositionProbeModule(ExperimentModule):
     Args:
         probe: `linear`, `bilinear` or `mlp`.
         width: Rank of the bilinear form, or hidden units of the mlp, of each probe; unused by the linear probe.
-        compile: Whether to compile the loss, and so the forward and backward pass of a training step: `true` for the
-            default mode of `torch.compile`, `reduce-overhead` for CUDA graphs, or `max-autotune`. The first step then
-            takes a minute or more.
     """
 
     def __init__(

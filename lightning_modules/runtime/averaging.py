@@ -43,6 +43,9 @@ class AveragedWeights(L.Callback):
         MisconfigurationException: If the weights are sharded.
     """
 
+    # After the callbacks that read the averages at the end of a validation; see `ExperimentModule.configure_callbacks`.
+    setup_order = 1
+
     def __init__(self, decay: Probability = 0.99) -> None:
         self.decay = decay
         self.updates = 0

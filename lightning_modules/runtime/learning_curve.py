@@ -16,7 +16,7 @@ class LearningCurve(DrawsAtTheEnd):
 
     Args:
         train_metric: Metric of the training steps.
-        val_metric: Metric of the validations.
+        val_metric: Metric of the validations; the smallest value of a loss is marked.
     """
 
     def __init__(self, train_metric: str = "train/loss", val_metric: str = "val/loss") -> None:
@@ -39,6 +39,7 @@ class LearningCurve(DrawsAtTheEnd):
             axes.plot(train[0], mean, color="tab:blue", linewidth=1.5, label=f"{self.train_metric}, smoothed")
         if val[0]:
             axes.plot(*val, color="tab:orange", marker="o", markersize=4, label=self.val_metric)
+        if val[0] and self.val_metric.endswith("loss"):
             best = min(zip(val[1], val[0], strict=True))
             # On the side of the point on which the curve of the training is not.
             is_below = np.interp(best[1], train[0], mean or train[1]) <= best[0] if train[0] else True

@@ -52,7 +52,7 @@ class ReproducibleSteps(L.Callback):
         trainer.accumulate_grad_batches = _batches_a_step(trainer)
         private_names.count_step_of_checkpoint(trainer)
         batch_seed = (self.seed or 0) * _SEED_STRIDE + private_names.batches_done(trainer)
-        seed = batch_seed * _BATCH_STRIDE + trainer.global_rank
+        seed = (batch_seed * _BATCH_STRIDE + trainer.global_rank) % 2**64  # of any size; torch takes 64 bits
         # torch.manual_seed does the same for every device, but takes a millisecond to record its caller.
         torch.default_generator.manual_seed(seed)
         if pl_module.device.type == "cuda":

@@ -32,6 +32,7 @@ from lightning_modules.attention_recall.report import AttentionReport, draw_atte
 from lightning_modules.metrics import next_token_loss
 from lightning_modules.models.attention import recorded_weights
 from lightning_modules.models.block import Block
+from lightning_modules.models.decoder import DecoderConfig
 from lightning_modules.runtime.drawing import DrawsAtTheEnd
 from lightning_modules.runtime.learning_curve import read_metric
 
@@ -179,7 +180,7 @@ def changed(position):
 
 def test_with_all_parts_it_is_the_block():
     torch.manual_seed(0)
-    whole, partial = Block(16, 2), PartialBlock(16, 2)
+    whole, partial = Block(DecoderConfig(5, n_head=2, n_embd=16)), PartialBlock(16, 2)
     partial.load_state_dict(whole.state_dict())
     x = torch.randn(2, 5, 16)
     torch.testing.assert_close(partial(x), whole(x))

@@ -41,6 +41,7 @@ FILES = {
     "sweep.yaml": b"method: gird\nparameters: {optimizer.lr: {values: [1]}}\n",
     f"{RUNS}/half/config.yaml": yaml.safe_dump({"model": yaml.safe_load(TINY.read_text())["model"]}).encode(),
 }
+TWICE = "--trainer.callbacks+=lightning_modules.runtime.steps_to_loss.StepsToLoss"
 EARLY = "lightning.pytorch.callbacks.EarlyStopping"
 PLATEAU = "--lr_scheduler=lightning_modules.optim.schedules.ReduceOnPlateau"
 LOGGERS = "lightning.pytorch.loggers"
@@ -93,6 +94,12 @@ COMMANDS = [
     ("fit tiny", [f"--trainer.callbacks+={EARLY}", "--trainer.callbacks.monitor=val/los"], 1, ["'val/loss'"]),
     ("fit tiny", [f"--trainer.callbacks+={EARLY}", "--trainer.callbacks.monitor=loss"], 1, ["'val/loss'"]),
     ("fit tiny", [PLATEAU, "--lr_scheduler.monitor=val/perplexiti"], 1, ["lr_scheduler: monitor", "'val/perplexity'"]),
+    (
+        "fit tiny",
+        [TWICE, "--trainer.callbacks.target=1", TWICE, "--trainer.callbacks.target=2"],
+        1,
+        ["more than one"],
+    ),
     ("fit tiny", ["--trainer.callbacks+=lightning_modules.mine.Mine"], 2, ["a package of another name"]),
     ("fit", ["-c", "lost.yaml"], 2, ["lost.yaml", "does not exist"]),
     ("fit", ["-c", "broken.yaml"], 2, ["broken.yaml, line 2: "]),

@@ -204,6 +204,14 @@ def test_the_vocabulary_can_be_padded_for_the_hardware():
     assert module.decoder.config == DecoderConfig(vocab_size=320, block_size=8, **SIZES)
 
 
+def test_a_subclass_can_change_an_argument_that_it_passes_on():
+    class TwiceAsDeep(PretrainModule):
+        def __init__(self, n_layer: int = 1) -> None:
+            super().__init__(vocab_size=20, block_size=8, **SIZES | {"n_layer": 2 * n_layer})
+
+    assert len(TwiceAsDeep(n_layer=3).decoder.blocks) == 6
+
+
 def test_generating_leaves_the_mode_as_it_was():
     module = PretrainModule(vocab_size=20, block_size=8, dropout=0.5, **SIZES).train()
     tokens = [int(t) for t in module.generate(torch.tensor([[1]]), max_new_tokens=12, temperature=0)]

@@ -143,12 +143,17 @@ def test_a_selection_of_nothing_or_of_everything_is_refused_in_one_line(selectio
 
 def test_a_model_without_layers_has_names_only():
     for selection, message in (
-        ({"layers": 0}, "no stack of layers; name them by patterns"),
-        ({"embeddings": True}, "nothing is named"),
-        ({"all_but_head": True}, "everything is frozen"),
+        ({"layers": 0}, "layers 0"),
+        ({"embeddings": True}, "embeddings"),
+        ({"all_but_head": True}, "all_but_head"),
     ):
+        message = f"^Freeze: {message}: the model has no stack of layers; name parameters by patterns$"
         with pytest.raises(MisconfigurationException, match=message):
             Freeze(**selection).setup(None, Wrapped(nn.Linear(2, 2)), "fit")
+    with pytest.raises(
+        MisconfigurationException, match=r"^LayerwiseRates: .* no stack of layers; remove it from train"
+    ):
+        LayerwiseRates().setup(None, Wrapped(nn.Linear(2, 2)), "fit")
     model = Wrapped(nn.Linear(2, 2))
     Freeze(patterns=["*.bias"]).setup(None, model, "fit")
     assert frozen(model) == {"model.bias"}
@@ -305,7 +310,7 @@ def test_frozen_modules_run_in_evaluation_mode_unless_they_keep_their_dropout(ke
     model.trainer = SimpleNamespace(global_step=0, log_every_n_steps=2)
     callback = Freeze(embeddings=True, layers=0, keep_dropout=keep_dropout)
     callback.setup(None, model, "fit")
-    callback.on_train_start(None, model)
+    callback.on_train_start(SimpleNamespace(callbacks=[callback]), model)
     model.train()
     callback.on_train_batch_start(None, model)
     parts = model.decoder
@@ -385,7 +390,8 @@ def test_a_run_killed_between_two_stages_resumes_to_the_same_weights(gradual):
 def test_parameters_frozen_for_the_whole_run_are_not_unfrozen(order):
     callbacks = GradualUnfreezing([Stage(epoch=1, layers=":")]), Freeze(layers=0)
     model = decoder(n_layer=2)
-    trainer = SimpleNamespace(strategy=None, current_epoch=0, global_step=0, log_every_n_steps=2)
+    steps = {"current_epoch": 0, "global_step": 0, "log_every_n_steps": 2}
+    trainer = SimpleNamespace(strategy=None, callbacks=callbacks, **steps)
     model.trainer = trainer
     for i in order:
         callbacks[i].setup(trainer, model, "fit")
@@ -549,22 +555,38 @@ class TrainingModes(L.Callback):
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2, 3), (2, 3, 1, 0)])
-def test_freezing_and_rates_apply_to_adapters_in_any_order_of_the_callbacks(tmp_path, order):
+def test_freezing_and_rates_apply_to_adapters_in_any_order_of_the_callbacks(tmp_path, capfd, order):
     callbacks = (
         LoRA(rank=2, targets=["*.qkv"], also_trained=["*.qkv.bias"]),
         Freeze(layers=0),
         LayerwiseRates(decay=0.5),
-        GradualUnfreezing([Stage(epoch=1, layers=1, rate=0.125)]),
+        GradualUnfreezing([Stage(epoch=1, layers=1, rate=0.75)]),
     )
     model, seen = decoder(), TrainingModes()
     (optimizer,) = fitted(tmp_path, model, *(callbacks[i] for i in order), seen, epochs=2).optimizers
     shares = {name: group.get("lr_share", 1.0) for group in optimizer.param_groups for name in group["param_names"]}
     layer = "decoder.blocks.{}.attention.qkv."
     ends = ("lora_A.default.weight", "lora_B.default.weight", "base_layer.bias")
-    assert shares == {layer.format(i) + end: share for i, share in ((1, 0.125), (2, 0.25), (3, 0.5)) for end in ends}
+    assert shares == {layer.format(i) + end: share for i, share in ((1, 0.75 / 8), (2, 0.25), (3, 0.5)) for end in ends}
     assert seen.modes == [[False, False, True, True], [False, True, True, True]]
     n_trained = sum(model.get_parameter(layer.format(1) + end).numel() for end in ends)  # the same in each layer
     assert seen.counts == [2 * n_trained, 3 * n_trained]
+    said = [line.partition(" parameters")[0] for line in capfd.readouterr().err.splitlines() if " are frozen" in line]
+    assert said == [f"epoch 0: {2 * n_trained}", f"epoch 1: {3 * n_trained}"]  # by the last callback alone
+
+
+def test_another_fit_of_a_module_has_the_same_learning_rates(tmp_path):
+    model = decoder()
+    for _ in range(2):
+        (optimizer,) = fitted(tmp_path, model, LayerwiseRates(decay=0.5)).optimizers
+        assert {group.get("lr_share", 1.0) for group in optimizer.param_groups} == {
+            1,
+            1 / 2,
+            1 / 4,
+            1 / 8,
+            1 / 16,
+            1 / 32,
+        }
 
 
 @pytest.mark.parametrize(
@@ -617,6 +639,22 @@ def test_a_model_with_adapters_is_loaded_and_trained_again_with_and_without_the_
         assert {name for name, weight in second["state_dict"].items() if not torch.equal(weight, before[name])} >= {
             name for name in expected if "lora_A" not in name
         }
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"), [({"alpha": 6.0}, "alpha of LoRA is 3.0 in"), ({"rank": 3}, ".*lora_A.")]
+)
+def test_a_checkpoint_with_adapters_of_another_scale_or_rank_is_refused(changed, message):
+    saved = decoder()
+    LoRA(rank=2, alpha=3.0).setup(None, saved, "fit")
+    checkpoint = {"state_dict": saved.state_dict()}
+    saved.on_save_checkpoint(checkpoint)
+    resumed = decoder()
+    LoRA(**{"rank": 2, "alpha": 3.0} | changed).setup(None, resumed, "fit")
+    with pytest.raises(
+        MisconfigurationException, match=f"^ckpt_path: the checkpoint does not fit the model: {message}"
+    ):
+        resumed.on_load_checkpoint(checkpoint)
 
 
 def test_adapters_are_merged_and_unmerged():

@@ -1,6 +1,7 @@
 """Attention: worked examples, causality, and equality of both implementations."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from lightning_modules.models.attention import (
 )
 from lightning_modules.models.block import Block
 from lightning_modules.models.cache import KeyValueCache
+from lightning_modules.models.decoder import DecoderConfig
 from lightning_modules.models.positions import RotaryPositions
 
 
@@ -187,7 +189,8 @@ def test_the_scale_is_a_factor_on_the_scores():
 
 def test_recorded_weights_are_those_of_every_layer_that_ran():
     torch.manual_seed(0)
-    first, second = Block(8, 2), Block(8, 2, attention="explicit")
+    config = DecoderConfig(5, n_head=2, n_embd=8)
+    first, second = Block(config), Block(replace(config, attention="explicit"))
     model = torch.nn.Sequential(first, second)
     x = torch.randn(2, 5, 8)
     expected = [first.attention.weights(first.attention_norm(x))]
@@ -204,7 +207,8 @@ def test_recorded_weights_are_those_of_every_layer_that_ran():
 def test_recorded_weights_are_those_of_the_mask_and_the_rotation_however_they_are_given():
     torch.manual_seed(0)
     attention, x = MultiHeadAttention(8, 2), torch.randn(2, 5, 8)
-    mask, rotation = causal_mask(5, 5).triu(-1), RotaryPositions(5, 5, 4).rotation(torch.arange(5))
+    mask = causal_mask(5, 5).triu(-1)
+    rotation = RotaryPositions(DecoderConfig(5, n_head=2, n_embd=8)).rotation(torch.arange(5))
     query, key, _ = attention._heads(x, rotation)
     expected = (query @ key.mT / 2).masked_fill(~mask, -math.inf).softmax(-1)
     with recorded_weights(attention) as weights:

@@ -1,12 +1,17 @@
 """The pre-norm block and its feed-forward network."""
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import nn
 
-from lightning_modules.models.block import Block, FeedForward
+from lightning_modules.models.block import Block
 from lightning_modules.models.cache import KeyValueCache
+from lightning_modules.models.decoder import DecoderConfig
+from lightning_modules.models.feed_forward import FeedForward
+
+TINY = DecoderConfig(vocab_size=5, n_head=2, n_embd=8)
 
 
 def test_feed_forward_by_hand():
@@ -33,7 +38,7 @@ def test_the_feed_forward_network_treats_each_position_separately():
 
 def test_residual_and_pre_norm():
     torch.manual_seed(0)
-    block = Block(8, 2).eval()
+    block = Block(TINY).eval()
     x = 3 + 5 * torch.randn(2, 4, 8)
     middle = x + block.attention(nn.functional.layer_norm(x, (8,)))
     expected = middle + block.feed_forward(nn.functional.layer_norm(middle, (8,)))
@@ -46,7 +51,7 @@ def test_residual_and_pre_norm():
 
 def test_residual_dropout_applies_to_both_halves_in_training_only():
     torch.manual_seed(0)
-    block = Block(64, 2, residual_dropout=0.5)
+    block = Block(replace(TINY, n_embd=64, residual_dropout=0.5))
     x = torch.zeros(1, 16, 64)
     for silenced in (block.attention.projection, block.feed_forward.projection):
         other = ({block.attention.projection, block.feed_forward.projection} - {silenced}).pop()
@@ -63,7 +68,7 @@ def test_residual_dropout_applies_to_both_halves_in_training_only():
 
 def test_causal_and_cached():
     torch.manual_seed(0)
-    block = Block(8, 2).eval()
+    block = Block(TINY).eval()
     x = torch.randn(1, 6, 8)
     changed = x.clone()
     changed[:, -1] += 1
@@ -75,7 +80,7 @@ def test_causal_and_cached():
 
 
 def test_arguments_reach_the_layers():
-    block = Block(8, 2, attention_dropout=0.25, bias=False, attention="explicit")
+    block = Block(replace(TINY, attention_dropout=0.25, bias=False, attention="explicit"))
     assert block.attention.dropout == 0.25
     assert block.attention.implementation == "explicit"
     assert all(not name.endswith("bias") for name, _ in block.named_parameters())

@@ -98,7 +98,7 @@ def test_all_feed_forward_networks_have_about_as_many_weights():
 
 
 def test_rotary_positions_rotate_pairs_in_the_plane():
-    positions = RotaryPositions(16, 8, 4)
+    positions = RotaryPositions(DecoderConfig(9, n_head=2, n_embd=8, positions="rotary"))
     t = torch.tensor([0, 1, 7])
     cos, sin = positions.rotation(t)
     x = torch.randn(1, 2, 3, 4)
@@ -109,7 +109,7 @@ def test_rotary_positions_rotate_pairs_in_the_plane():
 
 
 def test_the_scores_of_rotary_positions_depend_on_the_distance_only():
-    positions = RotaryPositions(64, 16, 8)
+    positions = RotaryPositions(DecoderConfig(9, n_head=2, n_embd=16, positions="rotary"))
     q, k = torch.randn(2, 1, 1, 1, 8)
 
     def score(t: int, s: int) -> float:

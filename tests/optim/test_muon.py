@@ -131,7 +131,7 @@ def test_a_model_that_does_not_say_what_it_stacks_is_refused_and_its_attributes_
     model.stacked_rows = True  # of a user, with another meaning
     assert weight_decay_groups(model).stacked == {}
     with pytest.raises(ValueError, match="split_stacked: this model does not say"):
-        Muon(weight_decay_groups(model), split_stacked=True)
+        Muon(weight_decay_groups(model), matrices=["0.weight"], split_stacked=True)
 
 
 def test_a_state_of_an_earlier_version_keeps_its_way():
@@ -193,8 +193,13 @@ def test_patterns_choose_other_matrices():
         Muon(weight_decay_groups(WithEmbeddingsAndHead()), matrices=["*.bias"])
 
 
-def test_a_model_without_layers_is_left_to_adamw():
-    assert set(algorithms(Muon(weight_decay_groups(nn.Linear(3, 3)))).values()) == {"adamw"}
+def test_a_model_that_would_be_left_to_adamw_is_refused():
+    frozen = decoder()
+    frozen.blocks.requires_grad_(False)
+    for model, matrices in ((nn.Linear(3, 3), None), (frozen, None), (decoder(), [])):
+        with pytest.raises(ValueError, match=r"^Muon finds no trained matrix in a stack .*; name matrices by patterns"):
+            Muon(weight_decay_groups(model), matrices=matrices)
+    assert algorithms(Muon(weight_decay_groups(nn.Linear(3, 3)), matrices=["weight"]))["weight"] == "muon"
 
 
 def test_groups_keep_their_shares_and_have_no_decay_for_vectors():

@@ -1,15 +1,19 @@
 """Learning-rate schedules against values worked out by hand, and the weight-decay groups."""
 
 import math
+from collections.abc import Callable
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
 from jsonargparse import ArgumentError, ArgumentParser
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
+from transformers import Adafactor
 
 from experiments.help import options
+from lightning_modules.base import ExperimentModule
 from lightning_modules.optim import ScheduleFactory, build_schedule, check_optimizer, weight_decay_groups
 from lightning_modules.optim.schedules import (
     Constant,
@@ -262,6 +266,58 @@ def test_the_optimizers_of_torch_are_listed_and_train_or_are_refused():
         assert not torch.equal(module[2].weight, before), kind
     assert len(listed) >= 12
     assert "Muon" not in listed
+
+
+def module_with(factory: Callable, schedule: Callable | None = None) -> ExperimentModule:
+    module = ExperimentModule()
+    module.layer = nn.Linear(2, 2)
+    module.optimizer_factory, module.schedule_factory = factory, schedule
+    module.trainer = SimpleNamespace(estimated_stepping_batches=4)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("kind", "arguments", "message"),
+    [
+        (
+            torch.optim.AdamW,
+            {"fused": True, "foreach": True},
+            "AdamW does not work with these arguments: RuntimeError: ",
+        ),
+        (torch.optim.AdamW, {"betas": (0.9, 1.5)}, "Invalid beta parameter"),
+        (torch.optim.AdamW, {"differentiable": True}, "differentiable is for .*; leave it out$"),
+        (torch.optim.Adadelta, {"capturable": True}, "capturable is for CUDA graphs, not for a CPU; leave it out$"),
+        (Adafactor, {}, "lr is null; set it to a number, for Adafactor with --optimizer.relative_step false$"),
+    ],
+)
+def test_arguments_with_which_an_optimizer_fails_are_refused(kind, arguments, message):
+    with pytest.raises(MisconfigurationException, match=f"^optimizer: {message}"):
+        module_with(partial(kind, **arguments)).configure_optimizers()
+
+
+def test_an_optimizer_that_takes_an_argument_is_not_refused():
+    module_with(partial(torch.optim.AdamW, fused=True, capturable=True)).configure_optimizers()
+
+
+class OfUser(torch.optim.SGD):
+    """An optimiser that does not belong to this project."""
+
+    def __init__(self, params: object) -> None:
+        super().__init__(params, foreach=True, fused=True)
+
+
+@pytest.mark.filterwarnings("ignore:Detected call of")  # no optimiser has stepped
+def test_an_error_in_the_code_of_the_user_stays_as_it_is():
+    with pytest.raises(RuntimeError, match="`fused` and `foreach`"):
+        module_with(OfUser).configure_optimizers()
+
+    def broken(step: int) -> float:
+        return 1 / (step - 1)
+
+    module = module_with(torch.optim.SGD, partial(torch.optim.lr_scheduler.LambdaLR, lr_lambda=broken))
+    schedule = module.configure_optimizers()["lr_scheduler"]["scheduler"]
+    with pytest.raises(ZeroDivisionError):
+        module.lr_scheduler_step(schedule, None)
 
 
 def build(kind: type, *_: object) -> None:

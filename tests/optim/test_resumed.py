@@ -376,6 +376,16 @@ def test_a_wrong_argument_of_a_schedule_is_one_line(llm_train, tiny):
     for schedule, code, reason in (
         (by_class("StepLR", step_siz=3), 2, "Option 'step_siz' is not accepted (did you mean 'step_size'?)"),
         (by_class("LinearLR", start_factor=2.0), 1, "error: lr_scheduler: Starting multiplicative factor"),
+        (
+            by_class("CyclicLR", base_lr=0.1, max_lr=0.2, step_size_up=0, cycle_momentum=False),
+            1,
+            "error: lr_scheduler: CyclicLR does not work with these arguments: ZeroDivisionError",
+        ),
+        (  # in its first step
+            by_class("StepLR", step_size=0),
+            1,
+            "error: lr_scheduler: StepLR does not work with these arguments: ZeroDivisionError: ",
+        ),
     ):
         done = llm_train("fit", "-c", tiny(lr_scheduler=schedule))
         assert (done.code, reason in done.err.splitlines()[-1]) == (code, True), done.err

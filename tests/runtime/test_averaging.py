@@ -4,11 +4,15 @@ import signal
 from types import SimpleNamespace
 
 import forks
+import lightning as L
 import pytest
 import torch
 from helpers import BEST, LAST, RUNS, assert_same_weights, weights
 from torch import nn
+from torch.utils.data import DataLoader
+from torchmetrics import MeanMetric
 
+from lightning_modules.base import ExperimentModule
 from lightning_modules.runtime.averaging import AveragedWeights
 
 AVERAGING = {"class_path": "lightning_modules.runtime.averaging.AveragedWeights", "init_args": {"decay": 0.6}}
@@ -56,6 +60,44 @@ def test_tied_weights_are_saved_as_averages_under_each_of_their_names():
     assert all((saved[name] == 7).all() for name in ("embedding.weight", "head.weight"))
     assert saved["embedding.weight"].data_ptr() == saved["head.weight"].data_ptr()  # the file has them once
     assert checkpoint["trained_weights"].keys() == {"embedding.weight"}
+
+
+class AtTheEndOfValidations(L.Callback):
+    """Callback that keeps the weight at the end of a validation, as others write files of it."""
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.weight = pl_module.layer.weight.detach().clone()
+
+
+class OneLayer(ExperimentModule):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = nn.Linear(2, 1)
+        self.optimizer_factory = lambda groups: torch.optim.SGD(groups, lr=0.1)
+        self.track(MeanMetric())
+
+    def loss(self, batch: torch.Tensor) -> torch.Tensor:
+        return self.layer(batch).square().mean()
+
+    def evaluation_step(self, batch: torch.Tensor, metrics: MeanMetric) -> None:
+        metrics.update(self.loss(batch))
+
+    def evaluation_results(self, metrics: MeanMetric, split: str) -> dict[str, torch.Tensor]:
+        return {"loss": metrics.compute()}
+
+
+@pytest.mark.filterwarnings("ignore:.*LeafSpec", "ignore:.*does not have many workers")  # of Lightning
+@pytest.mark.parametrize("averaging_is_first", [True, False])
+def test_callbacks_in_any_order_find_the_averages_at_the_end_of_a_validation(tmp_path, averaging_is_first):
+    averaging, reader, module = AveragedWeights(decay=0.9), AtTheEndOfValidations(), OneLayer()
+    callbacks = [averaging, reader] if averaging_is_first else [reader, averaging]
+    off = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    trainer = L.Trainer(callbacks=callbacks, accelerator="cpu", max_epochs=1, default_root_dir=tmp_path, **off)
+    batches = DataLoader(torch.ones(4, 2), batch_size=1)
+    trainer.fit(module, batches, batches)
+    assert torch.equal(reader.weight, averaging.state_dict()["averages"]["layer.weight"])
+    assert not torch.equal(reader.weight, module.layer.weight)
 
 
 @pytest.mark.slow

@@ -26,6 +26,10 @@ def test_every_seed_batch_and_rank_gets_random_numbers_of_its_own():
     assert len(set(drawn)) == len(drawn) == 30
 
 
+def test_a_seed_may_have_any_size():
+    assert len({random_numbers(seed, 0, 0) for seed in (-1, 2**63 + 5, 10**30 + 7)}) == 3
+
+
 def test_a_batch_gets_the_same_random_numbers_again():
     for which in ((0, 0, 0), (1, 7, 0), (1, 7, 2)):
         assert random_numbers(*which) == random_numbers(*which)
