@@ -47,8 +47,7 @@ COMMANDS = {
 # What others call a command, or an earlier version did.
 _OTHER_NAMES = {"new-topic": "new", "train": "fit", "evaluate": "validate", "sample": "generate", "sweep": "study"}
 
-# Of Lightning, for settings that it does not accept.
-_REFUSALS = (ValueError, TypeError, AttributeError, ImportError, RuntimeError)
+_REFUSALS = (ValueError, TypeError, AttributeError, ImportError)  # of Lightning, for settings that it does not accept
 
 # Texts of errors of other classes: of a full disk, and of `~name/file` for a user who does not exist.
 _OF_FILES = ("No space left on device", "Could not determine home directory")

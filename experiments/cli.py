@@ -9,6 +9,7 @@ import re
 import shlex
 import shutil
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -313,6 +314,7 @@ class ExperimentCLI(SettingsGoOverCheckpoint):
         if built["trainer"]["enable_progress_bar"] is False:
             callbacks = [callback for callback in callbacks if not isinstance(callback, ProgressBar)]
         built["trainer"]["callbacks"] = last_of_defaults(callbacks)
+        check_states(built["trainer"]["callbacks"])
         try:
             trainer = super().instantiate_trainer(default_root_dir=str(self.run.path), **kwargs)
         except ValueError as error:
@@ -424,6 +426,16 @@ def last_of_defaults(callbacks: Sequence[L.Callback]) -> list[L.Callback]:
         path = f"{type(callback).__module__}.{type(callback).__qualname__}"
         chosen[path if path in defaults else id(callback)] = callback
     return [*chosen.values()]
+
+
+def check_states(callbacks: Sequence[L.Callback]) -> None:
+    """Raise a `MisconfigurationException` if two callbacks would have one place in a checkpoint for their states."""
+    keys = Counter(callback.state_key for callback in callbacks if is_overridden("state_dict", callback, L.Callback))
+    for key, n in keys.items():
+        if n > 1:
+            raise MisconfigurationException(
+                f"trainer.callbacks: there are {n} of {key}, and a checkpoint keeps the state of one; leave one of them"
+            )
 
 
 def _class_names(value: Any) -> Iterator[str]:

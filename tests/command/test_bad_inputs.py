@@ -98,7 +98,7 @@ COMMANDS = [
         "fit tiny",
         [TWICE, "--trainer.callbacks.target=1", TWICE, "--trainer.callbacks.target=2"],
         1,
-        ["more than one"],
+        ["trainer.callbacks: there are 2 of StepsToLoss, and a checkpoint keeps the state of one"],
     ),
     ("fit tiny", ["--trainer.callbacks+=lightning_modules.mine.Mine"], 2, ["a package of another name"]),
     ("fit", ["-c", "lost.yaml"], 2, ["lost.yaml", "does not exist"]),
