@@ -171,8 +171,8 @@ def load_run(
         allow: Packages of your own whose classes the configuration may name.
 
     Raises:
-        MisconfigurationException: If the folder is not that of a run, names other classes, or its checkpoint is
-            missing or damaged.
+        MisconfigurationException: If the folder is not that of a run, names other classes, its checkpoint is missing or
+            damaged, or there is no such device.
     """
     folder = Path(folder).expanduser()
     file = folder / run_files.CONFIG
@@ -189,7 +189,10 @@ def load_run(
         path = folder / run_files.checkpoint("last")
         if path.is_file():
             say(f"{folder}: there is no best.ckpt; these are the weights of last.ckpt")
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    has_gpu = torch.cuda.is_available()
+    device = device or ("cuda" if has_gpu else "cpu")
+    if torch.device(device).type == "cuda" and not has_gpu:
+        raise MisconfigurationException(f"device {device}: PyTorch finds no GPU here")
     module = module_class.of_checkpoint(AtomicCheckpointIO().load_model(path)).to(device).eval()
     return Run(folder, config, module, tuple(allow))
 

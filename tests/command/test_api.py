@@ -119,6 +119,12 @@ def test_a_class_of_another_package_is_not_imported_unless_it_is_allowed(tmp_pat
         experiments.load_run(tmp_path / "run", allow=["hostile"])
 
 
+def test_a_device_that_is_not_there_is_an_error_of_one_line(whole, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(MisconfigurationException, match="device cuda: PyTorch finds no GPU here"):
+        experiments.load_run(whole(), device="cuda")
+
+
 def test_the_package_is_cheap_to_import():
     code = "import sys, experiments; sys.exit('torch' in sys.modules or hasattr(experiments, 'nothing'))"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
