@@ -86,7 +86,7 @@ def _curves_of_arm(metric: str, number: int, arm: Arm) -> list[Curve]:
     series = [run.metrics[metric] for run in arm.runs if metric in run.metrics]
     shared = reduce(np.intersect1d, [steps for steps, _ in series]) if len(series) >= _MEAN_OF else np.array([])
     curves = []
-    if len(shared) and 2 * len(shared) >= max(len(steps) for steps, _ in series):
+    if 2 * len(shared) > max((len(steps) for steps, _ in series), default=0):
         shared = shared[_thin(shared)]
         values = [logged[np.searchsorted(steps, shared)] for steps, logged in series]
         mean, half_width = mean_and_half_width(np.stack(values))
