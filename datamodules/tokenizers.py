@@ -309,7 +309,8 @@ def _from_disk(path: Path) -> "PreTrainedTokenizerFast":
             "the hub"
         )
         if maker := maker_of(path):
-            advice = f"{maker}; for a model of another run, give that run as data.tokenizer"
+            of_other_run = "" if maker.startswith("did you mean") else "; for the model of another run, give that run"
+            advice = maker + of_other_run
         raise MisconfigurationException(f"tokenizer {problem}: {advice}")
     try:
         return _from_folder(path) if path.is_dir() else PreTrainedTokenizerFast(tokenizer_file=str(path))

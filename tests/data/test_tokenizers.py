@@ -176,13 +176,16 @@ def test_the_fingerprint_is_the_same_before_and_after_encoding(bpe_folder, tmp_p
     assert tokenizer_fingerprint(tokenizer) == before
 
 
+OTHER = "for the model of another run, give that run"
+
+
 def test_a_missing_tokenizer_of_a_run_names_the_command_that_makes_it(tmp_path):
     topic = next(Path(experiments.__file__).parent.glob("*/offline.yaml")).parent.name
     for name in (str(tmp_path / f"runs/{topic}/offline/tokenizer"), f"runs/{topic}/offline/tokenizer/tokenizer.json"):
-        assert one_line_error(name).endswith(f"does not exist: `llm-train fit -c {topic}/offline` makes one")
+        assert one_line_error(name).endswith(f"does not exist: `llm-train fit -c {topic}/offline` makes one; {OTHER}")
     (tmp_path / f"runs/{topic}/mine/tokenizer").mkdir(parents=True)
     assert one_line_error(f"runs/{topic}/my/tokenizer").endswith(
-        f"`llm-train fit -c {topic}/offline --run.name my` makes one; there is runs/{topic}/mine/tokenizer"
+        f"`llm-train fit -c {topic}/offline --run.name my` makes one; there is runs/{topic}/mine/tokenizer; {OTHER}"
     )
     assert one_line_error(f"runs/{topic}/mine/tokeniser").endswith(f"did you mean runs/{topic}/mine/tokenizer?")
     for name in ("./elsewhere", "runs/words/offline/tokenizer"):
