@@ -129,9 +129,17 @@ def test_an_estimate_is_printed_and_no_run_begins(llm_train, tiny):
     assert fits == {"trainer/ddp": "a device: fits", "trainer/fsdp": "a device, bf16-mixed: fits"}
     assert any(line.startswith("speed   not known: the step is smaller than") for line in lines)
     assert any(line.startswith("device  trainer.accelerator is cpu; this estimate is of a GPU, l4") for line in lines)
-    assert lines[-1] == f"next    llm-train fit -c {config} -c trainer/ddp --model.n_layer=1"
+    assert lines[-1] == f"next    llm-train fit -c {config} -c trainer/ddp --model.n_layer=1 --trainer.devices 2"
     assert n_weights < 20_000
     assert not Path("runs").exists()
+
+
+@pytest.mark.slow
+def test_what_fits_nowhere_ends_without_a_command(llm_train, tiny, monkeypatch):
+    monkeypatch.setattr(estimate, "_USABLE", 1e-6)
+    for flags in ([], ["-c", "trainer/gpu"]):
+        done = llm_train("estimate", "-c", tiny(), *flags)
+        assert (done.code, "does not fit" in done.out, "next" in done.out) == (0, True, False), done.err
 
 
 @pytest.mark.parametrize(("batch", "n_devices"), [(4, 1), (64, 8)])
@@ -204,7 +212,8 @@ def test_what_an_estimate_does_not_know_is_one_line(llm_train, tiny):
     config = tiny()
     assert "error: --device cpu: only GPUs are estimated" in llm_train("estimate", "--device", "cpu").err
     assert "error: --device h10: is not in the table (did you mean" in llm_train("estimate", "--device=h10").err
-    assert llm_train("estimate", "--devices=0").err == "error: --devices 0: give 1 or more\n"
+    said = "error: llm-train estimate: argument --devices: must be a whole number of at least 1, got 0"
+    assert llm_train("estimate", "--devices=0").err.startswith(said)
     assert llm_train("estimate").err.startswith("error: estimate: give an experiment by -c NAME; ")
     assert llm_train("estimate", config).err == (
         f"error: estimate {config}: a file needs -c (did you mean 'llm-train estimate -c {config}'?)\n"
