@@ -259,13 +259,18 @@ def test_an_order_that_does_not_fit_into_memory_has_each_position_once(monkeypat
 
 
 class Rows(Dataset):
-    """A dataset of given numbers, with a float that differs each time, as the features of a base may."""
+    """A dataset of given numbers, with random ones, and floats that differ each time, as the features of a base may."""
 
     def __init__(self, numbers):
         self.numbers = torch.tensor(numbers)
 
     def __getitem__(self, positions):
-        return {"input_ids": self.numbers[positions], "features": torch.rand(len(positions))}
+        numbers = {"input_ids": self.numbers[positions], "mask": torch.randint(9, positions.shape)}
+        return numbers | {"features": torch.tensor(np.random.default_rng().random(2))}
+
+
+def in_turn(epoch):
+    return torch.arange(9)
 
 
 @pytest.mark.parametrize(
@@ -276,14 +281,14 @@ def test_a_resumed_run_must_have_the_examples_of_its_checkpoint(numbers, changed
     first, resumed = ExperimentDataModule(batch_size=9), ExperimentDataModule(batch_size=9)
     assert first.state_dict() == {}
     before = torch.random.get_rng_state()
-    first.training_loader(Rows(list(range(9))), 9)
+    first.training_loader(Rows(list(range(9))), 9, in_turn)
     assert torch.equal(torch.random.get_rng_state(), before)
     resumed.load_state_dict(first.state_dict())
     if changed:
         with pytest.raises(MisconfigurationException, match="not those that the checkpoint was trained on"):
-            resumed.training_loader(Rows(list(numbers)), len(numbers))
+            resumed.training_loader(Rows(list(numbers)), len(numbers), in_turn)
     else:
-        resumed.training_loader(Rows(list(numbers)), len(numbers))
+        resumed.training_loader(Rows(list(numbers)), len(numbers), in_turn)
 
 
 def test_a_checkpoint_of_an_earlier_version_does_not_know_its_examples():
