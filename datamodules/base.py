@@ -21,14 +21,13 @@ import multiprocessing.util
 import os
 import signal
 from collections.abc import Callable, Iterator
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, SequentialSampler
 
@@ -172,6 +171,14 @@ def check_share(batch_size: int, world_size: int) -> None:
         )
 
 
+def _digest_of(n: int, batch: Any) -> str | None:
+    """Return a hash of the number of examples and the `input_ids` of a batch; `None` if the batch has none."""
+    ids = batch.get("input_ids") if isinstance(batch, dict) else None
+    if not isinstance(ids, Tensor) or ids.layout != torch.strided or ids.is_floating_point():
+        return None
+    return hashlib.sha256(str(n).encode() + ids.cpu().contiguous().numpy().tobytes()).hexdigest()[:20]
+
+
 class GlobalBatches(SequentialSampler):
     """The positions of one process's share of each global batch, (share,) int64.
 
@@ -248,14 +255,21 @@ class ExperimentDataModule(LightningDataModule):
         return type(self).__name__
 
     def training_loader(self, dataset: Dataset, n: int, order: Order | None = None) -> DataLoader:
-        """Return the loader of `n` positions, by default shuffled, without an incomplete last batch."""
+        """Return the loader of `n` positions, by default shuffled, without an incomplete last batch.
+
+        The first batch is read here, so that a checkpoint can tell whether the examples have changed.
+
+        Raises:
+            MisconfigurationException: If there is less than a batch, the processes cannot share one evenly, or the
+                examples are not those of the checkpoint of a resumed run.
+        """
         check_share(self.batch_size, self._rank_and_world_size[1])
         if n < self.batch_size:
             raise MisconfigurationException(
                 f"an epoch has {n} training examples, too few for one batch of data.batch_size {self.batch_size}: "
                 f"{self.against_few_examples}"
             )
-        order = order or shuffled(n, self.seed)
+        order = lru_cache(maxsize=1)(order or shuffled(n, self.seed))
         self._check_examples(dataset, n, order)
         if self.trainer is not None and self.trainer.overfit_batches:
             return self._loader(dataset, n, _as_in_the_first_epoch(order), drop_last=True)
@@ -264,20 +278,19 @@ class ExperimentDataModule(LightningDataModule):
     def _check_examples(self, dataset: Dataset, n: int, order: Order) -> None:
         """Refuse a resumed run whose training examples are not those of its checkpoint, such as of a file that changed.
 
-        Their number and the first batch are compared, without floats: the features of a frozen base may differ between
-        machines in the last digits.
+        The number of examples and the `input_ids` of the first batch are compared, once in a run. A dataset whose
+        batches may have features in place of `input_ids` has a method `inputs`. If a batch differs when it is read
+        again, as that of random examples, nothing is compared.
         """
-        found = hashlib.sha256(str(n).encode())
-
-        def add(tensor: Tensor) -> None:
-            if not tensor.is_floating_point():
-                found.update(tensor.contiguous().numpy().data)
-
+        read = getattr(dataset, "inputs", None) or dataset.__getitem__
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
-            apply_to_collection(dataset[order(0)[: self.batch_size]], Tensor, add)
-        self._examples = found.hexdigest()[:20]
-        if self._examples_of_checkpoint not in (None, self._examples):
+            first = _digest_of(n, read(order(0)[: self.batch_size]))
+            torch.manual_seed(self.seed)
+            again = _digest_of(n, read(order(0)[: self.batch_size]))
+        self._examples = first if first == again else None
+        expected, self._examples_of_checkpoint = self._examples_of_checkpoint, None
+        if None not in (expected, self._examples) and expected != self._examples:
             raise MisconfigurationException(
                 "data: the training examples are not those that the checkpoint was trained on, so a text or a file has "
                 "changed, and what the run has trained on may now be held out: restore it, or start a new run"

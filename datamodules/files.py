@@ -108,15 +108,17 @@ def _matches(pattern: str) -> Iterator[str]:
 
 
 def _folders(root: str) -> Iterator[str]:
-    """Yield a folder and those in it that are not hidden, also by links, each of them once."""
-    seen = set()
-    for folder, inside, _ in os.walk(root, followlinks=True):
-        if (real := os.path.realpath(folder)) in seen:
-            inside.clear()
-            continue
-        seen.add(real)
-        inside[:] = sorted(name for name in inside if not name.startswith("."))
-        yield folder
+    """Yield a folder and those in it that are not hidden, each once; those that only links lead to come last."""
+    begins, seen = [root], set()
+    while begins:
+        for folder, inside, _ in os.walk(begins.pop(0)):
+            if (real := os.path.realpath(folder)) in seen:
+                inside.clear()
+                continue
+            seen.add(real)
+            inside[:] = sorted(name for name in inside if not name.startswith("."))
+            begins += filter(os.path.islink, (os.path.join(folder, name) for name in inside))
+            yield folder
 
 
 def _files_of(folder: Path, endings: Sequence[str]) -> list[str]:

@@ -8,6 +8,7 @@ import os
 import re
 import shlex
 import shutil
+import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -378,10 +379,12 @@ class ExperimentCLI(SettingsGoOverCheckpoint):
 
     def _leave(self) -> None:
         trainer = getattr(self, "trainer", None)
-        if self.has_begun and not self.closed:  # a second Ctrl-C came while other callbacks ended the run
+        if self.has_begun and not self.closed:  # another callback failed, or a second Ctrl-C came, while the run ended
+            error = sys.exception()
+            cause = (error and error.__context__) or error or SystemExit()  # what the callbacks were called for
             for callback in getattr(trainer, "callbacks", ()):
                 if isinstance(callback, RunRecord):
-                    callback.on_exception(trainer, self.model, SystemExit())
+                    callback.on_exception(trainer, self.model, cause)
         for logger in getattr(trainer, "loggers", ()):  # `prepare` and `estimate` have another trainer
             if isinstance(logger, WandbRecorder):
                 logger.finish(exit_code=1)  # W&B's process writes into the folder until then

@@ -74,7 +74,8 @@ class ExperimentModule(L.LightningModule):
         self.compile_mode = compile
         self._compiled_loss: Callable[[Any], Tensor | Loss] | None = None
         self.result_files: list[Path] = []  # that callbacks wrote in an evaluation; the closing lines name them
-        self.learning_rate_shares: dict[str, float] = {}  # by parameter, 1 for others; see `scale_learning_rates`
+        self.learning_rate_shares: dict[str, float] = {}  # by parameter, 1 for others; a constructor may set it
+        self.scaled_rates: dict[str, float] = {}  # by parameter, of callbacks; see `scale_learning_rates`
         self._losses_of_step: list[Tensor] = []
         self.val_metrics: Metric | None = None
         self.test_metrics: Metric | None = None
@@ -228,7 +229,7 @@ class ExperimentModule(L.LightningModule):
     def scale_learning_rates(self, shares: Mapping[str, float]) -> None:
         """Multiply the learning rates of parameters, by name; callbacks call it in `setup`, in any order."""
         for name, share in shares.items():
-            self.learning_rate_shares[name] = self.learning_rate_shares.get(name, 1.0) * share
+            self.scaled_rates[name] = self.scaled_rates.get(name, 1.0) * share
 
     def configure_optimizers(self) -> Any:
         """Return the optimiser over the weight-decay groups, and the schedule, which steps with the optimiser.
@@ -240,7 +241,10 @@ class ExperimentModule(L.LightningModule):
         if self.optimizer_factory is None:
             raise MisconfigurationException("no optimizer: section; set one, or module.optimizer_factory")
         with refusals("optimizer", private_names.built_class(self.optimizer_factory)):
-            optimizer = self.optimizer_factory(weight_decay_groups(self, self.learning_rate_shares))
+            shares = dict(self.learning_rate_shares)
+            for name, share in self.scaled_rates.items():
+                shares[name] = shares.get(name, 1.0) * share
+            optimizer = self.optimizer_factory(weight_decay_groups(self, shares))
         check_arguments(optimizer, self.device)
         for group in optimizer.param_groups:
             group["lr"] = group["lr"] * group.get("lr_share", 1.0)
@@ -275,7 +279,7 @@ class ExperimentModule(L.LightningModule):
         is the last of all (their `setup_order`).
         """
         self.trainer.callbacks.sort(key=lambda callback: getattr(callback, "setup_order", 0))
-        self.learning_rate_shares = {}  # without those of an earlier fit, since the callbacks multiply
+        self.scaled_rates = {}  # without those of an earlier fit, since the callbacks multiply
         return [OptimizerSettings()]
 
     def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: torch.optim.Optimizer) -> None:

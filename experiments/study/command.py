@@ -105,11 +105,14 @@ def _without_slurm_options(args: Sequence[str]) -> tuple[list[str], dict[str, st
 
 
 def _check_flags(flags: Sequence[str], sweep: Sweep) -> None:
-    """Refuse flags that would replace what the study sets for each run, as the last flag does."""
+    """Refuse flags that would replace what the study sets for each run, as the last flag does.
+
+    A further configuration file is merged over that of an arm, and `--KEY+` adds to a list.
+    """
     varied = {_plain(".".join(key)) for key, spec in sweep.distributions.items() if spec.is_swept}
     for flag, _ in names.flags(flags):
-        key = _plain(flag.removeprefix("--").rstrip("+"))
-        if key in varied:
+        key = _plain(flag.removeprefix("--"))
+        if key in varied and flag not in names.FILE_FLAGS:
             raise UsageError(f"{flag}: the study varies {key}, and the flag would set it in every run; leave one out")
         if key in ("run.name", "run.study"):
             raise UsageError(f"{flag}: the study names its runs; --name gives the study another name")

@@ -262,7 +262,7 @@ class Rows(Dataset):
     """A dataset of given numbers, with random ones, and floats that differ each time, as the features of a base may."""
 
     def __init__(self, numbers):
-        self.numbers = torch.tensor(numbers)
+        self.numbers = torch.tensor([*numbers])
 
     def __getitem__(self, positions):
         numbers = {"input_ids": self.numbers[positions], "mask": torch.randint(9, positions.shape)}
@@ -281,17 +281,60 @@ def test_a_resumed_run_must_have_the_examples_of_its_checkpoint(numbers, changed
     first, resumed = ExperimentDataModule(batch_size=9), ExperimentDataModule(batch_size=9)
     assert first.state_dict() == {}
     before = torch.random.get_rng_state()
-    first.training_loader(Rows(list(range(9))), 9, in_turn)
+    first.training_loader(Rows(range(9)), 9, in_turn)
     assert torch.equal(torch.random.get_rng_state(), before)
     resumed.load_state_dict(first.state_dict())
     if changed:
         with pytest.raises(MisconfigurationException, match="not those that the checkpoint was trained on"):
-            resumed.training_loader(Rows(list(numbers)), len(numbers), in_turn)
+            resumed.training_loader(Rows(numbers), len(numbers), in_turn)
     else:
-        resumed.training_loader(Rows(list(numbers)), len(numbers), in_turn)
+        resumed.training_loader(Rows(numbers), len(numbers), in_turn)
 
 
 def test_a_checkpoint_of_an_earlier_version_does_not_know_its_examples():
     resumed = ExperimentDataModule(batch_size=2)
     resumed.load_state_dict({})
     resumed.training_loader(Rows([1, 2, 3]), 3)
+
+
+def test_examples_are_compared_once_in_a_run():
+    first, resumed = ExperimentDataModule(batch_size=9), ExperimentDataModule(batch_size=9)
+    first.training_loader(Rows(range(9)), 9)
+    resumed.load_state_dict(first.state_dict())
+    resumed.training_loader(Rows(range(9)), 9)
+    resumed.training_loader(Rows(range(20)), 20)  # as with trainer.reload_dataloaders_every_n_epochs
+
+
+class Noisy(Rows):
+    def __getitem__(self, positions):
+        return {"input_ids": torch.from_numpy(np.random.default_rng().integers(1000, size=len(positions)))}
+
+
+class WithFeatures(Rows):
+    """A dataset whose batches have features in place of tokens, or the tokens too."""
+
+    def __init__(self, numbers, has_features):
+        super().__init__(numbers)
+        self.has_features = has_features
+
+    def __getitem__(self, positions):
+        return {"features": self.numbers[positions] / 2} if self.has_features else self.inputs(positions)
+
+    def inputs(self, positions):
+        return {"input_ids": self.numbers[positions]}
+
+
+@pytest.mark.parametrize(
+    ("before", "now"),
+    [
+        (Noisy(range(9)), Noisy(range(9))),
+        (WithFeatures(range(9), True), WithFeatures(range(9), False)),
+        (WithFeatures(range(9), False), WithFeatures(range(9), True)),
+        (Squares(), Squares()),
+    ],
+)
+def test_random_examples_and_features_in_the_place_of_tokens_do_not_count(before, now):
+    first, resumed = ExperimentDataModule(batch_size=9), ExperimentDataModule(batch_size=9)
+    first.training_loader(before, 9)
+    resumed.load_state_dict(first.state_dict())
+    resumed.training_loader(now, 9)

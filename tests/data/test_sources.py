@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from datamodules import sources
+from datamodules.files import find_files
 from datamodules.sources import Files, HubText, ListText, Piece, PythonText, TextFiles, cut, source_of
 from datamodules.token_cache import prepare_tokens
 from datamodules.tokenizers import byte_tokenizer
@@ -638,3 +639,13 @@ def test_topics_are_those_of_help():
 def test_the_fingerprint_of_python_follows_the_kinds():
     assert PythonText(["topics"]).fingerprint() == PythonText(["topics"]).fingerprint()
     assert PythonText(["topics"]).fingerprint() != PythonText(["topics", "modules"]).fingerprint()
+
+
+def test_a_folder_that_has_a_link_within_itself_is_read_by_its_own_name(tmp_path):
+    for version in ("v1", "v2"):
+        (tmp_path / "books" / version).mkdir(parents=True)
+        (tmp_path / "books" / version / "a.txt").write_text("text")
+    (tmp_path / "books/current").symlink_to("v2")
+    expected = [str(tmp_path / f"books/{version}/a.txt") for version in ("v1", "v2")]
+    assert find_files(str(tmp_path / "books")) == expected
+    assert find_files(str(tmp_path / "books/**/*.txt")) == expected

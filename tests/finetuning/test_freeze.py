@@ -73,7 +73,7 @@ def _unfreeze(bert: Wrapped, gpt_neo: Wrapped):
     yield
     for model in (bert, gpt_neo):
         model.requires_grad_(True)
-        model.learning_rate_shares.clear()
+        model.scaled_rates.clear()
 
 
 def frozen(model: nn.Module) -> set[str]:
@@ -415,8 +415,8 @@ def test_the_earliest_stage_that_names_a_parameter_has_it():
     model = decoder(n_layer=2)
     stages = [Stage(epoch=2, layers=":", rate=0.25), Stage(epoch=1, layers=1, rate=0.5), Stage(epoch=1, layers=1)]
     GradualUnfreezing(stages).setup(SimpleNamespace(strategy=None), model, "fit")
-    assert {model.learning_rate_shares[name] for name in ModelParts(model).layers[0]} == {0.25}
-    assert {model.learning_rate_shares[name] for name in ModelParts(model).layers[1]} == {0.5}
+    assert {model.scaled_rates[name] for name in ModelParts(model).layers[0]} == {0.25}
+    assert {model.scaled_rates[name] for name in ModelParts(model).layers[1]} == {0.5}
 
 
 def test_stages_that_leave_nothing_to_train_at_first_are_refused():
@@ -440,7 +440,7 @@ def test_gradual_unfreezing_says_what_ddp_needs():
 
 def test_each_layer_learns_slower_than_the_one_above(bert):
     LayerwiseRates(decay=0.5).setup(None, bert, "fit")
-    shares = bert.learning_rate_shares
+    shares = bert.scaled_rates
     assert shares["model.bert.encoder.layer.2.output.dense.weight"] == 0.5
     assert shares["model.bert.encoder.layer.0.output.dense.weight"] == 0.125
     assert shares["model.bert.embeddings.word_embeddings.weight"] == 0.0625
@@ -693,3 +693,11 @@ def test_an_adapted_output_layer_that_is_tied_to_the_embeddings_is_exported_with
     assert model.model.config.tie_word_embeddings
     assert model.model.lm_head.base_layer.weight is embeddings
     torch.testing.assert_close(model.model(ids).logits, with_adapters, rtol=1e-4, atol=1e-4)
+
+
+def test_rates_of_a_callback_multiply_those_that_a_module_has_set(tmp_path):
+    model = decoder()
+    model.learning_rate_shares = {"decoder.token_embedding.weight": 0.5}
+    (optimizer,) = fitted(tmp_path, model, LayerwiseRates(decay=0.5)).optimizers
+    shares = {name: group.get("lr_share", 1.0) for group in optimizer.param_groups for name in group["param_names"]}
+    assert shares["decoder.token_embedding.weight"] == 0.5 / 32

@@ -370,6 +370,22 @@ def test_a_second_signal_while_the_run_ends_does_not_cost_its_record(llm_train, 
     assert json.loads((RUNS / "tiny/summary.json").read_text())["status"] == "stopped"
 
 
+def test_a_run_that_fails_and_whose_figures_fail_is_recorded_as_failed(llm_train, tiny, monkeypatch):
+    def fail(self, trainer, *_):
+        if trainer.global_step == 10:
+            raise MisconfigurationException("the training failed")
+
+    def draw(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Throughput, "on_train_batch_start", fail)
+    monkeypatch.setattr(LearningCurve, "draw", draw)
+    assert llm_train("fit", "-c", tiny()).code == 1
+    summary = json.loads((RUNS / "tiny/summary.json").read_text())
+    assert summary["status"] == "failed"
+    assert summary["error"] == "MisconfigurationException: the training failed"
+
+
 def test_the_seconds_of_a_resumed_run_are_those_of_all_its_sessions(llm_train, tiny, monkeypatch):
     config, summary = tiny(), RUNS / "tiny/summary.json"
     now = iter(range(0, 10**9, 1000))

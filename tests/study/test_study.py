@@ -786,6 +786,8 @@ def test_what_a_study_cannot_do_costs_one_line(llm_train, sweep, tmp_path):
     assert f"{TINY}: is an experiment and not a sweep file: `llm-train fit -c {TINY}` runs it" in experiment.err
     assert "--lr: the study varies lr, and the flag would set it in every run; leave one out" in error("--lr=2")
     assert "--run.name: the study names its runs" in error("--", "--run.name=mine")
+    preset = llm_train("study", sweep(), "--dry_run", "--trainer.callbacks+=Timer", "--", "--config", "trainer/gpu")
+    assert (preset.code, "--config trainer/gpu" in preset.out) == (0, True)
     assert not Path("runs").exists()
     llm_train("study", sweep(), "--runs=1")
     advice = f"give this study another --name; `llm-train compare {STUDY} {STUDY.parent}/NAME` compares the two"
