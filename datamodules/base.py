@@ -15,7 +15,6 @@ If the datamodule has the attributes `vocab_size`, `pad_token_id`, `block_size` 
 the arguments of the module that have the same names.
 """
 
-import hashlib
 import multiprocessing
 import multiprocessing.util
 import os
@@ -31,6 +30,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, SequentialSampler
 
+from datamodules.cache import digest
 from lightning_modules.common.ranges import NonNegativeInt, PositiveInt
 
 # Maps an epoch to its positions in order, (n,) int64. The same epoch always gives the same order.
@@ -176,7 +176,7 @@ def _digest_of(n: int, batch: Any) -> str | None:
     ids = batch.get("input_ids") if isinstance(batch, dict) else None
     if not isinstance(ids, Tensor) or ids.layout != torch.strided or ids.is_floating_point():
         return None
-    return hashlib.sha256(str(n).encode() + ids.cpu().contiguous().numpy().tobytes()).hexdigest()[:20]
+    return digest([n, ids.tolist()])
 
 
 class GlobalBatches(SequentialSampler):
@@ -282,12 +282,14 @@ class ExperimentDataModule(LightningDataModule):
         batches may have features in place of `input_ids` has a method `inputs`. If a batch differs when it is read
         again, as that of random examples, nothing is compared.
         """
-        read = getattr(dataset, "inputs", None) or dataset.__getitem__
+        read, positions = getattr(dataset, "inputs", None) or dataset.__getitem__, order(0)[: self.batch_size]
+
+        def examples() -> str | None:
+            torch.manual_seed(self.seed)
+            return _digest_of(n, read(positions))
+
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.seed)
-            first = _digest_of(n, read(order(0)[: self.batch_size]))
-            torch.manual_seed(self.seed)
-            again = _digest_of(n, read(order(0)[: self.batch_size]))
+            first, again = examples(), examples()
         self._examples = first if first == again else None
         expected, self._examples_of_checkpoint = self._examples_of_checkpoint, None
         if None not in (expected, self._examples) and expected != self._examples:

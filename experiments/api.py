@@ -214,6 +214,7 @@ def _section(folder: Path, config: Any, name: str) -> dict[str, Any]:
 
 def _meant(folder: Path) -> Path | None:
     """Return the run that a path without one may stand for: one around it, below `runs`, or of a similar name."""
-    inside = [place for place in folder.parents if (place / run_files.CONFIG).is_file()]
+    if (inside := run_files.run_around(folder)) is not None:
+        return inside
     similar = [place for place in map(similar_path, (folder, "runs" / folder)) if place is not None]
-    return next((place for place in (*inside, *similar) if (place / run_files.CONFIG).is_file()), None)
+    return next((place for place in similar if (place / run_files.CONFIG).is_file()), None)

@@ -206,9 +206,8 @@ class ExperimentCLI(SettingsGoOverCheckpoint):
         run: RunFolder | None
         if given in ("last", "best"):
             run = self._recorded or run_folder.find(*self._claim_as, checkpoint=given)
-            other = "last" if given == "best" else "best"
-            there = run.checkpoint(other).is_file()
-            advice = f"this run has the checkpoint {other}" if there else "this run has saved no checkpoint"
+            there = [checkpoint.stem for checkpoint in run_files.checkpoints_in(run.path)]
+            advice = f"this run has the checkpoint {there[0]}" if there else "this run has saved no checkpoint"
             file = run.checkpoint(given)
         else:
             file, advice = Path(given), "give a file, `last` or `best`"

@@ -390,7 +390,7 @@ def _nested_keys(message: str) -> list[str]:
 def flag_of(key: str, typed: str, command_line: Sequence[str]) -> str | None:
     """Return the flag that sets a key, or, if the message has none, the flag with the misspelt name."""
     for word in command_line:
-        flag = word.partition("=")[0].removeprefix("--").rstrip("+").replace(".init_args", "")
+        flag = names.plain(word.partition("=")[0].removeprefix("--").rstrip("+"))
         if not word.startswith("--") or flag == "config":
             continue
         if key and (flag == key or key.startswith(f"{flag}.") or (typed and flag.startswith(f"{key}.{typed}"))):

@@ -84,6 +84,11 @@ def is_experiment(file: Path) -> bool:
     return re.search(r"^(trainer|model|parameters):", text, re.MULTILINE) is not None
 
 
+def plain(key: str) -> str:
+    """Return the name of a setting as a flag has it mostly: without `init_args`."""
+    return key.replace(".init_args", "")
+
+
 def flags(args: Sequence[str]) -> Iterator[tuple[str, str]]:
     """Yield the flags of a command line as they are written, with their values, or with the words that follow them.
 

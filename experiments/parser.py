@@ -12,6 +12,7 @@ from jsonargparse import Namespace, dict_to_namespace, set_parsing_settings
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from experiments import names
 from experiments.class_paths import accept_moved_classes, import_class
 from experiments.errors import causes, place_in_users_code
 from experiments.explain import broken_file, flag_of, given, one_line, place
@@ -99,7 +100,7 @@ def check_seed(seed: Any) -> None:
     for where, content in given(ExperimentParser.command_line):
         of_file = content.get("seed_everything") if isinstance(content, dict) else None  # that a flag may replace
         for key, value in walk(content):
-            flag = key.replace(".init_args.", ".")
+            flag = names.plain(key)
             if flag.removeprefix("--") == "data.seed" and value not in (seed, of_file):
                 raise MisconfigurationException(
                     f"{where}{flag}: is {value}, and seed_everything, which is the seed of the data too, is {seed}; "

@@ -241,9 +241,8 @@ class ExperimentModule(L.LightningModule):
         if self.optimizer_factory is None:
             raise MisconfigurationException("no optimizer: section; set one, or module.optimizer_factory")
         with refusals("optimizer", private_names.built_class(self.optimizer_factory)):
-            shares = dict(self.learning_rate_shares)
-            for name, share in self.scaled_rates.items():
-                shares[name] = shares.get(name, 1.0) * share
+            own = self.learning_rate_shares
+            shares = own | {name: share * own.get(name, 1.0) for name, share in self.scaled_rates.items()}
             optimizer = self.optimizer_factory(weight_decay_groups(self, shares))
         check_arguments(optimizer, self.device)
         for group in optimizer.param_groups:

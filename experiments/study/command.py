@@ -109,14 +109,10 @@ def _check_flags(flags: Sequence[str], sweep: Sweep) -> None:
 
     A further configuration file is merged over that of an arm, and `--KEY+` adds to a list.
     """
-    varied = {_plain(".".join(key)) for key, spec in sweep.distributions.items() if spec.is_swept}
+    varied = {names.plain(".".join(key)) for key, spec in sweep.distributions.items() if spec.is_swept}
     for flag, _ in names.flags(flags):
-        key = _plain(flag.removeprefix("--"))
+        key = names.plain(flag.removeprefix("--"))
         if key in varied and flag not in names.FILE_FLAGS:
             raise UsageError(f"{flag}: the study varies {key}, and the flag would set it in every run; leave one out")
         if key in ("run.name", "run.study"):
             raise UsageError(f"{flag}: the study names its runs; --name gives the study another name")
-
-
-def _plain(key: str) -> str:
-    return key.replace(".init_args.", ".")

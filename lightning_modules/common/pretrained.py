@@ -17,7 +17,7 @@ from lightning_modules.common.files import replace_folder
 from lightning_modules.common.hub import is_path
 from lightning_modules.common.makers import maker_of
 from lightning_modules.common.messages import first_line, say
-from lightning_modules.common.run_files import CONFIG
+from lightning_modules.common.run_files import run_around
 
 PACKAGE = "package:"  # before the name of an installed package that carries a model
 _MAGIC = b"GGUF"  # first bytes of such a file
@@ -42,7 +42,7 @@ def model_folder(name: str) -> Path | None:
     problem = "holds no config.json, nor a model/ that does" if path.is_dir() else "does not exist"
     problem = "is a file" if path.is_file() else problem
     advice = f"; {maker}" if (maker := maker_of(path)) else ""
-    run = next((folder for folder in path.parents if (folder / CONFIG).is_file()), None) if path.is_file() else None
+    run = run_around(path) if path.is_file() else None
     advice = f"; did you mean {run}?" if run else advice
     raise ValueError(
         f"{name} {problem}: give a folder with config.json and model.safetensors, the folder of a finished run, a "

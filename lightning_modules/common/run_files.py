@@ -19,6 +19,11 @@ def checkpoints_in(run: Path) -> list[Path]:
     return [file for name in ("best", "last") if (file := run / checkpoint(name)).is_file()]
 
 
+def run_around(path: Path) -> Path | None:
+    """Return the innermost folder with the configuration of a run that a path lies in, or `None`."""
+    return next((folder for folder in path.parents if (folder / CONFIG).is_file()), None)
+
+
 def of_command(file: str, command: str) -> str:
     """Return the name of a file of a command: `summary.json` for `fit`, and `summary_test.json` for `test`."""
     stem, ending = file.split(".")
