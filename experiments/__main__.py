@@ -92,11 +92,11 @@ def main(args: Sequence[str] | None = None) -> None:
         hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(COMMANDS)}"
         sys.exit(_error(f"no such command: {args[0]!r} ({hint})", 2))
     if os.environ.get("LLM_TRAIN_TRACEBACK"):
-        importlib.import_module(_module_of(args)).main(args)
+        _run(args)
         return
 
     try:
-        importlib.import_module(_module_of(args)).main(args)
+        _run(args)
         sys.stdout.flush()
     except (KeyboardInterrupt, SystemExit) as leave:  # before the training, or in a command that does not train
         if not isinstance(leave, KeyboardInterrupt) and not isinstance(leave.__context__, KeyboardInterrupt):
@@ -120,6 +120,15 @@ def _versions() -> str:
     packages = ("llm-train", "torch", "lightning", "transformers")
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
     return f"{versions}, Python {sys.version.split()[0]}"
+
+
+def _run(args: Sequence[str]) -> None:
+    module = _module_of(args)
+    if module == "experiments.cli":  # whose import takes seconds: a name that is none is answered before it
+        from experiments import names
+
+        names.with_files(args)
+    importlib.import_module(module).main(args)
 
 
 def _module_of(args: Sequence[str]) -> str:

@@ -99,6 +99,19 @@ def test_a_name_that_is_none_is_one_line_with_a_similar_one(llm_train, command, 
     assert hint in done.err
 
 
+def test_a_name_that_is_none_is_answered_without_torch():
+    program = """
+import sys
+from experiments.__main__ import main
+try:
+    main(["fit", "-c", "nothing/of_this_name"])
+finally:
+    print("torch" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr[:32]) == (2, "False\n", "error: -c nothing/of_this_name: ")
+
+
 @pytest.mark.parametrize(
     ("command", "said"),
     [
