@@ -22,7 +22,7 @@ def rust_tokenizer(content: dict[str, Any]) -> "Tokenizer":
 
 def load_reference(name: str) -> "Tokenizer":
     """Return a tokenizer to compare with, by its name; see `reference` of `BPEModule`."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     path = Path(name).expanduser()
     file = path / "tokenizer.json" if path.is_dir() else path
@@ -33,6 +33,7 @@ def load_reference(name: str) -> "Tokenizer":
         elif all(part.is_file() for part in gpt2_files):
             tokenizer = Tokenizer(models.BPE.from_file(*map(str, gpt2_files)))
             tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+            tokenizer.decoder = decoders.ByteLevel()
         elif path.is_dir():
             raise OSError("the folder holds neither tokenizer.json nor vocab.json and merges.txt")
         elif is_path(name):

@@ -7,8 +7,9 @@ output is the weighted mean of the values:
     Attention(Q, K, V) = softmax(Q Kᵀ / √d) V
 
 The dot product of two random vectors of length d and unit variance has variance d. Division by √d brings the variance
-back to 1, where softmax still has a gradient. Multi-head attention computes n_head such means in parallel, each head in
-n_embd / n_head dimensions of its own, and mixes the outputs of the heads with one more matrix:
+back to 1, where softmax does not yet give all the weight to one position. Multi-head attention computes n_head such
+means in parallel, each head in n_embd / n_head dimensions of its own, and mixes the outputs of the heads with one more
+matrix:
 
     MultiHead(x) = Concat(head_1, ..., head_h) W_O,    head_i = Attention(x W_Q,i, x W_K,i, x W_V,i)
 

@@ -20,7 +20,7 @@ A run that is resumed with another length keeps the rate that it has: see `StepS
 
 Papers: Loshchilov and Hutter, "SGDR" (2017), https://arxiv.org/abs/1608.03983; Robbins and Monro, "A Stochastic
 Approximation Method" (1951); Smith and Topin, "Super-Convergence" (2018), https://arxiv.org/abs/1708.07120; Hu et al.,
-"MiniCPM" (2024), https://arxiv.org/abs/2404.06395; Haegele et al., "Scaling Laws and Compute-Optimal Training Beyond
+"MiniCPM" (2024), https://arxiv.org/abs/2404.06395; Hägele et al., "Scaling Laws and Compute-Optimal Training Beyond
 Fixed Training Durations" (2024), https://arxiv.org/abs/2405.18392; Bergsma et al., "Straight to Zero" (2025),
 https://arxiv.org/abs/2502.15938.
 """
@@ -240,7 +240,7 @@ class InverseTime(StepSchedule):
 class WarmupStableDecay(Decay):
     """Schedule that keeps the peak rate, then decays over the last part of the run (Hu et al., 2024, MiniCPM).
 
-    The decay follows 1 - sqrt, the best of the shapes that Haegele et al. (2024) compared.
+    The decay follows 1 - sqrt, the best of the shapes that Hägele et al. (2024) compared.
 
     Args:
         decay: Part of the steps after the warm-up in which the rate decays (0 to 1).

@@ -16,14 +16,15 @@ if TYPE_CHECKING:
 
 Tables = dict[str, np.ndarray]  # rows (T, d) by name
 
-_STYLES: dict[str, dict[str, Any]] = {  # of the lines, in every figure
+_STYLES: dict[str, dict[str, Any]] = {  # of the lines, in every figure; they differ without their colours too
     "real": {"label": "the matrix", "color": "tab:blue", "linewidth": 2.2, "zorder": 5},
-    "random_labels": {"label": "random labels", "color": "tab:brown", "linewidth": 1.2},
+    "random_labels": {"label": "random labels", "color": "tab:brown", "linewidth": 1.2, "linestyle": ":"},
     "shuffled": {"label": "shuffled", "color": "tab:orange", "linewidth": 1.2},
-    "gaussian": {"label": "gaussian", "color": "tab:green", "linewidth": 1.2},
+    "gaussian": {"label": "Gaussian", "color": "tab:green", "linewidth": 1.2, "linestyle": "-."},
     "sinusoids": {"label": "sinusoids", "color": "tab:red", "linewidth": 1.2, "linestyle": "--"},
-    "initialization": {"label": "untrained", "color": "tab:gray", "linewidth": 1.2},
+    "initialization": {"label": "untrained", "color": "tab:gray", "linewidth": 1.2, "linestyle": (0, (6, 1, 1, 1))},
 }
+_MARKERS = dict(zip(_STYLES, "oxs^Dv", strict=True))
 
 
 def draw_geometry(positions: Path, folder: Path) -> list[Path]:
@@ -117,7 +118,8 @@ def draw_probes(by_distance: Path, file: Path) -> Path:
         for name in dict.fromkeys(case for t, case, _ in pairs if t == target):
             octaves = sorted(octave for t, case, octave in pairs if (t, case) == (target, name))
             means = np.array([errors[target, name, octave] / pairs[target, name, octave] for octave in octaves])
-            ax.plot(octaves, 1 - means if target == "order" else means, marker="o", markersize=3.5, **_STYLES[name])
+            values = 1 - means if target == "order" else means
+            ax.plot(octaves, values, marker=_MARKERS[name], markersize=4.5, **_STYLES[name])
         ax.set_xticks(octaves, [_range_of(octave) for octave in octaves], fontsize=8, rotation=30, ha="right")
         ax.set_title(title, fontsize=10)
         ax.set_xlabel("distance of the two positions")

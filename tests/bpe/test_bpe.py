@@ -31,6 +31,7 @@ from lightning_modules.bpe.report import TokenizerReport, readable, tokens_of, w
 from lightning_modules.bpe.rust_tokenizers import load_reference
 from lightning_modules.bpe.textbook import Merge, count_words, learn_merges_textbook, spell, vocabulary
 from lightning_modules.bpe.tokenizer import ByteLevelBPE
+from lightning_modules.common.byte_level import is_byte_level
 from lightning_modules.runtime.checkpoint_io import AtomicCheckpointIO
 
 ROOT = Path(__file__).parents[2]
@@ -224,8 +225,11 @@ def test_a_reference_may_be_a_folder_a_file_or_the_two_files_of_gpt2(whole, tmp_
     strange = f"don't ümläut {END} 12345  \n {DOCUMENTS[0]}"
     expected = ByteLevelBPE(merges, []).encode(strange)  # the text of a special token is ordinary text here
     for reference in (whole / "tokenizer", whole / "tokenizer/tokenizer.json", tmp_path / "two"):
-        encoding = load_reference(str(reference)).encode(strange, add_special_tokens=False)
-        assert [i - 1 for i in encoding.ids] == expected  # one special token takes the first id
+        tokenizer = load_reference(str(reference))
+        ids = tokenizer.encode(strange, add_special_tokens=False).ids
+        assert [i - 1 for i in ids] == expected  # one special token takes the first id
+        assert is_byte_level(tokenizer)  # so that its single bytes are counted
+        assert tokenizer.decode(ids) == strange
 
 
 def test_a_reference_on_the_hub_runs_no_code_and_is_looked_up_only_if_the_hub_answers(monkeypatch):
