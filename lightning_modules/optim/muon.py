@@ -257,7 +257,8 @@ def _sharded_as(other: Tensor, whole: Tensor) -> Tensor:
     """Return the shard of a tensor on this process, if another of its shape is sharded, or the tensor itself."""
     if not isinstance(other, DTensor):
         return whole
-    return distribute_tensor(whole, other.device_mesh, other.placements, src_data_rank=None)
+    sharded = distribute_tensor(whole, other.device_mesh, other.placements, src_data_rank=None)
+    return sharded.to(other.device)  # a mesh of GPUs moves it there, also if the shards stay on the host
 
 
 def orthogonalized(matrices: Tensor, steps: int = 5) -> Tensor:
