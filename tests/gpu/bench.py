@@ -32,7 +32,7 @@ import torch
 from gpu.runs import Line, Row, Settings
 
 TESTS = Path(__file__).parents[1]
-SECONDS_OF_A_ROW = 110  # a row that takes longer is stopped
+SECONDS_OF_A_ROW = 110  # one that takes longer is stopped, unless its share of the time for all rows is more
 SECONDS_OF_VARIANTS = 370  # more, as the step is compiled anew for each
 SECONDS_TO_END = 10  # of the process of a row that is done: what it has started may not end
 
@@ -153,7 +153,6 @@ def main(args: Sequence[str] | None = None) -> int:
     on_gpu = torch.cuda.is_available()
     nanogpt = options.nanogpt and options.nanogpt.resolve()
     settings = Settings(options.short or not on_gpu, nanogpt, options.kernels, options.variants)
-    most = SECONDS_OF_A_ROW + options.variants * SECONDS_OF_VARIANTS
     out = options.out.resolve()
     log = out.with_suffix(".log")
     log.unlink(missing_ok=True)
@@ -162,8 +161,9 @@ def main(args: Sequence[str] | None = None) -> int:
     start = processes()
     ends = time.perf_counter() + options.seconds
     with tempfile.TemporaryDirectory(dir=memory_disk if memory_disk.is_dir() else None, prefix="bench") as folder:
-        for name in wanted:
+        for number, name in enumerate(wanted):
             left = ends - time.perf_counter()
+            most = max(SECONDS_OF_A_ROW + options.variants * SECONDS_OF_VARIANTS, left / (len(wanted) - number))
             if left < 5:
                 reports[name] = {"lines": [], "error": "not run: the time was used up", "seconds": 0.0}
             else:

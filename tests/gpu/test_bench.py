@@ -93,3 +93,26 @@ def test_what_a_row_has_started_ends_with_it(monkeypatch, tmp_path, is_stuck):
     pid = (tmp_path / "pid").read_text()
     shown = subprocess.run(["ps", "-o", "stat=", pid], capture_output=True, text=True, check=False).stdout
     assert shown.strip() in ("", "Z")  # nobody has read its exit code
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--rows", "h"], [300]),
+        (["--rows", "a,h", "--seconds", "600"], [300, 600]),
+        (["--rows", "a,b,h"], [110, 150, 300]),
+        (["--rows", "a,b,h", "--variants"], [300, 300, 300]),
+        (["--rows", "a,b", "--variants", "--seconds", "600"], [480, 600]),
+    ],
+)
+def test_a_row_may_take_its_share_of_the_time(monkeypatch, tmp_path, arguments, expected):
+    given = []
+
+    def measured(name, settings, folder, log, seconds, start):
+        given.append(round(seconds))
+        return {"lines": [], "error": None, "seconds": 0.0}
+
+    monkeypatch.setattr(bench, "run_row", measured)
+    monkeypatch.setattr(bench, "processes", lambda: None)
+    assert main(["--short", *arguments, "--out", str(tmp_path / "figures.json")]) == 0
+    assert given == expected
