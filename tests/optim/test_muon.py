@@ -271,21 +271,6 @@ def test_two_processes_and_two_shards_train_the_model_of_one_process(tiny, whole
         assert_close_weights(whole(**settings) / LAST, RUNS / name / LAST)
 
 
-def test_a_step_is_where_the_shards_are(monkeypatch):
-    """Shards that are kept on the host have a mesh of GPUs, to which PyTorch moves what it shards."""
-
-    class Shard(torch.Tensor):
-        device_mesh = placements = None
-
-    monkeypatch.setattr(muon, "DTensor", Shard)
-    monkeypatch.setattr(muon, "distribute_tensor", lambda whole, *_, **__: whole.to("meta"))
-    monkeypatch.setattr(Shard, "device", torch.device("cpu"))
-    moved = []
-    monkeypatch.setattr(torch.Tensor, "to", lambda tensor, device: moved.append(str(device)) or tensor)
-    muon._sharded_as(torch.zeros(2, 3).as_subclass(Shard), torch.zeros(2, 3))
-    assert moved == ["meta", "cpu"]
-
-
 def test_wrong_arguments_are_one_line(llm_train, tiny):
     for argument, value, reason in (
         ("matrices", "['*.head.*']", "error: optimizer: no matrix is named '*.head.*'; there are decoder.token_embed"),
