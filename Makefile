@@ -26,7 +26,7 @@ test-slow: $(READY)  ## Run the tests that take seconds each: studies, printed c
 	CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest -m 'slow and not gpu and not network' --numprocesses auto --dist worksteal
 
 test-gpu: $(READY)  ## Run the tests that need a GPU (two minutes)
-	$(BIN)/python -m pytest -m gpu --numprocesses 4 --dist worksteal
+	$(BIN)/python -m pytest -m gpu --numprocesses 4 --dist worksteal $$(grep -rl --include='test_*.py' 'mark\.gpu' tests)
 
 bench: $(READY)  ## Run the timings and fault tests that the READMEs report (minutes each)
 	for benchmark in tests/benchmarks/*.py tests/*/benchmarks/*.py; do echo "## $$benchmark"; $(BIN)/python $$benchmark || exit 1; done

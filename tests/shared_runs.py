@@ -38,6 +38,8 @@ def own_world(folder: Path) -> Iterator[None]:
         yield
         if (wandb := sys.modules.get("wandb")) and wandb.run is not None:  # left by a test in which W&B fails
             wandb.finish()
+        if torch := sys.modules.get("torch"):  # `trainer.deterministic` holds for the process, and so for later tests
+            torch.use_deterministic_algorithms(False)
 
 
 @contextlib.contextmanager

@@ -32,7 +32,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Optimizer
 
 from lightning_modules.common.ranges import NonNegativeFloat, PositiveInt, Probability
@@ -40,6 +40,7 @@ from lightning_modules.finetuning.selection import matching
 from lightning_modules.optim.groups import ParameterGroups
 from lightning_modules.runtime.bfloat16 import has_matrix_units
 from lightning_modules.runtime.private_names import foreach_add_, foreach_lerp_, foreach_mul, foreach_mul_
+from lightning_modules.runtime.shards import sharded_as
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # a, b, c of Jordan et al. (2024)
 SCALES: dict[str, Callable[[int, int], float]] = {
@@ -217,7 +218,7 @@ def _steps(
         following = iter(factors)  # of one update after the other
         for i in some:
             own = [*itertools.islice(following, len(rows[i]))]
-            steps[i] = _sharded_as(updates[i], torch.cat(own) if len(own) > 1 else own[0])
+            steps[i] = sharded_as(updates[i], torch.cat(own) if len(own) > 1 else own[0])
     return steps
 
 
@@ -251,13 +252,6 @@ def _orthogonal_factors(matrices: list[Tensor], ns_steps: int, dtype: torch.dtyp
 
 def _whole(matrix: Tensor) -> Tensor:
     return matrix.full_tensor() if isinstance(matrix, DTensor) else matrix
-
-
-def _sharded_as(other: Tensor, whole: Tensor) -> Tensor:
-    """Return the shard of a tensor on this process, if another of its shape is sharded, or the tensor itself."""
-    if not isinstance(other, DTensor):
-        return whole
-    return distribute_tensor(whole, other.device_mesh, other.placements, src_data_rank=None)
 
 
 def orthogonalized(matrices: Tensor, steps: int = 5) -> Tensor:

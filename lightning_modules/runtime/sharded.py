@@ -331,8 +331,12 @@ class FullyShardedStrategy(ModelParallelStrategy):
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """Load the weights of a checkpoint into the shards."""
-        options = StateDictOptions(full_state_dict=not self._has_loaded_shares, strict=strict)
-        set_model_state_dict(self.model, checkpoint["state_dict"], options=options)
+        state = dict(checkpoint["state_dict"])
+        if not self._has_loaded_shares:
+            # Not by `full_state_dict`, which refuses shards on the host beside buffers on a GPU.
+            own = self.model.state_dict()
+            state = {name: shards.sharded_as(own[name], part) if name in own else part for name, part in state.items()}
+        set_model_state_dict(self.model, state, options=StateDictOptions(strict=strict))
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """Return the state of an optimiser, numbered as on one process; it is whole on rank 0, or sharded."""

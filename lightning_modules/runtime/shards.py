@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 SHARDS = "shards"  # in a checkpoint: `folder`, beside its file, and `n`, the number of files in it
 _WEIGHTS, _OPTIMIZERS = "state_dict", "optimizer_states"
@@ -87,6 +87,19 @@ def rows_like(shares: Sequence[Tensors], place: str, like: Tensor) -> Tensor:
     local = torch.cat(mine).to(like.to_local().device)
     stride = torch.empty(shape, device="meta").stride()
     return DTensor.from_local(local, like.device_mesh, like.placements, shape=shape, stride=stride)
+
+
+def sharded_as(other: Tensor, tensor: Tensor) -> Tensor:
+    """Return the rows of a tensor that this process has of another one, if that is sharded, or the tensor itself.
+
+    Args:
+        other: A tensor, or its shard.
+        tensor: Whole tensor of the same shape, with the same values on each process.
+    """
+    if not isinstance(other, DTensor):
+        return tensor
+    sharded = distribute_tensor(tensor, other.device_mesh, other.placements, src_data_rank=None)
+    return sharded.to(other.device)  # shards that are kept on the host have a mesh of GPUs, to which it was moved
 
 
 def folder_of(file: Path, checkpoint: Mapping[str, Any]) -> Path:

@@ -22,6 +22,13 @@ class TF32(L.Callback):
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Restore the precision of the process."""
+        self._restore()
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Restore the precision of the process: Lightning calls no `teardown` of a run that fails."""
+        self._restore()
+
+    def _restore(self) -> None:
         if self._before is not None:
             torch.set_float32_matmul_precision(self._before)
             self._before = None

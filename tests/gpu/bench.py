@@ -19,6 +19,7 @@ import contextlib
 import importlib
 import json
 import multiprocessing
+import signal
 import sys
 import tempfile
 import time
@@ -31,8 +32,9 @@ import torch
 from gpu.runs import Line, Row, Settings
 
 TESTS = Path(__file__).parents[1]
-SECONDS_OF_A_ROW = 110  # a row that takes longer is stopped
+SECONDS_OF_A_ROW = 110  # one that takes longer is stopped, unless its share of the time for all rows is more
 SECONDS_OF_VARIANTS = 370  # more, as the step is compiled anew for each
+SECONDS_TO_END = 10  # of the process of a row that is done: what it has started may not end
 
 
 def rows() -> dict[str, Row]:
@@ -75,15 +77,25 @@ def run_row(
             report["lines"].append(line)
         else:
             report["error"] = f"stopped after {seconds:.0f} s"
-    except EOFError:
+    except (EOFError, OSError):  # between two lines, or within one
         report["error"] = "its process died"
-    if process.is_alive() and report["error"]:
-        process.kill()
+    finally:
+        took = time.perf_counter() - began
+        _end(process, 0 if report["error"] else SECONDS_TO_END)
+    return report | {"seconds": round(took, 1)}
+
+
+def _end(process: Any, seconds: float) -> None:
+    """End a process if it does not do so within some seconds, and what it has started, which would use the GPU on."""
+    process.join(seconds)
+    with contextlib.suppress(ProcessLookupError, PermissionError):  # none is left
+        os.killpg(process.pid, signal.SIGKILL)
+    process.kill()
     process.join()
-    return report | {"seconds": round(time.perf_counter() - began, 1)}
 
 
 def _in_child(name: str, settings: Settings, folder: Path, log: Path, pipe: Any) -> None:
+    os.setpgid(0, 0)  # a group of its own, with all that it starts
     with log.open("a", buffering=1) as output, _printing_to(output):
         print(f"## row {name}")
         folder.mkdir()
@@ -141,7 +153,6 @@ def main(args: Sequence[str] | None = None) -> int:
     on_gpu = torch.cuda.is_available()
     nanogpt = options.nanogpt and options.nanogpt.resolve()
     settings = Settings(options.short or not on_gpu, nanogpt, options.kernels, options.variants)
-    most = SECONDS_OF_A_ROW + options.variants * SECONDS_OF_VARIANTS
     out = options.out.resolve()
     log = out.with_suffix(".log")
     log.unlink(missing_ok=True)
@@ -150,8 +161,9 @@ def main(args: Sequence[str] | None = None) -> int:
     start = processes()
     ends = time.perf_counter() + options.seconds
     with tempfile.TemporaryDirectory(dir=memory_disk if memory_disk.is_dir() else None, prefix="bench") as folder:
-        for name in wanted:
+        for number, name in enumerate(wanted):
             left = ends - time.perf_counter()
+            most = max(SECONDS_OF_A_ROW + options.variants * SECONDS_OF_VARIANTS, left / (len(wanted) - number))
             if left < 5:
                 reports[name] = {"lines": [], "error": "not run: the time was used up", "seconds": 0.0}
             else:
@@ -182,7 +194,7 @@ def _write(out: Path, settings: Settings, reports: dict[str, Any]) -> None:
             for name, report in reports.items()
         },
     }
-    out.write_text(json.dumps(written, indent=2) + "\n")
+    out.write_text(json.dumps(written, indent=2, default=str) + "\n")
 
 
 if __name__ == "__main__":

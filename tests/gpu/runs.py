@@ -174,7 +174,8 @@ def _longest(events: Iterable[Any], on_gpu: bool, n_steps: int, most: int) -> It
     """Yield a line for each of the events that take most of the time of a device.
 
     With the kernels of a GPU, the profiler records the calls of the host that start them and wait for them, such as
-    `cudaLaunchKernel` and `cudaDeviceSynchronize`. They take no time of the GPU, and are left out.
+    `cudaLaunchKernel` and `cudaDeviceSynchronize`. They take no time of the GPU, and are left out. So are the ranges
+    that code names, such as the step of the optimiser, whose kernels are there themselves.
     """
     if on_gpu:
         found = {event.key: (event.self_device_time_total, event.count) for event in events if _is_of_gpu(event)}
@@ -187,7 +188,8 @@ def _longest(events: Iterable[Any], on_gpu: bool, n_steps: int, most: int) -> It
 
 
 def _is_of_gpu(event: Any) -> bool:
-    return event.device_type != DeviceType.CPU and event.self_device_time_total > 0
+    is_kernel = event.device_type != DeviceType.CPU and not event.is_user_annotation
+    return is_kernel and event.self_device_time_total > 0
 
 
 def moved(batch: dict[str, Any], device: str) -> dict[str, Any]:

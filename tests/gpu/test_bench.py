@@ -1,10 +1,13 @@
 """The benchmark of the GPU in its short form, so that it works when there is a GPU."""
 
 import json
+import subprocess
+import time
 from types import SimpleNamespace
 
 import pytest
-from gpu.bench import ROWS, main
+from gpu import bench
+from gpu.bench import ROWS, main, run_row
 from gpu.runs import Settings, _longest
 from torch.autograd import DeviceType
 
@@ -31,13 +34,14 @@ def test_the_kernels_and_variants_of_a_step_are_measured(row, tmp_path):
 
 def test_the_kernels_of_a_gpu_are_without_the_calls_of_the_host():
     recorded = [
-        ("cudaDeviceSynchronize", DeviceType.CPU, 0.0, 900.0, 1),
-        ("cudaLaunchKernel", DeviceType.CPU, 0.0, 100.0, 20),
-        ("Context Sync", DeviceType.CUDA, 0.0, 0.0, 1),
-        ("softmax", DeviceType.CUDA, 100.0, 0.0, 10),
-        ("gemm", DeviceType.CUDA, 300.0, 0.0, 10),
+        ("cudaDeviceSynchronize", DeviceType.CPU, 0.0, 900.0, 1, False),
+        ("cudaLaunchKernel", DeviceType.CPU, 0.0, 100.0, 20, False),
+        ("Context Sync", DeviceType.CUDA, 0.0, 0.0, 1, False),
+        ("Optimizer.step#AdamW.step", DeviceType.CUDA, 400.0, 0.0, 10, True),  # the range of the kernels in it
+        ("softmax", DeviceType.CUDA, 100.0, 0.0, 10, False),
+        ("gemm", DeviceType.CUDA, 300.0, 0.0, 10, False),
     ]
-    names = ("key", "device_type", "self_device_time_total", "self_cpu_time_total", "count")
+    names = ("key", "device_type", "self_device_time_total", "self_cpu_time_total", "count", "is_user_annotation")
     events = [SimpleNamespace(**dict(zip(names, event, strict=True))) for event in recorded]
     lines = _longest(events, on_gpu=True, n_steps=10, most=15)
     assert [(line.who, line.figures["share"], line.figures["ms a step"]) for line in lines] == [
@@ -68,3 +72,47 @@ def test_a_row_that_fails_does_not_stop_the_others(monkeypatch, tmp_path, capsys
     assert "b: a row without lines" in printed
     rows = json.loads((tmp_path / "figures.json").read_text())["rows"]
     assert (rows["a"]["error"], rows["b"]["error"]) == ("ValueError: no such kernel", None)
+
+
+@pytest.mark.parametrize("is_stuck", [True, False])
+def test_what_a_row_has_started_ends_with_it(monkeypatch, tmp_path, is_stuck):
+    def measure(settings):
+        started = bench.multiprocessing.get_context("fork").Process(target=time.sleep, args=(100,))
+        started.start()  # the process of the row waits for it
+        (tmp_path / "pid").write_text(str(started.pid))
+        if is_stuck:
+            time.sleep(100)
+        yield from ()
+
+    monkeypatch.setitem(ROWS, "a", ROWS["a"].__class__("a row", measure))
+    monkeypatch.setattr(bench, "SECONDS_TO_END", 0.2)
+    began = time.monotonic()
+    report = run_row("a", Settings(short=True), tmp_path / "a", tmp_path / "log", 3.0)
+    assert time.monotonic() - began < 20
+    assert report["error"] == ("stopped after 3 s" if is_stuck else None)
+    pid = (tmp_path / "pid").read_text()
+    shown = subprocess.run(["ps", "-o", "stat=", pid], capture_output=True, text=True, check=False).stdout
+    assert shown.strip() in ("", "Z")  # nobody has read its exit code
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--rows", "h"], [300]),
+        (["--rows", "a,h", "--seconds", "600"], [300, 600]),
+        (["--rows", "a,b,h"], [110, 150, 300]),
+        (["--rows", "a,b,h", "--variants"], [300, 300, 300]),
+        (["--rows", "a,b", "--variants", "--seconds", "600"], [480, 600]),
+    ],
+)
+def test_a_row_may_take_its_share_of_the_time(monkeypatch, tmp_path, arguments, expected):
+    given = []
+
+    def measured(name, settings, folder, log, seconds, start):
+        given.append(round(seconds))
+        return {"lines": [], "error": None, "seconds": 0.0}
+
+    monkeypatch.setattr(bench, "run_row", measured)
+    monkeypatch.setattr(bench, "processes", lambda: None)
+    assert main(["--short", *arguments, "--out", str(tmp_path / "figures.json")]) == 0
+    assert given == expected

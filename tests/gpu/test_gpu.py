@@ -19,6 +19,7 @@ from gpu.callbacks import NoSync
 from gpu.conftest import preset
 from gpu.runs import Settings, fit
 from helpers import LAST, RUNS, TINY, assert_same_weights
+from shared_runs import own_world
 from shortened import offline_experiments, run_of, shortened
 
 from experiments.class_paths import import_class
@@ -109,6 +110,12 @@ def small(tiny):
         return tiny(name, **{"trainer__gradient_clip_val": 1.0, "trainer__precision": "32-true"} | settings)
 
     return write
+
+
+def test_a_run_with_deterministic_true_leaves_the_tests_after_it_alone(tmp_path):
+    with own_world(tmp_path):
+        torch.use_deterministic_algorithms(True)  # as Lightning does for the rest of the process
+    assert not torch.are_deterministic_algorithms_enabled()
 
 
 class _Killed(BaseException):

@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor
 
 from lightning_modules.runtime import sharded, shards
 from lightning_modules.runtime.checkpoint_io import AtomicCheckpointIO
+from lightning_modules.runtime.private_names import without_data
 from lightning_modules.runtime.samples import SampleText
 from lightning_modules.runtime.sharded import FullyShardedStrategy
 
@@ -276,6 +277,31 @@ def test_another_number_of_processes_reads_the_rows_of_each(monkeypatch, n_befor
         rows, shape = shards.rows_like(files, "w", Rows(rank, n))
         assert (rows.tolist(), shape) == (expected.tolist(), tensor.shape)
         assert shards.rows_like(files, "step", Rows(rank, n)) is files[0]["step"]
+
+
+def test_what_is_sharded_as_another_tensor_is_where_that_is(monkeypatch):
+    """Shards that are kept on the host have a mesh of GPUs, to which PyTorch moves what it shards."""
+
+    class Shard(torch.Tensor):
+        device = torch.device("cpu")
+        device_mesh = placements = None
+
+    monkeypatch.setattr(shards, "DTensor", Shard)
+    monkeypatch.setattr(shards, "distribute_tensor", lambda tensor, *_, **__: SimpleNamespace(to=lambda device: device))
+    assert shards.sharded_as(torch.zeros(2).as_subclass(Shard), torch.zeros(2)) == torch.device("cpu")
+    whole = torch.zeros(2)
+    assert shards.sharded_as(torch.zeros(2), whole) is whole
+
+
+def test_weights_on_the_host_and_buffers_on_a_gpu_are_loaded():
+    strategy, loaded = FullyShardedStrategy(cpu_offload=True), []
+    with without_data():
+        strategy.model = torch.nn.Linear(2, 3)
+        strategy.model.register_buffer("counts", torch.zeros(3, device="cuda"))
+        strategy.model.load_state_dict = lambda state_dict, strict, assign: loaded.append((sorted(state_dict), strict))
+        state = {name: torch.ones(3, 2) for name in ("weight", "bias", "counts", "unknown")}
+        strategy.load_model_state_dict({"state_dict": state})
+    assert loaded == [(sorted(state), True)]
 
 
 @pytest.mark.parametrize(("folder", "reason"), [("../shards_1_a", "refused"), ("shards_1_a", "no such checkpoint")])

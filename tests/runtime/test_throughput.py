@@ -169,13 +169,22 @@ def test_peak_memory_is_in_bytes_on_linux_and_macos(monkeypatch):
         assert run_record.peak_memory() == n_bytes
 
 
+@pytest.mark.parametrize(
+    "end",
+    [
+        lambda tf32, trainer: tf32.teardown(trainer, None, "fit"),
+        lambda tf32, trainer: tf32.on_exception(trainer, None, RuntimeError()),
+    ],
+    ids=["teardown", "exception"],
+)
 @pytest.mark.parametrize(("device", "within"), [("cuda", "high"), ("cpu", "highest")])
-def test_tf32_is_allowed_within_a_run_on_a_gpu(device, within):
+def test_tf32_is_allowed_within_a_run_on_a_gpu(device, within, end):
     trainer = SimpleNamespace(strategy=SimpleNamespace(root_device=torch.device(device)))
     callback = TF32()
     callback.setup(trainer, None, "fit")
     try:
         assert torch.get_float32_matmul_precision() == within
+        end(callback, trainer)
+        assert torch.get_float32_matmul_precision() == "highest"
     finally:
-        callback.teardown(trainer, None, "fit")
-    assert torch.get_float32_matmul_precision() == "highest"
+        torch.set_float32_matmul_precision("highest")
