@@ -26,6 +26,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from datamodules.base import ExperimentDataModule
 from experiments import names, trust
+from experiments.errors import module_that_raised
 from experiments.help.options import DEFAULTS
 from experiments.parser import ExperimentParser, check_nulls, check_seed
 from experiments.run import monitored, moved_runs, numbers, resume, run_folder
@@ -315,10 +316,18 @@ class ExperimentCLI(SettingsGoOverCheckpoint):
             callbacks = [callback for callback in callbacks if not isinstance(callback, ProgressBar)]
         built["trainer"]["callbacks"] = last_of_defaults(callbacks)
         check_states(built["trainer"]["callbacks"])
+        rank = rank_zero_only.rank  # of the processes that were started
         try:
             trainer = super().instantiate_trainer(default_root_dir=str(self.run.path), **kwargs)
-        except ValueError as error:
+        except (ValueError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and not module_that_raised(error).startswith("lightning."):
+                raise
             raise MisconfigurationException(f"trainer: {error}") from error
+        if rank >= trainer.world_size:  # it would train a second time, without a record, in the folder of rank 0
+            raise MisconfigurationException(
+                f"trainer.devices: this is process {rank + 1} of those that torchrun or srun has started, and the run "
+                f"has {trainer.world_size}: give trainer.devices of a machine and trainer.num_nodes, or start fewer"
+            )
         if line := bfloat16.advice(trainer):
             say(line)
         for logger in trainer.loggers:
