@@ -8,7 +8,9 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import sys
+import threading
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -469,6 +471,27 @@ def _with_nulls(flag: str) -> str:
     return flag
 
 
+@contextlib.contextmanager
+def _exiting_on_sigterm() -> Iterator[None]:
+    """Exit on SIGTERM where it would end the process at once, so that a run not begun leaves nothing.
+
+    `GracefulStop` replaces this when the trainer is set up, which is after the data is prepared.
+    """
+
+    def leave(signal_number: int, frame: object) -> None:
+        raise SystemExit(128 + signal_number)
+
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    if not in_main_thread or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
 def main(args: Sequence[str], kind: type[ExperimentCLI] = ExperimentCLI) -> None:
     """Run the subcommand that the command line begins with, by this class or a kind of it."""
     for name in ("lightning.pytorch", "lightning.fabric"):
@@ -479,6 +502,11 @@ def main(args: Sequence[str], kind: type[ExperimentCLI] = ExperimentCLI) -> None
         args = [_with_nulls(arg) for arg in args]
     args = names.with_files(args)
     cli = kind.__new__(kind)  # LightningCLI runs in its constructor, which may raise
+    with _exiting_on_sigterm():
+        _run(cli, args)
+
+
+def _run(cli: ExperimentCLI, args: Sequence[str]) -> None:
     try:
         with trust.trusted(args) as named, importable(named):
             cli.__init__(args)  # type: ignore[misc]
