@@ -9,6 +9,7 @@ from helpers import RUNS, contents
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from experiments.run.run_folder import Lock, MisconfigurationException
+from lightning_modules.common.files import write_text
 from lightning_modules.runtime.checkpoint import RunCheckpoint
 
 RUN = RUNS / "tiny"
@@ -76,7 +77,17 @@ def test_a_file_system_without_locks_is_no_error(tmp_path, monkeypatch):
         raise OSError(37, "No locks available")
 
     monkeypatch.setattr("lightning_modules.common.files.fcntl.lockf", refuse)
+    part = tmp_path / f"checkpoints/.last.ckpt.{'0a' * 16}.tmp"
+    write_text(part, "of a process that may be writing it")
     Lock(tmp_path).release()
+    assert part.is_file()
+
+
+def test_parts_of_checkpoints_that_a_killed_process_has_left_are_removed(tmp_path):
+    for name in (f".last.ckpt.{'0a' * 16}.tmp", f".best.ckpt.{'b' * 32}.tmp", "last.ckpt", ".mine.tmp"):
+        write_text(tmp_path / "checkpoints" / name, "")
+    Lock(tmp_path).release()
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [".mine.tmp", "last.ckpt"]
 
 
 def test_a_lock_says_who_holds_it(tmp_path, monkeypatch):
