@@ -25,7 +25,7 @@ from lightning_modules.runtime.checkpoint import run_checkpoints, save_last
 from lightning_modules.runtime.processes import gathered
 from lightning_modules.runtime.stages import step_is_logged, validates_a_fit
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 _LONGEST_WAIT = 5.0  # seconds from a signal to the exchange of signals; torchrun kills 30 seconds after its SIGTERM
 _DUE = "validation_is_due"  # in a checkpoint that was written within a validation
 _PREPARING = ("on_validation_start", "on_validation_epoch_start", "on_validation_batch_start")
@@ -41,10 +41,11 @@ class GracefulStop(L.Callback):
     resumed run does again from its beginning. It waits for a validation between two micro-batches, and where callbacks
     or modules of others prepare one, as by exchanging weights. A run whose last step is done ends as usual.
 
-    A signal to one rank is enough. The exit code is 128 + the number of the signal: 143 for SIGTERM, 130 for Ctrl-C. A
-    second signal ends the process at once, or after a checkpoint that is being written in the background, as does
-    SIGTERM before the first step, and in a run that does not train; W&B's upload keeps its limit. Nothing is saved
-    between two micro-batches of one optimiser step, because accumulated gradients are not part of a checkpoint.
+    A signal to one rank is enough. The exit code is 128 + the number of the signal: 143 for SIGTERM, 130 for Ctrl-C.
+    SIGUSR1, which a job of SLURM can ask for (`--signal=USR1@300`), is the same as SIGTERM. A second signal ends the
+    process at once, or after a checkpoint that is being written in the background, as does SIGTERM before the first
+    step, and in a run that does not train; W&B's upload keeps its limit. Nothing is saved between two micro-batches of
+    one optimiser step, because accumulated gradients are not part of a checkpoint.
 
     Args:
         every_n_steps: Most optimiser steps between two exchanges of signals between the ranks; fewer if so many steps
@@ -62,7 +63,10 @@ class GracefulStop(L.Callback):
         self._previous_handlers: dict[int, Any] = {}
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Exit with code 143 on SIGTERM, in place of Lightning's own handling."""
+        """Exit with code 143 on SIGTERM, in place of Lightning's own handling.
+
+        So on SIGUSR1, on which Lightning would write a checkpoint within a job of SLURM that it then loads for ever.
+        """
 
         def stop(signal_number: int, frame: object) -> None:
             if trainer.strategy.launcher is not None:
@@ -73,7 +77,8 @@ class GracefulStop(L.Callback):
         private_names.leave_sigterm_alone(trainer)
         if threading.current_thread() is threading.main_thread():
             self._previous_handlers = {number: signal.getsignal(number) for number in _SIGNALS}
-            signal.signal(signal.SIGTERM, stop)
+            for number in (signal.SIGTERM, signal.SIGUSR1):
+                signal.signal(number, stop)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Stop between two steps, and do the validation that the run to resume has left."""
@@ -147,7 +152,7 @@ class GracefulStop(L.Callback):
         return most == -least < math.inf
 
     def _on_signal(self, trainer: L.Trainer, signal_number: int, frame: object) -> None:
-        self.received = signal_number
+        self.received = _as_asked(signal_number)
         for number in self._previous_handlers:
             signal.signal(number, _stop_at_once)
         if rank_zero_only.rank == 0:
@@ -193,8 +198,13 @@ class GracefulStop(L.Callback):
         self._previous_handlers = {}
 
 
+def _as_asked(signal_number: int) -> int:
+    """Return the signal that another stands for: SIGUSR1, which a job of SLURM can ask for, is a SIGTERM."""
+    return signal.SIGTERM if signal_number == signal.SIGUSR1 else signal_number
+
+
 def _stop_at_once(signal_number: int, frame: object) -> None:
-    raise SystemExit(128 + signal_number)
+    raise SystemExit(128 + _as_asked(signal_number))
 
 
 def _can_be_left(trainer: L.Trainer, module: L.LightningModule) -> bool:

@@ -360,6 +360,22 @@ def test_sigterm_before_the_first_step_and_in_an_evaluation_exits_with_its_code(
 
 @pytest.mark.filterwarnings("ignore")
 def test_after_a_run_signals_are_handled_as_before_it(tmp_path):
-    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+    before = [signal.getsignal(number) for number in numbers]
     fit(tmp_path, 2, Rows(), max_steps=2, limit_val_batches=0)
-    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
+    assert [signal.getsignal(number) for number in numbers] == before
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_sigusr1_in_a_job_of_slurm_is_a_sigterm_and_lightning_writes_no_checkpoint_of_its_own(tmp_path, monkeypatch):
+    for name, value in {"JOB_ID": "5", "JOB_NAME": "x", "NTASKS": "1", "PROCID": "0", "LOCALID": "0"}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    monkeypatch.setenv("SLURM_NTASKS_PER_NODE", "1")
+
+    class Usr1(L.Callback):
+        def on_train_batch_end(self, trainer: L.Trainer, *_: object) -> None:
+            if trainer.global_step == 3:
+                signal.raise_signal(signal.SIGUSR1)
+
+    assert fit(tmp_path, 2, Rows(), added=[Usr1()], max_steps=5, limit_val_batches=0)[:2] == (143, 3)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoints"]
