@@ -65,7 +65,7 @@ class GracefulStop(L.Callback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Exit with code 143 on SIGTERM, in place of Lightning's own handling.
 
-        So on SIGUSR1, on which Lightning would write a checkpoint within a job of SLURM that it then loads for ever.
+        So on SIGUSR1, on which Lightning would write a checkpoint in a job of SLURM that a resumed run does not read.
         """
 
         def stop(signal_number: int, frame: object) -> None:
