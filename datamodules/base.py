@@ -41,7 +41,7 @@ MOST_IN_MEMORY = 2**26  # positions of an order that is kept in memory, half a g
 _MIX = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)  # of SplitMix64
 _ROUNDS = 6
 
-_STOPS = (signal.SIGINT, signal.SIGTERM)
+_STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 def shuffled(n: int, seed: int) -> Order:
@@ -118,7 +118,7 @@ def _as_in_the_first_epoch(order: Order) -> Order:
 
 
 def leave_signals_to_the_parent(worker: int) -> None:
-    """Ignore Ctrl-C and SIGTERM in the worker of a loader: the training process saves the run and ends its workers.
+    """Ignore the signals to stop in the worker of a loader: the training process saves the run and ends its workers.
 
     A terminal, a container and a job scheduler send these signals to the whole process group.
     """

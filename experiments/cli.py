@@ -8,7 +8,9 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import sys
+import threading
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,6 +28,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from datamodules.base import ExperimentDataModule
 from experiments import names, trust
+from experiments.errors import module_that_raised
 from experiments.help.options import DEFAULTS
 from experiments.parser import ExperimentParser, check_nulls, check_seed
 from experiments.run import monitored, moved_runs, numbers, resume, run_folder
@@ -315,10 +318,18 @@ class ExperimentCLI(SettingsGoOverCheckpoint):
             callbacks = [callback for callback in callbacks if not isinstance(callback, ProgressBar)]
         built["trainer"]["callbacks"] = last_of_defaults(callbacks)
         check_states(built["trainer"]["callbacks"])
+        rank = rank_zero_only.rank  # of the processes that were started
         try:
             trainer = super().instantiate_trainer(default_root_dir=str(self.run.path), **kwargs)
-        except ValueError as error:
+        except (ValueError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and not module_that_raised(error).startswith("lightning."):
+                raise
             raise MisconfigurationException(f"trainer: {error}") from error
+        if rank >= trainer.world_size:  # it would train a second time, without a record, in the folder of rank 0
+            raise MisconfigurationException(
+                f"trainer.devices: this is process {rank + 1} of those that torchrun or srun has started, and the run "
+                f"has {trainer.world_size}: give trainer.devices of a machine and trainer.num_nodes, or start fewer"
+            )
         if line := bfloat16.advice(trainer):
             say(line)
         for logger in trainer.loggers:
@@ -460,6 +471,27 @@ def _with_nulls(flag: str) -> str:
     return flag
 
 
+@contextlib.contextmanager
+def _exiting_on_sigterm() -> Iterator[None]:
+    """Exit on SIGTERM where it would end the process at once, so that a run not begun leaves nothing.
+
+    `GracefulStop` replaces this when the trainer is set up, which is after the data is prepared.
+    """
+
+    def leave(signal_number: int, frame: object) -> None:
+        raise SystemExit(128 + signal_number)
+
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    if not in_main_thread or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
 def main(args: Sequence[str], kind: type[ExperimentCLI] = ExperimentCLI) -> None:
     """Run the subcommand that the command line begins with, by this class or a kind of it."""
     for name in ("lightning.pytorch", "lightning.fabric"):
@@ -470,6 +502,11 @@ def main(args: Sequence[str], kind: type[ExperimentCLI] = ExperimentCLI) -> None
         args = [_with_nulls(arg) for arg in args]
     args = names.with_files(args)
     cli = kind.__new__(kind)  # LightningCLI runs in its constructor, which may raise
+    with _exiting_on_sigterm():
+        _run(cli, args)
+
+
+def _run(cli: ExperimentCLI, args: Sequence[str]) -> None:
     try:
         with trust.trusted(args) as named, importable(named):
             cli.__init__(args)  # type: ignore[misc]

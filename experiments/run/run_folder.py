@@ -14,7 +14,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from experiments.yaml_files import read_yaml
-from lightning_modules.common.files import try_lock
+from lightning_modules.common.files import remove_unfinished, try_lock
 from lightning_modules.common.messages import say
 from lightning_modules.common.run_files import CHECKPOINTS, CONFIG, ENVIRONMENT, METRICS, SUMMARY, checkpoint
 
@@ -66,6 +66,8 @@ class RunFolder:
 class Lock:
     """The right to write into a run folder, which one process at a time has, and which ends with the process.
 
+    The checkpoints that a process before has written in part, because it was killed, are removed.
+
     Args:
         folder: Folder of the run.
 
@@ -85,6 +87,8 @@ class Lock:
                 "--run.name"
             )
         self._open = opened
+        if opened.is_exclusive:
+            remove_unfinished(folder / CHECKPOINTS)
 
     def release(self) -> None:
         """Give the right back."""

@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import itertools
 import json
+import os
 import random
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ from experiments.study.names import arm_name
 from experiments.study.runs import LOGS, Attempt, Plan
 from experiments.study.sweep_file import Sweep
 from lightning_modules.common import run_files
-from lightning_modules.common.files import complete_lines, read_json
+from lightning_modules.common.files import complete_lines, process_name, read_json, write_text
 
 JOB = "job"  # attribute of the trial of a run that was submitted to a cluster
 
@@ -364,12 +365,12 @@ def settings_of(folder: Path, sweep: Sweep) -> dict[str, dict[str, Any]]:
 def locked(folder: Path) -> Iterator[BinaryIO]:
     """Lock a study's folder and yield the lock; repair the journal if the last line is incomplete after a kill.
 
-    A file system without locks gives one to every process.
+    A file in the folder says which process has it. A file system without locks gives one to every process.
 
     Raises:
         UserError: If another process has it, or a link leads out of the folder, to what the study would write.
     """
-    journal = folder / _FILE
+    journal, holder = folder / _FILE, folder / ".lock"
     for path in (journal, folder / LOGS, *(folder / LOGS).rglob("*")):
         if path.name.startswith(_OF_SUBMITIT):
             continue
@@ -379,10 +380,15 @@ def locked(folder: Path) -> Iterator[BinaryIO]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
-            message = f"{folder}: the study is running, or a run that has outlived it; wait for it or end it"
+            by = f" of {holder.read_text(encoding='utf-8').strip()}" if holder.is_file() else ""
+            message = f"{folder}: the study{by} is running, or a run that has outlived it; wait for it or end it"
             raise UserError(message) from None
         except OSError:  # a file system without locks
             pass
         file.truncate(journal.read_bytes().rfind(b"\n") + 1)
         journal.with_name(f"{_FILE}.lock").unlink(missing_ok=True)  # Optuna's
-        yield file
+        write_text(holder, f"{process_name(os.getpid())}\n")
+        try:
+            yield file
+        finally:
+            holder.unlink(missing_ok=True)

@@ -11,6 +11,7 @@ from experiments.study.journal import Journal, locked
 from experiments.study.launchers import Launcher
 from experiments.study.runs import LOGS, Attempt, Plan
 from lightning_modules.common import run_files
+from lightning_modules.common.files import naming
 from lightning_modules.common.messages import say
 
 _USAGE = 2  # exit code of a command that refuses its settings before a run begins
@@ -38,7 +39,7 @@ class Study:
         if (folder / run_files.CONFIG).is_file():
             raise UserError(f"{folder} is the folder of a run; give the study another --name")
         (folder / LOGS).mkdir(parents=True, exist_ok=True)
-        with locked(folder) as lock, self._listening(), self._stopping_on_error():
+        with naming(folder), locked(folder) as lock, self._listening(), self._stopping_on_error():
             self.journal = Journal(self.plan, find=self.launcher.find)
             self.running, self._is_new = self.journal.found, not self.journal.outcomes
             done = f", {self.n_done} of them done" if self.journal.outcomes else ""

@@ -8,6 +8,7 @@ import itertools
 import json
 import math
 import os
+import re
 import shutil
 import socket
 import uuid
@@ -16,7 +17,25 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO, TypeVar
 
+_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{32}\.tmp")
+
 _Value = TypeVar("_Value", dict[str, Any], list[Any])
+
+
+@contextmanager
+def naming(place: Path, own: Path | None = None) -> Iterator[None]:
+    """Give errors of files without a name, such as that of a full disk, the name of a file or folder.
+
+    Args:
+        place: The file or folder.
+        own: File whose name is replaced by that of `place` too.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename not in (None, str(own)):
+            raise
+        raise OSError(error.errno, error.strerror, str(place)) from error
 
 
 @contextmanager
@@ -25,15 +44,19 @@ def atomic_file(target: Path) -> Iterator[BinaryIO]:
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
     try:
-        with open(temporary, "wb") as file:
-            yield file
-        os.replace(temporary, target)
-    except OSError as error:
-        if error.errno is None or error.filename not in (None, str(temporary)):
-            raise
-        raise OSError(error.errno, error.strerror, str(target)) from error  # a full disk names no file
+        with naming(target, own=temporary):
+            with open(temporary, "wb") as file:
+                yield file
+            os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove the temporary files of a folder that processes left which were killed; none may be writing there."""
+    for file in folder.glob(".*.tmp"):
+        if _TEMPORARY.fullmatch(file.name):
+            file.unlink(missing_ok=True)
 
 
 class FileLock:
@@ -184,6 +207,10 @@ def replace_folder(target: Path, fill: Callable[[Path], Any]) -> None:
     """Create or replace a folder; `fill` creates and fills the folder whose path it gets."""
     fresh = target.with_name(f".{target.name}.new")
     shutil.rmtree(fresh, ignore_errors=True)
-    fill(fresh)
-    shutil.rmtree(target, ignore_errors=True)
-    fresh.rename(target)
+    try:
+        with naming(target):
+            fill(fresh)
+            shutil.rmtree(target, ignore_errors=True)
+            fresh.rename(target)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)  # of one that failed

@@ -10,7 +10,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from lightning_modules.base import ExperimentModule
 from lightning_modules.common import run_files
-from lightning_modules.common.files import read_json, replace_folder, write_json, write_text
+from lightning_modules.common.files import naming, read_json, replace_folder, write_json, write_text
 from lightning_modules.common.messages import say
 from lightning_modules.finetuning.adapters import merged
 from lightning_modules.finetuning.bases import context_of
@@ -45,7 +45,9 @@ class ExportModel(L.Callback):
         """Save the tokenizer, so that text can be generated from an interrupted run too."""
         self._has_trained = True
         if _can_export(trainer, pl_module):
-            pl_module.data.tokenizer.save_pretrained(Path(trainer.default_root_dir) / "tokenizer")
+            folder = Path(trainer.default_root_dir) / "tokenizer"
+            with naming(folder):
+                pl_module.data.tokenizer.save_pretrained(folder)
 
     @rank_zero_only
     def on_fit_end(self, trainer: L.Trainer, pl_module: ExperimentModule) -> None:

@@ -168,6 +168,33 @@ def call_after_steps(trainer: L.Trainer, function: Callable[[L.Trainer], None]) 
     batches.on_advance_end, epochs.on_advance_end = after_batch, after_epoch
 
 
+def call_before_steps(trainer: L.Trainer, function: Callable[[L.Trainer], None]) -> None:
+    """Call a function before the first step of the fit that begins, when all callbacks have seen the training start."""
+    loop = trainer.fit_loop
+    start = loop.on_run_start
+
+    def start_and_call() -> None:
+        loop.on_run_start = start
+        start()
+        function(trainer)
+
+    loop.on_run_start = start_and_call
+
+
+def validate_again(trainer: L.Trainer) -> None:
+    """Run the validation after which a checkpoint seems to have been written, before the first step of a resumed run.
+
+    The loops stay as they are, those of a run whose validation has ended.
+    """
+    loop = trainer.fit_loop.epoch_loop.val_loop
+    before = loop.restarting, loop._has_run
+    loop.restarting = False
+    trainer.validating = True
+    loop.run()
+    trainer.training = True
+    loop.restarting, loop._has_run = before
+
+
 def training_is_done(trainer: L.Trainer) -> bool:
     """Return whether the step that has ended was the last of the training."""
     return trainer.fit_loop.done

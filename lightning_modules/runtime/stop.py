@@ -11,32 +11,41 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch.distributed.tensor import DTensor
 
 from lightning_modules.common.messages import ERASE_LINE, on_terminal
 from lightning_modules.common.ranges import PositiveInt
 from lightning_modules.runtime import private_names
+from lightning_modules.runtime.averaging import AveragedWeights
 from lightning_modules.runtime.checkpoint import run_checkpoints, save_last
 from lightning_modules.runtime.processes import gathered
-from lightning_modules.runtime.stages import step_is_logged
+from lightning_modules.runtime.stages import step_is_logged, validates_a_fit
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 _LONGEST_WAIT = 5.0  # seconds from a signal to the exchange of signals; torchrun kills 30 seconds after its SIGTERM
+_DUE = "validation_is_due"  # in a checkpoint that was written within a validation
+_PREPARING = ("on_validation_start", "on_validation_epoch_start", "on_validation_batch_start")
+# Callbacks that leave a run as it is in these hooks, but for `AveragedWeights`.
+_OWN = ("experiments.run.", "lightning_modules.runtime.", "lightning.pytorch.callbacks.progress.")
 _MOST_UNREAD = 1000  # losses of batches on a GPU, if metrics are logged seldom or never
 
 
 class GracefulStop(L.Callback):
     """Callback that stops all ranks after the same optimiser step, with a checkpoint, on SIGTERM or Ctrl-C.
 
-    It stops when all callbacks and loggers have seen the step, and after the validation if one is due. A run whose last
-    step is done ends as usual.
+    It stops when all callbacks and loggers have seen the step, and before the next batch of a validation, which the
+    resumed run does again from its beginning. It waits for a validation between two micro-batches, and where callbacks
+    or modules of others prepare one, as by exchanging weights. A run whose last step is done ends as usual.
 
-    A signal to one rank is enough. The exit code is 128 + the number of the signal: 143 for SIGTERM, 130 for Ctrl-C. A
-    second signal ends the process at once, or after a checkpoint that is being written in the background, as does
-    SIGTERM before the first step, and in a run that does not train; W&B's upload keeps its limit. Nothing is saved
-    between two micro-batches of one optimiser step, because accumulated gradients are not part of a checkpoint.
+    A signal to one rank is enough. The exit code is 128 + the number of the signal: 143 for SIGTERM, 130 for Ctrl-C.
+    SIGUSR1, which a job of SLURM can ask for (`--signal=USR1@300`), is the same as SIGTERM. A second signal ends the
+    process at once, or after a checkpoint that is being written in the background, as does SIGTERM before the first
+    step, and in a run that does not train; W&B's upload keeps its limit. Nothing is saved between two micro-batches of
+    one optimiser step, because accumulated gradients are not part of a checkpoint.
 
     Args:
         every_n_steps: Most optimiser steps between two exchanges of signals between the ranks; fewer if so many steps
@@ -49,24 +58,36 @@ class GracefulStop(L.Callback):
         self._group: torch.distributed.ProcessGroup | None = None
         self._exchanged = 0, -math.inf  # step and time of the last exchange
         self._next_exchange = 0  # its step, unless a multiple of `every_n_steps` comes before it
+        self._n_validated: int | None = None  # batches of a validation that can be left
+        self._validation_is_due = False  # since the run that this one resumes has left it
         self._previous_handlers: dict[int, Any] = {}
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Exit with code 143 on SIGTERM, in place of Lightning's own handling."""
+        """Exit with code 143 on SIGTERM, in place of Lightning's own handling.
+
+        So on SIGUSR1, on which Lightning would write a checkpoint in a job of SLURM that a resumed run does not read.
+        """
 
         def stop(signal_number: int, frame: object) -> None:
             if trainer.strategy.launcher is not None:
                 trainer.strategy.launcher.kill(signal_number)  # the ranks that this process has started
             _stop_at_once(signal_number, frame)
 
+        self._validation_is_due = False
         private_names.leave_sigterm_alone(trainer)
         if threading.current_thread() is threading.main_thread():
             self._previous_handlers = {number: signal.getsignal(number) for number in _SIGNALS}
-            signal.signal(signal.SIGTERM, stop)
+            for number in (signal.SIGTERM, signal.SIGUSR1):
+                signal.signal(number, stop)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Stop between two steps."""
+        """Stop between two steps, and do the validation that the run to resume has left."""
         private_names.call_after_steps(trainer, self._stop_if_asked)
+        private_names.call_before_steps(trainer, self._validate_if_due)
+
+    def _validate_if_due(self, trainer: L.Trainer) -> None:
+        if self._validation_is_due:  # some strategies load the checkpoint after `on_fit_start`
+            private_names.validate_again(trainer)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Install the signal handlers, and open a process group on the CPU, which serves GPU processes too."""
@@ -75,10 +96,63 @@ class GracefulStop(L.Callback):
             signal.signal(number, partial(self._on_signal, trainer))
         if trainer.world_size > 1:
             self._group = torch.distributed.new_group(backend="gloo")
-        self._exchanged, self._next_exchange = (0, -math.inf), 0  # at once; the second measures the speed
+        self._exchange_at_once()
+
+    def _exchange_at_once(self) -> None:
+        self._exchanged, self._next_exchange = (0, -math.inf), 0  # the second measures the speed
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Find whether the validation can be left."""
+        self._n_validated = None
+        # To leave the first validation of a resumed run again, the checkpoint that it has resumed from must be its own.
+        is_saved = not self._validation_is_due or any(callback.has_last for callback in run_checkpoints(trainer))
+        can_be_left = is_saved and _can_be_left(trainer, pl_module)
+        if validates_a_fit(trainer) and self._is_as_long_on_all(trainer, can_be_left):
+            self._n_validated = 0
+            self._exchange_at_once()
+
+    def on_validation_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: object) -> None:
+        """Leave the validation if any rank got a signal, with the checkpoint of a run that has not begun it."""
+        if self._n_validated is None:
+            return
+        if not (received := self._received(self._n_validated)):
+            self._n_validated += 1
+            return
+        if not self._validation_is_due:
+            for callback in trainer.callbacks:
+                if isinstance(callback, AveragedWeights):
+                    callback.on_validation_end(trainer, pl_module)  # which puts the trained weights back
+            self._validation_is_due = True
+            save_last(trainer)
+        raise SystemExit(128 + received)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Exchange signals after the step, whose validation is done."""
+        if validates_a_fit(trainer):
+            self._validation_is_due = False
+            self._exchange_at_once()
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Save whether the validation of the step has been left."""
+        if self._validation_is_due:
+            checkpoint[_DUE] = True
+
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Find whether the validation of the step has been left."""
+        self._validation_is_due = trainer.state.fn == TrainerFn.FITTING and checkpoint.get(_DUE, False)
+
+    def _is_as_long_on_all(self, trainer: L.Trainer, can_be_left: bool) -> bool:
+        """Return whether a validation can be left, and has as many batches on all ranks, which exchange signals."""
+        if self._group is None:
+            return can_be_left
+        n = float(sum(trainer.num_val_batches)) if can_be_left else math.inf
+        bounds = torch.tensor([n, -n], dtype=torch.float64)
+        torch.distributed.all_reduce(bounds, op=torch.distributed.ReduceOp.MAX, group=self._group)
+        most, least = bounds.tolist()
+        return most == -least < math.inf
 
     def _on_signal(self, trainer: L.Trainer, signal_number: int, frame: object) -> None:
-        self.received = signal_number
+        self.received = _as_asked(signal_number)
         for number in self._previous_handlers:
             signal.signal(number, _stop_at_once)
         if rank_zero_only.rank == 0:
@@ -93,10 +167,13 @@ class GracefulStop(L.Callback):
 
     def _stop_if_asked(self, trainer: L.Trainer) -> None:
         """Save and raise `SystemExit` if any rank got a signal."""
-        received = self.received if self._group is None else self._exchange(trainer.global_step)
+        received = self._received(trainer.global_step)
         if received and not private_names.training_is_done(trainer):
             save_last(trainer)
             raise SystemExit(128 + received)
+
+    def _received(self, step: int) -> int:
+        return self.received if self._group is None else self._exchange(step)
 
     def _exchange(self, step: int) -> int:
         """Return the signal that any rank got, if the ranks exchange signals after this step; otherwise 0."""
@@ -121,8 +198,26 @@ class GracefulStop(L.Callback):
         self._previous_handlers = {}
 
 
+def _as_asked(signal_number: int) -> int:
+    """Return the signal that another stands for: SIGUSR1, which a job of SLURM can ask for, is a SIGTERM."""
+    return signal.SIGTERM if signal_number == signal.SIGUSR1 else signal_number
+
+
 def _stop_at_once(signal_number: int, frame: object) -> None:
-    raise SystemExit(128 + signal_number)
+    raise SystemExit(128 + _as_asked(signal_number))
+
+
+def _can_be_left(trainer: L.Trainer, module: L.LightningModule) -> bool:
+    """Return whether the state of a run within a validation is that before it, but for averages of the weights.
+
+    After the last step, no resumed run would validate; between two micro-batches, there is nothing to save.
+    """
+    if trainer.should_stop or any(callback.is_last_step for callback in run_checkpoints(trainer)):
+        return False
+    others = [callback for callback in trainer.callbacks if not type(callback).__module__.startswith(_OWN)]
+    parts = [(module, L.LightningModule), *((callback, L.Callback) for callback in others)]
+    prepares = any(is_overridden(hook, part, parent) for part, parent in parts for hook in _PREPARING)
+    return not prepares and not private_names.is_accumulating(trainer)
 
 
 class StopOnNonFiniteLoss(L.Callback):

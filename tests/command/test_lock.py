@@ -1,12 +1,15 @@
 """Two processes and one run: the second is refused, and a killed run's folder is free."""
 
 import multiprocessing
+import shutil
 
 import pytest
-from forks import signal_after_step, start
+from forks import TWO_PROCESSES, signal_after_step, start
 from helpers import RUNS, contents
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from experiments.run.run_folder import Lock, MisconfigurationException
+from lightning_modules.common.files import write_text
 from lightning_modules.runtime.checkpoint import RunCheckpoint
 
 RUN = RUNS / "tiny"
@@ -74,7 +77,17 @@ def test_a_file_system_without_locks_is_no_error(tmp_path, monkeypatch):
         raise OSError(37, "No locks available")
 
     monkeypatch.setattr("lightning_modules.common.files.fcntl.lockf", refuse)
+    part = tmp_path / f"checkpoints/.last.ckpt.{'0a' * 16}.tmp"
+    write_text(part, "of a process that may be writing it")
     Lock(tmp_path).release()
+    assert part.is_file()
+
+
+def test_parts_of_checkpoints_that_a_killed_process_has_left_are_removed(tmp_path):
+    for name in (f".last.ckpt.{'0a' * 16}.tmp", f".best.ckpt.{'b' * 32}.tmp", "last.ckpt", ".mine.tmp"):
+        write_text(tmp_path / "checkpoints" / name, "")
+    Lock(tmp_path).release()
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [".mine.tmp", "last.ckpt"]
 
 
 def test_a_lock_says_who_holds_it(tmp_path, monkeypatch):
@@ -84,3 +97,23 @@ def test_a_lock_says_who_holds_it(tmp_path, monkeypatch):
     monkeypatch.setattr("lightning_modules.common.files.fcntl.lockf", held)
     with pytest.raises(MisconfigurationException, match=r"is being trained by another process; wait for it"):
         Lock(tmp_path)
+
+
+@pytest.mark.parametrize("command", [("fit",), ("fit", "--auto_resume"), ("validate", "--ckpt_path", "best")])
+def test_a_process_too_many_is_refused_and_touches_no_run(llm_train, tiny, whole, monkeypatch, command):
+    shutil.copytree(whole(), RUNS / "tiny")
+    before = contents(RUNS)
+    monkeypatch.setattr(rank_zero_only, "rank", 1)  # as torchrun or srun sets it
+    refused = llm_train(*command, "-c", tiny(), "--trainer.max_steps", "48")
+    assert (refused.code, "this is process 2 of those that torchrun or srun has started" in refused.err) == (1, True)
+    assert contents(RUNS) == before
+
+
+def test_tasks_of_slurm_that_lightning_refuses_cost_one_line(llm_train, tiny, monkeypatch):
+    for name, value in {"JOB_ID": "5", "JOB_NAME": "x", "NTASKS": "2", "PROCID": "0", "LOCALID": "0"}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    refused = llm_train("fit", "-c", tiny(), *TWO_PROCESSES)
+    assert (refused.code, refused.err.splitlines()[-1][:9]) == (1, "error: tr")
+    assert "Use `--ntasks-per-node=2` instead" in refused.err
+    assert "Traceback" not in refused.err
+    assert not list(RUNS.iterdir())

@@ -2,10 +2,13 @@
 
 import json
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
 from helpers import LAST, RUNS, TINY
+
+from datamodules import token_cache
 
 WRITES = """
 import lightning as L
@@ -46,6 +49,15 @@ def test_a_run_that_is_refused_before_its_first_batch_leaves_no_folder(llm_train
     done = llm_train("fit", "-c", tiny(), *flags)
     assert (done.code, said in done.err, "failed at step" in done.err) == (1, True, False), done.err
     assert not (RUNS / "tiny").exists()
+
+
+@pytest.mark.slow
+def test_a_run_that_is_stopped_while_its_data_is_prepared_leaves_no_folder(forked, tiny):
+    def signal_in_preparation() -> None:
+        token_cache._write_documents = lambda *_: signal.raise_signal(signal.SIGTERM)
+
+    assert forked("fit", "-c", tiny(), prepare=signal_in_preparation) == 128 + signal.SIGTERM
+    assert not list(RUNS.iterdir())
 
 
 def test_a_run_of_a_study_that_is_refused_stays_with_its_reason(llm_train, tiny):

@@ -7,12 +7,15 @@ import time
 from pathlib import Path
 
 import forks
+import lightning as L
 import pytest
 import torch
-from helpers import LAST, RUNS, assert_close_weights, assert_same_weights
+from helpers import BEST, LAST, RUNS, assert_close_weights, assert_same_weights, metrics_that_repeat
 from shared_runs import own_world
 
 from lightning_modules.base import ExperimentModule
+from lightning_modules.runtime.progress import RunProgress
+from lightning_modules.runtime.stages import validates_a_fit
 
 pytestmark = pytest.mark.slow
 
@@ -129,3 +132,33 @@ def test_a_compiled_loss_of_sharded_weights_learns_what_the_other_does(jobs):
     kept, compiled = jobs / RUNS / "kept" / LAST, jobs / RUNS / "compiled" / LAST
     assert torch.load(compiled, weights_only=True)["hyper_parameters"]["compile"] is True
     assert_close_weights(kept, compiled)
+
+
+@pytest.mark.parametrize("layout", [forks.TWO_PROCESSES, forks.SHARDED], ids=["", "sharded"])
+def test_a_signal_to_one_of_two_processes_stops_both_within_a_validation_that_is_done_again(tiny, tmp_path, layout):
+    settings = SETTINGS | {"data__init_args__batch_size": 8, "trainer__callbacks+": [SAMPLES]}
+    fit = ("fit", "-c", tiny(**settings), *layout, "--model.init_args.dropout=0.1", "--auto_resume", "--run.name")
+    end, validated = RunProgress.on_validation_batch_end, []
+
+    def end_and_signal(self: RunProgress, trainer: L.Trainer, *args: object) -> None:
+        end(self, trainer, *args)
+        if validates_a_fit(trainer) and trainer.global_step == 8:
+            validated.append(1)
+            (tmp_path / f"{trainer.global_rank}.txt").write_text(f"{len(validated)}")
+            if not trainer.is_global_zero and len(validated) == 1:
+                signal.raise_signal(signal.SIGTERM)
+
+    def rank_1_gets_a_signal(rank: int) -> None:
+        RunProgress.on_validation_batch_end = end_and_signal
+
+    job = forks.start_ranks(2, *fit, "left", prepare=rank_1_gets_a_signal, output=tmp_path / "output.txt")
+    assert forks.wait(job) == [143, 143], (tmp_path / "output.txt").read_text()
+    assert [(tmp_path / f"{rank}.txt").read_text() for rank in (0, 1)] == ["1", "1"]
+    left = RUNS / "left"
+    assert (step_of(left), "validation_is_due" in torch.load(left / LAST, weights_only=True)) == (8, True)
+    job = forks.start_ranks(2, *fit, "left", output=tmp_path / "output.txt", then=[(*fit, "whole")])
+    assert forks.wait(job) == [0, 0], (tmp_path / "output.txt").read_text()
+    for name in (LAST, BEST):
+        assert_same_weights(left / name, RUNS / "whole" / name)
+    assert metrics_that_repeat(left) == metrics_that_repeat(RUNS / "whole")
+    assert (left / "samples.md").read_text() == (RUNS / "whole/samples.md").read_text()

@@ -7,15 +7,17 @@ import json
 import os
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import RUNS
+from helpers import RUNS, contents
 
 from experiments import __main__ as command
 from lightning_modules.common import files
-from lightning_modules.common.files import atomic_file, link_or_copy, write_json, write_text
+from lightning_modules.common.files import atomic_file, link_or_copy, replace_folder, write_json, write_text
 from lightning_modules.runtime.checkpoint_io import AtomicCheckpointIO
+from lightning_modules.runtime.export import ExportModel
 from lightning_modules.runtime.loggers import MetricsCSV
 
 FULL = (28, "No space left on device")
@@ -101,6 +103,27 @@ def test_any_other_file_that_does_not_fit_is_named(disk_with_room_for):
     with pytest.raises(OSError, match=r"No space left on device: 'a\.json'"):
         write_text(Path("a.json"), "longer")
     assert Path("a.json").read_text() == "whole"
+
+
+def test_a_folder_that_does_not_fit_is_named_and_leaves_the_one_before_and_no_rest():
+    def fill(folder: Path) -> None:
+        write_text(folder / "a.txt", "new")
+        raise OSError(*FULL)
+
+    write_text(Path("model/a.txt"), "old")
+    with pytest.raises(OSError, match="No space left on device: 'model'"):
+        replace_folder(Path("model"), fill)
+    assert contents(Path()) == {Path("model/a.txt"): b"old"}
+
+
+def test_a_tokenizer_that_does_not_fit_is_named(tmp_path):
+    def save(folder: Path) -> None:
+        raise OSError(*FULL)
+
+    trainer = SimpleNamespace(default_root_dir=tmp_path, fast_dev_run=False)
+    module = SimpleNamespace(data=SimpleNamespace(tokenizer=SimpleNamespace(save_pretrained=save)))
+    with pytest.raises(OSError, match=r"No space left on device: '.*/tokenizer'"):
+        ExportModel().on_train_start(trainer, module)
 
 
 def test_an_error_of_another_file_keeps_its_name():

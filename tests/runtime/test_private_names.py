@@ -21,6 +21,7 @@ from lightning.fabric.strategies.launchers.subprocess_script import _ChildProces
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.demos.boring_classes import BoringModel, RandomDataset
 from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.loops.evaluation_loop import _EvaluationLoop
 from lightning.pytorch.loops.fit_loop import _FitLoop
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
@@ -46,6 +47,7 @@ HELD = {
     logger_connector._LoggerConnector: ["_callback_metrics"],
     _FitLoop: ["_combined_loader", "_data_fetcher", "_should_accumulate"],
     _TrainingEpochLoop: ["_broadcast_sigterm_tensor", "_batches_that_stepped", "_should_check_val_fx"],
+    _EvaluationLoop: ["_has_run"],
     DDPStrategy: ["_ddp_kwargs"],
     ModelParallelStrategy: ["_data_parallel_size", "_process_group_backend"],
     nn.Module: ["_apply"],

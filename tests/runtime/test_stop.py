@@ -78,6 +78,19 @@ class Signal(L.Callback):
             signal.raise_signal(signal.SIGTERM)
 
 
+class InValidation(L.Callback):
+    """Sends SIGTERM to this process within the validation of a step, and counts the batches that are validated."""
+
+    def __init__(self, at: int | None) -> None:
+        self.at, self.n_batches = at, 0
+
+    def on_validation_batch_end(self, trainer: L.Trainer, *_: object) -> None:
+        self.n_batches += 1
+        if trainer.global_step == self.at:
+            signal.raise_signal(signal.SIGTERM)
+            self.at = None
+
+
 def fit(
     folder: Path,
     batches: int,
@@ -120,7 +133,7 @@ def fit(
     module, code = Line(), 0
     loaders = [
         DataLoader(Numbers(), sampler=GlobalBatches(n, shuffled(n, 0), 4), batch_size=None, num_workers=n_workers)
-        for n, n_workers in ((4 * batches, workers), (4, 0))
+        for n, n_workers in ((4 * batches, workers), (12, 0))
     ]
     try:
         trainer.fit(module, *loaders, ckpt_path=last if last.is_file() else None)
@@ -156,6 +169,50 @@ def test_a_run_stops_after_any_step_and_resumes_exactly(tmp_path, batches, setti
             torch.load(f / LAST, weights_only=True)["state_dict"]["w"] for f in (folder, tmp_path / "whole")
         )
         assert torch.equal(ours, theirs)  # the averages
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("batches", "settings", "validated"),
+    [
+        (1, {"max_steps": 9, "val_check_interval": 4}, (4, 8, 9)),
+        (3, {"max_steps": 9, "val_check_interval": 4}, (4, 8, 9)),
+        (5, AT_EPOCH_ENDS | {"max_epochs": 3, "val_check_interval": 2}, (2, 4, 7, 14, 15)),
+        (2, AT_EPOCH_ENDS | {"max_epochs": 3}, (2, 4, 6)),
+        (2, AT_EPOCH_ENDS | {"max_steps": 5, "check_val_every_n_epoch": 2}, (4, 5)),
+        (4, {"max_steps": 5, "val_check_interval": 4, "accumulate_grad_batches": 2}, (2, 4, 5)),
+    ],
+)
+def test_a_run_leaves_a_validation_and_does_it_again_when_it_is_resumed(tmp_path, batches, settings, validated):
+    whole, last = Rows(), validated[-1]
+    finished = fit(tmp_path / "whole", batches, whole, **settings)
+    for at in validated:
+        rows, folder, left = Rows(), tmp_path / str(at), InValidation(at)
+        code, step, *_ = fit(folder, batches, rows, added=[left], **settings)
+        assert (code, step) == ((0 if at == last else 143), at)  # the validation of the last step is waited for
+        if code:
+            assert left.n_batches % 3 == 1
+            assert "val/loss" not in rows.rows[at - 1]
+            assert fit(folder, batches, rows, added=[again := InValidation(at)], **settings)[0] == 143  # once more
+            assert again.n_batches == 1
+            assert fit(folder, batches, rows, **settings) == finished
+        assert rows.rows == whole.rows
+        for name in (LAST, BEST):
+            ours, theirs = (torch.load(f / name, weights_only=True) for f in (folder, tmp_path / "whole"))
+            for part in ("state_dict", "trained_weights"):
+                assert torch.equal(ours[part]["w"], theirs[part]["w"])
+            assert ours["callbacks"]["RunCheckpoint"] == theirs["callbacks"]["RunCheckpoint"]
+            assert "validation_is_due" not in ours
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("hook", ["on_validation_start", "on_validation_epoch_start", "on_validation_batch_start"])
+def test_a_validation_that_a_callback_of_others_prepares_is_waited_for(tmp_path, hook):
+    prepares = InValidation(4)
+    setattr(prepares, hook, lambda *_: None)
+    rows = Rows()
+    assert fit(tmp_path, 3, rows, added=[prepares], max_steps=9, val_check_interval=4)[:2] == (143, 4)
+    assert (prepares.n_batches, "val/loss" in rows.rows[3]) == (3, True)
 
 
 @pytest.mark.slow
@@ -303,6 +360,22 @@ def test_sigterm_before_the_first_step_and_in_an_evaluation_exits_with_its_code(
 
 @pytest.mark.filterwarnings("ignore")
 def test_after_a_run_signals_are_handled_as_before_it(tmp_path):
-    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+    before = [signal.getsignal(number) for number in numbers]
     fit(tmp_path, 2, Rows(), max_steps=2, limit_val_batches=0)
-    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
+    assert [signal.getsignal(number) for number in numbers] == before
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_sigusr1_in_a_job_of_slurm_is_a_sigterm_and_lightning_writes_no_checkpoint_of_its_own(tmp_path, monkeypatch):
+    for name, value in {"JOB_ID": "5", "JOB_NAME": "x", "NTASKS": "1", "PROCID": "0", "LOCALID": "0"}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    monkeypatch.setenv("SLURM_NTASKS_PER_NODE", "1")
+
+    class Usr1(L.Callback):
+        def on_train_batch_end(self, trainer: L.Trainer, *_: object) -> None:
+            if trainer.global_step == 3:
+                signal.raise_signal(signal.SIGUSR1)
+
+    assert fit(tmp_path, 2, Rows(), added=[Usr1()], max_steps=5, limit_val_batches=0)[:2] == (143, 3)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoints"]

@@ -590,8 +590,12 @@ def test_a_killed_study_is_resumed(llm_train, forked, sweep):
     command = ("study", sweep(parameters={"act": {"values": ["save_and_meet", "kill"]}}), "--jobs", "2")
     os.mkfifo("pipe")
     assert forked(*command) == -signal.SIGKILL
+    holder = (STUDY / ".lock").read_text().strip()
     outlived = llm_train(*command)
-    assert (outlived.code, "is running, or a run that has outlived it" in outlived.err) == (1, True)
+    assert (outlived.code, f"the study of {holder} is running, or a run that has outlived it" in outlived.err) == (
+        1,
+        True,
+    )
     for arm in (saved, killed):
         os.kill(given(arm)["pid"], signal.SIGKILL)
     with (STUDY / "journal.log").open("a") as journal:
@@ -603,6 +607,17 @@ def test_a_killed_study_is_resumed(llm_train, forked, sweep):
     assert given(saved)["ckpt_path"] == f"{STUDY}/{saved}/{LAST}"  # of this run, whatever runs have its name
     assert "ckpt_path" not in given(killed)
     assert [trial.state.name for trial in trials()] == ["FAIL", "FAIL", "COMPLETE", "COMPLETE"]
+    assert holder.startswith("process ")
+    assert not (STUDY / ".lock").exists()
+
+
+def test_a_study_on_a_full_disk_says_where(llm_train, sweep, monkeypatch):
+    def write(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Journal, "record", write)
+    refused = llm_train("study", sweep())
+    assert refused.err.splitlines()[-1] == f"error: [Errno 28] No space left on device: '{STUDY}'"
 
 
 def test_a_run_that_starts_again_competes_once(sweep, tmp_path):
