@@ -154,10 +154,17 @@ class PretrainModule(ExperimentModule):
         return f'llm-train generate --run {run} --prompt "The"'
 
     def save_pretrained(self, folder: Path) -> None:
-        """Write `config.json` and `model.safetensors` for Transformers, or in our own format if it has no class."""
+        """Write `config.json` and `model.safetensors` for Transformers, or in our own format if it has no class.
+
+        Raises:
+            MisconfigurationException: If a subclass has put modules of its own into the decoder.
+        """
         from safetensors.torch import save_file
 
-        config, state, reason = exported(self.decoder)
+        try:
+            config, state, reason = exported(self.decoder)
+        except ValueError as error:
+            raise MisconfigurationException(str(error)) from error
         if reason:
             say(f"export: {reason}; --model.pretrained reads the exported model, AutoModelForCausalLM does not")
         folder.mkdir(parents=True)
