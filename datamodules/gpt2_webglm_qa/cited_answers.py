@@ -142,7 +142,7 @@ class JSONLines(RecordSource):
     """Files of rows with the fields `question`, `answer` and, if there are some, `references`.
 
     A file has JSON lines, or is a table (`.csv`, `.tsv`) or Parquet (`.parquet`); all but Parquet may be compressed
-    (`.gz`).
+    (`.gz`, `.bz2`, `.xz`, `.zst`).
 
     Args:
         train: File or files to train on.
