@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import asdict, fields
+from inspect import signature
 from pathlib import Path
 from typing import Any, Literal
 
@@ -118,6 +119,8 @@ class PretrainModule(ExperimentModule):
             else:
                 self.decoder = load_decoder(pretrained, vocab_size, **common)
                 self.hparams["architecture"] = asdict(self.decoder.config)
+                if replaced := _replaced(arguments, self.decoder.config):
+                    say(f"pretrained: the model has {', '.join(replaced)}")
         except (TypeError, ValueError) as error:  # the architecture can be a damaged file's
             raise MisconfigurationException(f"model: {error}") from error
         self.flops_per_token = self.decoder.flops_per_token()
@@ -171,6 +174,17 @@ class PretrainModule(ExperimentModule):
         state = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
         save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
         write_json(folder / "config.json", config)
+
+
+def _replaced(arguments: dict[str, Any], config: DecoderConfig) -> list[str]:
+    """Return the sizes and parts that a pretrained decoder has in place of those that were given, in words."""
+    defaults = signature(PretrainModule).parameters
+    names = (field.name for field in fields(config) if field.name in arguments and field.name != "vocab_size")
+    return [
+        f"{name}={own} in place of {given}"
+        for name in names
+        if (given := arguments[name]) not in (own := getattr(config, name), defaults[name].default)
+    ]
 
 
 def load_decoder(pretrained: str, vocab_size: int, block_size: int, **changes: Any) -> Decoder:
