@@ -1,5 +1,6 @@
 """An error in the user's own code shows where it is, whatever library it passes on its way."""
 
+import importlib
 import traceback
 from pathlib import Path
 
@@ -125,3 +126,16 @@ def test_a_default_that_yaml_cannot_hold_is_left_out_of_the_configuration(llm_tr
     assert callback == {"class_path": "mine.Holds", "init_args": {"n": 2}}
     again = llm_train("fit", "-c", config, "--run.name=again", "--allow=mine")
     assert again.code == 0, again.err
+
+
+@pytest.mark.parametrize("name", ["sched", "lightning_modules"])
+def test_a_module_that_is_hidden_by_an_installed_one_needs_another_name(llm_train, tiny, name):
+    """A word that is wrong and hides nothing has no such hint."""
+    importlib.import_module(name)
+    words = ["fit", "-c", tiny(), f"--lr_scheduler={name}.Mine"]
+    assert "your own code needs another name" not in llm_train(*words).err
+    Path(f"{name}.py").write_text("class Mine: ...")
+    error = llm_train(*words).err
+    origin = "llm-train" if name == "lightning_modules" else importlib.import_module(name).__file__
+    assert f"; {name} is that of {origin}, so your own code needs another name" in error
+    assert error.count("\n") == 1
