@@ -1,18 +1,21 @@
 """Files of text and of rows: finding them by path, folder, glob or URL, and decoding them."""
 
+import bz2
 import contextlib
 import glob
 import gzip
 import hashlib
 import io
 import json
+import lzma
 import os
 import re
 import shlex
 import shutil
 import time
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, cast
 from urllib.parse import urlparse
@@ -24,13 +27,13 @@ from lightning_modules.common.cache import cache_root
 from lightning_modules.common.files import atomic_file, write_text
 from lightning_modules.common.messages import first_line, say
 
-# Endings of the files that are read from a folder; each may be followed by .gz. A file that is named is read as text
-# whatever its ending, unless it is one of ROWS.
+# Endings of the files that are read from a folder; each may be followed by one of COMPRESSED. A file that is named is
+# read as text whatever its ending, unless it is one of ROWS.
 TEXT: tuple[str, ...] = (".txt", ".text", ".md", ".markdown", ".rst")
 JSON_LINES = (".jsonl", ".ndjson")
 ROWS: tuple[str, ...] = (*JSON_LINES, ".json", ".csv", ".tsv", ".parquet")
 
-READ_ERRORS = (OSError, EOFError, zlib.error)  # of files, the last two of damaged .gz files
+READ_ERRORS = (OSError, EOFError, zlib.error, lzma.LZMAError)  # of files, all but the first of damaged compressed ones
 
 _LARGE = 2**26  # bytes of a file whose hash is kept
 _SETTLED = 60  # seconds since the last change of a file whose hash is kept
@@ -41,6 +44,43 @@ _BINARY = 0.01  # a text has no zero bytes; a file with a larger share of them i
 LINE_START = re.compile(r"\S\n(?=\S)")
 
 
+def _open_zstd(path: Path) -> BinaryIO:
+    return io.BufferedReader(cast(io.RawIOBase, _Zstd(path)))
+
+
+class _Zstd(io.RawIOBase):
+    """The bytes of a file that is compressed by zstd, for which Python has a module from 3.14 on."""
+
+    def __init__(self, path: Path) -> None:
+        import pyarrow
+
+        self._stream = pyarrow.CompressedInputStream(pyarrow.OSFile(str(path)), "zstd")
+        self._n_read = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        n = self._stream.readinto(buffer)
+        self._n_read += n
+        return n
+
+    def tell(self) -> int:
+        return self._n_read
+
+    def close(self) -> None:
+        self._stream.close()
+        super().close()
+
+
+COMPRESSED: dict[str, Callable[[Path], Any]] = {
+    ".gz": gzip.open,
+    ".bz2": bz2.open,
+    ".xz": lzma.open,
+    ".zst": _open_zstd,
+}
+
+
 def is_url(path: str) -> bool:
     """Return whether a string is a URL rather than a path."""
     return "://" in path
@@ -48,14 +88,14 @@ def is_url(path: str) -> bool:
 
 def is_compressed(path: Path) -> bool:
     """Return whether a file is compressed, by its ending."""
-    return path.suffix.lower() == ".gz"
+    return path.suffix.lower() in COMPRESSED
 
 
 def ending_of(name: str) -> str:
     """Return the ending of a file, a URL or a glob pattern in lower case, such as `.txt`; of `a.csv.gz`, `.csv`."""
     path = PurePosixPath(urlparse(name).path if is_url(name) else name)
     ending = path.suffix.lower()
-    return PurePosixPath(path.stem).suffix.lower() if ending == ".gz" else ending
+    return PurePosixPath(path.stem).suffix.lower() if ending in COMPRESSED else ending
 
 
 def split_column(path: str) -> tuple[str, str | None]:
@@ -122,6 +162,11 @@ def _folders(root: str) -> Iterator[str]:
 
 
 def _files_of(folder: Path, endings: Sequence[str]) -> list[str]:
+    if any((folder / name).is_file() for name in ("dataset_dict.json", "state.json")):
+        raise MisconfigurationException(
+            f"folder {folder} is of `save_to_disk` of the library datasets; write it as Parquet and give that file: "
+            "load_from_disk(FOLDER).to_parquet('FILE.parquet'), of a split if it has several"
+        )
     names = list(_matches(f"{glob.escape(str(folder))}/**/*"))
     found = sorted(Path(name) for name in names if ending_of(name) in endings and os.path.isfile(name))
     if not found:
@@ -155,10 +200,10 @@ def identity_of(path: Path) -> list[str]:
 
 
 def open_bytes(path: Path, begin: int = 0, end: int | None = None) -> BinaryIO:
-    """Open a file, optionally compressed (`.gz`), to read its bytes, or those of a range of an uncompressed one."""
+    """Open a file, optionally one of `COMPRESSED`, to read its bytes, or those of a range of an uncompressed one."""
     if begin or end is not None:
         return io.BufferedReader(cast(io.RawIOBase, _Range(path, begin, end)))
-    return cast(BinaryIO, gzip.open(path)) if is_compressed(path) else path.open("rb")
+    return COMPRESSED.get(path.suffix.lower(), partial(Path.open, mode="rb"))(path)
 
 
 class _Range(io.RawIOBase):
@@ -188,7 +233,7 @@ class _Range(io.RawIOBase):
 def decoded(
     path: Path, name: str, refuse_binary: bool = False, begin: int = 0, end: int | None = None
 ) -> Iterator[str]:
-    """Yield the text of a UTF-8 file, optionally compressed (`.gz`), in chunks.
+    """Yield the text of a UTF-8 file, optionally one of `COMPRESSED`, in chunks.
 
     A byte order mark is dropped and every line end becomes a newline.
 

@@ -23,8 +23,8 @@ def rows_of(
     """Yield the place and the value of each row of a file, as its ending says.
 
     A table has the ending `.csv` or `.tsv`, a Parquet file `.parquet`; others have JSON lines. All but Parquet files
-    may be compressed (`.gz`). The lines of JSON from byte `begin` to `end` can be read alone. If a Parquet file has all
-    of the given columns, it is read without the others.
+    may be compressed (`.gz`, `.bz2`, `.xz`, `.zst`). The lines of JSON from byte `begin` to `end` can be read alone. If
+    a Parquet file has all of the given columns, it is read without the others.
 
     Raises:
         MisconfigurationException: If the file or a row cannot be read.
@@ -110,7 +110,7 @@ def parquet_rows(path: Path, columns: Collection[str] = ()) -> Iterator[tuple[st
 
 
 def json_rows(path: Path, begin: int = 0, end: int | None = None) -> Iterator[tuple[str, Any]]:
-    """Yield the place and the value of each line of a file of JSON lines, optionally compressed (`.gz`).
+    """Yield the place and the value of each line of a file of JSON lines, which may be compressed.
 
     The file is in UTF-8. A byte order mark and empty lines are skipped. A file with the ending `.json` may also hold
     one list of values, on any number of lines.

@@ -228,8 +228,8 @@ class Files(Source):
 
     The ending of a file says how it is read: JSON lines (`.jsonl`, `.ndjson`, `.json`, the last also with one list),
     tables (`.csv`, `.tsv`), Parquet (`.parquet`), and any other as UTF-8 text; each but Parquet may be compressed
-    (`.gz`). The text of a row is in the column `text`, or in the only column that holds text. Rows without text and
-    empty files are skipped.
+    (`.gz`, `.bz2`, `.xz`, `.zst`). The text of a row is in the column `text`, or in the only column that holds text.
+    Rows without text and empty files are skipped.
 
     Args:
         paths: A file, a folder (its `.txt`, `.text`, `.md`, `.markdown` and `.rst` files and those with rows, also in

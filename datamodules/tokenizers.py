@@ -319,8 +319,11 @@ def _from_disk(path: Path) -> "PreTrainedTokenizerFast":
     except BaseException as error:  # the Rust library raises plain exceptions, and panics, which are none
         file = path / _form(path) if path.is_dir() else path
         needs = " (is the package sentencepiece installed?)" if file.suffix == ".model" else ""
+        again = "make or download it again"
+        if path == file and file.suffix != ".json":
+            again = "a file is a tokenizer.json; give others in a folder, and convert the ranks of tiktoken to one"
         raise MisconfigurationException(
-            f"tokenizer {file} could not be read ({first_line(error)}){needs}: make or download it again"
+            f"tokenizer {file} could not be read ({first_line(error)}){needs}: {again}"
         ) from error
 
 

@@ -20,7 +20,7 @@ from typing import Any
 import lightning as L
 import torch
 from jsonargparse import ActionYesNo, Namespace
-from lightning.pytorch.callbacks import BatchSizeFinder, ProgressBar
+from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
@@ -63,7 +63,9 @@ _NOISE = (  # warnings of Lightning that do not hold here, or that a user cannot
     ".*GPU available but not used.*",  # `trainer.accelerator: cpu` says so
     ".*The number of training batches .* is smaller than the logging interval.*",
     ".*when logging on epoch level in distributed setting to accumulate the metric across devices.*",
+    r"\s*Unable to serialize instance",  # a default, which is left out of the configuration
 )
+_NOT_SERIALIZED = "Unable to serialize instance"  # jsonargparse's text in place of a value
 
 
 class ExperimentCLI(SettingsGoOverCheckpoint):
@@ -183,7 +185,7 @@ class ExperimentCLI(SettingsGoOverCheckpoint):
         """
         parser = self.parser_of(self.subcommand)
         options = {"skip_unset": False, "skip_validation": True, "skip_link_targets": not with_linked}
-        return load_yaml(parser.dump(self.arguments, **options))
+        return _without_objects(load_yaml(parser.dump(self.arguments, **options)))
 
     @property
     def _trainer_arguments(self) -> Namespace:
@@ -314,6 +316,11 @@ class ExperimentCLI(SettingsGoOverCheckpoint):
         callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
         if any(isinstance(callback, BatchSizeFinder) for callback in callbacks):
             raise MisconfigurationException("BatchSizeFinder: data.batch_size is a setting of the experiment; set it")
+        if any(isinstance(callback, LearningRateFinder) for callback in callbacks):
+            raise MisconfigurationException(
+                "LearningRateFinder: optimizer.lr is a setting of the experiment, with a schedule; compare several by "
+                "`llm-train study`"
+            )
         if built["trainer"]["enable_progress_bar"] is False:
             callbacks = [callback for callback in callbacks if not isinstance(callback, ProgressBar)]
         built["trainer"]["callbacks"] = last_of_defaults(callbacks)
@@ -451,6 +458,17 @@ def check_states(callbacks: Sequence[L.Callback]) -> None:
             )
 
 
+def _without_objects(value: Any) -> Any:
+    """Return settings without those that YAML cannot hold, such as a default that is a `torch.device`.
+
+    They are defaults, because a file or a flag gives none, and so they are the same where they are left out.
+    """
+    if isinstance(value, dict):
+        objects = {key for key, item in value.items() if isinstance(item, str) and item.startswith(_NOT_SERIALIZED)}
+        return {key: _without_objects(item) for key, item in value.items() if key not in objects}
+    return [_without_objects(item) for item in value] if isinstance(value, list) else value
+
+
 def _class_names(value: Any) -> Iterator[str]:
     for item in value if isinstance(value, list) else [value]:
         path = item.get("class_path") if isinstance(item, Mapping | Namespace) else item
@@ -496,6 +514,7 @@ def main(args: Sequence[str], kind: type[ExperimentCLI] = ExperimentCLI) -> None
     """Run the subcommand that the command line begins with, by this class or a kind of it."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("lightning.pytorch.profilers").setLevel(logging.INFO)  # the report that the user asks for
     for message in _NOISE:
         warnings.filterwarnings("ignore", message)
     if arm_of_agent():

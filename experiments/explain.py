@@ -7,6 +7,7 @@ import inspect
 import itertools
 import json
 import re
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -42,7 +43,7 @@ _OF_OTHER_PROGRAMS = {
 }
 _UNKNOWN_OPTION = re.compile(r"(?:does not accept option|Option) '([\w.]+)'|unrecognized arguments: ([^\s=]+)")
 _GIVEN_PATH = re.compile(r"class_path '([\w.]+)'|dot import path string: ([\w.]+)")
-_HIDDEN = re.compile(r"(?:No module named|module) '(experiments|lightning_modules|datamodules)\b")
+_IN_MODULE = re.compile(r"(?:No module named|module) '(\w+)")
 _LITERAL = re.compile(r"Expected a typing\.Literal\[(.*?)\]")
 _GIVEN = re.compile(r", got (.*)$")
 _BARE_PATH = re.compile(r"[\w.]+")
@@ -140,9 +141,22 @@ def _what(message: str, key: str, chosen: Mapping[str, options_of.Chosen]) -> st
     schedule = chosen["lr_scheduler"].path.rpartition(".")[2]
     if key == "lr_scheduler" and (advice := takes_built_schedules(schedule)):
         what = advice  # these are arguments that a YAML cannot give
-    if (hidden := _HIDDEN.search(message)) and Path(hidden[1]).resolve() != names.SHIPPED.parent / hidden[1]:
-        what += f"; {hidden[1]} is the package of llm-train, so your own code needs a package of another name"
+    if (module := _IN_MODULE.search(message)) and (hiding := _hides_a_file_of_the_user(module[1])):
+        what += f"; {module[1]} is that of {hiding}, so your own code needs another name"
     return what
+
+
+def _hides_a_file_of_the_user(name: str) -> str | None:
+    """Return where a module or package comes from that hides one of the working folder, or `None` if none is hidden."""
+    origin = getattr(sys.modules.get(name), "__file__", None)
+    own = [Path(f"{name}.py"), *([Path(name, "__init__.py")] if Path(name).is_dir() else [])]
+    if (
+        origin is None
+        or not (own[1:] or own[0].is_file())
+        or Path(origin).resolve() in [file.resolve() for file in own]
+    ):
+        return None
+    return "llm-train" if Path(origin).parent.parent == names.SHIPPED.parent else origin
 
 
 def _reasons(message: str) -> list[str]:

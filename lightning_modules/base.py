@@ -1,7 +1,6 @@
 """Base classes of the modules: optimiser and schedule from YAML, the evaluation protocol, checkpoints."""
 
 import copy
-import inspect
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -367,7 +366,7 @@ class ExperimentModule(L.LightningModule):
             checkpoint: Content of a checkpoint file.
             **arguments: Arguments of the constructor, in place of those in the checkpoint.
         """
-        accepted = inspect.signature(cls).parameters
+        accepted = private_names.argument_names(cls)
         saved = {name: value for name, value in checkpoint["hyper_parameters"].items() if name in accepted}
         module = cls(**saved | ({"compile": False} if "compile" in accepted else {}) | arguments)
         module.on_load_checkpoint(checkpoint)

@@ -50,7 +50,7 @@ FLAGS: dict[str, list[str]] = {
         f"+{CALLBACKS}StochasticWeightAveraging callbacks.swa_lrs=0.01 refused: swa_epoch_start",
         f"+{CALLBACKS}TQDMProgressBar refused: multiple progress bar",
         f"+{CALLBACKS}RichProgressBar refused: multiple progress bar",
-        f"+{CALLBACKS}LearningRateFinder refused: learning rate finder",
+        f"+{CALLBACKS}LearningRateFinder refused: optimizer.lr",
         f"+{CALLBACKS}BatchSizeFinder refused: data.batch_size",
         f"+{CALLBACKS}OnExceptionCheckpoint callbacks.dirpath=checkpoints",
         f"+{CALLBACKS}EarlyStopping refused: monitor",

@@ -334,7 +334,7 @@ def read_reviews(
 
 
 class ReviewFiles(PartedSource):
-    """Files of JSON lines (`.jsonl`), tables (`.csv`, `.tsv`) or Parquet; the first two may be compressed (`.gz`).
+    """Files of JSON lines (`.jsonl`), tables (`.csv`, `.tsv`) or Parquet; the first two may be compressed.
 
     A column after a colon, as in `mine.csv:message`, is that of the text in place of `text_field`.
 

@@ -77,7 +77,10 @@ def parse_record(row: Any, place: str) -> Record:
         raise MisconfigurationException(f"{place}: a record must be an object with question, answer and references")
     for field in ("question", "answer"):
         if field not in row:
-            raise MisconfigurationException(f"{place}: the record has no field {field!r}, only {columns_of(row)}")
+            raise MisconfigurationException(
+                f"{place}: the record has no field {field!r}, only {columns_of(row)}; "
+                "give question, answer and, if there are passages to answer from, references"
+            )
         if not isinstance(row[field], str):
             raise MisconfigurationException(f"{place}: {field!r} is {type(row[field]).__name__}, and must be text")
     references = row.get("references") or []
@@ -142,7 +145,7 @@ class JSONLines(RecordSource):
     """Files of rows with the fields `question`, `answer` and, if there are some, `references`.
 
     A file has JSON lines, or is a table (`.csv`, `.tsv`) or Parquet (`.parquet`); all but Parquet may be compressed
-    (`.gz`).
+    (`.gz`, `.bz2`, `.xz`, `.zst`).
 
     Args:
         train: File or files to train on.

@@ -116,8 +116,8 @@ def _run(words: Sequence[str]) -> None:
 def main(args: Sequence[str]) -> None:
     """Judge the claims of topics, or write records and tables."""
     options, words = _parse(args)
-    folder = Path("experiments") if claims_files(Path("experiments")) else names.SHIPPED
-    files = claims_files(folder)
+    files = _files_of_topics()
+    folders = {topic: file.parents[1] for topic, file in files.items()}
     topics = {topic: read_claims(file) for topic, file in files.items()}
     studies = _chosen(topics, options.names)
     if options.record:
@@ -125,15 +125,20 @@ def main(args: Sequence[str]) -> None:
             runs = study.folder(options.runs)
             if runs.is_dir() or options.names:
                 text = make_records(runs, study.spec, study.sweep)
-                write_text(_file(folder, study), text)
-                print(f"{_file(folder, study)}: {text.count(chr(10)) - 1} runs")
+                file = _file(folders[study.topic], study)
+                write_text(file, text)
+                print(f"{file}: {text.count(chr(10)) - 1} runs")
     if options.write:
         for topic in dict.fromkeys(study.topic for study in studies):
-            _write_tables(folder, topic, topics[topic])
+            _write_tables(folders[topic], topic, topics[topic])
     if options.record or options.write:
         return
     if not (options.names or options.all or options.check):
-        print(tables.overview([_state(folder, study, options.runs) for study in studies]), f"\n{_HOW_TO_RUN}", sep="\n")
+        print(
+            tables.overview([_state(folders[study.topic], study, options.runs) for study in studies]),
+            f"\n{_HOW_TO_RUN}",
+            sep="\n",
+        )
         return
     judgements: list[Judgement] = []
     recorded: dict[str, Recorded] = {}
@@ -142,7 +147,7 @@ def main(args: Sequence[str]) -> None:
             say(f"left out: {study.title} needs {study.spec.needs}; it runs if its own name is given")
             continue
         if options.check:
-            found = committed(folder, study)
+            found = committed(folders[study.topic], study)
         else:
             study.run(options.runs, options.jobs, words)
             found = read_records(make_records(study.folder(options.runs), study.spec, study.sweep), study.title)
@@ -158,6 +163,15 @@ def main(args: Sequence[str]) -> None:
         print(f"page    {options.out / 'index.html'}\nfiles   {options.out / 'claims.json'}")
         print(f"time    {seconds / 60:.0f} min of {sum(len(found.rows) for found in recorded.values())} runs")
     _conclude(judgements, are_committed=options.check)
+
+
+def _files_of_topics() -> dict[str, Path]:
+    """Return the files of claims by topic: those of a clone, else those that come with the project; and of this folder.
+
+    A topic of the user is a folder in the working folder, see `llm-train new`.
+    """
+    of_clone = claims_files(Path("experiments"))
+    return (of_clone or claims_files(names.SHIPPED)) | claims_files(Path())
 
 
 def _state(folder: Path, study: ClaimedStudy, root: str) -> tables.State:
@@ -199,10 +213,11 @@ def _parse(args: Sequence[str]) -> tuple[Namespace, Sequence[str]]:
     parser = CommandParser(
         prog="llm-train claims",
         usage="llm-train claims [TOPIC[/STUDY] ...] [options] [-- WORD ...]",
-        description="Check the claims in experiments/TOPIC/claims.yaml: run their studies as far as runs are missing, "
-        "judge each claim by its records, print the verdicts, and leave claims.json and a page. The exit code is 1 if "
-        "a verdict is not the expected one. The same command resumes what was interrupted. Without a name and options, "
-        "list the studies: how many runs are recorded and here, and how long they took.",
+        description="Check the claims in experiments/TOPIC/claims.yaml, and in TOPIC/claims.yaml of a topic of yours: "
+        "run their studies as far as runs are missing, judge each claim by its records, print the verdicts, and leave "
+        "claims.json and a page. The exit code is 1 if a verdict is not the expected one. The same command resumes "
+        "what was interrupted. Without a name and options, list the studies: how many runs are recorded and here, and "
+        "how long they took.",
         epilog="Every run gets what follows --, such as --data.source.path FOLDER for a text that is elsewhere.",
     )
     parser.add_argument("names", nargs="*", metavar="TOPIC[/STUDY]", help="what to check")

@@ -113,7 +113,7 @@ def _words(command: str, current: str) -> Iterator[str]:
         case "compare" | "convert":
             yield from _files(current)
         case "claims":  # of the topics of a checkout, else of the project
-            yield from (file.parent.name for root in names.ROOTS[1:] for file in root.glob("*/claims.yaml"))
+            yield from (file.parent.name for root in names.ROOTS for file in root.glob("*/claims.yaml"))
         case "fit" | "validate" | "test" | "predict" | "prepare" | "estimate":
             yield "-c"
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import asdict, fields
+from inspect import signature
 from pathlib import Path
 from typing import Any, Literal
 
@@ -118,6 +119,8 @@ class PretrainModule(ExperimentModule):
             else:
                 self.decoder = load_decoder(pretrained, vocab_size, **common)
                 self.hparams["architecture"] = asdict(self.decoder.config)
+                if replaced := _replaced(arguments, self.decoder.config):
+                    say(f"pretrained: the model has {', '.join(replaced)}")
         except (TypeError, ValueError) as error:  # the architecture can be a damaged file's
             raise MisconfigurationException(f"model: {error}") from error
         self.flops_per_token = self.decoder.flops_per_token()
@@ -154,16 +157,34 @@ class PretrainModule(ExperimentModule):
         return f'llm-train generate --run {run} --prompt "The"'
 
     def save_pretrained(self, folder: Path) -> None:
-        """Write `config.json` and `model.safetensors` for Transformers, or in our own format if it has no class."""
+        """Write `config.json` and `model.safetensors` for Transformers, or in our own format if it has no class.
+
+        Raises:
+            MisconfigurationException: If a subclass has put modules of its own into the decoder.
+        """
         from safetensors.torch import save_file
 
-        config, state, reason = exported(self.decoder)
+        try:
+            config, state, reason = exported(self.decoder)
+        except ValueError as error:
+            raise MisconfigurationException(str(error)) from error
         if reason:
             say(f"export: {reason}; --model.pretrained reads the exported model, AutoModelForCausalLM does not")
         folder.mkdir(parents=True)
         state = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
         save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
         write_json(folder / "config.json", config)
+
+
+def _replaced(arguments: dict[str, Any], config: DecoderConfig) -> list[str]:
+    """Return the sizes and parts that a pretrained decoder has in place of those that were given, in words."""
+    defaults = signature(PretrainModule).parameters
+    names = (field.name for field in fields(config) if field.name in arguments and field.name != "vocab_size")
+    return [
+        f"{name}={own} in place of {given}"
+        for name in names
+        if (given := arguments[name]) not in (own := getattr(config, name), defaults[name].default)
+    ]
 
 
 def load_decoder(pretrained: str, vocab_size: int, block_size: int, **changes: Any) -> Decoder:

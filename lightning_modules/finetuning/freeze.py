@@ -9,7 +9,6 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import takewhile
-from typing import Any
 
 import lightning as L
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -110,14 +109,24 @@ class Freeze(FreezingCallback):
     """Callback that freezes parameters for the whole run, those of adapters included (see `LoRA`).
 
     Args:
-        **selection: Which parameters to freeze: the arguments of `Selection`.
+        embeddings: Whether to freeze the parameters before the first layer; see `Selection` for this and the others.
+        layers: Layers to freeze: `3`, `-1`, `":6"`, `"2:-1"`, `":50%"` for the first half.
+        patterns: Parameters to freeze by name, as glob patterns: `"*.mlp.*"`, `"*bias"`.
+        all_but_head: Whether to freeze all parameters except those after the last layer.
     """
 
     setup_order = -1  # before the callbacks that read what is frozen; see `ExperimentModule.configure_callbacks`
 
-    def __init__(self, keep_dropout: bool = False, **selection: Any) -> None:
+    def __init__(
+        self,
+        keep_dropout: bool = False,
+        embeddings: bool = False,
+        layers: int | str | None = None,
+        patterns: list[str] | None = None,
+        all_but_head: bool = False,
+    ) -> None:
         super().__init__(keep_dropout)
-        self.selection = Selection(**selection)
+        self.selection = Selection(embeddings, layers, patterns, all_but_head)
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Freeze the parameters before the optimiser is built, so that it does not hold them.

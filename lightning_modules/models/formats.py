@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lightning_modules.models import gpt2_format, llama_format
@@ -104,7 +105,13 @@ def exported(decoder: Decoder) -> tuple[dict[str, Any], dict[str, Tensor], str |
     Returns:
         The fields of `config.json`, the weights of `model.safetensors`, and `None`; or, if Transformers has no class
         for the decoder, both in our own format, and a sentence that says which parts are missing there.
+
+    Raises:
+        ValueError: If a module has been put into the decoder that its configuration does not name: a decoder that is
+            built from the files would be another one, or not take the weights.
     """
+    if (foreign := _foreign_part(decoder)) is not None:
+        raise ValueError(f"{foreign}, which no format of a decoder has")
     nearest = min(FORMATS.values(), key=lambda format: len(format.misfits(decoder.config)))
     if misfits := nearest.misfits(decoder.config):
         config = {"model_type": OWN_MODEL_TYPE, **asdict(decoder.config)}
@@ -114,6 +121,19 @@ def exported(decoder: Decoder) -> tuple[dict[str, Any], dict[str, Tensor], str |
     if decoder.config.tied_embeddings:
         del state["lm_head.weight"]  # the token embedding again; a safetensors file holds each tensor once
     return nearest.config(decoder.config), state, None
+
+
+def _foreign_part(decoder: Decoder) -> str | None:
+    """Return the first module of a decoder that is not of the class that its configuration names, or `None`."""
+    with torch.device("meta"):
+        named = {name: type(module) for name, module in Decoder(decoder.config).named_modules()}
+    own = {name: type(module) for name, module in decoder.named_modules()}
+    if type(decoder) is not Decoder:
+        return f"the decoder is a {type(decoder).__name__}"
+    name = next((name for name in own | named if own.get(name) is not named.get(name)), None)
+    if name is None:
+        return None
+    return f"{name} is a {own[name].__name__}" if name in own else f"there is no {name}"
 
 
 def imported(config: Mapping[str, Any], state: Mapping[str, Tensor], block_size: int, **changes: Any) -> Decoder:

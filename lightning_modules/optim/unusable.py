@@ -41,6 +41,11 @@ def check_arguments(optimizer: Optimizer, device: torch.device) -> None:
         MisconfigurationException: If it has no learning rate, or one of its switches is for another use.
     """
     group = optimizer.param_groups[0]
+    if "lr" not in group:
+        raise MisconfigurationException(
+            f"optimizer: {type(optimizer).__name__} has no lr in its parameter groups, where the schedule sets it; "
+            "pass it to torch.optim.Optimizer by this name, as in super().__init__(params, {'lr': lr})"
+        )
     if group["lr"] is None:  # that of Transformers' Adafactor is by default
         raise MisconfigurationException(
             "optimizer: lr is null; set it to a number, for Adafactor with --optimizer.relative_step false"

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import lightning as L
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from lightning_modules.base import ExperimentModule
@@ -28,8 +29,9 @@ class ExportModel(L.Callback):
 
     `model/` holds the weights of `best.ckpt`, or of `last.ckpt` if no checkpoint is the best, the tokenizer, and a
     model card. The tokenizer is that of the data; without one, nothing is written. A module without `save_pretrained`
-    has no `model/`. A module with `generate` makes a model that generates: other programs stop it at the end-of-text
-    token and at the context.
+    has no `model/`, nor has one whose `save_pretrained` raises a `MisconfigurationException`: the run prints why. A
+    module with `generate` makes a model that generates: other programs stop it at the end-of-text token and at the
+    context.
 
     Args:
         licence: Licence of the model for the model card, by its name on the Hugging Face hub, such as `mit`; `null`
@@ -85,7 +87,10 @@ class ExportModel(L.Callback):
             card = model_card(run, folder, base, context, step, results, known, self.licence)
             write_text(folder / "README.md", card)
 
-        replace_folder(run / "model", write)
+        try:
+            replace_folder(run / "model", write)
+        except MisconfigurationException as reason:
+            say(f"export: no model/: {reason}; load_run of experiments loads the run with its checkpoint")
 
 
 def _can_export(trainer: L.Trainer, pl_module: ExperimentModule) -> bool:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Self
 import lightning as L
 import torch
 from jsonargparse._common import default_import_path_denylist, parsing_settings
+from jsonargparse._parameter_resolvers import get_signature_parameters
 from lightning.fabric.utilities.device_dtype_mixin import _update_properties
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import WandbLogger
@@ -297,6 +298,11 @@ def default_classes(parser: ArgumentParser) -> dict[str, dict[str, Any]]:
     """Return the defaults of a parser that are classes, as they were given: `class_path`, and named `init_args`."""
     defaults = {action.dest: action.default for action in parser._actions}
     return {name: value for name, value in defaults.items() if isinstance(value, dict) and "class_path" in value}
+
+
+def argument_names(constructed: type) -> set[str]:
+    """Return the names of the arguments of a class, also of those that its `**kwargs` pass on to its bases."""
+    return {parameter.name for parameter in get_signature_parameters(constructed)}
 
 
 # Standard modules that run commands, write files or unpickle: entries of the verdicts below.

@@ -502,6 +502,16 @@ def test_records_are_required_unless_they_are_pending(topic, llm_train):
     assert "no records, expected holds" in llm_train("claims", "--check").err
 
 
+def test_a_topic_in_the_working_folder_has_claims_too(topic, llm_train):
+    Path("mine").mkdir()
+    for name in ("claims.yaml", "README.md", "records", "studies"):
+        (topic / name).rename(Path("mine", name))
+    assert llm_train("claims", "mine", "--write").out == "mine/README.md\n"
+    done = llm_train("claims", "mine", "--check")
+    assert done.out.endswith("1 claims: the verdicts are as expected\n"), done.err
+    assert "mine/depth" in llm_train("claims").out
+
+
 def test_a_name_that_has_no_claims(topic, llm_train):
     done = llm_train("claims", "topic/width", "--check")
     message = "error: claims topic/width: no topic and no study has claims of this name; there is topic, topic/depth\n"

@@ -100,7 +100,12 @@ COMMANDS = [
         1,
         ["trainer.callbacks: there are 2 of StepsToLoss, and a checkpoint keeps the state of one"],
     ),
-    ("fit tiny", ["--trainer.callbacks+=lightning_modules.mine.Mine"], 2, ["a package of another name"]),
+    (
+        "fit tiny",
+        ["--trainer.callbacks+=lightning_modules.mine.Mine"],
+        2,
+        ["'lightning_modules' has no attribute 'mine'"],
+    ),
     ("fit", ["-c", "lost.yaml"], 2, ["lost.yaml", "does not exist"]),
     ("fit", ["-c", "broken.yaml"], 2, ["broken.yaml, line 2: "]),
     ("fit", ["-c", "list.yaml"], 2, ["list.yaml"]),

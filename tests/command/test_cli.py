@@ -113,8 +113,10 @@ def temporary(tmp_path, monkeypatch) -> Path:
     return folder
 
 
-def test_a_trial_run_leaves_no_folder(llm_train, tiny, temporary):
-    assert llm_train("fit", "-c", tiny(), "--trainer.fast_dev_run", "true").code == 0
+def test_a_trial_run_leaves_no_folder_and_shows_its_profile(llm_train, tiny, temporary, caplog):
+    done = llm_train("fit", "-c", tiny(), "--trainer.fast_dev_run", "true", "--trainer.profiler", "simple")
+    assert done.code == 0, done.err
+    assert "FIT Profiler Report" in caplog.text
     assert not RUN.exists() or not any(RUN.iterdir())
     assert not any(temporary.iterdir())
 

@@ -75,6 +75,7 @@ def test_with_an_experiment_the_help_has_the_arguments_of_its_classes(llm_train)
         (["--lr_scheduler.help", "StepLR"], "A schedule advances at every optimiser step"),
         (["--optimizer.help"], "torch.optim.AdamW"),
         (["--trainer.callbacks.help", "EarlyStopping"], "--trainer.callbacks.monitor"),
+        (["--trainer.callbacks.help", "lightning_modules.finetuning.freeze.Freeze"], "--trainer.callbacks.patterns"),
         (["--trainer.profiler.help", "lightning.pytorch.profilers.SimpleProfiler"], "--trainer.profiler.dirpath"),
     ],
 )

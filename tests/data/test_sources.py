@@ -1,7 +1,9 @@
 """Sources of text: files, URLs, hub datasets and the documentation of Python."""
 
+import bz2
 import gzip
 import http.server
+import lzma
 import os
 import socket
 import threading
@@ -216,6 +218,16 @@ ROWS_OF_TEXT = {
 }
 
 
+def zstd(content: bytes) -> bytes:
+    import pyarrow
+
+    return pyarrow.compress(content, codec="zstd", asbytes=True)
+
+
+COMPRESSIONS = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress, ".zst": zstd}
+COMPRESSED_ROWS = [f"{name}{ending}" for name in ROWS_OF_TEXT for ending in COMPRESSIONS]
+
+
 @pytest.fixture
 def files(tmp_path):
     """A folder with the same two texts in every form of rows, and with text files."""
@@ -223,7 +235,8 @@ def files(tmp_path):
 
     for name, content in ROWS_OF_TEXT.items():
         (tmp_path / name).write_text(content, encoding="utf-8")
-        (tmp_path / f"{name}.gz").write_bytes(gzip.compress(content.encode()))
+        for ending, compress in COMPRESSIONS.items():
+            (tmp_path / f"{name}{ending}").write_bytes(compress(content.encode()))
     parquet.write_table(
         Table.from_pydict({"text": ["one", None, "two\nlines"], "n": [1, 2, 3]}), tmp_path / "f.parquet"
     )
@@ -235,7 +248,7 @@ def files(tmp_path):
     return tmp_path
 
 
-@pytest.mark.parametrize("name", [*ROWS_OF_TEXT, *(f"{name}.gz" for name in ROWS_OF_TEXT), "f.parquet"])
+@pytest.mark.parametrize("name", [*ROWS_OF_TEXT, *COMPRESSED_ROWS, "f.parquet"])
 def test_each_row_is_a_document(files, name):
     assert list(source_of(name).pieces()) == [Piece("one", True), Piece("two\nlines", True)]
 
@@ -330,7 +343,14 @@ BAD = {  # what a source names, the content of a file of this name, and the mess
     "g.csv": (b"text;n\na;1\n", "g.csv, line 1: one column, 'text;n'; separate the columns with commas, not with ';'"),
     "h.tsv": (b"text,n\na,1\n", "h.tsv, line 1: one column, 'text,n'; separate the columns with tabulators, not"),
     "i.parquet": (b"PAR1 and no more", "i.parquet could not be read as Parquet"),
-    "j.txt.gz": (gzip.compress(b"text" * 99)[:-9], "j.txt.gz could not be read"),
+    **{
+        f"j.txt{ending}": (compress(b"text" * 99)[:-9], f"j.txt{ending} could not be read")
+        for ending, compress in COMPRESSIONS.items()
+    },
+    **{
+        f"k.txt{ending}": (compress(b"a\xff"), f"k.txt{ending} is not UTF-8: byte 1 cannot be decoded")
+        for ending, compress in COMPRESSIONS.items()
+    },
     "hub:": (None, "data.source: 'hub:' names no dataset; give hub:OWNER/NAME"),
     "hub:nobody/nothing": (None, "dataset nobody/nothing .* could not be read"),
     "": (None, "data.source is empty: give a file"),
@@ -352,6 +372,15 @@ def test_what_cannot_be_read_is_one_line(tmp_path, name):
     with pytest.raises(MisconfigurationException, match=message) as caught:
         list(source_of(name).pieces())
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("file", ["dataset_dict.json", "state.json"])
+def test_a_folder_of_save_to_disk_names_what_to_write(tmp_path, file):
+    (tmp_path / "saved").mkdir()
+    (tmp_path / "saved" / file).write_text("{}")
+    assert "folder saved is of `save_to_disk` of the library datasets; write it as Parquet" in one_line_error(
+        Files("saved")
+    )
 
 
 @pytest.mark.parametrize("given", [[], [""], ["a.txt", "hub:nobody/nothing"]])

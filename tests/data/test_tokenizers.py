@@ -201,6 +201,13 @@ def test_an_incomplete_folder_is_one_line(tmp_path):
     assert "could not be read" in one_line_error(str(tmp_path))
 
 
+def test_a_file_of_another_form_names_what_a_file_is(tmp_path):
+    (tmp_path / "my.tiktoken").write_text("IQ== 0\nIg== 1\n")
+    assert one_line_error(str(tmp_path / "my.tiktoken")).endswith(
+        "): a file is a tokenizer.json; give others in a folder, and convert the ranks of tiktoken to one"
+    )
+
+
 def test_a_vocabulary_of_one_token_is_refused(tmp_path):
     Tokenizer(models.WordLevel({"only": 0}, unk_token="only")).save(str(tmp_path / "tokenizer.json"))
     assert "vocabulary of 1" in one_line_error(str(tmp_path))

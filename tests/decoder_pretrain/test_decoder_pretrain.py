@@ -105,6 +105,15 @@ def gpt2_folder(tmp_path_factory) -> Path:
     return folder
 
 
+def test_sizes_that_the_pretrained_weights_replace_are_said(gpt2_folder, capsys):
+    sizes = {"vocab_size": 257, "block_size": 8, "pretrained": str(gpt2_folder)}
+    PretrainModule(**sizes, **SIZES, dropout=0.1)
+    assert capsys.readouterr().err == ""
+    PretrainModule(**sizes, **SIZES | {"n_layer": 3}, qk_norm=True)
+    line = f"pretrained: the model has n_layer={SIZES['n_layer']} in place of 3, qk_norm=False in place of True\n"
+    assert capsys.readouterr().err == line
+
+
 def test_training_starts_from_pretrained_weights_with_a_shorter_context(gpt2_folder):
     torch.manual_seed(3)
     original = PretrainModule(vocab_size=300, block_size=32, **SIZES).eval()

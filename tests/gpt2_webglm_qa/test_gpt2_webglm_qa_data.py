@@ -83,6 +83,7 @@ ROW = {"question": "Who?", "answer": "Ann [1].", "references": ["Ann did."], "mo
         ('{"question": "Who?",', "line 3: is no JSON object on one line"),
         ('["Who?"]', "line 3: a record must be an object"),
         ({"question": "Who?", "references": []}, "line 3: the record has no field 'answer', only 'question', 'ref"),
+        ({"messages": []}, "line 3: the record has no field 'question', only 'messages'; give question, answer and"),
         (ROW | {"answer": None}, "line 3: 'answer' is NoneType, and must be text"),
         (ROW | {"references": {"1": "Ann did."}}, "line 3: 'references' must be a list of texts"),
         (ROW | {"references": ["Ann did.", 2]}, "line 3: 'references' must be a list of texts"),

@@ -119,6 +119,25 @@ def test_a_decoder_without_a_class_is_saved_in_our_own_format(changes, missing):
         shorter(random_ids(13))
 
 
+def test_a_decoder_with_another_module_than_its_configuration_names_is_in_no_format():
+    class Own(Decoder):
+        """A decoder that may compute anything."""
+
+    plain = DecoderConfig(**SIZES)
+    changed, grown, cut = (random_decoder(plain) for _ in range(3))
+    changed.blocks[1].feed_forward.activation = nn.SiLU()
+    grown.blocks[0].gate = nn.Linear(2, 2)
+    cut.blocks = cut.blocks[:1]
+    for decoder, problem in (
+        (changed, "blocks.1.feed_forward.activation is a SiLU"),
+        (grown, "blocks.0.gate is a Linear"),
+        (cut, "there is no blocks.1"),
+        (Own(plain), "the decoder is a Own"),
+    ):
+        with pytest.raises(ValueError, match=f"^{problem}, which no format of a decoder has$"):
+            exported(decoder)
+
+
 @pytest.mark.parametrize(
     ("model_type", "parts"),
     [

@@ -295,6 +295,18 @@ def test_arguments_with_which_an_optimizer_fails_are_refused(kind, arguments, me
         module_with(partial(kind, **arguments)).configure_optimizers()
 
 
+class Rate(torch.optim.Optimizer):
+    """An optimiser whose rate has another name."""
+
+    def __init__(self, params: object) -> None:
+        super().__init__(params, {"rate": 0.1})
+
+
+def test_an_optimizer_without_lr_in_its_groups_is_refused():
+    with pytest.raises(MisconfigurationException, match=r"^optimizer: Rate has no lr in its parameter groups"):
+        module_with(Rate).configure_optimizers()
+
+
 def test_an_optimizer_that_takes_an_argument_is_not_refused():
     module_with(partial(torch.optim.AdamW, fused=True, capturable=True)).configure_optimizers()
 

@@ -94,6 +94,21 @@ def test_a_size_can_be_made_a_variable_of_compiled_functions():
     assert counter.frame_count == 1
 
 
+class Named:
+    def __init__(self, width: int, depth: int = 1) -> None:
+        """Take two arguments."""
+
+
+class Passes(Named):
+    def __init__(self, height: int = 2, **others: Any) -> None:
+        super().__init__(depth=height, **others)
+
+
+def test_the_arguments_of_a_class_are_also_those_that_it_passes_on():
+    assert private_names.argument_names(Named) == {"width", "depth"}
+    assert private_names.argument_names(Passes) == {"height", "width"}
+
+
 @pytest.mark.parametrize("fused", [False, True])
 def test_gradients_are_unscaled_once(fused):
     weight = torch.nn.Parameter(torch.ones(3))
