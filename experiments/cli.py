@@ -517,6 +517,7 @@ def main(args: Sequence[str], kind: type[ExperimentCLI] = ExperimentCLI) -> None
     logging.getLogger("lightning.pytorch.profilers").setLevel(logging.INFO)  # the report that the user asks for
     for message in _NOISE:
         warnings.filterwarnings("ignore", message)
+    ExperimentParser.typed = list(args)
     if arm_of_agent():
         args = [_with_nulls(arg) for arg in args]
     args = names.with_files(args)
