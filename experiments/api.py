@@ -150,7 +150,7 @@ class Run:
         return _section(self.folder, self.config, "data")["init_args"]
 
     def _cannot(self, what: str) -> MisconfigurationException:
-        return MisconfigurationException(f"{self.folder}: a {type(self.module).__name__} does not {what}")
+        return MisconfigurationException(f"{self.folder}: {type(self.module).__name__} does not {what}")
 
 
 def load_run(
@@ -190,10 +190,13 @@ def load_run(
         if path.is_file():
             say(f"{folder}: there is no best.ckpt; these are the weights of last.ckpt")
     has_gpu = torch.cuda.is_available()
-    device = device or ("cuda" if has_gpu else "cpu")
-    if torch.device(device).type == "cuda" and not has_gpu:
+    try:
+        place = torch.device(device or ("cuda" if has_gpu else "cpu"))
+    except RuntimeError as error:
+        raise MisconfigurationException(f"device {device}: PyTorch has none of this name; give cpu or cuda") from error
+    if place.type == "cuda" and not has_gpu:
         raise MisconfigurationException(f"device {device}: PyTorch finds no GPU here")
-    module = module_class.of_checkpoint(AtomicCheckpointIO().load_model(path)).to(device).eval()
+    module = module_class.of_checkpoint(AtomicCheckpointIO().load_model(path)).to(place).eval()
     return Run(folder, config, module, tuple(allow))
 
 

@@ -286,6 +286,11 @@ class ExperimentCLI(SettingsGoOverCheckpoint):
             return
         if not self.run.is_new:
             run_folder.check_links(self.run.path)
+            if not os.access(self.run.path, os.W_OK):
+                raise MisconfigurationException(
+                    f"{self.run.path} cannot be written to, and {self.subcommand} writes its results there: copy the "
+                    "run to a folder of yours, and give the config.yaml of the copy"
+                )
         if self.subcommand == "fit" and rank_zero_only.rank == 0:
             self._lock = run_folder.Lock(self.run.path)
 
@@ -517,6 +522,7 @@ def main(args: Sequence[str], kind: type[ExperimentCLI] = ExperimentCLI) -> None
     logging.getLogger("lightning.pytorch.profilers").setLevel(logging.INFO)  # the report that the user asks for
     for message in _NOISE:
         warnings.filterwarnings("ignore", message)
+    ExperimentParser.typed = list(args)
     if arm_of_agent():
         args = [_with_nulls(arg) for arg in args]
     args = names.with_files(args)

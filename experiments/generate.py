@@ -146,6 +146,10 @@ def _answering(
         )
     prompts = run.data_class.prompts(run.tokenizer, arguments)
     longest = arguments["max_answer_tokens"] if options.max_new_tokens is None else options.max_new_tokens
+    if longest >= prompts.block_size:
+        raise UserError(
+            f"--max_new_tokens {longest}: question and answer have {prompts.block_size} tokens together; give fewer"
+        )
 
     def answer(question: str, references: Sequence[str]) -> None:
         prompt = prompts.prompt(question, references, longest)

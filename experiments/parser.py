@@ -30,6 +30,7 @@ class ExperimentParser(LightningArgumentParser):
     """The parser of LightningCLI, with errors of one line and without abbreviations."""
 
     command_line: ClassVar[list[str]] = []  # for error messages
+    typed: ClassVar[list[str]] = []  # the same as the user gave it, with the names of experiments
     folder: ClassVar[Path] = Path()  # in which the command was called
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

@@ -311,7 +311,7 @@ def environment(trainer: L.Trainer) -> dict[str, Any]:
     """Return what a run depends on besides its configuration: versions, commit, hardware, seed, command."""
     return {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": shlex.join(["llm-train", *sys.argv[1:]]),
+        "command": shlex.join(["llm-train", *ExperimentParser.typed]),
         "python": platform.python_version(),
         "packages": dict(_versions()),
         "commit": _commit(),

@@ -32,7 +32,7 @@ def test_python_generates_what_the_command_generates(llm_train, whole):
     assert text != run.generate("ae", 30, seed=4)
     assert run.generate("ae", 30, temperature=0) == run.generate("ae", 30, top_k=1)
     assert run.config["model"]["init_args"]["n_layer"] == 2
-    with pytest.raises(MisconfigurationException, match=r"a PretrainModule does not classify texts"):
+    with pytest.raises(MisconfigurationException, match=r"PretrainModule does not classify texts"):
         run.classify(["a"])
     with pytest.raises(TypeError, match=r"classify takes a list of texts"):
         run.classify("a")
@@ -123,6 +123,8 @@ def test_a_device_that_is_not_there_is_an_error_of_one_line(whole, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(MisconfigurationException, match="device cuda: PyTorch finds no GPU here"):
         experiments.load_run(whole(), device="cuda")
+    with pytest.raises(MisconfigurationException, match="device gpu: PyTorch has none of this name; give cpu or cuda"):
+        experiments.load_run(whole(), device="gpu")
 
 
 def test_the_package_is_cheap_to_import():

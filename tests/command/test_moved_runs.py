@@ -1,5 +1,6 @@
 """Run folders that were moved or copied, without the runs that their configurations name."""
 
+import os
 import shutil
 from pathlib import Path
 
@@ -75,6 +76,17 @@ def test_another_tokenizer_in_the_same_place_is_not_used(llm_train, copied):
     assert f"data.tokenizer: {TOKENIZER} has another vocabulary than when the run started; " in done.err
     tokenizer_of_a_run()
     assert not moved_runs._is_not_that_of(copied / "tokenizer", TOKENIZER)
+
+
+def test_a_run_that_cannot_be_written_to_is_refused_before_its_data_is_read(llm_train, copied, monkeypatch):
+    access = os.access  # is replaced, for root may write to a folder of mode 0500
+    monkeypatch.setattr(os, "access", lambda path, *rest, **more: path != copied and access(path, *rest, **more))
+    refused = llm_train("validate", "-c", copied / "config.yaml", "--ckpt_path", "best")
+    assert refused.code == 1
+    assert f"error: {copied} cannot be written to, and validate writes its results there: copy the run" in refused.err
+    assert "data    " not in refused.err
+    sampled = llm_train("generate", "--run", copied, "--prompt", "a", "--max_new_tokens", "2")
+    assert sampled.code == 0, sampled.err
 
 
 def test_a_copy_without_a_tokenizer_is_refused_in_one_line(llm_train, copied):

@@ -557,6 +557,9 @@ def test_the_chat_says_what_does_not_fit(asked):
     alone = asked("", "--prompt", "Who " * 60)
     assert (alone.code, alone.out) == (1, "")
     assert "--prompt is too long: with an answer of" in alone.err
+    long = asked("", "--prompt", "Who?", "--max_new_tokens", CONTEXT)
+    assert (long.code, long.out) == (1, "")
+    assert f"--max_new_tokens {CONTEXT}: question and answer have {CONTEXT} tokens together; give fewer" in long.err
 
 
 def test_references_of_a_chat_that_cannot_be_read(asked, tmp_path):

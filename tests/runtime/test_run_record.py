@@ -75,6 +75,12 @@ def test_arms_of_a_study_whose_names_end_in_numbers_are_told_apart(tmp_path):
         assert find(tmp_path, "topic", name, "study").name == name
 
 
+def test_the_command_of_a_run_is_that_of_main_in_a_script_too(whole):
+    (session,) = json.loads((whole() / "environment.json").read_text())
+    assert session["command"].startswith("llm-train fit -c ")  # and not the words of pytest
+    assert f"\n    {session['command'].split(' -c ')[0]} -c " in (whole() / "model/README.md").read_text()
+
+
 def test_the_commit_is_that_of_this_project_and_not_of_a_folder_around_an_installed_package(tmp_path, monkeypatch):
     git = ("git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b")
     subprocess.run((*git, "init", "-q"), check=True)
