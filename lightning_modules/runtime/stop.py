@@ -19,13 +19,13 @@ from torch.distributed.tensor import DTensor
 
 from lightning_modules.common.messages import ERASE_LINE, on_terminal
 from lightning_modules.common.ranges import PositiveInt
+from lightning_modules.common.signals import STOPS, as_asked, exit_at_once
 from lightning_modules.runtime import private_names
 from lightning_modules.runtime.averaging import AveragedWeights
 from lightning_modules.runtime.checkpoint import run_checkpoints, save_last
 from lightning_modules.runtime.processes import gathered
 from lightning_modules.runtime.stages import step_is_logged, validates_a_fit
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 _LONGEST_WAIT = 5.0  # seconds from a signal to the exchange of signals; torchrun kills 30 seconds after its SIGTERM
 _DUE = "validation_is_due"  # in a checkpoint that was written within a validation
 _PREPARING = ("on_validation_start", "on_validation_epoch_start", "on_validation_batch_start")
@@ -71,12 +71,12 @@ class GracefulStop(L.Callback):
         def stop(signal_number: int, frame: object) -> None:
             if trainer.strategy.launcher is not None:
                 trainer.strategy.launcher.kill(signal_number)  # the ranks that this process has started
-            _stop_at_once(signal_number, frame)
+            exit_at_once(signal_number, frame)
 
         self._n_validated, self._validation_is_due = None, False
         private_names.leave_sigterm_alone(trainer)
         if threading.current_thread() is threading.main_thread():
-            self._previous_handlers = {number: signal.getsignal(number) for number in _SIGNALS}
+            self._previous_handlers = {number: signal.getsignal(number) for number in STOPS}
             for number in (signal.SIGTERM, signal.SIGUSR1):
                 signal.signal(number, stop)
 
@@ -153,9 +153,9 @@ class GracefulStop(L.Callback):
         return most == -least < math.inf
 
     def _on_signal(self, trainer: L.Trainer, signal_number: int, frame: object) -> None:
-        self.received = _as_asked(signal_number)
+        self.received = as_asked(signal_number)
         for number in self._previous_handlers:
-            signal.signal(number, _stop_at_once)
+            signal.signal(number, exit_at_once)
         if rank_zero_only.rank == 0:
             what = "Ctrl-C" if signal_number == signal.SIGINT else signal.Signals(signal_number).name
             line = f"{what}: {self._reaction(trainer)}; a second one stops at once\n"
@@ -203,15 +203,6 @@ class GracefulStop(L.Callback):
         for signal_number, handler in self._previous_handlers.items():
             signal.signal(signal_number, handler)
         self._previous_handlers = {}
-
-
-def _as_asked(signal_number: int) -> int:
-    """Return the signal that another stands for: SIGUSR1, which a job of SLURM can ask for, is a SIGTERM."""
-    return signal.SIGTERM if signal_number == signal.SIGUSR1 else signal_number
-
-
-def _stop_at_once(signal_number: int, frame: object) -> None:
-    raise SystemExit(128 + _as_asked(signal_number))
 
 
 def _can_be_left(trainer: L.Trainer, module: L.LightningModule) -> bool:
