@@ -167,7 +167,7 @@ class GracefulStop(L.Callback):
         """Return what a run does on a signal that comes now, in words."""
         if any(checkpoint.is_last_step for checkpoint in run_checkpoints(trainer)):
             return "the run has done its last step and ends"
-        if self._n_validated is not None:
+        if self._n_validated is not None and self._n_validated < sum(trainer.num_val_batches):
             return "leaving this validation, which the resumed run does again, with a checkpoint"
         waits = trainer.validating and not private_names.is_accumulating(trainer)
         return f"stopping after this {'validation' if waits else 'step'}, with a checkpoint"

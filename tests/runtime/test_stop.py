@@ -9,6 +9,7 @@ import lightning as L
 import pytest
 import torch
 from helpers import BEST, LAST
+from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
@@ -222,6 +223,29 @@ def test_a_validation_that_a_callback_of_others_prepares_is_waited_for(tmp_path,
     assert fit(tmp_path, 3, rows, added=[prepares], max_steps=9, val_check_interval=4)[:2] == (143, 4)
     assert (prepares.n_batches, "val/loss" in rows.rows[3]) == (3, True)
     assert capfd.readouterr().err.startswith("SIGTERM: stopping after this validation, with a checkpoint; a second")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_validation_whose_last_batch_is_in_progress_is_ended(tmp_path, capfd):
+    rows, settings = Rows(), {"max_steps": 9, "val_check_interval": 4, "limit_val_batches": 1}
+    assert fit(tmp_path, 3, rows, added=[InValidation(4)], **settings)[:2] == (143, 4)
+    assert "val/loss" in rows.rows[3]
+    assert capfd.readouterr().err.startswith("SIGTERM: stopping after this validation, with a checkpoint; a second")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_run_that_stops_early_resumes_from_the_validation_at_the_end_of_an_epoch(tmp_path):
+    """There `EarlyStopping` reads the metric when the epoch ends, which is after the checkpoint of the validation."""
+
+    def stopping() -> EarlyStopping:
+        return EarlyStopping("val/loss", patience=1, min_delta=100.0)
+
+    settings, whole, rows = AT_EPOCH_ENDS | {"max_epochs": 9, "limit_val_batches": 1}, Rows(), Rows()
+    finished = fit(tmp_path / "whole", 3, whole, added=[stopping()], **settings)
+    assert finished[:2] == (0, 6)
+    assert fit(tmp_path, 3, rows, added=[stopping(), InValidation(3)], **settings)[:2] == (143, 3)
+    assert fit(tmp_path, 3, rows, added=[stopping()], **settings) == finished
+    assert rows.rows == whole.rows
 
 
 @pytest.mark.filterwarnings("ignore")
