@@ -32,6 +32,7 @@ from torch.utils.data import DataLoader, Dataset, SequentialSampler
 
 from datamodules.cache import digest
 from lightning_modules.common.ranges import NonNegativeInt, PositiveInt
+from lightning_modules.common.signals import STOPS
 
 # Maps an epoch to its positions in order, (n,) int64. The same epoch always gives the same order.
 Order = Callable[[int], "Tensor | LazyOrder"]
@@ -40,8 +41,6 @@ MOST_IN_MEMORY = 2**26  # positions of an order that is kept in memory, half a g
 
 _MIX = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)  # of SplitMix64
 _ROUNDS = 6
-
-_STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 def shuffled(n: int, seed: int) -> Order:
@@ -122,9 +121,9 @@ def leave_signals_to_the_parent(worker: int) -> None:
 
     A terminal, a container and a job scheduler send these signals to the whole process group.
     """
-    for signal_number in _STOPS:
+    for signal_number in STOPS:
         signal.signal(signal_number, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPS)  # see `_Loader`
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)  # see `_Loader`
 
 
 @cache
@@ -152,7 +151,7 @@ class _Loader(DataLoader):
     """
 
     def __iter__(self) -> Any:
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOPS)
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
         try:
             batches = super().__iter__()
         finally:

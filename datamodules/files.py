@@ -38,6 +38,7 @@ READ_ERRORS = (OSError, EOFError, zlib.error, lzma.LZMAError)  # of files, all b
 _LARGE = 2**26  # bytes of a file whose hash is kept
 _SETTLED = 60  # seconds since the last change of a file whose hash is kept
 _CHUNK = 2**20  # characters that are decoded at once
+_SAVED_TO_DISK = (("dataset_dict.json",), ("dataset_info.json", "state.json"))  # files of all splits, and of one
 _BINARY = 0.01  # a text has no zero bytes; a file with a larger share of them in a chunk is refused
 
 # GPT-like pre-tokenizers always split after such a newline. Other whitespace around a cut could be one token.
@@ -162,7 +163,7 @@ def _folders(root: str) -> Iterator[str]:
 
 
 def _files_of(folder: Path, endings: Sequence[str]) -> list[str]:
-    if any((folder / name).is_file() for name in ("dataset_dict.json", "state.json")):
+    if any(all((folder / name).is_file() for name in saved) for saved in _SAVED_TO_DISK):
         raise MisconfigurationException(
             f"folder {folder} is of `save_to_disk` of the library datasets; write it as Parquet and give that file: "
             "load_from_disk(FOLDER).to_parquet('FILE.parquet'), of a split if it has several"

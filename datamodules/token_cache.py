@@ -29,6 +29,7 @@ from datamodules.token_files import TokenFile, TokenFiles, Tokens, describe_size
 from datamodules.tokenizers import tokenizer_fingerprint, vocab_size
 from lightning_modules.common.files import process_name, try_lock, write_json
 from lightning_modules.common.messages import say
+from lightning_modules.common.signals import STOPS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -370,7 +371,8 @@ def _in_processes(n: int, work: Callable[[], Iterable[object]]) -> Iterator[Coll
     def child() -> None:
         # tqdm's lock is one semaphore for a process and its copies: a copy killed while it draws would keep it.
         tqdm.set_lock(threading.RLock())
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # this process ends its copies
+        for signal_number in STOPS:  # this process ends its copies
+            signal.signal(signal_number, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         try:
             for _ in work():

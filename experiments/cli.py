@@ -42,6 +42,7 @@ from lightning_modules.base import ExperimentModule
 from lightning_modules.common import run_files
 from lightning_modules.common.files import read_json
 from lightning_modules.common.messages import say
+from lightning_modules.common.signals import STOPS, exit_at_once
 from lightning_modules.finetuning.bases import weights_follow
 from lightning_modules.runtime import bfloat16
 from lightning_modules.runtime.checkpoint_io import AtomicCheckpointIO
@@ -495,24 +496,20 @@ def _with_nulls(flag: str) -> str:
 
 
 @contextlib.contextmanager
-def _exiting_on_sigterm() -> Iterator[None]:
-    """Exit on SIGTERM where it would end the process at once, so that a run not begun leaves nothing.
+def _exiting_on_signals() -> Iterator[None]:
+    """Exit on signals to stop that would end the process at once, so that a run not begun leaves nothing.
 
     `GracefulStop` replaces this when the trainer is set up, which is after the data is prepared.
     """
-
-    def leave(signal_number: int, frame: object) -> None:
-        raise SystemExit(128 + signal_number)
-
     in_main_thread = threading.current_thread() is threading.main_thread()
-    if not in_main_thread or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
-        yield
-        return
-    signal.signal(signal.SIGTERM, leave)
+    deadly = [number for number in STOPS if in_main_thread and signal.getsignal(number) is signal.SIG_DFL]
+    for number in deadly:
+        signal.signal(number, exit_at_once)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        for number in deadly:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def main(args: Sequence[str], kind: type[ExperimentCLI] = ExperimentCLI) -> None:
@@ -527,7 +524,7 @@ def main(args: Sequence[str], kind: type[ExperimentCLI] = ExperimentCLI) -> None
         args = [_with_nulls(arg) for arg in args]
     args = names.with_files(args)
     cli = kind.__new__(kind)  # LightningCLI runs in its constructor, which may raise
-    with _exiting_on_sigterm():
+    with _exiting_on_signals():
         _run(cli, args)
 
 

@@ -149,12 +149,10 @@ def _what(message: str, key: str, chosen: Mapping[str, options_of.Chosen]) -> st
 def _hides_a_file_of_the_user(name: str) -> str | None:
     """Return where a module or package comes from that hides one of the working folder, or `None` if none is hidden."""
     origin = getattr(sys.modules.get(name), "__file__", None)
-    own = [Path(f"{name}.py"), *([Path(name, "__init__.py")] if Path(name).is_dir() else [])]
-    if (
-        origin is None
-        or not (own[1:] or own[0].is_file())
-        or Path(origin).resolve() in [file.resolve() for file in own]
-    ):
+    module, package = Path(f"{name}.py"), Path(name)
+    if origin is None or not (module.is_file() or package.is_dir()):
+        return None
+    if Path(origin).resolve() in (module.resolve(), (package / "__init__.py").resolve()):
         return None
     return "llm-train" if Path(origin).parent.parent == names.SHIPPED.parent else origin
 

@@ -112,7 +112,7 @@ def _words(command: str, current: str) -> Iterator[str]:
             yield from _SCRIPTS
         case "compare" | "convert":
             yield from _files(current)
-        case "claims":  # of the topics of a checkout, else of the project
+        case "claims":  # of topics of the user, of a checkout and of the project
             yield from (file.parent.name for root in names.ROOTS for file in root.glob("*/claims.yaml"))
         case "fit" | "validate" | "test" | "predict" | "prepare" | "estimate":
             yield "-c"

@@ -11,6 +11,7 @@ from multiprocessing.connection import Connection
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_modules.bpe.textbook import count_words
+from lightning_modules.common.signals import STOPS
 
 
 class WordCounter:
@@ -75,7 +76,7 @@ class WordCounter:
         ours, theirs = multiprocessing.Pipe()
         process = multiprocessing.Process(target=_count, args=(ours, theirs, *self._arguments), daemon=True)
         # A new process has the handlers of this one until it sets its own, and would lose a signal that comes before.
-        blocked_before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+        blocked_before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
         try:
             process.start()
         finally:
@@ -94,9 +95,6 @@ class WordCounter:
         return counts
 
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
-
-
 @contextmanager
 def _processes_that_live() -> Iterator[None]:
     try:
@@ -110,9 +108,10 @@ def _processes_that_live() -> Iterator[None]:
 def _count(parents: Connection, connection: Connection, pattern: str, special_tokens: Sequence[str]) -> None:
     """Count the words of each batch of texts that arrives, until the other end is closed."""
     parents.close()  # a copy, which would keep the pipe open when the parent is killed
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all processes of a terminal; the parent ends this one
+    for signal_number in STOPS:  # which go to all processes of a terminal or a job; the parent ends this one
+        signal.signal(signal_number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
     while True:
         try:
             texts = connection.recv()

@@ -15,7 +15,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_modules.models import gpt2_format, llama_format
 from lightning_modules.models.decoder import Decoder, DecoderConfig
@@ -107,8 +107,8 @@ def exported(decoder: Decoder) -> tuple[dict[str, Any], dict[str, Tensor], str |
         for the decoder, both in our own format, and a sentence that says which parts are missing there.
 
     Raises:
-        ValueError: If a module has been put into the decoder that its configuration does not name: a decoder that is
-            built from the files would be another one, or not take the weights.
+        ValueError: If a module has been put into the decoder that its configuration does not name, or one of other
+            sizes or settings: a decoder that is built from the files would be another one, or not take the weights.
     """
     if (foreign := _foreign_part(decoder)) is not None:
         raise ValueError(f"{foreign}, which no format of a decoder has")
@@ -124,16 +124,21 @@ def exported(decoder: Decoder) -> tuple[dict[str, Any], dict[str, Tensor], str |
 
 
 def _foreign_part(decoder: Decoder) -> str | None:
-    """Return the first module of a decoder that is not of the class that its configuration names, or `None`."""
-    with torch.device("meta"):
-        named = {name: type(module) for name, module in Decoder(decoder.config).named_modules()}
-    own = {name: type(module) for name, module in decoder.named_modules()}
+    """Return the first module of a decoder that is not what its configuration says, in words, or `None`."""
     if type(decoder) is not Decoder:
         return f"the decoder is a {type(decoder).__name__}"
-    name = next((name for name in own | named if own.get(name) is not named.get(name)), None)
-    if name is None:
-        return None
-    return f"{name} is a {own[name].__name__}" if name in own else f"there is no {name}"
+    with torch.device("meta"):
+        named = dict(Decoder(decoder.config).named_modules())
+    own = dict(decoder.named_modules())
+    for name in own | named:
+        module, expected = own.get(name), named.get(name)
+        if module is None:
+            return f"there is no {name}"
+        if expected is None or type(module) is not type(expected):
+            return f"{name} is a {type(module).__name__}"
+        if module.extra_repr() != expected.extra_repr() and not isinstance(module, nn.Dropout):
+            return f"{name} is a {type(module).__name__}({module.extra_repr()})"
+    return None
 
 
 def imported(config: Mapping[str, Any], state: Mapping[str, Tensor], block_size: int, **changes: Any) -> Decoder:

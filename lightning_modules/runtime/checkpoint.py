@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
+import torch
 from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_modules.common import run_files
@@ -15,6 +17,8 @@ from lightning_modules.common.ranges import PositiveInt
 from lightning_modules.runtime import private_names
 from lightning_modules.runtime.checkpoint_io import AtomicCheckpointIO
 from lightning_modules.runtime.stages import validates_a_fit
+
+_METRICS = "metrics"  # in a checkpoint
 
 
 class RunCheckpoint(Checkpoint):
@@ -45,6 +49,7 @@ class RunCheckpoint(Checkpoint):
         self.best_step: int | None = None
         self.best_metrics: dict[str, float] = {}  # all metrics of the best validation
         self.is_last_step = False  # whether the training ends after the step that is done
+        self._metrics: dict[str, float] = {}  # of the checkpoint that the run resumes from
         self._run = Path()
         self._step_of_last = -1
         self._complete = self.state_dict()  # at the last checkpoint whose file is complete
@@ -60,7 +65,12 @@ class RunCheckpoint(Checkpoint):
             private_names.call_after_steps(trainer, self._save_if_due)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Forget the best score if its weights are not in the folder: it is that of the run that it began from."""
+        """Forget the best score if its weights are not in the folder: it is that of the run that it began from.
+
+        The metrics of the checkpoint are there again: a callback may read them when the epoch ends, before any other.
+        """
+        restored = {name: torch.tensor(value) for name, value in self._metrics.items()}
+        private_names.computed_metrics(trainer).update(restored)
         if not trainer.strategy.broadcast((self._run / run_files.checkpoint("best")).is_file()):
             self.best_score, self.best_step, self.best_metrics = None, None, {}
             self._complete = self.state_dict()
@@ -148,6 +158,15 @@ class RunCheckpoint(Checkpoint):
                 f"it logged {', '.join(sorted(trainer.callback_metrics)) or 'nothing'}"
             )
         return float(trainer.callback_metrics[self.monitor])
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Save the metrics."""
+        metrics = private_names.computed_metrics(trainer)
+        checkpoint[_METRICS] = {name: float(value) for name, value in metrics.items()}
+
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Read the metrics."""
+        self._metrics = checkpoint.get(_METRICS, {}) if trainer.state.fn == TrainerFn.FITTING else {}
 
     def state_dict(self) -> dict[str, Any]:
         """Return the best score so far."""

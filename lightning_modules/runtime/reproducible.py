@@ -7,6 +7,7 @@ import torch
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 
 from lightning_modules.runtime import private_names
+from lightning_modules.runtime.stages import validates_a_fit
 
 _SEED_STRIDE = 1_000_003  # primes, so that different (seed, batch, rank) almost never give the same number
 _BATCH_STRIDE = 4_099
@@ -16,9 +17,9 @@ class ReproducibleSteps(L.Callback):
     """Callback that skips the batches that a resumed run has done, and seeds the random numbers of every batch.
 
     The order of the data is a function of (seed, epoch), see `datamodules.base.GlobalBatches`. The random numbers of a
-    batch (dropout) are a function of (seed, batch, rank). So a run that was killed at any step and resumed ends with
-    the same weights, bit for bit, as an uninterrupted one; the states of loaders and of random number generators are
-    not saved.
+    batch (dropout), and of a validation after it, are a function of (seed, batch, rank). So a run that was killed at
+    any step and resumed ends with the same weights, bit for bit, as an uninterrupted one; the states of loaders and of
+    random number generators are not saved.
 
     Args:
         seed: Base seed of the steps; `null` takes `seed_everything`.
@@ -51,15 +52,12 @@ class ReproducibleSteps(L.Callback):
         """Seed the random numbers of the batch, and set the accumulation, which an epoch that is resumed lacks."""
         trainer.accumulate_grad_batches = _batches_a_step(trainer)
         private_names.count_step_of_checkpoint(trainer)
-        batch_seed = (self.seed or 0) * _SEED_STRIDE + private_names.batches_done(trainer)
-        seed = (batch_seed * _BATCH_STRIDE + trainer.global_rank) % 2**64  # of any size; torch takes 64 bits
-        # torch.manual_seed does the same for every device, but takes a millisecond to record its caller.
-        torch.default_generator.manual_seed(seed)
-        if pl_module.device.type == "cuda":
-            torch.cuda.manual_seed(seed)
+        self._seed_random_numbers(trainer, pl_module)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Log a validation between the batches of an optimiser step with the number of the step before."""
+        """Seed the random numbers of a validation, and log one within an optimiser step with the step before."""
+        if validates_a_fit(trainer):  # which a resumed run may begin with
+            self._seed_random_numbers(trainer, pl_module)
         if private_names.is_accumulating(trainer):
             private_names.shift_logged_step(trainer, -1)
 
@@ -67,6 +65,14 @@ class ReproducibleSteps(L.Callback):
         """Undo it, before the checkpoint of the validation."""
         if private_names.is_accumulating(trainer):
             private_names.shift_logged_step(trainer, 1)
+
+    def _seed_random_numbers(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        batch_seed = (self.seed or 0) * _SEED_STRIDE + private_names.batches_done(trainer)
+        seed = (batch_seed * _BATCH_STRIDE + trainer.global_rank) % 2**64  # of any size; torch takes 64 bits
+        # torch.manual_seed does the same for every device, but takes a millisecond to record its caller.
+        torch.default_generator.manual_seed(seed)
+        if pl_module.device.type == "cuda":
+            torch.cuda.manual_seed(seed)
 
 
 def _batches_a_step(trainer: L.Trainer) -> int:

@@ -19,13 +19,13 @@ from torch.distributed.tensor import DTensor
 
 from lightning_modules.common.messages import ERASE_LINE, on_terminal
 from lightning_modules.common.ranges import PositiveInt
+from lightning_modules.common.signals import STOPS, as_asked, exit_at_once
 from lightning_modules.runtime import private_names
 from lightning_modules.runtime.averaging import AveragedWeights
 from lightning_modules.runtime.checkpoint import run_checkpoints, save_last
 from lightning_modules.runtime.processes import gathered
 from lightning_modules.runtime.stages import step_is_logged, validates_a_fit
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 _LONGEST_WAIT = 5.0  # seconds from a signal to the exchange of signals; torchrun kills 30 seconds after its SIGTERM
 _DUE = "validation_is_due"  # in a checkpoint that was written within a validation
 _PREPARING = ("on_validation_start", "on_validation_epoch_start", "on_validation_batch_start")
@@ -58,7 +58,7 @@ class GracefulStop(L.Callback):
         self._group: torch.distributed.ProcessGroup | None = None
         self._exchanged = 0, -math.inf  # step and time of the last exchange
         self._next_exchange = 0  # its step, unless a multiple of `every_n_steps` comes before it
-        self._n_validated: int | None = None  # batches of a validation that can be left
+        self._n_validated: int | None = None  # batches of the validation in progress, if it can be left
         self._validation_is_due = False  # since the run that this one resumes has left it
         self._previous_handlers: dict[int, Any] = {}
 
@@ -71,12 +71,12 @@ class GracefulStop(L.Callback):
         def stop(signal_number: int, frame: object) -> None:
             if trainer.strategy.launcher is not None:
                 trainer.strategy.launcher.kill(signal_number)  # the ranks that this process has started
-            _stop_at_once(signal_number, frame)
+            exit_at_once(signal_number, frame)
 
-        self._validation_is_due = False
+        self._n_validated, self._validation_is_due = None, False
         private_names.leave_sigterm_alone(trainer)
         if threading.current_thread() is threading.main_thread():
-            self._previous_handlers = {number: signal.getsignal(number) for number in _SIGNALS}
+            self._previous_handlers = {number: signal.getsignal(number) for number in STOPS}
             for number in (signal.SIGTERM, signal.SIGUSR1):
                 signal.signal(number, stop)
 
@@ -88,6 +88,7 @@ class GracefulStop(L.Callback):
     def _validate_if_due(self, trainer: L.Trainer) -> None:
         if self._validation_is_due:  # some strategies load the checkpoint after `on_fit_start`
             private_names.validate_again(trainer)
+            self._validation_is_due = False  # also of a run that validates no longer
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Install the signal handlers, and open a process group on the CPU, which serves GPU processes too."""
@@ -103,11 +104,11 @@ class GracefulStop(L.Callback):
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Find whether the validation can be left."""
-        self._n_validated = None
+        if not validates_a_fit(trainer):
+            return
         # To leave the first validation of a resumed run again, the checkpoint that it has resumed from must be its own.
         is_saved = not self._validation_is_due or any(callback.has_last for callback in run_checkpoints(trainer))
-        can_be_left = is_saved and _can_be_left(trainer, pl_module)
-        if validates_a_fit(trainer) and self._is_as_long_on_all(trainer, can_be_left):
+        if self._is_as_long_on_all(trainer, is_saved and _can_be_left(trainer, pl_module)):
             self._n_validated = 0
             self._exchange_at_once()
 
@@ -129,7 +130,7 @@ class GracefulStop(L.Callback):
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Exchange signals after the step, whose validation is done."""
         if validates_a_fit(trainer):
-            self._validation_is_due = False
+            self._n_validated, self._validation_is_due = None, False
             self._exchange_at_once()
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -152,18 +153,24 @@ class GracefulStop(L.Callback):
         return most == -least < math.inf
 
     def _on_signal(self, trainer: L.Trainer, signal_number: int, frame: object) -> None:
-        self.received = _as_asked(signal_number)
+        self.received = as_asked(signal_number)
         for number in self._previous_handlers:
-            signal.signal(number, _stop_at_once)
+            signal.signal(number, exit_at_once)
         if rank_zero_only.rank == 0:
             what = "Ctrl-C" if signal_number == signal.SIGINT else signal.Signals(signal_number).name
-            then = "stopping after this step, with a checkpoint"
-            if any(checkpoint.is_last_step for checkpoint in run_checkpoints(trainer)):
-                then = "the run has done its last step and ends"
-            line = f"{what}: {then}; a second one stops at once\n"
+            line = f"{what}: {self._reaction(trainer)}; a second one stops at once\n"
             # Not `print`, which cannot be called while the signal interrupts it.
             with contextlib.suppress(OSError):  # the terminal or the pipe is gone, and the checkpoint is still due
                 os.write(2, f"{ERASE_LINE if on_terminal() else ''}{line}".encode())
+
+    def _reaction(self, trainer: L.Trainer) -> str:
+        """Return what a run does on a signal that comes now, in words."""
+        if any(checkpoint.is_last_step for checkpoint in run_checkpoints(trainer)):
+            return "the run has done its last step and ends"
+        if self._n_validated is not None and self._n_validated < sum(trainer.num_val_batches):
+            return "leaving this validation, which the resumed run does again, with a checkpoint"
+        waits = trainer.validating and not private_names.is_accumulating(trainer)
+        return f"stopping after this {'validation' if waits else 'step'}, with a checkpoint"
 
     def _stop_if_asked(self, trainer: L.Trainer) -> None:
         """Save and raise `SystemExit` if any rank got a signal."""
@@ -196,15 +203,6 @@ class GracefulStop(L.Callback):
         for signal_number, handler in self._previous_handlers.items():
             signal.signal(signal_number, handler)
         self._previous_handlers = {}
-
-
-def _as_asked(signal_number: int) -> int:
-    """Return the signal that another stands for: SIGUSR1, which a job of SLURM can ask for, is a SIGTERM."""
-    return signal.SIGTERM if signal_number == signal.SIGUSR1 else signal_number
-
-
-def _stop_at_once(signal_number: int, frame: object) -> None:
-    raise SystemExit(128 + _as_asked(signal_number))
 
 
 def _can_be_left(trainer: L.Trainer, module: L.LightningModule) -> bool:

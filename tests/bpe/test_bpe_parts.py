@@ -223,6 +223,18 @@ def test_processes_end_at_close_even_if_their_parent_ignores_signals_and_they_ha
     assert [process.is_alive() for process in processes] == [False, False]
 
 
+def test_processes_leave_the_signals_of_a_terminal_and_of_a_job_to_their_parent():
+    counter = WordCounter(GPT2_PATTERN, workers=1)
+    for number in (signal.SIGINT, signal.SIGUSR1):
+        counter.add(["a"])
+        counter.wait()
+        os.kill(counter._processes[0].pid, number)
+    counter.add(["a"])
+    counter.wait()
+    counter.close()
+    assert counter.words == {b"a": 3}
+
+
 def test_processes_leave_when_their_parent_is_killed():
     reading, writing = os.pipe()  # reading ends when no process has the other end any more
     child = os.fork()

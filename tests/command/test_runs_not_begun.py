@@ -52,9 +52,10 @@ def test_a_run_that_is_refused_before_its_first_batch_leaves_no_folder(llm_train
 
 
 @pytest.mark.slow
-def test_a_run_that_is_stopped_while_its_data_is_prepared_leaves_no_folder(forked, tiny):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_run_that_is_stopped_while_its_data_is_prepared_leaves_no_folder(forked, tiny, number):
     def signal_in_preparation() -> None:
-        token_cache._write_documents = lambda *_: signal.raise_signal(signal.SIGTERM)
+        token_cache._write_documents = lambda *_: signal.raise_signal(number)
 
     assert forked("fit", "-c", tiny(), prepare=signal_in_preparation) == 128 + signal.SIGTERM
     assert not list(RUNS.iterdir())

@@ -374,13 +374,21 @@ def test_what_cannot_be_read_is_one_line(tmp_path, name):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("file", ["dataset_dict.json", "state.json"])
-def test_a_folder_of_save_to_disk_names_what_to_write(tmp_path, file):
+@pytest.mark.parametrize("files", [["dataset_dict.json"], ["dataset_info.json", "state.json"]])
+def test_a_folder_of_save_to_disk_names_what_to_write(tmp_path, files):
     (tmp_path / "saved").mkdir()
-    (tmp_path / "saved" / file).write_text("{}")
+    for file in files:
+        (tmp_path / "saved" / file).write_text("{}")
     assert "folder saved is of `save_to_disk` of the library datasets; write it as Parquet" in one_line_error(
         Files("saved")
     )
+
+
+@pytest.mark.parametrize("name", ["dataset_info.json", "state.json"])
+def test_a_folder_with_a_file_of_rows_of_any_name_is_read(tmp_path, name):
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / name).write_text('[{"text": "one"}]')
+    assert [*Files("notes").pieces()] == [Piece("one", True)]
 
 
 @pytest.mark.parametrize("given", [[], [""], ["a.txt", "hub:nobody/nothing"]])

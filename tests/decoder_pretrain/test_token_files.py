@@ -459,6 +459,15 @@ def test_copies_do_not_share_the_lock_of_the_bar():
     assert list(token_cache._in_processes(1, work))
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR1])
+def test_copies_leave_the_signals_of_a_terminal_and_of_a_job_to_their_parent(number):
+    def work():
+        signal.raise_signal(number)
+        yield
+
+    assert list(token_cache._in_processes(1, work))
+
+
 def test_without_locks_the_folders_of_other_processes_stay(large, tmp_path, monkeypatch):
     def refuse(file, how):
         raise OSError(errno.ENOTSUP, "Operation not supported")

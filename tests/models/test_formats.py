@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import pytest
 import torch
@@ -124,17 +125,23 @@ def test_a_decoder_with_another_module_than_its_configuration_names_is_in_no_for
         """A decoder that may compute anything."""
 
     plain = DecoderConfig(**SIZES)
-    changed, grown, cut = (random_decoder(plain) for _ in range(3))
+    changed, grown, cut, wide = (random_decoder(plain) for _ in range(4))
     changed.blocks[1].feed_forward.activation = nn.SiLU()
     grown.blocks[0].gate = nn.Linear(2, 2)
     cut.blocks = cut.blocks[:1]
+    wide.blocks[0].feed_forward.expansion = nn.Linear(SIZES["n_embd"], 5)
+    wide.embedding_dropout = nn.Dropout(0.5)  # does not change what it computes after the training
     for decoder, problem in (
         (changed, "blocks.1.feed_forward.activation is a SiLU"),
         (grown, "blocks.0.gate is a Linear"),
         (cut, "there is no blocks.1"),
+        (
+            wide,
+            f"blocks.0.feed_forward.expansion is a Linear(in_features={SIZES['n_embd']}, out_features=5, bias=True)",
+        ),
         (Own(plain), "the decoder is a Own"),
     ):
-        with pytest.raises(ValueError, match=f"^{problem}, which no format of a decoder has$"):
+        with pytest.raises(ValueError, match=f"^{re.escape(problem)}, which no format of a decoder has$"):
             exported(decoder)
 
 

@@ -9,6 +9,7 @@ import lightning as L
 import pytest
 import torch
 from helpers import BEST, LAST
+from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
@@ -89,6 +90,13 @@ class InValidation(L.Callback):
         if trainer.global_step == self.at:
             signal.raise_signal(signal.SIGTERM)
             self.at = None
+
+
+class Draw(L.Callback):
+    """Logs a random number at the end of each validation."""
+
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        pl_module.log("val/drawn", torch.rand(()))
 
 
 def fit(
@@ -183,19 +191,20 @@ def test_a_run_stops_after_any_step_and_resumes_exactly(tmp_path, batches, setti
         (4, {"max_steps": 5, "val_check_interval": 4, "accumulate_grad_batches": 2}, (2, 4, 5)),
     ],
 )
-def test_a_run_leaves_a_validation_and_does_it_again_when_it_is_resumed(tmp_path, batches, settings, validated):
-    whole, last = Rows(), validated[-1]
-    finished = fit(tmp_path / "whole", batches, whole, **settings)
+def test_a_run_leaves_a_validation_and_does_it_again_when_it_is_resumed(tmp_path, batches, settings, validated, capfd):
+    whole, last, draw = Rows(), validated[-1], Draw()
+    finished = fit(tmp_path / "whole", batches, whole, added=[draw], **settings)
     for at in validated:
         rows, folder, left = Rows(), tmp_path / str(at), InValidation(at)
-        code, step, *_ = fit(folder, batches, rows, added=[left], **settings)
+        code, step, *_ = fit(folder, batches, rows, added=[left, draw], **settings)
         assert (code, step) == ((0 if at == last else 143), at)  # the validation of the last step is waited for
         if code:
+            assert capfd.readouterr().err.startswith("SIGTERM: leaving this validation, which the resumed run does")
             assert left.n_batches % 3 == 1
             assert "val/loss" not in rows.rows[at - 1]
-            assert fit(folder, batches, rows, added=[again := InValidation(at)], **settings)[0] == 143  # once more
+            assert fit(folder, batches, rows, added=[again := InValidation(at), draw], **settings)[0] == 143
             assert again.n_batches == 1
-            assert fit(folder, batches, rows, **settings) == finished
+            assert fit(folder, batches, rows, added=[draw], **settings) == finished
         assert rows.rows == whole.rows
         for name in (LAST, BEST):
             ours, theirs = (torch.load(f / name, weights_only=True) for f in (folder, tmp_path / "whole"))
@@ -207,12 +216,45 @@ def test_a_run_leaves_a_validation_and_does_it_again_when_it_is_resumed(tmp_path
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("hook", ["on_validation_start", "on_validation_epoch_start", "on_validation_batch_start"])
-def test_a_validation_that_a_callback_of_others_prepares_is_waited_for(tmp_path, hook):
+def test_a_validation_that_a_callback_of_others_prepares_is_waited_for(tmp_path, hook, capfd):
     prepares = InValidation(4)
     setattr(prepares, hook, lambda *_: None)
     rows = Rows()
     assert fit(tmp_path, 3, rows, added=[prepares], max_steps=9, val_check_interval=4)[:2] == (143, 4)
     assert (prepares.n_batches, "val/loss" in rows.rows[3]) == (3, True)
+    assert capfd.readouterr().err.startswith("SIGTERM: stopping after this validation, with a checkpoint; a second")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_validation_whose_last_batch_is_in_progress_is_ended(tmp_path, capfd):
+    rows, settings = Rows(), {"max_steps": 9, "val_check_interval": 4, "limit_val_batches": 1}
+    assert fit(tmp_path, 3, rows, added=[InValidation(4)], **settings)[:2] == (143, 4)
+    assert "val/loss" in rows.rows[3]
+    assert capfd.readouterr().err.startswith("SIGTERM: stopping after this validation, with a checkpoint; a second")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_run_that_stops_early_resumes_from_the_validation_at_the_end_of_an_epoch(tmp_path):
+    """There `EarlyStopping` reads the metric when the epoch ends, which is after the checkpoint of the validation."""
+
+    def stopping() -> EarlyStopping:
+        return EarlyStopping("val/loss", patience=1, min_delta=100.0)
+
+    settings, whole, rows = AT_EPOCH_ENDS | {"max_epochs": 9, "limit_val_batches": 1}, Rows(), Rows()
+    finished = fit(tmp_path / "whole", 3, whole, added=[stopping()], **settings)
+    assert finished[:2] == (0, 6)
+    assert fit(tmp_path, 3, rows, added=[stopping(), InValidation(3)], **settings)[:2] == (143, 3)
+    assert fit(tmp_path, 3, rows, added=[stopping()], **settings) == finished
+    assert rows.rows == whole.rows
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_run_that_validates_no_longer_when_it_is_resumed_has_left_no_validation(tmp_path):
+    settings = {"max_steps": 9, "val_check_interval": 4}
+    for at, changed, is_due in ((4, {}, True), (6, {"limit_val_batches": 0}, False)):
+        left = [InValidation(4), Signal(6)]
+        assert fit(tmp_path, 3, Rows(), added=left, **settings | changed)[:2] == (143, at)
+        assert torch.load(tmp_path / LAST, weights_only=True).get("validation_is_due", False) == is_due
 
 
 @pytest.mark.slow
