@@ -52,6 +52,9 @@ _REFUSALS = (ValueError, TypeError, AttributeError, ImportError)  # of Lightning
 # Texts of errors of other classes: of a full disk, and of `~name/file` for a user who does not exist.
 _OF_FILES = ("No space left on device", "Could not determine home directory")
 
+# Texts of torch's errors of general classes for tensors that the memory cannot hold.
+_OF_MEMORY = ("can't allocate memory", "not enough memory", "error: out of memory", "Storage size calculation overflow")
+
 HELP = f"""usage: llm-train COMMAND [options]
 
 Train language models from YAML. Try it:
@@ -142,9 +145,10 @@ def _mistake_behind(error: BaseException) -> BaseException | None:
     """Return the mistake of the user that an error comes from, or `None`.
 
     A mistake is a `UserError`, a `MisconfigurationException`, also one that a library has wrapped, or an `OSError`: a
-    missing file, a full disk, a folder that cannot be written. It is also an error that Lightning itself raises, which
-    refuses settings of the trainer with several classes of exceptions, and any error of one of its callbacks. These two
-    are none if they have passed code of the user: it is to be mended there.
+    missing file, a full disk, a folder that cannot be written. So is what needs more memory than there is. It is also
+    an error that Lightning itself raises, which refuses settings of the trainer with several classes of exceptions, and
+    any error of one of its callbacks. These two are none if they have passed code of the user: it is to be mended
+    there.
     """
     # Libraries in Rust have errors of their own.
     if isinstance(error, OSError) or any(text in str(error) for text in _OF_FILES) or _is_refused_by_lightning(error):
@@ -152,6 +156,12 @@ def _mistake_behind(error: BaseException) -> BaseException | None:
     lightning = sys.modules.get("lightning.pytorch.utilities.exceptions")  # not imported: not raised
     mistakes = (UserError, lightning.MisconfigurationException) if lightning else UserError
     behind = next((cause for cause in causes(error) if isinstance(cause, mistakes)), None)
+    if behind is None and (lacking := next(filter(_is_of_memory, causes(error)), None)):
+        reason = ". ".join(str(lacking).split(". ")[:2]) or type(lacking).__name__
+        return UserError(
+            f"the memory is not enough ({reason}): give a smaller model or data.batch_size; `llm-train estimate` "
+            "counts what a run needs, and LLM_TRAIN_TRACEBACK=1 shows where in the code it ended"
+        )
     if behind is None and (callback := _callback_behind(error)):
         reason = traceback.format_exception_only(error)[-1]
         return UserError(f"the callback {callback} does not go with this run: {reason}")
@@ -161,6 +171,12 @@ def _mistake_behind(error: BaseException) -> BaseException | None:
 def _is_refused_by_lightning(error: BaseException) -> bool:
     raised_there = isinstance(error, _REFUSALS) and module_that_raised(error).startswith("lightning.")
     return raised_there and place_in_users_code(error) is None
+
+
+def _is_of_memory(error: BaseException) -> bool:
+    """Return whether there was no memory left, of the machine or of its GPU."""
+    general = isinstance(error, RuntimeError) and any(text in str(error) for text in _OF_MEMORY)
+    return general or isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
 
 
 def _callback_behind(error: BaseException) -> str | None:

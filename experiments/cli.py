@@ -66,6 +66,7 @@ _NOISE = (  # warnings of Lightning that do not hold here, or that a user cannot
     ".*when logging on epoch level in distributed setting to accumulate the metric across devices.*",
     r"\s*Unable to serialize instance",  # a default, which is left out of the configuration
 )
+_LOADERS = {"test": "test_dataloader", "predict": "predict_dataloader"}  # what the commands read
 _NOT_SERIALIZED = "Unable to serialize instance"  # jsonargparse's text in place of a value
 
 
@@ -305,7 +306,7 @@ class ExperimentCLI(SettingsGoOverCheckpoint):
         leave_unused_gpus_alone()
         self._check_links()
         self.model.data = self.datamodule
-        self._check_predicts()
+        self._check_has_data()
         if (kind := self._trainer_arguments["accelerator"]) in _GPUS and not torch.accelerator.is_available():
             raise MisconfigurationException(
                 f"trainer.accelerator is {kind}, and PyTorch finds no GPU here: give -c trainer/cpu in its place"
@@ -362,15 +363,16 @@ class ExperimentCLI(SettingsGoOverCheckpoint):
                     f"model.{name}: the YAML says {given}, but the data has {actual}; leave it out, it is linked"
                 )
 
-    def _check_predicts(self) -> None:
-        """Refuse `predict` if neither the data nor the module has examples for it."""
-        parts = (self.datamodule, self.model)
-        if self.subcommand != "predict" or any(is_overridden("predict_dataloader", part) for part in parts):
+    def _check_has_data(self) -> None:
+        """Refuse `test` and `predict` if neither the data nor the module has examples for it."""
+        loader = _LOADERS.get(self.subcommand)
+        if loader is None or any(is_overridden(loader, part) for part in (self.datamodule, self.model)):
             return
-        folder = shlex.quote(str(self.run.path)) if self.run else "RUN"
+        command = self.model.next_command(shlex.quote(str(self.run.path)) if self.run else "RUN")
+        advice = "" if command.startswith(f"llm-train {self.subcommand} ") else f"; use `{command}`"
         raise MisconfigurationException(
-            f"predict: {type(self.datamodule).__name__} has no predict_dataloader, and so nothing to predict; use "
-            f"`{self.model.next_command(folder)}`"
+            f"{self.subcommand}: {type(self.datamodule).__name__} has no {loader}, and so nothing to {self.subcommand}"
+            f"{advice}"
         )
 
     def say_that_it_was_a_trial(self) -> None:

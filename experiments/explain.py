@@ -60,6 +60,7 @@ _BESIDE = re.compile(r"Option '(class_path|\w+\.\w+)' is not accepted")  # a key
 _NO_VALUE = re.compile(r"argument (?:-\w/)?(--[\w.]+): expected one argument")
 _GIVEN_VALUE = re.compile(r"Given value: ?(.*?)(?:\. Got value: Namespace\(.*)?$", re.MULTILINE)
 _REPRESENTED = ("Namespace(", "NestedArg(", "[{", "{")  # values that would not be known again
+_OUT_OF_RANGE = "does not conform to restriction"
 _EXPECTED_LIST = re.compile(r"expected (?:list|tuple), got ([^{]+)$")
 _BOOLEAN = re.compile(r"expected str, got (True|False)$")
 _NO_SPACE = re.compile(r"(\w+):([^' ;/\\]+)(?:' is not accepted| is no class path)")
@@ -160,7 +161,7 @@ def _hides_a_file_of_the_user(name: str) -> str | None:
 def _reasons(message: str) -> list[str]:
     """Return the reasons in a message, without those of types that the user did not mean."""
     reasons = [line.strip().removeprefix("- ") for line in _KEY.sub("", message).splitlines()]
-    reasons = [_plain(reason) for reason in reasons if not _AROUND.match(reason)]
+    reasons = list(filter(None, (_plain(reason) for reason in reasons if not _AROUND.match(reason))))
     reasons = [reason for reason in reasons if not reason.startswith("Not a valid subclass of ")] or reasons[:1]
     # Of several types, those of which the class is no subclass do not matter.
     reasons = [reason for reason in reasons if " to be a subclass of " not in reason] or reasons[-1:]
@@ -168,7 +169,7 @@ def _reasons(message: str) -> list[str]:
     of_classes = [reason for reason in reasons if not _OTHER_FORM.match(reason)]
     if not all(map(_BARE_PATH.fullmatch, of_classes)):
         reasons = of_classes
-    return _that_matter(list(filter(None, reasons)))
+    return _that_matter(reasons)
 
 
 def _that_matter(reasons: Sequence[str]) -> list[str]:
@@ -195,6 +196,7 @@ def _plain(reason: str) -> str:
     )
     reason = re.sub(r"^Not of type \w+: ", "", reason)
     reason = re.sub(r"Expected a <class '([\w.]+)'>", r"expected \1", reason)
+    reason = re.sub(r"^expected collections\.abc\.(Sequence|Iterable)", "expected list", reason)
     reason = re.sub(r"Expected a dot import path string: ?(.*)", rf"\1 {_NO_PATH}", reason)
     reason = re.sub(r"^Import path (?:([\w.]+) )?does not correspond to a subclass of (\w+)", _no_subclass, reason)
     return re.sub(r"\. Got value: (.*)", r", got \1", reason)
@@ -209,11 +211,12 @@ def _no_subclass(found: re.Match[str]) -> str:
 def _with_value(what: str, message: str, flag: str | None, command_line: Sequence[str]) -> str:
     """Return what is wrong with the value that was given: the innermost of a message, or else that of the flag."""
     reason = what.rpartition("; ")[2]
-    if reason.startswith("expected ") and "got " not in reason:
+    if reason.startswith(("expected ", _OUT_OF_RANGE)) and "got " not in reason:
         given = _GIVEN_VALUE.search(message)
         value = given[1] if given else _value_of(flag, command_line) if flag else None
         if value is not None and not value.startswith(_REPRESENTED):
-            what += f", got {value}"
+            in_front = what.removesuffix(reason)
+            what = f"{in_front}{value} {reason}" if reason.startswith(_OUT_OF_RANGE) else f"{what}, got {value}"
     return re.sub(r", got ?$", ", got nothing", what)
 
 

@@ -248,8 +248,9 @@ class ExperimentModule(L.LightningModule):
             group["lr"] = group["lr"] * group.get("lr_share", 1.0)
         if self.schedule_factory is None:
             return optimizer
+        total_steps = self.trainer.estimated_stepping_batches  # the trainer checks its own arguments here
         with refusals("lr_scheduler", private_names.built_class(self.schedule_factory)):
-            schedule = build_schedule(self.schedule_factory, optimizer, self.trainer.estimated_stepping_batches)
+            schedule = build_schedule(self.schedule_factory, optimizer, total_steps)
         config = {"scheduler": schedule, "interval": "step", "name": "lr"}
         if isinstance(schedule, ReduceLROnPlateau):  # stepped by `OptimizerSettings` after each validation
             config |= {"reduce_on_plateau": True, "monitor": "val/loss", "frequency": sys.maxsize}

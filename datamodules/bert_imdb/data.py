@@ -395,7 +395,7 @@ class BertImdbDataModule(ReviewsDataModule):
             missing = ", ".join(name for label, name in enumerate(self.classes) if label not in present)
             flags = self.source.flags_to_hold_out(split, isinstance(self.given_reviews, ReviewSource))
             raise MisconfigurationException(
-                f"data.reviews: the {split} reviews need two classes, and there is no {missing} one; give both, or a "
+                f"data.reviews: the {split} reviews need two classes, and none is of class {missing}; give both, or a "
                 f"larger part for {split}{f' when you train: {flags}' if flags else ''}"
             )
         self.texts[split] = reviews

@@ -144,8 +144,10 @@ def _folder_of(source: str) -> Path | None:
     path = Path(source).expanduser()
     if path.is_dir():
         raise _unusable(f"{source} holds neither a config.json nor a model/ with one: give a model, or a finished run")
+    advice = maker_of(path) or "give the folder of a model, a .npy, or a name on the hub"
+    if path.is_file():
+        raise _unusable(f"{source} is a file: {advice}")
     if is_path(source):
-        advice = maker_of(path) or "give the folder of a model, a .npy, or a name on the hub"
         raise _unusable(f"{source} does not exist (working folder: {Path.cwd()}): {advice}")
     return None
 

@@ -35,12 +35,12 @@ def check(module: ExperimentModule, callbacks: Iterable[Any], schedule: Any) -> 
     known = _logged_by(module)
     if not known or not all(type(callback).__module__.startswith(_OWN) for callback in callbacks):
         return
-    for owner, name in _monitored(callbacks, schedule):
+    for owner, argument, name in _monitored(callbacks, schedule):
         with_split = [f"val/{name}"] if f"val/{name}" in known else []
         similar = with_split or difflib.get_close_matches(name, known, n=1, cutoff=_SIMILAR)
         if name not in known and similar:
             raise MisconfigurationException(
-                f"{owner}: monitor is {name!r}, and the run logs no such metric (did you mean {similar[0]!r}?)"
+                f"{owner}: {argument} is {name!r}, and the run logs no such metric (did you mean {similar[0]!r}?)"
             )
 
 
@@ -63,12 +63,14 @@ def check_tracked(trainer: L.Trainer, module: L.LightningModule) -> None:
         )
 
 
-def _monitored(callbacks: Iterable[Any], schedule: Any) -> Iterator[tuple[str, str]]:
+def _monitored(callbacks: Iterable[Any], schedule: Any) -> Iterator[tuple[str, str, str]]:
+    """Yield the callbacks and the schedule that name a metric, each with the argument and the metric."""
     for callback in callbacks:
-        if isinstance(name := getattr(callback, "monitor", None), str):
-            yield type(callback).__name__, name
+        for argument in ("monitor", "train_metric", "val_metric"):
+            if isinstance(name := getattr(callback, argument, None), str):
+                yield type(callback).__name__, argument, name
     if isinstance(name := getattr(schedule, "keywords", {}).get("monitor"), str):
-        yield "lr_scheduler", name
+        yield "lr_scheduler", "monitor", name
 
 
 def _logged_by(module: ExperimentModule) -> list[str]:

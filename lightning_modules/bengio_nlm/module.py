@@ -119,7 +119,8 @@ class BengioNLMModule(KeepsBufferDtypes, ExperimentModule):
 
     def evaluation_results(self, metrics: "Likelihoods", split: str) -> Mapping[str, Tensor]:
         """Return the loss and the perplexities; a validation first learns the mixture if `mix` is `learned`."""
-        measured = metrics.compute()
+        # A column of one element comes as a scalar.
+        measured = {name: column.flatten() for name, column in metrics.compute().items()}
         models = torch.stack([measured["network"], measured["trigram"]], dim=1)  # (N, 2)
         if split == "val" and self.mix == "learned":
             weights = fit_mixture(models.exp().cpu().numpy(), measured["group"].cpu().numpy(), N_GROUPS)

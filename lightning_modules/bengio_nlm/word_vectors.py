@@ -93,7 +93,7 @@ class WordVectors(L.Callback):
         file = folder / "word_vectors.txt"
         write_text(file, to_word2vec(words, vectors.detach().float().cpu().numpy()))
         last = min(self.skip + self.n_drawn, len(words))
-        for method in ("pca", "tsne") if last - self.skip >= 3 else ():
+        for method in ("pca", "tsne") if last - self.skip >= 3 and vectors.shape[1] > 1 else ():
             figure = folder / "figures" / f"word_vectors_{method}.png"
             show_figures(trainer, [draw_word_vectors(file, figure, method, self.skip, last)])
         rows = ([w, *v] for w, v in zip(words[:_TABLE_ROWS], vectors[:_TABLE_ROWS].tolist(), strict=True))

@@ -1,11 +1,13 @@
 """A baseline for text classifiers: logistic regression on word counts."""
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import lightning as L
 import numpy as np
 import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_modules.base import ExperimentModule
 from lightning_modules.classification import ClassificationMeasures
@@ -51,13 +53,26 @@ class BagOfWords(L.Callback):
 def evaluate_bag_of_words(
     train: Sequence[Any], held_out: Sequence[Any], n_classes: int, ngrams: int
 ) -> dict[str, float]:
-    """Return the results of a logistic regression on word counts; see `ClassificationMeasures` for their names."""
+    """Return the results of a logistic regression on word counts; see `ClassificationMeasures` for their names.
+
+    Raises:
+        MisconfigurationException: If the training reviews have no words.
+    """
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
 
     model = make_pipeline(TfidfVectorizer(ngram_range=(1, ngrams)), LogisticRegression(max_iter=1000))
-    model.fit([review.text for review in train], [review.label for review in train])
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The number of unique classes")  # few reviews of many classes
+        try:
+            model.fit([review.text for review in train], [review.label for review in train])
+        except ValueError as error:
+            if "empty vocabulary" not in str(error):
+                raise
+            raise MisconfigurationException(
+                "BagOfWords: no training review has a word of two or more letters: leave the callback out"
+            ) from error
     scores = np.full((len(held_out), n_classes), -np.inf)  # (n, K); training reviews may lack a class
     scores[:, model.classes_] = model.predict_log_proba([review.text for review in held_out])
     metrics = ClassificationMeasures(n_classes, sync_on_compute=False)  # the other processes have no data

@@ -55,9 +55,16 @@ def load_pretrained(
 
     auto = getattr(transformers, auto_class)
     if architecture is not None:
-        config = transformers.AutoConfig.for_model(**architecture | changes)
-        _check_kernels(config, argument)
-        return _without_weights(auto, config)
+        try:
+            config = transformers.AutoConfig.for_model(**architecture | changes)
+            _check_kernels(config, argument)
+            return _without_weights(auto, config)
+        except (MisconfigurationException, RuntimeError, MemoryError):
+            raise
+        except Exception as error:  # the configuration can be a damaged file's
+            raise MisconfigurationException(
+                f"model.architecture is none of Transformers ({first_line(error)}): leave it out; a checkpoint holds it"
+            ) from error
     folder = local_folder(base, argument)
     on_disk = folder is not None or not hub_answers()
     try:

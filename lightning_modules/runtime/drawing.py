@@ -77,6 +77,6 @@ def show_table(trainer: L.Trainer, name: str, columns: Sequence[str], rows: Iter
 
 
 def log_before_training(trainer: L.Trainer, metrics: Mapping[str, float]) -> None:
-    """Log metrics at step 0, before any optimiser step was made."""
-    for logger in trainer.loggers:
+    """Log metrics at step 0, before any optimiser step was made; nothing if there are none."""
+    for logger in trainer.loggers if metrics else ():
         logger.log_metrics(dict(metrics), step=None)

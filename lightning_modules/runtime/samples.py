@@ -1,7 +1,6 @@
 """Samples of generated text, drawn during the training."""
 
 import itertools
-import math
 import re
 import textwrap
 from collections.abc import Sequence
@@ -57,9 +56,8 @@ class SampleText(L.Callback):
     ) -> None:
         if prompts is not None and not (prompts and all(prompts)):
             reason = "has an empty text" if prompts else "is empty"
-            raise MisconfigurationException(f"SampleText: prompts {reason}; give at least one character to continue")
-        if not math.isfinite(temperature):
-            raise MisconfigurationException(f"SampleText: temperature is {temperature}; give a finite number")
+            name = type(self).__name__
+            raise MisconfigurationException(f"{name}: prompts {reason}; give at least one character to continue")
         self.prompts = prompts or []  # those of the validation text are read at the first validation
         self.how: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
         self.how["max_new_tokens"] = max_new_tokens

@@ -339,6 +339,13 @@ def test_results_by_hand(mix):
     assert torch.equal(module.mixture, learned)
 
 
+def test_results_of_one_word():
+    module = BengioNLMModule(vocab_size=5, block_size=3)
+    module.val_metrics.update(*(torch.tensor([p]).log() for p in (0.5, 0.25, 0.125)), torch.tensor([1]))
+    found = module.evaluation_results(module.val_metrics, "val")
+    assert found["perplexity_trigram"].item() == pytest.approx(4)
+
+
 def test_a_mixture_that_no_validation_has_learned_is_not_tested_as_a_learned_one():
     module = BengioNLMModule(vocab_size=5, block_size=3, mix="learned")
     with pytest.raises(MisconfigurationException, match=r"^model\.mix is learned, but .* --model\.mix equal"):
@@ -438,6 +445,13 @@ def test_a_run_leaves_word_vectors_neighbours_and_figures(run):
     assert neighbours.count("- **<p>**: ") == 2
     for name in ("word_vectors_pca", "word_vectors_tsne", "learning_curve"):
         assert (run / f"figures/{name}.png").stat().st_size > 5_000
+
+
+def test_vectors_of_one_number_are_not_drawn(llm_train, tmp_path):
+    done = llm_train("fit", "-c", write(tmp_path, model__init_args__m=1))
+    assert done.code == 0, done.err
+    assert Path(RUN, "word_vectors.txt").is_file()
+    assert not Path(RUN, "figures/word_vectors_pca.png").exists()
 
 
 @pytest.mark.slow

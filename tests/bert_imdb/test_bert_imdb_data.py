@@ -255,6 +255,18 @@ def test_the_label_depends_on_the_order_of_the_words_more_than_on_the_words():
     assert pairs > words + 0.05
 
 
+def test_reviews_without_a_word_have_no_bag_of_words():
+    reviews = [SimpleNamespace(text=sign, label=label) for label, sign in enumerate("!?")]
+    with pytest.raises(MisconfigurationException, match="BagOfWords: no training review has a word of two or more"):
+        evaluate_bag_of_words(reviews, reviews, 2, 1)
+
+
+def test_a_bag_of_words_of_few_reviews_of_many_classes_warns_of_nothing(recwarn):
+    reviews = [SimpleNamespace(text="fine film", label=label) for label in range(40)]
+    evaluate_bag_of_words(reviews, reviews, 40, 1)
+    assert not list(recwarn)
+
+
 def test_every_pair_is_two_opposite_sentences_of_the_same_words():
     for against, in_favour, pattern in film_reviews.WORDS["pairs"]:
         one, other = pattern.format(against, in_favour), pattern.format(in_favour, against)
@@ -521,7 +533,7 @@ def test_other_bad_files_are_one_line(tmp_path):
 def test_one_class_only_is_refused(tmp_path, tokenizer_folder):
     (tmp_path / "good.jsonl").write_text(as_json([row | {"label": 1} for row in ROWS]))
     data = BertImdbDataModule(ReviewFiles(str(tmp_path / "good.jsonl")), tokenizer_folder, 4, 16)
-    with pytest.raises(MisconfigurationException, match="the train reviews need two classes, and there is no negative"):
+    with pytest.raises(MisconfigurationException, match="the train reviews need two classes, and none is of class neg"):
         data.setup("fit")
 
 

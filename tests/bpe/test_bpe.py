@@ -421,6 +421,12 @@ def test_a_pattern_that_loses_text_in_a_counting_process_is_refused_by_the_end()
     module.counter.close()
 
 
+def test_a_pattern_that_loses_text_of_the_validation_alone_is_refused():
+    module = BPEModule(pattern=r"\S+")
+    with pytest.raises(MisconfigurationException, match=r"^model\.pattern: the pattern loses text"):
+        module.evaluation_step(["two words"], module._metrics())
+
+
 def test_a_second_epoch_is_refused():
     module = BPEModule()
     module._trainer = SimpleNamespace(max_epochs=2)

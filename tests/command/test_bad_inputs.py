@@ -43,6 +43,13 @@ FILES = {
 }
 TWICE = "--trainer.callbacks+=lightning_modules.runtime.steps_to_loss.StepsToLoss"
 EARLY = "lightning.pytorch.callbacks.EarlyStopping"
+CURVE = "--trainer.callbacks+=lightning_modules.runtime.learning_curve.LearningCurve"
+MUON = "--optimizer=lightning_modules.optim.Muon"
+STEPS = "--lr_scheduler=torch.optim.lr_scheduler.MultiStepLR"
+EPOCH_OF_3 = [
+    *("--trainer.max_steps=-1", "--trainer.max_epochs=1", "--trainer.limit_train_batches=3"),
+    *("--trainer.check_val_every_n_epoch=1", "--trainer.val_check_interval=5"),
+]
 PLATEAU = "--lr_scheduler=lightning_modules.optim.schedules.ReduceOnPlateau"
 LOGGERS = "lightning.pytorch.loggers"
 HUB = ["--data.source=datamodules.sources.HubText", "--data.source.dataset=no/such"]
@@ -70,6 +77,17 @@ COMMANDS = [
     ("fit tiny", ["--optimiser.lr=3"], 2, ["(did you mean 'optimizer'?)"]),
     ("fit tiny", ["--optimizer.lrr=3"], 2, ["error: --optimizer: Option 'lrr'", "(did you mean 'lr'?)"]),
     ("fit tiny", ["--optimizer.learning_rate=1"], 2, ["'learning_rate' is not accepted (AdamW takes lr, betas, "]),
+    ("fit tiny", ["--model.norm_eps=-1"], 2, ["error: --model.norm_eps: ", "; -1 does not conform to restriction v>0"]),
+    ("fit tiny", [MUON, "--optimizer.matrices=[0.5]"], 2, ["error: --optimizer.matrices: expected str, got 0.5"]),
+    ("fit tiny", [STEPS, "--lr_scheduler.milestones=3"], 2, ["expected list, got 3: write '[3]', in quotation marks"]),
+    (
+        "fit tiny",
+        [CURVE, "--trainer.callbacks.val_metric=val/los"],
+        1,
+        ["Curve: val_metric is 'val/los'", "'val/loss'?"],
+    ),
+    ("fit tiny", ["--model.n_embd=1000000000000000"], 1, ["the memory is not enough (", "`llm-train estimate` counts"]),
+    ("fit tiny", EPOCH_OF_3, 1, ["error: `val_check_interval` (5) must be less than or equal to the number of"]),
     ("fit tiny", ["--optimizer=SGD", "--optimizer.learning_rate=1"], 2, ["accepted (SGD takes lr, momentum, "]),
     (
         "fit tiny",

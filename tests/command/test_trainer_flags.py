@@ -91,6 +91,25 @@ def test_an_error_in_a_callback_of_lightning_names_the_callback(call, said):
     assert said is None or re.match(f"the callback {said}", str(mistake))
 
 
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB. GPU 0 has ..."),
+            "Tried to allocate 2 GiB",
+        ),
+        (RuntimeError("CUDA error: out of memory"), "CUDA error: out of memory"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried 9 bytes"), "you tried 9 bytes"),
+        (MemoryError(), "MemoryError"),
+        (RuntimeError("shapes cannot be multiplied"), None),
+    ],
+)
+def test_a_run_that_the_memory_cannot_hold_is_one_line(error, said):
+    mistake = _mistake_behind(error)
+    assert (mistake is None) == (said is None)
+    assert said is None or re.match(rf"the memory is not enough \(.*{said}\): give a smaller", str(mistake))
+
+
 def test_the_table_has_the_values_of_the_suite():
     assert set(IN_THE_SUITE) <= set(CASES)
     assert set(CASES) >= ALONE_VALUES

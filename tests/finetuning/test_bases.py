@@ -86,6 +86,16 @@ def test_an_encoder_is_no_causal_language_model(tmp_path):
     load_pretrained(str(folder), "AutoModelForMaskedLM")
 
 
+@pytest.mark.parametrize(
+    "architecture", [{}, {"n_layer": 1}, {"model_type": "nobody"}, {"model_type": "gpt2", "n_embd": "a"}]
+)
+def test_an_architecture_that_is_none_is_one_line(architecture):
+    with pytest.raises(
+        MisconfigurationException, match=r"model\.architecture is none of Transformers \(.*leave it out"
+    ):
+        load_pretrained("base", architecture=architecture)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_without_data_a_base_is_built_from_its_configuration_alone(base, dtype, request):
     loaded = load_pretrained(str(base))

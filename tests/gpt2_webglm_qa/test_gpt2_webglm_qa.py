@@ -503,6 +503,11 @@ def test_a_trial_run_prints_the_records_to_the_terminal(llm_train, qa):
     assert not RUN.exists() or not any(RUN.iterdir())
 
 
+def test_a_base_that_nothing_is_known_of_leaves_no_row_of_metrics():
+    trainer = SimpleNamespace(callback_metrics={}, loggers=[None], is_global_zero=True)
+    AnswerQuestions().on_sanity_check_end(trainer, None)  # of no held-out records
+
+
 def test_answers_as_a_table_and_what_was_said():
     table = {
         "tuned": {"rougeL": (0.5, 0.4, 0.6), "gold_perplexity": (9.0, 8.0, 10.0)},

@@ -142,6 +142,7 @@ def test_a_run_of_unknown_length_has_schedules_that_need_none_only(total_steps):
     ("schedule", "setting", "condition"),
     [
         ("Linear", "warmup=-0.1", "v>=0"),
+        ("Linear", "warmup=inf", "v>=0 and v<inf"),
         ("Cosine", "final=1.5", "v>=0 and v<=1"),
         ("InverseTime", "decay=-1", "v>=0"),
         ("WarmupStableDecay", "decay=2", "v>=0 and v<=1"),

@@ -259,6 +259,21 @@ def test_a_missing_matrix_is_one_line_and_leaves_no_folder(llm_train, tmp_path):
     assert not Path("runs").exists()
 
 
+def test_a_file_that_is_no_matrix_is_named_as_a_file(llm_train, tmp_path):
+    Path("text.txt").write_text("a text")
+    failed = llm_train("fit", "-c", write(tmp_path, data__init_args__source="text.txt"))
+    assert "data.source: text.txt is a file: give the folder of a model, a .npy, or a name on the hub" in failed.err
+
+
+def test_a_test_of_data_without_a_test_split_names_another_command(llm_train, tmp_path):
+    failed = llm_train("test", "-c", write(tmp_path))
+    said = (
+        "error: test: PositionProbeDataModule has no test_dataloader, and so nothing to test; use `llm-train validate"
+    )
+    assert (failed.code, failed.err.splitlines()[-1].startswith(said)) == (1, True), failed.err
+    assert not Path("runs").exists()
+
+
 def test_an_argument_out_of_range_is_refused_by_the_parser(llm_train, tmp_path):
     refused = llm_train("fit", "-c", write(tmp_path, model__init_args__width=0))
     assert refused.code == 2
