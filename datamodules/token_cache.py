@@ -5,7 +5,6 @@ import json
 import multiprocessing
 import os
 import shutil
-import signal
 import tempfile
 import threading
 import time
@@ -29,7 +28,7 @@ from datamodules.token_files import TokenFile, TokenFiles, Tokens, describe_size
 from datamodules.tokenizers import tokenizer_fingerprint, vocab_size
 from lightning_modules.common.files import process_name, try_lock, write_json
 from lightning_modules.common.messages import say
-from lightning_modules.common.signals import STOPS
+from lightning_modules.common.signals import leave_to_the_parent
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -371,9 +370,7 @@ def _in_processes(n: int, work: Callable[[], Iterable[object]]) -> Iterator[Coll
     def child() -> None:
         # tqdm's lock is one semaphore for a process and its copies: a copy killed while it draws would keep it.
         tqdm.set_lock(threading.RLock())
-        for signal_number in STOPS:  # this process ends its copies
-            signal.signal(signal_number, signal.SIG_IGN)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        leave_to_the_parent()
         try:
             for _ in work():
                 if os.getppid() != parent:  # which was killed

@@ -11,7 +11,7 @@ from multiprocessing.connection import Connection
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_modules.bpe.textbook import count_words
-from lightning_modules.common.signals import STOPS
+from lightning_modules.common.signals import STOPS, leave_to_the_parent
 
 
 class WordCounter:
@@ -108,9 +108,7 @@ def _processes_that_live() -> Iterator[None]:
 def _count(parents: Connection, connection: Connection, pattern: str, special_tokens: Sequence[str]) -> None:
     """Count the words of each batch of texts that arrives, until the other end is closed."""
     parents.close()  # a copy, which would keep the pipe open when the parent is killed
-    for signal_number in STOPS:  # which go to all processes of a terminal or a job; the parent ends this one
-        signal.signal(signal_number, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    leave_to_the_parent()
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
     while True:
         try:

@@ -1,5 +1,6 @@
 """Runs that end after any step of an epoch: by a signal, by a failure, or by weights that are not finite."""
 
+import os
 import signal
 from collections import defaultdict
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from datamodules.base import GlobalBatches, shuffled
+from lightning_modules.common.signals import STOPS, leave_to_the_parent
 from lightning_modules.runtime import private_names
 from lightning_modules.runtime.averaging import AveragedWeights
 from lightning_modules.runtime.checkpoint import RunCheckpoint
@@ -421,3 +423,15 @@ def test_sigusr1_in_a_job_of_slurm_is_a_sigterm_and_lightning_writes_no_checkpoi
 
     assert fit(tmp_path, 2, Rows(), added=[Usr1()], max_steps=5, limit_val_batches=0)[:2] == (143, 3)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoints"]
+
+
+def test_a_copy_of_a_process_ignores_the_signals_of_a_job_and_ends_by_a_sigterm_that_came_before():
+    child = os.fork()
+    if child == 0:
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
+        for number in STOPS:
+            os.kill(os.getpid(), number)
+        leave_to_the_parent()
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM
