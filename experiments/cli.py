@@ -53,6 +53,7 @@ LINKED = ("vocab_size", "pad_token_id", "block_size", "classes")  # attributes o
 _LENGTH = ("max_steps", "max_epochs", "max_time")  # the arguments of the trainer that end a run
 _GPUS = ("gpu", "cuda", "mps")  # names of accelerators
 _LOST_PEER = re.compile(r"[Cc]onnection (closed|reset|refused)|[Bb]roken pipe|remote process exited|NCCL communicator")
+_NOT_SERIALIZED = "Unable to serialize instance"  # jsonargparse's text in place of a value
 _NOISE = (  # warnings of Lightning that do not hold here, or that a user cannot act on
     ".*your dataloader is not resumable.*",
     ".*does not have many workers.*",
@@ -64,10 +65,9 @@ _NOISE = (  # warnings of Lightning that do not hold here, or that a user cannot
     ".*GPU available but not used.*",  # `trainer.accelerator: cpu` says so
     ".*The number of training batches .* is smaller than the logging interval.*",
     ".*when logging on epoch level in distributed setting to accumulate the metric across devices.*",
-    r"\s*Unable to serialize instance",  # a default, which is left out of the configuration
+    rf"\s*{_NOT_SERIALIZED}",  # a default, which is left out of the configuration
 )
 _LOADERS = {"test": "test_dataloader", "predict": "predict_dataloader"}  # what the commands read
-_NOT_SERIALIZED = "Unable to serialize instance"  # jsonargparse's text in place of a value
 
 
 class ExperimentCLI(SettingsGoOverCheckpoint):

@@ -40,9 +40,19 @@ _MOST_LISTED = 5  # of the verdicts that are not expected, in the error
 class ClaimedStudy:
     """A study that decides claims of a topic."""
 
-    topic: str
+    place: Path  # folder of the topic, with its claims, records and README
     name: str
     spec: RecordsSpec
+
+    @property
+    def topic(self) -> str:
+        """Its topic."""
+        return self.place.name
+
+    @property
+    def records(self) -> Path:
+        """The file of its committed records."""
+        return self.place / "records" / f"{self.name}.csv"
 
     @property
     def title(self) -> str:
@@ -117,28 +127,22 @@ def main(args: Sequence[str]) -> None:
     """Judge the claims of topics, or write records and tables."""
     options, words = _parse(args)
     files = _files_of_topics()
-    folders = {topic: file.parents[1] for topic, file in files.items()}
     topics = {topic: read_claims(file) for topic, file in files.items()}
-    studies = _chosen(topics, options.names)
+    studies = _chosen(files, topics, options.names)
     if options.record:
         for study in studies:
             runs = study.folder(options.runs)
             if runs.is_dir() or options.names:
                 text = make_records(runs, study.spec, study.sweep)
-                file = _file(folders[study.topic], study)
-                write_text(file, text)
-                print(f"{file}: {text.count(chr(10)) - 1} runs")
+                write_text(study.records, text)
+                print(f"{study.records}: {text.count(chr(10)) - 1} runs")
     if options.write:
         for topic in dict.fromkeys(study.topic for study in studies):
-            _write_tables(folders[topic], topic, topics[topic])
+            _write_tables(files[topic].parent, topics[topic])
     if options.record or options.write:
         return
     if not (options.names or options.all or options.check):
-        print(
-            tables.overview([_state(folders[study.topic], study, options.runs) for study in studies]),
-            f"\n{_HOW_TO_RUN}",
-            sep="\n",
-        )
+        print(tables.overview([_state(study, options.runs) for study in studies]), f"\n{_HOW_TO_RUN}", sep="\n")
         return
     judgements: list[Judgement] = []
     recorded: dict[str, Recorded] = {}
@@ -147,7 +151,7 @@ def main(args: Sequence[str]) -> None:
             say(f"left out: {study.title} needs {study.spec.needs}; it runs if its own name is given")
             continue
         if options.check:
-            found = committed(folders[study.topic], study)
+            found = committed(study)
         else:
             study.run(options.runs, options.jobs, words)
             found = read_records(make_records(study.folder(options.runs), study.spec, study.sweep), study.title)
@@ -174,9 +178,9 @@ def _files_of_topics() -> dict[str, Path]:
     return (of_clone or claims_files(names.SHIPPED)) | claims_files(Path())
 
 
-def _state(folder: Path, study: ClaimedStudy, root: str) -> tables.State:
+def _state(study: ClaimedStudy, root: str) -> tables.State:
     """Return what is recorded of a study, what a folder of runs has of it, and what its runs took."""
-    found = committed(folder, study)
+    found = committed(study)
     summaries = study.folder(root).glob(f"*/{run_files.SUMMARY}")
     return tables.State(
         study=study.title,
@@ -244,9 +248,13 @@ def _parse(args: Sequence[str]) -> tuple[Namespace, Sequence[str]]:
     return options, words
 
 
-def _chosen(topics: dict[str, Topic], asked: Sequence[str]) -> list[ClaimedStudy]:
+def _chosen(files: dict[str, Path], topics: dict[str, Topic], asked: Sequence[str]) -> list[ClaimedStudy]:
     """Return the studies of these names: all of a topic, or one; without names all."""
-    studies = [ClaimedStudy(name, key, spec) for name, topic in topics.items() for key, spec in topic.studies.items()]
+    studies = [
+        ClaimedStudy(files[name].parent, key, spec)
+        for name, topic in topics.items()
+        for key, spec in topic.studies.items()
+    ]
     for name in asked:
         if name not in topics and name not in {study.title for study in studies}:
             there = ", ".join([*topics, *(study.title for study in studies)])
@@ -254,13 +262,9 @@ def _chosen(topics: dict[str, Topic], asked: Sequence[str]) -> list[ClaimedStudy
     return [study for study in studies if not asked or study.topic in asked or study.title in asked]
 
 
-def _file(folder: Path, study: ClaimedStudy) -> Path:
-    return folder / study.topic / "records" / f"{study.name}.csv"
-
-
-def committed(folder: Path, study: ClaimedStudy) -> Recorded | None:
+def committed(study: ClaimedStudy) -> Recorded | None:
     """Return the committed records of a study, or `None` if there are none."""
-    file = _file(folder, study)
+    file = study.records
     return read_records(file.read_text(encoding="utf-8"), str(file)) if file.is_file() else None
 
 
@@ -273,23 +277,23 @@ def judged(topic: Topic, study: ClaimedStudy, found: Recorded | None) -> list[Ju
     ]
 
 
-def _write_tables(folder: Path, topic: str, claims: Topic) -> None:
-    readme = folder / topic / "README.md"
-    text = filled(folder, topic, claims)
+def _write_tables(place: Path, claims: Topic) -> None:
+    readme = place / "README.md"
+    text = filled(place, claims)
     if text != readme.read_text(encoding="utf-8"):
         write_text(readme, text)
         print(readme)
 
 
-def filled(folder: Path, topic: str, claims: Topic) -> str:
-    """Return the README of a topic with its tables and numbers made from the committed records."""
+def filled(place: Path, claims: Topic) -> str:
+    """Return the README in the folder of a topic with its tables and numbers made from the committed records."""
 
     @functools.cache
     def recorded(name: str) -> tuple[ClaimedStudy, Recorded]:
-        study = ClaimedStudy(topic, name, claims.studies[name]) if name in claims.studies else None
-        found = committed(folder, study) if study else None
+        study = ClaimedStudy(place, name, claims.studies[name]) if name in claims.studies else None
+        found = committed(study) if study else None
         if study is None or found is None:
-            raise UserError(f"{folder / topic}/README.md: {name} has no records in records/{name}.csv")
+            raise UserError(f"{place}/README.md: {name} has no records in records/{name}.csv")
         return study, found
 
     def table_of(name: str) -> str:
@@ -299,11 +303,11 @@ def filled(folder: Path, topic: str, claims: Topic) -> str:
     def number_of(name: str) -> str:
         claim = next((claim for claim in claims.claims if claim.name == name), None)
         if claim is None:
-            raise UserError(f"{folder / topic}/README.md: there is no claim {name} in {FILE}")
+            raise UserError(f"{place}/README.md: there is no claim {name} in {FILE}")
         study, found = recorded(claim.study)
-        return judge(topic, claim, found.runs, study.spec.deterministic).shown
+        return judge(place.name, claim, found.runs, study.spec.deterministic).shown
 
-    return tables.fill(folder / topic / "README.md", table_of, number_of)
+    return tables.fill(place / "README.md", table_of, number_of)
 
 
 def as_json(judgements: Sequence[Judgement], recorded: dict[str, Recorded]) -> list[dict[str, object]]:

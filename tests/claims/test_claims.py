@@ -261,7 +261,7 @@ def test_damaged_records(text, message):
 
 
 def study_of(topic: Path) -> command.ClaimedStudy:
-    return command.ClaimedStudy("topic", "depth", read_claims(topic / "claims.yaml").studies["depth"])
+    return command.ClaimedStudy(topic, "depth", read_claims(topic / "claims.yaml").studies["depth"])
 
 
 def write_runs(root: Path, losses: Mapping[int, Sequence[float]] = LOSSES) -> Path:
@@ -575,7 +575,7 @@ def test_a_table_that_cannot_be_written(topic, llm_train, old, new, message):
 
 def up_to_date(folder: Path, name: str) -> bool:
     """Return whether the tables of a README are those of the records and claims."""
-    return command.filled(folder, name, read_claims(folder / name / "claims.yaml")) == (
+    return command.filled(folder / name, read_claims(folder / name / "claims.yaml")) == (
         folder / name / "README.md"
     ).read_text(encoding="utf-8")
 
