@@ -67,6 +67,11 @@ _NOISE = (  # warnings of Lightning that do not hold here, or that a user cannot
     ".*when logging on epoch level in distributed setting to accumulate the metric across devices.*",
     rf"\s*{_NOT_SERIALIZED}",  # a default, which is left out of the configuration
 )
+_FINDERS = {  # callbacks that would replace a setting
+    BatchSizeFinder: "data.batch_size is a setting of the experiment; set it",
+    LearningRateFinder: "optimizer.lr is a setting of the experiment, with a schedule; compare several by "
+    "`llm-train study`",
+}
 _LOADERS = {"test": "test_dataloader", "predict": "predict_dataloader"}  # what the commands read
 
 
@@ -321,13 +326,9 @@ class ExperimentCLI(SettingsGoOverCheckpoint):
         built = self.config_init[self.subcommand]
         callbacks = built["trainer"]["callbacks"] or []
         callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
-        if any(isinstance(callback, BatchSizeFinder) for callback in callbacks):
-            raise MisconfigurationException("BatchSizeFinder: data.batch_size is a setting of the experiment; set it")
-        if any(isinstance(callback, LearningRateFinder) for callback in callbacks):
-            raise MisconfigurationException(
-                "LearningRateFinder: optimizer.lr is a setting of the experiment, with a schedule; compare several by "
-                "`llm-train study`"
-            )
+        for finder, advice in _FINDERS.items():
+            if any(isinstance(callback, finder) for callback in callbacks):
+                raise MisconfigurationException(f"{finder.__name__}: {advice}")
         if built["trainer"]["enable_progress_bar"] is False:
             callbacks = [callback for callback in callbacks if not isinstance(callback, ProgressBar)]
         built["trainer"]["callbacks"] = last_of_defaults(callbacks)
